@@ -1,0 +1,48 @@
+"""Content hashes: of files, of folders of files, and of plain data."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+
+def canonical_json(data: Any) -> str:
+    """One text for one value: sorted keys, no NaN, no spaces to vary.
+
+    Raises:
+        ValueError: the data hold NaN or an infinity.
+    """
+    return json.dumps(
+        data, sort_keys=True, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+
+
+def sha256_text(text: str) -> str:
+    """Hex digest of the text in UTF-8."""
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def sha256_data(data: Any) -> str:
+    """Hex digest of plain data, whatever the order of its keys."""
+    return sha256_text(canonical_json(data))
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_folder(folder: Path) -> str:
+    """Hex digest over the names and contents of all files below a folder.
+
+    `record.json` is left out: it tells of a run, with its times, and is not content.
+
+    Raises:
+        FileNotFoundError: the folder holds no file.
+    """
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "record.json")
+    if not files:
+        raise FileNotFoundError(f"{folder} holds no files to hash; run the stage that writes it")
+    digests = {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}
+    return sha256_data(digests)

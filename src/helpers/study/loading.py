@@ -1,0 +1,247 @@
+"""Reads a study file and refuses, in one line each, whatever is wrong with it.
+
+Checks the file itself, the references inside it, and that local files it names exist.
+Nothing is downloaded and no model is touched.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from helpers.study.errors import StudyError
+from helpers.study.paths import PROJECT
+from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
+
+UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
+UNION_TAGS |= {"loglikelihood", "generate"}
+PROTOCOLS = {
+    "arc": {"loglikelihood", "generate"},
+    "boolq": {"loglikelihood", "generate"},
+    "squad_v2": {"generate"},
+    "openmath": {"generate"},
+}
+
+
+RESERVED = {"models": {"notebooks", "report"}, "variants": {"model", "calibration"}}
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML in which a repeated key is an error, not the last one's win."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [str(key.value) for key, _ in node.value]
+        for name in set(names):
+            if names.count(name) > 1:
+                raise yaml.YAMLError(f"{name} stands twice, line {node.start_mark.line + 1} on")
+        return super().construct_mapping(node, deep)
+
+
+def study_file(study: str | Path) -> Path:
+    """The path of a study given by name (`demo`) or by path (`params/demo.yaml`)."""
+    text = str(study)
+    if text.endswith((".yaml", ".yml")):
+        path = Path(text)
+        return path if path.is_absolute() else PROJECT / path
+    return PROJECT / "params" / f"{text}.yaml"
+
+
+def load_study(study: str | Path) -> Study:
+    """The validated study.
+
+    Args:
+        study: a name in `params/`, or the path of a YAML file.
+
+    Raises:
+        StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
+    """
+    path = study_file(study)
+    place = _shown(path)
+    if not path.is_file():
+        known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
+        raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise StudyError(f"{place}: is not readable YAML: {_one_line(error)}") from None
+    if not isinstance(data, dict):
+        raise StudyError(f"{place}: is not a mapping of settings; start from params/demo.yaml")
+    try:
+        loaded = Study.model_validate(data)
+    except ValidationError as error:
+        raise StudyError("\n".join(_lines(error, data, place))) from None
+    problems = [f"{place}: {line}" for line in _references(loaded) + _missing_files(loaded)]
+    if problems:
+        raise StudyError("\n".join(problems))
+    return loaded
+
+
+def _shown(path: Path) -> str:
+    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _lines(error: ValidationError, data: dict, place: str) -> list[str]:
+    """Each pydantic complaint as `file: dotted.key = value message`."""
+    lines = []
+    for problem in error.errors():
+        key, value = _locate(problem, data)
+        if problem["type"] == "too_short" and value:
+            continue  # its members were refused above
+        if problem["type"] == "missing":
+            lines.append(f"{place}: {key} is missing; add it (params/demo.yaml has an example)")
+        elif problem["type"].startswith("union_tag"):
+            tags = problem.get("ctx", {}).get("expected_tags")
+            remedy = f"use one of {tags}" if tags else "give a mapping as in params/demo.yaml"
+            lines.append(f"{place}: {key} = {_short(value)} names no known kind; {remedy}")
+        else:
+            lines.append(f"{place}: {key} = {_short(value)} {_message(problem)}")
+    return lines
+
+
+def _locate(problem: dict, data: Any) -> tuple[str, Any]:
+    """The dotted key and value in the file; pydantic's union tags are left out."""
+    keys, value, tagged = [], data, False
+    loc = list(problem["loc"])
+    if problem["type"] == "unknown_key":
+        loc.append(problem["ctx"]["key"])
+    for part in loc:
+        if part in UNION_TAGS and _is_union(keys) and not tagged:
+            tagged = True  # the same word may follow as a key
+            continue
+        tagged = False
+        inside = isinstance(value, dict) and part in value
+        inside |= isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if inside:
+            keys.append(str(part))
+            value = value[part]
+    if problem["type"] == "missing":
+        keys.append(str(loc[-1]))
+    return ".".join(keys) or "the file", value
+
+
+def _is_union(keys: list[str]) -> bool:
+    """Whether pydantic puts the tag of a union's member after these keys."""
+    model = len(keys) == 2 and keys[0] == "models"
+    named = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
+    return model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not named)
+
+
+def _message(problem: dict) -> str:
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "greater_than_equal":
+            return f"is below {context['ge']}; give at least {context['ge']}"
+        case "less_than_equal":
+            return f"is above {context['le']}; give at most {context['le']}"
+        case "greater_than":
+            return f"is not above {context['gt']}; give a larger number"
+        case "less_than":
+            return f"is not below {context['lt']}; give a smaller number"
+        case "literal_error":
+            return f"is not known; use one of {context['expected']}"
+        case "string_pattern_mismatch":
+            return f"does not match {context['pattern']}; rename it"
+        case "value_error":
+            return f"is refused: {_one_line(context['error'])}"
+        case "too_short" | "string_too_short":
+            return "is empty; give at least one"
+        case "string_type":
+            return "is not text; put it in quotes"
+        case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
+            return "is not a whole number; give one without quotes or decimals"
+        case "float_type" | "float_parsing" | "finite_number":
+            return "is not a finite number; give one"
+        case "tuple_type":
+            return "is not a list; write [a, b], or [] for none"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "is not a mapping of settings; params/demo.yaml has an example"
+    return _one_line(problem["msg"][0].lower() + problem["msg"][1:])
+
+
+def _short(value: Any) -> str:
+    text = _one_line(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _unknown(key: str, value: str, kind: str, known) -> str:
+    near = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{key} = {value!r} is not a {kind} of this study ({', '.join(known)}){hint}"
+
+
+def _references(study: Study) -> list[str]:
+    """What the study file says about its own names that is not so."""
+    problems = []
+    if study.baseline not in study.variants:
+        problems.append(_unknown("baseline", study.baseline, "variant", study.variants))
+    elif study.variants[study.baseline].changes_model:
+        problems.append(f"baseline = {study.baseline!r} is quantized; name a float variant ({{}})")
+    for kind, names in RESERVED.items():
+        for name in names & set(getattr(study, kind)):
+            problems.append(f"{kind}.{name} is the name of a folder every run writes; rename it")
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
+    for name, dataset in study.evaluation.datasets.items():
+        if dataset.ask.protocol not in PROTOCOLS[dataset.adapter]:
+            problems.append(
+                f"evaluation.datasets.{name}.ask.protocol = {dataset.ask.protocol!r} cannot ask "
+                f"{dataset.adapter} items; use {' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
+            )
+    for index, pair in enumerate(study.statistics.primary):
+        key = f"statistics.primary.{index}"
+        named = [("model", study.models), ("dataset", study.evaluation.datasets)]
+        named += [("baseline", study.variants), ("variant", study.variants)]
+        for field, known in named:
+            value = getattr(pair, field)
+            if value not in known:
+                kind = "variant" if field == "baseline" else field
+                problems.append(_unknown(f"{key}.{field}", value, kind, known))
+        if pair.variant == pair.baseline:
+            problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
+        if pair in study.statistics.primary[:index]:
+            problems.append(f"{key} repeats an earlier comparison; remove it")
+    return problems
+
+
+def _start(study: Study, key: str, start: str) -> list[str]:
+    if start not in study.models:
+        return [_unknown(key, start, "model", study.models)]
+    if isinstance(study.models[start], FineTunedModel):
+        return [f"{key} = {start!r} is itself fine-tuned by this study; start from a given model"]
+    return []
+
+
+def _missing_files(study: Study) -> list[str]:
+    problems = []
+    for key, source in _sources(study):
+        if isinstance(source, FileDataset) and not resolve(source.file).is_file():
+            problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
+        if isinstance(source, FolderModel) and not resolve(source.folder).is_dir():
+            problems.append(f"{key}.folder = {source.folder!r} is not a folder; correct the path")
+    return problems
+
+
+def _sources(study: Study) -> list[tuple[str, object]]:
+    found: list[tuple[str, object]] = []
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            found.append((f"models.{name}.finetune.dataset", model.finetune.dataset))
+        found.append((f"models.{name}", model))
+    found.append(("calibration.dataset", study.calibration.dataset))
+    found.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
+    for name, dataset in study.evaluation.datasets.items():
+        found.append((f"evaluation.datasets.{name}.source", dataset.source))
+    return found
+
+
+def resolve(path: str) -> Path:
+    """A path of the study file; relative ones start at the project's root."""
+    given = Path(path).expanduser()
+    return given if given.is_absolute() else PROJECT / given

@@ -1,0 +1,47 @@
+"""What a notebook opens first: the study, its folders, and the model and variant at hand."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.study.errors import StudyError
+from helpers.study.loading import load_study, study_file
+from helpers.study.paths import StudyPaths
+from helpers.study.schema import Study, Variant
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one notebook."""
+
+    name: str
+    study: Study
+    paths: StudyPaths
+    model: str = ""
+    variant: str = ""
+
+    @property
+    def recipe(self) -> Variant:
+        """What the study file says of this job's variant."""
+        return self.study.variants[self.variant]
+
+    @property
+    def parameters(self) -> dict[str, str]:
+        """The job's own parameters, for its record."""
+        named = {"study": self.name, "model": self.model, "variant": self.variant}
+        return {key: value for key, value in named.items() if value}
+
+
+def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
+    """The validated study with one of its models and variants.
+
+    Raises:
+        StudyError: the study file is wrong, or it has no such model or variant.
+    """
+    loaded, name = load_study(study), study_file(study).stem
+    for kind, value, known in (
+        ("model", model, loaded.models),
+        ("variant", variant, loaded.variants),
+    ):
+        if value and value not in known:
+            raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
+    return Job(name, loaded, StudyPaths(name), model, variant)

@@ -1,0 +1,302 @@
+"""What a study file may say: models, variants, datasets, and how they are compared.
+
+Every scientific setting is required here and has its value in `params/`, so that a
+study file is the whole account of a study. Reading and error messages live in
+`helpers.study.loading`.
+"""
+
+import difflib
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+
+def _in_unit_interval(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise PydanticCustomError("range", "is outside [0, 1]; give a fraction in that range")
+    return value
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "is not a number; give one")
+    return value
+
+
+def _sole_key(value: Any) -> str | None:
+    """The tag of a one-key mapping such as `{hub: …, revision: …}`: its first key."""
+    known = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
+    return next(iter(known), None)
+
+
+Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Whole = Annotated[int, Field(strict=True)]
+Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
+Count = Annotated[Whole, Field(ge=1)]
+
+SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
+Weights = Literal["channel", "tensor"]
+Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
+
+# The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
+PRESETS: dict[str, tuple[Weights, Activations]] = {
+    "w8a8": ("channel", "token_dynamic"),
+    "o1": ("tensor", "token_dynamic"),
+    "o2": ("tensor", "tensor_dynamic"),
+    "o3": ("tensor", "tensor_static"),
+}
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a validated study cannot be edited."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "remove it"
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "is not a known key; {hint} (known here: {known})",
+                    {"key": str(key), "hint": hint, "known": ", ".join(cls.model_fields)},
+                )
+        return data
+
+
+class Runtime(Strict):
+    """Where jobs run. `threads` is per job: jobs run side by side."""
+
+    device: Literal["cpu", "cuda"]
+    dtype: Literal["float32", "bfloat16"]
+    threads: Count
+    quantized: Literal["int8", "reference"]
+
+
+class ShippedDataset(Strict):
+    """Items written for this project."""
+
+    shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
+
+
+class HubDataset(Strict):
+    """One split of a dataset on the Hub, at a revision."""
+
+    hub: Annotated[str, Field(min_length=3)]
+    config: str | None
+    split: str
+    revision: str
+
+
+class FileDataset(Strict):
+    """A local JSONL or parquet file in the Hub's schema; relative paths start at the project."""
+
+    file: Annotated[str, Field(pattern=r"\.(jsonl|parquet)$")]
+
+
+DatasetSource = Annotated[
+    Annotated[ShippedDataset, Tag("shipped")]
+    | Annotated[HubDataset, Tag("hub")]
+    | Annotated[FileDataset, Tag("file")],
+    Discriminator(_sole_key),
+]
+
+Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
+
+
+class HubModel(Strict):
+    """A model repository on the Hub, at a revision."""
+
+    hub: Annotated[str, Field(min_length=3)]
+    revision: str
+
+
+class FolderModel(Strict):
+    """A local folder in the Hub's layout (config, safetensors, tokenizer)."""
+
+    folder: str
+
+
+class BundledModel(Strict):
+    """A model that comes from the package registry."""
+
+    bundled: Literal["smollm2-135m-instruct"]
+
+
+class RandomModel(Strict):
+    """A tiny model with seeded random weights, for tests."""
+
+    random: Literal["llama", "qwen3"]
+
+
+class FineTuning(Strict):
+    """Full supervised fine-tuning of another model of the study, loss on the answer only."""
+
+    start: Name
+    dataset: DatasetSource
+    items: Count
+    heldout_items: Count
+    epochs: Count
+    learning_rate: Annotated[Number, Field(gt=0, lt=1)]
+    warmup_fraction: Fraction
+    batch_items: Count
+    max_tokens: Annotated[Whole, Field(ge=16)]
+    autocast: Literal["none", "bfloat16"]
+
+
+class FineTunedModel(Strict):
+    """A model this study trains itself."""
+
+    finetune: FineTuning
+
+
+ModelSource = Annotated[
+    Annotated[BundledModel, Tag("bundled")]
+    | Annotated[HubModel, Tag("hub")]
+    | Annotated[FolderModel, Tag("folder")]
+    | Annotated[RandomModel, Tag("random")]
+    | Annotated[FineTunedModel, Tag("finetune")],
+    Discriminator(_sole_key),
+]
+
+
+class LogLikelihood(Strict):
+    """Each option's text is scored as the continuation of the prompt; the best is the answer."""
+
+    protocol: Literal["loglikelihood"]
+    normalize: Literal["bytes", "none"]
+
+
+class Generate(Strict):
+    """The model answers a chat greedily; the answer is parsed from its text."""
+
+    protocol: Literal["generate"]
+    answer: Literal["boxed", "text"]
+    shots: Annotated[Whole, Field(ge=0, le=3)]
+    max_new_tokens: Annotated[Whole, Field(ge=1, le=32768)]
+
+
+class EvaluationSet(Strict):
+    """Which items are asked, and how."""
+
+    adapter: Adapter
+    source: DatasetSource
+    items: Count
+    ask: Annotated[LogLikelihood | Generate, Field(discriminator="protocol")]
+
+
+class SharedText(Strict):
+    """Passages on which perplexity, KL and top-1 agreement are measured."""
+
+    dataset: DatasetSource
+    passages: Count
+    max_tokens: Annotated[Whole, Field(ge=8)]
+
+
+class Evaluation(Strict):
+    """The evaluation sets, and the text every variant reads."""
+
+    batch_tokens: Annotated[Whole, Field(ge=64)]
+    datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
+    shared_text: SharedText
+
+
+class Calibration(Strict):
+    """The items whose activations set the smoothing and the static scales."""
+
+    adapter: Adapter
+    dataset: DatasetSource
+    items: Count
+    max_tokens: Annotated[Whole, Field(ge=8)]
+    batch_tokens: Annotated[Whole, Field(ge=64)]
+
+
+class Smooth(Strict):
+    """SmoothQuant's migration strength and the places it is folded into."""
+
+    alpha: Fraction
+    targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
+
+
+class Variant(Strict):
+    """How a model is quantized; no weights and no activations means it stays float."""
+
+    preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
+    weights: Weights | None = None
+    activations: Activations | None = None
+    smooth: Smooth | None = None
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _whole_scheme(self):
+        if self.preset and (self.weights or self.activations):
+            raise ValueError(
+                f"preset = {self.preset!r} already names weights and activations; keep one or the other"
+            )
+        if bool(self.weights) != bool(self.activations):
+            raise ValueError("weights and activations go together; name both, or a preset")
+        return self
+
+    @property
+    def scheme(self) -> tuple[Weights, Activations] | None:
+        """(weights, activations) granularity, or None for a float variant."""
+        if self.preset:
+            return PRESETS[self.preset]
+        return (self.weights, self.activations) if self.weights else None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights and activations become int8."""
+        return self.scheme is not None
+
+    @property
+    def changes_model(self) -> bool:
+        """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
+        return self.quantized or self.smooth is not None
+
+
+class Comparison(Strict):
+    """`variant` is compared with `baseline` on one metric of one dataset, for one model."""
+
+    model: Name
+    dataset: Name
+    baseline: Name
+    variant: Name
+
+
+class Statistics(Strict):
+    """How sure is sure enough."""
+
+    confidence: Annotated[Number, Field(gt=0.5, lt=1.0)]
+    power: Annotated[Number, Field(gt=0.5, lt=1.0)]
+    margin: Annotated[Number, Field(gt=0.0, lt=1.0)]
+    resamples: Annotated[Whole, Field(ge=100)]
+    primary: tuple[Comparison, ...]
+
+
+class Study(Strict):
+    """One YAML file: the whole account of a study."""
+
+    title: Annotated[str, Field(min_length=1)]
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+    runtime: Runtime
+    models: Annotated[dict[Name, ModelSource], Field(min_length=1)]
+    calibration: Calibration
+    variants: Annotated[dict[Name, Variant], Field(min_length=1)]
+    baseline: Name
+    evaluation: Evaluation
+    statistics: Statistics
