@@ -1,0 +1,1 @@
+"""Where models and items come from: the bundled ones, local files, the Hub, a fine-tuning."""

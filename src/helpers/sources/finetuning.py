@@ -1,0 +1,131 @@
+"""Full supervised fine-tuning in a plain loop: AdamW, loss on the answer only.
+
+Batches hold items of similar length, the head runs only where a target is predicted,
+and the order is seeded. No adapters, no packing across items.
+"""
+
+import random
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from helpers.sources.batching import pad
+from helpers.study.errors import StudyError
+from helpers.study.schema import FineTunedModel, FineTuning, Study
+
+Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step: its mean loss per answer token, in nats."""
+
+    number: int
+    of: int
+    loss: float
+    learning_rate: float
+
+
+def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: int) -> list[Step]:
+    """Train all weights of the model in place, and return its steps.
+
+    Args:
+        model: the float model; it is changed.
+        examples: (prompt, answer) token ids.
+        settings: epochs, learning rate, warm-up, items a batch, autocast.
+
+    Raises:
+        StudyError: an example is longer than `max_tokens`, or the loss is not finite.
+    """
+    _refuse_long(examples, settings.max_tokens)
+    batches = [b for e in range(settings.epochs) for b in _epoch(examples, settings, seed + e)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    warmup = max(1, round(settings.warmup_fraction * len(batches)))
+    steps = []
+    model.train()
+    for number, batch in enumerate(tqdm(batches, desc="fine-tuning", unit="step"), start=1):
+        decay = (len(batches) - number + 1) / max(1, len(batches) - warmup)
+        rate = settings.learning_rate * min(number / warmup, decay, 1.0)
+        optimizer.param_groups[0]["lr"] = rate
+        loss = answer_loss(model, batch, autocast=settings.autocast)
+        if not torch.isfinite(loss):
+            raise StudyError(
+                f"fine-tuning: the loss is {loss.item()} at step {number}; lower learning_rate"
+            )
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        steps.append(Step(number, len(batches), loss.item(), rate))
+    model.eval()
+    return steps
+
+
+def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[list[Example]]:
+    """All examples once, in batches of similar length, the batches in seeded order."""
+    rng = random.Random(seed)
+    order = sorted(examples, key=lambda e: (len(e[0]) + len(e[1]), rng.random()))
+    size = settings.batch_items
+    batches = [order[i : i + size] for i in range(0, len(order), size)]
+    rng.shuffle(batches)
+    return batches
+
+
+def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
+    """Mean cross-entropy over the answer tokens of a batch, in nats a token."""
+    device = model.device
+    tokens = pad([p + a[:-1] for p, a in batch], value=0, side="right", device=device)
+    mask = pad(
+        [[1] * (len(p) + len(a) - 1) for p, a in batch], value=0, side="right", device=device
+    )
+    with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bfloat16"):
+        hidden = model.base_model(
+            input_ids=tokens, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        kept = [
+            hidden[i, len(p) - 1 : len(p) - 1 + len(a)] for i, (p, a) in enumerate(batch)
+        ]  # each (answer tokens, hidden): the states that predict the answer
+        logits = model.get_output_embeddings()(torch.cat(kept))
+    targets = torch.tensor([t for _, answer in batch for t in answer], device=device)
+    return cross_entropy(logits.float(), targets)
+
+
+@torch.inference_mode()
+def heldout_loss(model, examples: list[Example], *, batch_items: int) -> float:
+    """Mean cross-entropy per answer token over examples not trained on, in nats."""
+    total = tokens = 0.0
+    for start in range(0, len(examples), batch_items):
+        batch = examples[start : start + batch_items]
+        count = sum(len(answer) for _, answer in batch)
+        total += answer_loss(model, batch, autocast="none").item() * count
+        tokens += count
+    return total / tokens
+
+
+def _refuse_long(examples: list[Example], max_tokens: int) -> None:
+    longest = max(len(prompt) + len(answer) for prompt, answer in examples)
+    if longest > max_tokens:
+        raise StudyError(
+            f"finetune.max_tokens = {max_tokens} but an example has {longest} tokens; raise it"
+        )
+
+
+def settings_of(study: Study, model: str) -> FineTuning:
+    """The fine-tuning settings of a model of the study.
+
+    Raises:
+        StudyError: the study does not train this model itself.
+    """
+    source = study.models[model]
+    if not isinstance(source, FineTunedModel):
+        raise StudyError(f"models.{model} is not fine-tuned by this study; nothing to train")
+    return source.finetune
+
+
+def running_mean(values: list[float], *, window: int) -> list[float]:
+    """The mean of the last `window` values at each place, for the loss curve."""
+    recent = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+    return [sum(part) / len(part) for part in recent]

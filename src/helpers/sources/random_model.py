@@ -1,0 +1,79 @@
+"""A tiny model with seeded random weights and a byte-level tokenizer, for tests.
+
+It speaks nonsense; what it shares with a real model is its architecture, its file
+layout and its chat format.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+from helpers.study.paths import cache_root
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = {
+    "vocab_size": 256 + len(SPECIAL),
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.15,
+}
+
+
+def byte_tokenizer():
+    """A tokenizer with one token a byte, three special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def random_model(family: str, *, seed: int):
+    """A tiny seeded model of a family (`llama` or `qwen3`) in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+
+    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](
+        **SIZES, bos_token_id=1, eos_token_id=2, pad_token_id=0
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def random_model_folder(family: str, *, seed: int) -> Path:
+    """The model and its tokenizer as a Hub-style folder, made on first use."""
+    folder = cache_root() / "models" / f"random-{family}-{seed}"
+    if not folder.is_dir():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        temporary.mkdir(parents=True)
+        random_model(family, seed=seed).save_pretrained(temporary)
+        byte_tokenizer().save_pretrained(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            shutil.rmtree(temporary)
+    return folder
