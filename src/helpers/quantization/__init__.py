@@ -1,0 +1,1 @@
+"""Calibration, smoothing, compression, and the checks on what was compressed."""

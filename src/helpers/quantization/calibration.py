@@ -1,0 +1,187 @@
+"""What the inputs of every Linear look like on the calibration items, in one pass.
+
+Items are padded into batches and the padding is masked out, so that a statistic is
+over real tokens only. The head is not calibrated: no variant quantizes it. Histograms
+and percentiles come from an even sample of the tokens; abs-max is exact.
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from helpers.quantization.layer_groups import linear_layers
+from helpers.sources.batching import pad, token_budget_batches
+from helpers.study.errors import StudyError
+from helpers.study.records import write_atomically
+
+SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
+LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each
+
+
+@dataclass
+class InputStatistics:
+    """Statistics of one Linear's input over all calibration tokens.
+
+    Attributes:
+        absmax: (in_features,) exact per-channel maximum of |x|.
+        argmax_item: the item in which the largest |x| of the layer occurred.
+        samples: (tokens, in_features) |x| of evenly sampled tokens.
+        tokens: how many tokens were seen.
+    """
+
+    absmax: Tensor
+    argmax_item: int
+    samples: list[Tensor]
+    tokens: int
+
+
+def run_calibration(
+    model, items: list[list[int]], *, batch_tokens: int
+) -> dict[str, InputStatistics]:
+    """Statistics of the input of every Linear but the head, over the tokens of all items.
+
+    Args:
+        model: the float model, in evaluation mode; it is not changed.
+        items: token ids of the calibration texts.
+        batch_tokens: rows × longest row of one forward pass at most.
+
+    Raises:
+        StudyError: an activation is not finite.
+    """
+    statistics: dict[str, InputStatistics] = {}
+    with tqdm(total=len(items), desc="calibration", unit="item") as bar:
+        for batch in token_budget_batches([len(i) for i in items], batch_tokens=batch_tokens):
+            rows = [items[i] for i in batch]
+            mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
+            tokens = pad(rows, value=0, side="right", device=model.device)
+            owners = torch.tensor([i for i in batch for _ in items[i]])
+            with _observed(model, mask.bool(), owners, statistics), torch.inference_mode():
+                model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            bar.update(len(batch))
+    return statistics
+
+
+@contextmanager
+def _observed(model, mask: Tensor, owners: Tensor, statistics: dict[str, InputStatistics]):
+    """Hooks on every Linear but the head; Linears that share an input share the arithmetic."""
+    head = model.get_output_embeddings()
+    last: dict[str, object] = {"input": None}
+
+    def hook(name: str):
+        def observe(_module: nn.Module, args: tuple) -> None:
+            if args[0] is not last["input"]:
+                last["input"] = args[0]
+                last["summary"] = _summarize(args[0][mask].float(), owners)
+            _merge_(statistics, name, last["summary"])
+
+        return observe
+
+    linears = {n: m for n, m in linear_layers(model).items() if m is not head}
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _summarize(x: Tensor, owners: Tensor) -> InputStatistics:
+    """Statistics of one batch; x: (tokens, in_features), owners: (tokens,) item indices."""
+    magnitude = x.abs()
+    if not torch.isfinite(magnitude).all():
+        raise StudyError(
+            "calibration: an activation is not finite; use dtype float32 or mend the model"
+        )
+    absmax = magnitude.amax(0)
+    top = magnitude[:, absmax.argmax()].argmax().item()
+    step = max(1, len(x) // SAMPLED_TOKENS)
+    return InputStatistics(absmax.cpu(), int(owners[top]), [magnitude[::step].cpu()], len(x))
+
+
+def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatistics) -> None:
+    old = statistics.get(name)
+    if old is None:
+        statistics[name] = InputStatistics(
+            new.absmax, new.argmax_item, list(new.samples), new.tokens
+        )
+        return
+    if new.absmax.max() > old.absmax.max():
+        old.argmax_item = new.argmax_item
+    old.absmax = torch.maximum(old.absmax, new.absmax)
+    old.samples += new.samples
+    old.tokens += new.tokens
+
+
+def save_calibration(path: Path, statistics: dict[str, InputStatistics]) -> None:
+    """Write abs-max, 99th percentile, median and a log2 histogram of every Linear's input."""
+    tensors = {}
+    for name, found in statistics.items():
+        samples = torch.cat(found.samples)
+        tensors[f"{name}.absmax"] = found.absmax
+        tensors[f"{name}.p99"] = torch.quantile(samples, 0.99, dim=0)
+        tensors[f"{name}.median"] = samples.median(0).values
+        tensors[f"{name}.histogram"] = log2_histogram(samples)
+    tensors = {key: value.clone() for key, value in tensors.items()}
+    write_atomically(path, lambda p: save_file(tensors, p))
+
+
+def as_arrays(statistics: dict[str, InputStatistics]) -> dict[str, np.ndarray]:
+    """(in_features,) abs-max of every Linear's input as numpy arrays, for tables."""
+    return {name: found.absmax.numpy() for name, found in statistics.items()}
+
+
+def save_surface(path: Path, linear: str, magnitude: Tensor) -> None:
+    """Write one Linear's (tokens, in_features) |x| under the Linear's name."""
+    tensors = {linear: magnitude.contiguous()}
+    write_atomically(path, lambda p: save_file(tensors, p))
+
+
+def refuse_long(items: list[list[int]], *, max_tokens: int) -> None:
+    """Calibration reads every item whole.
+
+    Raises:
+        StudyError: an item is longer than `max_tokens`.
+    """
+    longest = max(map(len, items))
+    if longest > max_tokens:
+        raise StudyError(
+            f"calibration.max_tokens = {max_tokens} but an item has {longest} tokens; raise it"
+        )
+
+
+def log2_histogram(magnitude: Tensor) -> Tensor:
+    """(bins,) int64 counts of |x| by power of two; the end bins take what lies beyond."""
+    low, high = LOG2_EDGES[0], LOG2_EDGES[-1]
+    exponent = magnitude.clamp(min=2.0**low).log2().floor().clamp(low, high - 1).long() - low
+    return torch.bincount(exponent.flatten(), minlength=high - low)
+
+
+def load_absmax(path: Path) -> dict[str, Tensor]:
+    """(in_features,) abs-max of every calibrated Linear's input, by name.
+
+    Raises:
+        StudyError: there is no calibration file.
+    """
+    if not path.is_file():
+        raise StudyError(f"{path.name} is missing; run 01_calibration first")
+    suffix = ".absmax"
+    return {k.removesuffix(suffix): v for k, v in load_file(path).items() if k.endswith(suffix)}
+
+
+@torch.inference_mode()
+def input_surface(model, linear: str, tokens: list[int]) -> Tensor:
+    """(tokens, in_features) |x| at one Linear's input on one item, for the outlier pictures."""
+    seen: list[Tensor] = []
+    module = model.get_submodule(linear)
+    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0].abs().cpu()))
+    try:
+        model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+    finally:
+        handle.remove()
+    return seen[0].float()

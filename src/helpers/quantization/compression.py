@@ -1,0 +1,109 @@
+"""Quantizing and saving by llmcompressor, in the compressed-tensors format.
+
+The lifecycle is llmcompressor's own (observers, scales, compressed checkpoint). What
+this module adds: static activation scales come from the calibration file, so that no
+variant needs a forward pass of its own.
+"""
+
+import logging
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+from helpers.quantization.layer_groups import linear_layers, quantized_linears
+from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax
+from helpers.sources.models import save_model
+from helpers.study.errors import StudyError
+from helpers.study.schema import Variant
+
+
+def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[str]:
+    """Give every Linear of the scheme its int8 scales; return their names.
+
+    The model then behaves as its checkpoint will (fake quantization).
+
+    Args:
+        model: the float model, smoothed already where the variant smooths.
+        variant: its scheme and what it leaves alone.
+        act_absmax: (in_features,) maxima of the inputs as they are now, by Linear name.
+
+    Raises:
+        StudyError: a Linear of a static scheme was not calibrated.
+    """
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+    from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
+
+    targets = quantized_linears(model, variant.ignore)
+    kept = sorted(set(linear_layers(model)) - set(targets))
+    modifier = QuantizationModifier(config_groups={"group_0": scheme(variant)}, ignore=kept)
+    modifier.initialize_quantization(model)
+    modifier.start_calibration(model)
+    modules = list(targets.values())
+    if variant.scheme[1] == "tensor_static":
+        for name, module in targets.items():
+            if name not in act_absmax:
+                raise StudyError(f"{name} is not in the calibration; run 01_calibration again")
+            module.input_observer(act_absmax[name].to(module.weight)[None])  # (1, in_features)
+        update_qparams(modules, "input")
+    observe(modules, "weight")
+    update_qparams(modules, "weight")
+    modifier.end_calibration(model)
+    return list(targets)
+
+
+def quantize_variant_(
+    model, variant: Variant, act_absmax: dict[str, Tensor], done: list[SmoothedGroup]
+) -> list[str]:
+    """Quantize a smoothed model as the variant says; a float variant quantizes nothing."""
+    if not variant.quantized:
+        return []
+    return quantize_(model, variant, smoothed_absmax(act_absmax, done))
+
+
+def describe(variant: Variant) -> str:
+    """The recipe in one line, in words."""
+    if variant.quantized:
+        weights, activations = variant.scheme
+        text = f"int8 weights per {weights}, int8 activations per {activations.replace('_', ', ')}"
+        text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
+    else:
+        text = "float weights and activations"
+    if variant.smooth:
+        where = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
+        text += f"; smoothed with α = {variant.smooth.alpha:g} at {where}"
+    return text
+
+
+def scheme(variant: Variant) -> dict:
+    """The variant's scheme in compressed-tensors' words."""
+    weights, activations = variant.scheme
+    strategy, timing = activations.split("_")
+    integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    return {
+        "targets": ["Linear"],
+        "weights": {**integers, "strategy": weights, "dynamic": False},
+        "input_activations": {**integers, "strategy": strategy, "dynamic": timing == "dynamic"},
+    }
+
+
+def save_checkpoint(model, tokenizer, folder: Path) -> None:
+    """Write the model as a checkpoint that transformers and vLLM load; replaces the folder."""
+    from llmcompressor.transformers.compression.compressed_tensors_utils import (
+        modify_save_pretrained,
+    )
+
+    if any(hasattr(module, "quantization_scheme") for module in model.modules()):
+        modify_save_pretrained(model)
+        save_model(model, tokenizer, folder, save_compressed=True)
+    else:
+        save_model(model, tokenizer, folder)
+
+
+def quiet_llmcompressor() -> None:
+    """Keep llmcompressor's progress lines out of the notebooks; errors stay."""
+    from loguru import logger
+
+    logger.remove()
+    logger.add(lambda line: logging.getLogger("llmcompressor").warning(line), level="ERROR")
+    warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")

@@ -1,0 +1,52 @@
+"""A variant of a model, ready to be asked: the float source, or its checkpoint on a runtime."""
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from helpers.quantization.int8 import load_int8
+from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.study.errors import StudyError
+from helpers.study.hashing import sha256_folder
+from helpers.study.opening import Job
+
+
+def load_variant(job: Job):
+    """(model, tokenizer) of the job's model and variant.
+
+    Raises:
+        StudyError: the checkpoint is not there yet.
+    """
+    runtime = job.study.runtime
+    source = model_folder(job.study, job.model, job.paths)
+    tokenizer = load_tokenizer(source)
+    if not job.recipe.changes_model:
+        return load_model(source, runtime), tokenizer
+    folder = job.paths.checkpoint(job.model, job.variant)
+    if not folder.is_dir():
+        raise StudyError(f"{job.model}/{job.variant} has no checkpoint; run 02_quantization first")
+    if not job.recipe.quantized:
+        return load_model(folder, runtime), tokenizer
+    dtype = getattr(torch, runtime.dtype)
+    if runtime.quantized == "int8":
+        return load_int8(folder, dtype=dtype, device=runtime.device), tokenizer
+    return load_reference(folder, dtype=dtype, device=runtime.device), tokenizer
+
+
+def load_reference_of(job: Job):
+    """The float source that the job's variant is held against; None if it is the variant."""
+    if not job.recipe.changes_model:
+        return None
+    return load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
+
+
+def variant_digest(job: Job) -> str:
+    """Content hash of the files the variant is loaded from."""
+    if job.recipe.changes_model:
+        return sha256_folder(job.paths.checkpoint(job.model, job.variant))
+    return sha256_folder(model_folder(job.study, job.model, job.paths))
+
+
+def load_reference(folder, *, dtype: torch.dtype, device: str):
+    """The checkpoint as transformers and compressed-tensors load it: int8 is simulated."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
