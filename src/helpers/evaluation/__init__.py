@@ -1,0 +1,1 @@
+"""How items are asked, scored and compared."""

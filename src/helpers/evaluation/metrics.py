@@ -1,0 +1,120 @@
+"""Scores of an evaluation set from its predictions. Fractions are 0–1; imports no torch.
+
+Whatever is averaged is averaged over all items: an answer that does not parse is wrong,
+it does not shrink the denominator. The one exception, the median absolute difference of
+numbers, carries its coverage beside it.
+"""
+
+import math
+import statistics
+from collections import Counter
+
+from helpers.study.schema import Study
+
+STATUSES = ("answered", "abstained", "unparsed")
+
+
+def all_metrics(study: Study, predictions: dict[str, list[dict]]) -> dict[str, dict]:
+    """The metrics of every evaluation set of the study, by its name.
+
+    Raises:
+        ValueError: a set the study announces has no predictions.
+    """
+    found = {}
+    for name, wanted in study.evaluation.datasets.items():
+        if name not in predictions:
+            raise ValueError(f"evaluation set {name!r} has no predictions; run 03_evaluation again")
+        found[name] = metrics(wanted.adapter, predictions[name])
+    return found
+
+
+def metrics(adapter: str, predictions: list[dict]) -> dict:
+    """All metrics of one evaluation set.
+
+    Args:
+        adapter: `arc`, `boolq`, `squad_v2` or `openmath`.
+        predictions: one a item, as `helpers.evaluation.engine` yields them.
+
+    Raises:
+        ValueError: there are no predictions, or an item occurs twice.
+    """
+    if not predictions:
+        raise ValueError("there are no predictions to score; run 03_evaluation")
+    if repeated := [i for i, n in Counter(p["id"] for p in predictions).items() if n > 1]:
+        raise ValueError(f"item {repeated[0]} is predicted more than once; run 03_evaluation again")
+    found = {"items": len(predictions), "accuracy": mean(p["score"] for p in predictions)}
+    if adapter == "squad_v2":
+        found = squad_metrics(predictions)
+    elif adapter == "openmath":
+        found |= number_metrics(predictions)
+    else:
+        found["macro_f1"] = macro_f1(predictions)
+    return found | conduct(predictions)
+
+
+def conduct(predictions: list[dict]) -> dict:
+    """How the answers came about: statuses, ends, lengths."""
+    statuses = Counter(p["status"] for p in predictions)
+    finishes = Counter(p["finish_reason"] for p in predictions)
+    return {
+        **{status: statuses[status] for status in STATUSES},
+        "format_success": 1.0 - statuses["unparsed"] / len(predictions),
+        "finish_reasons": dict(sorted(finishes.items())),
+        "prompt_tokens": sum(p["prompt_tokens"] for p in predictions),
+        "output_tokens": sum(p["output_tokens"] for p in predictions),
+    }
+
+
+def macro_f1(predictions: list[dict]) -> float:
+    """Unweighted mean of per-class F1 over the classes that occur as gold answers."""
+    scores = []
+    for label in sorted({p["golds"][0] for p in predictions}):
+        right = sum(p["parsed"] == label and p["golds"][0] == label for p in predictions)
+        said = sum(p["parsed"] == label for p in predictions)
+        due = sum(p["golds"][0] == label for p in predictions)
+        scores.append(2 * right / (said + due))
+    return mean(scores)
+
+
+def squad_metrics(predictions: list[dict]) -> dict:
+    """Exact match and F1, over all items and apart for those with and without an answer."""
+    found = {"items": len(predictions), "exact_match": mean(p["score"] for p in predictions)}
+    found["f1"] = mean(p["f1"] for p in predictions)
+    parts = {
+        "has_answer": [p for p in predictions if p["golds"]],
+        "no_answer": [p for p in predictions if not p["golds"]],
+    }
+    for name, part in parts.items():
+        found[f"{name}_items"] = len(part)
+        found[f"{name}_exact_match"] = mean(p["score"] for p in part) if part else None
+        found[f"{name}_f1"] = mean(p["f1"] for p in part) if part else None
+    return found
+
+
+def number_metrics(predictions: list[dict]) -> dict:
+    """Median absolute difference over the numeric answers, with the share they are of all."""
+    differences = [
+        p["absolute_difference"] for p in predictions if p["absolute_difference"] is not None
+    ]
+    return {
+        "median_absolute_difference": statistics.median(differences) if differences else None,
+        "median_absolute_difference_coverage": len(differences) / len(predictions),
+    }
+
+
+def shared_text_metrics(rows: list[dict]) -> dict:
+    """Perplexity, mean KL and top-1 agreement a token, over all passages."""
+    tokens = sum(row["tokens"] for row in rows)
+    return {
+        "passages": len(rows),
+        "tokens": tokens,
+        "perplexity": math.exp(math.fsum(row["nll"] for row in rows) / tokens),
+        "kl": math.fsum(row["kl"] for row in rows) / tokens,
+        "top1_agreement": sum(row["top1_agreements"] for row in rows) / tokens,
+    }
+
+
+def mean(values) -> float:
+    """Arithmetic mean of at least one value, summed exactly."""
+    listed = list(values)
+    return math.fsum(listed) / len(listed)

@@ -1,0 +1,78 @@
+"""An answer out of a model's text: the last box, a number, or an abstention.
+
+Nothing here knows the gold answer, and nothing is guessed: what does not parse is
+`None`, which scores zero.
+"""
+
+import re
+import string
+from fractions import Fraction
+
+ABSTENTION = "unanswerable"
+LONGEST_NUMBER = 400  # characters; longer ones are no answer to a word problem
+
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9.,]+)\}\{(-?[0-9.,]+)\}")
+_DECORATION = re.compile(
+    r"\\(?:text|mathrm|mbox)\{([^{}]*)\}|\\[,;!: ]|\\left|\\right|\\?[$€£]|\\?%"
+)
+_BRACES = re.compile(r"\\boxed\{|[{}]")
+_NO_UNIT = re.compile(  # "2 million" and "5 and a half" are not 2 and 5
+    r"\b(?:and|or|to|plus|minus|times|half|dozen|hundred|thousand|[mbtr]+illion)s?\b", re.IGNORECASE
+)
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:/[0-9]+(?:\.[0-9]+)?)?")
+_GROUPED = re.compile(r"(?<![0-9.,])([1-9][0-9]{0,2}(?:,[0-9]{3})+)(?![0-9,])")
+
+
+def last_boxed(text: str) -> str | None:
+    r"""The content of the last complete `\boxed{…}`, braces balanced; None if there is none."""
+    begin, end, opened = -1, -1, []
+    for brace in _BRACES.finditer(text, max(0, text.find(r"\boxed{"))):
+        if brace[0] != "}":
+            opened.append(-1 if brace[0] == "{" else brace.end())
+        elif opened and (start := opened.pop()) > begin:
+            begin, end = start, brace.start()
+    return text[begin:end] if begin >= 0 else None
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The exact value of a text that is one number, with its unit or dollar sign.
+
+    Understands signs, decimals, thousands separators, `3/4`, `\frac{3}{4}` and units
+    after the number (`12 \text{ km}`, `12 apples`); anything else is None.
+    """
+    if len(text) > LONGEST_NUMBER:
+        return None
+    plain = re.sub(r",\\!|\{,\}", ",", text)
+    plain = _FRACTION.sub(lambda m: f" {m[1]}/{m[2]} ", plain)  # apart from a number beside it
+    plain = _DECORATION.sub(lambda m: f" {m[1]}" if m[1] else " ", plain)
+    plain = _GROUPED.sub(lambda m: m[1].replace(",", ""), plain)
+    plain = re.sub(r"^\s*([+-])\s+", r"\1", plain.strip().rstrip("."))
+    numbers = _NUMBER.findall(plain)
+    if len(numbers) != 1 or not plain.startswith(numbers[0]):
+        return None
+    rest = plain[len(numbers[0]) :].strip()
+    if rest and (_NO_UNIT.search(rest) or not re.fullmatch(r"[A-Za-z][A-Za-z ./^]*", rest)):
+        return None
+    try:
+        return Fraction(numbers[0]) if "/" not in numbers[0] else _ratio(numbers[0])
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _ratio(text: str) -> Fraction:
+    above, below = text.split("/")
+    return Fraction(above) / Fraction(below)
+
+
+def normalize_answer(text: str) -> str:
+    """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces.
+
+    Rajpurkar et al., arXiv:1806.03822, official evaluation.
+    """
+    lowered = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
+
+
+def is_abstention(text: str) -> bool:
+    """Whether a text says, and says only, that the question cannot be answered."""
+    return normalize_answer(text) == ABSTENTION
