@@ -1,0 +1,1 @@
+"""Figures, tables and sentences, all made from records. Imports no torch."""

@@ -1,0 +1,94 @@
+"""Tables of the notebooks and the report, as pandas frames made from plain numbers."""
+
+import numpy as np
+import pandas as pd
+
+
+def layer_maxima(absmax: dict[str, np.ndarray]) -> pd.DataFrame:
+    """One row a Linear: its largest channel, the median channel, and their ratio."""
+    rows = []
+    for name, values in absmax.items():
+        largest, median = float(values.max()), float(np.median(values))
+        rows.append(
+            {
+                "layer": short_layer(name),
+                "channel": int(values.argmax()),
+                "largest": largest,
+                "median": median,
+                "ratio": largest / median if median > 0 else float("inf"),
+            }
+        )
+    return pd.DataFrame(rows, index=list(absmax))
+
+
+def short_layer(name: str) -> str:
+    """`model.layers.11.mlp.down_proj` as `11.mlp.down_proj`."""
+    return name.removeprefix("model.layers.")
+
+
+def checkpoint_bytes(before: dict[str, int], after: dict[str, int]) -> pd.DataFrame:
+    """Bytes of each part of a model before and after, in MB, with the ratio."""
+    frame = pd.DataFrame({"float [MB]": before, "variant [MB]": after}) / 1e6
+    frame.loc["total"] = frame.sum()
+    frame["ratio"] = frame["variant [MB]"] / frame["float [MB]"]
+    return frame.round(3)
+
+
+def before_and_after(values: dict[str, tuple[float, float]]) -> pd.DataFrame:
+    """One row a quantity: before, after, and the change."""
+    frame = pd.DataFrame.from_dict(values, orient="index", columns=["before", "after"])
+    frame["change"] = frame["after"] - frame["before"]
+    return frame.round(4)
+
+
+def sqnr_summary(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
+    """Lowest, median and highest SQNR in dB over the Linears, and the lowest one's name."""
+    rows = {}
+    for name, values in curves.items():
+        series = pd.Series(values)
+        rows[name] = {
+            "lowest [dB]": series.min(),
+            "median [dB]": series.median(),
+            "highest [dB]": series.max(),
+            "lowest at": short_layer(series.idxmin()),
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").round(1)
+
+
+def worst_layer_claim(curves: dict[str, dict[str, float]]) -> str:
+    """What the figure of the curves shows, as a sentence."""
+    name, values = list(curves.items())[-1]
+    worst = min(values, key=values.get)
+    return f"{name.capitalize()}, {short_layer(worst)} is the worst: {values[worst]:.1f} dB"
+
+
+def gate_table(verified: dict) -> pd.DataFrame:
+    """Each gate with what was measured and the limit it was held to."""
+    frame = pd.DataFrame(verified["gates"])
+    frame["passed"] = frame["passed"].map({True: "holds", False: "FAILS"})
+    return frame.rename(columns={"name": "gate", "passed": "result"}).set_index("gate")
+
+
+def sample_answers(predictions: dict[str, list[dict]], *, each: int) -> pd.DataFrame:
+    """The first answers of every evaluation set, as they were given."""
+    columns = ["dataset", "golds", "output", "parsed", "status", "score"]
+    rows = [{"dataset": name} | p for name, found in predictions.items() for p in found[:each]]
+    return pd.DataFrame(rows)[columns]
+
+
+def as_column(values: dict[str, float]) -> pd.DataFrame:
+    """A mapping as a one-column table."""
+    return pd.DataFrame.from_dict(values, orient="index", columns=["value"]).round(4)
+
+
+def as_rows(frame: pd.DataFrame) -> list[dict]:
+    """The table as plain data for a record, its index as `name`."""
+    return frame.rename_axis("name").reset_index().to_dict("records")
+
+
+def metric_table(metrics: dict[str, dict], names: list[str]) -> pd.DataFrame:
+    """The named metrics, one row an evaluation set; what a set does not have stays empty."""
+    rows = {
+        dataset: {name: values.get(name) for name in names} for dataset, values in metrics.items()
+    }
+    return pd.DataFrame.from_dict(rows, orient="index")
