@@ -114,8 +114,9 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
     if not item.solution:
         raise ValueError(f"item {item.id} has no generated_solution to train on")
     prompt = render(tokenizer, conversation(item, "openmath", shots=0))
-    return tokenize(tokenizer, prompt), tokenize(tokenizer, item.solution) + [
-        tokenizer.eos_token_id
+    return tokenize(tokenizer, prompt), [
+        *tokenize(tokenizer, item.solution),
+        tokenizer.eos_token_id,
     ]
 
 

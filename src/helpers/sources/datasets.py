@@ -51,15 +51,19 @@ class Item:
 
 
 def normalized_text(text: str) -> str:
-    """Lower-case words without punctuation or accents: two texts that differ less are one."""
+    """Lower-case words and operators without punctuation or accents.
+
+    Two texts that differ in less are one; `2 + 3` and `2 - 3` stay two.
+    """
     decomposed = unicodedata.normalize("NFKD", text).casefold()
     kept = "".join(c for c in decomposed if not unicodedata.combining(c))
-    return " ".join(re.findall(r"\w+", kept))
+    return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", kept))
 
 
 def item_key(item: Item) -> str:
-    """What makes two items the same question, whatever their ids."""
-    return sha256_text(normalized_text(item.question) + "\n" + normalized_text(item.passage))
+    """What makes two items the same question, whatever their ids and the options' order."""
+    parts = (item.question, item.passage, *sorted(item.options))
+    return sha256_text("\n".join(map(normalized_text, parts)))
 
 
 def _text(value) -> str:

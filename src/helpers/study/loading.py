@@ -185,6 +185,8 @@ def _references(study: Study) -> list[str]:
     for kind, names in RESERVED.items():
         for name in names & set(getattr(study, kind)):
             problems.append(f"{kind}.{name} is the name of a folder every run writes; rename it")
+    if "shared_text" in study.evaluation.datasets:
+        problems.append("evaluation.datasets.shared_text names a file every run writes; rename it")
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)

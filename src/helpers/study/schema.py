@@ -245,7 +245,7 @@ class Variant(Strict):
     def _whole_scheme(self):
         if self.preset and (self.weights or self.activations):
             raise ValueError(
-                f"preset = {self.preset!r} already names weights and activations; keep one or the other"
+                f"preset = {self.preset!r} already names weights and activations; keep one of them"
             )
         if bool(self.weights) != bool(self.activations):
             raise ValueError("weights and activations go together; name both, or a preset")

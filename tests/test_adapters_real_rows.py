@@ -1,0 +1,134 @@
+"""Adapters, prompts and scores on real rows, where the shared data folder is at hand.
+
+Only a developer's machine has it; elsewhere every test here is skipped and says so.
+"""
+
+import pytest
+
+from helpers.evaluation.metrics import metrics
+from helpers.evaluation.prompts import loglikelihood_prompt, prompt
+from helpers.evaluation.scoring import score_options, score_text
+from helpers.sources.datasets import load_items, load_rows, normalized_text
+from helpers.study.paths import PROJECT
+from helpers.study.schema import EvaluationSet, FileDataset
+
+DATA = PROJECT.parent / "shared" / "data"
+FILES = {
+    "arc": "ai2_arc-challenge-test.parquet",
+    "boolq": "boolq-validation.parquet",
+    "squad_v2": "squad_v2-validation.parquet",
+    "openmath": "openmath-heldout.parquet",
+}
+pytestmark = pytest.mark.skipif(
+    not all((DATA / name).is_file() for name in FILES.values()),
+    reason=f"real rows are not at {DATA}; only needed to develop the adapters",
+)
+
+
+def source(adapter: str) -> FileDataset:
+    return FileDataset(file=str(DATA / FILES[adapter]))
+
+
+def rows(adapter: str) -> list[dict]:
+    return load_rows(source(adapter))
+
+
+def items(adapter: str):
+    return load_items(source(adapter), adapter=adapter)
+
+
+def generated(adapter: str, texts) -> dict:
+    """Metrics of one text for each item."""
+    made = [
+        score_text(item, adapter, text, answer="boxed", finish="stop")
+        | {"prompt_tokens": 1, "output_tokens": 1}
+        for item, text in zip(items(adapter), texts, strict=True)
+    ]
+    return metrics(adapter, made)
+
+
+def wanted(adapter: str) -> EvaluationSet:
+    ask = {"protocol": "generate", "answer": "boxed", "shots": 1, "max_new_tokens": 8}
+    return EvaluationSet(adapter=adapter, source=source(adapter), items=1, ask=ask)
+
+
+@pytest.mark.parametrize("adapter", FILES)
+def test_every_row_adapts_once(adapter):
+    assert len(items(adapter)) == len(rows(adapter))
+    assert len({item.id for item in items(adapter)}) == len(rows(adapter))
+
+
+@pytest.mark.parametrize("adapter", FILES)
+def test_every_item_renders_with_its_question(adapter, tokenizer):
+    texts = set()
+    for item in items(adapter):
+        text = prompt(item, wanted(adapter), tokenizer).text
+        assert item.question in text
+        assert item.passage in text
+        texts.add(text)
+    assert len(texts) == len(items(adapter))
+
+
+@pytest.mark.parametrize("adapter", FILES)
+def test_every_gold_scores_as_right(adapter):
+    """All golds of an item, not only the first."""
+    for item in items(adapter):
+        for gold in item.golds or ["unanswerable"]:
+            text = rf"It is \boxed{{{gold}}}."
+            made = score_text(item, adapter, text, answer="boxed", finish="stop")
+            assert made["score"] == 1.0, (item.id, gold)
+            assert made.get("f1", 1.0) == 1.0
+
+
+@pytest.mark.parametrize("adapter", ["arc", "boolq"])
+def test_the_likeliest_gold_scores_as_right_and_any_other_as_wrong(adapter):
+    for item in items(adapter):
+        continuations = loglikelihood_prompt(item, adapter).continuations
+        for label in item.labels:
+            logprobs = [-0.001 if other == label else -1e6 for other in item.labels]
+            made = score_options(item, logprobs, continuations, normalize="bytes")
+            assert made["score"] == float(label in item.golds), item.id
+
+
+@pytest.mark.parametrize("label", "ABCD")
+def test_a_constant_letter_scores_its_share(label):
+    """EVIDENCE section 7: near a quarter for every letter."""
+    found = generated("arc", [rf"\boxed{{{label}}}"] * len(rows("arc")))
+    share = sum(row["answerKey"] == label for row in rows("arc")) / len(rows("arc"))
+    assert found["accuracy"] == pytest.approx(share)
+    assert 0.15 < share < 0.35
+
+
+@pytest.mark.parametrize("answer", ["yes", "no"])
+def test_a_constant_answer_to_boolq_scores_its_share(answer):
+    found = generated("boolq", [rf"\boxed{{{answer}}}"] * len(rows("boolq")))
+    share = sum(row["answer"] is (answer == "yes") for row in rows("boolq")) / len(rows("boolq"))
+    assert found["accuracy"] == pytest.approx(share)
+    assert found["macro_f1"] == pytest.approx((2 * share / (1 + share)) / 2)
+
+
+def test_abstaining_on_squad_scores_the_unanswerable_share_and_silence_nothing():
+    count = len(rows("squad_v2"))
+    share = sum(not row["answers"]["text"] for row in rows("squad_v2")) / count
+    abstained = generated("squad_v2", [r"\boxed{unanswerable}"] * count)
+    assert abstained["exact_match"] == abstained["f1"] == pytest.approx(share)
+    assert abstained["has_answer_exact_match"] == 0.0
+    assert abstained["no_answer_exact_match"] == 1.0
+    assert 0.4 < share < 0.6
+    for silence in ("", "garbage", r"\boxed{"):
+        found = generated("squad_v2", [silence] * count)
+        assert found["exact_match"] == found["f1"] == 0.0
+
+
+def test_a_constant_number_scores_its_share():
+    found = generated("openmath", [r"\boxed{1}"] * len(rows("openmath")))
+    golds = [row["expected_answer"].strip() for row in rows("openmath")]
+    assert found["accuracy"] == pytest.approx(golds.count("1") / len(golds))
+    assert 0.02 < found["accuracy"] < 0.15
+
+
+def test_held_out_problems_are_not_in_the_training_rows():
+    training = load_rows(FileDataset(file=str(DATA / "openmath-train.parquet")))
+    known = {normalized_text(row["problem"]) for row in training}
+    shared = [row for row in rows("openmath") if normalized_text(row["problem"]) in known]
+    assert not shared
