@@ -61,7 +61,7 @@ def run_calibration(
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)
             owners = torch.tensor([i for i in batch for _ in items[i]])
-            with _observed(model, mask.bool(), owners, statistics), torch.inference_mode():
+            with _observed(model, mask.bool(), owners, statistics), torch.no_grad():
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             bar.update(len(batch))
     return statistics
