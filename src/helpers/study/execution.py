@@ -1,0 +1,137 @@
+"""Executes one notebook as one job, on this very interpreter, whatever kernels are installed.
+
+papermill runs it under a temporary name that becomes the final one only on success; of a
+failure the notebook is kept beside it. A job ends when the process that started it ends,
+however that ended, and its kernel with it.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+from helpers.study.cleaning import clean_file
+from helpers.study.errors import StudyError
+from helpers.study.paths import PROJECT
+
+PR_SET_PDEATHSIG = 1
+JOB_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the debugger's start-up warning
+    "TOKENIZERS_PARALLELISM": "false",
+}
+START_ATTEMPTS = 3  # kernels starting at the same moment can pick the same port
+
+
+class JobFailed(Exception):
+    """A job's notebook did not run to its end; the message is for the terminal."""
+
+
+def die_with_parent(parent: int | None = None) -> None:
+    """End this process, at once, when the one that started it ends."""
+    parent = parent or os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it ended before the line above
+            os._exit(1)
+        return
+
+    def poll() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=poll, daemon=True).start()
+
+
+def kernel(arguments: list[str]) -> None:
+    """Become a Jupyter kernel that ends with the runner that started it."""
+    die_with_parent(int(os.environ["JPY_PARENT_PID"]))
+    sys.path.pop(0)  # `-m` put the working directory there
+    from ipykernel.kernelapp import launch_new_instance
+
+    quiet = ["--HistoryManager.enabled=False", "--IPKernelApp.log_level=CRITICAL"]
+    launch_new_instance(argv=[*arguments, *quiet])
+
+
+def _kernel_manager_class():
+    from jupyter_client.kernelspec import KernelSpec
+    from jupyter_client.manager import AsyncKernelManager
+
+    class ThisInterpreter(AsyncKernelManager):
+        """Starts the interpreter that runs the job; looks for no installed kernel."""
+
+        @property
+        def kernel_spec(self) -> KernelSpec:
+            start = [sys.executable, "-m", "helpers.study.jobs", "kernel"]
+            argv = [*start, "-f", "{connection_file}"]
+            return KernelSpec(argv=argv, display_name="Python 3 (ipykernel)", language="python")
+
+    return ThisInterpreter
+
+
+def run_notebook(notebook: Path, output: Path, parameters: dict[str, str]) -> None:
+    """Execute `notebook` with the parameters into `output`.
+
+    Raises:
+        JobFailed: it failed. `<output>.failed.ipynb` shows where, `output` is not there.
+    """
+    running = output.with_name(f"{output.stem}.running.ipynb")
+    failed = output.with_name(f"{output.stem}.failed.ipynb")
+    for old in (output, running):
+        old.unlink(missing_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    os.environ.update(JOB_ENVIRONMENT)
+    try:
+        _execute(notebook, running, parameters)
+    except Exception as error:
+        if not running.is_file():
+            raise JobFailed(_reason(error)) from error
+        clean_file(running)
+        running.replace(failed)
+        raise JobFailed(f"{_reason(error)}\nsee {_shown(failed)}") from error
+    clean_file(running)
+    running.replace(output)
+    failed.unlink(missing_ok=True)
+
+
+def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
+    import papermill
+
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
+            papermill.execute_notebook(
+                notebook,
+                running,
+                parameters=parameters,
+                cwd=PROJECT,
+                kernel_name="python3",
+                language="python",
+                progress_bar=False,
+                kernel_manager_class=_kernel_manager_class(),
+            )
+            return
+        except RuntimeError as error:
+            never_ran = "before replying to kernel_info" in str(error)
+            if not never_ran or attempt == START_ATTEMPTS:
+                raise
+
+
+def _reason(error: Exception) -> str:
+    """Why, in one line; the user's own mistakes without the exception's name."""
+    from nbclient.exceptions import DeadKernelError
+
+    if isinstance(error, DeadKernelError):
+        return "the kernel died; most often the machine ran out of memory"
+    name = getattr(error, "ename", type(error).__name__)
+    value = str(getattr(error, "evalue", error)).strip()
+    if name == StudyError.__name__:
+        return value
+    return f"{name}: {value.splitlines()[-1] if value else 'no message'}"
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path

@@ -1,0 +1,54 @@
+"""The executed analysis notebook as report.md and a self-contained report.html, without code."""
+
+import shutil
+from pathlib import Path
+
+import nbformat
+from nbconvert import HTMLExporter, MarkdownExporter
+from traitlets.config import Config
+
+from helpers.study.loading import load_study
+from helpers.study.records import write_atomically
+
+HIDDEN = "hide-in-report"
+# Nothing is fetched when the report is opened.
+NO_ADDRESSES = {
+    "require_js_url": "",
+    "mathjax_url": "",
+    "mermaid_js_url": "",
+    "jquery_url": "",
+    "widget_renderer_url": "",
+    "jupyter_widgets_base_url": "",
+}
+
+
+def export_report(notebook: Path, study: str, folder: Path) -> None:
+    """Write report.md, report_files/ and report.html of an executed notebook to a folder."""
+    content = _shown_part(nbformat.read(notebook, as_version=4))
+    resources = {"metadata": {"name": load_study(study).title}}
+    html, _ = HTMLExporter(config=_config(), **NO_ADDRESSES).from_notebook_node(content, resources)
+    markdown, extracted = MarkdownExporter(config=_config()).from_notebook_node(
+        content, resources | {"unique_key": "report", "output_files_dir": "report_files"}
+    )
+    shutil.rmtree(folder / "report_files", ignore_errors=True)
+    for name, data in extracted.get("outputs", {}).items():
+        write_atomically(folder / name, lambda path, data=data: path.write_bytes(data))
+    write_atomically(folder / "report.html", lambda p: p.write_text(html, encoding="utf-8"))
+    write_atomically(folder / "report.md", lambda p: p.write_text(markdown, encoding="utf-8"))
+
+
+def _config() -> Config:
+    config = Config()
+    config.TemplateExporter.exclude_input = True
+    config.TemplateExporter.exclude_input_prompt = True
+    config.TemplateExporter.exclude_output_prompt = True
+    return config
+
+
+def _shown_part(notebook):
+    """The notebook without hidden cells, and without what code printed to stderr."""
+    notebook.cells = [c for c in notebook.cells if HIDDEN not in c.metadata.get("tags", [])]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+    return notebook

@@ -1,0 +1,185 @@
+"""What is repeated when something changes: by the grid's own account, and by Snakemake's."""
+
+import copy
+import os
+
+import pytest
+
+import toy_project
+from helpers.study import grid
+from helpers.study.errors import StudyError
+from helpers.study.grid import Run
+from helpers.study.schema import Study
+from toy_project import planned, run_study, write_study
+
+
+def study(**changes) -> Study:
+    """The toy study with some values changed, given as dotted keys with `__`."""
+    data = copy.deepcopy(toy_project.STUDY)
+    for key, value in changes.items():
+        *path, last = key.split("__")
+        place = data
+        for part in path:
+            place = place[part]
+        place[last] = value
+    return Study.model_validate(data)
+
+
+def changed(before: Study, after: Study) -> set[str]:
+    """Names of the runs whose tracked parameters differ."""
+    return {
+        run.name
+        for run in [*grid.runs(before), Run("analysis")]
+        if grid.depends_on(before, run) != grid.depends_on(after, run)
+    }
+
+
+def test_runs_of_a_study():
+    names = [run.name for run in grid.runs(study())]
+    assert len(names) == len(set(names)) == 1 + 2 + 4 + 6
+    assert "00_finetuning.tuned" in names
+    assert "00_finetuning.base" not in names
+    assert "02_quantization.base.noquant" not in names
+    assert "03_evaluation.base.noquant" in names
+
+
+def test_alpha_repeats_exactly_its_variant():
+    after = study(variants__smooth__smooth={"alpha": 0.7, "targets": ["mlp_input"]})
+    assert changed(study(), after) == {
+        "02_quantization.base.smooth",
+        "02_quantization.tuned.smooth",
+        "03_evaluation.base.smooth",
+        "03_evaluation.tuned.smooth",
+        "04_analysis",
+    }
+
+
+def test_statistics_and_title_repeat_only_the_analysis():
+    assert changed(study(), study(statistics__margin=0.1, title="x")) == {"04_analysis"}
+
+
+def test_how_items_are_asked_repeats_evaluation_but_not_what_is_calibrated_or_trained():
+    after = study(evaluation__datasets__arc__ask={"protocol": "loglikelihood", "normalize": "none"})
+    assert {name[:2] for name in changed(study(), after)} == {"03", "04"}
+
+
+def test_which_items_are_asked_repeats_what_must_not_have_seen_them():
+    after = changed(study(), study(evaluation__datasets__arc__items=6))
+    assert {"00_finetuning.tuned", "01_calibration.base", "02_quantization.base.rtn"} <= after
+
+
+def test_calibration_leaves_the_float_base_model_alone():
+    after = changed(study(), study(calibration__items=5))
+    assert "03_evaluation.base.noquant" not in after
+    assert {"03_evaluation.base.rtn", "00_finetuning.tuned"} <= after
+
+
+def test_training_repeats_only_the_trained_model():
+    after = changed(study(), study(models__tuned__finetune__epochs=2))
+    assert {name.split(".")[1] for name in after if "." in name} == {"tuned"}
+
+
+def test_swapped_values_are_seen():
+    """As a set of values the two are equal; as one text they are not."""
+    before = study(calibration__max_tokens=64, calibration__batch_tokens=128)
+    after = study(calibration__max_tokens=128, calibration__batch_tokens=64)
+    assert "01_calibration.base" in changed(before, after)
+
+
+def test_order_of_keys_is_no_change():
+    data = toy_project.STUDY
+    turned = Study.model_validate(dict(reversed(data.items())))
+    assert not changed(study(), turned)
+
+
+@pytest.mark.parametrize("key", ["models__report", "variants__calibration"])
+def test_names_of_folders_are_refused(key):
+    value = {"random": "llama"} if key.startswith("models") else {}
+    with pytest.raises(StudyError, match="choose another name"):
+        grid.runs(study(**{key: value}))
+
+
+def test_ambiguous_names_are_refused():
+    twins = {"a": {"random": "llama"}, "a.b": {"random": "llama"}}
+    with pytest.raises(StudyError, match="leave out the dots"):
+        grid.runs(study(models=twins, variants={"b.c": {}, "c": {}}))
+
+
+def test_a_stage_is_repeated_for_the_modules_it_uses_and_no_others():
+    def modules(*run: str) -> set[str]:
+        files = grid.source_files(study(), Run(*run))
+        return {f"{path.parent.name}/{path.name}" for path in files}
+
+    quantization = modules("quantization", "base", "rtn")
+    assert {"quantization/smoothing.py", "sources/models.py", "study/hashing.py"} <= quantization
+    assert "notebooks/02_quantization.ipynb" in quantization
+    assert not {name for name in quantization if name.startswith(("report/", "evaluation/"))}
+    evaluation = modules("evaluation", "base", "rtn")
+    assert {"evaluation/engine.py", "evaluation/scoring.py", "data/arc.jsonl"} <= evaluation
+    assert not {"evaluation/statistics.py", "report/tables.py", "study/jobs.py"} & evaluation
+
+
+def test_local_files_are_inputs(tmp_path):
+    rows, folder = tmp_path / "rows.jsonl", tmp_path / "model"
+    rows.write_text("{}\n")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    given = study(
+        models={"local": {"folder": str(folder)}},
+        evaluation__datasets__arc__source={"file": str(rows)},
+    )
+    files = grid.source_files(given, Run("evaluation", "local", "noquant"))
+    assert {rows, folder / "config.json"} <= set(files)
+
+
+def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done(tmp_path):
+    folder = toy_project.make(tmp_path, kernels=False)
+    data = copy.deepcopy(toy_project.STUDY)
+    del data["models"]["tuned"], data["variants"]["rtn"]
+    data["statistics"]["primary"] = []
+    write_study(folder, data)
+    done = run_study(folder)
+    assert done.returncode == 0, done.stderr
+    assert "[6/6]" in done.stderr
+
+    # A touched module is not a changed one, and a changed report makes no new numbers.
+    os.utime(folder / "src" / "helpers" / "quantization" / "smoothing.py")
+    with open(folder / "src" / "helpers" / "report" / "tables.py", "a") as stream:
+        stream.write("\nEXTRA = 1\n")
+    assert planned(folder) == ["analysis", "report"]
+
+    # One variant's alpha, and its early job fails.
+    data["variants"]["smooth"]["smooth"]["alpha"] = 0.9
+    write_study(folder, data)
+    (folder / "fail").write_text("02_quantization.base")
+    failed = run_study(folder)
+    assert failed.returncode == 1
+    assert "told to fail" in failed.stderr
+    assert "Error in rule" not in failed.stderr
+    stale = ["analysis", "evaluation base smooth", "quantization base smooth", "report"]
+    assert planned(folder) == stale, "results are stale, and 'nothing to be done'"
+
+    # A report of stale results is refused, not made.
+    refused = toy_project.jobs(folder, "study", "toy", "--cores", "1", "--only-report")
+    assert refused.returncode == 2
+    assert "(quantization base smooth, evaluation base smooth); run make study" in refused.stderr
+
+    (folder / "fail").unlink()
+    assert "[4/4]" in run_study(folder).stderr
+    assert planned(folder) == []
+    assert not list(folder.glob("outputs/toy/notebooks/*.failed.ipynb"))
+
+    # Without the engine's memory a change would go unseen, so all is run anew.
+    (folder / ".snakemake").rename(folder / "lost")
+    assert len(planned(folder)) == 6
+
+
+def test_a_wrong_study_is_one_line(tmp_path):
+    folder = toy_project.make(tmp_path, kernels=False)
+    for study_name in ("none", "toy"):
+        if study_name == "toy":
+            write_study(folder, toy_project.STUDY | {"baseline": "nokwant"})
+        told = toy_project.jobs(folder, "study", study_name, "--cores", "1")
+        assert told.returncode == 2
+        assert len(told.stderr.strip().splitlines()) == 1, told.stderr
+        assert told.stderr.startswith(f"params/{study_name}.yaml: ")

@@ -1,0 +1,174 @@
+"""A copy of the project with notebooks that take no time, for tests of the workflow."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+
+from helpers.study.paths import PROJECT
+from helpers.study.workflow import PLAN_WIDTH
+
+STUDY = {
+    "title": "A toy study",
+    "seed": 7,
+    "runtime": {"device": "cpu", "dtype": "float32", "threads": 1, "quantized": "int8"},
+    "models": {
+        "base": {"random": "llama"},
+        "tuned": {
+            "finetune": {
+                "start": "base",
+                "dataset": {"shipped": "openmath_train"},
+                "items": 8,
+                "heldout_items": 4,
+                "epochs": 1,
+                "learning_rate": 1e-4,
+                "warmup_fraction": 0.1,
+                "batch_items": 2,
+                "max_tokens": 64,
+                "autocast": "none",
+            }
+        },
+    },
+    "calibration": {
+        "adapter": "openmath",
+        "dataset": {"shipped": "openmath_train"},
+        "items": 4,
+        "max_tokens": 64,
+        "batch_tokens": 128,
+    },
+    "variants": {
+        "noquant": {},
+        "rtn": {"preset": "w8a8"},
+        "smooth": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": ["mlp_input"]}},
+    },
+    "baseline": "noquant",
+    "evaluation": {
+        "batch_tokens": 128,
+        "datasets": {
+            "arc": {
+                "adapter": "arc",
+                "source": {"shipped": "arc"},
+                "items": 5,
+                "ask": {"protocol": "loglikelihood", "normalize": "bytes"},
+            }
+        },
+        "shared_text": {"dataset": {"shipped": "squad_v2"}, "passages": 2, "max_tokens": 32},
+    },
+    "statistics": {
+        "confidence": 0.95,
+        "power": 0.8,
+        "margin": 0.05,
+        "resamples": 100,
+        "primary": [{"model": "base", "dataset": "arc", "baseline": "noquant", "variant": "rtn"}],
+    },
+}
+
+# Stands in for papermill where only the workflow is tested: no kernel, no waiting.
+STUB = """
+import json
+
+def execute_notebook(notebook, output, parameters, **_):
+    text, space = notebook.read_text(), {}
+    output.write_text(text)
+    for index, cell in enumerate(json.loads(text)["cells"]):
+        exec("".join(cell["source"]), space)
+        if index == 0:
+            space.update(parameters)
+"""
+PARAMETERS = 'study = "toy"\nmodel = "base"\nvariant = "rtn"'
+USES = {
+    "finetuning": "from helpers.sources import finetuning",
+    "calibration": "from helpers.quantization import calibration\nimport helpers.report",
+    "quantization": "from helpers.quantization import smoothing\nfrom helpers.report import tables",
+    "evaluation": "from helpers.evaluation import engine\nfrom helpers.report import tables",
+    "analysis": "from helpers.report import tables",
+}
+WORK = """
+import sys
+from pathlib import Path
+from helpers.study import grid
+from helpers.study.errors import StudyError
+from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.records import write_json
+if (PROJECT / "fail").is_file() and (PROJECT / "fail").read_text() in NAME:
+    raise StudyError("toy: this run was told to fail; delete the file")
+write_json(RUN.record(StudyPaths(study)), {"python": sys.executable, "run": RUN.name})
+"""
+
+
+def notebook(*cells: str, parameters: str = PARAMETERS):
+    """A notebook of code cells after a tagged parameters cell."""
+    first = nbformat.v4.new_code_cell(parameters, metadata={"tags": ["parameters"]})
+    metadata = {"kernelspec": {"name": "python3", "display_name": "x", "language": "python"}}
+    rest = [nbformat.v4.new_code_cell(cell) for cell in cells]
+    return nbformat.v4.new_notebook(cells=[first, *rest], metadata=metadata)
+
+
+def stage_notebook(stage: str):
+    """The toy of one stage: names what the real one imports, and writes its record."""
+    names = {"finetuning": "model", "calibration": "model", "analysis": ""}
+    given = names.get(stage, "model, variant")
+    run = f"RUN = grid.Run({stage!r}, {given})\nNAME = RUN.name"
+    uses = "if False:\n    " + USES[stage].replace("\n", "\n    ")
+    before, after = WORK.split("if (PROJECT", 1)
+    work = f"{before}{run}\nif (PROJECT{after}"
+    table = '(StudyPaths(study).root / "summary.csv").write_text("a,b")'
+    return notebook(uses, work, *([table] if stage == "analysis" else []))
+
+
+def make(folder: Path, *, kernels: bool) -> Path:
+    """A project with the real code and Snakefile, toy notebooks and the study `toy`."""
+    shutil.copytree(PROJECT / "src" / "helpers", folder / "src" / "helpers")
+    shutil.copy(PROJECT / "Snakefile", folder)
+    for name in ("notebooks", "params"):
+        (folder / name).mkdir()
+    tables = folder / "src" / "helpers" / "report" / "tables.py"
+    tables.touch()
+    for number, stage in enumerate(USES):
+        nbformat.write(stage_notebook(stage), folder / "notebooks" / f"{number:02d}_{stage}.ipynb")
+    write_study(folder, STUDY)
+    if not kernels:
+        (folder / "src" / "papermill.py").write_text(STUB)
+    return folder
+
+
+def write_study(folder: Path, study: dict) -> None:
+    (folder / "params" / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+
+
+def environment(folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("STUDY_", "PYTEST_"))}
+    return kept | {"PYTHONPATH": str(folder / "src"), "STUDY_CACHE": str(folder / ".cache")}
+
+
+def jobs(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
+    """`python -m helpers.study.jobs …` in the toy project."""
+    return subprocess.run(
+        [sys.executable, "-m", "helpers.study.jobs", *arguments],
+        cwd=folder,
+        env=environment(folder) | more,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def run_study(folder: Path, *options: str) -> subprocess.CompletedProcess:
+    return jobs(folder, "study", "toy", "--cores", "4", "--job-mb", "100", "--", *options)
+
+
+def planned(folder: Path) -> list[str]:
+    """What a dry run says would run, such as `evaluation base rtn`."""
+    done = run_study(folder, "-n")
+    assert done.returncode == 0, done.stderr
+    return sorted(line[:PLAN_WIDTH].strip() for line in done.stdout.splitlines())
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text("utf-8"))
