@@ -101,7 +101,9 @@ def _summarize(x: Tensor, owners: Tensor) -> InputStatistics:
     absmax = magnitude.amax(0)
     top = magnitude[:, absmax.argmax()].argmax().item()
     step = max(1, len(x) // SAMPLED_TOKENS)
-    return InputStatistics(absmax.cpu(), int(owners[top]), [magnitude[::step].cpu()], len(x))
+    return InputStatistics(
+        absmax.cpu(), int(owners[top]), [magnitude[::step].clone().cpu()], len(x)
+    )
 
 
 def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatistics) -> None:
