@@ -1,0 +1,80 @@
+"""Fine-tuning: the loss is on the answer only, the run is seeded, and it learns."""
+
+import pytest
+import torch
+
+from helpers.sources import finetuning
+from helpers.study.errors import StudyError
+from helpers.study.schema import FineTuning
+
+SETTINGS = {
+    "start": "base",
+    "dataset": {"shipped": "openmath_train"},
+    "items": 12,
+    "heldout_items": 4,
+    "epochs": 3,
+    "learning_rate": 3e-3,
+    "warmup_fraction": 0.1,
+    "batch_items": 4,
+    "max_tokens": 64,
+    "autocast": "none",
+}
+
+
+@pytest.fixture
+def examples():
+    generator = torch.Generator().manual_seed(5)
+    lengths = [(6, 3), (9, 5), (4, 2), (12, 4)] * 3
+    drawn = [torch.randint(3, 259, (p + a,), generator=generator).tolist() for p, a in lengths]
+    return [(d[:p], d[p:]) for d, (p, _) in zip(drawn, lengths, strict=True)]
+
+
+def test_the_loss_is_that_of_the_answers_read_one_by_one(exact_model, examples):
+    """Plain cross-entropy over every answer token, each example alone, no padding."""
+    total, count = 0.0, 0
+    for prompt, answer in examples[:4]:
+        logprobs = exact_model(torch.tensor([prompt + answer])).logits.log_softmax(-1)[0]
+        for place, token in enumerate(answer, start=len(prompt) - 1):
+            total -= logprobs[place, token].item()
+            count += 1
+    loss = finetuning.answer_loss(exact_model, examples[:4], autocast="none")
+    assert loss.item() == pytest.approx(total / count, rel=1e-5)
+
+
+def test_it_learns_and_the_run_repeats(model, examples):
+    from copy import deepcopy
+
+    twin, settings = deepcopy(model), FineTuning(**SETTINGS)
+    before = finetuning.heldout_loss(model, examples, batch_items=4)
+    steps = finetuning.fine_tune_(model, examples, settings, seed=1)
+    after = finetuning.heldout_loss(model, examples, batch_items=4)
+    assert after < before
+    assert len(steps) == 9
+    again = finetuning.fine_tune_(twin, examples, settings, seed=1)
+    assert [s.loss for s in again] == [s.loss for s in steps]
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
+    )
+
+
+def test_every_example_is_seen_once_an_epoch(examples):
+    settings = FineTuning(**SETTINGS)
+    batches = finetuning._epoch(examples, settings, seed=3)
+    seen = [example for batch in batches for example in batch]
+    assert sorted(seen) == sorted(examples)
+
+
+def test_a_long_example_is_refused_before_training(model, examples):
+    before = model.lm_head.weight.clone()
+    settings = FineTuning(**SETTINGS | {"max_tokens": 16})
+    long = [([1] * 20, [2, 3])]
+    with pytest.raises(StudyError, match="max_tokens = 16 but an example has 22"):
+        finetuning.fine_tune_(model, long + examples, settings, seed=1)
+    assert torch.equal(model.lm_head.weight, before)
+
+
+def test_a_broken_loss_stops_the_training(model, examples):
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("inf"))
+    with pytest.raises(StudyError, match=r"the loss is .* lower learning_rate"):
+        finetuning.fine_tune_(model, examples, FineTuning(**SETTINGS), seed=1)
