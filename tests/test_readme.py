@@ -1,0 +1,47 @@
+"""The front page: its numbers are the published report's, its tree and commands exist."""
+
+import re
+import subprocess
+
+import pytest
+
+from helpers.report.readme import REPORT, headline, with_headline
+from helpers.study.errors import StudyError
+from helpers.study.paths import PROJECT
+
+README = (PROJECT / "README.md").read_text("utf-8")
+
+
+def test_the_headline_is_that_of_the_published_report():
+    report = (PROJECT / REPORT).read_text("utf-8")
+    assert headline(report) in README
+    assert with_headline(README, report) == README
+
+
+def test_every_local_link_leads_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", README)
+    assert links
+    for link in links:
+        assert link.startswith("http") or (PROJECT / link).exists(), link
+
+
+def test_every_make_target_it_names_exists():
+    targets = set(re.findall(r"make ([a-z]+)", README))
+    known = set(re.findall(r"^([a-z]+):", (PROJECT / "Makefile").read_text(), flags=re.M))
+    assert {"study", "test"} <= targets
+    assert targets <= known
+
+
+def test_what_is_committed_stays_small_and_without_weights():
+    listed = subprocess.run(
+        ["git", "ls-files", "outputs"], cwd=PROJECT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    files = [PROJECT / name for name in listed]
+    demo = [f for f in files if "demo" in f.parts]
+    assert not [f for f in files if f.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
+    assert sum(f.stat().st_size for f in demo if f.is_file()) < 5_000_000
+
+
+def test_a_readme_without_markers_is_refused():
+    with pytest.raises(StudyError, match="put them back"):
+        with_headline("no markers", "| a |\n\n![x](y.png)")
