@@ -152,3 +152,32 @@ def tokenizer():
     from helpers.sources.random_model import byte_tokenizer
 
     return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def sound_runs(tmp_path_factory):
+    """make(family, variant): a sound run of a tiny model, made once a session."""
+    from quantized_run import QuantizedRun
+
+    made = {}
+
+    def make(family: str, variant: str):
+        if (family, variant) not in made:
+            import torch
+
+            torch.set_num_threads(1)
+            root = tmp_path_factory.mktemp(f"{family}-{variant}")
+            run = QuantizedRun(root, yaml.safe_load(STUDY), variant)
+            run.save_source(family)
+            run.calibrate()
+            run.quantize()
+            made[family, variant] = run
+        return made[family, variant]
+
+    return make
+
+
+@pytest.fixture
+def sound_run(sound_runs, tmp_path):
+    """run(family, variant): a copy of a sound run, the test's own to break."""
+    return lambda family, variant: sound_runs(family, variant).copy(tmp_path / "run")

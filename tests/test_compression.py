@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.quantization import compression, verification
+from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import Int8Linear, load_int8, read_tensors
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
@@ -35,7 +35,7 @@ def made(request, model, tokenizer, items, tmp_path):
     statistics = run_calibration(model, items, batch_tokens=64)
     absmax = {name: found.absmax for name, found in statistics.items()}
     done = smooth_variant_(model, absmax, variant)
-    weights = verification.snapshot(model)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     compression.quantize_variant_(model, variant, absmax, done)
     folder = tmp_path / "checkpoint"
     compression.save_checkpoint(model, tokenizer, folder)
@@ -43,13 +43,6 @@ def made(request, model, tokenizer, items, tmp_path):
 
 
 all_variants = pytest.mark.parametrize("made", VARIANTS, indirect=True)
-
-
-@all_variants
-def test_a_sound_checkpoint_passes_its_gates(made):
-    variant, weights, _, folder, model = made
-    gates = verification.checkpoint_gates(folder, weights, variant, model)
-    assert [g for g in gates if not g.passed] == []
 
 
 @all_variants

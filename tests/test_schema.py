@@ -102,3 +102,25 @@ def test_alpha_may_be_either_end(study_settings, alpha):
     study_settings["variants"]["smoothquant_w8a8"]["smooth"]["alpha"] = alpha
     loaded = Study.model_validate(study_settings)
     assert loaded.variants["smoothquant_w8a8"].smooth.alpha == alpha
+
+
+def test_the_seed_recipe_is_a_float_checkpoint_that_claims_to_be_w8a8():
+    smooth = {"alpha": 0.5, "targets": ["mlp_input"]}
+    seed = Variant(recipe="seed", smooth=smooth)
+    assert (seed.quantized, seed.changes_model) == (False, True)
+    assert seed.claim.scheme == ("tensor", "token_dynamic")
+    assert seed.claim.smooth == seed.smooth
+    assert Variant(preset="o1").claim == Variant(preset="o1")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {},
+        {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": ["mlp_input"]}},
+        {"smooth": {"alpha": 0.5, "targets": ["mlp_input"]}, "recipe": "sead"},
+    ],
+)
+def test_the_seed_recipe_takes_smooth_and_nothing_else(wrong):
+    with pytest.raises(ValidationError):
+        Variant(**{"recipe": "seed"} | wrong)

@@ -121,7 +121,7 @@ def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatist
 
 
 def save_calibration(path: Path, statistics: dict[str, InputStatistics]) -> None:
-    """Write abs-max, 99th percentile, median and a log2 histogram of every Linear's input."""
+    """Write abs-max, 99th percentile, median, log2 histogram and token count of every input."""
     tensors = {}
     for name, found in statistics.items():
         samples = torch.cat(found.samples)
@@ -129,6 +129,7 @@ def save_calibration(path: Path, statistics: dict[str, InputStatistics]) -> None
         tensors[f"{name}.p99"] = torch.quantile(samples, 0.99, dim=0)
         tensors[f"{name}.median"] = samples.median(0).values
         tensors[f"{name}.histogram"] = log2_histogram(samples)
+        tensors[f"{name}.tokens"] = torch.tensor(found.tokens)
     tensors = {key: value.clone() for key, value in tensors.items()}
     write_atomically(path, lambda p: save_file(tensors, p))
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from helpers.quantization.layer_groups import linear_layers, quantized_linears
+from helpers.quantization.seed_recipe import apply_seed_recipe_
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax
 from helpers.sources.models import save_model
 from helpers.study.errors import StudyError
@@ -56,6 +57,8 @@ def quantize_variant_(
     model, variant: Variant, act_absmax: dict[str, Tensor], done: list[SmoothedGroup]
 ) -> list[str]:
     """Quantize a smoothed model as the variant says; a float variant quantizes nothing."""
+    if variant.recipe == "seed":
+        return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.quantized:
         return []
     return quantize_(model, variant, smoothed_absmax(act_absmax, done))
@@ -63,7 +66,10 @@ def quantize_variant_(
 
 def describe(variant: Variant) -> str:
     """The recipe in one line, in words."""
-    if variant.quantized:
+    if variant.recipe == "seed":
+        text = "the seed recipe (a control, broken on purpose): dequantized int8 weights per "
+        text += "tensor, head included, float activations"
+    elif variant.quantized:
         weights, activations = variant.scheme
         text = f"int8 weights per {weights}, int8 activations per {activations.replace('_', ', ')}"
         text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
@@ -71,7 +77,8 @@ def describe(variant: Variant) -> str:
         text = "float weights and activations"
     if variant.smooth:
         where = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
-        text += f"; smoothed with α = {variant.smooth.alpha:g} at {where}"
+        done = "divided by the scales" if variant.recipe == "seed" else "smoothed"
+        text += f"; {done} with α = {variant.smooth.alpha:g} at {where}"
     return text
 
 

@@ -26,7 +26,7 @@ def sqnr_with_and_without(
     scheme = variant.scheme or ("channel", "token_dynamic")
     recipe = Variant(weights=scheme[0], activations=scheme[1], ignore=variant.ignore)
     curves = {"without smoothing": linear_sqnr(model, items, recipe, static_absmax=act_absmax)}
-    if variant.smooth:
+    if variant.smooth and not variant.recipe:
         copied = copy.deepcopy(model)
         done = smooth_(copied, act_absmax, variant.smooth)
         limits = smoothed_absmax(act_absmax, done)

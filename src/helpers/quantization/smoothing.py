@@ -102,8 +102,13 @@ def smooth_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[Smooth
 
 
 def smooth_variant_(model, act_absmax: dict[str, Tensor], variant: Variant) -> list[SmoothedGroup]:
-    """Smooth the model in place as the variant says; nothing is folded if it does not smooth."""
-    return smooth_(model, act_absmax, variant.smooth) if variant.smooth else []
+    """Smooth the model in place as the variant says; nothing is folded if it does not smooth.
+
+    A recipe of its own (seed) is not smoothing, whatever it takes from `smooth`.
+    """
+    if variant.smooth is None or variant.recipe:
+        return []
+    return smooth_(model, act_absmax, variant.smooth)
 
 
 def smoothed_absmax(act_absmax: dict[str, Tensor], done: list[SmoothedGroup]) -> dict[str, Tensor]:

@@ -47,6 +47,13 @@ def variant_digest(job: Job) -> str:
 
 
 def load_reference(folder, *, dtype: torch.dtype, device: str):
-    """The checkpoint as transformers and compressed-tensors load it: int8 is simulated."""
+    """The checkpoint as transformers and compressed-tensors load it: int8 is simulated.
+
+    The weights are unpacked by a hook on the whole model's first forward pass. The
+    evaluation calls the decoder alone, where no hook is, so one token is read here.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-    return model.to(device).eval()
+    model = model.to(device).eval()
+    with torch.no_grad():
+        model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    return model

@@ -233,8 +233,13 @@ class Smooth(Strict):
 
 
 class Variant(Strict):
-    """How a model is quantized; no weights and no activations means it stays float."""
+    """How a model is quantized; no weights and no activations means it stays float.
 
+    `recipe: seed` is the known broken recipe (helpers.quantization.seed_recipe), a control
+    that has to be flagged. It says for itself how it quantizes.
+    """
+
+    recipe: Literal["seed"] | None = None
     preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
     weights: Weights | None = None
     activations: Activations | None = None
@@ -249,6 +254,11 @@ class Variant(Strict):
             )
         if bool(self.weights) != bool(self.activations):
             raise ValueError("weights and activations go together; name both, or a preset")
+        if self.recipe and (self.preset or self.weights or not self.smooth):
+            raise ValueError(
+                f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
+                "its own"
+            )
         return self
 
     @property
@@ -267,6 +277,17 @@ class Variant(Strict):
     def changes_model(self) -> bool:
         """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
         return self.quantized or self.smooth is not None
+
+    @property
+    def claim(self) -> "Variant":
+        """What the variant gives itself out for, and is held to.
+
+        The seed recipe's report calls it SmoothQuant W8A8, weights per tensor, head kept.
+        """
+        if self.recipe != "seed":
+            return self
+        claimed = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
+        return self.model_copy(update=claimed)
 
 
 class Comparison(Strict):

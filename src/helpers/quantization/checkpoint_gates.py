@@ -1,0 +1,256 @@
+"""Gates on the checkpoint's tensors, held against the source's and the calibration's files."""
+
+import json
+
+import torch
+from torch import Tensor
+
+from helpers.quantization.evidence import Evidence
+from helpers.quantization.gates import gate, named
+from helpers.quantization.int8 import HALF_RANGE
+from helpers.study.hashing import sha256_folder
+
+EPS32 = torch.finfo(torch.float32).eps
+LEVELS = 127  # a row whose largest value is 127.5 steps reaches ±127 at least, however rounded
+LOGARITHM = 32  # x^α = exp(α·ln x): |ln x| < 16 for x in [1e-5, 1e6], two such factors
+SUFFIXES = ("weight_scale", "input_scale")
+
+
+@gate("smoothing as declared")
+def smoothing_gate(evidence: Evidence):
+    """Every group was folded, by the paper's scales at the declared alpha.
+
+    A recovered scale is a quotient of two norms of the dtype, one of them a rounded
+    quotient: 2 eps. The scales were made in float32, where x^α loses up to |ln x| eps.
+    """
+    limit = 2 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32
+    folded, worst, where = 0, 0.0, []
+    for group in evidence.groups:
+        found, allowed = evidence.recovered_scales(group), torch.tensor(limit)
+        if evidence.source[f"{group.producer}.weight"].ndim > 1:
+            found, allowed = _row_scales(evidence, group)
+        declared = evidence.declared_scales(group)
+        error = ((found - declared).abs() / declared / allowed).max().item()
+        folded += not bool((found == 1).all())
+        if not error <= 1:  # NaN as well
+            where.append(group.producer)
+        worst = max(worst, error) if error == error else float("nan")
+    expected = len(evidence.groups)
+    return (
+        not where and folded == expected,
+        f"{folded} of {expected} groups folded, {len(where)} with other scales than equation 4 "
+        f"gives{named(where)}; largest deviation {worst:.2g} of what rounding allows",
+        f"{expected} groups folded, each by the scales of equation 4 at "
+        + (f"α = {evidence.claim.smooth.alpha:g}" if evidence.claim.smooth else "no place"),
+    )
+
+
+def _row_scales(evidence: Evidence, group) -> tuple[Tensor, Tensor]:
+    """What a Linear producer's rows were divided by, and how well the file can tell.
+
+    The row w of the source (its columns smoothed) became v: s = ⟨w, w⟩ / ⟨w, v⟩. Rounding
+    to the grid moved every v_j by half a step at most, so ⟨w, v⟩ by ‖w‖₁ / 2 steps.
+    """
+    name = group.producer
+    columns, _ = evidence.folded[name]
+    w = evidence.source[f"{name}.weight"].double() * (1 if columns is None else columns)
+    saved, step = evidence.saved[f"{name}.weight"].double(), _step(evidence, name)
+    along = (w * saved * (1 if step is None else step)).sum(1)
+    found = w.square().sum(1) / along
+    eps = torch.finfo(evidence.dtype).eps
+    blur = 4 * eps + LOGARITHM * EPS32 + torch.zeros_like(found)
+    if step is not None:
+        blur = blur + w.abs().sum(1) * (step.flatten() / 2) / along.abs()
+    return found, blur
+
+
+def _step(evidence: Evidence, name: str) -> Tensor | None:
+    """(out_features or 1, 1) float64 step of a Linear stored as int8, else None."""
+    scale = evidence.saved.get(f"{name}.weight_scale")
+    return None if scale is None else scale.double().reshape(-1, 1)
+
+
+@gate("weights on the declared grid")
+def grid_gate(evidence: Evidence):
+    """int8 within half a step of source × scales, each row (or tensor) using the whole grid.
+
+    The quotient of at most 128 steps carries four roundings of the dtype (s, the
+    product, the step, the quotient): 2 eps. A row that ends short of ±127 has fewer bits
+    than it says, or the scale of another row.
+    """
+    granularity = evidence.claim.scheme[0]
+    limit = 0.5 + 128 * (2 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32)
+    far, short, wrong, worst = [], [], [], 0.0
+    for name in evidence.targets:
+        q, step = evidence.saved[f"{name}.weight"], _step(evidence, name)
+        if q.dtype != torch.int8 or step is None or len(step) != _steps(q, granularity):
+            wrong.append(name)
+            continue
+        if not (torch.isfinite(step).all() and (step > 0).all()):
+            wrong.append(name)
+            continue
+        weight = evidence.smoothed_weight(name)
+        error = (q.double() - weight / step).abs().max().item()
+        worst = max(worst, error) if error == error else float("nan")
+        if not error <= limit:
+            far.append(name)
+        parts = q if granularity == "channel" else q.reshape(1, -1)
+        zero = weight.reshape(len(parts), -1).abs().amax(1) == 0
+        if not ((parts.int().abs().amax(1) >= LEVELS) | zero).all():
+            short.append(name)
+    return (
+        not (far or short or wrong),
+        f"of {len(evidence.targets)} Linears {len(wrong)} are not int8 with positive steps per "
+        f"{granularity}{named(wrong)}, {len(far)} are off their float weights{named(far)}, "
+        f"{len(short)} do not use the whole grid{named(short)}; largest error {worst:.4g} steps",
+        f"none, none, none; at most {limit:.4g} steps",
+    )
+
+
+def _steps(q: Tensor, granularity: str) -> int:
+    return q.shape[0] if granularity == "channel" else 1
+
+
+@gate("float weights times the scales")
+def float_weights_gate(evidence: Evidence):
+    """In a variant that only smooths, every Linear is the source's times the scales.
+
+    Two roundings of the dtype for columns and rows each, two for what they were made of.
+    """
+    limit = 4 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32
+    touched = [n for n, scales in evidence.folded.items() if scales != (None, None)]
+    off = []
+    for name in touched:
+        expected = evidence.smoothed_weight(name)
+        error = (evidence.saved[f"{name}.weight"].double() - expected).abs()
+        if not bool((error <= limit * expected.abs()).all()):
+            off.append(name)
+    return (
+        not off,
+        f"{len(off)} of {len(touched)} smoothed Linears are off{named(off)}",
+        f"none by more than {limit:.1e} of each weight",
+    )
+
+
+@gate("static scales from the calibration")
+def static_gate(evidence: Evidence):
+    """A static scale is the layer's own calibrated maximum, after smoothing, over 127.5.
+
+    Three roundings of the dtype (s, the smoothed maximum, the scale) and those of s.
+    """
+    limit = 3 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32
+    off = []
+    for name in evidence.targets:
+        columns, _ = evidence.folded[name]
+        absmax = evidence.absmax[name].double()
+        expected = (absmax if columns is None else absmax / columns).max() / HALF_RANGE
+        found = evidence.saved.get(f"{name}.input_scale", torch.tensor(float("nan"))).double()
+        if found.numel() != 1 or not abs(found.item() / expected.item() - 1) <= limit:
+            off.append(name)
+    return (
+        not off,
+        f"{len(off)} of {len(evidence.targets)} input scales are not their layer's{named(off)}",
+        f"none by more than {limit:.1e}",
+    )
+
+
+@gate("everything else bit-identical")
+def kept_gate(evidence: Evidence):
+    """Head, embeddings, unused norms, biases, ignored layers: as in the source's files.
+
+    What smoothing must change (its norms, the float Linears it scales) has its own gates.
+    """
+    changed_by_design = {f"{n}.weight" for n in evidence.targets}
+    changed_by_design |= {f"{g.producer}.weight" for g in evidence.groups}
+    changed_by_design |= {f"{g.producer}.bias" for g in evidence.groups}
+    changed_by_design |= {f"{n}.weight" for n, s in evidence.folded.items() if s != (None, None)}
+    kept = [k for k in evidence.source if k not in changed_by_design]
+    scales = {f"{n}.{suffix}" for n in evidence.targets for suffix in SUFFIXES}
+    odd = set(evidence.source) ^ (set(evidence.saved) - scales)
+    differ = [k for k in kept if k in evidence.saved and not _same(evidence, k)]
+    return (
+        not (odd or differ),
+        f"{len(differ)} of {len(kept)} kept tensors differ{named(differ)}, {len(odd)} are "
+        f"missing or new{named(sorted(odd))}",
+        "none differ, none are missing or new",
+    )
+
+
+def _same(evidence: Evidence, key: str) -> bool:
+    found, expected = evidence.saved[key], evidence.source[key]
+    return found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+@gate("layer census")
+def census_gate(evidence: Evidence):
+    """The Linears stored as int8 are the architecture's, but for those left float by name."""
+    stored, expected = evidence.stored_int8, set(evidence.targets)
+    missing, extra = sorted(expected - stored), sorted(stored - expected)
+    return (
+        stored == expected,
+        f"{len(stored)} of {len(evidence.linears)} Linears are int8 on disk; "
+        f"{len(missing)} missing{named(missing)}, {len(extra)} too many{named(extra)}",
+        f"{len(expected)}, by name",
+    )
+
+
+@gate("metadata agree with the tensors")
+def metadata_gate(evidence: Evidence):
+    """Bits, granularities and layers: read from tensors, from the config, from the study file."""
+    weights, activations = evidence.claim.scheme
+    study = _in_words(8, weights, 8, activations, set(evidence.targets))
+    told = {"tensors": _from_tensors(evidence), "config": _from_config(evidence)}
+    differ = [f"{where}: {words}" for where, words in told.items() if words != study]
+    return not differ, "; ".join(differ) or f"tensors and config: {study}", f"study file: {study}"
+
+
+def _in_words(weight_bits, weights, activation_bits, activations, layers: set[str]) -> str:
+    kept = "" if "lm_head" in layers else ", head kept"
+    return (
+        f"{weight_bits}-bit weights per {weights}, {activation_bits}-bit activations "
+        f"{activations.replace('_', ' ')}, {len(layers)} Linears{kept}"
+    )
+
+
+def _from_tensors(evidence: Evidence) -> str:
+    names = sorted(evidence.stored_int8)
+    if not names:
+        return "no Linear is int8"
+    tops = {int(evidence.saved[f"{n}.weight"].int().abs().max()) for n in names}
+    bits = max(2, (min(tops) or 1).bit_length() + 1) if min(tops) < 128 else 8
+    shapes = {evidence.saved[f"{n}.weight_scale"].numel() for n in names}
+    weights = "tensor" if shapes == {1} else "channel"
+    static = sum(f"{n}.input_scale" in evidence.saved for n in names)
+    activations = evidence.claim.scheme[1]
+    if static != (len(names) if activations == "tensor_static" else 0):
+        activations = f"with {static} static scales"
+    return _in_words(bits, weights, 8, activations, set(names))
+
+
+def _from_config(evidence: Evidence) -> str:
+    config = json.loads((evidence.folder / "config.json").read_text("utf-8"))
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) != 1:
+        return f"{len(groups)} quantization groups"
+    (group,) = groups.values()
+    weights, inputs = group["weights"], group["input_activations"]
+    if not all(g["symmetric"] and g["type"] == "int" for g in (weights, inputs)):
+        return "not symmetric integers"
+    timing = "dynamic" if inputs["dynamic"] else "static"
+    layers = set(evidence.linears) - set(config["quantization_config"]["ignore"])
+    if layers != evidence.stored_int8:
+        return f"ignores other Linears than the {len(evidence.stored_int8)} stored as int8"
+    kind = f"{inputs['strategy']}_{timing}"
+    return _in_words(weights["num_bits"], weights["strategy"], inputs["num_bits"], kind, layers)
+
+
+@gate("source model untouched")
+def source_gate(evidence: Evidence):
+    """The source's files are what calibration read and what the run began with."""
+    now = sha256_folder(evidence.source_folder)
+    calibrated = evidence.calibration_record["inputs"].get("model", "unknown")
+    return (
+        now == evidence.source_hash == calibrated,
+        f"files {now[:12]} after the run",
+        f"files {evidence.source_hash[:12]} before it, {calibrated[:12]} at calibration",
+    )

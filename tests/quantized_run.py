@@ -1,0 +1,147 @@
+"""A tiny model calibrated, quantized and saved as the notebooks do it, for tests to tamper with.
+
+A run is made once for each family and variant and copied for each test; the copy's
+source model, calibration and checkpoint are the test's own to break.
+"""
+
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from helpers.quantization import calibration, compression, smoothing, verification
+from helpers.sources.conversations import calibration_tokens
+from helpers.sources.datasets import calibration_items
+from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.sources.random_model import byte_tokenizer, random_model
+from helpers.study.hashing import sha256_folder
+from helpers.study.opening import Job, open_job
+from helpers.study.records import Record, read_json, write_json
+
+NORMS = ["attention_input", "mlp_input"]
+SMOOTH = {"alpha": 0.5, "targets": NORMS}
+VARIANTS = {
+    "noquant": {},
+    "rtn_w8a8": {"preset": "w8a8"},
+    "smoothquant_w8a8": {"preset": "w8a8", "smooth": SMOOTH},
+    "o1": {"preset": "o1", "smooth": SMOOTH},
+    "o2": {"preset": "o2", "smooth": {"alpha": 0.7, "targets": ["mlp_input"]}},
+    "o3": {"preset": "o3", "smooth": SMOOTH},
+    "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
+    "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
+    "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
+    "smooth_only": {"smooth": SMOOTH},
+    "smooth_only_down": {"smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
+    "seed_recipe": {"recipe": "seed", "smooth": SMOOTH},
+}
+
+
+class QuantizedRun:
+    """One model's run under a folder of its own: source, calibration, checkpoint."""
+
+    def __init__(self, root: Path, settings: dict, variant: str):
+        self.root, self.settings, self.variant = Path(root), settings, variant
+        self.source_hash = ""
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def save_source(self, family: str) -> None:
+        """A random model with norms that are not all one, as a trained model's are not."""
+        model = random_model(family, seed=20260419)
+        generator = torch.Generator().manual_seed(5)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("norm.weight"):
+                    parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+        model.save_pretrained(self.root / "source")
+        byte_tokenizer().save_pretrained(self.root / "source")
+
+    @property
+    def job(self) -> Job:
+        self.settings["models"] = {"base": {"folder": str(self.root / "source")}}
+        self.settings["variants"] = VARIANTS
+        self.settings["statistics"]["primary"] = []
+        path = self.root / "study.yaml"
+        path.write_text(yaml.safe_dump(self.settings, sort_keys=False), "utf-8")
+        return open_job(path, model="base", variant=self.variant)
+
+    @contextmanager
+    def outputs(self):
+        """Paths lead into this run's own folder."""
+        before = os.environ["STUDY_OUTPUTS"]
+        os.environ["STUDY_OUTPUTS"] = str(self.root / "outputs")
+        try:
+            yield
+        finally:
+            os.environ["STUDY_OUTPUTS"] = before
+
+    def calibrate(self) -> None:
+        """What 01_calibration does."""
+        with self.outputs():
+            job = self.job
+            source = model_folder(job.study, job.model, job.paths)
+            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            folder, settings = job.paths.calibration(job.model), job.study.calibration
+            record = Record(folder, stage="calibration", parameters=job.parameters)
+            record.add_input("model", sha256_folder(source))
+            items = calibration_items(job.study)
+            tokens = [calibration_tokens(tokenizer, item, settings.adapter) for item in items]
+            statistics = calibration.run_calibration(
+                model, tokens, batch_tokens=settings.batch_tokens
+            )
+            calibration.save_calibration(folder / "activations.safetensors", statistics)
+            ids, count = [item.id for item in items], sum(map(len, tokens))
+            record.write({"items": ids, "tokens": count, "truncated_items": 0})
+
+    def quantize(self) -> None:
+        """What 02_quantization does before it verifies."""
+        with self.outputs():
+            job = self.job
+            source = model_folder(job.study, job.model, job.paths)
+            self.source_hash = sha256_folder(source)
+            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            path = job.paths.calibration(job.model) / "activations.safetensors"
+            absmax = calibration.load_absmax(path)
+            done = smoothing.smooth_variant_(model, absmax, job.recipe)
+            compression.quantize_variant_(model, job.recipe, absmax, done)
+            compression.save_checkpoint(model, tokenizer, self.checkpoint)
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.root / "outputs" / "study" / "base" / self.variant / "checkpoint"
+
+    @property
+    def calibration(self) -> Path:
+        return self.root / "outputs" / "study" / "base" / "calibration"
+
+    def verify(self):
+        with self.outputs():
+            return verification.verify(self.job, source_hash=self.source_hash)
+
+    def failed(self) -> set[str]:
+        """Names of the gates that do not hold."""
+        return {gate.name for gate in self.verify() if not gate.passed}
+
+    def copy(self, root: Path) -> "QuantizedRun":
+        shutil.copytree(self.root, root, dirs_exist_ok=True)
+        made = QuantizedRun(root, self.settings, self.variant)
+        made.source_hash = self.source_hash
+        return made
+
+    @contextmanager
+    def edited(self, folder: Path | None = None, file: str = "model.safetensors"):
+        """The tensors of a file, written back as the test left them."""
+        path = (folder or self.checkpoint) / file
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        yield tensors
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+
+    @contextmanager
+    def edited_json(self, path: Path):
+        data = read_json(path, made_by="the test")
+        yield data
+        write_json(path, data)

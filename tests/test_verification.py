@@ -1,0 +1,121 @@
+"""Sound runs pass every gate, on every scheme and runtime; the known broken recipe does not."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.quantization import verification
+from helpers.quantization.gates import Gate, as_record, gate
+from helpers.quantization.variants import load_reference_of, load_variant, variant_digest
+from quantized_run import VARIANTS, QuantizedRun
+
+SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
+APPLY_TO_FLOAT = {
+    "smoothing keeps the function",
+    "smoothing as declared",
+    "everything else bit-identical",
+    "reload gives the same logits",
+    "source model untouched",
+    "calibration items as asked",
+    "calibration apart from evaluation and training",
+    "calibration statistics over real tokens",
+    "float weights times the scales",
+}
+
+
+@pytest.mark.parametrize("variant", SOUND)
+def test_a_sound_run_passes_every_gate(sound_run, family, variant):
+    gates = sound_run(family, variant).verify()
+    assert [g for g in gates if not g.passed] == []
+    assert len({g.name for g in gates}) == len(gates)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("runtime", ["int8", "reference"])
+@pytest.mark.parametrize("variant", ["w8a8_down", "o2", "o3"])
+def test_sound_in_every_dtype_on_every_runtime(study_settings, tmp_path, dtype, runtime, variant):
+    study_settings["runtime"].update(dtype=dtype, quantized=runtime)
+    run = QuantizedRun(tmp_path / "run", study_settings, variant)
+    run.save_source("qwen3")
+    run.calibrate()
+    run.quantize()
+    assert [g for g in run.verify() if not g.passed] == []
+
+
+@pytest.mark.parametrize("targets", ["smooth_only", "smooth_only_down"])
+def test_smoothing_alone_computes_what_the_source_does(sound_run, family, targets):
+    run = sound_run(family, targets)
+    with run.outputs():
+        job = run.job
+        assert {c.gate_name for c in verification.checks(job.recipe)} == APPLY_TO_FLOAT
+        smoothed, source = load_variant(job)[0], load_reference_of(job)
+        assert variant_digest(job) != run.source_hash
+    weights = dict(source.named_parameters())
+    assert any(not torch.equal(p, weights[n]) for n, p in smoothed.named_parameters())
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(smoothed(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_seed_recipe_loads_and_is_flagged_for_what_it_is(sound_run, family):
+    run = sound_run(family, "seed_recipe")
+    found = {g.name: g for g in run.verify() if not g.passed}
+    assert set(found) == {
+        "smoothing keeps the function",
+        "smoothing as declared",
+        "everything else bit-identical",
+        "weights on the declared grid",
+        "layer census",
+        "metadata agree with the tensors",
+        "int8 activations at run time",
+        "int8 layers agree with the reference",
+    }
+    assert "embed_tokens" in found["everything else bit-identical"].measured
+    assert "0 of 4 groups folded" in found["smoothing as declared"].measured
+    assert "14 float" in found["int8 activations at run time"].measured
+    assert "0 of 15 Linears are int8" in found["layer census"].measured
+    with run.outputs():
+        model, _ = load_variant(run.job)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert len(weight.unique()) <= 255  # one grid for the whole tensor
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_seed_recipe_is_evaluated_like_any_variant(sound_run):
+    from helpers.evaluation.engine import ask_all
+
+    run = sound_run("llama", "seed_recipe")
+    with run.outputs():
+        model, tokenizer = load_variant(run.job)
+        predictions = ask_all(model, tokenizer, run.job.study)
+    assert {name: len(found) for name, found in predictions.items()} == {"arc": 6, "squad_v2": 6}
+
+
+def test_what_cannot_be_checked_does_not_hold():
+    @gate("a gate")
+    def broken(evidence):
+        return evidence["missing"], "measured", "limit"
+
+    found = broken({})
+    assert not found.passed
+    assert found.measured == "could not be checked: KeyError: 'missing'"
+    assert broken({"missing": 1}) == Gate("a gate", True, "measured", "limit")
+
+
+def test_a_record_passes_only_if_there_is_something_and_all_of_it_holds():
+    held, failed = Gate("a", True, "1", "1"), Gate("b", False, "2", "1")
+    assert as_record([held])["passed"]
+    assert not as_record([held, failed])["passed"]
+    assert not as_record([])["passed"]
+    assert json.loads(json.dumps(as_record([failed])))["gates"] == [
+        {"name": "b", "passed": False, "measured": "2", "limit": "1"}
+    ]
+
+
+def test_verifying_changes_nothing(sound_run):
+    run = sound_run("llama", "o3")
+    assert run.job.recipe.quantized  # its study file is written now
+    before = {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
+    run.verify()
+    assert {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()} == before
