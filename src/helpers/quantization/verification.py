@@ -2,10 +2,11 @@
 
 What the run that made the checkpoint held in memory is not asked: a bug in smoothing or
 compression would vouch for itself there. The gates lie in `checkpoint_gates` (tensors),
-`runtime_gates` (what the loaded checkpoint computes) and `calibration_gates`.
+`metadata_gates` (what they are said to be), `runtime_gates` (what the loaded checkpoint
+computes) and `calibration_gates`.
 """
 
-from helpers.quantization import calibration_gates, checkpoint_gates, runtime_gates
+from helpers.quantization import calibration_gates, checkpoint_gates, metadata_gates, runtime_gates
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import Gate
 from helpers.study.opening import Job
@@ -23,8 +24,8 @@ EVERY = (
 )
 QUANTIZED = (
     checkpoint_gates.grid_gate,
-    checkpoint_gates.census_gate,
-    checkpoint_gates.metadata_gate,
+    metadata_gates.census_gate,
+    metadata_gates.metadata_gate,
     runtime_gates.activations_gate,
     runtime_gates.kernel_gate,
 )

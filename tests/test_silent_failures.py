@@ -1,0 +1,379 @@
+"""The bank of silent failures: each breaks one thing in a sound run and names who catches it.
+
+None of them raises, logs or crashes by itself: without its gate, each ends in a table as
+a finding about SmoothQuant. A bug in the code stays in place while the run is verified,
+as it would in life. Failures of the evaluation are in another bank.
+"""
+
+import copy
+
+import pytest
+import torch
+
+import quantized_run
+from helpers.quantization import calibration, compression, int8, smoothing, verification
+from helpers.sources import datasets
+from helpers.study.schema import Variant
+from quantized_run import VARIANTS
+
+SMOOTHING = "smoothing as declared"
+FUNCTION = "smoothing keeps the function"
+GRID = "weights on the declared grid"
+FLOAT = "float weights times the scales"
+STATIC = "static scales from the calibration"
+KEPT = "everything else bit-identical"
+CENSUS = "layer census"
+METADATA = "metadata agree with the tensors"
+ACTIVATIONS = "int8 activations at run time"
+KERNEL = "int8 layers agree with the reference"
+RELOAD = "reload gives the same logits"
+SOURCE = "source model untouched"
+ITEMS = "calibration items as asked"
+LEAK = "calibration apart from evaluation and training"
+STATISTICS = "calibration statistics over real tokens"
+
+Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+BANK = []
+
+
+def failure(*gates: str, variant: str = "smoothquant_w8a8"):
+    """Enter a way to break a run, the gates that must catch it, and the variant it is tried on."""
+
+    def enter(break_):
+        BANK.append(pytest.param(break_, set(gates), variant, id=break_.__name__))
+        return break_
+
+    return enter
+
+
+# Smoothing
+
+
+@failure(GRID, FUNCTION)
+def weights_divided_instead_of_multiplied(run, patch):
+    def fold(producer, consumers, scales):
+        with torch.no_grad():
+            producer.weight.div_(scales)
+            for consumer in consumers:
+                consumer.weight.div_(scales)
+
+    patch.setattr(smoothing, "fold_scales_", fold)
+    run.quantize()
+
+
+@failure(FLOAT, FUNCTION, variant="smooth_only")
+def weights_divided_in_a_float_variant(run, patch):
+    weights_divided_instead_of_multiplied(run, patch)
+
+
+@failure(SMOOTHING)
+def smoothing_skipped_without_a_word(run, patch):
+    patch.setattr(smoothing, "smooth_", lambda *_: [])
+    run.quantize()
+
+
+@failure(SMOOTHING)
+def smoothing_applied_twice(run, patch):
+    once = smoothing.fold_scales_
+
+    def twice(*args):
+        once(*args)
+        once(*args)
+
+    patch.setattr(smoothing, "fold_scales_", twice)
+    run.quantize()
+
+
+@failure(SMOOTHING, FUNCTION)
+def the_wrong_norm_folded(run, patch):
+    real = smoothing.smoothing_groups
+
+    def swapped(model, targets):
+        groups = real(model, targets)
+        producers = [group.producer for group in groups]
+        producers[0], producers[1] = producers[1], producers[0]
+        return [
+            smoothing.SmoothingGroup(g.target, p, g.consumers)
+            for g, p in zip(groups, producers, strict=True)
+        ]
+
+    patch.setattr(smoothing, "smoothing_groups", swapped)
+    run.quantize()
+
+
+@failure(SMOOTHING, FUNCTION)
+def norms_left_undivided(run, _):
+    with run.edited() as saved, run.edited(run.root / "source") as source:
+        saved["model.layers.1.input_layernorm.weight"] = source[
+            "model.layers.1.input_layernorm.weight"
+        ]
+
+
+@failure(SMOOTHING, FUNCTION)
+def norms_swapped_between_two_layers(run, _):
+    a, b = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+    with run.edited() as saved:
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(SMOOTHING)
+def alpha_other_than_declared(run, patch):
+    recipe = {"preset": "w8a8", "smooth": {"alpha": 0.55, "targets": quantized_run.NORMS}}
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, recipe)
+        run.quantize()
+
+
+@failure(SMOOTHING)
+def weight_maxima_off_by_a_tenth(run, patch):
+    real = smoothing.smoothing_scales
+    patch.setattr(smoothing, "smoothing_scales", lambda a, w, alpha: real(a, w * 0.9, alpha=alpha))
+    run.quantize()
+
+
+# Weights
+
+
+@failure(GRID)
+def per_tensor_weights_labelled_per_channel(run, _):
+    with run.edited() as saved:
+        weight = saved[f"{Q0}.weight"] * saved[f"{Q0}.weight_scale"]
+        step = weight.abs().max() / 127.5
+        saved[f"{Q0}.weight"] = (weight / step).round().clamp(-128, 127).to(torch.int8)
+        saved[f"{Q0}.weight_scale"] = step.expand_as(saved[f"{Q0}.weight_scale"]).clone()
+
+
+@failure(GRID, METADATA)
+def four_bit_weights_labelled_eight(run, _):
+    with run.edited() as saved:
+        for key in [k for k in saved if k.endswith(".weight_scale")]:
+            name = key.removesuffix("_scale")
+            saved[name] = (saved[name] / 17.0).round().clamp(-8, 7).to(torch.int8)
+            saved[key] = saved[key] * 17.0
+
+
+@failure(GRID)
+def weight_scales_swapped_between_two_layers(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.weight_scale", f"{Q1}.weight_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(GRID, RELOAD)
+def a_nan_in_a_saved_scale(run, _):
+    with run.edited() as saved:
+        saved[f"{Q0}.weight_scale"][3] = float("nan")
+
+
+@failure(GRID, FUNCTION)
+def zero_weights_in_one_linear(run, _):
+    with run.edited() as saved:
+        saved["model.layers.1.mlp.down_proj.weight"].zero_()
+
+
+@failure(GRID, FUNCTION)
+def one_row_of_one_linear_negated(run, _):
+    with run.edited() as saved:
+        row = saved["model.layers.1.mlp.up_proj.weight"][5]
+        row.copy_((-row.int()).clamp(-128, 127).to(torch.int8))
+
+
+@failure(CENSUS, METADATA)
+def one_linear_left_out(run, patch):
+    real = compression.quantized_linears
+
+    def fewer(model, ignore):
+        return {n: m for n, m in real(model, ignore).items() if n != Q1}
+
+    patch.setattr(compression, "quantized_linears", fewer)
+    run.quantize()
+
+
+@failure(KEPT)
+def tied_embeddings_altered(run, _):
+    with run.edited() as saved:
+        saved["model.embed_tokens.weight"].mul_(1.001)
+
+
+@failure(KEPT)
+def a_head_of_its_own_beside_tied_embeddings(run, _):
+    with run.edited() as saved:
+        saved["lm_head.weight"] = saved["model.embed_tokens.weight"].round(decimals=2)
+
+
+@failure(KEPT, FUNCTION)
+def a_norm_nobody_should_fold_altered(run, _):
+    with run.edited() as saved:
+        saved["model.norm.weight"].mul_(1.01)
+
+
+@failure(KEPT, variant="rtn_w8a8")
+def smoothing_in_a_variant_without(run, patch):
+    smooth = {"preset": "w8a8", "smooth": quantized_run.SMOOTH}
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, smooth)
+        run.quantize()
+
+
+@failure(METADATA)
+def a_config_that_forgets_the_kept_head(run, _):
+    with run.edited_json(run.checkpoint / "config.json") as config:
+        config["quantization_config"]["ignore"] = []
+
+
+@failure(METADATA, ACTIVATIONS)
+def a_config_of_another_granularity(run, _):
+    with run.edited_json(run.checkpoint / "config.json") as config:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["input_activations"]["strategy"] = "tensor"
+
+
+# Run time
+
+
+@failure(ACTIVATIONS, KERNEL)
+def activations_left_float_at_run_time(_, patch):
+    def forward(self, x):
+        weight = self.weight_t.float() * self.weight_scale
+        return x @ weight.to(x.dtype)
+
+    patch.setattr(int8.Int8Linear, "forward", forward)
+
+
+@failure(ACTIVATIONS, KERNEL)
+def one_scale_for_all_tokens_at_run_time(_, patch):
+    real = int8.absmax_scale
+    patch.setattr(int8.Int8Linear, "scale_of", lambda self, x: real(x.abs().amax().reshape(1)))
+
+
+@failure(ACTIVATIONS, KERNEL)
+def activations_cut_off_instead_of_rounded(_, patch):
+    def floor(x, scale):
+        return torch.div(x, scale).trunc_().clamp_(-128, 127).to(torch.int8)
+
+    patch.setattr(int8, "quantize_activations", floor)
+
+
+@failure(RELOAD)
+def another_answer_at_every_load(_, patch):
+    real = int8.Int8Linear.__init__
+
+    def shaken(self, weight, weight_scale, *args, **options):
+        noise = 1 + 1e-3 * torch.rand(1)
+        real(self, weight, weight_scale * noise, *args, **options)
+
+    patch.setattr(int8.Int8Linear, "__init__", shaken)
+
+
+@failure(STATIC, variant="o3")
+def a_static_scale_from_the_wrong_layer(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.input_scale", f"{Q1}.input_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(STATIC, variant="o3")
+def static_scales_from_before_smoothing(run, patch):
+    patch.setattr(compression, "smoothed_absmax", lambda absmax, _done: absmax)
+    run.quantize()
+
+
+# Source and calibration
+
+
+@failure(SOURCE)
+def the_source_model_edited_in_place(run, _):
+    with run.edited(run.root / "source") as source:
+        source[f"{Q0}.weight"][0, 0] += 1e-3
+
+
+@failure(SOURCE)
+def the_source_model_changed_after_calibration(run, _):
+    with run.edited(run.root / "source") as source:
+        source[f"{Q0}.weight"][0, 0] += 1e-3
+    run.quantize()
+
+
+@failure(ITEMS)
+def calibration_polluted_by_padding(run, patch):
+    """Padding that is quieter than the text changes no maximum, but it is counted."""
+    real = calibration._observed
+
+    def unmasked(model, mask, owners, statistics):
+        everything = torch.ones_like(mask)
+        return real(model, everything, torch.zeros(mask.numel(), dtype=torch.long), statistics)
+
+    patch.setattr(calibration, "_observed", unmasked)
+    run.calibrate()
+    run.quantize()
+
+
+@failure(STATISTICS, ITEMS)
+def calibration_polluted_by_loud_padding(run, patch):
+    with run.edited(run.root / "source") as source:
+        source["model.embed_tokens.weight"][0] = torch.eye(64)[7]  # all in one channel
+    calibration_polluted_by_padding(run, patch)
+
+
+@failure(STATISTICS)
+def calibration_maxima_of_another_layer(run, _):
+    with run.edited(run.calibration, "activations.safetensors") as found:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            a, b = (f"model.layers.{i}.self_attn.{name}.absmax" for i in (0, 1))
+            found[a], found[b] = found[b], found[a]
+    run.quantize()
+
+
+@failure(LEAK)
+def calibration_overlapping_evaluation(run, patch):
+    run.settings = copy.deepcopy(run.settings)
+    run.settings["evaluation"]["datasets"]["openmath"] = {
+        "adapter": "openmath",
+        "source": {"shipped": "openmath_train"},
+        "items": 6,
+        "ask": {"protocol": "generate", "answer": "boxed", "shots": 0, "max_new_tokens": 4},
+    }
+    patch.setattr(datasets, "_evaluation_keys", lambda _study: set())
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, STATISTICS)
+def calibration_with_fewer_items(run, _):
+    asked = run.settings
+    run.settings = copy.deepcopy(asked)
+    run.settings["calibration"]["items"] = 3
+    run.calibrate()
+    run.settings = asked
+    run.quantize()
+
+
+@failure(ITEMS)
+def calibration_items_cut_short(run, patch):
+    real = quantized_run.calibration_tokens
+    patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[:60])
+    run.calibrate()
+    run.quantize()
+
+
+# The tests
+
+
+@pytest.mark.parametrize(("break_", "expected", "variant"), BANK)
+def test_is_caught_by_name(sound_run, family, monkeypatch, break_, expected, variant):
+    run = sound_run(family, variant)
+    break_(run, monkeypatch)
+    failed = run.failed()
+    assert expected <= failed, f"caught by {sorted(failed) or 'nothing'}"
+
+
+@pytest.mark.parametrize("variant", sorted({entry.values[2] for entry in BANK}))
+def test_the_sound_run_raises_none(sound_run, family, variant):
+    assert sound_run(family, variant).failed() == set()
+
+
+def test_every_gate_catches_something():
+    """A gate that no entry needs is a gate nobody has seen work."""
+    variants = [Variant(**recipe) for recipe in VARIANTS.values()]
+    gates = {check.gate_name for v in variants for check in verification.checks(v)}
+    assert set().union(*(entry.values[1] for entry in BANK)) == gates
