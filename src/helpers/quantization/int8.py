@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from helpers.study.errors import StudyError
 
@@ -86,7 +87,8 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
     activations = declared_activations(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with no_init_weights():  # every parameter comes from the file, which is checked below
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     for name in [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]:
         linear = Int8Linear(
             tensors.pop(f"{name}.weight"),
