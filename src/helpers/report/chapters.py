@@ -41,10 +41,11 @@ def opening(results: Results) -> Shown:
         text(
             f"# {escape(results.study.title)}",
             sentences.question(results),
+            "## Executive summary",
             sentences.executive_summary(results),
         ),
         text(markdown_table(overview.headline(results)), sentences.legend(results)),
-        text("**Key findings**", sentences.bullets(sentences.findings(results))),
+        text("### Key findings", sentences.bullets(sentences.findings(results))),
     ]
 
 
