@@ -275,3 +275,10 @@ def test_bad_input_names_the_value(function, values, clusters, changed, message)
 def test_errors_use_the_name_of_the_argument():
     with pytest.raises(ValueError, match=r"^differences\[0\] = nan"):
         bootstrap_difference([math.nan, 0.1], ["a", "b"], **USUAL)
+
+
+def test_one_differing_cluster_is_as_likely_either_way():
+    found = bootstrap_difference(
+        [0, 0, 1, 0, 0], list("abcde"), confidence=0.95, resamples=200, seed=1
+    )
+    assert found.p == 1.0

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from scipy.stats import multinomial, nct, norm, t, ttest_1samp
+from statsmodels.stats.power import TTestPower
 
 from helpers.evaluation.power import (
     detectable_loss,
@@ -200,3 +201,16 @@ def test_bad_input_names_the_value(call, message):
     with pytest.raises(ValueError, match=message) as refusal:
         call()
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("clusters", [3, 20, 59, 60, 400])
+@pytest.mark.parametrize("alpha", [0.0125, 0.05])
+def test_detectable_mean_difference_has_its_power_by_statsmodels(clusters, alpha):
+    """59 clusters at 0.0125 is where statsmodels' own solver goes astray."""
+    found = detectable_mean_difference(1.0, clusters=clusters, alpha=alpha, power=0.8)
+    effect = found / math.sqrt(clusters)
+    power = TTestPower().power(effect, nobs=clusters, alpha=alpha, alternative="larger")
+    two_sided = TTestPower().power(effect, nobs=clusters, alpha=alpha)
+    assert found > 0
+    assert two_sided == pytest.approx(0.8, abs=1e-3)
+    assert power > two_sided

@@ -183,8 +183,7 @@ def bundled() -> dict[str, list[Item]]:
     """The committed items by family."""
     return {
         split.family: [
-            json.loads(line)
-            for line in split.path.read_text(encoding="utf-8").splitlines()
+            json.loads(line) for line in split.path.read_text(encoding="utf-8").splitlines()
         ]
         for split in SPLITS
     }

@@ -218,9 +218,8 @@ def _bca_limits(
 def _sign_flip_p(sums: NDArray, resamples: int, rng: np.random.Generator) -> tuple[float, str]:
     """Two-sided p and its method; a cluster that sums to 0 is the same with either sign."""
     flipped = sums[np.abs(sums) > ROUNDING * np.abs(sums).sum()]
-    if flipped.size == 0:
+    if flipped.size < 2:  # both signs of one cluster are as far from zero
         return 1.0, "exact"
-
     test = stats.permutation_test(
         (flipped,),
         np.sum,

@@ -5,15 +5,10 @@ items that share passages a sign-flip test and a bootstrap over the passages. Wh
 numbers mean is in `verdicts`.
 """
 
-from collections import Counter
 from dataclasses import dataclass
 
-from scipy.optimize import brentq
-from scipy.stats import nct
-from scipy.stats import t as student_t
-
 from helpers.evaluation.bootstrap import BootstrapMean, bootstrap_difference, bootstrap_mean
-from helpers.evaluation.power import detectable_loss
+from helpers.evaluation.power import detectable_loss, detectable_mean_difference
 from helpers.evaluation.statistics import (
     Interval,
     paired_binary,
@@ -124,24 +119,15 @@ def compare(baseline: Answers, variant: Answers, rules: Rules, *, alpha: float) 
             for level in (rules.confidence, 1 - 2 * rules.alpha)
         )
         interval, equivalence = _interval(wide), _interval(narrow)
-        p = _sign_flip_p(differences, clusters, rules)
+        p = bootstrap_difference(
+            differences, clusters, confidence=rules.confidence, **rules.random
+        ).p
         method = "sign-flip test and bootstrap by passage"
         detectable = _detectable_by_passage(wide, alpha, rules.power)
     same = all(answer_of(b) == answer_of(a) for b, a in pairs)
     return Paired(
         n, units, losses, gains, found.delta, interval, equivalence, p, method, detectable, same
     )
-
-
-def _sign_flip_p(differences: list[float], clusters: list[str], rules: Rules) -> float:
-    """The p of the sign-flip test; one differing passage alone is as likely either way."""
-    sums: Counter[str] = Counter()
-    for cluster, difference in zip(clusters, differences, strict=True):
-        sums[cluster] += difference
-    if sum(value != 0 for value in sums.values()) < 2:
-        return 1.0
-    found = bootstrap_difference(differences, clusters, confidence=rules.confidence, **rules.random)
-    return found.p
 
 
 def score_interval(predictions: list[dict], rules: Rules) -> Interval:
@@ -183,14 +169,9 @@ def _detectable_by_passage(found: BootstrapMean, alpha: float, power: float) -> 
     if 2.0 ** (1 - units) > alpha:  # not even if every passage loses
         return None
 
-    critical = student_t.isf(alpha / 2, units - 1)
-
-    def shortfall(effect: float) -> float:  # effect: in standard errors, noncentral t
-        return nct.sf(critical, units - 1, effect) - power
-
-    # Bracketed here, since statsmodels' solver at times returns the negative root or an array.
-    loss = brentq(shortfall, 0.0, 4 * critical) * found.standard_error
-    return float(loss) if loss <= 1 else None
+    error = found.standard_error
+    loss = detectable_mean_difference(error, clusters=units, alpha=alpha, power=power)
+    return loss if loss <= 1 else None
 
 
 def answer_of(prediction: dict) -> tuple[str, str | None]:

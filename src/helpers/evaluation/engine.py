@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from tqdm import tqdm
 
+from helpers.evaluation.attention import GROUPED_QUERIES
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.prompts import Prompt, option_tokens, prompt
@@ -16,6 +17,7 @@ from helpers.study.schema import EvaluationSet, Study
 
 def ask_all(model, tokenizer, study: Study) -> dict[str, list[dict]]:
     """The predictions of every evaluation set of the study, by its name."""
+    model.set_attn_implementation(GROUPED_QUERIES)
     answers = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)

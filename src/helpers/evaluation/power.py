@@ -14,8 +14,8 @@ from bisect import bisect_left
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import binom, norm
-from statsmodels.stats.power import TTestPower
+from scipy.stats import binom, nct, norm
+from scipy.stats import t as student_t
 
 from helpers.evaluation.statistics import (
     require_count,
@@ -199,8 +199,13 @@ def detectable_mean_difference(
     if not 0 < standard_error < math.inf:
         remedy = "without observed spread the detectable difference is unknown, add items"
         raise ValueError(f"standard_error = {standard_error} is not a positive number: {remedy}")
-    effect = TTestPower().solve_power(nobs=clusters, alpha=alpha, power=power)  # two-sided
-    return float(effect) * standard_error * math.sqrt(clusters)
+    critical = student_t.isf(alpha / 2, clusters - 1)
+
+    def shortfall(effect: float) -> float:  # effect: in standard errors
+        return nct.sf(critical, clusters - 1, effect) - power
+
+    # Bracketed: statsmodels' solver at times returns the negative root or an array.
+    return float(brentq(shortfall, 0.0, 4 * critical)) * standard_error
 
 
 def _require_power(alpha: float, power: float) -> None:

@@ -4,9 +4,14 @@ One look throughout: variants keep their colour from figure to figure, axes name
 units, and a figure's title is the claim it shows. Returns figures; shows nothing.
 """
 
+import textwrap
+from collections.abc import Callable
+from functools import wraps
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 INK, QUIET, ALARM = "#1f3a5f", "#9fb3c8", "#c8553d"
 STYLE = {
@@ -21,14 +26,25 @@ STYLE = {
 }
 
 
+def in_house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
+    """Draw under the house style: titles and legends take it from there when they are made."""
+
+    @wraps(draw)
+    def styled(*args, **options) -> Figure:
+        with plt.rc_context(STYLE):
+            return draw(*args, **options)
+
+    return styled
+
+
 def new_figure(width: float, height: float, **options) -> tuple[Figure, "plt.Axes"]:
-    """A figure of that size in inches, in the house style, outside pyplot's registry."""
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(width, height), layout="constrained", **options)
+    """A figure of that size in inches, outside pyplot's registry."""
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained", **options)
     plt.close(figure)
     return figure, axes
 
 
+@in_house_style
 def loss_curve(losses: list[float], smoothed: list[float], *, title: str) -> Figure:
     """Training loss by step, in nats per answer token, with its running mean."""
     figure, axes = new_figure(7, 3)
@@ -40,6 +56,7 @@ def loss_curve(losses: list[float], smoothed: list[float], *, title: str) -> Fig
     return figure
 
 
+@in_house_style
 def layer_maxima(
     layers: list[str], maxima: list[float], medians: list[float], *, title: str
 ) -> Figure:
@@ -61,9 +78,11 @@ def layer_maxima(
     axes.set_yscale("log")
     axes.set(xlabel="Linear input, in layer order", ylabel="abs-max over tokens", title=title)
     axes.legend(loc="upper left")
+    axes.margins(x=0.08)
     return figure
 
 
+@in_house_style
 def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figure:
     """|x| over tokens × channels of one Linear's input, as a surface.
 
@@ -73,9 +92,8 @@ def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figu
     """
     peak = int(magnitude.max(0).argmax())
     shown = np.unique(np.append(np.linspace(0, magnitude.shape[1] - 1, channels).astype(int), peak))
-    with plt.rc_context(STYLE):
-        figure = plt.figure(figsize=(7, 4.6))
-        axes = figure.add_subplot(projection="3d")
+    figure = plt.figure(figsize=(7, 4.6))
+    axes = figure.add_subplot(projection="3d")
     plt.close(figure)
     x, y = np.meshgrid(shown, np.arange(len(magnitude)))
     axes.plot_surface(
@@ -90,10 +108,13 @@ def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figu
     )
     axes.set(xlabel="channel", ylabel="token", zlabel="|x|", title=title)
     axes.view_init(elev=28, azim=-60)
-    axes.set_box_aspect(None, zoom=0.9)
+    axes.set_box_aspect((1.4, 1.1, 0.9), zoom=0.9)
+    for axis in (axes.xaxis, axes.yaxis, axes.zaxis):
+        axis.set_major_locator(MaxNLocator(4))
     return figure
 
 
+@in_house_style
 def sqnr_by_layer(curves: dict[str, dict[str, float]], *, title: str) -> Figure:
     """SQNR in dB of every Linear in layer order, one curve a way of preparing it."""
     figure, axes = new_figure(8, 3.4)
@@ -107,6 +128,7 @@ def sqnr_by_layer(curves: dict[str, dict[str, float]], *, title: str) -> Figure:
     return figure
 
 
+@in_house_style
 def histogram(counts: list[int], log2_edges: list[int], *, title: str) -> Figure:
     """How often each magnitude occurs at one Linear's input, by power of two."""
     figure, axes = new_figure(7, 2.8)
@@ -114,3 +136,146 @@ def histogram(counts: list[int], log2_edges: list[int], *, title: str) -> Figure
     axes.set_yscale("log")
     axes.set(xlabel="log2 |x|", ylabel="values (sampled tokens)", title=title)
     return figure
+
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+VARIANT_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vP"
+
+
+def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
+    """(color, marker) by variant: the same in every figure of a study."""
+    return {
+        name: (VARIANT_COLORS[i % len(VARIANT_COLORS)], MARKERS[i % len(MARKERS)])
+        for i, name in enumerate(variants)
+    }
+
+
+def _wrapped(title: str) -> str:
+    return "\n".join(textwrap.wrap(title, 92))
+
+
+def _rows_of(groups: list[str], variants: list[str]) -> dict[tuple[str, str], float]:
+    """The height at which each variant of each group is drawn."""
+    step = 0.75 / max(1, len(variants))
+    return {
+        (group, variant): i + step * (j - (len(variants) - 1) / 2)
+        for i, group in enumerate(groups)
+        for j, variant in enumerate(variants)
+    }
+
+
+def _legend_below(figure: Figure, axes, variants: list[str]) -> None:
+    for name, (color, marker) in variant_looks(variants).items():
+        axes.plot([], [], marker, color=color, label=name)
+    figure.legend(loc="outside lower left", ncols=min(4, len(variants)), fontsize=9)
+
+
+@in_house_style
+def forest(rows: list[dict], *, variants: list[str], margin: float, title: str) -> Figure:
+    """Differences with their intervals in points, grouped by evaluation set.
+
+    Args:
+        rows: dataset, variant, delta, low, high as fractions; `kind` of the verdict, and
+            `filled` for a declared comparison.
+        margin: the equivalence margin, shaded.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    looks, places = variant_looks(variants), _rows_of(datasets, variants)
+    figure, axes = new_figure(8, 1.7 + 0.22 * len(rows) + 0.1 * len(datasets))
+    axes.axvspan(-100 * margin, 100 * margin, color=QUIET, alpha=0.22, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for row in rows:
+        color, marker = looks[row["variant"]]
+        marker = "x" if row["kind"] == "invalid" else marker
+        solid = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
+        place = places[row["dataset"], row["variant"]]
+        low, high, delta = (100 * row[key] for key in ("low", "high", "delta"))
+        axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=solid)
+        face = color if row["filled"] else "white"
+        axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=solid)
+    axes.set_yticks(range(len(datasets)), datasets)
+    axes.set_ylim(len(datasets) - 0.45, -0.55)
+    meaning = "filled: declared, hollow: exploratory, pale: uninformative, ×: invalid"
+    label = f"difference to the baseline [points] ({meaning}; shaded: margin)"
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_title(_wrapped(title))
+    _legend_below(figure, axes, variants)
+    return figure
+
+
+@in_house_style
+def token_costs(rows: list[dict], *, variants: list[str], title: str) -> Figure:
+    """KL to the float model by model and variant, log scale, with intervals.
+
+    Args:
+        rows: model, variant, kl, low, high in nats per token; low and high may be None.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    looks, places = variant_looks(variants), _rows_of(models, variants)
+    figure, axes = new_figure(8, 1.5 + 0.25 * len(rows))
+    for row in rows:
+        color, marker = looks[row["variant"]]
+        place = places[row["model"], row["variant"]]
+        if row["low"] is not None:
+            axes.hlines(place, row["low"], row["high"], color=color, linewidth=1.6)
+        axes.plot(row["kl"], place, marker, color=color)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    values = [row["kl"] for row in rows]
+    axes.set_xlim(min(values) / 2, max(values) * 2)
+    axes.set_yticks(range(len(models)), models)
+    axes.set_ylim(len(models) - 0.45, -0.55)
+    axes.set_xlabel("KL from the float model [nats / token], log scale")
+    axes.set_title(_wrapped(title))
+    _legend_below(figure, axes, variants)
+    return figure
+
+
+@in_house_style
+def sqnr_by_variant(
+    curves: dict[str, dict[str, dict[str, float]]], *, variants: list[str], title: str
+) -> Figure:
+    """Output SQNR of every Linear, one panel a variant: as it is, and without smoothing.
+
+    Args:
+        curves: by variant, then by way of preparing it, then by Linear, in dB.
+    """
+    looks, size = variant_looks(variants), (8, 0.9 + 1.7 * len(curves))
+    figure, panels = plt.subplots(
+        len(curves), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    plt.close(figure)
+    for axes, (variant, ways) in zip(panels[:, 0], curves.items(), strict=True):
+        *before, (_, values) = ways.items()
+        for _, plain in before:
+            axes.plot(list(plain.values()), "_", color="#999999", markersize=5)
+        axes.plot(list(values.values()), ".", color=looks[variant][0], markersize=5)
+        _name_lowest(axes, list(values), list(values.values()))
+        note = " (grey: the same without smoothing)" if before else ""
+        axes.set_title(variant + note, fontsize=9, color=looks[variant][0])
+        axes.set_ylabel("SQNR [dB]")
+        axes.margins(y=0.15)
+    panels[-1, 0].set_xlabel("Linear, in layer order")
+    figure.suptitle(_wrapped(title), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _name_lowest(axes, names: list[str], heights: list[float]) -> None:
+    """Name the two lowest points, on the side away from the edge; one if they are neighbours."""
+    first, *rest = (int(i) for i in np.argsort(heights)[:2])
+    apart = [i for i in rest if abs(i - first) > len(names) / 5 or len(names) < 20]
+    for index in (first, *apart):
+        right = index > 0.6 * len(names)
+        axes.annotate(
+            names[index].removeprefix("model.layers."),
+            (index, heights[index]),
+            xytext=(-7 if right else 7, 0),
+            textcoords="offset points",
+            ha="right" if right else "left",
+            va="center",
+            fontsize=8,
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
+        )

@@ -42,7 +42,9 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     """
     _refuse_long(examples, settings.max_tokens)
     batches = [b for e in range(settings.epochs) for b in _epoch(examples, settings, seed + e)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
+    )
     warmup = max(1, round(settings.warmup_fraction * len(batches)))
     steps = []
     model.train()

@@ -1,0 +1,186 @@
+"""How it was done, as tables: recipes, gates, sizes, calibration, protocols, jobs, packages."""
+
+from helpers.report.formats import (
+    MISSING,
+    Markup,
+    Rows,
+    code,
+    count,
+    dataset_name,
+    escape,
+    megabytes,
+    number,
+    percent,
+)
+from helpers.report.outliers import linear_inputs, sqnr
+from helpers.report.results import Evaluated, Results
+
+
+def recipes(results: Results) -> Rows:
+    """Each variant in words, read from the records of the models it was made for."""
+    rows = []
+    for name in results.variants:
+        made = [results.evaluations[model, name].quantization for model in results.models]
+        words = {record["results"]["scheme"] for record in made if record}
+        where = f"the model as loaded, in {results.study.runtime.dtype}"
+        role = "baseline" if name == results.study.baseline else ""
+        if control := results.unsmoothed(name):
+            role = f"its control without smoothing is {control}"
+        told = f"{'; '.join(sorted(words)) or where}{f' ({role})' if role else ''}"
+        rows.append({"variant": code(name), "recipe": told})
+    return rows
+
+
+def outlier_inputs(results: Results, model: str, *, rows: int) -> Rows:
+    """The inputs whose largest channel stands furthest above the median one."""
+    found = linear_inputs(results.calibrations[model])[:rows]
+    return [
+        {
+            "Linear": code(i.name),
+            "channel": str(i.channel),
+            "largest": number(i.largest),
+            "median channel": number(i.median),
+            "ratio": f"{number(i.ratio)}×",
+            "channels one scale rounds to zero": percent(i.rounded_away),
+        }
+        for i in found
+    ]
+
+
+def worst_outputs(results: Results, model: str, *, rows: int) -> Rows | None:
+    """Output SQNR of the worst Linears in every quantized variant; None without any."""
+    curves = {e.variant: sqnr(e) for e in results.compared_in(model) if e.quantization}
+    curves = {name: values for name, values in curves.items() if values}
+    if not curves:
+        return None
+    lowest = {n: min(v.get(n, 1e9) for v in curves.values()) for v in curves.values() for n in v}
+    order = sorted(lowest, key=lambda n: (lowest[n], n))[:rows]
+    found = []
+    for name in order:
+        row = {"output SQNR [dB]": code(name.removeprefix("model.layers."))}
+        for variant, values in curves.items():
+            row[code(variant)] = f"{values[name]:.1f}" if name in values else MISSING
+        found.append(row)
+    return found
+
+
+def gates(results: Results, model: str) -> Rows | None:
+    """What each gate measured in every variant, and whether it holds."""
+    checked = [e for e in results.compared_in(model) if e.verification]
+    names = dict.fromkeys(g["name"] for e in checked for g in e.verification["gates"])
+    if not names:
+        return None
+    rows = []
+    for name in names:
+        row = {"gate": name}
+        for e in checked:
+            found = [g for g in e.verification["gates"] if g["name"] == name]
+            row[code(e.variant)] = Markup(" ".join(map(_gate, found)) or MISSING)
+        rows.append(row)
+    return rows
+
+
+def _gate(gate: dict) -> str:
+    if gate["passed"]:
+        return f"holds: {escape(gate['measured'])}"
+    return f"**FAILS**: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
+
+
+def sizes(results: Results) -> Rows | None:
+    """Bytes of the checkpoint by part, what became int8, and the ratio to the float model."""
+    rows = [_size(e) for m in results.models for e in results.compared_in(m) if e.quantization]
+    return rows or None
+
+
+def _size(e: Evaluated) -> dict:
+    made = e.quantization["results"]
+    before, after = made["bytes_before"], made["bytes_after"]
+    row = {"model": code(e.model), "variant": code(e.variant)}
+    row["int8 Linears"] = str(made["quantized_linears"])
+    row["smoothed groups"] = str(made["smoothed_groups"])
+    row |= {part: f"{megabytes(before[part])} → {megabytes(after[part])}" for part in before}
+    total = sum(after.values()) / sum(before.values())
+    return row | {"all": megabytes(sum(after.values())), "of the float model": percent(total)}
+
+
+def calibrations(results: Results) -> Rows:
+    """Items and tokens each model was calibrated on."""
+    rows = []
+    for model, found in results.calibrations.items():
+        r = found.record["results"]
+        row = {"model": code(model), "items": str(len(r["items"])), "tokens": f"{r['tokens']:,}"}
+        row |= {"cut short": str(r["truncated_items"]), "Linear inputs": str(r["linears"])}
+        rows.append(row | {"model files": Markup(f"`{found.record['inputs']['model'][:12]}`")})
+    return rows
+
+
+def protocols(results: Results) -> Rows:
+    """How each evaluation set is asked and scored, with its first prompt's hash."""
+    rows = []
+    for name, wanted in results.study.evaluation.datasets.items():
+        asked = results.baseline_of(results.models[0]).predictions[name]
+        source = next(iter(wanted.source.model_dump().values()))
+        rows.append(
+            {
+                "dataset": dataset_name(name),
+                "items": str(len(asked)),
+                "source": code(source),
+                "protocol": _protocol(wanted.ask),
+                "prompt tokens": f"{sum(p['prompt_tokens'] for p in asked):,}",
+                "first prompt": Markup(f"{code(asked[0]['id'])}: `{asked[0]['prompt_hash']}`"),
+            }
+        )
+    return rows
+
+
+def _protocol(ask) -> str:
+    if ask.protocol == "loglikelihood":
+        how = "per byte" if ask.normalize == "bytes" else "not normalized"
+        return f"the option text with the largest log-likelihood, {how}"
+    shots = count(ask.shots, "worked example")
+    return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
+        "last box" if ask.answer == "boxed" else "whole text"
+    )
+
+
+def jobs(results: Results) -> Rows:
+    """How long every stage took and the most memory one of its jobs held."""
+    stages: dict[str, list[dict]] = {}
+    for record in records(results):
+        stages.setdefault(record["stage"], []).append(record)
+    rows = [
+        {
+            "stage": stage,
+            "jobs": str(len(found)),
+            "time of all": f"{sum(r['duration_s'] for r in found):,.0f} s",
+            "longest job": f"{max(r['duration_s'] for r in found):,.0f} s",
+            "peak memory": f"{max(r['peak_memory_bytes'] for r in found) / 1e9:.2f} GB",
+        }
+        for stage, found in stages.items()
+    ]
+    return rows
+
+
+def records(results: Results) -> list[dict]:
+    """Every record of the study, stage by stage."""
+    evaluated = list(results.evaluations.values())
+    found = [*results.training.values(), *(c.record for c in results.calibrations.values())]
+    found += [e.quantization for e in evaluated if e.quantization]
+    return found + [e.record for e in evaluated]
+
+
+def packages(results: Results) -> Rows:
+    """Package versions of all jobs; more than one where jobs ran on different ones."""
+    found: dict[str, set[str]] = {}
+    for record in records(results):
+        for name, version in record["packages"].items():
+            found.setdefault(name, set()).add(version)
+    versions = [" and ".join(sorted(v)) for v in found.values()]
+    pairs = zip(found, versions, strict=True)
+    return [{"package": code(name), "version": version} for name, version in pairs]
+
+
+def machines(results: Results) -> str:
+    """The kinds of machine the jobs ran on; no names."""
+    kinds = {(r["machine"]["architecture"], r["machine"]["cpu_count"]) for r in records(results)}
+    return " and ".join(f"{arch} with {cpus} CPUs" for arch, cpus in sorted(kinds))

@@ -1,0 +1,144 @@
+"""Every figure the report quotes about one variant, with its interval and how many it is over.
+
+Items that share a passage, and the tokens of the shared text, are resampled by passage.
+"""
+
+import math
+from dataclasses import dataclass
+
+from helpers.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
+from helpers.evaluation.comparison import Rules, score_interval
+from helpers.evaluation.statistics import Interval, wilson_interval
+from helpers.report.results import Evaluated
+
+MAIN = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value over n items or tokens, with its interval where one is known."""
+
+    value: float | None
+    interval: Interval | None
+    n: int
+
+
+def main_metric(adapter: str) -> str:
+    """What the 0/1 score of an adapter is called."""
+    return MAIN.get(adapter, "accuracy")
+
+
+def dataset_estimates(
+    adapter: str, predictions: list[dict], metrics: dict, rules: Rules
+) -> dict[str, Estimate]:
+    """The metrics of one evaluation set by name, the main one first."""
+    n = len(predictions)
+    found = {main_metric(adapter): _of_scores(predictions, rules)}
+    if adapter == "squad_v2":
+        found["f1"] = _of_f1(predictions, rules)
+        parts = (("has_answer", True), ("no_answer", False))
+        for name, answerable in parts:
+            part = [p for p in predictions if bool(p["golds"]) == answerable]
+            if part:
+                found[f"{name}_exact_match"] = _of_scores(part, rules)
+                found[f"{name}_f1"] = _of_f1(part, rules)
+    elif adapter == "openmath":
+        covered = metrics["median_absolute_difference_coverage"]
+        median = metrics["median_absolute_difference"]
+        found["median_absolute_difference"] = Estimate(median, None, round(covered * n))
+        found["median_absolute_difference_coverage"] = _of_share(round(covered * n), n, rules)
+    else:
+        found["macro_f1"] = Estimate(metrics["macro_f1"], None, n)
+    readable = n - metrics["unparsed"]
+    return found | {"format_success": _of_share(readable, n, rules)}
+
+
+def _of_scores(predictions: list[dict], rules: Rules) -> Estimate:
+    return Estimate(
+        sum(p["score"] for p in predictions) / len(predictions),
+        score_interval(predictions, rules) if _units(predictions) > 1 else None,
+        len(predictions),
+    )
+
+
+def _units(predictions: list[dict]) -> int:
+    return len({p["cluster"] or p["id"] for p in predictions})
+
+
+def _of_f1(predictions: list[dict], rules: Rules) -> Estimate:
+    values = [p["f1"] for p in predictions]
+    mean, interval = sum(values) / len(values), None
+    if _units(predictions) > 1:
+        clusters = [p["cluster"] or p["id"] for p in predictions]
+        found = bootstrap_mean(values, clusters, confidence=rules.confidence, **rules.random)
+        mean, interval = found.mean, None if found.degenerate else found.interval
+    return Estimate(mean, interval, len(values))
+
+
+def _of_share(successes: int, n: int, rules: Rules) -> Estimate:
+    return Estimate(successes / n, wilson_interval(successes, n, confidence=rules.confidence), n)
+
+
+def token_estimates(evaluated: Evaluated, rules: Rules) -> dict[str, Estimate]:
+    """Perplexity, KL and top-1 agreement over the tokens of the shared text."""
+    rows = evaluated.passages
+    tokens = evaluated.shared_text["tokens"]
+    loss = _by_token([row["nll"] for row in rows], rows, rules)
+    interval = loss.interval
+    if interval is not None:
+        limits = math.exp(interval.low), math.exp(interval.high)
+        interval = Interval(*limits, interval.confidence)
+    return {
+        "perplexity": Estimate(evaluated.shared_text["perplexity"], interval, tokens),
+        "kl": _by_token([row["kl"] for row in rows], rows, rules),
+        "top1_agreement": _by_token([row["top1_agreements"] for row in rows], rows, rules),
+    }
+
+
+def _by_token(sums: list[float], rows: list[dict], rules: Rules) -> Estimate:
+    """A mean per token with a bootstrap over passages; no interval from a single passage."""
+    tokens = [row["tokens"] for row in rows]
+    if len(rows) < 2:
+        return Estimate(sum(sums) / sum(tokens), None, sum(tokens))
+    found = bootstrap_mean(
+        [s / t for s, t in zip(sums, tokens, strict=True)],
+        [row["id"] for row in rows],
+        weights=tokens,
+        confidence=rules.confidence,
+        **rules.random,
+    )
+    return Estimate(found.mean, None if found.degenerate else found.interval, sum(tokens))
+
+
+@dataclass(frozen=True)
+class TokenDifference:
+    """Mean difference per token of two variants on the same passages, with its test."""
+
+    value: float
+    interval: Interval | None
+    p: float | None
+    passages: int
+
+
+def token_difference(
+    baseline: Evaluated, variant: Evaluated, key: str, rules: Rules
+) -> TokenDifference:
+    """Difference of `nll` or `kl` per token, variant minus baseline, paired by passage."""
+    before = {row["id"]: row for row in baseline.passages}
+    after = {row["id"]: row for row in variant.passages}
+    if {k: r["tokens"] for k, r in before.items()} != {k: r["tokens"] for k, r in after.items()}:
+        raise ValueError("the two read different passages; run 03_evaluation again for both")
+    shared = sorted(before)
+    tokens = [before[k]["tokens"] for k in shared]
+    change = [after[k][key] - before[k][key] for k in shared]
+    if len(shared) < 2:
+        return TokenDifference(sum(change) / sum(tokens), None, None, len(shared))
+    found = bootstrap_difference(
+        [c / t for c, t in zip(change, tokens, strict=True)],
+        shared,
+        weights=tokens,
+        confidence=rules.confidence,
+        **rules.random,
+    )
+    interval = None if found.degenerate else found.interval
+    return TokenDifference(found.mean, interval, found.p, found.clusters)

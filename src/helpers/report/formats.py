@@ -1,0 +1,155 @@
+"""Numbers as text, and any text as a cell of a Markdown table that also exports to HTML.
+
+Fractions become percent here and nowhere else. What a model wrote is shown as written:
+every character that Markdown, HTML or MathJax would act on becomes an entity, and the
+text stands in `<code>`, which MathJax leaves alone.
+"""
+
+import math
+import unicodedata
+
+from helpers.evaluation.statistics import Interval
+
+MISSING = "–"
+_ACTIVE = {c: f"&#{ord(c)};" for c in "&<>|`$\\*[]{}~#!"}
+_IN_CODE = _ACTIVE | {c: f"&#{ord(c)};" for c in "_\"'^:@"}
+DATASETS = {"arc": "ARC", "squad_v2": "SQuAD v2", "openmath": "OpenMath", "boolq": "BoolQ"}
+
+
+Rows = list[dict[str, str]]
+
+
+class Markup(str):
+    """Text that is Markdown already and safe inside a table cell."""
+
+
+def percent(fraction: float | None) -> str:
+    """0.45 as `45.0 %`."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f} %"
+
+
+def points(fraction: float | None) -> str:
+    """A difference of two fractions in percentage points, with its sign: `−2.0`."""
+    return MISSING if fraction is None else signed(100 * fraction, 1)
+
+
+def signed(value: float, decimals: int) -> str:
+    """With + or a true minus; what rounds to zero has neither."""
+    if round(value, decimals) == 0:
+        return f"{0:.{decimals}f}"
+    return f"{'+' if value > 0 else '−'}{abs(value):.{decimals}f}"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits, thousands apart by commas, tiny values in powers of ten."""
+    if value is None:
+        return MISSING
+    if value == 0:
+        return "0"
+    if abs(value) >= 10 ** (digits - 1):
+        return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.2e}"
+    value = float(f"{value:.{digits - 1}e}")
+    if abs(value) < 1e-4:
+        return f"{value:.1e}"
+    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    return f"{value:.{decimals}f}"
+
+
+def span(interval: Interval, show) -> str:
+    """`[low, high]`, each limit by `show`."""
+    return f"[{show(interval.low)},\u00a0{show(interval.high)}]"  # not broken over lines
+
+
+def with_span(value: float, interval: Interval | None, show) -> Markup:
+    """A value and, where it has one, its interval."""
+    return Markup(show(value) if interval is None else f"{show(value)} {span(interval, show)}")
+
+
+def percent_span(value: float, interval: Interval | None) -> Markup:
+    """`45.0 % [35.6, 54.8]`, the limits in percent too."""
+    if interval is None:
+        return Markup(percent(value))
+    return Markup(f"{percent(value)} {span(interval, lambda x: f'{100 * x:.1f}')}")
+
+
+def p_value(p: float | None) -> str:
+    """Three decimals; below that only how small it is."""
+    if p is None:
+        return MISSING
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def megabytes(size_bytes: float) -> str:
+    return f"{number(size_bytes / 1e6)} MB"
+
+
+def count(n: int, what: str) -> str:
+    """`1 item`, `20 items`."""
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+
+
+def listed(parts: list[str]) -> str:
+    """`a`, `a and b`, `a, b and c`."""
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else ""
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def dataset_name(name: str) -> str:
+    """As its authors write it; a name the study gave itself stays."""
+    return DATASETS.get(name, name)
+
+
+def code(name: str) -> Markup:
+    """A name of the study, as code."""
+    return Markup(f"`{name}`")
+
+
+def escape(text: str) -> str:
+    """Any text so that Markdown and HTML show it and do not act on it."""
+    return "".join(_ACTIVE.get(c, c) for c in _printable(text))
+
+
+def quoted(text: str, *, limit: int) -> Markup:
+    """What a model wrote, cut at `limit` characters, as inert code."""
+    plain = _printable(text)
+    cut = plain if len(plain) <= limit else plain[: limit - 1].rstrip() + "…"
+    return Markup(f"<code>{''.join(_IN_CODE.get(c, c) for c in cut)}</code>" if cut else "(empty)")
+
+
+def _printable(text: str) -> str:
+    """On one line, without control, direction and private characters."""
+    spaced = " ".join(str(text).split())
+    return "".join(c if unicodedata.category(c)[0] != "C" else "�" for c in spaced)
+
+
+def markdown_table(rows: Rows) -> str:
+    """A GitHub pipe table, its columns in the order they first occur.
+
+    Text columns stand left, columns of numbers right; a column that a row does not have
+    is marked as missing there. Column names are Markdown already.
+
+    Raises:
+        ValueError: there are no rows, or a cell is empty or not text: format it first.
+    """
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    if not columns:
+        raise ValueError("a table has no rows: say so in a sentence instead")
+    cells = [[_cell(row.get(name, MISSING)) for name in columns] for row in rows]
+    marks = [
+        "---:" if all(map(_numeric, column)) else ":---" for column in zip(*cells, strict=True)
+    ]
+    lines = [[_cell(name) for name in columns], marks, *cells]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError(f"a table cell is {value!r}: format it, or give {MISSING!r}")
+    return str(value) if isinstance(value, Markup) else escape(value)
+
+
+def _numeric(cell: str) -> bool:
+    return cell[:1] in "+−–0123456789&" and not cell[1:4].isalpha()

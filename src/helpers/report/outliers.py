@@ -1,0 +1,81 @@
+"""Which Linear inputs a single int8 scale cannot hold, read from the calibration.
+
+With one scale for the whole tensor, a step is the largest value / 127. A channel that
+never exceeds half a step is rounded to zero. Where that befalls most channels, the
+Linear reads little but its outlier.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.report.results import Calibrated, Evaluated, Results
+
+HALF_STEPS = 2 * 127  # half steps from zero to the end of a symmetric int8 scale
+
+
+@dataclass(frozen=True)
+class LinearInput:
+    """One Linear's input: its largest channel, and what one scale for it would do.
+
+    Attributes:
+        ratio: largest channel / median channel, of their abs-max.
+        rounded_away: share of channels that never exceed half a step.
+    """
+
+    linear: str
+    channel: int
+    largest: float
+    median: float
+    ratio: float
+    rounded_away: float
+
+    @property
+    def name(self) -> str:
+        return self.linear.removeprefix("model.layers.")
+
+
+def linear_inputs(calibrated: Calibrated) -> list[LinearInput]:
+    """Every Linear's input, the one with the largest ratio first."""
+    found = []
+    for linear, absmax in calibrated.absmax.items():
+        largest, median = float(absmax.max()), float(np.median(absmax))
+        ratio = largest / median if median else float("inf")
+        away = float(np.mean(absmax < largest / HALF_STEPS))
+        found.append(LinearInput(linear, int(absmax.argmax()), largest, median, ratio, away))
+    return sorted(found, key=lambda i: (-i.ratio, i.linear))
+
+
+def swamped(calibrated: Calibrated) -> list[LinearInput]:
+    """Inputs of which one scale for the tensor rounds most channels to zero."""
+    return [i for i in linear_inputs(calibrated) if i.rounded_away > 0.5]
+
+
+def sqnr(evaluated: Evaluated) -> dict[str, float]:
+    """Output SQNR in dB by Linear, as the variant is: the last curve of its record."""
+    curves = evaluated.quantization["results"]["sqnr_db"]
+    return list(curves.values())[-1] if curves else {}
+
+
+def silent_tokens(calibrated: Calibrated) -> tuple[int, int]:
+    """(tokens that one scale turns into zeros altogether, all tokens) of the pictured input."""
+    half_step = float(calibrated.absmax[calibrated.surface_of].max()) / HALF_STEPS
+    return int((calibrated.surface.max(1) < half_step).sum()), len(calibrated.surface)
+
+
+def per_tensor(results: Results, model: str) -> list[Evaluated]:
+    """The model's variants with one activation scale a tensor, quantized ones only."""
+    found = [e for e in results.compared_in(model) if e.quantization]
+    return [e for e in found if activations(results, e.variant).startswith("tensor")]
+
+
+def per_token(results: Results, model: str) -> list[Evaluated]:
+    """The model's variants with an activation scale for each token."""
+    found = [e for e in results.compared_in(model) if e.quantization]
+    return [e for e in found if activations(results, e.variant).startswith("token")]
+
+
+def activations(results: Results, variant: str) -> str:
+    """The study file's word for its activation scales; empty if it quantizes none."""
+    scheme = results.study.variants[variant].scheme
+    return scheme[1] if scheme else ""

@@ -1,0 +1,187 @@
+"""What was found, as tables: the headline, one model's comparisons, its token-level cost."""
+
+from helpers.evaluation.comparison import Answers
+from helpers.evaluation.validity import Degenerate, best_degenerate, uninformative_reason
+from helpers.evaluation.verdicts import Verdict
+from helpers.report.estimates import (
+    Estimate,
+    dataset_estimates,
+    main_metric,
+    token_difference,
+    token_estimates,
+)
+from helpers.report.formats import (
+    MISSING,
+    Markup,
+    Rows,
+    code,
+    dataset_name,
+    escape,
+    number,
+    p_value,
+    percent,
+    percent_span,
+    points,
+    signed,
+    with_span,
+)
+from helpers.report.results import Evaluated, Results
+from helpers.study.schema import Comparison
+
+
+def headline(results: Results) -> Rows:
+    """Every variant of every model: checks, token-level cost, and each evaluation set.
+
+    Last in each model, what the best fixed answer scores on the same items.
+    """
+    rows = []
+    for model in results.models:
+        rows += [_headline_row(results, found) for found in results.of_model(model)]
+    fixed = {"model": "any", "variant": "best fixed answer"}
+    fixed |= dict.fromkeys(("checks", "perplexity", "KL [nats]", "top-1"), MISSING)
+    for name, best in best_fixed(results).items():
+        fixed[dataset_name(name)] = Markup(f"{percent(best.score)} ({escape(best.answer)})")
+    return [*rows, fixed]
+
+
+def _headline_row(results: Results, found: Evaluated) -> dict:
+    tokens = token_estimates(found, results.rules)
+    row = {"model": code(found.model), "variant": code(found.variant), "checks": checks(found)}
+    row |= {
+        "perplexity": f"{tokens['perplexity'].value:.2f}",
+        "KL [nats]": number(tokens["kl"].value),
+        "top-1": percent(tokens["top1_agreement"].value),
+    }
+    for name, wanted in results.study.evaluation.datasets.items():
+        main = main_estimate(results, found, name)
+        mark = "" if found.problem is None else "\u00a0✗"
+        if (verdict := verdict_on(results, found, name)) is not None:
+            mark = {"invalid": "\u00a0✗", "uninformative": "\u00a0○"}.get(verdict.kind, mark)
+        elif uninformative_reason(wanted.adapter, answers(found, name), results.rules):
+            mark = "\u00a0○"
+        row[dataset_name(name)] = Markup(percent_span(main.value, main.interval) + mark)
+    return row
+
+
+def answers(found: Evaluated, dataset: str) -> Answers:
+    """The variant's predictions of one evaluation set, as verdicts take them."""
+    return Answers(found.variant, found.predictions[dataset], found.problem)
+
+
+def verdict_on(results: Results, found: Evaluated, dataset: str) -> Verdict | None:
+    """The verdict against the study's baseline; None for the baseline itself."""
+    for comparison, verdict in results.verdicts.items():
+        at = (comparison.model, comparison.dataset, comparison.variant)
+        if at == (found.model, dataset, found.variant) and (
+            comparison.baseline == results.study.baseline
+        ):
+            return verdict
+    return None
+
+
+def main_estimate(results: Results, found: Evaluated, dataset: str) -> Estimate:
+    """Accuracy or exact match of one variant on one evaluation set."""
+    adapter = results.study.evaluation.datasets[dataset].adapter
+    metrics = found.metrics[dataset]
+    rows = dataset_estimates(adapter, found.predictions[dataset], metrics, results.rules)
+    return rows[main_metric(adapter)]
+
+
+def best_fixed(results: Results) -> dict[str, Degenerate]:
+    """The best degenerate answer of every evaluation set; the items are every model's."""
+    first = results.baseline_of(results.models[0])
+    datasets = results.study.evaluation.datasets
+    return {
+        name: best_degenerate(wanted.adapter, first.predictions[name])
+        for name, wanted in datasets.items()
+    }
+
+
+def checks(found: Evaluated) -> str:
+    """`7 of 7 hold`; a model left as it is has nothing to check."""
+    if found.verification is None:
+        return "as loaded"
+    total = len(found.verification["gates"])
+    passed = total - len(found.failed_gates)
+    return f"{passed} of {total}" + ("" if found.verification["passed"] else " ✗")
+
+
+def comparison(results: Results, model: str) -> Rows:
+    """Every comparison of one model: flips both ways, difference, tests, verdict."""
+    rows, told = [], set()
+    for c, verdict in ordered(results, model):
+        row = _comparison_row(results, c, verdict)
+        if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in told:
+            row["verdict"] = Markup("uninformative here, as above")
+        told.add((c.dataset, verdict.reason))
+        rows.append(row)
+    return rows
+
+
+def ordered(results: Results, model: str) -> list[tuple[Comparison, Verdict]]:
+    """One model's comparisons, dataset by dataset, the declared ones first in each."""
+    datasets = list(results.study.evaluation.datasets)
+    found = [(c, v) for c, v in results.verdicts.items() if c.model == model]
+    return sorted(found, key=lambda cv: (datasets.index(cv[0].dataset), not cv[1].primary))
+
+
+def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
+    paired = verdict.paired
+    tested = verdict.kind != "invalid"
+    against = "" if c.baseline == results.study.baseline else f" vs `{c.baseline}`"
+    units = f" ({paired.clusters} passages)" if paired.clusters < paired.n else ""
+    return {
+        "dataset": dataset_name(c.dataset),
+        "variant": Markup(f"`{c.variant}`{against}"),
+        "verdict": Markup(verdict_text(verdict, results.rules.margin)),
+        "items": f"{paired.n}{units}",
+        "lost": str(paired.losses),
+        "gained": str(paired.gains),
+        "Δ [points]": with_span(paired.delta, paired.interval, points),
+        "p": p_value(paired.p if tested else None),
+        "Holm p": p_value(verdict.holm_p),
+        "detectable loss": _loss(paired.detectable),
+    }
+
+
+def _loss(fraction: float | None) -> str:
+    return "none" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def verdict_text(verdict: Verdict, margin: float) -> str:
+    """The verdict in words, with its reason; safe as Markdown."""
+    word = {
+        "worse": "**worse**",
+        "better": "**better**",
+        "equivalent": f"**equivalent within ±{100 * margin:.1f} points**",
+        "undetected": "**no detectable difference**",
+        "uninformative": "**uninformative here**" if verdict.primary else "uninformative here",
+        "invalid": "**invalid**",
+        "exploratory": "exploratory",
+    }[verdict.kind]
+    return f"{word}: {escape(verdict.reason)}" if verdict.reason else word
+
+
+def token_level(results: Results, model: str) -> Rows:
+    """Perplexity, its change, KL and top-1 agreement, with intervals by passage."""
+    baseline, rows = results.baseline_of(model), []
+    for found in results.of_model(model):
+        tokens = token_estimates(found, results.rules)
+        row = {"variant": code(found.variant)}
+        row["perplexity"] = f"{tokens['perplexity'].value:.2f}"
+        if found is baseline:
+            row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
+            row["top-1 agreement"] = "100.0 %"
+        else:
+            loss = token_difference(baseline, found, "nll", results.rules)
+            row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, _signed4)
+            kl = tokens["kl"]
+            row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
+            top = tokens["top1_agreement"]
+            row["top-1 agreement"] = percent_span(top.value, top.interval)
+        rows.append(row)
+    return rows
+
+
+def _signed4(value: float) -> str:
+    return signed(value, 4)

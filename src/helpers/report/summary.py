@@ -1,0 +1,130 @@
+"""The report's numbers for programs: summary.json and summary.csv.
+
+Fractions are 0–1. No times and no durations: the same records make the same bytes.
+"""
+
+import csv
+import io
+from pathlib import Path
+
+from helpers.evaluation.verdicts import Verdict
+from helpers.report import items, outliers, overview
+from helpers.report.estimates import Estimate, main_metric, token_estimates
+from helpers.report.results import Evaluated, Results
+from helpers.study.records import write_atomically, write_json
+from helpers.study.schema import Comparison
+
+COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
+SHARED = "shared_text"
+
+
+def write_summary(results: Results, folder: Path) -> None:
+    """Write summary.csv, then summary.json, the sign that the analysis is done."""
+    table = csv_text(results)
+    write_atomically(folder / "summary.csv", lambda p: p.write_text(table, encoding="utf-8"))
+    write_json(folder / "summary.json", summary(results))
+
+
+def summary(results: Results) -> dict:
+    """All headline numbers, and every verdict with what it was made from."""
+    study, s = results.study, results.study.statistics
+    return {
+        "study": results.name,
+        "title": study.title,
+        "seed": study.seed,
+        "baseline": study.baseline,
+        "statistics": {
+            "confidence": s.confidence,
+            "power": s.power,
+            "margin": s.margin,
+            "resamples": s.resamples,
+            "primary_comparisons": len(s.primary),
+        },
+        "best_fixed_answers": {
+            name: {"answer": best.answer, "score": best.score}
+            for name, best in overview.best_fixed(results).items()
+        },
+        "models": {model: _model(results, model) for model in results.models},
+        "comparisons": [_comparison(results, c, v) for c, v in results.verdicts.items()],
+    }
+
+
+def _model(results: Results, model: str) -> dict:
+    found = {}
+    if model in results.training:
+        made = results.training[model]["results"]
+        keys = ("training_items", "heldout_loss_before", "heldout_loss_after")
+        found["finetuning"] = {key: made[key] for key in keys}
+    worst = outliers.linear_inputs(results.calibrations[model])[:8]
+    found["largest_outliers"] = [vars(i) for i in worst]
+    found["variants"] = {e.variant: _variant(results, e) for e in results.of_model(model)}
+    return found
+
+
+def _variant(results: Results, e: Evaluated) -> dict:
+    found = {"passed": None, "failed_gates": []}
+    if e.verification:
+        found["passed"] = e.verification["passed"]
+        found["failed_gates"] = [gate["name"] for gate in e.failed_gates]
+    if e.quantization:
+        made = e.quantization["results"]
+        keys = ("scheme", "quantized_linears", "smoothed_groups", "bytes_before", "bytes_after")
+        found |= {key: made[key] for key in keys}
+    tokens = token_estimates(e, results.rules)
+    found[SHARED] = {name: _plain(estimate) for name, estimate in tokens.items()}
+    found["datasets"] = {
+        dataset: {n: _plain(x) for n, x in items.estimates_of(results, e, dataset).items()}
+        for dataset in results.study.evaluation.datasets
+    }
+    return found
+
+
+def _plain(estimate: Estimate) -> dict:
+    low, high = _limits(estimate)
+    return {"value": estimate.value, "low": low, "high": high, "n": estimate.n}
+
+
+def _limits(estimate: Estimate) -> tuple[float | None, float | None]:
+    found = estimate.interval
+    return (found.low, found.high) if found else (None, None)
+
+
+def _comparison(results: Results, c: Comparison, verdict: Verdict) -> dict:
+    paired, invalid = verdict.paired, verdict.kind == "invalid"
+    adapter = results.study.evaluation.datasets[c.dataset].adapter
+    return {
+        **c.model_dump(),
+        "metric": main_metric(adapter),
+        "primary": verdict.primary,
+        "verdict": verdict.kind,
+        "reason": verdict.reason,
+        "n": paired.n,
+        "clusters": paired.clusters,
+        "losses": paired.losses,
+        "gains": paired.gains,
+        "delta": paired.delta,
+        "low": paired.interval.low,
+        "high": paired.interval.high,
+        "equivalence_low": paired.equivalence.low,
+        "equivalence_high": paired.equivalence.high,
+        "p": None if invalid else paired.p,
+        "holm_p": verdict.holm_p,
+        "smallest_detectable_loss": paired.detectable,
+        "identical_answers": paired.identical,
+        "method": paired.method,
+    }
+
+
+def csv_text(results: Results) -> str:
+    """Long form: one line a figure."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for e in (results.evaluations[m, v] for m in results.models for v in results.variants):
+        by_dataset = {SHARED: token_estimates(e, results.rules)}
+        for dataset in results.study.evaluation.datasets:
+            by_dataset[dataset] = items.estimates_of(results, e, dataset)
+        for dataset, estimates in by_dataset.items():
+            for metric, x in estimates.items():
+                writer.writerow([e.model, e.variant, dataset, metric, x.value, *_limits(x), x.n])
+    return stream.getvalue()

@@ -1,0 +1,413 @@
+"""The report is about the records and nothing else: it recomputes, refuses and escapes."""
+
+import csv
+import html
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from IPython.display import Markdown
+from safetensors.numpy import save_file
+
+from helpers.evaluation.metrics import all_metrics, shared_text_metrics
+from helpers.evaluation.predictions import write_predictions
+from helpers.report import chapters, formats, summary
+from helpers.report.results import load_results
+from helpers.study.errors import StudyError
+from helpers.study.hashing import sha256_file
+from helpers.study.opening import open_job
+from helpers.study.records import read_json, write_json
+
+LAYERS = [
+    f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")
+]
+NASTY = [
+    r"The answer is $x^2$ and \boxed{24}. \(y\) $$z$$",
+    "a | b || c\n| --- | --- |\n`code` ``more``",
+    "<script>alert('x')</script><img src=x onerror=alert(1)> & &lt;b&gt;",
+    "**bold** _it_ [link](javascript:alert(1)) ![i](x) # head ~~s~~ {{ template }} None nan",
+    "\x1b[31m\u202eright to left\u2066\x00 \ufffd",
+    "</code></td></table>",
+]
+
+
+def scored(item: str, cluster: str, golds: list[str], said: str | None, output: str) -> dict:
+    """One prediction of a set that is scored 0 or 1."""
+    status = "unparsed" if said is None else "answered"
+    return {
+        "id": item,
+        "cluster": cluster,
+        "golds": golds,
+        "output": output,
+        "parsed": said,
+        "status": status,
+        "finish_reason": "stop",
+        "prompt_hash": f"hash of {item}",
+        "prompt_tokens": 10,
+        "output_tokens": 3,
+        "score": float(said in golds),
+    }
+
+
+def arc_rows(rng, accuracy: float) -> list[dict]:
+    rows = []
+    for i in range(80):
+        gold = "ABCD"[i % 4]
+        said = gold if rng.random() < accuracy else "ABCD"[(i + 1 + i // 4 % 3) % 4]
+        rows.append(scored(f"arc-{i}", f"arc-{i}", [gold], said, said))
+    return rows
+
+
+def squad_rows(rng, accuracy: float) -> list[dict]:
+    """Two questions a passage, every third one unanswerable; some answers are nasty."""
+    rows = []
+    for i in range(60):
+        golds, lucky = ([] if i % 3 == 0 else [f"gold {i}"]), rng.random() < accuracy
+        said = f"gold {i}" if lucky else NASTY[i % len(NASTY)]
+        row = scored(f"squad-{i}", f"passage-{i // 2}", golds, said, said)
+        if i % 10 == 9:
+            row |= {"parsed": None, "status": "unparsed", "score": 0.0}
+        if not golds and lucky:
+            row |= {"parsed": None, "status": "abstained", "score": 1.0}
+        rows.append(row | {"f1": row["score"]})
+    return rows
+
+
+def text_rows(rng, noise: float) -> list[dict]:
+    return [
+        {
+            "id": f"passage-{i}",
+            "tokens": 50,
+            "nll": 150 + float(rng.normal(0, 1)) + 20 * noise,
+            "kl": noise * float(rng.uniform(1, 2)),
+            "top1_agreements": 50 - int(20 * noise),
+        }
+        for i in range(12)
+    ]
+
+
+def record(stage: str, parameters: dict, inputs: dict, results: dict) -> dict:
+    return {
+        "stage": stage,
+        "parameters": parameters,
+        "inputs": inputs,
+        "results": results,
+        "started": "2026-01-01T00:00:00+00:00",
+        "duration_s": 12.5,
+        "peak_memory_bytes": 10**9,
+        "machine": {"cpu_count": 2, "architecture": "x86_64"},
+        "packages": {"python": "3.11.7", "torch": "2.13.0"},
+    }
+
+
+def write_calibration(job, model: str, outlier: float):
+    folder = job.paths.calibration(model)
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    absmax = {layer: rng.uniform(1, 2, 64).astype("float32") for layer in LAYERS}
+    absmax[LAYERS[3]][5] = outlier
+    save_file({f"{k}.absmax": v for k, v in absmax.items()}, folder / "activations.safetensors")
+    surface = rng.uniform(0, 1, (20, 64)).astype("float32")
+    surface[4, 5] = outlier
+    save_file({LAYERS[3]: surface}, folder / "surface.safetensors")
+    results = {"items": ["a", "b"], "tokens": 1234, "truncated_items": 0, "linears": len(LAYERS)}
+    results["maxima"] = [{"name": layer} for layer in LAYERS]
+    write_json(
+        folder / "record.json",
+        record("calibration", {"model": model}, {"model": f"files of {model}"}, results),
+    )
+
+
+def write_quantization(job, model: str, variant: str, passed: bool):
+    activations = job.paths.calibration(model) / "activations.safetensors"
+    inputs = {"model": f"files of {model}", "calibration": sha256_file(activations)}
+    ways = {"without smoothing": dict.fromkeys(LAYERS, 30.0) | {LAYERS[3]: 2.5}}
+    if job.study.variants[variant].smooth:
+        ways["with smoothing"] = dict.fromkeys(LAYERS, 35.0) | {LAYERS[3]: 2.5}
+    sizes = {"Linears": 4_000_000, "embeddings and head": 1_000_000}
+    results = {"scheme": "int8 weights | in $words$", "quantized_linears": 4}
+    results |= {"smoothed_groups": 2, "sqnr_db": ways, "passed": passed}
+    results |= {"bytes_before": sizes, "bytes_after": sizes | {"Linears": 1_000_000}}
+    parameters = {"study": job.name, "model": model, "variant": variant}
+    made = record("quantization", parameters, inputs, results)
+    write_json(job.paths.quantization(model, variant) / "record.json", made)
+    gates = [
+        {"name": "layer census", "passed": passed, "measured": "4 | of 5", "limit": "4, by name"},
+        {"name": "weights on the grid", "passed": True, "measured": "0.5", "limit": "0.5"},
+    ]
+    verified = {"passed": passed, "gates": gates}
+    write_json(job.paths.variant(model, variant) / "verification.json", verified)
+
+
+def write_evaluation(job, model: str, variant: str, seed: int, accuracy: float, noise: float):
+    rng = np.random.default_rng(seed)
+    makers = {"arc": arc_rows, "squad_v2": squad_rows}
+    wanted = job.study.evaluation.datasets
+    predictions = {name: makers[name](rng, accuracy) for name in wanted}
+    passages = text_rows(rng, noise)
+    folder = job.paths.evaluation(model, variant)
+    write_predictions(folder, predictions, passages)
+    metrics = {"datasets": all_metrics(job.study, predictions)}
+    write_json(folder / "metrics.json", metrics | {"shared_text": shared_text_metrics(passages)})
+    parameters = {"study": job.name, "model": model, "variant": variant}
+    inputs = {"variant": f"files of {model}"}
+    write_json(folder / "record.json", record("evaluation", parameters, inputs, {"items": {}}))
+
+
+def write_outputs(job, *, outlier: float = 900.0, failed: str = ""):
+    """The records of a whole study, as its stages would leave them."""
+    for seed, model in enumerate(job.study.models):
+        write_calibration(job, model, outlier)
+        for place, (variant, recipe) in enumerate(job.study.variants.items()):
+            if recipe.changes_model:
+                write_quantization(job, model, variant, variant != failed)
+            write_evaluation(job, model, variant, 10 * seed + place, 0.8, 0.1 * place)
+        if model == "tuned":
+            start = "files of base"
+            results = {"training_items": 8, "heldout_loss_before": 2.5, "heldout_loss_after": 1.5}
+            made = record("finetuning", {"model": model}, {"source_model": start}, results)
+            write_json(job.paths.finetuned_model(model) / "record.json", made)
+
+
+@pytest.fixture
+def make_job(study_settings, write_study, tmp_path, monkeypatch):
+    """Open a study edited by the test, with its own outputs folder."""
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+
+    def make(edit=lambda settings: None, **options):
+        study_settings["variants"]["static"] = {
+            "preset": "o3",
+            "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]},
+        }
+        study_settings["evaluation"]["datasets"]["arc"]["items"] = 80
+        study_settings["evaluation"]["datasets"]["squad_v2"]["items"] = 60
+        study_settings["evaluation"]["shared_text"]["passages"] = 12
+        edit(study_settings)
+        job = open_job(write_study(study_settings))
+        write_outputs(job, **options)
+        return job
+
+    return make
+
+
+def one_model(settings):
+    settings["models"].pop("tuned")
+
+
+def other_names(settings):
+    one_model(settings)
+    settings["variants"] = {"float": {}, "mine-1.0": {"preset": "o1"}}
+    settings["baseline"] = "float"
+    settings["statistics"]["primary"] = []
+
+
+def one_set_two_baselines(settings):
+    settings["evaluation"]["datasets"].pop("squad_v2")
+    pair = {"baseline": "rtn_w8a8", "variant": "smoothquant_w8a8"}
+    settings["statistics"]["primary"].append({"model": "tuned", "dataset": "arc", **pair})
+
+
+def float_only(settings):
+    one_model(settings)
+    settings["variants"] = {"noquant": {}}
+    settings["statistics"]["primary"] = []
+
+
+def whole_report(results) -> str:
+    """All Markdown of the report, as the notebook displays it."""
+    shown = chapters.opening(results) + chapters.outlier_pictures(results)
+    shown += chapters.base_models(results) + chapters.trained_models(results)
+    shown += chapters.dataset_chapters(results)
+    shown += [chapters.technical_details(results), chapters.conclusion(results)]
+    return "\n\n".join(part.data for part in shown if isinstance(part, Markdown))
+
+
+def told(text: str) -> str:
+    """The report without what models wrote and without code names."""
+    return re.sub(r"<code>.*?</code>|`[^`]*`", "X", text)
+
+
+@pytest.mark.parametrize(
+    ("edit", "options"),
+    [
+        (lambda settings: None, {}),
+        (one_model, {}),
+        (other_names, {}),
+        (one_set_two_baselines, {}),
+        (float_only, {}),
+        (lambda settings: None, {"failed": "smoothquant_w8a8"}),
+        (lambda settings: None, {"outlier": 2.0}),
+    ],
+    ids=["whole", "one model", "other names", "two baselines", "float", "failed", "no outliers"],
+)
+def test_every_mixture_reads_without_unrendered_marks(make_job, edit, options):
+    text = told(whole_report(load_results(make_job(edit, **options))))
+    assert not re.search(r"[{}]|\bnan\b|\bNone\b|\binf\b|\.\.|,\s*\.|\(\)|  \S*\| \|", text)
+    assert "/tmp" not in text
+    for line in text.splitlines():
+        assert not re.search(r"[a-z] (,|\.|;)( |$)", line), line
+
+
+def test_a_failed_check_is_told_first_and_never_ranked(make_job):
+    results = load_results(make_job(failed="smoothquant_w8a8"))
+    text = whole_report(results)
+    assert "2 of 12 checks fail" in text
+    assert "**FAILS**" in text
+    (_, verdict), *_ = results.primary()
+    assert verdict.kind == "invalid"
+    assert "1 is invalid" in text
+
+
+def test_the_report_quotes_what_the_predictions_give(make_job):
+    """Counted again here, by hand, for the first declared comparison and two cells."""
+    job = make_job()
+    text = whole_report(load_results(job))
+    rows = {}
+    for variant in ("noquant", "smoothquant_w8a8"):
+        path = job.paths.evaluation("base", variant) / "predictions" / "arc.jsonl"
+        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        rows[variant] = {p["id"]: p["parsed"] in p["golds"] for p in lines}
+        share = f"{100 * sum(rows[variant].values()) / 80:.1f} %"
+        line = next(x for x in text.splitlines() if x.startswith(f"| `base` | `{variant}`"))
+        assert share in line
+    lost = sum(rows["noquant"][k] > rows["smoothquant_w8a8"][k] for k in rows["noquant"])
+    gained = sum(rows["noquant"][k] < rows["smoothquant_w8a8"][k] for k in rows["noquant"])
+    line = next(x for x in text.splitlines() if x.startswith("| ARC | `smoothquant_w8a8`"))
+    assert f"| 80 | {lost} | {gained} |" in line
+
+
+def test_the_summary_repeats_to_the_byte_and_holds_fractions(make_job):
+    job = make_job()
+    kept = []
+    for _ in range(2):
+        summary.write_summary(load_results(job), job.paths.root)
+        kept.append([(job.paths.root / f"summary.{x}").read_bytes() for x in ("json", "csv")])
+    assert kept[0] == kept[1]
+    found = json.loads(kept[0][0])
+    assert "duration" not in kept[0][0].decode() + kept[0][1].decode()
+    for c in found["comparisons"]:
+        assert c["delta"] == pytest.approx((c["gains"] - c["losses"]) / c["n"])
+        assert -1 <= c["low"] <= c["delta"] <= c["high"] <= 1
+        assert (c["p"] is None) == (c["verdict"] == "invalid")
+    rows = list(csv.DictReader(kept[0][1].decode().splitlines()))
+    stored = read_json(job.paths.evaluation("tuned", "static") / "metrics.json", made_by="")
+    for dataset, metric in (("arc", "accuracy"), ("squad_v2", "has_answer_f1")):
+        at = {"model": "tuned", "variant": "static", "dataset": dataset, "metric": metric}
+        (row,) = [r for r in rows if at.items() <= r.items()]
+        assert float(row["value"]) == pytest.approx(stored["datasets"][dataset][metric])
+
+
+def test_the_culprits_are_found_in_the_records_and_not_known_beforehand(make_job):
+    text = whole_report(load_results(make_job()))
+    assert "1 of 4 Linear inputs is ruled by single channels: `1.mlp.down_proj`" in text
+    assert "The smoothing of `static` does not reach `1.mlp.down_proj`" in text
+    assert "one scale turns 19 of 20 tokens" in text
+
+
+def test_an_announced_set_without_predictions_names_the_notebook(make_job):
+    job = make_job()
+    (job.paths.evaluation("base", "noquant") / "predictions" / "squad_v2.jsonl").unlink()
+    with pytest.raises(StudyError, match=r"squad_v2\.jsonl is missing; run 03_evaluation"):
+        load_results(job)
+
+
+def test_metrics_that_do_not_follow_from_the_predictions_are_refused(make_job):
+    job = make_job()
+    path = job.paths.evaluation("base", "static") / "metrics.json"
+    stored = read_json(path, made_by="")
+    stored["datasets"]["arc"]["accuracy"] += 0.1
+    write_json(path, stored)
+    with pytest.raises(StudyError, match=r"base/static: metrics\.json is not what"):
+        load_results(job)
+
+
+def test_fewer_predictions_than_items_are_refused(make_job):
+    job = make_job()
+    path = job.paths.evaluation("base", "static") / "predictions" / "arc.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(StudyError, match="arc has 79 predictions but the study asks 80"):
+        load_results(job)
+
+
+@pytest.mark.parametrize(
+    ("stage", "key", "remedy"),
+    [
+        ("quantization", "model", "01_calibration and 02_quantization"),
+        ("quantization", "calibration", "02_quantization"),
+        ("evaluation", "variant", "01_calibration and 03_evaluation"),
+    ],
+)
+def test_results_of_other_files_are_refused(make_job, stage, key, remedy):
+    """The hashes in the records lead from stage to stage, or nothing is reported."""
+    job = make_job()
+    variant = "static" if stage == "quantization" else "noquant"
+    path = getattr(job.paths, stage)("base", variant) / "record.json"
+    found = read_json(path, made_by="")
+    found["inputs"][key] = "files of something else"
+    write_json(path, found)
+    with pytest.raises(StudyError, match=rf"base/{variant}: .*run {remedy}"):
+        load_results(job)
+
+
+def test_answers_of_another_checkpoint_are_refused(make_job):
+    job = make_job()
+    write_json(job.paths.checkpoint("base", "static") / "config.json", {"made": "later"})
+    with pytest.raises(StudyError, match="base/static: its checkpoint changed since"):
+        load_results(job)
+
+
+def test_a_model_trained_from_other_files_is_refused(make_job):
+    job = make_job()
+    path = job.paths.finetuned_model("tuned") / "record.json"
+    found = read_json(path, made_by="")
+    found["inputs"]["source_model"] = "files of something else"
+    write_json(path, found)
+    with pytest.raises(StudyError, match="tuned: was fine-tuned from other model files"):
+        load_results(job)
+
+
+@pytest.mark.parametrize("written", NASTY)
+def test_what_a_model_wrote_is_shown_and_does_nothing(written):
+    from nbconvert.filters.markdown_mistune import markdown2html_mistune
+
+    table = formats.markdown_table([{"answer": formats.quoted(written, limit=500), "n": "1"}])
+    assert not re.search(r"[$\\{}`*~\[\]]|<(?!/?code>)", table)
+    assert [line.count("|") for line in table.splitlines()] == [3, 3, 3]
+    page = markdown2html_mistune(table)
+    (shown,) = re.findall(r"<code>(.*?)</code>", page)
+    visible = " ".join("".join(c if c.isprintable() else "\ufffd" for c in written).split())
+    assert "<" not in shown
+    assert html.unescape(shown).replace("\ufffd", " ").split() == (
+        visible.replace("\ufffd", " ").split()
+    )
+
+
+def test_our_own_texts_are_escaped_in_tables_too():
+    table = formats.markdown_table([{"gate": "a | b <i> $x$ `c` {d}\nnext"}])
+    assert table.splitlines()[2].count("|") == 2
+    assert not re.search(r"[<$`{}]", table)
+
+
+@pytest.mark.parametrize("cell", [None, "", float("nan"), 3])
+def test_an_unformatted_cell_is_refused(cell):
+    with pytest.raises(ValueError, match="format it"):
+        formats.markdown_table([{"a": cell}])
+
+
+def test_numbers_have_one_format():
+    assert formats.percent(0.45) == "45.0 %"
+    assert formats.points(-0.02) == "−2.0"
+    assert formats.points(-0.0001) == "0.0"
+    assert formats.p_value(0.0004) == "< 0.001"
+    assert formats.listed(["a", "b", "c"]) == "a, b and c"
+
+
+def test_a_report_needs_no_torch():
+    code = (
+        "import sys, helpers.report.chapters, helpers.report.summary; print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
