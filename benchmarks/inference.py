@@ -238,7 +238,7 @@ def as_markdown(rows: list[Row], machine: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=int, default=40, help="items a row (40)")
+    parser.add_argument("--items", type=int, default=24, help="items a row (24)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each way (3)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     options = parser.parse_args()
