@@ -161,7 +161,8 @@ def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
         stored = [math.nan] * len(item.labels)  # as one that was not finite
     pairs = zip(stored, item.labels, strict=True)
     nudged = [s + ROUNDING * (label == row["parsed"]) for s, label in pairs]
-    again = score_options(item, nudged, item.options, normalize="none")
+    # Continuations are as long as the options: they only begin with a space or a capital.
+    again = score_options(item, nudged, item.options, normalize=wanted.ask.normalize)
     return {key: value for key, value in again.items() if key != "logprobs"}
 
 
