@@ -54,6 +54,12 @@ def test_alpha_repeats_exactly_its_variant():
     }
 
 
+def test_an_evaluation_waits_for_the_baseline_it_is_held_against():
+    baseline = Run("evaluation", "tuned", "noquant")
+    assert baseline in grid.before(study(), Run("evaluation", "tuned", "rtn"))
+    assert not [r for r in grid.before(study(), baseline) if r.stage == "evaluation"]
+
+
 def test_statistics_and_title_repeat_only_the_analysis():
     assert changed(study(), study(statistics__margin=0.1, title="x")) == {"04_analysis"}
 

@@ -13,13 +13,13 @@ from IPython.display import Markdown
 from safetensors.numpy import save_file
 
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import write_predictions
+from helpers.evaluation.predictions import prediction_digests, write_predictions
 from helpers.report import chapters, formats, summary
 from helpers.report.results import load_results
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.opening import open_job
-from helpers.study.records import read_json, write_json
+from helpers.study.records import read_json, write_json, write_jsonl
 
 LAYERS = [
     f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")
@@ -149,12 +149,26 @@ def write_evaluation(job, model: str, variant: str, seed: int, accuracy: float, 
     predictions = {name: makers[name](rng, accuracy) for name in wanted}
     passages = text_rows(rng, noise)
     folder = job.paths.evaluation(model, variant)
-    write_predictions(folder, predictions, passages)
+    write_predictions(folder, predictions, passages, model=model, variant=variant)
     metrics = {"datasets": all_metrics(job.study, predictions)}
     write_json(folder / "metrics.json", metrics | {"shared_text": shared_text_metrics(passages)})
     parameters = {"study": job.name, "model": model, "variant": variant}
     inputs = {"variant": f"files of {model}"}
     write_json(folder / "record.json", record("evaluation", parameters, inputs, {"items": {}}))
+    guarded = ["whole variant", *wanted]
+    write_json(folder / "gates.json", gates_of(folder, model, variant, guarded))
+
+
+def gates_of(folder, model: str, variant: str, guarded: list[str], broken: str = "") -> dict:
+    """One gate on each; the one on `broken` fails."""
+    gates = [
+        {"name": "a gate", "passed": what != broken, "measured": "1 | x", "limit": "none"}
+        | {"invalidates": what}
+        for what in guarded
+    ]
+    digests = prediction_digests(folder, guarded[1:])
+    found = {"model": model, "variant": variant, "passed": not broken, "gates": gates}
+    return found | {"predictions": digests}
 
 
 def write_outputs(job, *, outlier: float = 900.0, failed: str = ""):
@@ -254,7 +268,7 @@ def test_every_mixture_reads_without_unrendered_marks(make_job, edit, options):
 def test_a_failed_check_is_told_first_and_never_ranked(make_job):
     results = load_results(make_job(failed="smoothquant_w8a8"))
     text = whole_report(results)
-    assert "2 of 12 checks fail" in text
+    assert "2 of 36 checks fail" in text
     assert "**FAILS**" in text
     (_, verdict), *_ = results.primary()
     assert verdict.kind == "invalid"
@@ -367,6 +381,69 @@ def test_a_model_trained_from_other_files_is_refused(make_job):
     write_json(path, found)
     with pytest.raises(StudyError, match="tuned: was fine-tuned from other model files"):
         load_results(job)
+
+
+def break_gate(job, model: str, variant: str, broken: str):
+    folder = job.paths.evaluation(model, variant)
+    guarded = ["whole variant", *job.study.evaluation.datasets]
+    write_json(folder / "gates.json", gates_of(folder, model, variant, guarded, broken))
+
+
+def test_a_failed_gate_on_one_set_invalidates_that_set_alone(make_job):
+    job = make_job()
+    break_gate(job, "base", "smoothquant_w8a8", "arc")
+    results = load_results(job)
+    subject = ("base", "smoothquant_w8a8")
+    kinds = {c.dataset: v for c, v in results.verdicts.items() if (c.model, c.variant) == subject}
+    assert kinds["arc"].kind == "invalid"
+    assert "a gate (1 | x; limit: none)" in kinds["arc"].reason
+    assert kinds["squad_v2"].kind != "invalid"
+    text = whole_report(results)
+    assert "**FAILS** on ARC" in text
+    assert "1 of 36 checks fail" in text
+    assert not summary.summary(results)["models"]["base"]["variants"]["smoothquant_w8a8"]["passed"]
+
+
+def test_a_failed_gate_on_the_variant_invalidates_all_its_sets(make_job):
+    job = make_job()
+    break_gate(job, "base", "static", "whole variant")
+    found = load_results(job).verdicts.items()
+    kinds = {v.kind for c, v in found if (c.model, c.variant) == ("base", "static")}
+    assert kinds == {"invalid"}
+
+
+def test_answers_changed_after_their_checks_are_refused(make_job):
+    job = make_job()
+    path = job.paths.evaluation("base", "static") / "predictions" / "arc.jsonl"
+    path.write_text(path.read_text("utf-8").replace('"output":"A"', '"output":"B"'), "utf-8")
+    with pytest.raises(StudyError, match="base/static: arc changed since its checks"):
+        load_results(job)
+
+
+def test_gates_of_another_variant_are_refused(make_job):
+    job = make_job()
+    other = job.paths.evaluation("base", "noquant") / "gates.json"
+    path = job.paths.evaluation("base", "static") / "gates.json"
+    path.write_bytes(other.read_bytes())
+    with pytest.raises(StudyError, match=r"base/static: its gates\.json is of another run"):
+        load_results(job)
+
+
+def test_a_shared_text_without_finite_figures_is_shown_as_missing(make_job):
+    job = make_job()
+    folder = job.paths.evaluation("base", "static")
+    rows = [json.loads(x) for x in (folder / "predictions/shared_text.jsonl").open()]
+    rows = [row | {"nll": None, "kl": None} for row in rows]
+    write_jsonl(folder / "predictions" / "shared_text.jsonl", rows)
+    stored = read_json(folder / "metrics.json", made_by="")
+    write_json(folder / "metrics.json", stored | {"shared_text": shared_text_metrics(rows)})
+    break_gate(job, "base", "static", "whole variant")
+    results = load_results(job)
+    line = next(
+        x for x in whole_report(results).splitlines() if x.startswith("| `base` | `static`")
+    )
+    assert "| – | – |" in line
+    assert summary.summary(results)
 
 
 @pytest.mark.parametrize("written", NASTY)

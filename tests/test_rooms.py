@@ -21,6 +21,10 @@ LIGHT_EVALUATION = {
     "scoring",
     "parsing",
     "predictions",
+    "gates",
+    "conduct",
+    "degenerate",
+    "invariance",
 }
 
 

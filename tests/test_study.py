@@ -54,6 +54,14 @@ def test_a_sound_study_passes_every_gate(smoke):
         assert found["passed"]
 
 
+def test_every_evaluation_is_checked_on_the_files_that_are_there(smoke):
+    checked = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/evaluation/gates.json")]
+    assert len(checked) == 8
+    for found in checked:
+        assert [g for g in found["gates"] if not g["passed"]] == []
+        assert set(found["predictions"]) == {"arc", "squad_v2", "openmath", "boolq", "shared_text"}
+
+
 def test_the_report_is_whole(smoke):
     _, _, outputs = smoke
     text = (outputs / "report.md").read_text("utf-8")

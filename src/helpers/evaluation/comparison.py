@@ -8,6 +8,7 @@ numbers mean is in `verdicts`.
 from dataclasses import dataclass
 
 from helpers.evaluation.bootstrap import BootstrapMean, bootstrap_difference, bootstrap_mean
+from helpers.evaluation.degenerate import answer_of
 from helpers.evaluation.power import detectable_loss, detectable_mean_difference
 from helpers.evaluation.statistics import (
     Interval,
@@ -172,8 +173,3 @@ def _detectable_by_passage(found: BootstrapMean, alpha: float, power: float) -> 
     error = found.standard_error
     loss = detectable_mean_difference(error, clusters=units, alpha=alpha, power=power)
     return loss if loss <= 1 else None
-
-
-def answer_of(prediction: dict) -> tuple[str, str | None]:
-    """What was answered, apart from how it was worded."""
-    return prediction["status"], prediction["parsed"]

@@ -4,6 +4,8 @@ These see what a hundred items cannot: every token of every passage compares two
 distributions.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -18,6 +20,8 @@ def read_passages(
     model, reference, tokenizer, passages: list[str], *, max_tokens: int
 ) -> list[dict]:
     """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements.
+
+    A sum that is not finite is None, as JSON has no other word for it.
 
     Args:
         model: the variant.
@@ -35,16 +39,20 @@ def read_passages(
         logprobs = _logprobs(model, tokens)  # (tokens - 1, vocabulary)
         targets = torch.tensor(tokens[1:], device=logprobs.device)[:, None]
         row = {"id": sha256_text(passage)[:16], "tokens": len(targets)}
-        row["nll"] = -logprobs.gather(1, targets).double().sum().item()
+        row["nll"] = _finite(-logprobs.gather(1, targets).double().sum().item())
         row["kl"], row["top1_agreements"] = 0.0, len(targets)
         if reference is not None:
             expected = _logprobs(reference, tokens)
             terms = expected.exp() * (expected - logprobs)
-            row["kl"] = terms.double().sum().item()
+            row["kl"] = _finite(terms.double().sum().item())
             same = expected.argmax(-1) == logprobs.argmax(-1)
             row["top1_agreements"] = int(same.sum().item())
         rows.append(row)
     return rows
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _logprobs(model, tokens: list[int]) -> Tensor:

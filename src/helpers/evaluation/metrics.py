@@ -12,6 +12,7 @@ from collections import Counter
 from helpers.study.schema import Study
 
 STATUSES = ("answered", "abstained", "unparsed")
+LARGEST_NLL = 700.0  # nats a token; e to more than this is no float
 
 
 def all_metrics(study: Study, predictions: dict[str, list[dict]]) -> dict[str, dict]:
@@ -103,15 +104,25 @@ def number_metrics(predictions: list[dict]) -> dict:
 
 
 def shared_text_metrics(rows: list[dict]) -> dict:
-    """Perplexity, mean KL and top-1 agreement a token, over all passages."""
+    """Perplexity, mean KL and top-1 agreement a token, over all passages.
+
+    Perplexity and KL are None where a passage's sum is not finite, or their own value is not.
+    """
     tokens = sum(row["tokens"] for row in rows)
+    nll = _finite_mean([row["nll"] for row in rows], tokens)
     return {
         "passages": len(rows),
         "tokens": tokens,
-        "perplexity": math.exp(math.fsum(row["nll"] for row in rows) / tokens),
-        "kl": math.fsum(row["kl"] for row in rows) / tokens,
+        "perplexity": None if nll is None or nll > LARGEST_NLL else math.exp(nll),
+        "kl": _finite_mean([row["kl"] for row in rows], tokens),
         "top1_agreement": sum(row["top1_agreements"] for row in rows) / tokens,
     }
+
+
+def _finite_mean(sums: list[float | None], tokens: int) -> float | None:
+    if not all(s is not None and math.isfinite(s) for s in sums):
+        return None
+    return math.fsum(sums) / tokens
 
 
 def mean(values) -> float:

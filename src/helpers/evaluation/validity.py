@@ -6,53 +6,11 @@ that emits nothing may beat a weak baseline on questions that have no answer, wi
 answer, so nothing follows about ability, whatever the variant scores.
 """
 
-from collections import Counter
-from dataclasses import dataclass
+from helpers.evaluation.comparison import Answers, Rules, score_interval
+from helpers.evaluation.conduct import FORMAT_DROP
+from helpers.evaluation.degenerate import best_degenerate, one_answer, readable
 
-from helpers.evaluation.comparison import Answers, Rules, answer_of, score_interval
-from helpers.evaluation.parsing import parse_number
-
-FORMAT_DROP = 0.25  # losing this share of readable answers is a broken run, not a lower score
 FEWEST_READABLE = 0.5  # a baseline read less often than this measures the format, not the ability
-
-
-@dataclass(frozen=True)
-class Degenerate:
-    """The best score a fixed answer gets on the same items."""
-
-    answer: str
-    score: float
-
-
-def best_degenerate(adapter: str, predictions: list[dict]) -> Degenerate:
-    """The fixed answer that scores best on these items: a label, a number, or abstaining."""
-    golds = [p["golds"] for p in predictions]
-    if adapter == "squad_v2":
-        return Degenerate("abstaining", sum(not g for g in golds) / len(golds))
-    read = {"arc": _position, "openmath": _number}.get(adapter, str)
-    said = Counter(key for g in golds for key in {read(text) for text in g})
-    best = min(said, key=lambda key: (-said[key], str(key)))
-    return Degenerate(f"answering “{best}”", said[best] / len(golds))
-
-
-def _position(label: str) -> str:
-    """Labels "1" to "5" name the same places as "A" to "E"."""
-    return "ABCDE"[int(label) - 1] if label in "12345" else label
-
-
-def _number(gold: str):
-    value = parse_number(gold)
-    return gold if value is None else value
-
-
-def _readable(predictions: list[dict]) -> float:
-    return sum(p["status"] != "unparsed" for p in predictions) / len(predictions)
-
-
-def _one_answer(predictions: list[dict]) -> bool:
-    """Whether questions with different right answers all got the same one."""
-    golds = {tuple(p["golds"]) for p in predictions}
-    return len({answer_of(p) for p in predictions}) == 1 and len(golds) > 1
 
 
 def _percent(fraction: float) -> str:
@@ -71,10 +29,10 @@ def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rul
         if any(p["finish_reason"] == "nonfinite" for p in side.predictions):
             return f"{side.variant} computed logits that are not finite"
     before, after = baseline.predictions, variant.predictions
-    if _readable(before) - _readable(after) > FORMAT_DROP:
-        shares = f"{_percent(_readable(after))} of its answers are readable"
-        return f"{shares}, against {_percent(_readable(before))} for {baseline.variant}"
-    if _one_answer(after) and not _one_answer(before):
+    if readable(before) - readable(after) > FORMAT_DROP:
+        shares = f"{_percent(readable(after))} of its answers are readable"
+        return f"{shares}, against {_percent(readable(before))} for {baseline.variant}"
+    if one_answer(after) and not one_answer(before):
         return "it gives the same answer to every question"
     fixed = best_degenerate(adapter, after)
     if uninformative_reason(adapter, baseline, rules) is None and _score(after) <= fixed.score:
@@ -89,9 +47,9 @@ def uninformative_reason(adapter: str, baseline: Answers, rules: Rules) -> str |
     its interval lies above it.
     """
     asked, name = baseline.predictions, baseline.variant
-    if (share := _readable(asked)) < FEWEST_READABLE:
+    if (share := readable(asked)) < FEWEST_READABLE:
         return f"only {_percent(share)} of {name}'s own answers are readable"
-    if _one_answer(asked):
+    if one_answer(asked):
         return f"{name} itself gives the same answer to every question"
     fixed, score = best_degenerate(adapter, asked), _score(asked)
     if score_interval(asked, rules).low > fixed.score:

@@ -149,7 +149,7 @@ def _token_figure(results: Results, model: str) -> Shown:
     rows = []
     for e in results.compared_in(model):
         kl = token_estimates(e, results.rules)["kl"]
-        if kl.value > 0:
+        if kl.value:
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             rows.append({"model": model, "variant": e.variant, "kl": kl.value})
             rows[-1] |= {"low": low, "high": high}
@@ -206,6 +206,8 @@ def technical_details(results: Results) -> Markdown:
     for model in results.models:
         if gates := details.gates(results, model):
             parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
+        if gates := details.evaluation_gates(results, model):
+            parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
     where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} a job, runtime {r.quantized}"
     parts += [
         f"**Jobs**, on {details.machines(results)} ({where}).",

@@ -14,6 +14,7 @@ from helpers.report.formats import (
 )
 from helpers.report.outliers import linear_inputs, sqnr
 from helpers.report.results import Evaluated, Results
+from helpers.study.gates import WHOLE_VARIANT
 
 
 def recipes(results: Results) -> Rows:
@@ -65,25 +66,40 @@ def worst_outputs(results: Results, model: str, *, rows: int) -> Rows | None:
 
 
 def gates(results: Results, model: str) -> Rows | None:
-    """What each gate measured in every variant, and whether it holds."""
+    """What each gate on the checkpoints measured, and whether it holds."""
     checked = [e for e in results.compared_in(model) if e.verification]
-    names = dict.fromkeys(g["name"] for e in checked for g in e.verification["gates"])
-    if not names:
-        return None
+    return _gate_rows([(e, e.verification["gates"]) for e in checked])
+
+
+def evaluation_gates(results: Results, model: str) -> Rows | None:
+    """Each gate on the evaluations: where it fails, with what it measured, else how often held."""
+    return _gate_rows([(e, e.checked["gates"]) for e in results.of_model(model)])
+
+
+def _gate_rows(checked: list[tuple[Evaluated, list[dict]]]) -> Rows | None:
     rows = []
-    for name in names:
+    for name in dict.fromkeys(g["name"] for _, gates in checked for g in gates):
         row = {"gate": name}
-        for e in checked:
-            found = [g for g in e.verification["gates"] if g["name"] == name]
-            row[code(e.variant)] = Markup(" ".join(map(_gate, found)) or MISSING)
+        for e, gates in checked:
+            found = [g for g in gates if g["name"] == name]
+            row[code(e.variant)] = Markup(_gate_cell(found))
         rows.append(row)
-    return rows
+    return rows or None
+
+
+def _gate_cell(found: list[dict]) -> str:
+    failed = [g for g in found if not g["passed"]]
+    if failed or len(found) < 2:
+        return " ".join(map(_gate, failed or found)) or MISSING
+    return f"holds on {len(found)} evaluation sets"
 
 
 def _gate(gate: dict) -> str:
+    guarded = gate.get("invalidates", WHOLE_VARIANT)
+    where = "" if guarded == WHOLE_VARIANT else f" on {escape(dataset_name(guarded))}"
     if gate["passed"]:
-        return f"holds: {escape(gate['measured'])}"
-    return f"**FAILS**: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
+        return f"holds{where}: {escape(gate['measured'])}"
+    return f"**FAILS**{where}: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
 
 
 def sizes(results: Results) -> Rows | None:

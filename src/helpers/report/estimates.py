@@ -84,7 +84,7 @@ def token_estimates(evaluated: Evaluated, rules: Rules) -> dict[str, Estimate]:
     rows = evaluated.passages
     tokens = evaluated.shared_text["tokens"]
     loss = _by_token([row["nll"] for row in rows], rows, rules)
-    interval = loss.interval
+    interval = loss.interval if evaluated.shared_text["perplexity"] is not None else None
     if interval is not None:
         limits = math.exp(interval.low), math.exp(interval.high)
         interval = Interval(*limits, interval.confidence)
@@ -95,9 +95,14 @@ def token_estimates(evaluated: Evaluated, rules: Rules) -> dict[str, Estimate]:
     }
 
 
-def _by_token(sums: list[float], rows: list[dict], rules: Rules) -> Estimate:
-    """A mean per token with a bootstrap over passages; no interval from a single passage."""
+def _by_token(sums: list[float | None], rows: list[dict], rules: Rules) -> Estimate:
+    """A mean per token with a bootstrap over passages; no interval from a single passage.
+
+    No value either where a passage has none: its sum was not finite.
+    """
     tokens = [row["tokens"] for row in rows]
+    if None in sums:
+        return Estimate(None, None, sum(tokens))
     if len(rows) < 2:
         return Estimate(sum(sums) / sum(tokens), None, sum(tokens))
     found = bootstrap_mean(
@@ -112,9 +117,12 @@ def _by_token(sums: list[float], rows: list[dict], rules: Rules) -> Estimate:
 
 @dataclass(frozen=True)
 class TokenDifference:
-    """Mean difference per token of two variants on the same passages, with its test."""
+    """Mean difference per token of two variants on the same passages, with its test.
 
-    value: float
+    `value` is None where a passage of either has no finite sum.
+    """
+
+    value: float | None
     interval: Interval | None
     p: float | None
     passages: int
@@ -130,6 +138,8 @@ def token_difference(
         raise ValueError("the two read different passages; run 03_evaluation again for both")
     shared = sorted(before)
     tokens = [before[k]["tokens"] for k in shared]
+    if any(side[k][key] is None for side in (before, after) for k in shared):
+        return TokenDifference(None, None, None, len(shared))
     change = [after[k][key] - before[k][key] for k in shared]
     if len(shared) < 2:
         return TokenDifference(sum(change) / sum(tokens), None, None, len(shared))

@@ -40,6 +40,16 @@ def signed(value: float, decimals: int) -> str:
     return f"{'+' if value > 0 else '−'}{abs(value):.{decimals}f}"
 
 
+def signed4(value: float | None) -> str:
+    """A difference with its sign and four decimals."""
+    return MISSING if value is None else signed(value, 4)
+
+
+def two_decimals(value: float | None) -> str:
+    """A perplexity."""
+    return MISSING if value is None else f"{value:.2f}"
+
+
 def number(value: float | None, digits: int = 3) -> str:
     """Three significant digits, thousands apart by commas, tiny values in powers of ten."""
     if value is None:

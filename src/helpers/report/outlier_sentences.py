@@ -1,6 +1,6 @@
 """Why one activation scale per tensor fails where it does, told from calibration and SQNR."""
 
-from helpers.report.formats import count, listed, number, percent
+from helpers.report.formats import count, listed, number, percent, two_decimals
 from helpers.report.outliers import (
     LinearInput,
     per_tensor,
@@ -20,6 +20,11 @@ NO_NORM = {
 }
 
 
+def collapsed(perplexity: float | None, baseline: float | None) -> bool:
+    """Whether a variant lost the model; one without a finite perplexity did."""
+    return baseline is not None and (perplexity is None or perplexity >= COSTLY * baseline)
+
+
 def outlier_finding(results: Results, model: str) -> str:
     """Inputs one scale per tensor cannot hold, and what became of the variants that have one."""
     found = swamped(results.calibrations[model])
@@ -36,10 +41,10 @@ def outlier_finding(results: Results, model: str) -> str:
     base = results.baseline_of(model).shared_text["perplexity"]
     for e in per_tensor(results, model):
         level = e.shared_text["perplexity"]
-        fate = f"its perplexity is {level:.2f} against {base:.2f}"
-        collapsed = level >= COSTLY * base and any(i.linear in sqnr(e) for i in found)
+        fate = f"its perplexity is {two_decimals(level)} against {two_decimals(base)}"
+        here = collapsed(level, base) and any(i.linear in sqnr(e) for i in found)
         text += f" `{e.variant}`, with one activation scale a tensor, "
-        text += f"collapses there: {fate}." if collapsed else f"does not collapse: {fate}."
+        text += f"collapses there: {fate}." if here else f"does not collapse: {fate}."
     return text
 
 

@@ -1,7 +1,8 @@
 """What was found, as tables: the headline, one model's comparisons, its token-level cost."""
 
 from helpers.evaluation.comparison import Answers
-from helpers.evaluation.validity import Degenerate, best_degenerate, uninformative_reason
+from helpers.evaluation.degenerate import Degenerate, best_degenerate
+from helpers.evaluation.validity import uninformative_reason
 from helpers.evaluation.verdicts import Verdict
 from helpers.report.estimates import (
     Estimate,
@@ -22,7 +23,8 @@ from helpers.report.formats import (
     percent,
     percent_span,
     points,
-    signed,
+    signed4,
+    two_decimals,
     with_span,
 )
 from helpers.report.results import Evaluated, Results
@@ -48,13 +50,13 @@ def _headline_row(results: Results, found: Evaluated) -> dict:
     tokens = token_estimates(found, results.rules)
     row = {"model": code(found.model), "variant": code(found.variant), "checks": checks(found)}
     row |= {
-        "perplexity": f"{tokens['perplexity'].value:.2f}",
+        "perplexity": two_decimals(tokens["perplexity"].value),
         "KL [nats]": number(tokens["kl"].value),
         "top-1": percent(tokens["top1_agreement"].value),
     }
     for name, wanted in results.study.evaluation.datasets.items():
         main = main_estimate(results, found, name)
-        mark = "" if found.problem is None else "\u00a0✗"
+        mark = "" if found.problem_of(name) is None else "\u00a0✗"
         if (verdict := verdict_on(results, found, name)) is not None:
             mark = {"invalid": "\u00a0✗", "uninformative": "\u00a0○"}.get(verdict.kind, mark)
         elif uninformative_reason(wanted.adapter, answers(found, name), results.rules):
@@ -65,7 +67,7 @@ def _headline_row(results: Results, found: Evaluated) -> dict:
 
 def answers(found: Evaluated, dataset: str) -> Answers:
     """The variant's predictions of one evaluation set, as verdicts take them."""
-    return Answers(found.variant, found.predictions[dataset], found.problem)
+    return Answers(found.variant, found.predictions[dataset], found.problem_of(dataset))
 
 
 def verdict_on(results: Results, found: Evaluated, dataset: str) -> Verdict | None:
@@ -98,12 +100,9 @@ def best_fixed(results: Results) -> dict[str, Degenerate]:
 
 
 def checks(found: Evaluated) -> str:
-    """`7 of 7 hold`; a model left as it is has nothing to check."""
-    if found.verification is None:
-        return "as loaded"
-    total = len(found.verification["gates"])
-    passed = total - len(found.failed_gates)
-    return f"{passed} of {total}" + ("" if found.verification["passed"] else " ✗")
+    """`70 of 70`: of the checks on the checkpoint and on the evaluation, how many hold."""
+    total = len(found.gates)
+    return f"{total - len(found.failed_gates)} of {total}" + ("" if found.passed else " ✗")
 
 
 def comparison(results: Results, model: str) -> Rows:
@@ -168,20 +167,16 @@ def token_level(results: Results, model: str) -> Rows:
     for found in results.of_model(model):
         tokens = token_estimates(found, results.rules)
         row = {"variant": code(found.variant)}
-        row["perplexity"] = f"{tokens['perplexity'].value:.2f}"
+        row["perplexity"] = two_decimals(tokens["perplexity"].value)
         if found is baseline:
             row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
             row["top-1 agreement"] = "100.0 %"
         else:
             loss = token_difference(baseline, found, "nll", results.rules)
-            row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, _signed4)
+            row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, signed4)
             kl = tokens["kl"]
             row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
             top = tokens["top1_agreement"]
             row["top-1 agreement"] = percent_span(top.value, top.interval)
         rows.append(row)
     return rows
-
-
-def _signed4(value: float) -> str:
-    return signed(value, 4)

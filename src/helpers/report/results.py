@@ -15,10 +15,11 @@ from safetensors.numpy import load_file
 
 from helpers.evaluation.comparison import Answers, Rules, rules_of
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import SHARED_TEXT, read_predictions
+from helpers.evaluation.predictions import SHARED_TEXT, prediction_digests, read_predictions
 from helpers.evaluation.verdicts import Verdict, study_verdicts
 from helpers.sources.datasets import load_items
 from helpers.study.errors import StudyError
+from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.hashing import sha256_file, sha256_folder
 from helpers.study.opening import Job
 from helpers.study.records import read_json
@@ -42,6 +43,7 @@ class Evaluated:
     Attributes:
         passages: rows of the shared text.
         verification, quantization: None for a variant that leaves the model as it is.
+        checked: the gates on the evaluation itself.
     """
 
     model: str
@@ -53,21 +55,37 @@ class Evaluated:
     record: dict
     verification: dict | None
     quantization: dict | None
+    checked: dict
+
+    @property
+    def gates(self) -> list[dict]:
+        """All gates: on the checkpoint, if there is one, then on the evaluation."""
+        return [*(self.verification["gates"] if self.verification else []), *self.checked["gates"]]
 
     @property
     def failed_gates(self) -> list[dict]:
-        gates = self.verification["gates"] if self.verification else []
-        return [gate for gate in gates if not gate["passed"]]
+        return [gate for gate in self.gates if not gate["passed"]]
+
+    @property
+    def passed(self) -> bool:
+        return all(found["passed"] for found in (self.verification, self.checked) if found)
 
     @property
     def problem(self) -> str | None:
-        """The first check it failed, in words; None if it passed them all."""
-        if self.verification is None or self.verification["passed"]:
+        """The first failed check that invalidates all of it, in words; None if none does."""
+        return self._failed([WHOLE_VARIANT])
+
+    def problem_of(self, dataset: str) -> str | None:
+        """The same for one evaluation set: a check on the variant, or on this set."""
+        return self._failed([WHOLE_VARIANT, dataset])
+
+    def _failed(self, guarded: list[str]) -> str | None:
+        for gate in self.failed_gates:
+            if gate.get("invalidates", WHOLE_VARIANT) in guarded:
+                return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
+        if self.passed or self.failed_gates:
             return None
-        if not self.failed_gates:
-            return "its verification says it did not pass"
-        gate = self.failed_gates[0]
-        return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
+        return "its record of checks says it did not pass"
 
 
 @dataclass(frozen=True)
@@ -102,7 +120,7 @@ class Results:
     def verdicts(self) -> dict[Comparison, Verdict]:
         """Primary comparisons first, then every other variant against the baseline."""
         answers = {
-            (e.model, dataset, e.variant): Answers(e.variant, found, e.problem)
+            (e.model, dataset, e.variant): Answers(e.variant, found, e.problem_of(dataset))
             for e in self.evaluations.values()
             for dataset, found in e.predictions.items()
         }
@@ -210,8 +228,28 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
         path = job.paths.quantization(model, variant) / "record.json"
         quantization = read_json(path, made_by=made_by)
     return Evaluated(
-        model, variant, predictions, passages, *metrics.values(), record, verification, quantization
+        model,
+        variant,
+        predictions,
+        passages,
+        *metrics.values(),
+        record,
+        verification,
+        quantization,
+        _checked(job, model, variant),
     )
+
+
+def _checked(job: Job, model: str, variant: str) -> dict:
+    """The gates on an evaluation, which were held against the very files that are there."""
+    folder, stage = job.paths.evaluation(model, variant), "03_evaluation"
+    found = read_json(folder / "gates.json", made_by=stage)
+    if (found["model"], found["variant"]) != (model, variant):
+        raise StudyError(f"{model}/{variant}: its gates.json is of another run; run {stage} again")
+    for name, digest in prediction_digests(folder, job.study.evaluation.datasets).items():
+        if found["predictions"].get(name) != digest:
+            raise StudyError(f"{model}/{variant}: {name} changed since its checks; run {stage}")
+    return found
 
 
 def _questions(study: Study, dataset: str) -> dict[str, str]:

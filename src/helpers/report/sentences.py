@@ -14,10 +14,11 @@ from helpers.report.formats import (
     p_value,
     percent,
     points,
-    signed,
+    signed4,
     span,
+    two_decimals,
 )
-from helpers.report.outlier_sentences import COSTLY, outlier_finding
+from helpers.report.outlier_sentences import collapsed, outlier_finding
 from helpers.report.results import Results
 
 CALLED: dict[Kind, str] = {
@@ -101,7 +102,8 @@ def token_summary(results: Results, model: str, variant: str) -> str:
     loss = token_difference(baseline, found, "nll", rules)
     text = (
         f"Token by token, `{variant}` takes the perplexity of `{model}` from "
-        f"{baseline.shared_text['perplexity']:.2f} to {found.shared_text['perplexity']:.2f} "
+        f"{two_decimals(baseline.shared_text['perplexity'])} to "
+        f"{two_decimals(found.shared_text['perplexity'])} "
         f"({nats(loss)}), shifts the next-token distribution by a KL of "
         f"{number(tokens['kl'].value)} nats and keeps {percent(tokens['top1_agreement'].value)} "
         "of the top-1 tokens."
@@ -113,12 +115,8 @@ def token_summary(results: Results, model: str, variant: str) -> str:
 
 def nats(difference: TokenDifference) -> str:
     """A mean difference per token with its interval."""
-
-    def show(value: float) -> str:
-        return signed(value, 4)
-
-    interval = f" {span(difference.interval, show)}" if difference.interval else ""
-    return f"{show(difference.value)}{interval} nats a token"
+    interval = f" {span(difference.interval, signed4)}" if difference.interval else ""
+    return f"{signed4(difference.value)}{interval} nats a token"
 
 
 def collapses(results: Results) -> str:
@@ -128,8 +126,8 @@ def collapses(results: Results) -> str:
         base = results.baseline_of(model).shared_text["perplexity"]
         for e in results.compared_in(model):
             level = e.shared_text["perplexity"]
-            if level >= COSTLY * base:
-                told = f"{level:.2f} against {base:.2f} for `{model}`"
+            if collapsed(level, base):
+                told = f"{two_decimals(level)} against {two_decimals(base)} for `{model}`"
                 found.setdefault(e.variant, []).append(told)
     told = [f"under `{variant}` ({listed(levels)})" for variant, levels in found.items()]
     return f"Perplexity collapses {listed(told)}." if told else ""
@@ -152,21 +150,25 @@ def bullets(sentences: list[str]) -> str:
 
 def gates_finding(results: Results) -> str:
     """How many checks held."""
-    checked = [e for e in results.evaluations.values() if e.verification]
-    total = sum(len(e.verification["gates"]) for e in checked)
-    failed = [(e, gate) for e in checked for gate in e.failed_gates]
-    if not checked:
-        return ""
+    everything = list(results.evaluations.values())
+    made = sum(e.verification is not None for e in everything)
+    total = sum(len(e.gates) for e in everything)
+    failed = [(e, gate) for e in everything for gate in e.failed_gates]
     if not failed:
+        checkpoints = f"{count(made, 'checkpoint')} and " if made else ""
         return (
-            f"All {total} checks on {count(len(checked), 'quantized checkpoint')} hold: each "
-            "table below is about the model and the variant it names."
+            f"All {total} checks on {checkpoints}{count(len(everything), 'evaluation')} hold: "
+            "each table below is about the model and the variant it names."
         )
-    first = "; ".join(
-        f"`{e.model}`/`{e.variant}`: {escape(g['name'])} ({escape(g['measured'])})"
-        for e, g in failed
+    first: dict[str, str] = {}
+    for e, gate in failed:
+        told = f"{escape(gate['name'])} ({escape(gate['measured'])})"
+        first.setdefault(f"`{e.model}`/`{e.variant}`", told)
+    told = "; ".join(f"{who}: {what}" for who, what in first.items())
+    return (
+        f"{len(failed)} of {total} checks fail (the first of each: {told}); "
+        "what they guard is invalid."
     )
-    return f"{len(failed)} of {total} checks fail ({first}); those variants are invalid."
 
 
 def smoothing_finding(results: Results, model: str, variant: str) -> str:
@@ -261,7 +263,7 @@ def models_compared(results: Results) -> str:
             pair = results.evaluations[start, name], results.evaluations[model, name]
             change = token_difference(*pair, "kl", results.rules)
             sure = change.p is not None and change.p <= results.rules.alpha
-            more = "more" if change.value > 0 else "less"
+            more = "more" if sure and change.value > 0 else "less"
             verdict = f"`{model}` {more} than `{start}`" if sure else "both detectably alike"
             verdict = (
                 verdict if sure else f"`{model}` and `{start}` without a detectable difference"

@@ -11,6 +11,7 @@ from helpers.evaluation.verdicts import Verdict
 from helpers.report import items, outliers, overview
 from helpers.report.estimates import Estimate, main_metric, token_estimates
 from helpers.report.results import Evaluated, Results
+from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.records import write_atomically, write_json
 from helpers.study.schema import Comparison
 
@@ -62,10 +63,7 @@ def _model(results: Results, model: str) -> dict:
 
 
 def _variant(results: Results, e: Evaluated) -> dict:
-    found = {"passed": None, "failed_gates": []}
-    if e.verification:
-        found["passed"] = e.verification["passed"]
-        found["failed_gates"] = [gate["name"] for gate in e.failed_gates]
+    found = {"passed": e.passed, "failed_gates": [_named(gate) for gate in e.failed_gates]}
     if e.quantization:
         made = e.quantization["results"]
         keys = ("scheme", "quantized_linears", "smoothed_groups", "bytes_before", "bytes_after")
@@ -77,6 +75,12 @@ def _variant(results: Results, e: Evaluated) -> dict:
         for dataset in results.study.evaluation.datasets
     }
     return found
+
+
+def _named(gate: dict) -> str:
+    """The gate's name, with what it invalidates where that is not the whole variant."""
+    guarded = gate.get("invalidates", WHOLE_VARIANT)
+    return gate["name"] if guarded == WHOLE_VARIANT else f"{gate['name']} ({guarded})"
 
 
 def _plain(estimate: Estimate) -> dict:

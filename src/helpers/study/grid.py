@@ -121,10 +121,13 @@ def before(study: Study, run: Run) -> list[Run]:
             return trained
         case "quantization":
             return [*trained, Run("calibration", run.model)]
-        case "evaluation" if study.variants[run.variant].changes_model:
-            return [*trained, Run("quantization", run.model, run.variant)]
         case "evaluation":
-            return trained
+            found = [*trained]
+            if study.variants[run.variant].changes_model:
+                found.append(Run("quantization", run.model, run.variant))
+            if run.variant != study.baseline:  # its gates are held against the baseline
+                found.append(Run("evaluation", run.model, study.baseline))
+            return found
         case "analysis":
             return runs(study)
     return []
@@ -151,6 +154,7 @@ def depends_on(study: Study, run: Run) -> str:
         uses["barred_from_calibration"] = _drawn(study)
     if run.stage == "evaluation":
         uses["evaluation"] = study.evaluation.model_dump()
+        uses["baseline"] = study.baseline
     return canonical_json(uses)
 
 

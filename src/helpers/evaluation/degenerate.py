@@ -1,0 +1,86 @@
+"""Answers that need no model: fixed ones, echoes of the prompt's examples, loops.
+
+Everything here is counted on the items a variant was asked. What it means for a verdict
+is in `validity` and `conduct`. Imports no torch and no statistics.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from helpers.evaluation.parsing import last_boxed, normalize_answer, parse_number
+from helpers.sources.conversations import EXAMPLES
+from helpers.study.schema import EvaluationSet
+
+LONGEST_UNIT = 60  # characters; what a loop repeats
+LOOP = 24  # characters a loop has at least
+REPEATS = 4
+
+
+@dataclass(frozen=True)
+class Degenerate:
+    """The best score a fixed answer gets on the same items."""
+
+    answer: str
+    score: float
+
+
+def best_degenerate(adapter: str, predictions: list[dict]) -> Degenerate:
+    """The fixed answer that scores best on these items: a label, number, text, or abstaining.
+
+    An echo of a worked example is a fixed answer too, and so never scores more.
+    """
+    golds = [p["golds"] for p in predictions]
+    abstaining = Degenerate("abstaining", sum(not g for g in golds) / len(golds))
+    readings = {"arc": _position, "openmath": _number, "squad_v2": normalize_answer}
+    read = readings.get(adapter, str)
+    said = Counter(key for g in golds for key in {read(text) for text in g})
+    if not said:
+        return abstaining
+    best = min(said, key=lambda key: (-said[key], str(key)))
+    fixed = Degenerate(f"answering “{best}”", said[best] / len(golds))
+    return abstaining if adapter == "squad_v2" and abstaining.score >= fixed.score else fixed
+
+
+def _position(label: str) -> str:
+    """Labels "1" to "5" name the same places as "A" to "E"."""
+    return "ABCDE"[int(label) - 1] if label in "12345" else label
+
+
+def _number(gold: str):
+    value = parse_number(gold)
+    return gold if value is None else value
+
+
+def answer_of(prediction: dict) -> tuple[str, str | None]:
+    """What was answered, apart from how it was worded."""
+    return prediction["status"], prediction["parsed"]
+
+
+def readable(predictions: list[dict]) -> float:
+    """Share of answers that could be parsed, abstentions among them."""
+    return sum(p["status"] != "unparsed" for p in predictions) / len(predictions)
+
+
+def one_answer(predictions: list[dict]) -> bool:
+    """Whether questions with different right answers all got the same one."""
+    golds = {tuple(p["golds"]) for p in predictions}
+    return len({answer_of(p) for p in predictions}) == 1 and len(golds) > 1
+
+
+def example_answers(wanted: EvaluationSet) -> set[str]:
+    """The answers of the worked examples in this set's prompts, as they are compared."""
+    shots = wanted.ask.shots if wanted.ask.protocol == "generate" else 0
+    boxed = (last_boxed(answer) or answer for _, answer in EXAMPLES[wanted.adapter][:shots])
+    return {normalize_answer(text) for text in boxed}
+
+
+def loops(text: str) -> bool:
+    """Whether a text ends in one piece said over and over.
+
+    The last 24 characters or more are a piece of at most 60, four times or more; the
+    last time it may be cut short.
+    """
+    ends = ((unit, text[-max(LOOP, REPEATS * unit) :]) for unit in range(1, LONGEST_UNIT + 1))
+    return any(
+        len(end) >= max(LOOP, REPEATS * unit) and end[unit:] == end[:-unit] for unit, end in ends
+    )

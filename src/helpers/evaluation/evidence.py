@@ -1,0 +1,75 @@
+"""What the gates of an evaluation look at, gathered from the disk, the study and the model."""
+
+from helpers.evaluation.engine import evaluate
+from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
+from helpers.evaluation.invariance import sample
+from helpers.evaluation.predictions import SHARED_TEXT, prediction_digests, read_predictions
+from helpers.evaluation.prompts import prompt
+from helpers.sources.conversations import tokenize
+from helpers.sources.datasets import Item, calibration_items, evaluation_items, training_items
+from helpers.study.gates import as_record
+from helpers.study.opening import Job
+from helpers.study.records import read_json
+from helpers.study.schema import FineTunedModel, Study
+
+
+def check(job: Job, model, tokenizer) -> dict:
+    """The record `gates.json`: every gate, and which files it was held against.
+
+    Raises:
+        StudyError: the baseline has not been evaluated yet.
+    """
+    study, folder = job.study, job.paths.evaluation(job.model, job.variant)
+    record = as_record(evaluation_gates(gather(job, model, tokenizer)))
+    made_of = prediction_digests(folder, study.evaluation.datasets)
+    return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
+
+
+def gather(job: Job, model, tokenizer) -> Evidence:
+    """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
+    study, folder = job.study, job.paths.evaluation(job.model, job.variant)
+    baseline = job.paths.evaluation(job.model, study.baseline)
+    sets = list(study.evaluation.datasets)
+    return Evidence(
+        study=study,
+        model=job.model,
+        variant=job.variant,
+        predictions={name: read_predictions(folder, name) for name in sets},
+        passages=read_predictions(folder, SHARED_TEXT),
+        metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
+        baseline={name: read_predictions(baseline, name) for name in sets},
+        baseline_passages=read_predictions(baseline, SHARED_TEXT),
+        asked=asked_now(study, tokenizer),
+        seen=seen_items(study, job.model, job.variant),
+        alone=ask_alone(model, tokenizer, study),
+    )
+
+
+def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
+    """The items of every set, drawn again, with the prompts the study gives them now."""
+    found = {}
+    for name, wanted in study.evaluation.datasets.items():
+        prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
+        found[name] = [Asked(p.item, p.hash, len(tokenize(tokenizer, p.text))) for p in prompts]
+    return found
+
+
+def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
+    """The items the variant was made from: calibration, and training of a fine-tuned model."""
+    found = {}
+    if study.variants[variant].changes_model:
+        found["calibration"] = calibration_items(study)
+    if isinstance(study.models[model], FineTunedModel):
+        found["training"] = [item for part in training_items(study, model) for item in part]
+    return found
+
+
+def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
+    """Predictions of a few items of every set, each asked in a batch of its own."""
+    found = {}
+    for name, wanted in study.evaluation.datasets.items():
+        items = evaluation_items(study, name)
+        chosen = sample([item.id for item in items], seed=study.seed)
+        few = [item for item in items if item.id in chosen]
+        found[name] = list(evaluate(model, tokenizer, few, wanted, batch_tokens=1))
+    return found

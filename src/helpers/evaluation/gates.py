@@ -1,0 +1,239 @@
+"""Gates on an evaluation: are these the answers of this variant to these items, whole and true?
+
+Data in, gates out; no model and no torch is needed. How the variant answers is held
+against the baseline in `conduct`; whether an answer depends on its batch in `invariance`.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from helpers.evaluation.conduct import conduct_gates
+from helpers.evaluation.invariance import invariance_gate
+from helpers.evaluation.scoring import score_options, score_text
+from helpers.sources.datasets import Item, item_key
+from helpers.study.gates import WHOLE_VARIANT, Gate
+from helpers.study.schema import EvaluationSet, Study
+
+COUNTS = ("items", "answered", "abstained", "unparsed", "prompt_tokens", "output_tokens")
+COUNTS += ("has_answer_items", "no_answer_items", "passages", "tokens")
+UNBOUNDED = ("median_absolute_difference", "kl")
+ROUNDING = 1e-6  # of stored log-probabilities; a tie within it goes to the stored answer
+
+
+@dataclass(frozen=True)
+class Asked:
+    """An item as it is asked: its prompt, rendered now."""
+
+    item: Item
+    hash: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """All that the gates of one evaluation look at.
+
+    Attributes:
+        predictions, passages, metrics: what the evaluation stored, read back.
+        baseline: the predictions of the study's baseline for the same model.
+        baseline_passages: its rows of the shared text.
+        asked: the items of every evaluation set, drawn and rendered now.
+        seen: items the variant was made from, by use (calibration, training).
+        alone: predictions of a few items asked in a batch of one.
+    """
+
+    study: Study
+    model: str
+    variant: str
+    predictions: dict[str, list[dict]]
+    passages: list[dict]
+    metrics: dict[str, dict]
+    baseline: dict[str, list[dict]]
+    baseline_passages: list[dict]
+    asked: dict[str, list[Asked]]
+    seen: dict[str, list[Item]]
+    alone: dict[str, list[dict]]
+
+
+def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
+    """Every gate with what it invalidates: one evaluation set, or the whole variant."""
+    found = [(WHOLE_VARIANT, gate) for gate in shared_gates(e)]
+    for name in e.study.evaluation.datasets:
+        found += [(name, gate) for gate in dataset_gates(e, name)]
+    return found
+
+
+def shared_gates(e: Evidence) -> list[Gate]:
+    """The gates on what all sets have in common: the logits and the shared text."""
+    return [
+        finite_gate(e.predictions, e.metrics["shared_text"]),
+        owner_gate("shared text of this variant", e.passages, e.model, e.variant),
+        passages_gate(e.passages, e.baseline_passages),
+        range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
+    ]
+
+
+def dataset_gates(e: Evidence, name: str) -> list[Gate]:
+    """The gates on one evaluation set; an empty one has only the first."""
+    wanted, asked = e.study.evaluation.datasets[name], e.asked[name]
+    rows, before = e.predictions.get(name, []), e.baseline.get(name, [])
+    gates = [items_gate(rows, asked)]
+    if not rows or not before:
+        return gates
+    return [
+        *gates,
+        owner_gate("answers of this variant", rows, e.model, e.variant),
+        prompts_gate(rows, asked),
+        same_prompts_gate(rows, before),
+        length_gate(rows, asked),
+        rescored_gate(wanted, rows, asked),
+        range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
+        *conduct_gates(wanted, rows, before),
+        leakage_gate([a.item for a in asked], e.seen),
+        invariance_gate(e.study, e.variant, rows, before, e.alone.get(name, [])),
+    ]
+
+
+def items_gate(rows: list[dict], asked: list[Asked]) -> Gate:
+    """The items drawn for the set are answered, each once, and no others."""
+    due, found = {a.item.id for a in asked}, Counter(row["id"] for row in rows)
+    twice = [i for i, times in found.items() if times > 1]
+    missing, extra = sorted(due - found.keys()), sorted(found.keys() - due)
+    odd = f" ({(missing + extra + twice)[0]})" if missing or extra or twice else ""
+    return Gate(
+        "every item answered once",
+        bool(rows) and not odd,
+        f"{len(rows)} answers: {len(missing)} items missing, {len(extra)} others, "
+        f"{len(twice)} answered twice{odd}",
+        f"the {len(asked)} items drawn, each once",
+    )
+
+
+def owner_gate(name: str, rows: list[dict], model: str, variant: str) -> Gate:
+    """Every row says it is of this model and this variant."""
+    owners = Counter(f"{row.get('model')}/{row.get('variant')}" for row in rows)
+    told = ", ".join(f"{n} of {owner}" for owner, n in sorted(owners.items()))
+    due = f"{model}/{variant}"
+    return Gate(name, set(owners) == {due}, told or "no rows", f"all of {due}")
+
+
+def prompts_gate(rows: list[dict], asked: list[Asked]) -> Gate:
+    """The stored hashes are those of the prompts as the study renders them now."""
+    due = {a.item.id: a.hash for a in asked}
+    odd = [r["id"] for r in rows if r["id"] in due and r["prompt_hash"] != due[r["id"]]]
+    return _none_of("prompts as rendered now", odd, len(rows), "prompts were others")
+
+
+def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
+    """The baseline was asked the same items in the same words and as many tokens."""
+    due = {b["id"]: (b["prompt_hash"], b["prompt_tokens"]) for b in baseline}
+    odd = [r["id"] for r in rows if (r["prompt_hash"], r["prompt_tokens"]) != due.get(r["id"])]
+    odd += sorted(due.keys() - {r["id"] for r in rows})
+    return _none_of("prompts of the baseline", odd, len(rows), "items were asked otherwise")
+
+
+def length_gate(rows: list[dict], asked: list[Asked]) -> Gate:
+    """Every prompt was read to its end."""
+    due = {a.item.id: a.tokens for a in asked}
+    odd = [r["id"] for r in rows if r["id"] in due and r["prompt_tokens"] != due[r["id"]]]
+    return _none_of("prompts not cut short", odd, len(rows), "prompts have another length")
+
+
+def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -> Gate:
+    """Parsing and scoring the stored output again gives the stored score, status and golds."""
+    items = {a.item.id: a.item for a in asked}
+    odd = []
+    for row in (r for r in rows if r["id"] in items):
+        again = rescored(wanted, items[row["id"]], row)
+        if any(row.get(key) != value for key, value in again.items()):
+            odd.append(row["id"])
+    return _none_of("scores follow from the answers", odd, len(rows), "rows score otherwise")
+
+
+def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
+    """The prediction made again from a row's raw output, or from its log-probabilities."""
+    if wanted.ask.protocol == "generate":
+        how = {"answer": wanted.ask.answer, "finish": row["finish_reason"]}
+        return score_text(item, wanted.adapter, row["output"], **how)
+    stored = row.get("logprobs", [])
+    if len(stored) != len(item.labels):
+        stored = [math.nan] * len(item.labels)  # as one that was not finite
+    pairs = zip(stored, item.labels, strict=True)
+    nudged = [s + ROUNDING * (label == row["parsed"]) for s, label in pairs]
+    # Continuations are as long as the options: they only begin with a space or a capital.
+    again = score_options(item, nudged, item.options, normalize=wanted.ask.normalize)
+    return {key: value for key, value in again.items() if key != "logprobs"}
+
+
+def range_gate(rows: list[dict], metrics: dict[str, dict], name: str) -> Gate:
+    """Scores are 0 to 1, fractions too, counts are whole, perplexity is at least 1."""
+    scores = [(r["id"], key, r[key]) for r in rows for key in ("score", "f1") if key in r]
+    odd = [f"{key} {value} of {i}" for i, key, value in scores if not 0 <= value <= 1]
+    for dataset, values in metrics.items():
+        odd += [f"{dataset} {k} = {v}" for k, v in values.items() if not in_range(k, v)]
+    return _none_of(name, odd, len(rows) + sum(map(len, metrics.values())), "values are outside")
+
+
+def in_range(metric: str, value) -> bool:
+    """Whether a metric's value can be one; None stands for what cannot be computed."""
+    if value is None:
+        return True
+    if metric == "finish_reasons":
+        return all(isinstance(n, int) and n > 0 for n in value.values())
+    if metric in COUNTS:
+        return isinstance(value, int) and value >= 0
+    if metric == "perplexity":
+        return 1 <= value < math.inf
+    if metric in UNBOUNDED:
+        return -ROUNDING <= value < math.inf
+    return 0 <= value <= 1
+
+
+def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
+    """No answer ended in logits that are not finite, and the shared text has its figures."""
+    broken = sum(r["finish_reason"] == "nonfinite" for rows in predictions.values() for r in rows)
+    lacking = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
+    told = f"; no {' and no '.join(lacking)}" if lacking else ""
+    return Gate(
+        "finite logits",
+        not broken and not lacking,
+        f"{broken} answers with logits that are not finite{told}",
+        "none; perplexity and KL are finite",
+    )
+
+
+def passages_gate(rows: list[dict], baseline: list[dict]) -> Gate:
+    """The shared text is the baseline's, passage by passage and token by token."""
+    found, due = ([(r["id"], r["tokens"]) for r in side] for side in (rows, baseline))
+    tokens = [sum(n for _, n in side) for side in (found, due)]
+    return Gate(
+        "shared text of the baseline",
+        bool(found) and found == due,
+        f"{len(found)} passages, {tokens[0]} tokens",
+        f"the baseline's {len(due)} passages, {tokens[1]} tokens, in its order",
+    )
+
+
+def leakage_gate(items: list[Item], seen: dict[str, list[Item]]) -> Gate:
+    """No question, by its normalised text, was used to make the variant."""
+    keys = {item_key(i): i.id for i in items}
+    odd = [
+        f"{keys[item_key(other)]} in {use}"
+        for use, others in seen.items()
+        for other in others
+        if item_key(other) in keys
+    ]
+    used = " and ".join(f"{len(others)} {use} items" for use, others in seen.items())
+    return Gate(
+        "no leakage",
+        not odd,
+        f"{len(odd)} of {len(items)} items among {used or 'no other items'}"
+        + (f" ({odd[0]})" if odd else ""),
+        "none",
+    )
+
+
+def _none_of(name: str, odd: list[str], n: int, said: str) -> Gate:
+    example = f" ({odd[0]})" if odd else ""
+    return Gate(name, not odd, f"{len(odd)} of {n} {said}{example}", "none")

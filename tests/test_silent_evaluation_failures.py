@@ -1,0 +1,336 @@
+"""A bank of failures that leave a plausible number behind; each gate sees its own.
+
+A tiny model answers a tiny study soundly; each test breaks one thing and names the gate.
+"""
+
+from dataclasses import replace
+
+import pytest
+
+from helpers.evaluation.degenerate import best_degenerate, loops
+from helpers.evaluation.evidence import ask_alone, asked_now, seen_items
+from helpers.evaluation.gates import Evidence, evaluation_gates
+from helpers.evaluation.metrics import all_metrics, shared_text_metrics
+from helpers.study.gates import WHOLE_VARIANT, as_record
+
+MODEL, VARIANT = "tuned", "smooth_only"
+OWNER = {"model": MODEL, "variant": VARIANT}
+SETTINGS = """
+title: Gates
+seed: 7
+runtime: {device: cpu, dtype: float32, threads: 1, quantized: int8}
+models:
+  base: {random: llama}
+  tuned:
+    finetune: {start: base, dataset: {shipped: openmath_train}, items: 8, heldout_items: 4,
+      epochs: 1, learning_rate: 1.0e-3, warmup_fraction: 0.1, batch_items: 4, max_tokens: 512,
+      autocast: none}
+calibration: {adapter: openmath, dataset: {shipped: openmath_train}, items: 6, max_tokens: 512,
+  batch_tokens: 2048}
+variants:
+  noquant: {}
+  smooth_only: {smooth: {alpha: 0.5, targets: [attention_input, mlp_input]}}
+  rtn_w8a8: {preset: w8a8}
+baseline: noquant
+evaluation:
+  batch_tokens: 8192
+  datasets:
+    arc: {adapter: arc, source: {shipped: arc}, items: 12,
+      ask: {protocol: loglikelihood, normalize: bytes}}
+    squad_v2: {adapter: squad_v2, source: {shipped: squad_v2}, items: 12,
+      ask: {protocol: generate, answer: boxed, shots: 1, max_new_tokens: 8}}
+    openmath: {adapter: openmath, source: {shipped: openmath_eval}, items: 12,
+      ask: {protocol: generate, answer: boxed, shots: 2, max_new_tokens: 8}}
+  shared_text: {dataset: {shipped: squad_v2}, passages: 3, max_tokens: 64}
+statistics: {confidence: 0.95, power: 0.8, margin: 0.05, resamples: 200, primary: []}
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    import torch
+
+    from helpers.sources.random_model import byte_tokenizer, random_model
+
+    torch.set_num_threads(1)
+    return random_model("llama", seed=3), byte_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def settled(tmp_path_factory):
+    from helpers.study.loading import load_study
+
+    path = tmp_path_factory.mktemp("bank") / "bank.yaml"
+    path.write_text(SETTINGS, "utf-8")
+    return load_study(path)
+
+
+@pytest.fixture(scope="module")
+def sound(tiny, settled) -> Evidence:
+    """A float variant that equals its baseline, as it must: asked once, in earnest."""
+    from helpers.evaluation.engine import ask_all
+    from helpers.evaluation.language_modeling import read_passages
+    from helpers.sources.datasets import shared_passages
+
+    model, tokenizer = tiny
+    answers = ask_all(model, tokenizer, settled)
+    passages = read_passages(model, model, tokenizer, shared_passages(settled), max_tokens=64)
+    return Evidence(
+        settled,
+        MODEL,
+        VARIANT,
+        {name: [row | OWNER for row in rows] for name, rows in answers.items()},
+        [row | OWNER for row in passages],
+        {"datasets": all_metrics(settled, answers), "shared_text": shared_text_metrics(passages)},
+        answers,
+        passages,
+        asked_now(settled, tokenizer),
+        seen_items(settled, MODEL, VARIANT),
+        ask_alone(model, tokenizer, settled),
+    )
+
+
+def failed(evidence: Evidence) -> set[tuple[str, str]]:
+    """(what it invalidates, name) of every gate that fails."""
+    return {(what, gate.name) for what, gate in evaluation_gates(evidence) if not gate.passed}
+
+
+def with_rows(evidence: Evidence, dataset: str, edit, side: str = "predictions") -> Evidence:
+    """The evidence with one set's rows replaced by what `edit` makes of copies of them."""
+    rows = edit([dict(row) for row in getattr(evidence, side)[dataset]])
+    return replace(evidence, **{side: getattr(evidence, side) | {dataset: rows}})
+
+
+def each(**changes):
+    """Every row with these values, computed from the row where they are callables."""
+    return lambda rows: [
+        row | {k: v(row) if callable(v) else v for k, v in changes.items()} for row in rows
+    ]
+
+
+def first(**changes):
+    return lambda rows: [rows[0] | changes, *rows[1:]]
+
+
+def answered(text: str, finish: str = "stop"):
+    """Every item answered by one text, parsed and scored as an evaluation would."""
+
+    def edit(evidence: Evidence, dataset: str, rows: list[dict]) -> list[dict]:
+        from helpers.evaluation.scoring import score_text
+
+        adapter = evidence.study.evaluation.datasets[dataset].adapter
+        items = {a.item.id: a.item for a in evidence.asked[dataset]}
+        return [
+            row | score_text(items[row["id"]], adapter, text, answer="boxed", finish=finish)
+            for row in rows
+        ]
+
+    return edit
+
+
+def able(evidence: Evidence, dataset: str = "openmath") -> Evidence:
+    """A baseline and a variant that answer a set rightly and stop."""
+
+    def edit(rows: list[dict]) -> list[dict]:
+        made = []
+        for row in rows:
+            text = f"So it is \\boxed{{{row['golds'][0] if row['golds'] else 'unanswerable'}}}"
+            made += answered(text)(evidence, dataset, [row])
+        return made
+
+    return with_rows(with_rows(evidence, dataset, edit), dataset, edit, side="baseline")
+
+
+def saying(evidence: Evidence, text: str, finish: str = "stop", dataset: str = "openmath"):
+    """The able evidence, its variant saying one thing."""
+    edit = answered(text, finish)
+    return with_rows(able(evidence, dataset), dataset, lambda rows: edit(evidence, dataset, rows))
+
+
+def test_a_sound_evaluation_fails_no_gate(sound):
+    assert failed(sound) == set()
+    assert as_record(evaluation_gates(sound))["passed"]
+
+
+def test_an_able_model_fails_none_either(sound):
+    evidence = replace(able(sound), alone={k: v for k, v in sound.alone.items()})
+    assert failed(evidence) == {("openmath", "same answer alone")}  # it was not asked again
+
+
+ARC_ROWS = {
+    "other items": (lambda rows: [rows[0] | {"id": "elsewhere"}, *rows[1:]],
+                    {"every item answered once", "prompts of the baseline"}),
+    "a row twice": (lambda rows: [*rows, rows[0]], {"every item answered once"}),
+    "a row missing": (lambda rows: rows[1:],
+                      {"every item answered once", "prompts of the baseline"}),
+    "other prompts": (first(prompt_hash="of another wording"),
+                      {"prompts as rendered now", "prompts of the baseline"}),
+    "cut prompts": (each(prompt_tokens=lambda row: min(16, row["prompt_tokens"])),
+                    {"prompts not cut short", "prompts of the baseline"}),
+    "another variant": (each(variant="rtn_w8a8"), {"answers of this variant"}),
+    "another model": (each(model="base"), {"answers of this variant"}),
+    "scores edited": (first(score=0.5), {"scores follow from the answers"}),
+    "golds edited": (each(golds=lambda row: [row["parsed"]], score=1.0),
+                     {"scores follow from the answers"}),
+    "a parsed answer edited": (
+        lambda rows: [row | {"parsed": row["golds"][0], "score": 1.0} for row in rows],
+        {"scores follow from the answers"}),
+    "score in percent": (each(score=lambda row: 100 * row["score"]),
+                         {"scores in their range", "scores follow from the answers"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ARC_ROWS)
+def test_rows_that_are_not_the_variants_own(sound, case):
+    edit, names = ARC_ROWS[case]
+    found = failed(with_rows(sound, "arc", edit))
+    assert {("arc", name) for name in names} <= found
+    assert {what for what, _ in found} == {"arc"}
+
+
+def test_a_prediction_file_of_another_variant_is_told_by_name(sound):
+    evidence = with_rows(sound, "arc", each(variant="rtn_w8a8"))
+    (gate,) = [g for _, g in evaluation_gates(evidence) if not g.passed]
+    assert gate.measured == "12 of tuned/rtn_w8a8"
+
+
+def test_an_announced_set_that_is_missing(sound):
+    without = {k: v for k, v in sound.predictions.items() if k != "squad_v2"}
+    assert failed(replace(sound, predictions=without)) == {("squad_v2", "every item answered once")}
+
+
+def test_logits_that_are_not_finite(tiny, settled, sound):
+    """A model with one NaN weight, really asked: no gate raises, and the figures are missing."""
+    import copy
+
+    from helpers.evaluation.engine import ask_all
+    from helpers.evaluation.language_modeling import read_passages
+    from helpers.sources.datasets import shared_passages
+
+    model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
+    model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
+    rows = ask_all(model, tokenizer, settled)
+    passages = read_passages(model, tiny[0], tokenizer, shared_passages(settled), max_tokens=64)
+    metrics = {"datasets": all_metrics(settled, rows), "shared_text": shared_text_metrics(passages)}
+    assert metrics["shared_text"]["perplexity"] is metrics["shared_text"]["kl"] is None
+    evidence = replace(
+        sound,
+        predictions={name: each(**OWNER)(found) for name, found in rows.items()},
+        passages=each(**OWNER)(passages),
+        metrics=metrics,
+    )
+    assert (WHOLE_VARIANT, "finite logits") in failed(evidence)
+
+
+def test_a_perplexity_too_large_for_a_float_is_missing():
+    rows = [{"tokens": 2, "nll": 4000.0, "kl": 1.0, "top1_agreements": 0}]
+    assert shared_text_metrics(rows)["perplexity"] is None
+
+
+@pytest.mark.parametrize("dataset", ["arc", "squad_v2"])
+def test_a_fraction_shown_as_a_percent(sound, dataset):
+    metrics = sound.metrics["datasets"]
+    edited = metrics[dataset] | {"format_success": 50.0}
+    evidence = replace(sound, metrics=sound.metrics | {"datasets": metrics | {dataset: edited}})
+    assert failed(evidence) == {(dataset, "scores in their range")}
+
+
+def test_a_top1_agreement_in_percent(sound):
+    shared = sound.metrics["shared_text"] | {"top1_agreement": 93.0}
+    evidence = replace(sound, metrics=sound.metrics | {"shared_text": shared})
+    assert failed(evidence) == {(WHOLE_VARIANT, "shared text in its range")}
+
+
+def test_a_shared_text_cut_elsewhere_or_of_another_variant(sound):
+    shorter = [row | {"tokens": row["tokens"] - 1} for row in sound.passages]
+    assert failed(replace(sound, passages=shorter)) == {
+        (WHOLE_VARIANT, "shared text of the baseline")
+    }
+    assert failed(replace(sound, passages=each(variant="noquant")(sound.passages))) == {
+        (WHOLE_VARIANT, "shared text of this variant")
+    }
+
+
+def test_a_model_that_repeats_one_answer(sound):
+    found = failed(saying(sound, r"\boxed{12345}"))
+    assert {("openmath", "answers differ"), ("openmath", "beats fixed answers")} <= found
+
+
+@pytest.mark.parametrize(
+    ("dataset", "text"), [("openmath", r"\boxed{24}"), ("squad_v2", r"\boxed{Rosa Field}")]
+)
+def test_a_model_that_echoes_the_example(sound, dataset, text):
+    assert (dataset, "examples not echoed") in failed(saying(sound, text, dataset=dataset))
+
+
+def test_a_model_that_never_stops(sound):
+    found = failed(saying(sound, "and so on and so on and so on and so on and so on", "length"))
+    names = {"answers end", "answers do not loop", "format kept"}
+    assert {("openmath", name) for name in names} <= found
+
+
+def test_a_model_that_always_abstains(sound):
+    found = failed(saying(sound, r"\boxed{unanswerable}", dataset="squad_v2"))
+    assert {("squad_v2", "answers differ"), ("squad_v2", "beats fixed answers")} <= found
+
+
+@pytest.mark.parametrize("use", ["calibration", "training"])
+def test_items_the_variant_was_made_from(sound, use):
+    """Found by its normalised text: another id, other case and punctuation."""
+    item = sound.asked["openmath"][3].item
+    twin = replace(item, id="another", question=f"  {item.question.upper()} !")
+    seen = sound.seen | {use: [*sound.seen[use], twin]}
+    assert failed(replace(sound, seen=seen)) == {("openmath", "no leakage")}
+
+
+def crowd_dependent(model):
+    """A model whose answers depend on its batch-mates: it adds what the others have."""
+    import copy
+
+    wrapped = copy.deepcopy(model)
+
+    def mix(_, __, hidden):
+        return hidden + 2 * (hidden.mean(0, keepdim=True) - hidden)
+
+    wrapped.model.embed_tokens.register_forward_hook(mix)
+    return wrapped
+
+
+def test_an_answer_that_depends_on_its_batch_mates(tiny, settled, sound):
+    alone = ask_alone(crowd_dependent(tiny[0]), tiny[1], settled)
+    assert failed(replace(sound, alone=alone)) == set()  # alone, it is the same model
+    from helpers.evaluation.engine import ask_all
+
+    rows = ask_all(crowd_dependent(tiny[0]), tiny[1], settled)
+    mixed = {name: each(**OWNER)(found) for name, found in rows.items()}
+    found = failed(replace(sound, predictions=mixed))
+    assert {(name, "same answer alone") for name in ("squad_v2", "openmath")} <= found
+
+
+def test_log_probabilities_have_a_limit_even_where_rounding_cascades(sound):
+    """A quantized variant may differ alone by about what separates it from the baseline."""
+    rows = {"variant": "rtn_w8a8"}
+
+    def moved(by):
+        return each(
+            **rows, logprobs=lambda r: [x + by * (-1) ** i for i, x in enumerate(r["logprobs"])]
+        )
+
+    evidence = replace(with_rows(sound, "arc", moved(0.01)), variant="rtn_w8a8")
+    names = {g.name for what, g in evaluation_gates(evidence) if what == "arc" and not g.passed}
+    assert "same answer alone" not in names
+    far = with_rows(evidence, "arc", moved(0.05), side="alone")
+    assert ("arc", "same answer alone") in failed(far)
+
+
+def test_a_loop_is_told_from_a_long_answer():
+    assert loops("The answer is " + "4 + " * 9 + "4")
+    assert loops("a" * 24)
+    assert not loops("a" * 23)
+    assert not loops("First 12 and 15 make 27; then 27 and 8 make 35, so the answer is 35.")
+    assert not loops("")
+
+
+def test_the_best_fixed_answer_to_a_passage_may_be_a_text():
+    golds = [{"golds": x} for x in (["The Mill"], ["the mill"], [], ["Denby"])]
+    assert best_degenerate("squad_v2", golds).answer == "answering “mill”"
