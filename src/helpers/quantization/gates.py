@@ -6,18 +6,10 @@ does not hold: an error inside a check is that gate's failure, with its reason.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import wraps
 
-
-@dataclass(frozen=True)
-class Gate:
-    """One check: `measured` against `limit`, in words that can be read alone."""
-
-    name: str
-    passed: bool
-    measured: str
-    limit: str
+from helpers.study.gates import Gate
 
 
 def gate(name: str) -> Callable:
