@@ -29,11 +29,11 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help study report lab test bench lint format lock clean
+.PHONY: help study report lab test longtest bench lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-8s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
 	@printf '\n  STUDY=name    the study in params/name.yaml\n'
 	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
 	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
@@ -52,8 +52,11 @@ report: $(READY) ## only analysis and report, from the results that are there
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab $(ARGS)
 
-test: $(READY) ## run all tests; ARGS='-m "not slow"' leaves out the long ones
-	@$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
+	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
+
+longtest: $(READY) ## run the tests too long for that: whole studies under faults, a cluster
+	@$(PY) -m pytest -m long $(ARGS)
 
 bench: $(READY) ## measure speed side by side with transformers, into outputs/bench
 	@$(PY) benchmarks/inference.py $(ARGS)
