@@ -88,6 +88,23 @@ def load_model(folder: Path, runtime: Runtime):
     return model.to(runtime.device).eval()
 
 
+def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
+    """(vocabulary, hidden) weight of a folder's head, or of the embeddings it is tied to.
+
+    Raises:
+        StudyError: the folder holds neither.
+    """
+    from safetensors import safe_open
+
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - the reader is not iterable itself
+                    if name.endswith(ending):
+                        return tensors.get_tensor(name).to(device, dtype)
+    raise StudyError(f"{folder.name} holds neither a head nor embeddings; name a language model")
+
+
 def save_model(model, tokenizer, folder: Path, **options) -> None:
     """Write model and tokenizer to a new folder of that name; an old one is replaced whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")

@@ -182,12 +182,22 @@ class LogLikelihood(Strict):
 
 
 class Generate(Strict):
-    """The model answers a chat greedily; the answer is parsed from its text."""
+    """The model answers a chat greedily; the answer is parsed from its text.
+
+    `stop: answer` ends an answer with its first complete box, `stop: turn` where the model does.
+    """
 
     protocol: Literal["generate"]
     answer: Literal["boxed", "text"]
+    stop: Literal["turn", "answer"]
     shots: Annotated[Whole, Field(ge=0, le=3)]
     max_new_tokens: Annotated[Whole, Field(ge=1, le=32768)]
+
+    @model_validator(mode="after")
+    def _a_box_to_stop_at(self):
+        if self.stop == "answer" and self.answer != "boxed":
+            raise ValueError("stop = 'answer' needs answer = 'boxed'; use stop: turn")
+        return self
 
 
 class EvaluationSet(Strict):
@@ -207,10 +217,20 @@ class SharedText(Strict):
     max_tokens: Annotated[Whole, Field(ge=8)]
 
 
+class Batch(Strict):
+    """The most of one forward pass; answers do not depend on it.
+
+    `tokens` of prompts are read at once, `rows` answers are written at once.
+    """
+
+    tokens: Count
+    rows: Count
+
+
 class Evaluation(Strict):
     """The evaluation sets, and the text every variant reads."""
 
-    batch_tokens: Annotated[Whole, Field(ge=64)]
+    batch: Batch
     datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
     shared_text: SharedText
 
