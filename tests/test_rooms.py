@@ -21,6 +21,7 @@ LIGHT_EVALUATION = {
     "scoring",
     "parsing",
     "predictions",
+    "prediction_rows",
     "gates",
     "conduct",
     "degenerate",

@@ -15,7 +15,11 @@ from safetensors.numpy import load_file
 
 from helpers.evaluation.comparison import Answers, Rules, rules_of
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import SHARED_TEXT, prediction_digests, read_predictions
+from helpers.evaluation.predictions import (
+    prediction_digests,
+    read_passage_rows,
+    read_predictions,
+)
 from helpers.evaluation.verdicts import Verdict, study_verdicts
 from helpers.sources.datasets import load_items
 from helpers.study.errors import StudyError
@@ -206,14 +210,14 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
     record = read_json(folder / "record.json", made_by=stage)
     stored = read_json(folder / "metrics.json", made_by=stage)
     wanted = job.study.evaluation.datasets
-    predictions = {name: read_predictions(folder, name) for name in wanted}
+    predictions = read_predictions(folder, job.study)
     for name, found in predictions.items():
         if len(found) != wanted[name].items:
             raise StudyError(
                 f"{at}: {name} has {len(found)} predictions but the study asks "
                 f"{wanted[name].items} items; run {stage} again"
             )
-    passages = read_predictions(folder, SHARED_TEXT)
+    passages = read_passage_rows(folder)
     metrics = {
         "datasets": all_metrics(job.study, predictions),
         "shared_text": shared_text_metrics(passages),

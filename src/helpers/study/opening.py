@@ -35,7 +35,8 @@ def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
     """The validated study with one of its models and variants.
 
     Raises:
-        StudyError: the study file is wrong, or it has no such model or variant.
+        StudyError: the study file is wrong, it has no such model or variant, or a link
+            under its outputs leads elsewhere.
     """
     loaded, name = load_study(study), study_file(study).stem
     for kind, value, known in (
@@ -44,4 +45,6 @@ def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
     ):
         if value and value not in known:
             raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
-    return Job(name, loaded, StudyPaths(name), model, variant)
+    paths = StudyPaths(name)
+    paths.refuse_links_out()
+    return Job(name, loaded, paths, model, variant)
