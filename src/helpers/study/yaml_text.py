@@ -11,6 +11,8 @@ from typing import Any
 
 import yaml
 
+from helpers.study.plain_text import whole_characters
+
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
 DEEPEST = 24  # mappings and lists inside one another
@@ -86,7 +88,9 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
         return [part for pair in node.value for part in pair]
     if isinstance(node, yaml.SequenceNode):
         return node.value
+    line = node.start_mark.line + 1
     if len(node.value) > LONGEST_VALUE:
-        line = node.start_mark.line + 1
         raise ValueError(f"line {line}: a value has more than {LONGEST_VALUE:,} characters")
+    if node.value != whole_characters(node.value):
+        raise ValueError(f"line {line}: a value holds half a character; write it anew")
     return []
