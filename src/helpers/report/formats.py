@@ -13,9 +13,9 @@ from helpers.evaluation.statistics import Interval
 from helpers.study.plain_text import one_line
 
 MISSING = "–"
-_ACTIVE = {c: f"&#{ord(c)};" for c in "&<>|`$\\*[]{}~#!"}
+_ACTIVE = {c: f"&#{ord(c)};" for c in "&<>|`$\\*[]{}~#!^"}
 _IN_CODE = _ACTIVE | {c: f"&#{ord(c)};" for c in "_\"'^:@"}
-_EDGE_OF_WORD = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # where it would begin or end emphasis
+_AT_AN_EDGE = re.compile(r"(?<![^\W_])_|_(?![^\W_])|=(?==)")  # emphasis, a mark
 _IN_ADDRESS = re.compile(r"(?i)(?<=www)(?=\.)|(?<=:)(?=//)|(?=@)|(?=&#64;)")
 _PLAIN_NAME = re.compile(r"[\w./:=+,() -]+", re.ASCII)
 DATASETS = {"arc": "ARC", "squad_v2": "SQuAD v2", "openmath": "OpenMath", "boolq": "BoolQ"}
@@ -125,7 +125,7 @@ def code(name: str) -> Markup:
 def escape(text: str) -> str:
     """Any text so that Markdown and HTML show it and do not act on it."""
     active = "".join(_ACTIVE.get(c, c) for c in one_line(text))
-    return _no_addresses(_EDGE_OF_WORD.sub("&#95;", active))
+    return _no_addresses(_AT_AN_EDGE.sub(lambda c: f"&#{ord(c[0])};", active))
 
 
 def quoted(text: str, *, limit: int) -> Markup:
@@ -138,7 +138,7 @@ def quoted(text: str, *, limit: int) -> Markup:
 
 def _no_addresses(text: str) -> str:
     """An empty tag inside everything that would be taken for an address."""
-    return _IN_ADDRESS.sub("<wbr>", text)
+    return _IN_ADDRESS.sub("<wbr/>", text)
 
 
 def markdown_table(rows: Rows) -> str:

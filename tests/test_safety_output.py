@@ -1,0 +1,281 @@
+"""Text from models, data sets and the study file is shown as text, wherever it is shown.
+
+The analysis is run twice on a made-up study, once with plain answers and once with
+answers that try to act on the page, the table, the notebook or the terminal. Apart from
+the text itself, the two must come out the same.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+
+import mistune
+import pytest
+import yaml
+from bs4 import BeautifulSoup
+from markdown_it import MarkdownIt
+
+import test_report
+from conftest import STUDY
+from helpers.report import formats, tables
+from helpers.study.execution import run_notebook
+from helpers.study.export import export_report
+from helpers.study.opening import open_job
+from helpers.study.paths import PROJECT
+from helpers.study.plain_text import one_line, visible
+from helpers.study.records import write_json
+from hostile_text import HOSTILE, PLAIN
+
+FILE_NAMES = {HOSTILE: "rows|`x`<b>$y$ [z](w).jsonl", PLAIN: "rows.jsonl"}
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
+
+
+def answers(texts):
+    """Replacements for the made-up study's rows: ids, golds and answers hold the texts."""
+
+    def arc_rows(rng, accuracy):
+        rows = TRUE_ARC_ROWS(rng, accuracy)
+        return [row | {"id": f"{i} {texts[i % len(texts)]}"} for i, row in enumerate(rows)]
+
+    def squad_rows(rng, accuracy):
+        found = []
+        for i in range(60):
+            text = texts[i % len(texts)]
+            golds = [] if i % 3 == 0 else [text]
+            right = rng.random() < accuracy
+            said = text if right and golds else texts[(i + 1) % len(texts)]
+            row = test_report.scored(f"{i} {text}", f"passage-{i // 2}", golds, said, said)
+            if i % 10 == 9:
+                row |= {"parsed": None, "status": "unparsed", "score": 0.0}
+            if not golds and right:
+                row |= {"parsed": None, "status": "abstained", "score": 1.0}
+            found.append(row | {"f1": row["score"]})
+        return found
+
+    return {"arc_rows": arc_rows, "squad_rows": squad_rows}
+
+
+TRUE_ARC_ROWS = test_report.arc_rows
+
+
+def write_items(path, texts) -> None:
+    """The SQuAD items the predictions are about, so that their questions are shown."""
+    rows = [
+        {
+            "id": f"{i} {text}",
+            "title": text,
+            "context": f"passage {i // 2} {text}",
+            "question": f"question {i}: {text}",
+            "answers": {"text": [text], "answer_start": [0]},
+        }
+        for i, text in ((i, texts[i % len(texts)]) for i in range(60))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def made_up_study(folder, texts):
+    """A study file and all its records, with the texts wherever a text can stand."""
+    settings = yaml.safe_load(STUDY)
+    settings["title"] = f"A study {' '.join(texts)}"[:1500]
+    settings["variants"]["static"] = {
+        "preset": "o3",
+        "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]},
+    }
+    items = folder / FILE_NAMES[texts]
+    write_items(items, texts)
+    datasets = settings["evaluation"]["datasets"]
+    datasets["arc"]["items"], datasets["squad_v2"]["items"] = 80, 60
+    datasets["squad_v2"]["source"] = {"file": str(items)}
+    settings["evaluation"]["shared_text"]["passages"] = 12
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False))
+    job = open_job(path)
+    test_report.write_outputs(job)
+    for model in job.study.models:
+        for place, variant in enumerate(job.study.variants):
+            _put_gates(job, model, variant, texts[place], failed=variant == "static")
+    return path, job
+
+
+def _put_gates(job, model, variant, text, *, failed: bool) -> None:
+    folder = job.paths.evaluation(model, variant)
+    guarded = ["whole variant", *job.study.evaluation.datasets]
+    broken = "arc" if failed else ""
+    found = test_report.gates_of(folder, model, variant, guarded, broken)
+    for gate in found["gates"]:
+        gate |= {"name": f"a gate {text}", "measured": text, "limit": text}
+    write_json(folder / "gates.json", found)
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    """Both reports as the analysis and the export write them: {texts: folder}."""
+    made = {}
+    for texts in (HOSTILE, PLAIN):
+        folder = tmp_path_factory.mktemp("hostile" if texts is HOSTILE else "plain")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("STUDY_OUTPUTS", str(folder / "outputs"))
+            for name, replacement in answers(texts).items():
+                patch.setattr(test_report, name, replacement)
+            path, job = made_up_study(folder, texts)
+            executed = job.paths.notebooks / "04_analysis.ipynb"
+            notebook = PROJECT / "notebooks" / "04_analysis.ipynb"
+            run_notebook(notebook, executed, {"study": str(path)})
+            root = job.paths.root
+            export_report(executed, str(path), root)
+        made[texts] = root
+    return made
+
+
+def skeleton(page: str) -> list:
+    """All elements of a page in order, with the names of their attributes; no texts.
+
+    Of addresses the scheme is kept, since that decides what a click or a load does.
+    """
+    found = []
+    for element in BeautifulSoup(page, "html.parser").find_all(True):
+        if element.name == "wbr":  # where an address is broken
+            continue
+        kept = {k: "" for k in element.attrs}
+        for key in ("href", "src", "action"):
+            if key in element.attrs:
+                kept[key] = re.match(r"#|[a-z]*:?", element[key])[0]
+        found.append((element.name, sorted(kept.items())))
+    return found
+
+
+def same_skeleton(hostile: str, plain: str) -> None:
+    """As an assertion that shows the first difference, not two pages."""
+    pairs = zip(skeleton(hostile), skeleton(plain), strict=False)
+    for number, (one, other) in enumerate(pairs):
+        assert one == other, f"element {number}"
+    assert len(skeleton(hostile)) == len(skeleton(plain))
+
+
+def test_the_page_is_the_same_but_for_its_texts(reports):
+    pages = [(reports[texts] / "report.html").read_text("utf-8") for texts in (HOSTILE, PLAIN)]
+    same_skeleton(*pages)
+    shown = BeautifulSoup(pages[0], "html.parser").get_text()
+    assert "<script>document.title = 'owned'</script>" in shown
+    assert r"\boxed{7}" in shown
+
+
+def test_the_page_holds_nothing_that_runs_or_is_fetched(reports):
+    page = BeautifulSoup((reports[HOSTILE] / "report.html").read_text("utf-8"), "html.parser")
+    assert not page.find_all(["script", "iframe", "object", "embed", "form", "base", "link"])
+    for element in page.find_all(True):
+        assert not [name for name in element.attrs if name.startswith("on")], element.name
+        for key in ("href", "src"):
+            assert re.match(r"#|data:image/png;base64,", element.attrs.get(key, "#")), element
+    policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
+    assert "default-src 'none'" in policy
+    assert "script-src" not in policy
+
+
+def renderings(markdown: str) -> dict[str, str]:
+    """The Markdown as readers with different habits render it."""
+    common = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    plugins = ["strikethrough", "footnotes", "table", "url", "task_lists", "def_list", "abbr"]
+    plugins += ["mark", "superscript", "math"]
+    greedy = mistune.create_markdown(escape=False, plugins=plugins)
+    return {"commonmark": common.render(markdown), "mistune": greedy(markdown)}
+
+
+def test_the_markdown_is_the_same_but_for_its_texts(reports):
+    texts = [(reports[texts] / "report.md").read_text("utf-8") for texts in (HOSTILE, PLAIN)]
+    hostile, plain = map(renderings, texts)
+    for reader, page in hostile.items():
+        same_skeleton(page, plain[reader])
+        assert "evil.example" not in str(BeautifulSoup(page, "html.parser").find_all("a"))
+    tables = [[x.count("|") for x in text.splitlines() if x.startswith("|")] for text in texts]
+    assert tables[0] == tables[1]
+
+
+def test_nothing_in_the_outputs_acts_on_a_terminal(reports):
+    """Bytes as `cat` would send them: no escape, no control, nothing that reorders."""
+    for path in reports[HOSTILE].rglob("*"):
+        if path.suffix in (".md", ".html", ".csv", ".ipynb"):
+            text = path.read_text("utf-8")
+            assert not CONTROL.search(text), path.name
+            if path.suffix == ".ipynb":
+                assert not CONTROL.search("".join(notebook_texts(path))), path.name
+
+
+def notebook_texts(path):
+    """Every text of a notebook's outputs, as a front end gets it."""
+    for cell in json.loads(path.read_text("utf-8"))["cells"]:
+        for output in cell.get("outputs", []):
+            for value in (output.get("text", []), *output.get("data", {}).values()):
+                yield from ([value] if isinstance(value, str) else map(str, value))
+
+
+def test_the_executed_notebook_is_the_same_but_for_its_texts(reports):
+    """Each Markdown and HTML output of it, as JupyterLab and GitHub get them."""
+    pages = []
+    for texts in (HOSTILE, PLAIN):
+        path = reports[texts] / "notebooks" / "04_analysis.ipynb"
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        outputs = [o.get("data", {}) for c in cells for o in c.get("outputs", [])]
+        texts = ["".join(o.get("text/markdown", o.get("text/html", ""))) for o in outputs]
+        pages.append([renderings(text) for text in texts])
+    assert len(pages[0]) == len(pages[1])
+    for hostile, plain in zip(*pages, strict=True):
+        for reader in hostile:
+            same_skeleton(hostile[reader], plain[reader])
+
+
+def test_the_evaluation_notebooks_tables_show_answers_as_text():
+    """What 03_evaluation displays of the answers and of the gates."""
+    shown = {}
+    for texts in (HOSTILE, PLAIN):
+        rows = [test_report.scored(f"i{i}", "c", [t], t, t) for i, t in enumerate(texts)]
+        frames = [tables.sample_answers({"arc": rows}, each=len(rows))]
+        gates = [{"name": "g", "passed": True, "measured": t, "limit": "x"} for t in texts]
+        frames.append(tables.gate_table({"gates": gates}))
+        shown[texts] = frames
+    for hostile, plain in zip(shown[HOSTILE], shown[PLAIN], strict=True):
+        same_skeleton(hostile.to_html(), plain.to_html())
+        assert not CONTROL.search(hostile.to_html() + hostile.to_string())
+        assert "tex2jax_ignore" in hostile.to_html()  # "$5 and $6" is no formula
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_text_keeps_its_words_when_it_is_made_safe(text):
+    page = renderings(formats.escape(text))["commonmark"]
+    shown = BeautifulSoup(page, "html.parser").get_text().strip()
+    assert shown == one_line(text).strip()
+    assert not BeautifulSoup(page, "html.parser").find_all(lambda e: e.name not in ("p", "wbr"))
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_name_that_is_none_is_quoted(text):
+    page = renderings(f"a {formats.code(text)} z")["commonmark"]
+    names = [e.name for e in BeautifulSoup(page, "html.parser").find_all(True) if e.name != "wbr"]
+    assert names == ["p", "code"]
+
+
+def test_line_ends_stay_where_they_are_wanted():
+    assert visible("a\nb\x1b[1m", keep="\n") == "a\nb�[1m"
+    assert one_line("a\n b\u2028c\x00") == "a b c�"
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+@pytest.mark.parametrize("policy", [True, False], ids=["with its policy", "by its text alone"])
+def test_a_browser_runs_nothing_of_it(reports, tmp_path, policy):
+    """Opened in Chromium, the page still has its own title and no element more."""
+    page = (reports[HOSTILE] / "report.html").read_text("utf-8")
+    if not policy:
+        page = re.sub(r"<meta http-equiv=.Content-Security-Policy.[^>]*>", "", page)
+    path = tmp_path / "page.html"
+    path.write_text(page, "utf-8")
+    command = [CHROMIUM, *QUIET, f"--user-data-dir={tmp_path}", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-500:]
+    title = BeautifulSoup(done.stdout, "html.parser").title.get_text()
+    assert title.startswith("A study ")
+    same_skeleton(done.stdout, page)
