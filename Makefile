@@ -54,7 +54,8 @@ report: $(READY) ## only analysis and report, from the results that are there
 	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
-	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab $(ARGS)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
 	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)

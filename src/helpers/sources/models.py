@@ -8,7 +8,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.sources.bundled import bundled_model_folder
@@ -93,7 +92,7 @@ def load_model(folder: Path, runtime: Runtime):
             local_files_only=True,
             trust_remote_code=False,
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # of many kinds; each means that the folder is at fault
         raise _not_loaded(folder, "model", error) from None
     return model.to(runtime.device).eval()
 
@@ -126,11 +125,12 @@ def load_tokenizer(folder: Path):
         StudyError: it cannot be loaded without code of its own, or has no end-of-text token,
             without which generation cannot stop.
     """
+    refuse_unsafe(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of many kinds; each means that the folder is at fault
         raise _not_loaded(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(

@@ -13,6 +13,7 @@ from helpers.study.errors import StudyError
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 INDEX = "model.safetensors.index.json"
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -23,6 +24,8 @@ def refuse_unsafe(folder: Path) -> None:
         StudyError: there are only pickles, or a file names a pickle, code to fetch, or
             another model to load instead.
     """
+    for name in SETTINGS:
+        _json(folder / name)
     _refuse_pickled_weights(folder)
     _refuse_index(folder)
     _refuse_pickled_tokenizer(folder)

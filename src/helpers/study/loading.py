@@ -74,7 +74,7 @@ def load_study(study: str | Path) -> Study:
 def _refuse_name(study: str, place: str) -> None:
     """A study's outputs lie in a folder of its file's name, which must not lead elsewhere."""
     if not re.fullmatch(PATTERN, study):
-        raise StudyError(f"{place}: {study!r} names no folder; rename the file ({RULE})")
+        raise StudyError(f"{one_line(place)}: {study!r} names no folder; rename the file ({RULE})")
     if trouble := trouble_with(study):
         raise StudyError(f"{place}: {study!r} {trouble}")
 
