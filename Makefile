@@ -33,7 +33,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help study report lab test longtest bench lint format lock clean
+.PHONY: help study report archive again export lab test longtest bench lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -52,6 +52,16 @@ study: $(READY) ## run what is not current of a study; ARGS=-n only lists it
 
 report: $(READY) ## only analysis and report, from the results that are there
 	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
+
+archive: $(READY) ## a study's records, answers and report in one file, without weights
+	@$(PY) -m helpers.study.archive pack $(STUDY) $(ARGS)
+
+again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-folder
+	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: which? make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
+	@$(PY) -m helpers.study.archive again '$(ARCHIVE)' --to '$(TO)'
+
+export: $(READY) ## write a study's results in lm-evaluation-harness's format
+	@$(PY) -m helpers.report.harness $(STUDY) $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \

@@ -22,6 +22,7 @@ LIGHT_EVALUATION = {
     "parsing",
     "predictions",
     "prediction_rows",
+    "prompt_records",
     "gates",
     "conduct",
     "degenerate",

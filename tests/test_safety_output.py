@@ -12,120 +12,23 @@ import subprocess
 
 import mistune
 import pytest
-import yaml
 from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
 import test_report
-from conftest import STUDY
 from helpers.report import formats, tables
-from helpers.study.execution import run_notebook
-from helpers.study.export import export_report
-from helpers.study.opening import open_job
-from helpers.study.paths import PROJECT
 from helpers.study.plain_text import one_line, visible
-from helpers.study.records import write_json
 from hostile_text import HOSTILE, PLAIN
+from made_up_study import analysed
 
-FILE_NAMES = {HOSTILE: "rows|`x`<b>$y$ [z](w).jsonl", PLAIN: "rows.jsonl"}
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]")
-
-
-def answers(texts):
-    """Replacements for the made-up study's rows: ids, golds and answers hold the texts."""
-
-    def arc_rows(rng, accuracy):
-        rows = TRUE_ARC_ROWS(rng, accuracy)
-        return [row | {"id": f"{i} {texts[i % len(texts)]}"} for i, row in enumerate(rows)]
-
-    def squad_rows(rng, accuracy):
-        found = []
-        for i in range(60):
-            text = texts[i % len(texts)]
-            golds = [] if i % 3 == 0 else [text]
-            right = rng.random() < accuracy
-            said = text if right and golds else texts[(i + 1) % len(texts)]
-            row = test_report.scored(f"{i} {text}", f"passage-{i // 2}", golds, said, said)
-            if i % 10 == 9:
-                row |= {"parsed": None, "status": "unparsed", "score": 0.0}
-            if not golds and right:
-                row |= {"parsed": None, "status": "abstained", "score": 1.0}
-            found.append(row | {"f1": row["score"]})
-        return found
-
-    return {"arc_rows": arc_rows, "squad_rows": squad_rows}
-
-
-TRUE_ARC_ROWS = test_report.arc_rows
-
-
-def write_items(path, texts) -> None:
-    """The SQuAD items the predictions are about, so that their questions are shown."""
-    rows = [
-        {
-            "id": f"{i} {text}",
-            "title": text,
-            "context": f"passage {i // 2} {text}",
-            "question": f"question {i}: {text}",
-            "answers": {"text": [text], "answer_start": [0]},
-        }
-        for i, text in ((i, texts[i % len(texts)]) for i in range(60))
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def made_up_study(folder, texts):
-    """A study file and all its records, with the texts wherever a text can stand."""
-    settings = yaml.safe_load(STUDY)
-    settings["title"] = f"A study {' '.join(texts)}"[:1500]
-    settings["variants"]["static"] = {
-        "preset": "o3",
-        "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]},
-    }
-    items = folder / FILE_NAMES[texts]
-    write_items(items, texts)
-    datasets = settings["evaluation"]["datasets"]
-    datasets["arc"]["items"], datasets["squad_v2"]["items"] = 80, 60
-    datasets["squad_v2"]["source"] = {"file": str(items)}
-    settings["evaluation"]["shared_text"]["passages"] = 12
-    path = folder / "study.yaml"
-    path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    job = open_job(path)
-    test_report.write_outputs(job)
-    for model in job.study.models:
-        for place, variant in enumerate(job.study.variants):
-            _put_gates(job, model, variant, texts[place], failed=variant == "static")
-    return path, job
-
-
-def _put_gates(job, model, variant, text, *, failed: bool) -> None:
-    folder = job.paths.evaluation(model, variant)
-    guarded = ["whole variant", *job.study.evaluation.datasets]
-    broken = "arc" if failed else ""
-    found = test_report.gates_of(folder, model, variant, guarded, broken)
-    for gate in found["gates"]:
-        gate |= {"name": f"a gate {text}", "measured": text, "limit": text}
-    write_json(folder / "gates.json", found)
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory):
     """Both reports as the analysis and the export write them: {texts: folder}."""
-    made = {}
-    for texts in (HOSTILE, PLAIN):
-        folder = tmp_path_factory.mktemp("hostile" if texts is HOSTILE else "plain")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("STUDY_OUTPUTS", str(folder / "outputs"))
-            for name, replacement in answers(texts).items():
-                patch.setattr(test_report, name, replacement)
-            path, job = made_up_study(folder, texts)
-            executed = job.paths.notebooks / "04_analysis.ipynb"
-            notebook = PROJECT / "notebooks" / "04_analysis.ipynb"
-            run_notebook(notebook, executed, {"study": str(path)})
-            root = job.paths.root
-            export_report(executed, str(path), root)
-        made[texts] = root
-    return made
+    folders = {texts: tmp_path_factory.mktemp("made-up") for texts in (HOSTILE, PLAIN)}
+    return {texts: analysed(folder, texts) for texts, folder in folders.items()}
 
 
 def skeleton(page: str) -> list:

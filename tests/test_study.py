@@ -12,7 +12,7 @@ import yaml
 from helpers.study.paths import PROJECT
 
 pytestmark = pytest.mark.slow
-NO_NETWORK = PROJECT / "tests" / "no_network"
+GUARDS = PROJECT / "tests" / "guards"
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def smoke(tmp_path_factory):
     study = root / "smoke.yaml"
     study.write_text((PROJECT / "params" / "smoke.yaml").read_text("utf-8"), "utf-8")
     places = {"STUDY_OUTPUTS": str(root / "outputs"), "STUDY_CACHE": str(root / "cache")}
-    places |= {"PYTHONPATH": str(NO_NETWORK), "NETWORK_ATTEMPTS": str(root / "attempts")}
+    places |= {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(root / "attempts")}
 
     def run(*options):
         command = [sys.executable, "-m", "helpers.study.jobs", "study", str(study)]
@@ -44,7 +44,7 @@ def test_the_whole_study_asks_nobody_anything(smoke):
 
 def test_the_guard_refuses_what_it_should(tmp_path):
     code = "import socket; socket.create_connection(('hub.example', 443), timeout=1)"
-    places = {"PYTHONPATH": str(NO_NETWORK), "NETWORK_ATTEMPTS": str(tmp_path / "attempts")}
+    places = {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(tmp_path / "attempts")}
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | places, capture_output=True, text=True
     )

@@ -20,14 +20,14 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
+from helpers.evaluation.prompt_records import read_prompts
 from helpers.evaluation.verdicts import Verdict, study_verdicts
-from helpers.sources.datasets import load_items
 from helpers.study.errors import StudyError
 from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.hashing import sha256_file, sha256_folder
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Comparison, FineTunedModel, HubDataset, Study, Variant
+from helpers.study.schema import Comparison, FineTunedModel, Study, Variant
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class Results:
     calibrations: dict[str, Calibrated]
     evaluations: dict[tuple[str, str], Evaluated]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
-    questions: dict[str, dict[str, str]]  # dataset, item id: empty if they lie on a Hub
+    questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
 
     @property
     def models(self) -> list[str]:
@@ -182,7 +182,7 @@ def load_results(job: Job) -> Results:
             )
             for model in trained
         },
-        questions={name: _questions(study, name) for name in study.evaluation.datasets},
+        questions={name: _questions(job, name) for name in study.evaluation.datasets},
     )
     _refuse_broken_chain(job, found)
     return found
@@ -256,12 +256,10 @@ def _checked(job: Job, model: str, variant: str) -> dict:
     return found
 
 
-def _questions(study: Study, dataset: str) -> dict[str, str]:
-    """Question by item id; not fetched from a Hub only to be shown."""
-    wanted = study.evaluation.datasets[dataset]
-    if isinstance(wanted.source, HubDataset):
-        return {}
-    return {i.id: i.question for i in load_items(wanted.source, adapter=wanted.adapter)}
+def _questions(job: Job, dataset: str) -> dict[str, str]:
+    """Question by item id, as the first model was asked it; no data set is read for that."""
+    folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
+    return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}
 
 
 def _refuse_broken_chain(job: Job, found: Results) -> None:

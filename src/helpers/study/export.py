@@ -29,7 +29,7 @@ TEMPLATE = f"""
 def export_report(notebook: Path, study: str, folder: Path) -> None:
     """Write report.md, report_files/ and report.html of an executed notebook to a folder."""
     content = _shown_part(nbformat.read(notebook, as_version=4))
-    resources = {"metadata": {"name": one_line(load_study(study).title)}}
+    resources = {"metadata": {"name": one_line(load_study(study, with_sources=False).title)}}
     html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
         content, resources
     )

@@ -41,7 +41,7 @@ NOTEBOOKS = {
 }
 HELPERS = Path(__file__).resolve().parents[1]
 PLUMBING = ("errors", "loading", "names", "opening", "paths", "schema", "yaml_text")
-PLUMBING += ("cleaning", "execution", "export", "grid", "jobs", "workflow")
+PLUMBING += ("archive", "cleaning", "execution", "export", "grid", "jobs", "workflow")
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in PLUMBING}
 
 

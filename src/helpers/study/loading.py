@@ -39,11 +39,13 @@ def study_file(study: str | Path) -> Path:
     return PROJECT / "params" / f"{text}.yaml"
 
 
-def load_study(study: str | Path) -> Study:
+def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
     """The validated study.
 
     Args:
         study: a name in `params/`, or the path of a YAML file.
+        with_sources: whether the local files it names have to be there; its results can be
+            looked at without them.
 
     Raises:
         StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
@@ -65,7 +67,8 @@ def load_study(study: str | Path) -> Study:
         loaded = Study.model_validate(data)
     except ValidationError as error:
         raise StudyError("\n".join(_lines(error, data, place))) from None
-    problems = [f"{place}: {line}" for line in _references(loaded) + _missing_files(loaded)]
+    found = _references(loaded) + (_missing_files(loaded) if with_sources else [])
+    problems = [f"{place}: {line}" for line in found]
     if problems:
         raise StudyError("\n".join(problems))
     return loaded

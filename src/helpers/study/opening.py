@@ -34,11 +34,13 @@ class Job:
 def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
     """The validated study with one of its models and variants.
 
+    Without a model the job reads records only, so that models and data may be elsewhere.
+
     Raises:
         StudyError: the study file is wrong, it has no such model or variant, or a link
             under its outputs leads elsewhere.
     """
-    loaded, name = load_study(study), study_file(study).stem
+    loaded, name = load_study(study, with_sources=bool(model)), study_file(study).stem
     for kind, value, known in (
         ("model", model, loaded.models),
         ("variant", variant, loaded.variants),

@@ -1,12 +1,16 @@
-"""On PYTHONPATH: this Python connects to nothing but this machine, and says what it tried.
+"""On PYTHONPATH, this keeps a Python to what a test allows it, and says what it tried.
 
-Every attempt goes to the file named by NETWORK_ATTEMPTS, and fails.
+NETWORK_ATTEMPTS names a file: connections to anything but this machine fail, and the
+address is written there. BLOCKED_MODULES names modules that cannot be imported.
 """
 
+import importlib.abc
 import os
 import socket
+import sys
 
-ATTEMPTS = os.environ.get("NETWORK_ATTEMPTS", os.devnull)
+ATTEMPTS = os.environ.get("NETWORK_ATTEMPTS")
+BLOCKED = set(os.environ.get("BLOCKED_MODULES", "").split())
 HERE = {"localhost", "127.0.0.1", "::1", "", "0.0.0.0", None}
 true_connect, true_connect_ex = socket.socket.connect, socket.socket.connect_ex
 true_sendto, true_getaddrinfo = socket.socket.sendto, socket.getaddrinfo
@@ -45,5 +49,17 @@ def getaddrinfo(host, *rest, **named):
     return true_getaddrinfo(host, *rest, **named)
 
 
-socket.socket.connect, socket.socket.connect_ex = connect, connect_ex
-socket.socket.sendto, socket.getaddrinfo = sendto, getaddrinfo
+class Blocker(importlib.abc.MetaPathFinder):
+    """Finds the blocked modules first, and refuses them."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in BLOCKED:
+            raise ImportError(f"{name} is blocked in this test")
+        return None
+
+
+if ATTEMPTS:
+    socket.socket.connect, socket.socket.connect_ex = connect, connect_ex
+    socket.socket.sendto, socket.getaddrinfo = sendto, getaddrinfo
+if BLOCKED:
+    sys.meta_path.insert(0, Blocker())
