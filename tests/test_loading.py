@@ -337,7 +337,7 @@ def test_a_dataset_does_not_take_the_shared_texts_name(write_study, study_settin
     datasets = study_settings["evaluation"]["datasets"]
     datasets["shared_text"] = datasets["arc"]
     line = refusal(write_study(study_settings))
-    assert line.startswith("evaluation.datasets.shared_text names a file every run writes")
+    assert line.startswith("evaluation.datasets.shared_text names what every run writes itself")
 
 
 def test_a_file_that_is_not_there_is_named_as_written(write_study, study_settings):

@@ -4,9 +4,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from helpers.evaluation.loglikelihood import OptionTokens
+from helpers.evaluation.prompt_records import FOLDER, prompt_digest
 from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import Item
-from helpers.study.hashing import sha256_data
+from helpers.sources.datasets import Item, evaluation_items
+from helpers.study.opening import Job
+from helpers.study.records import write_jsonl
 from helpers.study.schema import EvaluationSet
 
 
@@ -26,7 +28,7 @@ class Prompt:
     @property
     def hash(self) -> str:
         """Equal for two variants if and only if they were asked the same thing."""
-        return sha256_data([self.text, list(self.continuations)])[:16]
+        return prompt_digest(self.text, self.continuations)
 
 
 def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
@@ -81,3 +83,21 @@ def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
     wholes = [tokenize(tokenizer, asked.text + c) for c in asked.continuations]
     options = [whole[len(context) :] for whole in wholes]
     return OptionTokens(context, options, cuts(tokenizer, asked, context))
+
+
+def record_prompts(job: Job, tokenizer) -> None:
+    """Write `prompts/<dataset>.jsonl` of the baseline; other variants are asked the same."""
+    if job.variant != job.study.baseline:
+        return
+    folder = job.paths.evaluation(job.model, job.variant) / FOLDER
+    for name, wanted in job.study.evaluation.datasets.items():
+        asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(job.study, name)]
+        write_jsonl(folder / f"{name}.jsonl", map(_as_row, asked))
+
+
+def _as_row(asked: Prompt) -> dict:
+    item = asked.item
+    row = {"id": item.id, "question": item.question, "passage": item.passage}
+    row |= {"options": list(item.options), "labels": list(item.labels)}
+    row |= {"prompt": asked.text, "continuations": list(asked.continuations)}
+    return row | {"prompt_hash": asked.hash}

@@ -45,7 +45,9 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     The weights are unpacked by a hook on the whole model's first forward pass. The
     evaluation calls the decoder alone, where no hook is, so one token is read here.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     model = model.to(device).eval()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))

@@ -10,11 +10,13 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_data, sha256_text
 from helpers.study.loading import resolve
+from helpers.study.plain_text import one_line, whole_characters
 from helpers.study.schema import (
     DatasetSource,
     FileDataset,
@@ -55,9 +57,18 @@ def normalized_text(text: str) -> str:
 
     Two texts that differ in less are one; `2 + 3` and `2 - 3` stay two.
     """
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
+    kept = text.casefold() if text.isascii() else "".join(map(_bare, text))
     return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", kept))
+
+
+@cache
+def _bare(character: str) -> str:
+    """A character decomposed, folded and without accents.
+
+    One by one: normalising a whole text sorts its accents, in quadratic time.
+    """
+    folded = unicodedata.normalize("NFKD", character).casefold()
+    return "".join(c for c in folded if not unicodedata.combining(c))
 
 
 def item_key(item: Item) -> str:
@@ -70,7 +81,17 @@ def _text(value) -> str:
     """The value, if it is a text that says something; a number or a list is a broken row."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} stands where a text belongs")
-    return value
+    return _whole(value)
+
+
+def _whole(value) -> str:
+    """The value, if it is a text or nothing; half a surrogate pair cannot be written."""
+    text = "" if value is None else value
+    if not isinstance(text, str):
+        raise ValueError(f"{value!r} stands where a text belongs")
+    if text != whole_characters(text):
+        raise ValueError(f"{value!r} holds half a character")
+    return text
 
 
 def _texts(values) -> tuple[str, ...]:
@@ -79,10 +100,15 @@ def _texts(values) -> tuple[str, ...]:
     return tuple(_text(value) for value in values)
 
 
+def label_key(label: str) -> str:
+    """What two labels that are read alike have in common: `A`, `a` and ` A.`."""
+    return label.strip().rstrip(".").casefold()
+
+
 def adapt_arc(row: dict) -> Item:
     """`allenai/ai2_arc`: three to five options, labelled by letters or digits."""
     labels, options = _texts(row["choices"]["label"]), _texts(row["choices"]["text"])
-    if len(labels) != len(options) or len(set(labels)) != len(labels):
+    if len(labels) != len(options) or len(set(map(label_key, labels))) != len(labels):
         raise ValueError(f"labels {labels} do not name {len(options)} options")
     if row["answerKey"] not in labels:
         raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {labels}")
@@ -119,7 +145,7 @@ def adapt_squad_v2(row: dict) -> Item:
         passage=_text(row["context"]),
         golds=tuple(dict.fromkeys(_texts(row["answers"]["text"]))),
         cluster=sha256_text(row["context"])[:16],
-        title=row["title"],
+        title=_whole(row["title"]),
     )
 
 
@@ -131,7 +157,7 @@ def adapt_openmath(row: dict) -> Item:
         question=row["problem"],
         golds=(row["expected_answer"],),
         cluster=identifier,
-        solution=row["generated_solution"],
+        solution=_whole(row["generated_solution"]),
     )
 
 
@@ -168,15 +194,14 @@ def _file_rows(name: str) -> list[dict]:
 
         try:
             return pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowInvalid as error:
-            reason = str(error).splitlines()[0]
-            raise StudyError(f"{name}: is not parquet ({reason}); mend it") from None
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise StudyError(f"{name}: is not parquet ({one_line(error)}); mend it") from None
     rows = []
     # Only \n ends a line: texts may hold other separators that splitlines() would cut at.
     for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StudyError(f"{name}: line {number} is not JSON ({error}); mend it") from None
     return rows
 
@@ -299,13 +324,8 @@ def shared_passages(study: Study) -> list[str]:
         StudyError: the source has fewer passages than asked for.
     """
     wanted = study.evaluation.shared_text
-    rows = load_rows(wanted.dataset)
-    if lacking := [n for n, row in enumerate(rows, start=1) if not row.get("context")]:
-        raise StudyError(
-            f"{_shown(wanted.dataset)}: row {lacking[0]} has no 'context' to read; "
-            "give a source in SQuAD's schema"
-        )
-    passages = sorted({row["context"] for row in rows})
+    rows = enumerate(load_rows(wanted.dataset), start=1)
+    passages = sorted({_passage(wanted.dataset, number, row) for number, row in rows})
     if len(passages) < wanted.passages:
         raise StudyError(
             f"evaluation.shared_text.passages = {wanted.passages} but {_shown(wanted.dataset)} "
@@ -313,3 +333,13 @@ def shared_passages(study: Study) -> list[str]:
         )
     random.Random(study.seed).shuffle(passages)
     return passages[: wanted.passages]
+
+
+def _passage(source: DatasetSource, number: int, row: dict) -> str:
+    try:
+        return _text(row["context"])
+    except (KeyError, TypeError, ValueError):
+        raise StudyError(
+            f"{_shown(source)}: row {number} has no 'context' to read; "
+            "give a source in SQuAD's schema"
+        ) from None

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.random_model import random_model_folder
+from helpers.sources.weights import refuse_unsafe
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
@@ -38,8 +39,14 @@ def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
     """The folder of one model of the study, fetched or converted where that is needed.
 
     Raises:
-        StudyError: the model cannot be had; says what to do.
+        StudyError: the model cannot be had, or not without running its code; says what to do.
     """
+    folder = _folder_of(study, model, paths)
+    refuse_unsafe(folder)
+    return folder
+
+
+def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
     match study.models[model]:
         case BundledModel():
             return bundled_model_folder()
@@ -73,18 +80,20 @@ def load_model(folder: Path, runtime: Runtime):
     """The float model of a folder in evaluation mode, at the study's dtype and device.
 
     Raises:
-        StudyError: the folder holds no readable safetensors model.
+        StudyError: the folder holds no readable safetensors model, or only one that comes
+            with code of its own.
     """
+    refuse_unsafe(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, runtime.dtype),
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(f"{folder.name}: no model can be loaded from it ({reason})") from None
+    except Exception as error:  # of many kinds; each means that the folder is at fault
+        raise _not_loaded(folder, "model", error) from None
     return model.to(runtime.device).eval()
 
 
@@ -105,6 +114,17 @@ def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
     raise StudyError(f"{folder.name} holds neither a head nor embeddings; name a language model")
 
 
+def _not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
+    """Why, in one line; code that would have to be run is named as that."""
+    if "trust_remote_code" in str(error):
+        return StudyError(
+            f"{folder.name}: the {what} comes with code of its own, which is never run here; "
+            "give one that transformers itself knows"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return StudyError(f"{folder.name}: no {what} can be loaded from it ({reason})")
+
+
 def save_model(model, tokenizer, folder: Path, **options) -> None:
     """Write model and tokenizer to a new folder of that name; an old one is replaced whole."""
     temporary = folder.with_name(f".{folder.name}.tmp")
@@ -119,9 +139,16 @@ def load_tokenizer(folder: Path):
     """The tokenizer of a folder.
 
     Raises:
-        StudyError: it has no end-of-text token, without which generation cannot stop.
+        StudyError: it cannot be loaded without code of its own, or has no end-of-text token,
+            without which generation cannot stop.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    refuse_unsafe(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds; each means that the folder is at fault
+        raise _not_loaded(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(
             f"{folder.name}: the tokenizer has no eos token; set eos_token in tokenizer_config.json"

@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.names import PATTERN, trouble_with
+
 
 def _in_unit_interval(value: float) -> float:
     if not 0.0 <= value <= 1.0:
@@ -39,7 +41,13 @@ def _sole_key(value: Any) -> str | None:
     return next(iter(known), None)
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+def _portable(name: str) -> str:
+    if trouble := trouble_with(name):
+        raise PydanticCustomError("name", "{trouble}", {"trouble": trouble})
+    return name
+
+
+Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
 Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
