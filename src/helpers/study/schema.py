@@ -79,12 +79,17 @@ class Strict(BaseModel):
 
 
 class Runtime(Strict):
-    """Where jobs run. `threads` is per job: jobs run side by side."""
+    """Where jobs run. `threads` is per job: jobs run side by side.
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
+    `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
+    `device_map: auto` spreads a model over all its GPUs.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     quantized: Literal["int8", "reference"]
+    device_map: Literal["auto"] | None = None
 
 
 class ShippedDataset(Strict):
