@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.architectures import ARCHITECTURES
+
 
 def _in_unit_interval(value: float) -> float:
     if not 0.0 <= value <= 1.0:
@@ -145,7 +147,7 @@ class BundledModel(Strict):
 class RandomModel(Strict):
     """A tiny model with seeded random weights, for tests."""
 
-    random: Literal["llama", "qwen3"]
+    random: Literal[*ARCHITECTURES]
 
 
 class FineTuning(Strict):
