@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.architectures import ARCHITECTURES
 from helpers.study.names import PATTERN, trouble_with
 
 
@@ -87,12 +88,17 @@ class Strict(BaseModel):
 
 
 class Runtime(Strict):
-    """Where jobs run. `threads` is per job: jobs run side by side."""
+    """Where jobs run. `threads` is per job: jobs run side by side.
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
+    `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
+    `device_map: auto` spreads a model over all its GPUs.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     quantized: Literal["int8", "reference"]
+    device_map: Literal["auto"] | None = None
 
 
 class ShippedDataset(Strict):
@@ -148,7 +154,7 @@ class BundledModel(Strict):
 class RandomModel(Strict):
     """A tiny model with seeded random weights, for tests."""
 
-    random: Literal["llama", "qwen3"]
+    random: Literal[*ARCHITECTURES]
 
 
 class FineTuning(Strict):
