@@ -115,6 +115,25 @@ class Evidence:
             return []
         return smoothing_groups(self.config, self.claim.smooth.targets)
 
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """α of every group, by its first consumer: the declared one, or the one on record.
+
+        What is on record has to be among what the study file allows.
+        """
+        names = [group.consumers[0] for group in self.groups]
+        asked = self.claim.smooth.alpha
+        if isinstance(asked, float):
+            return dict.fromkeys(names, asked)
+        folder = self.job.paths.quantization(self.job.model, self.job.variant)
+        chosen = read_json(folder / "alpha.json", made_by="02_quantization")["alphas"]
+        allowed = [step / 10 for step in range(11)] if asked == "auto" else list(asked)
+        if odd := [n for n in names if chosen[n] not in allowed]:
+            raise ValueError(f"α = {chosen[odd[0]]} of {odd[0]} is none that the study names")
+        if asked != "auto" and len(set(chosen.values())) != 1:
+            raise ValueError("a grid gives one α to all groups")
+        return {name: chosen[name] for name in names}
+
     def declared_scales(self, group: SmoothingGroup) -> Tensor:
         """(in_features,) float64 s_j = max|X_j|^α / max|W_j|^(1-α), SmoothQuant's equation 4.
 
@@ -123,7 +142,7 @@ class Evidence:
         the right ones for every group.
         """
         if group not in self._declared:
-            alpha = self.claim.smooth.alpha
+            alpha = self.alphas[group.consumers[0]]
             columns = [self.source[f"{n}.weight"].abs().amax(0) for n in group.consumers]
             weight = torch.stack(columns).amax(0).double().clamp(min=SMALLEST)
             act = self.absmax[group.consumers[0]].double().clamp(min=SMALLEST)

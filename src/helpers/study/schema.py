@@ -48,6 +48,20 @@ def _portable(name: str) -> str:
     return name
 
 
+def _a_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise PydanticCustomError(
+            "grid", "is no choice; list two values or more, each once, or give one number"
+        )
+    return values
+
+
+def _kind_of_alpha(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "list"
+    return "auto" if isinstance(value, str) else "number"
+
+
 Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
@@ -260,9 +274,18 @@ class Calibration(Strict):
 
 
 class Smooth(Strict):
-    """SmoothQuant's migration strength and the places it is folded into."""
+    """SmoothQuant's migration strength and the places it is folded into.
 
-    alpha: Fraction
+    α is a number, a list of which the best is taken, or `auto` for one a group; what is
+    chosen is chosen on held-out calibration items (helpers.quantization.alpha).
+    """
+
+    alpha: Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_a_grid), Tag("list")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_kind_of_alpha),
+    ]
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
@@ -292,6 +315,12 @@ class Variant(Strict):
             raise ValueError(
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
+            )
+        chosen = self.smooth and not isinstance(self.smooth.alpha, float)
+        if chosen and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                "smooth.alpha is chosen by the error of quantization, and this variant has none "
+                "of its own; give a number"
             )
         return self
 
