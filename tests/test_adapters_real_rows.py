@@ -8,7 +8,9 @@ import pytest
 from helpers.evaluation.metrics import metrics
 from helpers.evaluation.prompts import loglikelihood_prompt, prompt
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import load_items, load_rows, normalized_text
+from helpers.sources.datasets import load_items
+from helpers.sources.items import normalized_text
+from helpers.sources.rows import load_rows
 from helpers.study.paths import PROJECT
 from helpers.study.schema import EvaluationSet, FileDataset
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from helpers.evaluation.loglikelihood import OptionTokens
 from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import Item
+from helpers.sources.items import Item
 from helpers.study.hashing import sha256_data
 from helpers.study.schema import EvaluationSet
 

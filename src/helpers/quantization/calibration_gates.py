@@ -9,13 +9,8 @@ from torch import Tensor
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
-from helpers.sources.datasets import (
-    Item,
-    evaluation_items,
-    load_items,
-    normalized_text,
-    training_items,
-)
+from helpers.sources.datasets import evaluation_items, load_items, training_items
+from helpers.sources.items import Item, normalized_text
 from helpers.study.schema import FineTunedModel
 
 CHAIN = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up

@@ -18,7 +18,8 @@ from helpers.quantization.int8 import read_tensors
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.variants import load_variant
 from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import Item, calibration_items
+from helpers.sources.datasets import calibration_items
+from helpers.sources.items import Item
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.study.opening import Job
 from helpers.study.records import read_json
@@ -154,7 +155,8 @@ class Evidence:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.source_folder)
+        switch = self.job.study.enable_thinking
+        return load_tokenizer(self.source_folder, enable_thinking=switch)
 
     @cached_property
     def items(self) -> list[Item]:

@@ -4,7 +4,9 @@ One wording serves training, calibration and generation, so that what is measure
 quantization and not a change of prompt. The examples are about nothing in any dataset.
 """
 
-from helpers.sources.datasets import Item
+from helpers.sources.chat_template import end_of_turn
+from helpers.sources.items import Item
+from helpers.study.errors import StudyError
 
 SYSTEM = {
     "openmath": "Solve the problem. Give the answer in a box.",
@@ -109,15 +111,16 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
     """(prompt, answer) token ids of one training example; the answer ends its turn.
 
     Raises:
-        ValueError: the item has no worked solution.
+        StudyError: the item has no worked solution.
     """
     if not item.solution:
-        raise ValueError(f"item {item.id} has no generated_solution to train on")
+        raise StudyError(
+            f"item {item.id} has no generated_solution to train on; give every row of the "
+            "training file one"
+        )
     prompt = render(tokenizer, conversation(item, "openmath", shots=0))
-    return tokenize(tokenizer, prompt), [
-        *tokenize(tokenizer, item.solution),
-        tokenizer.eos_token_id,
-    ]
+    answer = [*tokenize(tokenizer, item.solution), end_of_turn(tokenizer)]
+    return tokenize(tokenizer, prompt), answer
 
 
 def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from helpers.sources import chat_template
 from helpers.sources.bundled import bundled_model_folder
+from helpers.sources.hub import cached_model
 from helpers.sources.random_model import random_model_folder
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
+from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import (
     BundledModel,
     FolderModel,
@@ -24,18 +27,9 @@ from helpers.study.schema import (
     Study,
 )
 
-HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-]
-
 
 def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
-    """The folder of one model of the study, fetched or converted where that is needed.
+    """The folder of one model of the study, converted where that is needed.
 
     Raises:
         StudyError: the model cannot be had; says what to do.
@@ -47,26 +41,22 @@ def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
             return random_model_folder(family, seed=study.seed)
         case FolderModel(folder=folder):
             return resolve(folder)
-        case HubModel(hub=name, revision=revision):
-            return _hub_snapshot(name, revision)
+        case HubModel() as source:
+            return _fetched(source, paths.study)
     folder = paths.finetuned_model(model)
     if not (folder / "record.json").is_file():
         raise StudyError(f"model {model!r} is not trained yet; run 00_finetuning first")
     return folder
 
 
-def _hub_snapshot(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(
-            f"model {name!r} at {revision!r} could not be fetched ({reason}); check the name, "
-            "the network and your access, or name a local folder instead"
-        ) from None
+def _fetched(source: HubModel, study: str) -> Path:
+    """The folder of a model in the client's cache; no Hub is asked."""
+    remedy = f"run {FETCH} STUDY={study}"
+    if not is_commit(source.revision):
+        raise StudyError(f"{source.hub} at {source.revision!r} is not pinned; {remedy}")
+    if (folder := cached_model(source.hub, source.revision)) is None:
+        raise StudyError(f"{source.hub} is not on this machine; {remedy}")
+    return folder
 
 
 def load_model(folder: Path, runtime: Runtime):
@@ -98,11 +88,12 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
     temporary.rename(folder)
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a folder.
+def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
+    """The tokenizer of a folder, its chat template looked at and its thinking switch set.
 
     Raises:
-        StudyError: it has no end-of-text token, without which generation cannot stop.
+        StudyError: it has no end-of-text token, without which generation cannot stop; or
+            its chat template cannot be used as the study asks.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.eos_token_id is None:
@@ -111,6 +102,7 @@ def load_tokenizer(folder: Path):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    chat_template.settle_(tokenizer, enable_thinking=enable_thinking, place=folder.name)
     return tokenizer
 
 

@@ -1,7 +1,7 @@
 """Reads a study file and refuses, in one line each, whatever is wrong with it.
 
-Checks the file itself, the references inside it, and that local files it names exist.
-Nothing is downloaded and no model is touched.
+Checks the file itself, the references inside it, and that local files it names exist and
+can be what they are named as. Nothing is downloaded and no model is touched.
 """
 
 import difflib
@@ -12,7 +12,9 @@ import yaml
 from pydantic import ValidationError
 
 from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
+from helpers.study.model_folders import folder_problem
+from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.pins import pinned, read_pins
 from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
 
 UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
@@ -49,7 +51,19 @@ def study_file(study: str | Path) -> Path:
 
 
 def load_study(study: str | Path) -> Study:
-    """The validated study.
+    """The validated study, its names on a Hub pinned to the commits on record.
+
+    Args:
+        study: a name in `params/`, or the path of a YAML file.
+
+    Raises:
+        StudyError: as in `read_study`; or the record of commits is damaged.
+    """
+    return pinned(read_study(study), read_pins(StudyPaths(study_file(study).stem)))
+
+
+def read_study(study: str | Path) -> Study:
+    """The validated study as its file has it.
 
     Args:
         study: a name in `params/`, or the path of a YAML file.
@@ -57,8 +71,7 @@ def load_study(study: str | Path) -> Study:
     Raises:
         StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
     """
-    path = study_file(study)
-    place = _shown(path)
+    path, place = study_file(study), place_of(study)
     if not path.is_file():
         known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
         raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
@@ -76,6 +89,11 @@ def load_study(study: str | Path) -> Study:
     if problems:
         raise StudyError("\n".join(problems))
     return loaded
+
+
+def place_of(study: str | Path) -> str:
+    """A study's file as messages name it."""
+    return _shown(study_file(study))
 
 
 def _shown(path: Path) -> str:
@@ -147,6 +165,8 @@ def _message(problem: dict) -> str:
             return f"is not known; use one of {context['expected']}"
         case "string_pattern_mismatch":
             return f"does not match {context['pattern']}; rename it"
+        case "bool_type":
+            return "is neither true nor false; write one of them, without quotes"
         case "value_error":
             return f"is refused: {_one_line(context['error'])}"
         case "too_short" | "string_too_short":
@@ -196,6 +216,16 @@ def _references(study: Study) -> list[str]:
                 f"evaluation.datasets.{name}.ask.protocol = {dataset.ask.protocol!r} cannot ask "
                 f"{dataset.adapter} items; use {' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
             )
+        if dataset.keep and dataset.adapter != "openmath":
+            problems.append(
+                f"evaluation.datasets.{name}.keep = {dataset.keep!r} is a rule for openmath items, "
+                f"not {dataset.adapter}; remove it"
+            )
+        if study.enable_thinking and getattr(dataset.ask, "answer", "") == "text":
+            problems.append(
+                f"evaluation.datasets.{name}.ask.answer = 'text' would score the thoughts too, "
+                "since enable_thinking = true; use 'boxed'"
+            )
     for index, pair in enumerate(study.statistics.primary):
         key = f"statistics.primary.{index}"
         named = [("model", study.models), ("dataset", study.evaluation.datasets)]
@@ -223,10 +253,15 @@ def _start(study: Study, key: str, start: str) -> list[str]:
 def _missing_files(study: Study) -> list[str]:
     problems = []
     for key, source in _sources(study):
-        if isinstance(source, FileDataset) and not resolve(source.file).is_file():
+        if isinstance(source, FileDataset) and not files_of(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
-        if isinstance(source, FolderModel) and not resolve(source.folder).is_dir():
-            problems.append(f"{key}.folder = {source.folder!r} is not a folder; correct the path")
+        if isinstance(source, FolderModel):
+            folder = resolve(source.folder)
+            wrong = (
+                folder_problem(folder) if folder.is_dir() else "is not a folder; correct the path"
+            )
+            if wrong:
+                problems.append(f"{key}.folder = {source.folder!r} {wrong}")
     return problems
 
 
@@ -241,6 +276,13 @@ def _sources(study: Study) -> list[tuple[str, object]]:
     for name, dataset in study.evaluation.datasets.items():
         found.append((f"evaluation.datasets.{name}.source", dataset.source))
     return found
+
+
+def files_of(source: FileDataset) -> list[Path]:
+    """The files a local dataset names, in order of their names; empty if there are none."""
+    path = resolve(source.file)
+    named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
+    return sorted(file for file in named if file.is_file())
 
 
 def resolve(path: str) -> Path:
