@@ -62,7 +62,7 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
 def _passing(error: BaseException) -> bool:
     """Whether the same question may be answered a moment later."""
     error = _root(error)
-    broken_off = (httpx.ReadTimeout, httpx.RemoteProtocolError, httpx.ReadError)
+    broken_off = (httpx.RemoteProtocolError, httpx.ReadError)
     return _has_trouble(_status(error)) or isinstance(error, broken_off)
 
 
