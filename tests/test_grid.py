@@ -98,13 +98,6 @@ def test_order_of_keys_is_no_change():
     assert not changed(study(), turned)
 
 
-@pytest.mark.parametrize("key", ["models__report", "variants__calibration"])
-def test_names_of_folders_are_refused(key):
-    value = {"random": "llama"} if key.startswith("models") else {}
-    with pytest.raises(StudyError, match="choose another name"):
-        grid.runs(study(**{key: value}))
-
-
 def test_ambiguous_names_are_refused():
     twins = {"a": {"random": "llama"}, "a.b": {"random": "llama"}}
     with pytest.raises(StudyError, match="leave out the dots"):

@@ -27,7 +27,7 @@ def small() -> dict:
     training = study["models"]["finetuned"]["finetune"]
     training |= {"items": 16, "heldout_items": 8, "learning_rate": 1e-3, "max_tokens": 1024}
     training["autocast"] = "none"
-    study["evaluation"]["batch_tokens"] = 8192
+    study["evaluation"]["batch"] = {"tokens": 4096, "rows": 64}
     for dataset in study["evaluation"]["datasets"].values():
         dataset["items"] = 6
         if dataset["ask"]["protocol"] == "generate":

@@ -12,12 +12,12 @@ SHARDS = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
 LACKING = [
     (WHOLE - {"config.json"}, "has no config.json"),
     (WHOLE - {"tokenizer.json"}, "has no tokenizer"),
-    (WHOLE - {"model.safetensors"}, "has no weights"),
-    (WHOLE - {"model.safetensors"} | {"pytorch_model.bin"}, "only as pytorch_model.bin"),
-    (WHOLE - {"model.safetensors"} | {"model.Q4.gguf"}, "only as model.Q4.gguf"),
-    ({"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}, "is only an adapter"),
-    (WHOLE - {"model.safetensors"} | {"adapter_model.safetensors"}, "has no weights"),
-    (set(), "has no config.json"),
+    (WHOLE - {"model.safetensors"}, "holds no weights"),
+    (WHOLE - {"model.safetensors"} | {"pytorch_model.bin"}, "only pytorch_model.bin, a pickle"),
+    (WHOLE - {"model.safetensors"} | {"model.Q4.gguf"}, "only model.Q4.gguf, a format not read"),
+    ({"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"}, "holds an adapter"),
+    (WHOLE | {"adapter_config.json"}, "holds an adapter"),
+    (set(), "holds no weights"),
 ]
 
 
@@ -50,7 +50,7 @@ def folder(tmp_path):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already (gptq)"),
         ({"quantization_config": "?"}, "is quantized already"),
-        ("no json", "is no JSON"),
+        ("no json", "is not JSON"),
     ],
 )
 def test_a_study_of_such_a_folder_is_refused_by_its_key(

@@ -21,6 +21,8 @@ LIGHT_EVALUATION = {
     "scoring",
     "parsing",
     "predictions",
+    "prediction_rows",
+    "prompt_records",
     "gates",
     "conduct",
     "degenerate",

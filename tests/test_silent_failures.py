@@ -331,7 +331,13 @@ def calibration_overlapping_evaluation(run, patch):
         "adapter": "openmath",
         "source": {"shipped": "openmath_train"},
         "items": 6,
-        "ask": {"protocol": "generate", "answer": "boxed", "shots": 0, "max_new_tokens": 4},
+        "ask": {
+            "protocol": "generate",
+            "answer": "boxed",
+            "stop": "answer",
+            "shots": 0,
+            "max_new_tokens": 4,
+        },
     }
     patch.setattr(datasets, "_evaluation_keys", lambda _study: set())
     run.calibrate()

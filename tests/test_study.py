@@ -12,6 +12,7 @@ import yaml
 from helpers.study.paths import PROJECT
 
 pytestmark = pytest.mark.slow
+GUARDS = PROJECT / "tests" / "guards"
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +22,7 @@ def smoke(tmp_path_factory):
     study = root / "smoke.yaml"
     study.write_text((PROJECT / "params" / "smoke.yaml").read_text("utf-8"), "utf-8")
     places = {"STUDY_OUTPUTS": str(root / "outputs"), "STUDY_CACHE": str(root / "cache")}
+    places |= {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(root / "attempts")}
 
     def run(*options):
         command = [sys.executable, "-m", "helpers.study.jobs", "study", str(study)]
@@ -32,6 +34,22 @@ def smoke(tmp_path_factory):
     first = run()
     assert first.returncode == 0, first.stderr
     return run, study, root / "outputs" / "smoke"
+
+
+def test_the_whole_study_asks_nobody_anything(smoke):
+    """Every process of it runs with all but this machine refused, and none so much as tries."""
+    attempts = smoke[1].parent / "attempts"
+    assert not attempts.exists() or attempts.read_text() == ""
+
+
+def test_the_guard_refuses_what_it_should(tmp_path):
+    code = "import socket; socket.create_connection(('hub.example', 443), timeout=1)"
+    places = {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(tmp_path / "attempts")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | places, capture_output=True, text=True
+    )
+    assert "no network in this test: hub.example" in done.stderr
+    assert (tmp_path / "attempts").read_text() == "hub.example\n"
 
 
 def planned(done) -> set[str]:

@@ -44,7 +44,7 @@ def best_degenerate(adapter: str, predictions: list[dict]) -> Degenerate:
 
 def _position(label: str) -> str:
     """Labels "1" to "5" name the same places as "A" to "E"."""
-    return "ABCDE"[int(label) - 1] if label in "12345" else label
+    return "ABCDE"[int(label) - 1] if label in ("1", "2", "3", "4", "5") else label
 
 
 def _number(gold: str):

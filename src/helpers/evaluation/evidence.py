@@ -3,7 +3,11 @@
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import sample
-from helpers.evaluation.predictions import SHARED_TEXT, prediction_digests, read_predictions
+from helpers.evaluation.predictions import (
+    prediction_digests,
+    read_passage_rows,
+    read_predictions,
+)
 from helpers.evaluation.prompts import prompt
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
@@ -30,16 +34,15 @@ def gather(job: Job, model, tokenizer) -> Evidence:
     """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
-    sets = list(study.evaluation.datasets)
     return Evidence(
         study=study,
         model=job.model,
         variant=job.variant,
-        predictions={name: read_predictions(folder, name) for name in sets},
-        passages=read_predictions(folder, SHARED_TEXT),
+        predictions=read_predictions(folder, study),
+        passages=read_passage_rows(folder),
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
-        baseline={name: read_predictions(baseline, name) for name in sets},
-        baseline_passages=read_predictions(baseline, SHARED_TEXT),
+        baseline=read_predictions(baseline, study),
+        baseline_passages=read_passage_rows(baseline),
         asked=asked_now(study, tokenizer),
         seen=seen_items(study, job.model, job.variant),
         alone=ask_alone(model, tokenizer, study),
@@ -72,5 +75,8 @@ def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
         items = evaluation_items(study, name)
         chosen = sample([item.id for item in items], seed=study.seed)
         few = [item for item in items if item.id in chosen]
-        found[name] = list(evaluate(model, tokenizer, few, wanted, batch_tokens=1))
+        limits = study.evaluation.batch
+        found[name] = [
+            row for item in few for row in evaluate(model, tokenizer, [item], wanted, limits=limits)
+        ]
     return found

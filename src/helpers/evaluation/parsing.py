@@ -23,12 +23,15 @@ def last_boxed(text: str) -> str | None:
     return text[begin:end] if begin >= 0 else None
 
 
+_NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
 def normalize_answer(text: str) -> str:
     """SQuAD's normalisation: lower case, no punctuation, no articles, single spaces.
 
     Rajpurkar et al., arXiv:1806.03822, official evaluation.
     """
-    lowered = "".join(c for c in text.lower() if c not in set(string.punctuation))
+    lowered = text.lower().translate(_NO_PUNCTUATION)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", lowered).split())
 
 

@@ -3,8 +3,10 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from helpers.evaluation.prediction_rows import PASSAGES, refuse_odd_rows
 from helpers.study.hashing import sha256_file
 from helpers.study.records import read_jsonl, write_jsonl
+from helpers.study.schema import Study
 
 SHARED_TEXT = "shared_text"
 
@@ -26,13 +28,30 @@ def write_predictions(
         write_jsonl(folder / "predictions" / f"{name}.jsonl", [row | owner for row in rows])
 
 
-def read_predictions(folder: Path, dataset: str) -> list[dict]:
-    """The predictions of one evaluation set, in its items' order.
+def read_predictions(folder: Path, study: Study) -> dict[str, list[dict]]:
+    """The predictions of every evaluation set of the study, in their items' order.
 
     Raises:
-        StudyError: they are missing or damaged.
+        StudyError: they are missing, damaged, or no predictions.
     """
-    return read_jsonl(folder / "predictions" / f"{dataset}.jsonl", made_by="03_evaluation")
+    wanted = study.evaluation.datasets
+    return {name: _rows(folder, name, wanted[name].adapter) for name in wanted}
+
+
+def read_passage_rows(folder: Path) -> list[dict]:
+    """What was measured on every passage of the shared text.
+
+    Raises:
+        StudyError: it is missing, damaged, or something else.
+    """
+    return _rows(folder, SHARED_TEXT, PASSAGES)
+
+
+def _rows(folder: Path, name: str, kind: str) -> list[dict]:
+    path = folder / "predictions" / f"{name}.jsonl"
+    rows = read_jsonl(path, made_by="03_evaluation")
+    refuse_odd_rows(rows, kind=kind, place="/".join(path.parts[-5:]))
+    return rows
 
 
 def prediction_digests(folder: Path, datasets: Iterable[str]) -> dict[str, str]:

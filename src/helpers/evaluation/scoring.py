@@ -10,8 +10,9 @@ from collections import Counter
 from fractions import Fraction
 
 from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
-from helpers.sources.items import Item
+from helpers.sources.items import Item, label_key
 from helpers.sources.numbers import gold_number, parse_number
+from helpers.study.plain_text import whole_characters
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 
@@ -39,10 +40,12 @@ def score_text(item: Item, adapter: str, text: str, *, answer: str, finish: str)
     """The prediction of a generate protocol.
 
     Args:
-        text: what the model wrote, its end-of-turn token removed.
+        text: what the model wrote, its end-of-turn token removed; half a surrogate pair
+            is stored as U+FFFD.
         answer: `boxed` takes the last complete box; `text` takes all of it.
         finish: why generation ended.
     """
+    text = whole_characters(text)
     raw = last_boxed(text) if answer == "boxed" else text.strip()
     parsed, status = _parse(item, adapter, raw)
     if finish == "nonfinite":
@@ -78,9 +81,9 @@ def _parse(item: Item, adapter: str, raw: str | None) -> tuple[str | None, str]:
         return (None, "abstained") if is_abstention(raw) else (raw.strip(), "answered")
     if adapter == "openmath":
         return raw.strip(), "answered"
-    wanted = raw.strip().rstrip(".").casefold()
+    wanted = label_key(raw)
     for label in item.labels:
-        if label.casefold() == wanted:
+        if label_key(label) == wanted:
             return label, "answered"
     return None, "unparsed"
 
@@ -95,15 +98,21 @@ def squad_scores(parsed: str | None, status: str, golds) -> tuple[float, float]:
         return due, due
     if parsed is None:
         return 0.0, 0.0
-    exact = max(float(normalize_answer(parsed) == normalize_answer(gold)) for gold in golds)
+    exact = max(float(_words(parsed) == _words(gold)) for gold in golds)
     return exact, max(token_f1(parsed, gold) for gold in golds)
+
+
+def _words(text: str) -> list[str]:
+    """The normalised words; of a text that has none ("A", "!") the text itself is its word.
+
+    Compared without words, any article would be the right answer to vitamin "A".
+    """
+    return normalize_answer(text).split() or [text.strip().casefold()]
 
 
 def token_f1(answer: str, gold: str) -> float:
     """Harmonic mean of precision and recall over normalized words."""
-    words, wanted = normalize_answer(answer).split(), normalize_answer(gold).split()
-    if not words or not wanted:
-        return float(words == wanted)
+    words, wanted = _words(answer), _words(gold)
     shared = sum((Counter(words) & Counter(wanted)).values())
     return 2 * shared / (len(words) + len(wanted))
 
@@ -111,8 +120,9 @@ def token_f1(answer: str, gold: str) -> float:
 def number_scores(parsed: str | None, gold: str) -> tuple[float, float | None]:
     """(right or not, |answer - gold| if both are numbers).
 
-    Numbers agree within a relative tolerance of 1e-6; golds that are no numbers have to
-    be matched as text without spaces.
+    Numbers agree within a relative tolerance of 1e-6, which is for decimals cut short: two
+    whole numbers have to be the same. Golds that are no numbers have to be matched as text
+    without spaces.
     """
     if parsed is None:
         return 0.0, None
@@ -121,7 +131,9 @@ def number_scores(parsed: str | None, gold: str) -> tuple[float, float | None]:
         same = "".join(parsed.split()) == "".join(gold.split())
         return float(same), None
     difference = abs(value - wanted)
-    right = difference <= RELATIVE_TOLERANCE * max(abs(wanted), Fraction(1, 10**6))
+    whole = value.denominator == wanted.denominator == 1
+    tolerance = 0 if whole else RELATIVE_TOLERANCE * max(abs(wanted), Fraction(1, 10**6))
+    right = difference <= tolerance
     return float(right), _finite_float(difference)
 
 

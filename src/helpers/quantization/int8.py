@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
+from helpers.sources.batching import token_owners
 from helpers.study.errors import StudyError
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -30,6 +31,16 @@ def absmax_scale(absmax: Tensor) -> Tensor:
     """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step."""
     scale = absmax / HALF_RANGE
     return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
+
+
+def _tensor_absmax(x: Tensor) -> Tensor:
+    """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
+    owners = token_owners()
+    if owners is None:
+        return x.abs().amax().reshape(1)
+    each = x.abs().amax(-1)
+    tops = each.new_zeros(int(owners.max()) + 1).scatter_reduce_(0, owners, each, "amax")
+    return tops[owners][:, None]
 
 
 class Int8Linear(nn.Module):
@@ -57,11 +68,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """The activation scale of x (tokens, in_features): (tokens, 1) or (1,)."""
+        """The activation scale of x (tokens, in_features): (tokens, 1) or (1,).
+
+        One dynamic scale a tensor is one a text: what is read beside it has its own.
+        """
         if self.activations == "token_dynamic":
             return absmax_scale(x.abs().amax(-1, keepdim=True))
         if self.activations == "tensor_dynamic":
-            return absmax_scale(x.abs().amax().reshape(1))
+            return absmax_scale(_tensor_absmax(x))
         return self.input_scale.reshape(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -100,6 +114,7 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     _load_float_parts_(model, tensors)
+    model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
     return model.to(device).eval()
 
 

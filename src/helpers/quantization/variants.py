@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8 import declared_activations, load_int8
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_folder
@@ -32,13 +32,6 @@ def load_variant(job: Job):
     return load_reference(folder, dtype=dtype, device=runtime.device), tokenizer
 
 
-def load_reference_of(job: Job):
-    """The float source that the job's variant is held against; None if it is the variant."""
-    if not job.recipe.changes_model:
-        return None
-    return load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
-
-
 def variant_digest(job: Job) -> str:
     """Content hash of the files the variant is loaded from."""
     if job.recipe.changes_model:
@@ -52,8 +45,11 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     The weights are unpacked by a hook on the whole model's first forward pass. The
     evaluation calls the decoder alone, where no hook is, so one token is read here.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+    )
     model = model.to(device).eval()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
     return model

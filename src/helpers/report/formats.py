@@ -1,18 +1,23 @@
 """Numbers as text, and any text as a cell of a Markdown table that also exports to HTML.
 
-Fractions become percent here and nowhere else. What a model wrote is shown as written:
-every character that Markdown, HTML or MathJax would act on becomes an entity, and the
-text stands in `<code>`, which MathJax leaves alone.
+Fractions become percent here and nowhere else. What a model wrote, or a data set holds,
+is shown as written: every character that Markdown, HTML or MathJax would act on becomes
+an entity, and the text stands in `<code>`, which MathJax leaves alone. Addresses are no
+links: what GitHub would make one of (`www.`, `://`, `a@b.c`) is broken by an empty tag.
 """
 
 import math
-import unicodedata
+import re
 
 from helpers.evaluation.statistics import Interval
+from helpers.study.plain_text import one_line
 
 MISSING = "–"
-_ACTIVE = {c: f"&#{ord(c)};" for c in "&<>|`$\\*[]{}~#!"}
+_ACTIVE = {c: f"&#{ord(c)};" for c in "&<>|`$\\*[]{}~#!^"}
 _IN_CODE = _ACTIVE | {c: f"&#{ord(c)};" for c in "_\"'^:@"}
+_AT_AN_EDGE = re.compile(r"(?<![^\W_])_|_(?![^\W_])|=(?==)")  # emphasis, a mark
+_IN_ADDRESS = re.compile(r"(?i)(?<=www)(?=\.)|(?<=:)(?=//)|(?=@)|(?=&#64;)")
+_PLAIN_NAME = re.compile(r"[\w./:=+,() -]+", re.ASCII)
 DATASETS = {"arc": "ARC", "squad_v2": "SQuAD v2", "openmath": "OpenMath", "boolq": "BoolQ"}
 
 
@@ -113,26 +118,27 @@ def dataset_name(name: str) -> str:
 
 
 def code(name: str) -> Markup:
-    """A name of the study, as code."""
-    return Markup(f"`{name}`")
+    """A name, as code; one that holds more than a name does is quoted like any text."""
+    return Markup(f"`{name}`") if _PLAIN_NAME.fullmatch(name) else quoted(name, limit=200)
 
 
 def escape(text: str) -> str:
     """Any text so that Markdown and HTML show it and do not act on it."""
-    return "".join(_ACTIVE.get(c, c) for c in _printable(text))
+    active = "".join(_ACTIVE.get(c, c) for c in one_line(text))
+    return _no_addresses(_AT_AN_EDGE.sub(lambda c: f"&#{ord(c[0])};", active))
 
 
 def quoted(text: str, *, limit: int) -> Markup:
     """What a model wrote, cut at `limit` characters, as inert code."""
-    plain = _printable(text)
+    plain = one_line(text)
     cut = plain if len(plain) <= limit else plain[: limit - 1].rstrip() + "…"
-    return Markup(f"<code>{''.join(_IN_CODE.get(c, c) for c in cut)}</code>" if cut else "(empty)")
+    inert = _no_addresses("".join(_IN_CODE.get(c, c) for c in cut))
+    return Markup(f"<code>{inert}</code>" if cut else "(empty)")
 
 
-def _printable(text: str) -> str:
-    """On one line, without control, direction and private characters."""
-    spaced = " ".join(str(text).split())
-    return "".join(c if unicodedata.category(c)[0] != "C" else "�" for c in spaced)
+def _no_addresses(text: str) -> str:
+    """An empty tag inside everything that would be taken for an address."""
+    return _IN_ADDRESS.sub("<wbr/>", text)
 
 
 def markdown_table(rows: Rows) -> str:

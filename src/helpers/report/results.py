@@ -15,15 +15,19 @@ from safetensors.numpy import load_file
 
 from helpers.evaluation.comparison import Answers, Rules, rules_of
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import SHARED_TEXT, prediction_digests, read_predictions
+from helpers.evaluation.predictions import (
+    prediction_digests,
+    read_passage_rows,
+    read_predictions,
+)
+from helpers.evaluation.prompt_records import read_prompts
 from helpers.evaluation.verdicts import Verdict, study_verdicts
-from helpers.sources.datasets import load_items
 from helpers.study.errors import StudyError
 from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.hashing import sha256_file, sha256_folder
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Comparison, FineTunedModel, HubDataset, Study, Variant
+from helpers.study.schema import Comparison, FineTunedModel, Study, Variant
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ class Results:
     calibrations: dict[str, Calibrated]
     evaluations: dict[tuple[str, str], Evaluated]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
-    questions: dict[str, dict[str, str]]  # dataset, item id: empty if they lie on a Hub
+    questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
 
     @property
     def models(self) -> list[str]:
@@ -178,7 +182,7 @@ def load_results(job: Job) -> Results:
             )
             for model in trained
         },
-        questions={name: _questions(study, name) for name in study.evaluation.datasets},
+        questions={name: _questions(job, name) for name in study.evaluation.datasets},
     )
     _refuse_broken_chain(job, found)
     return found
@@ -206,14 +210,14 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
     record = read_json(folder / "record.json", made_by=stage)
     stored = read_json(folder / "metrics.json", made_by=stage)
     wanted = job.study.evaluation.datasets
-    predictions = {name: read_predictions(folder, name) for name in wanted}
+    predictions = read_predictions(folder, job.study)
     for name, found in predictions.items():
         if len(found) != wanted[name].items:
             raise StudyError(
                 f"{at}: {name} has {len(found)} predictions but the study asks "
                 f"{wanted[name].items} items; run {stage} again"
             )
-    passages = read_predictions(folder, SHARED_TEXT)
+    passages = read_passage_rows(folder)
     metrics = {
         "datasets": all_metrics(job.study, predictions),
         "shared_text": shared_text_metrics(passages),
@@ -252,12 +256,10 @@ def _checked(job: Job, model: str, variant: str) -> dict:
     return found
 
 
-def _questions(study: Study, dataset: str) -> dict[str, str]:
-    """Question by item id; not fetched from a Hub only to be shown."""
-    wanted = study.evaluation.datasets[dataset]
-    if isinstance(wanted.source, HubDataset):
-        return {}
-    return {i.id: i.question for i in load_items(wanted.source, adapter=wanted.adapter)}
+def _questions(job: Job, dataset: str) -> dict[str, str]:
+    """Question by item id, as the first model was asked it; no data set is read for that."""
+    folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
+    return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}
 
 
 def _refuse_broken_chain(job: Job, found: Results) -> None:

@@ -1,7 +1,16 @@
-"""Tables of the notebooks and the report, as pandas frames made from plain numbers."""
+"""Tables of the notebooks, as pandas frames made from plain numbers.
+
+What a model wrote is shown as written: pandas escapes HTML, and here characters that act
+on a terminal are replaced and formulas are left unrendered.
+"""
 
 import numpy as np
 import pandas as pd
+
+from helpers.study.plain_text import one_line
+
+# Looked up whenever a frame is shown: "$5 and $6" in an answer is no formula.
+pd.set_option("display.html.use_mathjax", False)
 
 
 def layer_maxima(absmax: dict[str, np.ndarray]) -> pd.DataFrame:
@@ -66,6 +75,7 @@ def gate_table(verified: dict) -> pd.DataFrame:
     """Each gate with what was measured and the limit it was held to."""
     frame = pd.DataFrame(verified["gates"])
     frame["passed"] = frame["passed"].map({True: "holds", False: "FAILS"})
+    frame["measured"] = frame["measured"].map(one_line)  # it may quote an item's id
     return frame.rename(columns={"name": "gate", "passed": "result"}).set_index("gate")
 
 
@@ -73,6 +83,9 @@ def sample_answers(predictions: dict[str, list[dict]], *, each: int) -> pd.DataF
     """The first answers of every evaluation set, as they were given."""
     columns = ["dataset", "golds", "output", "parsed", "status", "score"]
     rows = [{"dataset": name} | p for name, found in predictions.items() for p in found[:each]]
+    for row in rows:
+        row["golds"] = one_line("; ".join(row["golds"]))
+        row |= {key: one_line(row[key]) for key in ("output", "parsed") if row[key] is not None}
     return pd.DataFrame(rows)[columns]
 
 

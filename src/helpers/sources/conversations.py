@@ -4,9 +4,12 @@ One wording serves training, calibration and generation, so that what is measure
 quantization and not a change of prompt. The examples are about nothing in any dataset.
 """
 
+from jinja2 import TemplateError
+
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
 from helpers.study.errors import StudyError
+from helpers.study.plain_text import one_line
 
 SYSTEM = {
     "openmath": "Solve the problem. Give the answer in a box.",
@@ -98,8 +101,18 @@ def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]
 
 
 def render(tokenizer, messages: list[dict[str, str]]) -> str:
-    """The messages in the model's own chat format, ready for its answer."""
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    """The messages in the model's own chat format, ready for its answer.
+
+    Raises:
+        StudyError: the model has no chat template, or one that does not take these messages.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError, TypeError, OverflowError) as error:
+        raise StudyError(
+            f"the model's chat template does not work ({one_line(error)[:200]}); mend "
+            "chat_template in its tokenizer_config.json, or use another model"
+        ) from None
 
 
 def tokenize(tokenizer, text: str) -> list[int]:

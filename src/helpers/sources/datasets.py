@@ -9,7 +9,7 @@ import random
 from collections.abc import Iterable
 from functools import lru_cache
 
-from helpers.sources.items import ADAPTERS, Item, item_key
+from helpers.sources.items import ADAPTERS, Item, item_key, text_of
 from helpers.sources.numbers import gold_number
 from helpers.sources.rows import load_rows
 from helpers.study.errors import StudyError
@@ -164,13 +164,8 @@ def shared_passages(study: Study) -> list[str]:
         StudyError: the source has fewer passages than asked for.
     """
     wanted = study.evaluation.shared_text
-    rows = load_rows(wanted.dataset)
-    if lacking := [n for n, row in enumerate(rows, start=1) if not row.get("context")]:
-        raise StudyError(
-            f"{_shown(wanted.dataset)}: row {lacking[0]} has no 'context' to read; "
-            "give a source in SQuAD's schema"
-        )
-    passages = sorted({row["context"] for row in rows})
+    rows = enumerate(load_rows(wanted.dataset), start=1)
+    passages = sorted({_passage(wanted.dataset, number, row) for number, row in rows})
     if len(passages) < wanted.passages:
         raise StudyError(
             f"evaluation.shared_text.passages = {wanted.passages} but {_shown(wanted.dataset)} "
@@ -178,3 +173,13 @@ def shared_passages(study: Study) -> list[str]:
         )
     random.Random(study.seed).shuffle(passages)
     return passages[: wanted.passages]
+
+
+def _passage(source: DatasetSource, number: int, row: dict) -> str:
+    try:
+        return text_of(row["context"])
+    except (KeyError, TypeError, ValueError):
+        raise StudyError(
+            f"{_shown(source)}: row {number} has no 'context' to read; "
+            "give a source in SQuAD's schema"
+        ) from None

@@ -8,9 +8,10 @@ import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from helpers.study.hashing import sha256_data, sha256_text
+from helpers.study.plain_text import whole_characters
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,18 @@ def normalized_text(text: str) -> str:
 
     Two texts that differ in less are one; `2 + 3` and `2 - 3` stay two.
     """
-    decomposed = unicodedata.normalize("NFKD", text).casefold()
-    kept = "".join(c for c in decomposed if not unicodedata.combining(c))
+    kept = text.casefold() if text.isascii() else "".join(map(_bare, text))
     return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", kept))
+
+
+@cache
+def _bare(character: str) -> str:
+    """A character decomposed, folded and without accents.
+
+    One by one: normalising a whole text sorts its accents, in quadratic time.
+    """
+    folded = unicodedata.normalize("NFKD", character).casefold()
+    return "".join(c for c in folded if not unicodedata.combining(c))
 
 
 @lru_cache(maxsize=2**17)  # every draw asks it of every item
@@ -56,29 +66,44 @@ def item_key(item: Item) -> str:
     return sha256_text("\n".join(map(normalized_text, parts)))
 
 
-def _text(value) -> str:
+def text_of(value) -> str:
     """The value, if it is a text that says something; a number or a list is a broken row."""
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} stands where a text belongs")
-    return value
+    return _whole(value)
+
+
+def _whole(value) -> str:
+    """The value, if it is a text or nothing; half a surrogate pair cannot be written."""
+    text = "" if value is None else value
+    if not isinstance(text, str):
+        raise ValueError(f"{value!r} stands where a text belongs")
+    if text != whole_characters(text):
+        raise ValueError(f"{value!r} holds half a character")
+    return text
 
 
 def _texts(values) -> tuple[str, ...]:
     if not isinstance(values, list | tuple):
         raise ValueError(f"{values!r} stands where a list of texts belongs")
-    return tuple(_text(value) for value in values)
+    return tuple(text_of(value) for value in values)
+
+
+def label_key(label: str) -> str:
+    """What two labels that are read alike have in common: `A`, `a` and ` A.`."""
+    return label.strip().rstrip(".").casefold()
 
 
 def adapt_arc(row: dict) -> Item:
     """`allenai/ai2_arc`: three to five options, labelled by letters or digits."""
     labels, options = _texts(row["choices"]["label"]), _texts(row["choices"]["text"])
-    if len(labels) != len(options) or len(set(labels)) != len(labels):
+    if len(labels) != len(options) or len(set(map(label_key, labels))) != len(labels):
         raise ValueError(f"labels {labels} do not name {len(options)} options")
     if row["answerKey"] not in labels:
         raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {labels}")
     return Item(
-        id=_text(row["id"]),
-        question=_text(row["question"]),
+        id=text_of(row["id"]),
+        question=text_of(row["question"]),
         options=options,
         labels=labels,
         golds=(row["answerKey"],),
@@ -91,7 +116,7 @@ def adapt_boolq(row: dict) -> Item:
     if not isinstance(row["answer"], bool):
         raise ValueError(f"answer {row['answer']!r} is not true or false")
     return Item(
-        id=sha256_data([_text(row["question"]), _text(row["passage"])])[:16],
+        id=sha256_data([text_of(row["question"]), text_of(row["passage"])])[:16],
         question=row["question"],
         passage=row["passage"],
         options=("yes", "no"),
@@ -104,24 +129,24 @@ def adapt_boolq(row: dict) -> Item:
 def adapt_squad_v2(row: dict) -> Item:
     """`rajpurkar/squad_v2`: every gold answer is kept; none means unanswerable."""
     return Item(
-        id=_text(row["id"]),
-        question=_text(row["question"]),
-        passage=_text(row["context"]),
+        id=text_of(row["id"]),
+        question=text_of(row["question"]),
+        passage=text_of(row["context"]),
         golds=tuple(dict.fromkeys(_texts(row["answers"]["text"]))),
         cluster=sha256_text(row["context"])[:16],
-        title=row["title"],
+        title=_whole(row["title"]),
     )
 
 
 def adapt_openmath(row: dict) -> Item:
     """`nvidia/OpenMathInstruct-2`: the expected answer is a string, not always a number."""
-    identifier = sha256_data([_text(row["problem"]), _text(row["expected_answer"])])[:16]
+    identifier = sha256_data([text_of(row["problem"]), text_of(row["expected_answer"])])[:16]
     return Item(
         id=identifier,
         question=row["problem"],
         golds=(row["expected_answer"],),
         cluster=identifier,
-        solution=row["generated_solution"],
+        solution=_whole(row["generated_solution"]),
     )
 
 

@@ -14,6 +14,7 @@ from helpers.sources import chat_template
 from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.hub import cached_model
 from helpers.sources.random_model import random_model_folder
+from helpers.sources.weights import refuse_unsafe
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
@@ -32,8 +33,14 @@ def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
     """The folder of one model of the study, converted where that is needed.
 
     Raises:
-        StudyError: the model cannot be had; says what to do.
+        StudyError: the model cannot be had, or not without running its code; says what to do.
     """
+    folder = _folder_of(study, model, paths)
+    refuse_unsafe(folder)
+    return folder
+
+
+def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
     match study.models[model]:
         case BundledModel():
             return bundled_model_folder()
@@ -63,19 +70,49 @@ def load_model(folder: Path, runtime: Runtime):
     """The float model of a folder in evaluation mode, at the study's dtype and device.
 
     Raises:
-        StudyError: the folder holds no readable safetensors model.
+        StudyError: the folder holds no readable safetensors model, or only one that comes
+            with code of its own.
     """
+    refuse_unsafe(folder)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=getattr(torch, runtime.dtype),
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(f"{folder.name}: no model can be loaded from it ({reason})") from None
+    except Exception as error:  # of many kinds; each means that the folder is at fault
+        raise _not_loaded(folder, "model", error) from None
     return model.to(runtime.device).eval()
+
+
+def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
+    """(vocabulary, hidden) weight of a folder's head, or of the embeddings it is tied to.
+
+    Raises:
+        StudyError: the folder holds neither.
+    """
+    from safetensors import safe_open
+
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - the reader is not iterable itself
+                    if name.endswith(ending):
+                        return tensors.get_tensor(name).to(device, dtype)
+    raise StudyError(f"{folder.name} holds neither a head nor embeddings; name a language model")
+
+
+def _not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
+    """Why, in one line; code that would have to be run is named as that."""
+    if "trust_remote_code" in str(error):
+        return StudyError(
+            f"{folder.name}: the {what} comes with code of its own, which is never run here; "
+            "give one that transformers itself knows"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return StudyError(f"{folder.name}: no {what} can be loaded from it ({reason})")
 
 
 def save_model(model, tokenizer, folder: Path, **options) -> None:
@@ -92,10 +129,17 @@ def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
     """The tokenizer of a folder, its chat template looked at and its thinking switch set.
 
     Raises:
-        StudyError: it has no end-of-text token, without which generation cannot stop; or
-            its chat template cannot be used as the study asks.
+        StudyError: it cannot be loaded without code of its own, has no end-of-text token,
+            without which generation cannot stop, or a chat template that cannot be used as
+            the study asks.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    refuse_unsafe(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # of many kinds; each means that the folder is at fault
+        raise _not_loaded(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(
             f"{folder.name}: the tokenizer has no eos token; set eos_token in tokenizer_config.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 from helpers.sources.hub_rows import cached_rows
 from helpers.study.errors import StudyError
 from helpers.study.loading import files_of
+from helpers.study.plain_text import one_line
 from helpers.study.schema import DatasetSource, FileDataset, HubDataset, ShippedDataset
 
 
@@ -40,9 +41,8 @@ def _file_rows(path: Path, source: FileDataset) -> list[dict]:
 
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowInvalid as error:
-        reason = str(error).splitlines()[0]
-        raise StudyError(f"{place}: is not parquet ({reason}); mend it") from None
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise StudyError(f"{place}: is not parquet ({one_line(error)}); mend it") from None
 
 
 def _json_lines(data: bytes, place: str) -> list[dict]:
@@ -51,6 +51,6 @@ def _json_lines(data: bytes, place: str) -> list[dict]:
     for number, line in enumerate(data.rstrip().split(b"\n"), start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise StudyError(f"{place}: line {number} is not JSON ({error}); mend it") from None
     return rows

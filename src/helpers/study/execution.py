@@ -16,6 +16,7 @@ from pathlib import Path
 from helpers.study.cleaning import clean_file
 from helpers.study.errors import StudyError
 from helpers.study.paths import PROJECT
+from helpers.study.plain_text import message
 
 PR_SET_PDEATHSIG = 1
 JOB_ENVIRONMENT = {
@@ -28,6 +29,9 @@ START_ATTEMPTS = 3  # kernels starting at the same moment can pick the same port
 
 class JobFailed(Exception):
     """A job's notebook did not run to its end; the message is for the terminal."""
+
+    def __init__(self, text: str):
+        super().__init__(message(text))
 
 
 def die_with_parent(parent: int | None = None) -> None:

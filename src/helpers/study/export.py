@@ -8,25 +8,31 @@ from nbconvert import HTMLExporter, MarkdownExporter
 from traitlets.config import Config
 
 from helpers.study.loading import load_study
+from helpers.study.plain_text import one_line
 from helpers.study.records import write_atomically
 
 HIDDEN = "hide-in-report"
-# Nothing is fetched when the report is opened.
-NO_ADDRESSES = {
-    "require_js_url": "",
-    "mathjax_url": "",
-    "mermaid_js_url": "",
-    "jquery_url": "",
-    "widget_renderer_url": "",
-    "jupyter_widgets_base_url": "",
-}
+# The page needs no script, so it has none, and a browser is told to run none: what stands
+# in it came from models and data sets. Nothing is fetched when it is opened.
+NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
+TEMPLATE = f"""
+{{%- extends 'lab/index.html.j2' -%}}
+{{%- block html_head_js -%}}
+<meta http-equiv="Content-Security-Policy" content="{NOTHING_RUNS}">
+{{%- endblock html_head_js -%}}
+{{%- block jupyter_widgets -%}}{{%- endblock jupyter_widgets -%}}
+{{%- block html_head_js_mathjax -%}}{{%- endblock html_head_js_mathjax -%}}
+{{%- block html_head_js_mermaidjs -%}}{{%- endblock html_head_js_mermaidjs -%}}
+"""
 
 
 def export_report(notebook: Path, study: str, folder: Path) -> None:
     """Write report.md, report_files/ and report.html of an executed notebook to a folder."""
     content = _shown_part(nbformat.read(notebook, as_version=4))
-    resources = {"metadata": {"name": load_study(study).title}}
-    html, _ = HTMLExporter(config=_config(), **NO_ADDRESSES).from_notebook_node(content, resources)
+    resources = {"metadata": {"name": one_line(load_study(study, with_sources=False).title)}}
+    html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
+        content, resources
+    )
     markdown, extracted = MarkdownExporter(config=_config()).from_notebook_node(
         content, resources | {"unique_key": "report", "output_files_dir": "report_files"}
     )

@@ -40,11 +40,10 @@ NOTEBOOKS = {
     "analysis": "04_analysis",
 }
 HELPERS = Path(__file__).resolve().parents[1]
-PLUMBING = ("errors", "loading", "model_folders", "opening", "paths", "pins", "schema")
-PLUMBING += ("cleaning", "execution", "export", "grid", "jobs", "workflow")
+PLUMBING = ("errors", "loading", "model_folders", "names", "opening", "paths", "pins", "schema")
+PLUMBING += ("archive", "cleaning", "execution", "export", "grid", "jobs", "workflow")
+PLUMBING += ("yaml_text",)
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in PLUMBING}
-FOLDERS_OF_A_STUDY = ("notebooks", "report", "report_files")
-FOLDERS_OF_A_MODEL = ("model", "calibration")
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ def runs(study: Study) -> list[Run]:
     """Every run before the analysis, stage by stage.
 
     Raises:
-        StudyError: a name is one the outputs folder uses itself, or two runs share a name.
+        StudyError: two runs would share a name.
     """
-    _refuse_taken_names(study)
     pairs = [(m, v) for m in study.models for v in study.variants]
     found = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
     found += [Run("calibration", m) for m in study.models]
@@ -98,15 +96,6 @@ def runs(study: Study) -> list[Run]:
                 f"{run.name}; leave out the dots in the names"
             )
     return found
-
-
-def _refuse_taken_names(study: Study) -> None:
-    for kind, names, taken in (
-        ("models", study.models, FOLDERS_OF_A_STUDY),
-        ("variants", study.variants, FOLDERS_OF_A_MODEL),
-    ):
-        for name in set(names) & set(taken):
-            raise StudyError(f"{kind}.{name} is a folder every study has; choose another name")
 
 
 def _is_trained(study: Study, model: str) -> bool:

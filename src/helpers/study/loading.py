@@ -5,40 +5,38 @@ can be what they are named as. Nothing is downloaded and no model is touched.
 """
 
 import difflib
+import re
+from collections.abc import Callable
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from helpers.study.errors import StudyError
 from helpers.study.model_folders import folder_problem
+from helpers.study.names import PATTERN, RULE, TAKEN, trouble_with
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.pins import pinned, read_pins
-from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
+from helpers.study.plain_text import one_line
+from helpers.study.schema import (
+    EvaluationSet,
+    FileDataset,
+    FineTunedModel,
+    FolderModel,
+    Study,
+)
+from helpers.study.yaml_text import MOST_BYTES, read_yaml
 
 UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
 UNION_TAGS |= {"loglikelihood", "generate"}
+NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
 PROTOCOLS = {
     "arc": {"loglikelihood", "generate"},
     "boolq": {"loglikelihood", "generate"},
     "squad_v2": {"generate"},
     "openmath": {"generate"},
 }
-
-
-RESERVED = {"models": {"notebooks", "report"}, "variants": {"model", "calibration"}}
-
-
-class _Loader(yaml.SafeLoader):
-    """Plain YAML in which a repeated key is an error, not the last one's win."""
-
-    def construct_mapping(self, node, deep=False):
-        names = [str(key.value) for key, _ in node.value]
-        for name in set(names):
-            if names.count(name) > 1:
-                raise yaml.YAMLError(f"{name} stands twice, line {node.start_mark.line + 1} on")
-        return super().construct_mapping(node, deep)
 
 
 def study_file(study: str | Path) -> Path:
@@ -50,42 +48,44 @@ def study_file(study: str | Path) -> Path:
     return PROJECT / "params" / f"{text}.yaml"
 
 
-def load_study(study: str | Path) -> Study:
+def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
     """The validated study, its names on a Hub pinned to the commits on record.
 
-    Args:
-        study: a name in `params/`, or the path of a YAML file.
-
-    Raises:
-        StudyError: as in `read_study`; or the record of commits is damaged.
+    Args and raises: as `read_study`; a damaged record of commits is refused too.
     """
-    return pinned(read_study(study), read_pins(StudyPaths(study_file(study).stem)))
+    read = read_study(study, with_sources=with_sources)
+    return pinned(read, read_pins(StudyPaths(study_file(study).stem)))
 
 
-def read_study(study: str | Path) -> Study:
+def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
     """The validated study as its file has it.
 
     Args:
         study: a name in `params/`, or the path of a YAML file.
+        with_sources: whether the local files it names have to be there; its results can be
+            looked at without them.
 
     Raises:
         StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
     """
     path, place = study_file(study), place_of(study)
-    if not path.is_file():
+    if not _found(str(path), Path.is_file):
         known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
         raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
+    _refuse_name(path.stem, place)
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise StudyError(f"{place}: is not readable YAML: {_one_line(error)}") from None
+        with open(path, "rb") as stream:
+            data = read_yaml(stream.read(MOST_BYTES + 1))
+    except (ValueError, OSError) as error:
+        raise StudyError(f"{place}: is not readable YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
         raise StudyError(f"{place}: is not a mapping of settings; start from params/demo.yaml")
     try:
         loaded = Study.model_validate(data)
     except ValidationError as error:
         raise StudyError("\n".join(_lines(error, data, place))) from None
-    problems = [f"{place}: {line}" for line in _references(loaded) + _missing_files(loaded)]
+    found = _references(loaded) + (_missing_files(loaded) if with_sources else [])
+    problems = [f"{place}: {line}" for line in found]
     if problems:
         raise StudyError("\n".join(problems))
     return loaded
@@ -96,12 +96,16 @@ def place_of(study: str | Path) -> str:
     return _shown(study_file(study))
 
 
+def _refuse_name(study: str, place: str) -> None:
+    """A study's outputs lie in a folder of its file's name, which must not lead elsewhere."""
+    if not re.fullmatch(PATTERN, study):
+        raise StudyError(f"{one_line(place)}: {study!r} names no folder; rename the file ({RULE})")
+    if trouble := trouble_with(study):
+        raise StudyError(f"{place}: {study!r} {trouble}")
+
+
 def _shown(path: Path) -> str:
     return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _lines(error: ValidationError, data: dict, place: str) -> list[str]:
@@ -136,11 +140,15 @@ def _locate(problem: dict, data: Any) -> tuple[str, Any]:
         inside = isinstance(value, dict) and part in value
         inside |= isinstance(value, list) and isinstance(part, int) and part < len(value)
         if inside:
-            keys.append(str(part))
+            keys.append(_short_key(part))
             value = value[part]
     if problem["type"] == "missing":
-        keys.append(str(loc[-1]))
+        keys.append(_short_key(loc[-1]))
     return ".".join(keys) or "the file", value
+
+
+def _short_key(key: object) -> str:
+    return one_line(key)[:80]
 
 
 def _is_union(keys: list[str]) -> bool:
@@ -168,7 +176,7 @@ def _message(problem: dict) -> str:
         case "bool_type":
             return "is neither true nor false; write one of them, without quotes"
         case "value_error":
-            return f"is refused: {_one_line(context['error'])}"
+            return f"is refused: {one_line(context['error'])}"
         case "too_short" | "string_too_short":
             return "is empty; give at least one"
         case "string_type":
@@ -181,11 +189,11 @@ def _message(problem: dict) -> str:
             return "is not a list; write [a, b], or [] for none"
         case "dict_type" | "model_type" | "model_attributes_type":
             return "is not a mapping of settings; params/demo.yaml has an example"
-    return _one_line(problem["msg"][0].lower() + problem["msg"][1:])
+    return one_line(problem["msg"][0].lower() + problem["msg"][1:])
 
 
 def _short(value: Any) -> str:
-    text = _one_line(repr(value))
+    text = one_line(repr(value))
     return text if len(text) <= 80 else text[:77] + "..."
 
 
@@ -202,30 +210,15 @@ def _references(study: Study) -> list[str]:
         problems.append(_unknown("baseline", study.baseline, "variant", study.variants))
     elif study.variants[study.baseline].changes_model:
         problems.append(f"baseline = {study.baseline!r} is quantized; name a float variant ({{}})")
-    for kind, names in RESERVED.items():
-        for name in names & set(getattr(study, kind)):
-            problems.append(f"{kind}.{name} is the name of a folder every run writes; rename it")
-    if "shared_text" in study.evaluation.datasets:
-        problems.append("evaluation.datasets.shared_text names a file every run writes; rename it")
+    for kind, taken in TAKEN.items():
+        for name in sorted(taken & set(attrgetter(kind)(study))):
+            problems.append(f"{kind}.{name} names what every run writes itself; rename it")
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
-        if dataset.ask.protocol not in PROTOCOLS[dataset.adapter]:
-            problems.append(
-                f"evaluation.datasets.{name}.ask.protocol = {dataset.ask.protocol!r} cannot ask "
-                f"{dataset.adapter} items; use {' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
-            )
-        if dataset.keep and dataset.adapter != "openmath":
-            problems.append(
-                f"evaluation.datasets.{name}.keep = {dataset.keep!r} is a rule for openmath items, "
-                f"not {dataset.adapter}; remove it"
-            )
-        if study.enable_thinking and getattr(dataset.ask, "answer", "") == "text":
-            problems.append(
-                f"evaluation.datasets.{name}.ask.answer = 'text' would score the thoughts too, "
-                "since enable_thinking = true; use 'boxed'"
-            )
+        asked = _asking(dataset, thinking=bool(study.enable_thinking))
+        problems += [f"evaluation.datasets.{name}.{problem}" for problem in asked]
     for index, pair in enumerate(study.statistics.primary):
         key = f"statistics.primary.{index}"
         named = [("model", study.models), ("dataset", study.evaluation.datasets)]
@@ -242,6 +235,26 @@ def _references(study: Study) -> list[str]:
     return problems
 
 
+def _asking(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
+    """What does not go together in how one set is asked, each from its key on."""
+    problems, ask = [], dataset.ask
+    if ask.protocol not in PROTOCOLS[dataset.adapter]:
+        problems.append(
+            f"ask.protocol = {ask.protocol!r} cannot ask {dataset.adapter} items; use "
+            f"{' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
+        )
+    if dataset.keep and dataset.adapter != "openmath":
+        problems.append(
+            f"keep = {dataset.keep!r} is for openmath items, not for {dataset.adapter}; remove it"
+        )
+    if thinking and ask.protocol == "generate" and (ask.answer, ask.stop) != ("boxed", "turn"):
+        problems.append(
+            f"ask.answer = {ask.answer!r} with stop = {ask.stop!r} would take thoughts for the "
+            "answer, since enable_thinking = true; use answer: boxed, stop: turn"
+        )
+    return problems
+
+
 def _start(study: Study, key: str, start: str) -> list[str]:
     if start not in study.models:
         return [_unknown(key, start, "model", study.models)]
@@ -255,14 +268,23 @@ def _missing_files(study: Study) -> list[str]:
     for key, source in _sources(study):
         if isinstance(source, FileDataset) and not files_of(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
-        if isinstance(source, FolderModel):
-            folder = resolve(source.folder)
-            wrong = (
-                folder_problem(folder) if folder.is_dir() else "is not a folder; correct the path"
-            )
-            if wrong:
-                problems.append(f"{key}.folder = {source.folder!r} {wrong}")
+        if isinstance(source, FolderModel) and (wrong := _folder_problem(source)):
+            problems.append(f"{key}.folder = {source.folder!r} {wrong}")
     return problems
+
+
+def _found(path: str, kind: Callable[[Path], bool]) -> bool:
+    """Whether a path of the study file is there; one that cannot be a path is not."""
+    try:
+        return kind(resolve(path))
+    except NO_PATH:
+        return False
+
+
+def _folder_problem(source: FolderModel) -> str | None:
+    if not _found(source.folder, Path.is_dir):
+        return "is not a folder; correct the path"
+    return folder_problem(resolve(source.folder))
 
 
 def _sources(study: Study) -> list[tuple[str, object]]:
@@ -280,9 +302,12 @@ def _sources(study: Study) -> list[tuple[str, object]]:
 
 def files_of(source: FileDataset) -> list[Path]:
     """The files a local dataset names, in order of their names; empty if there are none."""
-    path = resolve(source.file)
-    named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
-    return sorted(file for file in named if file.is_file())
+    try:
+        path = resolve(source.file)
+        named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
+        return sorted(file for file in named if file.is_file())
+    except NO_PATH:
+        return []
 
 
 def resolve(path: str) -> Path:

@@ -4,26 +4,38 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-# Weights that are read by running what is in the file, or by other programs. Never read here.
-OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf")
-TOKENIZERS = {"tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"}
-IN_SAFETENSORS = "save them as safetensors (model.save_pretrained writes them) in a folder"
+# A pickle can run anything while it is loaded, so none is ever opened.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SAVE = "give one with safetensors (save_pretrained of a model you trust writes them)"
+
+
+def weights_problem(names: Iterable[str]) -> str | None:
+    """Why files of these names hold no weights to read, with the remedy; None if they do."""
+    names = sorted(names)
+    if "adapter_config.json" in names:
+        return (
+            "holds an adapter (adapter_config.json), not a whole model; merge it into its model "
+            "and save that"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return None
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"holds only {pickles[0]}, a pickle, which may run anything; {SAVE}"
+    if others := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
+        return f"holds only {others[0]}, a format not read here; {SAVE}"
+    return f"holds no weights; {SAVE}"
 
 
 def missing_files(names: Iterable[str]) -> str | None:
-    """What the files of these names do not make a model for, with the remedy; None if nothing."""
+    """What files of these names lack to be a model and its tokenizer; None if nothing."""
     names = set(names)
+    if lacking := weights_problem(names):
+        return lacking
     if "config.json" not in names:
-        if "adapter_config.json" in names:
-            return "is only an adapter; merge it into its base model and save that whole"
-        return "has no config.json; name a folder that model.save_pretrained wrote"
-    weights = [name for name in names if name.endswith(".safetensors")]
-    if not [name for name in weights if not name.startswith("adapter_")]:
-        others = sorted(name for name in names if name.endswith(OTHER_WEIGHTS))
-        if others:
-            return f"has its weights only as {others[0]}, which is never read; {IN_SAFETENSORS}"
-        return f"has no weights (*.safetensors); {IN_SAFETENSORS}"
-    if not names & TOKENIZERS:
+        return "has no config.json; name what model.save_pretrained wrote"
+    if not names & set(TOKENIZERS):
         return "has no tokenizer; save it beside the model (tokenizer.save_pretrained)"
     return None
 
@@ -36,9 +48,9 @@ def folder_problem(folder: Path) -> str | None:
     if lacking := missing_files(path.name for path in folder.iterdir()):
         return lacking
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
-    except ValueError as error:
-        return f"has a config.json that is no JSON ({error}); save the model again"
+        config = json.loads((folder / "config.json").read_bytes())
+    except (ValueError, RecursionError) as error:
+        return f"has a config.json that is not JSON ({error}); save the model again"
     if isinstance(config, dict) and (scheme := config.get("quantization_config")):
         how = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
         return f"is quantized already ({how or 'config.json says so'}); give the float model"

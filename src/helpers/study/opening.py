@@ -34,14 +34,19 @@ class Job:
 def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
     """The validated study with one of its models and variants.
 
+    Without a model the job reads records only, so that models and data may be elsewhere.
+
     Raises:
-        StudyError: the study file is wrong, or it has no such model or variant.
+        StudyError: the study file is wrong, it has no such model or variant, or a link
+            under its outputs leads elsewhere.
     """
-    loaded, name = load_study(study), study_file(study).stem
+    loaded, name = load_study(study, with_sources=bool(model)), study_file(study).stem
     for kind, value, known in (
         ("model", model, loaded.models),
         ("variant", variant, loaded.variants),
     ):
         if value and value not in known:
             raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
-    return Job(name, loaded, StudyPaths(name), model, variant)
+    paths = StudyPaths(name)
+    paths.refuse_links_out()
+    return Job(name, loaded, paths, model, variant)

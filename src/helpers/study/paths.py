@@ -1,8 +1,11 @@
 """Where everything a run reads and writes lies. Creates nothing."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from helpers.study.errors import StudyError
 
 PROJECT = Path(__file__).resolve().parents[3]
 
@@ -26,6 +29,26 @@ class StudyPaths:
     @property
     def root(self) -> Path:
         return outputs_root() / self.study
+
+    def refuse_links_out(self) -> None:
+        """Make sure that what is written below the study's folder lies there.
+
+        Raises:
+            StudyError: a link leads out of the folder all studies write to.
+        """
+        inside = outputs_root().resolve()
+        for path in self._everything():
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+                raise StudyError(
+                    f"{path} is a link that leads out of {outputs_root()}; remove it, or "
+                    "move the whole folder with STUDY_OUTPUTS=/another/folder"
+                )
+
+    def _everything(self) -> Iterator[Path]:
+        """The study's folder and all that is in it; links are not followed."""
+        yield self.root
+        for folder, folders, files in os.walk(self.root):
+            yield from (Path(folder) / name for name in (*folders, *files))
 
     @property
     def notebooks(self) -> Path:

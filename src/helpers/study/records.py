@@ -59,7 +59,7 @@ def read_json(path: Path, *, made_by: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise StudyError(f"{_shown(path)} is missing; run {made_by} first") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{_shown(path)} is damaged ({error}); run {made_by} again") from None
 
 
@@ -77,7 +77,7 @@ def read_jsonl(path: Path, *, made_by: str) -> list[dict]:
     for number, line in enumerate(lines[:-1] if lines[-1] == b"" else lines, start=1):
         try:
             rows.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             raise StudyError(
                 f"{_shown(path)}: line {number} is not JSON; run {made_by} again"
             ) from None

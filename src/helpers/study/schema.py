@@ -20,6 +20,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.names import PATTERN, trouble_with
+
 
 def _in_unit_interval(value: float) -> float:
     if not 0.0 <= value <= 1.0:
@@ -39,7 +41,13 @@ def _sole_key(value: Any) -> str | None:
     return next(iter(known), None)
 
 
-Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+def _portable(name: str) -> str:
+    if trouble := trouble_with(name):
+        raise PydanticCustomError("name", "{trouble}", {"trouble": trouble})
+    return name
+
+
+Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
 Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
@@ -196,12 +204,22 @@ class LogLikelihood(Strict):
 
 
 class Generate(Strict):
-    """The model answers a chat greedily; the answer is parsed from its text."""
+    """The model answers a chat greedily; the answer is parsed from its text.
+
+    `stop: answer` ends an answer with its first complete box, `stop: turn` where the model does.
+    """
 
     protocol: Literal["generate"]
     answer: Literal["boxed", "text"]
+    stop: Literal["turn", "answer"]
     shots: Annotated[Whole, Field(ge=0, le=3)]
     max_new_tokens: Annotated[Whole, Field(ge=1, le=32768)]
+
+    @model_validator(mode="after")
+    def _a_box_to_stop_at(self):
+        if self.stop == "answer" and self.answer != "boxed":
+            raise ValueError("stop = 'answer' needs answer = 'boxed'; use stop: turn")
+        return self
 
 
 class EvaluationSet(Strict):
@@ -226,10 +244,20 @@ class SharedText(Strict):
     max_tokens: Annotated[Whole, Field(ge=8)]
 
 
+class Batch(Strict):
+    """The most of one forward pass; answers do not depend on it.
+
+    `tokens` of prompts are read at once, `rows` answers are written at once.
+    """
+
+    tokens: Count
+    rows: Count
+
+
 class Evaluation(Strict):
     """The evaluation sets, and the text every variant reads."""
 
-    batch_tokens: Annotated[Whole, Field(ge=64)]
+    batch: Batch
     datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
     shared_text: SharedText
 

@@ -29,6 +29,7 @@ def check(study: str) -> int:
         loaded = load_study(study)
         for run in [*grid.runs(loaded), grid.Run("analysis")]:
             grid.source_files(loaded, run)
+        StudyPaths(study_file(study).stem).refuse_links_out()
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

@@ -1,0 +1,47 @@
+"""What was asked, word by word: one line an item, kept by every model's baseline.
+
+All variants of a model are asked the same (a gate holds them to the baseline's hashes),
+so one copy is enough. With it a report shows its questions, and results can be handed on
+in another format, where neither the items nor the model are at hand. Reading it needs no
+torch; a line proves itself, since its hash is in every prediction.
+"""
+
+from pathlib import Path
+
+from helpers.study.errors import StudyError
+from helpers.study.hashing import sha256_data
+from helpers.study.records import read_jsonl
+
+FOLDER = "prompts"
+
+
+def prompt_digest(text: str, continuations: tuple[str, ...] | list[str]) -> str:
+    """Equal for two variants if and only if they were asked the same thing."""
+    return sha256_data([text, list(continuations)])[:16]
+
+
+def read_prompts(folder: Path, dataset: str) -> dict[str, dict]:
+    """What was asked by item id; empty if the evaluation kept no record of it.
+
+    Args:
+        folder: the baseline's evaluation.
+
+    Raises:
+        StudyError: a line is damaged, or not what its hash says.
+    """
+    path = folder / FOLDER / f"{dataset}.jsonl"
+    if not path.is_file():
+        return {}
+    found = {}
+    for number, row in enumerate(read_jsonl(path, made_by="03_evaluation"), start=1):
+        try:
+            whole = prompt_digest(row["prompt"], row["continuations"]) == row["prompt_hash"]
+            found[row["id"]] = row
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole or not isinstance(row.get("question"), str):
+            raise StudyError(
+                f"{'/'.join(path.parts[-5:])}: line {number} is not what was asked; "
+                "run 03_evaluation again"
+            )
+    return found
