@@ -91,7 +91,8 @@ class QuantizedRun:
         with self.outputs():
             job = self.job
             source = model_folder(job.study, job.model, job.paths)
-            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            model = load_model(source, job.study.runtime)
+            tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
             folder, settings = job.paths.calibration(job.model), job.study.calibration
             record = Record(folder, stage="calibration", parameters=job.parameters)
             record.add_input("model", sha256_folder(source))
@@ -110,7 +111,8 @@ class QuantizedRun:
             job = self.job
             source = model_folder(job.study, job.model, job.paths)
             self.source_hash = sha256_folder(source)
-            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            model = load_model(source, job.study.runtime)
+            tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
             path = job.paths.calibration(job.model) / "activations.safetensors"
             absmax = calibration.load_absmax(path)
             tokens = [

@@ -21,7 +21,8 @@ from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.probing import inputs_of
 from helpers.quantization.variants import load_as, load_reference, load_variant
 from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import Item, calibration_items
+from helpers.sources.datasets import calibration_items
+from helpers.sources.items import Item
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
@@ -199,7 +200,8 @@ class Evidence:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.source_folder)
+        switch = self.job.study.enable_thinking
+        return load_tokenizer(self.source_folder, enable_thinking=switch)
 
     @cached_property
     def items(self) -> list[Item]:

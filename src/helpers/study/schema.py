@@ -67,6 +67,8 @@ Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
 Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
 Count = Annotated[Whole, Field(ge=1)]
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
 Weights = Literal["channel", "tensor"]
@@ -121,17 +123,29 @@ class ShippedDataset(Strict):
     shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
 
 
-class HubDataset(Strict):
-    """One split of a dataset on the Hub, at a revision."""
+class Stream(Strict):
+    """At most `rows` rows of a split too large to fetch, from `pieces` of it drawn with `seed`."""
 
-    hub: Annotated[str, Field(min_length=3)]
+    rows: Count
+    pieces: Count
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+
+
+class HubDataset(Strict):
+    """One split of a dataset on the Hub, at a revision; without `stream` all of its rows."""
+
+    hub: HubName
     config: str | None
-    split: str
-    revision: str
+    split: Annotated[str, Field(min_length=1)]
+    revision: Revision
+    stream: Stream | None = None
 
 
 class FileDataset(Strict):
-    """A local JSONL or parquet file in the Hub's schema; relative paths start at the project."""
+    """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
+
+    Relative paths start at the project.
+    """
 
     file: Annotated[str, Field(pattern=r"\.(jsonl|parquet)$")]
 
@@ -149,8 +163,8 @@ Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
 class HubModel(Strict):
     """A model repository on the Hub, at a revision."""
 
-    hub: Annotated[str, Field(min_length=3)]
-    revision: str
+    hub: HubName
+    revision: Revision
 
 
 class FolderModel(Strict):
@@ -229,10 +243,15 @@ class Generate(Strict):
 
 
 class EvaluationSet(Strict):
-    """Which items are asked, and how."""
+    """Which items are asked, and how.
+
+    `keep: numeric_answers` leaves out items whose gold answer is no single number; without
+    it all are kept, and golds that are no numbers have to be matched as text.
+    """
 
     adapter: Adapter
     source: DatasetSource
+    keep: Literal["numeric_answers"] | None = None
     items: Count
     ask: Annotated[LogLikelihood | Generate, Field(discriminator="protocol")]
 
@@ -373,11 +392,16 @@ class Statistics(Strict):
 
 
 class Study(Strict):
-    """One YAML file: the whole account of a study."""
+    """One YAML file: the whole account of a study.
+
+    `enable_thinking` goes to the chat template of models that think aloud before they
+    answer; a study of such a model has to say it.
+    """
 
     title: Annotated[str, Field(min_length=1)]
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     runtime: Runtime
+    enable_thinking: Annotated[bool, Field(strict=True)] | None = None
     models: Annotated[dict[Name, ModelSource], Field(min_length=1)]
     calibration: Calibration
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
