@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers.quantization import calibration, compression, smoothing, verification
+from helpers.quantization import alpha, calibration, compression, smoothing, verification
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.models import load_model, load_tokenizer, model_folder
@@ -31,6 +31,8 @@ VARIANTS = {
     "o1": {"preset": "o1", "smooth": SMOOTH},
     "o2": {"preset": "o2", "smooth": {"alpha": 0.7, "targets": ["mlp_input"]}},
     "o3": {"preset": "o3", "smooth": SMOOTH},
+    "w8a8_grid": {"preset": "w8a8", "smooth": {"alpha": [0.3, 0.6], "targets": NORMS}},
+    "o3_auto": {"preset": "o3", "smooth": {"alpha": "auto", "targets": [*NORMS, "mlp_down"]}},
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
@@ -38,6 +40,17 @@ VARIANTS = {
     "smooth_only_down": {"smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "seed_recipe": {"recipe": "seed", "smooth": SMOOTH},
 }
+
+
+def lived_in(model):
+    """The model with norms and biases as uneven as training leaves them."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                uneven = torch.rand(parameter.shape, generator=generator) - 0.5
+                parameter.mul_(1 + uneven).add_(0.1 * uneven)
+    return model
 
 
 class QuantizedRun:
@@ -49,13 +62,8 @@ class QuantizedRun:
         self.root.mkdir(parents=True, exist_ok=True)
 
     def save_source(self, family: str) -> None:
-        """A random model with norms that are not all one, as a trained model's are not."""
-        model = random_model(family, seed=20260419)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+        """A random model whose norms and biases are not all one or zero, as no trained ones are."""
+        model = lived_in(random_model(family, seed=20260419))
         model.save_pretrained(self.root / "source")
         byte_tokenizer().save_pretrained(self.root / "source")
 
@@ -107,7 +115,16 @@ class QuantizedRun:
             tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
             path = job.paths.calibration(job.model) / "activations.safetensors"
             absmax = calibration.load_absmax(path)
-            done = smoothing.smooth_variant_(model, absmax, job.recipe)
+            tokens = [
+                calibration_tokens(tokenizer, item, job.study.calibration.adapter)
+                for item in calibration_items(job.study)
+            ]
+            fit = calibration.load_absmax(path, fit=True)
+            judges = tokens[calibration.first_judge(len(tokens)) :]
+            chosen = alpha.choose(model, job.recipe, fit, judges)
+            folder = job.paths.quantization(job.model, job.variant)
+            write_json(folder / "alpha.json", chosen.record)
+            done = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
             compression.quantize_variant_(model, job.recipe, absmax, done)
             compression.save_checkpoint(model, tokenizer, self.checkpoint)
 

@@ -134,7 +134,7 @@ WRONG_TYPES = [
     ("statistics/margin", "small", "number"),
     ("statistics/margin", True, "number"),
     ("variants/smoothquant_w8a8/smooth/alpha", True, "number"),
-    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "number"),
+    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "two values or more"),
     ("variants/smoothquant_w8a8/smooth/targets", "mlp_input", "list"),
     ("variants/smoothquant_w8a8/smooth/targets", [], "empty"),
     ("variants/rtn_w8a8", None, "mapping"),

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.architectures import ARCHITECTURES
 from helpers.study.names import PATTERN, trouble_with
 
 
@@ -45,6 +46,20 @@ def _portable(name: str) -> str:
     if trouble := trouble_with(name):
         raise PydanticCustomError("name", "{trouble}", {"trouble": trouble})
     return name
+
+
+def _a_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise PydanticCustomError(
+            "grid", "is no choice; list two values or more, each once, or give one number"
+        )
+    return values
+
+
+def _kind_of_alpha(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "list"
+    return "auto" if isinstance(value, str) else "number"
 
 
 Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
@@ -89,12 +104,17 @@ class Strict(BaseModel):
 
 
 class Runtime(Strict):
-    """Where jobs run. `threads` is per job: jobs run side by side."""
+    """Where jobs run. `threads` is per job: jobs run side by side.
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
+    `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
+    `device_map: auto` spreads a model over all its GPUs.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     quantized: Literal["int8", "reference"]
+    device_map: Literal["auto"] | None = None
 
 
 class ShippedDataset(Strict):
@@ -162,7 +182,7 @@ class BundledModel(Strict):
 class RandomModel(Strict):
     """A tiny model with seeded random weights, for tests."""
 
-    random: Literal["llama", "qwen3"]
+    random: Literal[*ARCHITECTURES]
 
 
 class FineTuning(Strict):
@@ -273,9 +293,18 @@ class Calibration(Strict):
 
 
 class Smooth(Strict):
-    """SmoothQuant's migration strength and the places it is folded into."""
+    """SmoothQuant's migration strength and the places it is folded into.
 
-    alpha: Fraction
+    α is a number, a list of which the best is taken, or `auto` for one a group; what is
+    chosen is chosen on held-out calibration items (helpers.quantization.alpha).
+    """
+
+    alpha: Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_a_grid), Tag("list")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_kind_of_alpha),
+    ]
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
@@ -305,6 +334,12 @@ class Variant(Strict):
             raise ValueError(
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
+            )
+        chosen = self.smooth and not isinstance(self.smooth.alpha, float)
+        if chosen and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                "smooth.alpha is chosen by the error of quantization, and this variant has none "
+                "of its own; give a number"
             )
         return self
 
