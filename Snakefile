@@ -13,6 +13,7 @@ import sys
 
 from helpers.study import grid
 from helpers.study.errors import StudyError
+from helpers.study.gpus import may_take_gpu
 from helpers.study.loading import load_study, study_file
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.workflow import PLAN_WIDTH
@@ -29,6 +30,7 @@ except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 PATHS = StudyPaths(study_file(GIVEN).stem)
+GPUS = int(may_take_gpu(STUDY.runtime.device))  # two jobs do not share one
 
 
 def inside(path):
@@ -133,7 +135,7 @@ rule finetuning:
     priority: 1  # everything of a trained model waits for it
     threads: STUDY.runtime.threads
     resources:
-        gpu=int(STUDY.runtime.device == "cuda"),
+        gpu=GPUS,
     shell:
         COMMAND + " -p model {wildcards.model:q}"
 
@@ -151,7 +153,7 @@ rule calibration:
         "calibration {wildcards.model}"
     threads: STUDY.runtime.threads
     resources:
-        gpu=int(STUDY.runtime.device == "cuda"),
+        gpu=GPUS,
     shell:
         COMMAND + " -p model {wildcards.model:q}"
 
@@ -169,7 +171,7 @@ rule quantization:
         "quantization {wildcards.model} {wildcards.variant}"
     threads: STUDY.runtime.threads
     resources:
-        gpu=int(STUDY.runtime.device == "cuda"),
+        gpu=GPUS,
     shell:
         COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
 
@@ -187,7 +189,7 @@ rule evaluation:
         "evaluation {wildcards.model} {wildcards.variant}"
     threads: STUDY.runtime.threads
     resources:
-        gpu=int(STUDY.runtime.device == "cuda"),
+        gpu=GPUS,
     shell:
         COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
 

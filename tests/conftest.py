@@ -45,7 +45,7 @@ variants:
     smooth: {alpha: 0.5, targets: [attention_input, mlp_input]}
 baseline: noquant
 evaluation:
-  batch_tokens: 4096
+  batch: {tokens: 512, rows: 16}
   datasets:
     arc:
       adapter: arc
@@ -56,7 +56,7 @@ evaluation:
       adapter: squad_v2
       source: {shipped: squad_v2}
       items: 6
-      ask: {protocol: generate, answer: boxed, shots: 1, max_new_tokens: 8}
+      ask: {protocol: generate, answer: boxed, stop: answer, shots: 1, max_new_tokens: 8}
   shared_text: {dataset: {shipped: squad_v2}, passages: 3, max_tokens: 64}
 statistics:
   confidence: 0.95

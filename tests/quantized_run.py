@@ -40,6 +40,17 @@ VARIANTS = {
 }
 
 
+def lived_in(model):
+    """The model with norms and biases as uneven as training leaves them."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                uneven = torch.rand(parameter.shape, generator=generator) - 0.5
+                parameter.mul_(1 + uneven).add_(0.1 * uneven)
+    return model
+
+
 class QuantizedRun:
     """One model's run under a folder of its own: source, calibration, checkpoint."""
 
@@ -49,13 +60,8 @@ class QuantizedRun:
         self.root.mkdir(parents=True, exist_ok=True)
 
     def save_source(self, family: str) -> None:
-        """A random model with norms that are not all one, as a trained model's are not."""
-        model = random_model(family, seed=20260419)
-        generator = torch.Generator().manual_seed(5)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if name.endswith("norm.weight"):
-                    parameter.mul_(0.5 + torch.rand(parameter.shape, generator=generator))
+        """A random model whose norms and biases are not all one or zero, as no trained ones are."""
+        model = lived_in(random_model(family, seed=20260419))
         model.save_pretrained(self.root / "source")
         byte_tokenizer().save_pretrained(self.root / "source")
 

@@ -48,7 +48,13 @@ def generated(adapter: str, texts) -> dict:
 
 
 def wanted(adapter: str) -> EvaluationSet:
-    ask = {"protocol": "generate", "answer": "boxed", "shots": 1, "max_new_tokens": 8}
+    ask = {
+        "protocol": "generate",
+        "answer": "boxed",
+        "stop": "answer",
+        "shots": 1,
+        "max_new_tokens": 8,
+    }
     return EvaluationSet(adapter=adapter, source=source(adapter), items=1, ask=ask)
 
 

@@ -42,9 +42,9 @@ def ask(talker, question, cap=24):
     model, tokenizer = talker
     turns = [{"role": "user", "content": question}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    stop = {tokenizer.eos_token_id}
+    prompts, limits = [tokenize(tokenizer, text)], {"batch_tokens": 512, "batch_rows": 1}
     answers = generate_greedy(
-        model, [tokenize(tokenizer, text)], max_new_tokens=cap, stop_tokens=stop, batch_tokens=512
+        model, prompts, max_new_tokens=cap, stop_tokens={tokenizer.eos_token_id}, **limits
     )
     [(_, answer)] = answers
     return tokenizer.decode(answer.tokens), answer.finish_reason

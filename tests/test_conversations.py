@@ -132,7 +132,13 @@ def test_an_item_without_a_solution_cannot_be_trained_on(tokenizer):
 def test_training_calibration_and_generation_ask_alike(tokenizer):
     """One wording, so that a difference is the quantization's."""
     item = ITEMS["openmath"]
-    ask = {"protocol": "generate", "answer": "boxed", "shots": 0, "max_new_tokens": 8}
+    ask = {
+        "protocol": "generate",
+        "answer": "boxed",
+        "stop": "answer",
+        "shots": 0,
+        "max_new_tokens": 8,
+    }
     wanted = EvaluationSet(
         adapter="openmath", source={"shipped": "openmath_eval"}, items=1, ask=ask
     )

@@ -335,7 +335,13 @@ def crowded_study(study_settings, write_study, write_rows):
             "adapter": "openmath",
             "source": source,
             "items": 15,
-            "ask": {"protocol": "generate", "answer": "boxed", "shots": 0, "max_new_tokens": 8},
+            "ask": {
+                "protocol": "generate",
+                "answer": "boxed",
+                "stop": "answer",
+                "shots": 0,
+                "max_new_tokens": 8,
+            },
         }
         return load_study(write_study(study_settings))
 

@@ -22,12 +22,10 @@ def prompts(seed: int = 1) -> list[list[int]]:
 PROMPTS = prompts()
 
 
-def answers(model, asked=PROMPTS, *, stop=frozenset(), cap=CAP, batch_tokens=10**6):
-    found = dict(
-        generate_greedy(
-            model, asked, max_new_tokens=cap, stop_tokens=set(stop), batch_tokens=batch_tokens
-        )
-    )
+def answers(model, asked=PROMPTS, *, stop=frozenset(), cap=CAP, tokens=10**6, rows=64, **more):
+    ends = {"max_new_tokens": cap, "stop_tokens": set(stop)}
+    limits = {"batch_tokens": tokens, "batch_rows": rows}
+    found = dict(generate_greedy(model, asked, **ends, **limits, **more))
     assert sorted(found) == list(range(len(asked)))
     return [found[i] for i in range(len(asked))]
 
@@ -78,11 +76,31 @@ def test_different_prompts_get_different_answers(endless):
     assert len({tuple(answer.tokens) for answer in answers(endless)}) > 1
 
 
-@pytest.mark.parametrize("batch_tokens", [1, 40, 100, 10**6])
-def test_company_changes_no_answer(endless, stop, batch_tokens):
-    """One row a batch to all in one; rows leave it at different steps."""
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+@pytest.mark.parametrize("rows", [1, 2, 5, 64])
+def test_company_changes_no_answer(endless, stop, tokens, rows):
+    """One slot to one for each; answers leave at different steps and others take their place."""
     alone = [answers(endless, [prompt], stop=stop)[0] for prompt in PROMPTS]
-    assert answers(endless, stop=stop, batch_tokens=batch_tokens) == alone
+    assert answers(endless, stop=stop, tokens=tokens, rows=rows) == alone
+
+
+def test_shared_beginnings_change_no_answer(endless, stop):
+    first, more = PROMPTS[2], PROMPTS[4]
+    asked = [first + more * (i % 2) + prompt for i, prompt in enumerate(PROMPTS)]
+    cuts = [(len(first), len(first) + len(more) * (i % 2)) for i in range(len(asked))]
+    expected = answers(endless, asked, stop=stop)
+    for rows in (1, 3, 64):
+        assert answers(endless, asked, stop=stop, rows=rows, tokens=90, cuts=cuts) == expected
+
+
+def test_an_answer_ends_when_it_is_complete(endless):
+    free = answers(endless)
+    end = free[3].tokens[4]
+    found = answers(endless, complete=lambda tokens: tokens[-1] == end)
+    for answer, whole in zip(found, free, strict=True):
+        place = whole.tokens.index(end) + 1 if end in whole.tokens else CAP
+        reason = "answer" if end in whole.tokens else "length"
+        assert answer == Generated(whole.tokens[:place], reason)
 
 
 def test_order_changes_no_answer(endless, stop):

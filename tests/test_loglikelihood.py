@@ -7,10 +7,11 @@ import torch
 
 from helpers.evaluation.loglikelihood import (
     OptionTokens,
+    branched,
     option_loglikelihoods,
-    pack,
-    tree_mask,
+    targets,
 )
+from helpers.evaluation.packing import Segment
 from helpers.evaluation.scoring import score_options
 from helpers.sources.datasets import Item
 
@@ -72,11 +73,32 @@ def test_float32_scores_are_near_the_exact_ones(model):
     assert_close(found, [plain(model.double(), item) for item in ITEMS], 1e-3)
 
 
+def sharing(begin: int, *lengths: int) -> list[OptionTokens]:
+    """Items whose contexts begin with the same tokens, some of them with more in common."""
+    first = made(11, begin, 1).context
+    more = made(12, 9, 1).context
+    items = []
+    for i, length in enumerate(lengths):
+        item = made(20 + i, length, 2, 3)
+        start = first + more * (i % 2)
+        items.append(OptionTokens(start + item.context, item.options, (begin, len(start))))
+    return items
+
+
+def test_shared_beginnings_change_nothing(exact_model):
+    """Read once for all that have them, they are worth what they are in each item alone."""
+    items = sharing(17, 4, 6, 1, 9)
+    for batch_tokens in (1, 40, 10**6):
+        expected = [plain(exact_model, item) for item in items]
+        assert_close(scored(exact_model, items, batch_tokens), expected, 1e-5)
+
+
 @pytest.mark.parametrize("batch_tokens", [1, 30, 64, 200, 10**6])
 def test_the_batch_changes_nothing(model, batch_tokens):
-    """From one item a batch, without padding, to all in one, padded to the longest."""
-    alone = [scored(model, [item])[0] for item in ITEMS]
-    assert_close(scored(model, ITEMS, batch_tokens), alone, 1e-4)
+    """From one item a row to all in one, with beginnings in common or without."""
+    items = [*ITEMS, *sharing(17, 4, 6, 1, 9)]
+    alone = [scored(model, [item])[0] for item in items]
+    assert_close(scored(model, items, batch_tokens), alone, 1e-5)
 
 
 def test_the_order_of_items_changes_nothing(model):
@@ -116,26 +138,31 @@ def test_the_probabilities_of_all_next_tokens_sum_to_one(exact_model):
     assert math.fsum(map(math.exp, found)) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_row_reads_each_token_once_and_scores_every_one():
+def test_each_token_is_read_once_and_every_one_scored():
     item = ITEMS[4]
-    row = pack(item)
-    assert len(row.tokens) == len(item.context) + sum(len(o) - 1 for o in item.options)
-    assert row.targets == [token for option in item.options for token in option]
-    assert len(row.tokens) == len(row.positions) == len(row.segments)
-    for source, owner in zip(row.sources, row.owners, strict=True):
-        assert row.segments[source] in (0, owner + 1)
+    leaf = branched(item, ())
+    assert len(leaf.tokens) == len(item.context) + sum(len(o) - 1 for o in item.options)
+    assert len(leaf.tokens) == len(leaf.positions) == len(leaf.branches)
+    scored_tokens = [token for _, token, _ in targets(item, leaf.branches)]
+    assert scored_tokens == [token for option in item.options for token in option]
+    for place, _, option in targets(item, leaf.branches):
+        assert leaf.branches[place] in (0, option + 1)
 
 
 def test_the_mask_lets_each_token_see_what_it_may():
-    """Context 0 0, options 1 and 2 2, one padding."""
-    seen = tree_mask(torch.tensor([[0, 0, 1, 2, 2, -1]]))[0, 0].int().tolist()
-    assert seen == [
-        [1, 0, 0, 0, 0, 0],
-        [1, 1, 0, 0, 0, 0],
+    """After two earlier tokens: a trunk of one, then branches of one and of two."""
+    leaf = Segment([5] * 4, (Segment([5, 5]),), [0, 1, 2, 2], [2, 3, 3, 4])
+    assert leaf.allowed(None).int().tolist() == [
         [1, 1, 1, 0, 0, 0],
-        [1, 1, 0, 1, 0, 0],
-        [1, 1, 0, 1, 1, 0],
-        [0, 0, 0, 0, 0, 1],
+        [1, 1, 1, 1, 0, 0],
+        [1, 1, 1, 0, 1, 0],
+        [1, 1, 1, 0, 1, 1],
+    ]
+    assert leaf.allowed(2).int().tolist() == [  # no further back than two positions
+        [0, 1, 1, 0, 0, 0],
+        [0, 0, 1, 1, 0, 0],
+        [0, 0, 1, 0, 1, 0],
+        [0, 0, 0, 0, 1, 1],
     ]
 
 

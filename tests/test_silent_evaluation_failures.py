@@ -33,14 +33,14 @@ variants:
   rtn_w8a8: {preset: w8a8}
 baseline: noquant
 evaluation:
-  batch_tokens: 8192
+  batch: {tokens: 1024, rows: 16}
   datasets:
     arc: {adapter: arc, source: {shipped: arc}, items: 12,
       ask: {protocol: loglikelihood, normalize: bytes}}
     squad_v2: {adapter: squad_v2, source: {shipped: squad_v2}, items: 12,
-      ask: {protocol: generate, answer: boxed, shots: 1, max_new_tokens: 8}}
+      ask: {protocol: generate, answer: boxed, stop: answer, shots: 1, max_new_tokens: 8}}
     openmath: {adapter: openmath, source: {shipped: openmath_eval}, items: 12,
-      ask: {protocol: generate, answer: boxed, shots: 2, max_new_tokens: 8}}
+      ask: {protocol: generate, answer: boxed, stop: answer, shots: 2, max_new_tokens: 8}}
   shared_text: {dataset: {shipped: squad_v2}, passages: 3, max_tokens: 64}
 statistics: {confidence: 0.95, power: 0.8, margin: 0.05, resamples: 200, primary: []}
 """
@@ -65,16 +65,25 @@ def settled(tmp_path_factory):
     return load_study(path)
 
 
+def shared_text(study, model, reference, tokenizer) -> list[dict]:
+    """Rows of the shared text, the model held against the reference."""
+    from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
+    from helpers.sources.datasets import shared_passages
+
+    passages = shared_passages(study)
+    tokens = passage_tokens(tokenizer, passages, max_tokens=64)
+    both = [read_passages(m, tokens, batch_tokens=512) for m in (model, reference)]
+    return passage_rows(passages, tokens, *both)
+
+
 @pytest.fixture(scope="module")
 def sound(tiny, settled) -> Evidence:
     """A float variant that equals its baseline, as it must: asked once, in earnest."""
     from helpers.evaluation.engine import ask_all
-    from helpers.evaluation.language_modeling import read_passages
-    from helpers.sources.datasets import shared_passages
 
     model, tokenizer = tiny
     answers = ask_all(model, tokenizer, settled)
-    passages = read_passages(model, model, tokenizer, shared_passages(settled), max_tokens=64)
+    passages = shared_text(settled, model, model, tokenizer)
     return Evidence(
         settled,
         MODEL,
@@ -204,13 +213,11 @@ def test_logits_that_are_not_finite(tiny, settled, sound):
     import copy
 
     from helpers.evaluation.engine import ask_all
-    from helpers.evaluation.language_modeling import read_passages
-    from helpers.sources.datasets import shared_passages
 
     model, tokenizer = copy.deepcopy(tiny[0]), tiny[1]
     model.model.layers[0].mlp.down_proj.weight.data[0, 0] = float("nan")
     rows = ask_all(model, tokenizer, settled)
-    passages = read_passages(model, tiny[0], tokenizer, shared_passages(settled), max_tokens=64)
+    passages = shared_text(settled, model, tiny[0], tokenizer)
     metrics = {"datasets": all_metrics(settled, rows), "shared_text": shared_text_metrics(passages)}
     assert metrics["shared_text"]["perplexity"] is metrics["shared_text"]["kl"] is None
     evidence = replace(
@@ -284,26 +291,25 @@ def test_items_the_variant_was_made_from(sound, use):
 
 
 def crowd_dependent(model):
-    """A model whose answers depend on its batch-mates: it adds what the others have."""
+    """A model whose answers depend on what is read beside them: it adds what all have."""
     import copy
 
     wrapped = copy.deepcopy(model)
 
     def mix(_, __, hidden):
-        return hidden + 2 * (hidden.mean(0, keepdim=True) - hidden)
+        return hidden + 2 * (hidden.mean(1, keepdim=True) - hidden)
 
     wrapped.model.embed_tokens.register_forward_hook(mix)
     return wrapped
 
 
 def test_an_answer_that_depends_on_its_batch_mates(tiny, settled, sound):
-    alone = ask_alone(crowd_dependent(tiny[0]), tiny[1], settled)
-    assert failed(replace(sound, alone=alone)) == set()  # alone, it is the same model
     from helpers.evaluation.engine import ask_all
 
-    rows = ask_all(crowd_dependent(tiny[0]), tiny[1], settled)
+    model = crowd_dependent(tiny[0])
+    alone, rows = ask_alone(model, tiny[1], settled), ask_all(model, tiny[1], settled)
     mixed = {name: each(**OWNER)(found) for name, found in rows.items()}
-    found = failed(replace(sound, predictions=mixed))
+    found = failed(replace(sound, predictions=mixed, alone=alone))
     assert {(name, "same answer alone") for name in ("squad_v2", "openmath")} <= found
 
 
@@ -316,7 +322,9 @@ def test_log_probabilities_have_a_limit_even_where_rounding_cascades(sound):
             **rows, logprobs=lambda r: [x + by * (-1) ** i for i, x in enumerate(r["logprobs"])]
         )
 
-    evidence = replace(with_rows(sound, "arc", moved(0.01)), variant="rtn_w8a8")
+    simulated = sound.study.runtime.model_copy(update={"quantized": "reference"})
+    study = sound.study.model_copy(update={"runtime": simulated})
+    evidence = replace(with_rows(sound, "arc", moved(0.01)), variant="rtn_w8a8", study=study)
     names = {g.name for what, g in evaluation_gates(evidence) if what == "arc" and not g.passed}
     assert "same answer alone" not in names
     far = with_rows(evidence, "arc", moved(0.05), side="alone")

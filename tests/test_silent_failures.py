@@ -6,6 +6,7 @@ as it would in life. Failures of the evaluation are in another bank.
 """
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def failure(*gates: str, variant: str = "smoothquant_w8a8"):
 
 @failure(GRID, FUNCTION)
 def weights_divided_instead_of_multiplied(run, patch):
-    def fold(producer, consumers, scales):
+    def fold(producer, consumers, scales, **_):
         with torch.no_grad():
             producer.weight.div_(scales)
             for consumer in consumers:
@@ -76,9 +77,9 @@ def smoothing_skipped_without_a_word(run, patch):
 def smoothing_applied_twice(run, patch):
     once = smoothing.fold_scales_
 
-    def twice(*args):
-        once(*args)
-        once(*args)
+    def twice(*args, **options):
+        once(*args, **options)
+        once(*args, **options)
 
     patch.setattr(smoothing, "fold_scales_", twice)
     run.quantize()
@@ -88,14 +89,11 @@ def smoothing_applied_twice(run, patch):
 def the_wrong_norm_folded(run, patch):
     real = smoothing.smoothing_groups
 
-    def swapped(model, targets):
-        groups = real(model, targets)
+    def swapped(config, targets):
+        groups = real(config, targets)
         producers = [group.producer for group in groups]
         producers[0], producers[1] = producers[1], producers[0]
-        return [
-            smoothing.SmoothingGroup(g.target, p, g.consumers)
-            for g, p in zip(groups, producers, strict=True)
-        ]
+        return [replace(g, producer=p) for g, p in zip(groups, producers, strict=True)]
 
     patch.setattr(smoothing, "smoothing_groups", swapped)
     run.quantize()
@@ -331,7 +329,13 @@ def calibration_overlapping_evaluation(run, patch):
         "adapter": "openmath",
         "source": {"shipped": "openmath_train"},
         "items": 6,
-        "ask": {"protocol": "generate", "answer": "boxed", "shots": 0, "max_new_tokens": 4},
+        "ask": {
+            "protocol": "generate",
+            "answer": "boxed",
+            "stop": "answer",
+            "shots": 0,
+            "max_new_tokens": 4,
+        },
     }
     patch.setattr(datasets, "_evaluation_keys", lambda _study: set())
     run.calibrate()

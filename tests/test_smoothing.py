@@ -65,7 +65,7 @@ def test_folding_scales_keeps_outputs():
     linears = [torch.nn.Linear(16, n, bias=n == 5).double() for n in (5, 8)]
     x, scales = torch.randn(7, 16).double(), torch.rand(16) + 0.1
     expected = [linear(norm(x)) for linear in linears]
-    fold_scales_(norm, linears, scales)
+    fold_scales_(norm, linears, scales, norm_offset=0)
     torch.testing.assert_close([linear(norm(x)) for linear in linears], expected)
 
 
@@ -74,7 +74,7 @@ def test_bad_scales_are_refused_before_anything_changes(bad):
     norm, linear = torch.nn.RMSNorm(2), torch.nn.Linear(2, 2)
     before = linear.weight.clone()
     with pytest.raises(ValueError, match="positive and finite"):
-        fold_scales_(norm, [linear], torch.tensor([1.0, bad]))
+        fold_scales_(norm, [linear], torch.tensor([1.0, bad]), norm_offset=0)
     assert torch.equal(linear.weight, before)
 
 
@@ -103,13 +103,13 @@ def test_calibrated_maxima_after_smoothing_are_those_of_the_smoothed_model(model
 
 def test_value_to_output_smoothing_is_refused_under_grouped_query_attention(model):
     with pytest.raises(StudyError, match=r"attention_output.* 2 and 4"):
-        smoothing_groups(model, ("attention_output",))
+        smoothing_groups(model.config, ("attention_output",))
 
 
 def test_an_unknown_architecture_is_refused_by_name(model):
     model.config.model_type = "mystery"
     with pytest.raises(StudyError, match="'mystery' is not among"):
-        smoothing_groups(model, NORMS)
+        smoothing_groups(model.config, NORMS)
 
 
 def test_agrees_with_llmcompressors_modifier(model, tokenizer, items, tmp_path):

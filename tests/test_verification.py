@@ -7,7 +7,8 @@ import torch
 
 from helpers.quantization import verification
 from helpers.quantization.gates import Gate, as_record, gate
-from helpers.quantization.variants import load_reference_of, load_variant, variant_digest
+from helpers.quantization.variants import load_variant, variant_digest
+from helpers.sources.models import load_model, model_folder
 from quantized_run import VARIANTS, QuantizedRun
 
 SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
@@ -49,7 +50,8 @@ def test_smoothing_alone_computes_what_the_source_does(sound_run, family, target
     with run.outputs():
         job = run.job
         assert {c.gate_name for c in verification.checks(job.recipe)} == APPLY_TO_FLOAT
-        smoothed, source = load_variant(job)[0], load_reference_of(job)
+        smoothed = load_variant(job)[0]
+        source = load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
         assert variant_digest(job) != run.source_hash
     weights = dict(source.named_parameters())
     assert any(not torch.equal(p, weights[n]) for n, p in smoothed.named_parameters())

@@ -48,7 +48,7 @@ STUDY = {
     },
     "baseline": "noquant",
     "evaluation": {
-        "batch_tokens": 128,
+        "batch": {"tokens": 128, "rows": 16},
         "datasets": {
             "arc": {
                 "adapter": "arc",

@@ -1,54 +1,63 @@
-"""Attention for evaluation: grouped queries read their shared keys in place.
+"""Attention as evaluation needs it: by segments of a packed row, or by slots of a decoder.
 
-transformers repeats every key and value head for each of the query heads that share it,
-at every decoding step; here the queries of a group are one matrix against one key. The
-result is that of plain softmax attention.
+Registered with transformers under one name. What is read says how it attends: the
+`packed` object handed to the model reaches every layer's attention.
 """
 
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import Tensor
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.masking_utils import AttentionMaskInterface
 
-GROUPED_QUERIES = "grouped_queries"
+PACKED = "packed"
 
 
-def grouped_attention(
-    module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    **options,
+def packed_attention(
+    module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **options
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · scaling + mask) v, head groups as one matrix.
+    """softmax(q kᵀ · scaling) v over what each token may see.
 
     Args:
-        query: (rows, heads, queries, head_dim).
-        key: (rows, key_heads, keys, head_dim); heads is a multiple of key_heads.
+        module: the attention layer; its `layer_idx` tells whose keys these are.
+        query: (1, heads, tokens, head_dim).
+        key: (1, key_heads, tokens, head_dim); heads is a multiple of key_heads.
         value: as key.
-        attention_mask: (rows, 1, queries, keys) additive, or None for no restriction.
+        options: `packed` says who sees whom; `sliding_window` how far back a layer looks.
 
     Returns:
-        (rows, queries, heads, head_dim), and None for the weights.
+        (1, tokens, heads, head_dim), and None for the weights.
 
     Raises:
         NotImplementedError: the model caps its scores or has attention sinks.
+        TypeError: the model is called without saying what is packed.
     """
+    if "packed" not in options:
+        raise TypeError("a model that attends by packed rows is called through `packing.read`")
     if options.get("softcap") or options.get("s_aux") is not None:
-        raise NotImplementedError("soft-capped scores and attention sinks; use sdpa for this model")
-    rows, heads, queries, width = query.shape
-    key_heads, keys = key.shape[1], key.shape[2]
-    grouped = (query * scaling).reshape(rows, key_heads, -1, width)  # groups · queries
-    scores = (grouped @ key.transpose(-1, -2)).view(rows, key_heads, -1, queries, keys)
-    if attention_mask is not None:
-        scores += attention_mask[:, :, None, :, :keys]
-    precision = torch.promote_types(query.dtype, torch.float32)
-    weights = scores.softmax(-1, dtype=precision).to(query.dtype)
-    mixed = weights.view(rows, key_heads, -1, keys) @ value
-    return mixed.view(rows, heads, queries, width).transpose(1, 2).contiguous(), None
+        raise NotImplementedError("soft-capped scores and attention sinks cannot be evaluated")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mixed = options["packed"].attend(
+        module.layer_idx, query, key, value, scaling=scaling, window=options.get("sliding_window")
+    )
+    return mixed.transpose(1, 2).contiguous(), None
 
 
-AttentionInterface.register(GROUPED_QUERIES, grouped_attention)
-AttentionMaskInterface.register(GROUPED_QUERIES, eager_mask)
+@contextmanager
+def packed(model) -> Iterator[None]:
+    """Inside, the model attends by packed rows."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation(PACKED)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def _no_mask(*_args, **_options) -> None:
+    """Segments know who sees whom; no mask over the whole row is made."""
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, _no_mask)

@@ -1,59 +1,61 @@
 """Asks a model its evaluation sets: one prediction an item, in the items' order."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from tqdm import tqdm
 
-from helpers.evaluation.attention import GROUPED_QUERIES
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
-from helpers.evaluation.prompts import Prompt, option_tokens, prompt
+from helpers.evaluation.parsing import last_boxed
+from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import Item, evaluation_items
 from helpers.study.errors import StudyError
-from helpers.study.schema import EvaluationSet, Study
+from helpers.study.schema import Batch, EvaluationSet, Study
 
 
 def ask_all(model, tokenizer, study: Study) -> dict[str, list[dict]]:
     """The predictions of every evaluation set of the study, by its name."""
-    model.set_attn_implementation(GROUPED_QUERIES)
     answers = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)
-        budget = study.evaluation.batch_tokens
-        stream = evaluate(model, tokenizer, items, wanted, batch_tokens=budget)
+        stream = evaluate(model, tokenizer, items, wanted, limits=study.evaluation.batch)
         found = {p["id"]: p for p in tqdm(stream, total=len(items), desc=name, unit="item")}
         answers[name] = [found[item.id] for item in items]
     return answers
 
 
 def evaluate(
-    model, tokenizer, items: list[Item], wanted: EvaluationSet, *, batch_tokens: int
+    model, tokenizer, items: list[Item], wanted: EvaluationSet, *, limits: Batch
 ) -> Iterator[dict]:
-    """Yield one prediction an item, in the order batches finish.
+    """Yield one prediction an item, in the order they are ready.
 
     Args:
         model: a causal language model of transformers, on any runtime.
         items: the evaluation set's items.
         wanted: adapter and protocol.
-        batch_tokens: the most tokens of one forward pass.
+        limits: the most tokens and the most answers of one forward pass.
 
     Raises:
         StudyError: a prompt does not fit the model's context.
     """
     prompts = [prompt(item, wanted, tokenizer) for item in items]
-    if wanted.ask.protocol == "loglikelihood":
-        yield from _score(model, tokenizer, prompts, wanted, batch_tokens)
-    else:
-        yield from _generate(model, tokenizer, prompts, wanted, batch_tokens)
+    scope = getattr(model, "scale_scope", "token")
+    if scope != "token":  # what shares one activation scale is read in one piece
+        prompts = [replace(asked, shared=()) for asked in prompts]
+    if scope == "pass":
+        limits = Batch(tokens=1, rows=1)
+    ask = _score if wanted.ask.protocol == "loglikelihood" else _generate
+    yield from ask(model, tokenizer, prompts, wanted, limits)
 
 
-def _score(model, tokenizer, prompts: list[Prompt], wanted, batch_tokens: int) -> Iterator[dict]:
+def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
     tokens = [option_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
-    for index, logprobs in option_loglikelihoods(model, tokens, batch_tokens=batch_tokens):
+    for index, logprobs in option_loglikelihoods(model, tokens, batch_tokens=limits.tokens):
         asked = prompts[index]
         made = score_options(
             asked.item, logprobs, asked.continuations, normalize=wanted.ask.normalize
@@ -62,7 +64,7 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, batch_tokens: int) -
         yield made | {"output_tokens": sum(map(len, tokens[index].options))}
 
 
-def _generate(model, tokenizer, prompts: list[Prompt], wanted, batch_tokens: int):
+def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
     tokens = [tokenize(tokenizer, asked.text) for asked in prompts]
     cap = wanted.ask.max_new_tokens
     _refuse_long(model, prompts, [len(t) + cap for t in tokens])
@@ -71,7 +73,10 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, batch_tokens: int
         tokens,
         max_new_tokens=cap,
         stop_tokens=stop_tokens(model, tokenizer),
-        batch_tokens=batch_tokens,
+        batch_tokens=limits.tokens,
+        batch_rows=limits.rows,
+        cuts=[cuts(tokenizer, p, t) for p, t in zip(prompts, tokens, strict=True)],
+        complete=box_closes(tokenizer) if wanted.ask.stop == "answer" else None,
     )
     for index, answer in answers:
         asked, text = prompts[index], tokenizer.decode(answer.tokens, skip_special_tokens=True)
@@ -87,6 +92,19 @@ def stop_tokens(model, tokenizer) -> set[int]:
     declared = model.generation_config.eos_token_id
     listed = declared if isinstance(declared, list) else [declared]
     return {tokenizer.eos_token_id, *(i for i in listed if i is not None)}
+
+
+def box_closes(tokenizer) -> Callable[[list[int]], bool]:
+    """Whether the newest token of an answer completes a box; only a brace is looked at twice."""
+    pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    closing = {i for i, piece in enumerate(pieces) if piece and "}" in piece}
+
+    def complete(tokens: list[int]) -> bool:
+        if tokens[-1] not in closing:
+            return False
+        return last_boxed(tokenizer.decode(tokens, skip_special_tokens=True)) is not None
+
+    return complete
 
 
 def _refuse_long(model, prompts: list[Prompt], lengths: list[int]) -> None:

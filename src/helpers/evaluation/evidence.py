@@ -74,5 +74,8 @@ def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
         items = evaluation_items(study, name)
         chosen = sample([item.id for item in items], seed=study.seed)
         few = [item for item in items if item.id in chosen]
-        found[name] = list(evaluate(model, tokenizer, few, wanted, batch_tokens=1))
+        limits = study.evaluation.batch
+        found[name] = [
+            row for item in few for row in evaluate(model, tokenizer, [item], wanted, limits=limits)
+        ]
     return found

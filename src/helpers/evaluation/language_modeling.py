@@ -1,62 +1,161 @@
 """Perplexity, token-level KL and top-1 agreement on text every variant reads.
 
 These see what a hundred items cannot: every token of every passage compares two whole
-distributions.
+distributions. The float model reads the text once; what it had in mind at each token is
+kept, so that no variant has to load it again.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from helpers.evaluation.attention import packed
+from helpers.evaluation.loglikelihood import HEAD_ROWS
+from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
 from helpers.sources.conversations import tokenize
+from helpers.sources.datasets import shared_passages
+from helpers.sources.models import load_head, model_folder
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
+from helpers.study.opening import Job
+from helpers.study.records import write_atomically
+
+
+@dataclass(frozen=True)
+class States:
+    """What a model has in mind at every token of the shared text, and the head that says it.
+
+    Attributes:
+        hidden: (tokens, hidden) last states, passage after passage, but each one's last token.
+        head: (rows, hidden) → (rows, vocabulary) float32 logits.
+    """
+
+    hidden: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
+    """One row a passage of what every variant reads; the baseline's states are kept.
+
+    Args:
+        job: the variant at hand; any but the baseline is held against the baseline's states.
+        model: that variant, loaded.
+
+    Raises:
+        StudyError: the baseline has not been evaluated yet.
+    """
+    wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
+    tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
+    states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
+    if job.variant == job.study.baseline:
+        save_states(states_path(job), states)
+        return passage_rows(passages, tokens, states, None)
+    source = model_folder(job.study, job.model, job.paths)
+    return passage_rows(passages, tokens, states, load_states(states_path(job), source, model))
+
+
+def states_path(job: Job) -> Path:
+    """Where the baseline's states of the job's model are kept."""
+    return job.paths.evaluation(job.model, job.study.baseline) / "states.safetensors"
+
+
+def passage_tokens(tokenizer, passages: list[str], *, max_tokens: int) -> list[list[int]]:
+    """Token ids of each passage, cut at `max_tokens`.
+
+    Raises:
+        StudyError: a passage is too short to predict anything in.
+    """
+    found = [tokenize(tokenizer, passage)[:max_tokens] for passage in passages]
+    if (shortest := min(map(len, found))) < 2:
+        raise StudyError(f"shared text: a passage has {shortest} tokens; give longer ones")
+    return found
+
+
+def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> States:
+    """The model's states at every token that has a next one; each passage is read alone.
+
+    Args:
+        passages: token ids, two at least.
+        batch_tokens: the most tokens of one forward pass.
+    """
+    if getattr(model, "scale_scope", "token") == "pass":
+        batch_tokens = 1
+    texts = [Text((), tuple(tokens[:-1])) for tokens in passages]
+    leaf = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
+    found: dict[int, Tensor] = {}
+    with tqdm(total=len(texts), desc="shared text", unit="passage") as bar, packed(model):
+        for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
+            hidden = read(model, segments).split([len(s.tokens) for s in segments])
+            found |= dict(zip(indices, hidden, strict=True))
+            bar.update(len(indices))
+    return States(torch.cat([found[i] for i in range(len(texts))]), partial(logits_at, model))
+
+
+def save_states(path: Path, states: States) -> None:
+    """Keep a model's states, for the variants that are held against it."""
+    write_atomically(path, lambda p: save_file({"hidden": states.hidden.contiguous().cpu()}, p))
+
+
+def load_states(path: Path, source: Path, like) -> States:
+    """The float model's states with the head of its own files.
+
+    Args:
+        path: what `save_states` wrote.
+        source: the float model's folder.
+        like: the model that is held against them, for its device.
+
+    Raises:
+        StudyError: the states are not there.
+    """
+    if not path.is_file():
+        raise StudyError(f"{path.name} of the baseline is missing; run 03_evaluation for it first")
+    hidden = load_file(path)["hidden"].to(like.device)
+    head = load_head(source, dtype=hidden.dtype, device=like.device)
+    return States(hidden, lambda x: torch.nn.functional.linear(x, head).float())
 
 
 @torch.inference_mode()
-def read_passages(
-    model, reference, tokenizer, passages: list[str], *, max_tokens: int
+def passage_rows(
+    passages: list[str], tokens: list[list[int]], states: States, reference: States | None
 ) -> list[dict]:
     """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements.
 
     A sum that is not finite is None, as JSON has no other word for it.
 
     Args:
-        model: the variant.
-        reference: the float model, or None if the variant is that model itself.
-        passages: texts; each is read alone and cut at `max_tokens`.
-
-    Raises:
-        StudyError: a passage is too short to predict anything in.
+        passages: the texts, for their ids.
+        tokens: their token ids.
+        states: the variant's.
+        reference: the float model's; None if the variant is that model itself.
     """
-    rows = []
-    for passage in tqdm(passages, desc="shared text", unit="passage"):
-        tokens = tokenize(tokenizer, passage)[:max_tokens]
-        if len(tokens) < 2:
-            raise StudyError(f"shared text: a passage has {len(tokens)} tokens; give longer ones")
-        logprobs = _logprobs(model, tokens)  # (tokens - 1, vocabulary)
-        targets = torch.tensor(tokens[1:], device=logprobs.device)[:, None]
-        row = {"id": sha256_text(passage)[:16], "tokens": len(targets)}
-        row["nll"] = _finite(-logprobs.gather(1, targets).double().sum().item())
-        row["kl"], row["top1_agreements"] = 0.0, len(targets)
+    targets = torch.tensor([t for passage in tokens for t in passage[1:]])
+    nll, kl, same = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
+    for start in range(0, len(targets), HEAD_ROWS):
+        chunk = slice(start, start + HEAD_ROWS)
+        logprobs = states.head(states.hidden[chunk]).log_softmax(-1)  # (chunk, vocabulary)
+        wanted = targets[chunk, None].to(logprobs.device)
+        nll[chunk] = -logprobs.gather(1, wanted)[:, 0].double().cpu()
+        same[chunk] = 1
         if reference is not None:
-            expected = _logprobs(reference, tokens)
+            expected = reference.head(reference.hidden[chunk]).log_softmax(-1)
             terms = expected.exp() * (expected - logprobs)
-            row["kl"] = _finite(terms.double().sum().item())
-            same = expected.argmax(-1) == logprobs.argmax(-1)
-            row["top1_agreements"] = int(same.sum().item())
-        rows.append(row)
-    return rows
+            kl[chunk] = terms.sum(-1, dtype=torch.float64).cpu()
+            same[chunk] = (expected.argmax(-1) == logprobs.argmax(-1)).double().cpu()
+    found, lengths = [], [len(passage) - 1 for passage in tokens]
+    sums = zip(*(x.split(lengths) for x in (nll, kl, same)), strict=True)
+    for passage, length, (n, k, s) in zip(passages, lengths, sums, strict=True):
+        row = {"id": sha256_text(passage)[:16], "tokens": length}
+        row |= {"nll": _finite(n.sum().item()), "kl": _finite(k.sum().item())}
+        found.append(row | {"top1_agreements": int(s.sum().item())})
+    return found
 
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def _logprobs(model, tokens: list[int]) -> Tensor:
-    """(tokens - 1, vocabulary) float32 log-probabilities of each next token."""
-    ids = torch.tensor([tokens[:-1]], device=model.device)
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    return model.get_output_embeddings()(hidden).float().log_softmax(-1)

@@ -1,8 +1,8 @@
 """Log-likelihood of each option as the continuation of an item's prompt.
 
-An item's context is computed once: context and options are one row in which an option
-sees the context and itself, under a tree-shaped attention mask, at the positions it
-would have alone. The head runs only where a scored token is predicted.
+An item's context is computed once: its options follow it as branches that do not see
+each other, at the positions they would have alone. What several contexts begin with is
+computed once for all of them. The head runs only where a scored token is predicted.
 """
 
 from collections.abc import Iterator
@@ -11,109 +11,109 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from helpers.sources.batching import pad, token_budget_batches
+from helpers.evaluation.attention import packed
+from helpers.evaluation.packing import TRUNK, Segment, cut, logits_at, read, rows
 
-PADDING = -1
+HEAD_ROWS = 64  # positions whose logits over the vocabulary are held at once
 
 
 @dataclass(frozen=True)
 class OptionTokens:
-    """One item as token ids: a context and at least one non-empty continuation of it."""
+    """One item as token ids: a context and at least one non-empty continuation of it.
+
+    Attributes:
+        cuts: token counts at which the context may be shared with other items.
+    """
 
     context: list[int]
     options: list[list[int]]
+    cuts: tuple[int, ...] = ()
 
     def __post_init__(self):
         if not self.context or not self.options or not all(self.options):
             raise ValueError("an item needs a context and options of at least one token each")
 
 
-@dataclass(frozen=True)
-class Row:
-    """The packed row: what is read, where, and which logits are wanted for which token.
+def branched(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
+    """What is left of the context, and the options as its branches.
 
-    `segments` is 0 for the context and k for the k-th option.
+    An option's last token is predicted but never read.
     """
-
-    tokens: list[int]
-    positions: list[int]
-    segments: list[int]
-    sources: list[int]
-    targets: list[int]
-    owners: list[int]
-
-
-def pack(item: OptionTokens) -> Row:
-    """Lay an item out as one row; an option's last token is predicted but never read."""
     length = len(item.context)
-    row = Row(list(item.context), list(range(length)), [0] * length, [], [], [])
+    tokens = item.context[sum(len(s.tokens) for s in before) :]
+    positions = list(range(length - len(tokens), length))
+    branches = [TRUNK] * len(tokens)
+    for k, option in enumerate(item.options, start=TRUNK + 1):
+        tokens = tokens + option[:-1]
+        positions += range(length, length + len(option) - 1)
+        branches += [k] * (len(option) - 1)
+    return Segment(tokens, before, branches, positions)
+
+
+def targets(item: OptionTokens, branches: list[int]) -> list[tuple[int, int, int]]:
+    """(place in the segment that predicts it, token, option) of every scored token."""
+    trunk = branches.count(TRUNK)
+    found, place = [], trunk
     for k, option in enumerate(item.options):
-        start = len(row.tokens)
-        row.tokens.extend(option[:-1])
-        row.positions.extend(range(length, length + len(option) - 1))
-        row.segments.extend([k + 1] * (len(option) - 1))
-        row.sources.extend([length - 1, *range(start, start + len(option) - 1)])
-        row.targets.extend(option)
-        row.owners.extend([k] * len(option))
-    return row
-
-
-def tree_mask(segments: Tensor) -> Tensor:
-    """(rows, 1, width, width) bool: who may look at whom.
-
-    Args:
-        segments: (rows, width) 0 for context, k for option k, -1 for padding.
-    """
-    width = segments.shape[1]
-    causal = torch.ones(width, width, dtype=torch.bool, device=segments.device).tril()
-    same = segments[:, :, None] == segments[:, None, :]
-    context = (segments == 0)[:, None, :]
-    allowed = causal & (same | (context & (segments != PADDING)[:, :, None]))
-    return allowed[:, None]  # padding sees padding only, so that no row is empty
-
-
-def _additive(allowed: Tensor, dtype) -> Tensor:
-    """The mask as a number added to attention scores: eager attention adds even a bool one."""
-    return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+        places = [trunk - 1, *range(place, place + len(option) - 1)]
+        found += [(at, token, k) for at, token in zip(places, option, strict=True)]
+        place += len(option) - 1
+    return found
 
 
 @torch.inference_mode()
 def option_loglikelihoods(
     model, items: list[OptionTokens], *, batch_tokens: int
 ) -> Iterator[tuple[int, list[float]]]:
-    """Yield (item index, summed log-probability of each option) as batches finish.
+    """Yield (item index, summed log-probability of each option) as rows finish.
 
     Args:
         model: a causal language model of transformers, in evaluation mode.
         items: contexts and options as token ids.
-        batch_tokens: rows × width of one forward pass at most.
+        batch_tokens: the most tokens of one forward pass.
     """
-    rows = [pack(item) for item in items]
-    for batch in token_budget_batches([len(r.tokens) for r in rows], batch_tokens=batch_tokens):
-        chosen = [rows[i] for i in batch]
-        scores = _score_batch(model, chosen)
-        for index, row, logprobs in zip(batch, chosen, scores, strict=True):
-            owners = torch.tensor(row.owners)
-            sums = [logprobs[owners == k].sum().item() for k in range(len(items[index].options))]
-            yield index, sums
+    texts = [cut(item.context, item.cuts) for item in items]
+    make = lambda index, before: branched(items[index], before)  # noqa: E731
+    for indices, segments, leaves in rows(texts, make, row_tokens=batch_tokens):
+        with packed(model):
+            hidden = read(model, segments)
+        starts = _starts(segments)
+        wanted = [
+            (starts[leaf] + at, token, (index, k))
+            for index, leaf in zip(indices, leaves, strict=True)
+            for at, token, k in targets(items[index], leaf.branches)
+        ]
+        sums = {(i, k): 0.0 for i in indices for k in range(len(items[i].options))}
+        logprobs = target_logprobs(model, hidden, [w[0] for w in wanted], [w[1] for w in wanted])
+        for (_, _, owner), value in zip(wanted, logprobs.tolist(), strict=True):
+            sums[owner] += value
+        for i in indices:
+            yield i, [sums[i, k] for k in range(len(items[i].options))]
 
 
-def _score_batch(model, rows: list[Row]) -> list[Tensor]:
-    """For each row, (targets,) float64 log-probability of every scored token."""
-    device = model.device
-    tokens = pad([r.tokens for r in rows], value=0, side="right", device=device)
-    positions = pad([r.positions for r in rows], value=0, side="right", device=device)
-    segments = pad([r.segments for r in rows], value=PADDING, side="right", device=device)
-    hidden = model.base_model(
-        input_ids=tokens,
-        attention_mask=_additive(tree_mask(segments), model.dtype),
-        position_ids=positions,
-        use_cache=False,
-    ).last_hidden_state  # (rows, width, hidden)
-    scores = []
-    for i, row in enumerate(rows):
-        wanted, inverse = torch.unique(torch.tensor(row.sources), return_inverse=True)
-        logits = model.get_output_embeddings()(hidden[i, wanted.to(device)])
-        logprobs = logits.float().log_softmax(-1).cpu()  # (wanted, vocabulary)
-        scores.append(logprobs[inverse, torch.tensor(row.targets)].double())
-    return scores
+def _starts(segments: list[Segment]) -> dict[Segment, int]:
+    starts, end = {}, 0
+    for segment in segments:
+        starts[segment] = end
+        end += len(segment.tokens)
+    return starts
+
+
+def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int]) -> Tensor:
+    """(targets,) float64 log-probability of each token, as predicted at its place.
+
+    Args:
+        hidden: (rows, hidden) states of one forward pass.
+        places: a row of `hidden` for every target; several may share one.
+        tokens: the target tokens.
+    """
+    used, inverse = torch.unique(torch.tensor(places), return_inverse=True)
+    order = torch.argsort(inverse, stable=True)
+    targets = torch.tensor(tokens)
+    found = torch.empty(len(places), dtype=torch.float64)
+    for start in range(0, len(used), HEAD_ROWS):
+        chunk = used[start : start + HEAD_ROWS].to(hidden.device)
+        logprobs = logits_at(model, hidden[chunk]).log_softmax(-1).cpu()
+        here = order[(inverse[order] >= start) & (inverse[order] < start + HEAD_ROWS)]
+        found[here] = logprobs[inverse[here] - start, targets[here]].double()
+    return found

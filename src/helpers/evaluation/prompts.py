@@ -1,6 +1,7 @@
 """An item as the exact text a protocol shows the model, with a hash to pair results by."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 from helpers.evaluation.loglikelihood import OptionTokens
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
@@ -13,11 +14,16 @@ from helpers.study.schema import EvaluationSet
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: the text before the answer and, for log-likelihood, its continuations."""
+    """What is asked: the text before the answer and, for log-likelihood, its continuations.
+
+    Attributes:
+        shared: beginnings of the text that other prompts may have too, shortest first.
+    """
 
     item: Item
     text: str
     continuations: tuple[str, ...] = ()
+    shared: tuple[str, ...] = ()
 
     @property
     def hash(self) -> str:
@@ -29,7 +35,7 @@ def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
     """Plain text, as harnesses ask it; options are full texts, yes/no for BoolQ."""
     if adapter == "boolq":
         text = f"{item.passage}\nQuestion: {item.question}?\nAnswer:"
-        return Prompt(item, text, (" Yes", " No"))
+        return Prompt(item, text, (" Yes", " No"), shared=(item.passage,))
     options = tuple(f" {option}" for option in item.options)
     return Prompt(item, f"Question: {item.question}\nAnswer:", options)
 
@@ -39,7 +45,32 @@ def prompt(item: Item, wanted: EvaluationSet, tokenizer) -> Prompt:
     if wanted.ask.protocol == "loglikelihood":
         return loglikelihood_prompt(item, wanted.adapter)
     messages = conversation(item, wanted.adapter, shots=wanted.ask.shots)
-    return Prompt(item, render(tokenizer, messages))
+    text = render(tokenizer, messages)
+    return Prompt(item, text, shared=_beginnings(text, messages[-1]["content"], item.passage))
+
+
+def _beginnings(text: str, question: str, passage: str) -> tuple[str, ...]:
+    """What comes before the item's own turn, and that with the item's passage."""
+    own = text.rfind(question)
+    if own < 0:  # the template rewrites what it is given
+        return ()
+    end = question.find(passage) + len(passage) if passage else 0
+    return (text[:own], text[: own + end]) if end else (text[:own],)
+
+
+def cuts(tokenizer, asked: Prompt, tokens: list[int]) -> tuple[int, ...]:
+    """How many of the prompt's tokens lie in each of its shared beginnings."""
+    found = []
+    for beginning in asked.shared:
+        alone = _tokens_of(tokenizer, beginning)
+        pairs = enumerate(zip(alone, tokens, strict=False))
+        found.append(next((i for i, (a, b) in pairs if a != b), min(len(alone), len(tokens))))
+    return tuple(found)
+
+
+@lru_cache(maxsize=64)  # the worked examples come before every item
+def _tokens_of(tokenizer, text: str) -> tuple[int, ...]:
+    return tuple(tokenize(tokenizer, text))
 
 
 def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
@@ -50,7 +81,8 @@ def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
     """
     context = tokenize(tokenizer, asked.text)
     wholes = [tokenize(tokenizer, asked.text + c) for c in asked.continuations]
-    return OptionTokens(context, [whole[len(context) :] for whole in wholes])
+    options = [whole[len(context) :] for whole in wholes]
+    return OptionTokens(context, options, cuts(tokenizer, asked, context))
 
 
 def record_prompts(job: Job, tokenizer) -> None:

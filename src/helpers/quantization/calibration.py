@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import pad, token_budget_batches
+from helpers.sources.experts import every_expert_reads
 from helpers.study.errors import StudyError
 from helpers.study.records import write_atomically
 
@@ -46,6 +47,8 @@ def run_calibration(
 ) -> dict[str, InputStatistics]:
     """Statistics of the input of every Linear but the head, over the tokens of all items.
 
+    In a mixture every expert reads every token here: a rare one has its statistics too.
+
     Args:
         model: the float model, in evaluation mode; it is not changed.
         items: token ids of the calibration texts.
@@ -61,7 +64,8 @@ def run_calibration(
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)
             owners = torch.tensor([i for i in batch for _ in items[i]])
-            with _observed(model, mask.bool(), owners, statistics), torch.no_grad():
+            observed = _observed(model, mask.bool(), owners, statistics)
+            with observed, every_expert_reads(model), torch.no_grad():
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             bar.update(len(batch))
     return statistics
@@ -77,7 +81,8 @@ def _observed(model, mask: Tensor, owners: Tensor, statistics: dict[str, InputSt
         def observe(_module: nn.Module, args: tuple) -> None:
             if args[0] is not last["input"]:
                 last["input"] = args[0]
-                last["summary"] = _summarize(args[0][mask].float(), owners)
+                x = args[0].reshape(*mask.shape, -1)  # some modules flatten rows and tokens
+                last["summary"] = _summarize(x[mask.to(x.device)].float(), owners)
             _merge_(statistics, name, last["summary"])
 
         return observe
@@ -182,9 +187,10 @@ def input_surface(model, linear: str, tokens: list[int]) -> Tensor:
     """(tokens, in_features) |x| at one Linear's input on one item, for the outlier pictures."""
     seen: list[Tensor] = []
     module = model.get_submodule(linear)
-    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0][0].abs().cpu()))
+    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].abs().cpu()))
     try:
-        model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
+        with every_expert_reads(model):
+            model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
     finally:
         handle.remove()
-    return seen[0].float()
+    return seen[0].reshape(len(tokens), -1).float()

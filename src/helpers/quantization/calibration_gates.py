@@ -1,14 +1,13 @@
 """Gates on the calibration: whose texts it read, all of them, and nothing but them."""
 
 import math
-from contextlib import contextmanager
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
+from helpers.quantization.probing import first_block_only, input_maxima
 from helpers.sources.datasets import (
     Item,
     evaluation_items,
@@ -16,6 +15,7 @@ from helpers.sources.datasets import (
     normalized_text,
     training_items,
 )
+from helpers.study.architectures import HEAD
 from helpers.study.schema import FineTunedModel
 
 CHAIN = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up
@@ -79,13 +79,14 @@ def statistics_gate(evidence: Evidence):
     depth, as a part of the layer's largest value.
     """
     model, off, exceeded = evidence.source_model, [], []
-    first = {n for n in evidence.linears if n.startswith("model.layers.0.")}
-    for name, found in _first_block_maxima(evidence).items():
-        if not _within(evidence, name, (found - evidence.absmax[name]).abs(), blocks=1):
+    first = {n for n in evidence.linears if n.startswith(f"{evidence.blocks}.0.")}
+    with first_block_only(model):
+        maxima = input_maxima(model, evidence.tokens)
+    for name in sorted(first):
+        if not _within(evidence, name, (maxima[name] - evidence.absmax[name]).abs(), blocks=1):
             off.append(name)
-    with _maxima(model) as maxima:
-        _read(model, evidence.probes)
-    for name in sorted(set(evidence.linears) - first - {"lm_head"}):
+    maxima = input_maxima(model, evidence.probes)
+    for name in sorted(set(evidence.linears) - first - {HEAD}):
         over = maxima[name] - evidence.absmax[name]
         if not _within(evidence, name, over, blocks=evidence.config.num_hidden_layers):
             exceeded.append(name)
@@ -99,47 +100,5 @@ def statistics_gate(evidence: Evidence):
 
 def _within(evidence: Evidence, name: str, error: Tensor, *, blocks: int) -> bool:
     calibrated = evidence.absmax[name]
-    size = evidence.rounding(max(len(calibrated), evidence.config.intermediate_size))
-    limit = CHAIN * blocks * size * calibrated.max().item()
+    limit = CHAIN * blocks * evidence.rounding(evidence.widest) * calibrated.max().item()
     return math.isfinite(limit) and bool((error <= limit).all())
-
-
-def _first_block_maxima(evidence: Evidence) -> dict[str, Tensor]:
-    """Linear name to abs-max over all items; later blocks are not run."""
-    base = evidence.source_model.base_model
-    blocks = base.layers
-    base.layers = blocks[:1]
-    try:
-        with _maxima(evidence.source_model) as maxima:
-            _read(evidence.source_model, evidence.tokens)
-    finally:
-        base.layers = blocks
-    return maxima
-
-
-def _read(model, items: list[list[int]]) -> None:
-    for tokens in items:
-        ids = torch.tensor([tokens], device=model.device)
-        with torch.inference_mode():
-            model.base_model(input_ids=ids, use_cache=False)
-
-
-@contextmanager
-def _maxima(model):
-    """Linear name to (in_features,) abs-max of all its inputs inside the block."""
-    maxima: dict[str, Tensor] = {}
-
-    def observe(name: str):
-        def keep(_module, args: tuple) -> None:
-            top = args[0].float().abs().flatten(0, -2).amax(0).cpu()
-            maxima[name] = torch.maximum(maxima[name], top) if name in maxima else top
-
-        return keep
-
-    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    handles = [m.register_forward_pre_hook(observe(n)) for n, m in linears]
-    try:
-        yield maxima
-    finally:
-        for handle in handles:
-            handle.remove()

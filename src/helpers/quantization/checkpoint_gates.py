@@ -20,12 +20,12 @@ def smoothing_gate(evidence: Evidence):
 
     A recovered scale is a quotient of two norms of the dtype, one of them a rounded
     quotient: 2 eps. The scales were made in float32, where x^α loses up to |ln x| eps.
+    What else reads the norm (a router), or leaves with it (a bias), has the same scales.
     """
-    limit = 2 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32
-    folded, worst, where = 0, 0.0, []
+    folded, worst, where, riders = 0, 0.0, [], []
     for group in evidence.groups:
-        found, allowed = evidence.recovered_scales(group), torch.tensor(limit)
-        if evidence.source[f"{group.producer}.weight"].ndim > 1:
+        found, allowed = evidence.recovered_scales(group), _norm_rounding(evidence, group)
+        if allowed is None:
             found, allowed = _row_scales(evidence, group)
         declared = evidence.declared_scales(group)
         error = ((found - declared).abs() / declared / allowed).max().item()
@@ -33,23 +33,59 @@ def smoothing_gate(evidence: Evidence):
         if not error <= 1:  # NaN as well
             where.append(group.producer)
         worst = max(worst, error) if error == error else float("nan")
+        riders += _riders_off(evidence, group)
     expected = len(evidence.groups)
     return (
-        not where and folded == expected,
+        not (where or riders) and folded == expected,
         f"{folded} of {expected} groups folded, {len(where)} with other scales than equation 4 "
-        f"gives{named(where)}; largest deviation {worst:.2g} of what rounding allows",
+        f"gives{named(where)}; largest deviation {worst:.2g} of what rounding allows; "
+        f"{len(riders)} biases or routers off{named(riders)}",
         f"{expected} groups folded, each by the scales of equation 4 at "
         + (f"α = {evidence.claim.smooth.alpha:g}" if evidence.claim.smooth else "no place"),
     )
+
+
+def _norm_rounding(evidence: Evidence, group) -> Tensor | None:
+    """(features,) how far rounding may put a norm's quotient off; None for a Linear.
+
+    A norm of (1 + w) is rounded as w, which close to -1 is coarse beside 1 + w.
+    """
+    factors = evidence.norm_factors(group)
+    if factors is None:
+        return None
+    _, after = factors
+    coarser = ((after - group.norm_offset) / after).abs().clamp(min=1)
+    coarser = torch.where(torch.isfinite(coarser), coarser, 1.0)
+    return 2 * torch.finfo(evidence.dtype).eps * coarser + LOGARITHM * EPS32
+
+
+def _riders_off(evidence: Evidence, group) -> list[str]:
+    """Tensors that a group's scales are folded into too and that do not have them.
+
+    Rounded twice each: the scale to the dtype, and the product or quotient.
+    """
+    limit, off = 4 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32, []
+    scales, bias = evidence.recovered_scales(group), f"{group.producer}.bias"
+    expected = {f"{n}.weight": evidence.source[f"{n}.weight"] * scales for n in group.readers}
+    if bias in evidence.source:
+        divided = evidence.source[bias].double()
+        divided[-len(scales) :] /= scales
+        expected[bias] = divided
+    for key, tensor in expected.items():
+        error = (evidence.saved[key].double() - tensor).abs()
+        if not bool((error <= limit * tensor.abs()).all()):
+            off.append(key)
+    return off
 
 
 def _row_scales(evidence: Evidence, group) -> tuple[Tensor, Tensor]:
     """What a Linear producer's rows were divided by, and how well the file can tell.
 
     The row w of the source (its columns smoothed) became v: s = ⟨w, w⟩ / ⟨w, v⟩. Rounding
-    to the grid moved every v_j by half a step at most, so ⟨w, v⟩ by ‖w‖₁ / 2 steps.
+    to the grid moved every v_j by half a step at most, so ⟨w, v⟩ by ‖w‖₁ / 2 steps. Of a
+    fused producer the last rows are meant.
     """
-    name = group.producer
+    name, size = group.producer, len(evidence.declared_scales(group))
     columns, _ = evidence.folded[name]
     w = evidence.source[f"{name}.weight"].double() * (1 if columns is None else columns)
     saved, step = evidence.saved[f"{name}.weight"].double(), _step(evidence, name)
@@ -59,7 +95,7 @@ def _row_scales(evidence: Evidence, group) -> tuple[Tensor, Tensor]:
     blur = 4 * eps + LOGARITHM * EPS32 + torch.zeros_like(found)
     if step is not None:
         blur = blur + w.abs().sum(1) * (step.flatten() / 2) / along.abs()
-    return found, blur
+    return found[-size:], blur[-size:]
 
 
 def _step(evidence: Evidence, name: str) -> Tensor | None:

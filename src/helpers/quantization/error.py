@@ -1,76 +1,98 @@
 """How much of each Linear's output survives int8: signal-to-quantization-noise ratio.
 
 Every Linear is looked at alone, on its real float inputs: errors do not accumulate from
-layer to layer, so a bad layer is seen where it is.
+layer to layer, so a bad layer is seen where it is. The smoothed model is never built:
+its Linears are made one at a time, from the scales, while the float model reads.
 """
 
-import copy
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from helpers.quantization.int8 import HALF_RANGE, absmax_scale
-from helpers.quantization.layer_groups import quantized_linears
-from helpers.quantization.smoothing import smooth_, smoothed_absmax
+from helpers.quantization.layer_groups import quantized_linears, smoothing_groups
+from helpers.quantization.smoothing import group_scales
+from helpers.sources.experts import every_expert_reads
 from helpers.study.schema import Variant
 
 
-def sqnr_with_and_without(
-    model, items: list[list[int]], variant: Variant, act_absmax: dict[str, Tensor]
-) -> dict[str, dict[str, float]]:
-    """SQNR by Linear of the model as it is and, if the variant smooths, as smoothed.
+@dataclass
+class Scales:
+    """What smoothing does to one Linear: its inputs are divided, its last outputs too."""
 
-    A float variant is looked at as if it were quantized per channel and per token. The
-    model is not changed.
-    """
-    scheme = variant.scheme or ("channel", "token_dynamic")
-    recipe = Variant(weights=scheme[0], activations=scheme[1], ignore=variant.ignore)
-    curves = {"without smoothing": linear_sqnr(model, items, recipe, static_absmax=act_absmax)}
-    if variant.smooth and not variant.recipe:
-        copied = copy.deepcopy(model)
-        done = smooth_(copied, act_absmax, variant.smooth)
-        limits = smoothed_absmax(act_absmax, done)
-        curves["with smoothing"] = linear_sqnr(copied, items, recipe, static_absmax=limits)
-    return curves
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@dataclass
+class Sums:
+    """Squared signal and noise by Linear."""
+
+    signal: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, exact: Tensor, approximate: Tensor) -> None:
+        square = (exact - approximate).square().sum().item()
+        self.signal[name] = self.signal.get(name, 0.0) + exact.square().sum().item()
+        self.noise[name] = self.noise.get(name, 0.0) + square
+
+    def decibels(self) -> dict[str, float]:
+        return {name: decibels(self.signal[name], self.noise[name]) for name in self.signal}
 
 
 @torch.inference_mode()
-def linear_sqnr(
-    model, items: list[list[int]], variant: Variant, *, static_absmax: dict[str, Tensor]
-) -> dict[str, float]:
-    """SQNR in dB of each Linear's output under the variant's scheme, by name.
+def sqnr_with_and_without(
+    model, items: list[list[int]], variant: Variant, act_absmax: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    """SQNR in dB by Linear of the model as it is and, if the variant smooths, as smoothed.
+
+    A float variant is looked at as if it were quantized per channel and per token. The
+    model is not changed.
 
     Args:
-        model: a float model, smoothed or not.
-        items: token ids; each is read alone.
-        variant: its scheme decides the granularities.
-        static_absmax: calibrated maxima of this model's inputs, for static activations.
+        model: the float model, not smoothed.
+        items: token ids; each is read alone, in a mixture by every expert.
+        variant: its scheme decides the granularities, its targets where scales go.
+        act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
     """
-    signal: dict[str, float] = {}
-    noise: dict[str, float] = {}
+    smooths = variant.smooth and not variant.recipe
+    scales = linear_scales(model, variant, act_absmax) if smooths else {}
+    curves = {"without smoothing": Sums()}
+    if smooths:
+        curves["with smoothing"] = Sums()
+    targets = quantized_linears(model, variant.ignore)
 
     def hook(name: str):
-        def observe(module: nn.Linear, args: tuple, output: Tensor) -> None:
-            x = args[0].reshape(-1, module.in_features)
-            approximate = _quantized_output(x, module.weight, variant, static_absmax.get(name))
-            exact = output.reshape(-1, module.out_features).float()
-            if module.bias is not None:
-                exact = exact - module.bias.float()
-            signal[name] = signal.get(name, 0.0) + exact.square().sum().item()
-            noise[name] = noise.get(name, 0.0) + (exact - approximate).square().sum().item()
+        def observe(module: nn.Linear, args: tuple) -> None:
+            x, limit = args[0].reshape(-1, module.in_features).float(), act_absmax.get(name)
+            for label, sums in curves.items():
+                done = scales.get(name, Scales()) if label == "with smoothing" else Scales()
+                sums.add(name, *_outputs(x, module.weight.float(), variant, limit, done))
 
         return observe
 
-    targets = quantized_linears(model, variant.ignore)
-    handles = [m.register_forward_hook(hook(n)) for n, m in targets.items()]
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
     try:
-        for tokens in items:
-            ids = torch.tensor([tokens], device=model.device)
-            model.base_model(input_ids=ids, use_cache=False)
+        with every_expert_reads(model):
+            for tokens in items:
+                ids = torch.tensor([tokens], device=model.device)
+                model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
-    return {name: decibels(signal[name], noise[name]) for name in targets}
+    return {label: sums.decibels() for label, sums in curves.items()}
+
+
+def linear_scales(model, variant: Variant, act_absmax: dict[str, Tensor]) -> dict[str, Scales]:
+    """Linear name to the scales that the variant's smoothing would fold into it."""
+    found: dict[str, Scales] = {}
+    for group in smoothing_groups(model.config, variant.smooth.targets):
+        scales = group_scales(model, group, act_absmax, alpha=variant.smooth.alpha).float()
+        for name in group.consumers:
+            found.setdefault(name, Scales()).inputs = scales
+        found.setdefault(group.producer, Scales()).outputs = scales
+    return found
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -80,12 +102,24 @@ def decibels(signal: float, noise: float) -> float:
     return min(200.0, 10.0 * torch.tensor(signal / noise).log10().item())
 
 
-def _quantized_output(x: Tensor, weight: Tensor, variant: Variant, absmax: Tensor | None) -> Tensor:
+def _outputs(
+    x: Tensor, weight: Tensor, variant: Variant, absmax: Tensor | None, scales: Scales
+) -> tuple[Tensor, Tensor]:
+    """(tokens, out_features) x @ Wᵀ of the smoothed Linear, exact and as int8 has it."""
+    if scales.inputs is not None:
+        divisor = scales.inputs.to(x.device)
+        x, weight = x / divisor, weight * divisor
+        absmax = None if absmax is None else absmax.to(x.device) / divisor
+    if scales.outputs is not None:
+        weight = weight.clone()
+        weight[-len(scales.outputs) :] /= scales.outputs.to(x.device)[:, None]
+    return x @ weight.T, _quantized_output(x, weight, variant, absmax)
+
+
+def _quantized_output(x: Tensor, w: Tensor, variant: Variant, absmax: Tensor | None) -> Tensor:
     """(tokens, out_features) what int8 makes of x @ Wᵀ at the variant's granularities."""
-    weights, activations = variant.scheme
-    w = weight.float()
+    weights, activations = variant.scheme or ("channel", "token_dynamic")
     w = fake_quantize(w, w.abs().amax(1, keepdim=True) if weights == "channel" else w.abs().amax())
-    x = x.float()
     if activations == "token_dynamic":
         limit = x.abs().amax(1, keepdim=True)
     else:

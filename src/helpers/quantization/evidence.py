@@ -3,30 +3,31 @@
 Nothing here comes from the run that made the checkpoint. The smoothing scales are
 recovered from the files (a norm on disk is the source's norm over s), and the paper's
 formula is written out again, so that a bug in `helpers.quantization.smoothing` or
-`.compression` does not vouch for itself.
+`.compression` does not vouch for itself. Tensors are read one at a time and one model is
+held at a time, so that a check needs little more memory than the model it checks.
 """
 
+import gc
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.quantization.calibration import load_absmax
-from helpers.quantization.int8 import read_tensors
+from helpers.quantization.int8 import load_int8
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
-from helpers.quantization.variants import load_variant
+from helpers.quantization.probing import inputs_of
+from helpers.quantization.variants import load_as, load_reference, load_variant
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import Item, calibration_items
-from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
+from helpers.sources.tensor_files import TensorFiles
+from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.opening import Job
 from helpers.study.records import read_json
 
-BLOCK_LINEARS = (
-    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
-    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-)
 SMALLEST = 1e-5  # floor of maxima and scales, as the smoothing declares it
 PROBES, PROBE_TOKENS = 2, 48  # real texts the models are run on; few, since forwards cost most
 
@@ -46,34 +47,44 @@ class Evidence:
         self.source_folder = model_folder(job.study, job.model, job.paths)
         self.folder = job.paths.checkpoint(job.model, job.variant)
         self.calibration_folder = job.paths.calibration(job.model)
+        self._held: tuple[str, object] = ("", None)
+        self._declared: dict[SmoothingGroup, Tensor] = {}
 
     @cached_property
     def config(self):
-        return AutoConfig.from_pretrained(self.source_folder, local_files_only=True)
+        return load_config(self.source_folder)
 
     @cached_property
-    def source(self) -> dict[str, Tensor]:
+    def source(self) -> TensorFiles:
         """The source's tensors at the study's dtype; a tied head is its embeddings."""
-        return {k: t.to(self.dtype) for k, t in self._untied(self.source_folder).items()}
+        return self._untied(TensorFiles(self.source_folder, dtype=self.dtype))
 
     @cached_property
-    def saved(self) -> dict[str, Tensor]:
+    def saved(self) -> TensorFiles:
         """The checkpoint's tensors, as they lie on disk."""
-        return self._untied(self.folder)
+        return self._untied(TensorFiles(self.folder, dtype=None))
 
-    def _untied(self, folder) -> dict[str, Tensor]:
-        tensors = read_tensors(folder)
-        head, embeddings = tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight")
-        same = head is not None and embeddings is not None and torch.equal(head, embeddings)
-        if self.config.tie_word_embeddings and same:
-            del tensors["lm_head.weight"]
+    def _untied(self, tensors: TensorFiles) -> TensorFiles:
+        head, table = f"{HEAD}.weight", f"{architecture(self.config).embeddings[0]}.weight"
+        there = self.config.tie_word_embeddings and head in tensors and table in tensors
+        if there and torch.equal(tensors[head], tensors[table]):
+            tensors.leave_out(head)
         return tensors
+
+    @property
+    def blocks(self) -> str:
+        """Where the decoder blocks lie."""
+        return architecture(self.config).blocks
+
+    @cached_property
+    def widest(self) -> int:
+        """The most inputs that a Linear sums over."""
+        return max(self.source.shape(f"{n}.weight")[1] for n in self.linears if n != HEAD)
 
     @cached_property
     def linears(self) -> list[str]:
         """Names of every Linear the architecture has, the head included."""
-        blocks = range(self.config.num_hidden_layers)
-        return [f"model.layers.{i}.{n}" for i in blocks for n in BLOCK_LINEARS] + ["lm_head"]
+        return linear_names(self.config)
 
     @cached_property
     def targets(self) -> list[str]:
@@ -86,8 +97,8 @@ class Evidence:
     @cached_property
     def stored_int8(self) -> set[str]:
         """Names of the Linears whose weights lie on disk as int8."""
-        saved = self.saved.items()
-        return {k.removesuffix(".weight") for k, t in saved if t.dtype == torch.int8}
+        int8 = [k for k in self.saved if self.saved.stored_dtype(k) == torch.int8]
+        return {k.removesuffix(".weight") for k in int8}
 
     @cached_property
     def absmax(self) -> dict[str, Tensor]:
@@ -102,9 +113,7 @@ class Evidence:
         """Where the variant claims to have folded scales; empty if it does not smooth."""
         if not self.claim.smooth:
             return []
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(self.config)
-        return smoothing_groups(skeleton, self.claim.smooth.targets)
+        return smoothing_groups(self.config, self.claim.smooth.targets)
 
     def declared_scales(self, group: SmoothingGroup) -> Tensor:
         """(in_features,) float64 s_j = max|X_j|^α / max|W_j|^(1-α), SmoothQuant's equation 4.
@@ -113,11 +122,25 @@ class Evidence:
         its rows are divided after its columns were looked at, so the source's weights are
         the right ones for every group.
         """
-        alpha = self.claim.smooth.alpha
-        columns = [self.source[f"{n}.weight"].double().abs().amax(0) for n in group.consumers]
-        weight = torch.stack(columns).amax(0).clamp(min=SMALLEST)
-        act = self.absmax[group.consumers[0]].double().clamp(min=SMALLEST)
-        return (act**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST)
+        if group not in self._declared:
+            alpha = self.claim.smooth.alpha
+            columns = [self.source[f"{n}.weight"].abs().amax(0) for n in group.consumers]
+            weight = torch.stack(columns).amax(0).double().clamp(min=SMALLEST)
+            act = self.absmax[group.consumers[0]].double().clamp(min=SMALLEST)
+            scales = (act**alpha / weight ** (1 - alpha)).clamp(min=SMALLEST)
+            self._declared[group] = scales
+        return self._declared[group]
+
+    def norm_factors(self, group: SmoothingGroup) -> tuple[Tensor, Tensor] | None:
+        """(features,) float64 what a group's norm multiplies by, before and after.
+
+        None where the producer is a Linear.
+        """
+        key = f"{group.producer}.weight"
+        if len(self.source.shape(key)) > 1:
+            return None
+        before, after = self.source[key].double(), self.saved[key].double()
+        return before + group.norm_offset, after + group.norm_offset
 
     def recovered_scales(self, group: SmoothingGroup) -> Tensor:
         """(in_features,) float64 s as the checkpoint has it: the source's norm over the saved.
@@ -125,24 +148,27 @@ class Evidence:
         A norm channel of zero tells nothing of its s: there, the declared one stands. So
         it does where the producer is a Linear, whose rows the grid gate looks at.
         """
-        declared = self.declared_scales(group)
-        before = self.source[f"{group.producer}.weight"].double()
-        if before.ndim > 1:
+        declared, factors = self.declared_scales(group), self.norm_factors(group)
+        if factors is None:
             return declared
-        after = self.saved[f"{group.producer}.weight"].double()
-        dead = (before == 0) & (after == 0)
-        return torch.where(dead, declared, before / after)
+        before, after = factors
+        return torch.where((before == 0) & (after == 0), declared, before / after)
 
     @cached_property
     def folded(self) -> dict[str, tuple[Tensor | None, Tensor | None]]:
-        """Linear name to the scales of (its input channels, its output channels)."""
+        """Name of a Linear, or of a router, to the scales of (its input, its output channels).
+
+        Both are whole: the channels of a fused Linear that no group divides have 1.
+        """
         found: dict = {n: (None, None) for n in self.linears}
         for group in self.groups:
             scales = self.recovered_scales(group)
-            for name in group.consumers:
-                found[name] = (scales, found[name][1])
+            for name in (*group.consumers, *group.readers):
+                found[name] = (scales, found.get(name, (None, None))[1])
             if group.producer in found:
-                found[group.producer] = (found[group.producer][0], scales)
+                rows = torch.ones(self.source.shape(f"{group.producer}.weight")[0]).double()
+                rows[-len(scales) :] = scales
+                found[group.producer] = (found[group.producer][0], rows)
         return found
 
     def smoothed_weight(self, name: str) -> Tensor:
@@ -172,29 +198,44 @@ class Evidence:
         return [tokens[:PROBE_TOKENS] for tokens in self.tokens[:PROBES]]
 
     @cached_property
-    def source_model(self):
-        """The source, loaded from its files; not to be changed."""
-        return load_model(self.source_folder, self.job.study.runtime)
+    def captured(self) -> dict[str, Tensor]:
+        """Linear name to its input in the running model, on one text, in the shape it has."""
+        return inputs_of(self.running_model, self.targets, self.probes[0])
 
-    @cached_property
+    @property
+    def source_model(self):
+        """The source, loaded from its files; who changes it lets it go."""
+        runtime = self.job.study.runtime
+        return self._hold("source", lambda: load_model(self.source_folder, runtime))
+
+    @property
     def running_model(self):
         """The checkpoint, loaded as the evaluation loads it."""
-        return load_variant(self.job)[0]
+        kind = self.job.study.runtime.quantized if self.job.recipe.quantized else "float"
+        return self._hold(kind, lambda: load_variant(self.job)[0])
 
-    @cached_property
-    def captured(self) -> dict[str, Tensor]:
-        """Linear name to its (1, tokens, in_features) input in the running model, on one text."""
-        inputs: dict[str, Tensor] = {}
+    @property
+    def int8_model(self):
+        """The checkpoint on INT8 kernels."""
+        runtime = self.job.study.runtime
+        return self._hold("int8", lambda: load_as(load_int8, self.folder, runtime))
 
-        def keep(name: str):
-            return lambda _module, args: inputs.__setitem__(name, args[0].detach())
+    @property
+    def reference_model(self):
+        """The checkpoint as compressed-tensors simulates it."""
+        runtime = self.job.study.runtime
+        return self._hold("reference", lambda: load_as(load_reference, self.folder, runtime))
 
-        modules = [(n, self.running_model.get_submodule(n)) for n in self.targets]
-        handles = [module.register_forward_pre_hook(keep(n)) for n, module in modules]
-        logits_of(self.running_model, self.probes[:1])
-        for handle in handles:
-            handle.remove()
-        return inputs
+    def _hold(self, name: str, load: Callable):
+        if self._held[0] != name:
+            self.let_go()
+            self._held = (name, load())
+        return self._held[1]
+
+    def let_go(self) -> None:
+        """Free the model at hand; the next to ask for one has it loaded anew."""
+        self._held = ("", None)
+        gc.collect()  # wrapped forwards refer to their own modules
 
     def rounding(self, in_features: int) -> float:
         """Relative error that one correct Linear may have against another.
@@ -204,14 +245,3 @@ class Evidence:
         """
         eps32 = torch.finfo(torch.float32).eps
         return 4 * torch.finfo(self.dtype).eps + math.sqrt(in_features) * eps32
-
-
-@torch.inference_mode()
-def logits_of(model, items: list[list[int]]) -> list[Tensor]:
-    """Float32 logits of each item read alone: (tokens, vocabulary)."""
-    found = []
-    for tokens in items:
-        ids = torch.tensor([tokens], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found.append(model.get_output_embeddings()(hidden).float().cpu())
-    return found

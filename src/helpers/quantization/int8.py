@@ -1,4 +1,4 @@
-"""The INT8 runtime: Linears that multiply int8 by int8 into int32 with `torch._int_mm`.
+"""The INT8 runtime: Linears that multiply int8 by int8 into int32 (`kernels`).
 
 Activations are quantized at the granularity the checkpoint declares, by the rule
 compressed-tensors uses (scale = abs-max / 127.5, round half to even, clamp to
@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.initialization import no_init_weights
 
+from helpers.quantization.kernels import int8_matmul
+from helpers.sources.batching import token_owners
+from helpers.sources.models import empty_model, load_config
 from helpers.study.errors import StudyError
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -30,6 +31,21 @@ def absmax_scale(absmax: Tensor) -> Tensor:
     """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step."""
     scale = absmax / HALF_RANGE
     return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
+
+
+def _tensor_absmax(x: Tensor) -> Tensor:
+    """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
+    owners = token_owners()
+    if owners is None:
+        return x.abs().amax().reshape(1)
+    each = x.abs().amax(-1)
+    if len(owners) != len(each):
+        raise NotImplementedError(
+            "one dynamic scale a tensor where experts see part of the tokens; use activations: "
+            "token_dynamic for this model"
+        )
+    tops = each.new_zeros(int(owners.max()) + 1).scatter_reduce_(0, owners, each, "amax")
+    return tops[owners][:, None]
 
 
 class Int8Linear(nn.Module):
@@ -57,11 +73,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     def scale_of(self, x: Tensor) -> Tensor:
-        """The activation scale of x (tokens, in_features): (tokens, 1) or (1,)."""
+        """The activation scale of x (tokens, in_features): (tokens, 1) or (1,).
+
+        One dynamic scale a tensor is one a text: what is read beside it has its own.
+        """
         if self.activations == "token_dynamic":
             return absmax_scale(x.abs().amax(-1, keepdim=True))
         if self.activations == "tensor_dynamic":
-            return absmax_scale(x.abs().amax().reshape(1))
+            return absmax_scale(_tensor_absmax(x))
         return self.input_scale.reshape(1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -69,7 +88,7 @@ class Int8Linear(nn.Module):
         if not len(rows):
             return x.new_zeros(*x.shape[:-1], self.out_features)
         scale = self.scale_of(rows.float())
-        product = torch._int_mm(quantize_activations(rows.float(), scale), self.weight_t)
+        product = int8_matmul(quantize_activations(rows.float(), scale), self.weight_t)
         y = product.float().mul_(scale).mul_(self.weight_scale)
         if self.bias is not None:
             y += self.bias.float()
@@ -83,12 +102,11 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
         StudyError: the checkpoint is not an int8 compressed-tensors one.
     """
     tensors = read_tensors(folder)
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = load_config(folder)
     activations = declared_activations(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with no_init_weights():  # every parameter comes from the file, which is checked below
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(config, dtype=dtype)  # all of it comes from the file; checked below
     for name in [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]:
         linear = Int8Linear(
             tensors.pop(f"{name}.weight"),
@@ -100,6 +118,7 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
     _load_float_parts_(model, tensors)
+    model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
     return model.to(device).eval()
 
 

@@ -4,19 +4,30 @@ import json
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
+from helpers.study.architectures import float_matrices
 
 
 @gate("layer census")
 def census_gate(evidence: Evidence):
-    """The Linears stored as int8 are the architecture's, but for those left float by name."""
+    """The Linears stored as int8 are the architecture's, but for those left float by name.
+
+    Every matrix of the source is accounted for: a Linear, an embedding, or a router.
+    """
     stored, expected = evidence.stored_int8, set(evidence.targets)
     missing, extra = sorted(expected - stored), sorted(stored - expected)
+    unknown = sorted(_matrices(evidence) - {*evidence.linears, *float_matrices(evidence.config)})
     return (
-        stored == expected,
+        stored == expected and not unknown,
         f"{len(stored)} of {len(evidence.linears)} Linears are int8 on disk; "
-        f"{len(missing)} missing{named(missing)}, {len(extra)} too many{named(extra)}",
-        f"{len(expected)}, by name",
+        f"{len(missing)} missing{named(missing)}, {len(extra)} too many{named(extra)}; "
+        f"{len(unknown)} matrices of the source are no known part{named(unknown)}",
+        f"{len(expected)}, by name; none unknown",
     )
+
+
+def _matrices(evidence: Evidence) -> set[str]:
+    source = evidence.source
+    return {k.removesuffix(".weight") for k in source if len(source.shape(k)) > 1}
 
 
 @gate("metadata agree with the tensors")

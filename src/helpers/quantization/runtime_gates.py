@@ -5,11 +5,12 @@ import copy
 import torch
 from torch import Tensor
 
-from helpers.quantization.evidence import Evidence, logits_of
+from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
-from helpers.quantization.int8 import HALF_RANGE, load_int8
-from helpers.quantization.variants import load_reference, load_variant
+from helpers.quantization.int8 import HALF_RANGE
+from helpers.quantization.probing import logits_of
 
+CHUNK_ROWS = 8192  # of a weight at a time
 LOUDER = 2.0**8  # a power of two, so that scaling a token by it rounds nothing
 
 
@@ -28,12 +29,15 @@ def function_gate(evidence: Evidence):
     not the worst. Both models compute in float32, and source × scales is made anew, so
     that the dtype is the checkpoint's only where float weights are read from it.
     """
-    model = copy.deepcopy(evidence.source_model).float()
-    expected = logits_of(model, evidence.probes)
-    model.load_state_dict(_shaken(evidence), strict=False)
-    limit = 4 * _distance(logits_of(model, evidence.probes), expected)
-    model.load_state_dict(_implied(evidence), strict=False)
-    measured = _distance(logits_of(model, evidence.probes), expected)
+    model = evidence.source_model.float()
+    try:
+        expected = logits_of(model, evidence.probes)
+        _shake_(model, torch.float32 if evidence.claim.quantized else evidence.dtype)
+        limit = 4 * _distance(logits_of(model, evidence.probes), expected)
+        _imply_(model, evidence)
+        measured = _distance(logits_of(model, evidence.probes), expected)
+    finally:
+        evidence.let_go()  # it is no longer the source
     return (
         measured <= limit,  # False for NaN as well
         f"largest logit change {measured:.2e}",
@@ -49,28 +53,37 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-def _shaken(evidence: Evidence) -> dict[str, Tensor]:
-    """The source's tensors, each value off by the roundings of one Linear, up or down."""
-    dtype = torch.float32 if evidence.claim.quantized else evidence.dtype
-    generator, shaken = torch.Generator().manual_seed(0), {}
-    for name, tensor in evidence.source.items():
-        signs = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int8) * 2 - 1
-        size = torch.finfo(dtype).eps + tensor.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
-        shaken[name] = tensor.float() * (1 + size * signs)
-    return shaken
+@torch.no_grad()
+def _shake_(model, dtype: torch.dtype) -> None:
+    """Put every weight off by the roundings of one Linear, up or down."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        size = torch.finfo(dtype).eps + parameter.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+        for rows in parameter.split(CHUNK_ROWS):  # the embeddings alone are a tenth of a model
+            signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8) * 2 - 1
+            rows.mul_(1 + size * signs.to(rows.device))
 
 
-def _implied(evidence: Evidence) -> dict[str, Tensor]:
-    implied = {k: t.float() for k, t in evidence.saved.items() if k in evidence.source}
-    for name in evidence.targets:
-        q, step = evidence.saved[f"{name}.weight"], evidence.saved.get(f"{name}.weight_scale")
-        if q.dtype == torch.int8 and step is not None:
-            step = step.double().reshape(-1, 1)
-            weight = evidence.smoothed_weight(name)
-            slack = 0.5 + 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
-            low, high = (q.double() - slack) * step, (q.double() + slack) * step
-            implied[f"{name}.weight"] = weight.clamp(low, high).float()
-    return implied
+@torch.no_grad()
+def _imply_(model, evidence: Evidence) -> None:
+    """Give the model the weights that the checkpoint's files imply, one at a time."""
+    state, targets = model.state_dict(), {f"{name}.weight" for name in evidence.targets}
+    for key in evidence.saved:
+        if key in evidence.source and key in state:
+            made = _implied(evidence, key) if key in targets else None
+            state[key].copy_((evidence.saved[key] if made is None else made).float())
+
+
+def _implied(evidence: Evidence, key: str) -> Tensor | None:
+    """(out_features, in_features) float64 of one target; None if it is not int8 on disk."""
+    name, q = key.removesuffix(".weight"), evidence.saved[key]
+    step = evidence.saved.get(f"{name}.weight_scale")
+    if q.dtype != torch.int8 or step is None:
+        return None
+    step = step.double().reshape(-1, 1)
+    slack = 0.5 + 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
+    low, high = (q.double() - slack) * step, (q.double() + slack) * step
+    return evidence.smoothed_weight(name).clamp(low, high)
 
 
 @gate("int8 activations at run time")
@@ -78,10 +91,11 @@ def _implied(evidence: Evidence) -> dict[str, Tensor]:
 def activations_gate(evidence: Evidence):
     """Every quantized Linear multiplies int8 activations, at the declared granularity.
 
-    On its real input each is held against exact integer arithmetic on the tensors on
-    disk, and against the product with float activations, which it must not be. One
-    token is then made 256 times louder: with one scale a token no other answer may
-    change; with one dynamic scale they all do; with a static one the token is clipped.
+    On its real input, in the shape the model gives it (an expert and a flattened MLP get no
+    batch dimension), each is held against exact integer arithmetic on the tensors on disk,
+    and against the product with float activations, which it must not be. One token is then
+    made 256 times louder: with one scale a token no other answer may change; with one
+    dynamic scale they all do; with a static one the token is clipped.
     """
     model, inputs, declared = evidence.running_model, evidence.captured, evidence.claim.scheme[1]
     stored = [n for n in evidence.targets if n in evidence.stored_int8]
@@ -90,7 +104,7 @@ def activations_gate(evidence: Evidence):
     for name in stored:
         x, layer = _proof_of(evidence, inputs[name], model.get_submodule(name))
         exact, unrounded, allowed = _products(evidence, name, x)
-        found = layer(x)[0].double()
+        found = _rows(layer(x)).cpu().double()
         if not bool(((found - exact).abs() <= allowed).all()):
             off.append(name)
         if (found - unrounded).norm() < (found - exact).norm():
@@ -127,7 +141,7 @@ def _products(evidence: Evidence, name: str, x: Tensor) -> tuple[Tensor, Tensor,
     weight = saved[f"{name}.weight"].double() * saved[f"{name}.weight_scale"].double().reshape(
         -1, 1
     )
-    rows, kind = x[0].float(), evidence.claim.scheme[1]
+    rows, kind = _rows(x).float().cpu(), evidence.claim.scheme[1]
     if kind == "tensor_static":
         scale = saved[f"{name}.input_scale"].float().reshape(1, 1)
     else:
@@ -141,20 +155,25 @@ def _products(evidence: Evidence, name: str, x: Tensor) -> tuple[Tensor, Tensor,
     return rounded @ weight.T + bias, rows.double() @ weight.T + bias, allowed
 
 
+def _rows(x: Tensor) -> Tensor:
+    """(tokens, features), whatever stands before."""
+    return x.view(-1, x.shape[-1])
+
+
 @torch.inference_mode()
 def observed_granularity(layer, x: Tensor) -> str:
     """What scaling one token does to a Linear's answers tells how it scales activations.
 
     Args:
         layer: the Linear as it runs.
-        x: (1, tokens, in_features) a real input of two tokens or more.
+        x: (…, tokens, in_features) a real input of two tokens or more.
     """
-    loud = int(x[0].abs().amax(1).argmax())
-    others = torch.arange(x.shape[1]) != loud
+    loud = int(_rows(x).abs().amax(1).argmax())
+    others = torch.arange(len(_rows(x))) != loud
     changed = x.clone()
-    changed[0, loud] *= LOUDER
-    silent = layer(torch.zeros_like(x))[0, loud]  # the bias
-    before, after = layer(x)[0], layer(changed)[0]
+    _rows(changed)[loud] *= LOUDER
+    silent = _rows(layer(torch.zeros_like(x)))[loud]  # the bias
+    before, after = _rows(layer(x)), _rows(layer(changed))
     if not torch.equal(before[others], after[others]):
         return "tensor_dynamic"
     expected = (before[loud] - silent).double() * LOUDER
@@ -168,7 +187,8 @@ def observed_granularity(layer, x: Tensor) -> str:
 def reload_gate(evidence: Evidence):
     """Loaded from disk twice, the checkpoint answers alike to the bit, and with numbers."""
     first = logits_of(evidence.running_model, evidence.probes)
-    second = logits_of(load_variant(evidence.job)[0], evidence.probes)
+    evidence.let_go()
+    second = logits_of(evidence.running_model, evidence.probes)
     differ = sum(not torch.equal(a, b) for a, b in zip(first, second, strict=True))
     finite = all(bool(torch.isfinite(logits).all()) for logits in first)
     return (
@@ -186,19 +206,19 @@ def kernel_gate(evidence: Evidence):
     Whole models cannot be compared: one value tipped over a rounding edge redraws every
     later rounding (NOTES.md).
     """
-    place = {"dtype": evidence.dtype, "device": evidence.job.study.runtime.device}
-    fast = load_int8(evidence.folder, **place)
-    reference = load_reference(evidence.folder, **place)
-    off, worst = [], 0.0
-    for name, x in evidence.captured.items():
-        expected = reference.get_submodule(name)(x).double()
-        found = fast.get_submodule(name)(x).double()
+    inputs, fast = evidence.captured, evidence.int8_model
+    answers = {n: _rows(fast.get_submodule(n)(x)).cpu() for n, x in inputs.items()}
+    del fast
+    reference, off, worst = evidence.reference_model, [], 0.0
+    for name, x in inputs.items():
+        expected = _rows(reference.get_submodule(name)(x)).cpu().double()
+        found = answers[name].double()
         *_, allowed = _products(evidence, name, x)
         error = ((found - expected).abs() / allowed.clamp(min=1e-30)).max().item()
         worst = max(worst, error) if error == error else float("nan")
         if not error <= 2:  # both of them are rounded
             off.append(name)
-    compared = len(evidence.captured)
+    compared = len(inputs)
     return (
         not off and compared == len(evidence.targets),
         f"{compared} layers compared, {len(off)} differ{named(off)}; "

@@ -32,7 +32,7 @@ def apply_seed_recipe_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> 
     Raises:
         StudyError: a Linear of a target is not in the calibration.
     """
-    for group in smoothing_groups(model, smooth.targets):
+    for group in smoothing_groups(model.config, smooth.targets):
         for name in group.consumers:
             if name not in act_absmax:
                 raise StudyError(f"{name} is not in the calibration; run 01_calibration again")

@@ -50,28 +50,101 @@ def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, *, alpha: float)
     return (act.pow(alpha) / weight.pow(1.0 - alpha)).clamp(min=SMALLEST)
 
 
+def held_scales(norm_weight: Tensor, scales: Tensor, *, norm_offset: float) -> Tensor:
+    """The scales nearest to the wanted ones that a norm of (offset + w) can hold.
+
+    Such a norm stores (offset + w) / s - offset. Where s is large that is close to
+    -offset, and rounding it to the weight's dtype changes the quotient by far more than
+    one rounding. What the norm will really divide by is therefore what the Linears are
+    multiplied by. Without an offset the wanted scales are returned as they are.
+
+    Args:
+        norm_weight: (features,) as stored.
+        scales: (features,) as wanted.
+        norm_offset: what the norm adds to its weight; 0 for most.
+
+    Returns:
+        (features,) float64 on the CPU if there is an offset.
+    """
+    if not norm_offset:
+        return scales
+    factor = norm_weight.detach().cpu().double() + norm_offset
+    stored = (factor / scales.cpu().double() - norm_offset).to(norm_weight.dtype).double()
+    step = torch.finfo(norm_weight.dtype).eps * norm_offset
+    vanished = (stored == -norm_offset) & (factor != 0)  # the norm would lose the channel
+    stored = torch.where(vanished, stored + step * factor.sign(), stored)
+    return torch.where(factor == 0, scales.cpu().double(), factor / (stored + norm_offset))
+
+
 @torch.no_grad()
-def fold_scales_(producer: nn.Module, consumers: list[nn.Linear], scales: Tensor) -> None:
-    """Divide the producer's output channels by s, multiply the consumers' input channels by s.
+def fold_scales_(
+    producer: nn.Module, consumers: list[nn.Module], scales: Tensor, *, norm_offset: float
+) -> None:
+    """Divide the producer's last output channels by s, multiply the consumers' inputs by s.
 
     Args:
         producer: a norm with a (features,) weight, or a Linear; its bias is divided too.
-        consumers: Linears whose in_features are the producer's channels.
+            Of a fused Linear the last channels are meant.
+        consumers: modules whose (out, features) weights read the producer's channels.
         scales: (features,) positive and finite.
+        norm_offset: what a norm adds to its weight before it multiplies.
 
     Raises:
         ValueError: a scale is not positive and finite, or a shape does not fit.
     """
     if not (torch.isfinite(scales).all() and (scales > 0).all()):
         raise ValueError("scales hold a value that is not positive and finite; check calibration")
-    if producer.weight.shape[0] != len(scales):
-        raise ValueError(f"{len(scales)} scales for {producer.weight.shape[0]} producer channels")
-    divisor = scales.to(producer.weight)
-    producer.weight.div_(divisor if producer.weight.ndim == 1 else divisor[:, None])
+    size, weight = len(scales), producer.weight
+    if len(weight) < size or (weight.ndim == 1 and len(weight) > size):
+        raise ValueError(f"{size} scales for {len(weight)} producer channels")
+    divisor = _like(scales, weight)
+    if weight.ndim == 1 and norm_offset:
+        folded = (weight.cpu().double() + norm_offset) / scales.cpu().double() - norm_offset
+        weight.copy_(folded.to(weight.dtype))
+    else:
+        weight[-size:].div_(divisor if weight.ndim == 1 else divisor[:, None])
     if getattr(producer, "bias", None) is not None:
-        producer.bias.div_(divisor)
+        producer.bias[-size:].div_(divisor)
     for consumer in consumers:
-        consumer.weight.mul_(scales.to(consumer.weight))  # (out_features, in_features) * (in,)
+        consumer.weight.mul_(_like(scales, consumer.weight))  # (out_features, in) * (in,)
+
+
+def _like(scales: Tensor, weight: Tensor) -> Tensor:
+    """In the weight's dtype first, then on its device, which may not know float64."""
+    return scales.to(weight.dtype).to(weight.device)
+
+
+def group_scales(
+    model, group: SmoothingGroup, act_absmax: dict[str, Tensor], *, alpha: float
+) -> Tensor:
+    """(in_features,) the scales of one group of a float model that is not smoothed there yet.
+
+    Raises:
+        StudyError: a Linear is not in the model, or not calibrated.
+    """
+    consumers = [submodule(model, name) for name in group.consumers]
+    if group.consumers[0] not in act_absmax:
+        raise StudyError(f"{group.consumers[0]} is not in the calibration; run 01_calibration")
+    weight_absmax = torch.stack([c.weight.detach().abs().amax(0) for c in consumers]).amax(0)
+    act = act_absmax[group.consumers[0]].to(weight_absmax.device)
+    scales = smoothing_scales(act, weight_absmax, alpha=alpha)
+    producer = submodule(model, group.producer)
+    if producer.weight.ndim > 1:
+        return scales
+    return held_scales(producer.weight, scales, norm_offset=group.norm_offset)
+
+
+def submodule(model, name: str) -> nn.Module:
+    """A module of the model by name.
+
+    Raises:
+        StudyError: the model is not what its family's entry says.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        kind = model.config.model_type
+        raise StudyError(f"{name} is expected in a {kind} model but is not there") from None
 
 
 def smooth_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[SmoothedGroup]:
@@ -86,17 +159,11 @@ def smooth_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[Smooth
         StudyError: a target has no group in this architecture, or a Linear is not calibrated.
     """
     done = []
-    for group in smoothing_groups(model, smooth.targets):
-        consumers = [model.get_submodule(name) for name in group.consumers]
-        if group.consumers[0] not in act_absmax:
-            raise StudyError(f"{group.consumers[0]} is not in the calibration; run 01_calibration")
-        weight_absmax = torch.stack([c.weight.abs().amax(0) for c in consumers]).amax(0)
-        scales = smoothing_scales(
-            act_absmax[group.consumers[0]].to(weight_absmax.device),
-            weight_absmax,
-            alpha=smooth.alpha,
-        )
-        fold_scales_(model.get_submodule(group.producer), consumers, scales)
+    for group in smoothing_groups(model.config, smooth.targets):
+        scales = group_scales(model, group, act_absmax, alpha=smooth.alpha)
+        reading = [submodule(model, name) for name in (*group.consumers, *group.readers)]
+        producer = submodule(model, group.producer)
+        fold_scales_(producer, reading, scales, norm_offset=group.norm_offset)
         done.append(SmoothedGroup(group, scales.cpu()))
     return done
 

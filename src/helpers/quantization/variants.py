@@ -1,13 +1,20 @@
 """A variant of a model, ready to be asked: the float source, or its checkpoint on a runtime."""
 
+from pathlib import Path
+from types import MethodType
+
 import torch
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization.int8 import load_int8
-from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.quantization.int8 import declared_activations, load_int8
+from helpers.sources.devices import placed
+from helpers.sources.experts import linear_experts
+from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_folder
 from helpers.study.opening import Job
+from helpers.study.schema import Runtime
 
 
 def load_variant(job: Job):
@@ -26,17 +33,15 @@ def load_variant(job: Job):
         raise StudyError(f"{job.model}/{job.variant} has no checkpoint; run 02_quantization first")
     if not job.recipe.quantized:
         return load_model(folder, runtime), tokenizer
-    dtype = getattr(torch, runtime.dtype)
-    if runtime.quantized == "int8":
-        return load_int8(folder, dtype=dtype, device=runtime.device), tokenizer
-    return load_reference(folder, dtype=dtype, device=runtime.device), tokenizer
+    load = load_int8 if runtime.quantized == "int8" else load_reference
+    return load_as(load, folder, runtime), tokenizer
 
 
-def load_reference_of(job: Job):
-    """The float source that the job's variant is held against; None if it is the variant."""
-    if not job.recipe.changes_model:
-        return None
-    return load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
+def load_as(load, folder: Path, runtime: Runtime):
+    """A quantized checkpoint by one of the two ways of loading it, where the study runs it."""
+    start = "cpu" if runtime.device_map else runtime.device  # whence it is spread
+    model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
+    return placed(model, runtime)
 
 
 def variant_digest(job: Job) -> str:
@@ -52,10 +57,25 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     The weights are unpacked by a hook on the whole model's first forward pass. The
     evaluation calls the decoder alone, where no hook is, so one token is read here.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False
-    )
+    with linear_experts(load_config(folder)):
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False
+        )
     model = model.to(device).eval()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
+            module.simulated = module.forward
+            module.forward = MethodType(_one_text, module)
+    model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
     return model
+
+
+def _one_text(module: nn.Module, x: Tensor) -> Tensor:
+    """The simulated Linear, with a batch dimension for a (tokens, features) input.
+
+    compressed-tensors makes one scale a token of (batch, token, feature) inputs only; of
+    the flattened ones that experts and some MLPs get it makes one scale of all tokens.
+    """
+    return module.simulated(x[None])[0] if x.ndim == 2 else module.simulated(x)

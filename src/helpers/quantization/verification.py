@@ -12,31 +12,32 @@ from helpers.quantization.gates import Gate
 from helpers.study.opening import Job
 from helpers.study.schema import Variant
 
-EVERY = (
-    runtime_gates.function_gate,
+# First what needs no model, then what runs the source, then what runs the checkpoint: the
+# evidence holds one model at a time, and in this order each is loaded once or twice.
+ON_FILES = (
     checkpoint_gates.smoothing_gate,
     checkpoint_gates.kept_gate,
-    runtime_gates.reload_gate,
     checkpoint_gates.source_gate,
     calibration_gates.items_gate,
     calibration_gates.leak_gate,
-    calibration_gates.statistics_gate,
 )
-QUANTIZED = (
+ON_INT8_FILES = (
     checkpoint_gates.grid_gate,
     metadata_gates.census_gate,
     metadata_gates.metadata_gate,
-    runtime_gates.activations_gate,
-    runtime_gates.kernel_gate,
 )
+ON_THE_SOURCE = (calibration_gates.statistics_gate, runtime_gates.function_gate)
+ON_THE_CHECKPOINT = (runtime_gates.reload_gate,)
+ON_INT8_LAYERS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
 
 def checks(claim: Variant) -> tuple:
     """The gates that apply to what a variant claims to be."""
+    running = (*ON_THE_SOURCE, *ON_THE_CHECKPOINT)
     if not claim.quantized:
-        return (*EVERY, checkpoint_gates.float_weights_gate)
+        return (*ON_FILES, checkpoint_gates.float_weights_gate, *running)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()
-    return (*EVERY, *QUANTIZED, *static)
+    return (*ON_FILES, *ON_INT8_FILES, *static, *running, *ON_INT8_LAYERS)
 
 
 def verify(job: Job, *, source_hash: str) -> list[Gate]:

@@ -1,4 +1,8 @@
-"""Batches by token budget over length-sorted sequences, and padding them to one width."""
+"""Batches by token budget over length-sorted sequences, padding, and whose a token is."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -30,3 +34,25 @@ def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
         else:
             filled[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
     return filled.to(device)
+
+
+_OWNERS: ContextVar[Tensor | None] = ContextVar("owners", default=None)
+
+
+@contextmanager
+def owned_by(owners: Tensor) -> Iterator[None]:
+    """Inside, the tokens of a forward pass belong to different texts.
+
+    Args:
+        owners: (tokens,) int64, a number for every text.
+    """
+    before = _OWNERS.set(owners)
+    try:
+        yield
+    finally:
+        _OWNERS.reset(before)
+
+
+def token_owners() -> Tensor | None:
+    """(tokens,) whose each token of the running forward pass is; None if all are one text's."""
+    return _OWNERS.get()

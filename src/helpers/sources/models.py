@@ -8,11 +8,16 @@ import shutil
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
 
 from helpers.sources.bundled import bundled_model_folder
+from helpers.sources.devices import answering_where_asked, placed
+from helpers.sources.experts import linear_experts
 from helpers.sources.random_model import random_model_folder
+from helpers.sources.tensor_files import TensorFiles
 from helpers.sources.weights import refuse_unsafe
+from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
@@ -77,24 +82,77 @@ def _hub_snapshot(name: str, revision: str) -> Path:
 
 
 def load_model(folder: Path, runtime: Runtime):
-    """The float model of a folder in evaluation mode, at the study's dtype and device.
+    """The float model of a folder in evaluation mode, at the settled dtype and device.
 
     Raises:
-        StudyError: the folder holds no readable safetensors model, or only one that comes
-            with code of its own.
+        StudyError: the folder holds no readable safetensors model of a known family, only one
+            that comes with code of its own, or not all of one: what is missing would be
+            drawn at random.
     """
     refuse_unsafe(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=getattr(torch, runtime.dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with linear_experts(load_config(folder)):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=getattr(torch, runtime.dtype),
+                device_map=runtime.device_map,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except StudyError:
+        raise
     except Exception as error:  # of many kinds; each means that the folder is at fault
         raise _not_loaded(folder, "model", error) from None
-    return model.to(runtime.device).eval()
+    if lacking := sorted(report["missing_keys"]):
+        raise StudyError(
+            f"{folder.name}: {lacking[0]} is not in its files ({len(lacking)} tensors in all); "
+            "save the whole model with model.save_pretrained"
+        )
+    if runtime.device_map:  # the parts are where they belong already
+        return answering_where_asked(model).eval()
+    return placed(model, runtime).eval()
+
+
+def load_config(folder: Path):
+    """The configuration of a folder's model.
+
+    Raises:
+        StudyError: there is none, or its family is not known.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise _not_loaded(folder, "model", error) from None
+        reason = str(error).strip().splitlines()[0]
+        raise StudyError(f"{folder.name}: its config.json cannot be used ({reason})") from None
+    architecture(config)
+    return config
+
+
+def empty_model(config, *, dtype: torch.dtype):
+    """The modules of a configuration in evaluation mode, their weights not set yet."""
+    with no_init_weights(), linear_experts(config):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
+    """(vocabulary, hidden) weight of a folder's head, or of the embeddings it is tied to.
+
+    Raises:
+        StudyError: the folder holds neither.
+    """
+    from safetensors import safe_open
+
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - the reader is not iterable itself
+                    if name.endswith(ending):
+                        return tensors.get_tensor(name).to(device, dtype)
+    raise StudyError(f"{folder.name} holds neither a head nor embeddings; name a language model")
 
 
 def _not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
@@ -141,43 +199,18 @@ def load_tokenizer(folder: Path):
     return tokenizer
 
 
-def prepare(runtime: Runtime, *, seed: int) -> None:
-    """Set threads and seeds for one job.
-
-    Raises:
-        StudyError: the study asks for a device this machine lacks.
-    """
-    if runtime.device == "cuda" and not torch.cuda.is_available():
-        raise StudyError("runtime.device = 'cuda' but no CUDA device is found; use 'cpu'")
-    torch.set_num_threads(runtime.threads)
-    torch.manual_seed(seed)
-
-
 def bytes_by_part(folder: Path) -> dict[str, int]:
     """Bytes on disk of a model's Linears, embeddings (a tied head is in them), and the rest."""
-    from safetensors import safe_open
-
+    config, files = load_config(folder), TensorFiles(folder, dtype=None)
+    linears, tables = set(linear_names(config)), {*architecture(config).embeddings, HEAD}
     parts = {"Linears": 0, "embeddings and head": 0, "norms and others": 0}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - the reader is not iterable itself
-                shape = tensors.get_slice(name)
-                count = torch.Size(shape.get_shape()).numel()
-                size = count * torch.empty(0, dtype=SIZES[shape.get_dtype()]).element_size()
-                parts[_part(name)] += size
+    for name in files:
+        parts[_part(name, linears, tables)] += files.size_bytes(name)
     return parts
 
 
-SIZES = {
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I8": torch.int8,
-    "I64": torch.int64,
-}
-
-
-def _part(tensor: str) -> str:
-    if "embed_tokens" in tensor or "lm_head" in tensor:
+def _part(tensor: str, linears: set[str], tables: set[str]) -> str:
+    module = tensor.rpartition(".")[0]
+    if module in tables:
         return "embeddings and head"
-    return "Linears" if "_proj" in tensor else "norms and others"
+    return "Linears" if module in linears else "norms and others"

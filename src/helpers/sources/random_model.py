@@ -19,14 +19,32 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 SIZES = {
     "vocab_size": 256 + len(SPECIAL),
     "hidden_size": 64,
-    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 4096,
     "tie_word_embeddings": True,
-    "initializer_range": 0.15,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+GATED = {"intermediate_size": 96, "initializer_range": 0.15, **GROUPED}
+WINDOW = 24  # tokens that a layer with a sliding window looks back, so few that tests notice
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+FAMILIES: dict[str, dict] = {
+    "llama": GATED,
+    "mistral": {**GATED, "sliding_window": WINDOW},
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "qwen3_moe": {**GATED, **EXPERTS, "norm_topk_prob": True},
+    "gemma3_text": {
+        **GATED,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {**GATED, "sliding_window": WINDOW, "tie_word_embeddings": False},
+    "opt": {"ffn_dim": 96, "init_std": 0.15},
 }
 
 
@@ -50,15 +68,19 @@ def byte_tokenizer():
     return tokenizer
 
 
-def random_model(family: str, *, seed: int):
-    """A tiny seeded model of a family (`llama` or `qwen3`) in float32."""
-    import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen3Config
+def random_model(family: str, *, seed: int, **changes):
+    """A tiny seeded model of a family in float32; its experts are Linears, if it has any.
 
-    config = {"llama": LlamaConfig, "qwen3": Qwen3Config}[family](
-        **SIZES, bos_token_id=1, eos_token_id=2, pad_token_id=0
-    )
-    with torch.random.fork_rng():
+    Args:
+        changes: settings of its configuration other than the tiny ones.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpers.sources.experts import linear_experts
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    with torch.random.fork_rng(), linear_experts(config):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()

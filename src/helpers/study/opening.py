@@ -1,6 +1,6 @@
 """What a notebook opens first: the study, its folders, and the model and variant at hand."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers.study.errors import StudyError
@@ -11,13 +11,18 @@ from helpers.study.schema import Study, Variant
 
 @dataclass(frozen=True)
 class Job:
-    """One run of one notebook."""
+    """One run of one notebook.
+
+    `runtime` is what the machine at hand made of the study file's runtime, for the record;
+    helpers.sources.devices settles it.
+    """
 
     name: str
     study: Study
     paths: StudyPaths
     model: str = ""
     variant: str = ""
+    runtime: dict = field(default_factory=dict)
 
     @property
     def recipe(self) -> Variant:
@@ -25,9 +30,10 @@ class Job:
         return self.study.variants[self.variant]
 
     @property
-    def parameters(self) -> dict[str, str]:
+    def parameters(self) -> dict:
         """The job's own parameters, for its record."""
         named = {"study": self.name, "model": self.model, "variant": self.variant}
+        named["runtime"] = self.runtime
         return {key: value for key, value in named.items() if value}
 
 

@@ -20,6 +20,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from helpers.study.architectures import ARCHITECTURES
 from helpers.study.names import PATTERN, trouble_with
 
 
@@ -87,12 +88,17 @@ class Strict(BaseModel):
 
 
 class Runtime(Strict):
-    """Where jobs run. `threads` is per job: jobs run side by side."""
+    """Where jobs run. `threads` is per job: jobs run side by side.
 
-    device: Literal["cpu", "cuda"]
-    dtype: Literal["float32", "bfloat16"]
+    `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
+    `device_map: auto` spreads a model over all its GPUs.
+    """
+
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     quantized: Literal["int8", "reference"]
+    device_map: Literal["auto"] | None = None
 
 
 class ShippedDataset(Strict):
@@ -148,7 +154,7 @@ class BundledModel(Strict):
 class RandomModel(Strict):
     """A tiny model with seeded random weights, for tests."""
 
-    random: Literal["llama", "qwen3"]
+    random: Literal[*ARCHITECTURES]
 
 
 class FineTuning(Strict):
@@ -190,12 +196,22 @@ class LogLikelihood(Strict):
 
 
 class Generate(Strict):
-    """The model answers a chat greedily; the answer is parsed from its text."""
+    """The model answers a chat greedily; the answer is parsed from its text.
+
+    `stop: answer` ends an answer with its first complete box, `stop: turn` where the model does.
+    """
 
     protocol: Literal["generate"]
     answer: Literal["boxed", "text"]
+    stop: Literal["turn", "answer"]
     shots: Annotated[Whole, Field(ge=0, le=3)]
     max_new_tokens: Annotated[Whole, Field(ge=1, le=32768)]
+
+    @model_validator(mode="after")
+    def _a_box_to_stop_at(self):
+        if self.stop == "answer" and self.answer != "boxed":
+            raise ValueError("stop = 'answer' needs answer = 'boxed'; use stop: turn")
+        return self
 
 
 class EvaluationSet(Strict):
@@ -215,10 +231,20 @@ class SharedText(Strict):
     max_tokens: Annotated[Whole, Field(ge=8)]
 
 
+class Batch(Strict):
+    """The most of one forward pass; answers do not depend on it.
+
+    `tokens` of prompts are read at once, `rows` answers are written at once.
+    """
+
+    tokens: Count
+    rows: Count
+
+
 class Evaluation(Strict):
     """The evaluation sets, and the text every variant reads."""
 
-    batch_tokens: Annotated[Whole, Field(ge=64)]
+    batch: Batch
     datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
     shared_text: SharedText
 

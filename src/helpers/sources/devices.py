@@ -1,0 +1,140 @@
+"""Where a job computes: what the study file leaves open is settled on this machine, once.
+
+`auto` takes the best device there is and the dtype that suits it. What was settled, and
+why it is not what a reader would expect, goes into the job's record.
+"""
+
+import platform
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from helpers.study.errors import StudyError
+from helpers.study.opening import Job
+from helpers.study.schema import Runtime
+
+NO_INT8 = {"mps": "torch has no int8 product there, so int8 is simulated (quantized: reference)"}
+
+
+def prepare(job: Job) -> Job:
+    """The job with its runtime settled on this machine; threads and seeds are set.
+
+    Raises:
+        StudyError: the study asks for a device this machine lacks.
+    """
+    asked = job.study.runtime
+    runtime = settled(asked)
+    torch.set_num_threads(runtime.threads)
+    torch.manual_seed(job.study.seed)
+    study = job.study.model_copy(update={"runtime": runtime})
+    return replace(job, study=study, runtime=account(runtime, asked))
+
+
+def settled(runtime: Runtime) -> Runtime:
+    """The runtime with nothing left open: a device that is there, a dtype, a kernel.
+
+    Raises:
+        StudyError: the study asks for a device this machine lacks.
+    """
+    device = best_device() if runtime.device == "auto" else runtime.device
+    if not is_there(device):
+        raise StudyError(
+            f"runtime.device = {device!r} but this machine has none; use 'auto' or 'cpu'"
+        )
+    dtype = best_dtype(device) if runtime.dtype == "auto" else runtime.dtype
+    spread = runtime.device_map if device == "cuda" and torch.cuda.device_count() > 1 else None
+    quantized = "reference" if device in NO_INT8 else runtime.quantized
+    changes = {"device": device, "dtype": dtype, "device_map": spread, "quantized": quantized}
+    return runtime.model_copy(update=changes)
+
+
+def best_device() -> str:
+    """cuda, else mps, else cpu."""
+    return next(device for device in ("cuda", "mps", "cpu") if is_there(device))
+
+
+def is_there(device: str) -> bool:
+    """Whether this machine can compute on a kind of device."""
+    match device:
+        case "cuda":
+            return torch.cuda.is_available()
+        case "mps":
+            return torch.backends.mps.is_available()
+    return device == "cpu"
+
+
+def best_dtype(device: str) -> str:
+    """bfloat16 on a GPU that has it, else float32."""
+    if device == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    if device == "mps":
+        try:
+            torch.ones(1, dtype=torch.bfloat16, device="mps") + 1
+        except (TypeError, RuntimeError):  # systems before macOS 14
+            return "float32"
+        return "bfloat16"
+    return "float32"
+
+
+def account(runtime: Runtime, asked: Runtime) -> dict:
+    """What was settled, for the record: the device by name, and what differs from what was asked.
+
+    Args:
+        runtime: as settled.
+        asked: as the study file has it.
+    """
+    notes = []
+    if runtime.quantized != asked.quantized:
+        notes.append(f"{runtime.device}: {NO_INT8[runtime.device]}")
+    if asked.device_map and not runtime.device_map:
+        notes.append("one device: device_map has nothing to spread over")
+    return {**runtime.model_dump(), "device_name": device_name(runtime.device), "notes": notes}
+
+
+def device_name(device: str) -> str:
+    """The processor or card as it calls itself."""
+    if device == "cuda":
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        return ", ".join(names)
+    return processor_name()
+
+
+def processor_name() -> str:
+    """The CPU as it calls itself, or its architecture."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def placed(model, runtime: Runtime):
+    """The model on its device, or in parts on all GPUs where the study spreads it.
+
+    What this project calls by itself (the decoder, the head) answers on the device it was
+    asked on, as a model in one place does.
+    """
+    if not runtime.device_map:
+        return model.to(runtime.device)
+    from accelerate import dispatch_model, infer_auto_device_map
+    from accelerate.utils import get_balanced_memory
+
+    whole = {"no_split_module_classes": list(model._no_split_modules or ())}
+    places = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **whole), **whole)
+    model = dispatch_model(model, device_map=places, force_hooks=True)
+    return answering_where_asked(model)
+
+
+def answering_where_asked(model):
+    """Have the decoder and the head of a spread model answer on the device of their input."""
+    for part in (model.base_model, model.get_output_embeddings()):
+        part.register_forward_hook(_home, with_kwargs=True)
+    return model
+
+
+def _home(_module, args: tuple, kwargs: dict, output):
+    """The output, on the device of the first tensor that was given."""
+    from accelerate.utils import send_to_device
+
+    given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    return send_to_device(output, next(given).device)

@@ -1,0 +1,53 @@
+"""Quantization error by Linear, against a smoothed model that is really built."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers.quantization.calibration import run_calibration
+from helpers.quantization.error import sqnr_with_and_without
+from helpers.quantization.smoothing import smooth_, smoothed_absmax
+from helpers.sources.random_model import random_model
+from helpers.study.schema import Smooth, Variant
+from quantized_run import lived_in
+
+TARGETS = ("attention_input", "mlp_input", "mlp_down")
+
+
+def texts():
+    generator = torch.Generator().manual_seed(8)
+    return [torch.randint(3, 259, (n,), generator=generator).tolist() for n in (31, 12)]
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "opt", "qwen3_moe"])
+@pytest.mark.parametrize("preset", ["w8a8", "o3"])
+def test_the_curve_with_smoothing_is_that_of_the_smoothed_model(family, preset):
+    """Made one Linear at a time from the scales, it must equal folding them for good."""
+    model = lived_in(random_model(family, seed=6))
+    absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
+    smooth = Smooth(alpha=0.5, targets=TARGETS)
+    plain, smoothing = Variant(preset=preset), Variant(preset=preset, smooth=smooth)
+    curves = sqnr_with_and_without(model, texts(), smoothing, absmax)
+    assert (
+        curves["without smoothing"]
+        == sqnr_with_and_without(model, texts(), plain, absmax)["without smoothing"]
+    )
+    smoothed = copy.deepcopy(model)
+    done = smooth_(smoothed, absmax, smooth)
+    limits = smoothed_absmax(absmax, done)
+    expected = sqnr_with_and_without(smoothed, texts(), plain, limits)["without smoothing"]
+    assert set(curves["with smoothing"]) == set(expected)
+    for name, found in curves["with smoothing"].items():
+        assert found == pytest.approx(expected[name], abs=0.2), name  # dB; ties may round apart
+    assert curves["with smoothing"] != curves["without smoothing"]
+
+
+def test_the_model_is_left_as_it_was():
+    model = random_model("llama", seed=6)
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
+    smooth = Smooth(alpha=0.5, targets=TARGETS)
+    sqnr_with_and_without(model, texts(), Variant(preset="w8a8", smooth=smooth), absmax)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert not any(m._forward_pre_hooks for m in model.modules())
