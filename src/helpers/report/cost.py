@@ -116,7 +116,7 @@ class Cost:
         return way.rounds(quantity, self.account["work"]["prefill_tokens"])
 
     def peak(self, way: Way) -> Spread | None:
-        """Operations a second of the bare product in the way's arithmetic; the best is the limit."""
+        """Operations a second of the bare product in the way's arithmetic; the best limits it."""
         values = self.account["peaks"][way.told["arithmetic"]]
         return None if None in values else spread(values)
 
