@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from helpers.study.errors import StudyError
 from helpers.study.names import PATTERN, RULE, TAKEN, trouble_with
-from helpers.study.paths import PROJECT
+from helpers.study.paths import PROJECT, vllm_python
 from helpers.study.plain_text import one_line
 from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
 from helpers.study.yaml_text import MOST_BYTES, read_yaml
@@ -224,6 +224,10 @@ def _start(study: Study, key: str, start: str) -> list[str]:
 
 def _missing_files(study: Study) -> list[str]:
     problems = []
+    if study.runtime.quantized == "vllm" and not vllm_python().is_file():
+        problems.append(
+            "runtime.quantized = 'vllm' but vLLM is not set up; run make .venv-vllm/.study-ready"
+        )
     for key, source in _sources(study):
         if isinstance(source, FileDataset) and not _found(source.file, Path.is_file):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
