@@ -33,7 +33,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help study report archive again export lab test longtest bench serve-check lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bench serve-check lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -49,6 +49,9 @@ study: $(READY) ## run what is not current of a study; ARGS=-n only lists it
 	+@if [ -x $(PY) ]; then \
 	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS); \
 	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
+
+fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--renew asks anew
+	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)
 
 report: $(READY) ## only analysis and report, from the results that are there
 	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)

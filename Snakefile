@@ -176,6 +176,25 @@ rule quantization:
         COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
 
 
+rule cost:
+    # A measurement of durations: it takes every core, so that nothing runs beside it.
+    input:
+        needs("cost"),
+    output:
+        notebook=executed("cost", "{model}"),
+        record=record("cost", "{model}"),
+    params:
+        notebook=grid.NOTEBOOKS["cost"],
+        depends=depends("cost"),
+    message:
+        "cost {wildcards.model}"
+    threads: workflow.resource_settings.cores or os.cpu_count()
+    resources:
+        gpu=GPUS,
+    shell:
+        COMMAND + " -p model {wildcards.model:q}"
+
+
 rule evaluation:
     input:
         needs("evaluation"),

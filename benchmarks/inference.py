@@ -145,7 +145,8 @@ def measure(items_each: int, rounds: int, threads: int) -> list[Row]:
     torch.set_num_threads(threads)
     runtime = Runtime(device="cpu", dtype="float32", threads=threads, quantized="int8")
     source = bundled_model_folder()
-    tokenizer, model = load_tokenizer(source), load_model(source, runtime)
+    tokenizer = load_tokenizer(source, enable_thinking=None)
+    model = load_model(source, runtime)
     science = load_items(ShippedDataset(shipped="arc"), adapter="arc")[:items_each]
     asked = [option_tokens(tokenizer, loglikelihood_prompt(item, "arc")) for item in science]
     items = list(enumerate(asked))

@@ -14,7 +14,8 @@ from helpers.evaluation.predictions import read_passage_rows, read_predictions
 from helpers.evaluation.prompts import loglikelihood_prompt
 from helpers.evaluation.scoring import score_options
 from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import load_items, normalized_text, shared_passages
+from helpers.sources.datasets import load_items, shared_passages
+from helpers.sources.items import normalized_text
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
 from helpers.study.schema import FileDataset

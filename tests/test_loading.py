@@ -134,7 +134,7 @@ WRONG_TYPES = [
     ("statistics/margin", "small", "number"),
     ("statistics/margin", True, "number"),
     ("variants/smoothquant_w8a8/smooth/alpha", True, "number"),
-    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "number"),
+    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "two values or more"),
     ("variants/smoothquant_w8a8/smooth/targets", "mlp_input", "list"),
     ("variants/smoothquant_w8a8/smooth/targets", [], "empty"),
     ("variants/rtn_w8a8", None, "mapping"),
@@ -431,3 +431,41 @@ def test_relative_paths_start_at_the_project(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", sorted((loading.PROJECT / "params").glob("*.yaml")), ids=str)
 def test_every_study_of_the_project_loads(path):
     load_study(path)
+
+
+def test_a_rule_for_numbers_is_for_word_problems_only(write_study, study_settings):
+    line = refusal(
+        write_study(put(study_settings, "evaluation/datasets/arc/keep", "numeric_answers"))
+    )
+    assert line.startswith("evaluation.datasets.arc.keep = 'numeric_answers' is for openmath items")
+    assert line.endswith("remove it")
+
+
+@pytest.mark.parametrize("ask", [{"stop": "answer"}, {"answer": "text"}])
+def test_a_model_that_thinks_is_read_to_the_end_of_its_turn(write_study, study_settings, ask):
+    """A box in its thoughts is not its answer."""
+    study_settings["evaluation"]["datasets"]["squad_v2"]["ask"] |= {"stop": "turn"} | ask
+    load_study(write_study(put(study_settings, "enable_thinking", False)))
+    line = refusal(write_study(put(study_settings, "enable_thinking", True)))
+    assert line.startswith("evaluation.datasets.squad_v2.ask.answer = ")
+    assert line.endswith("use answer: boxed, stop: turn")
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, "false"])
+def test_whether_a_model_thinks_is_true_or_false(write_study, study_settings, value):
+    line = refusal(write_study(put(study_settings, "enable_thinking", value)))
+    assert line.startswith(f"enable_thinking = {value!r} is neither true nor false")
+
+
+def test_several_files_can_be_one_source(tmp_path, write_study, study_settings, write_rows):
+    """By a pattern; in the order of their names, whatever the folder says."""
+    from helpers.sources.rows import load_rows
+
+    rows = [{"n": n} for n in range(4)]
+    write_rows(rows[2:], "part-2.jsonl")
+    write_rows(rows[:2], "part-1.jsonl")
+    pattern = {"file": str(tmp_path / "part-*.jsonl")}
+    study = load_study(write_study(put(study_settings, "calibration/dataset", pattern)))
+    assert load_rows(study.calibration.dataset) == rows
+    gone = put(study_settings, "calibration/dataset", {"file": str(tmp_path / "none-*.jsonl")})
+    assert "none-*.jsonl' does not exist; correct the path" in refusal(write_study(gone))

@@ -11,8 +11,10 @@ from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
 from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt
 from helpers.evaluation.scoring import score_options, score_text
+from helpers.sources.chat_template import end_of_turn
 from helpers.sources.conversations import tokenize
-from helpers.sources.datasets import Item, evaluation_items
+from helpers.sources.datasets import evaluation_items
+from helpers.sources.items import Item
 from helpers.study.errors import StudyError
 from helpers.study.schema import Batch, EvaluationSet, Study
 
@@ -91,10 +93,11 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) ->
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's end of turn and the model's own list."""
+    """Ids that end an answer: of a turn or of a text, and the model's own list."""
     declared = model.generation_config.eos_token_id
     listed = declared if isinstance(declared, list) else [declared]
-    return {tokenizer.eos_token_id, *(i for i in listed if i is not None)}
+    ends = {end_of_turn(tokenizer), tokenizer.eos_token_id}
+    return ends | {i for i in listed if i is not None}
 
 
 def box_closes(tokenizer) -> Callable[[list[int]], bool]:

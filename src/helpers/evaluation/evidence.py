@@ -10,7 +10,8 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompts import prompt
 from helpers.sources.conversations import tokenize
-from helpers.sources.datasets import Item, calibration_items, evaluation_items, training_items
+from helpers.sources.datasets import calibration_items, evaluation_items, training_items
+from helpers.sources.items import Item
 from helpers.study.gates import as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import invariance_gate
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import Item, item_key
+from helpers.sources.items import Item, item_key
 from helpers.study.gates import WHOLE_VARIANT, Gate
 from helpers.study.schema import EvaluationSet, Study
 

@@ -26,7 +26,7 @@ def load_variant(job: Job):
     """
     runtime = job.study.runtime
     source = model_folder(job.study, job.model, job.paths)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
     if not job.recipe.changes_model:
         return load_model(source, runtime), tokenizer
     folder = job.paths.checkpoint(job.model, job.variant)

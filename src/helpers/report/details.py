@@ -182,6 +182,7 @@ def records(results: Results) -> list[dict]:
     evaluated = list(results.evaluations.values())
     found = [*results.training.values(), *(c.record for c in results.calibrations.values())]
     found += [e.quantization for e in evaluated if e.quantization]
+    found += [cost.record for cost in results.costs.values() if cost]
     return found + [e.record for e in evaluated]
 
 

@@ -235,6 +235,26 @@ def token_costs(rows: list[dict], *, variants: list[str], title: str) -> Figure:
 
 
 @in_house_style
+def kl_by_alpha(curves: dict[str, list[dict]], *, title: str) -> Figure:
+    """KL from the float model against α, a line a variant, its least point marked.
+
+    Args:
+        curves: variant to rows of `alpha` and `kl` (nats a token).
+    """
+    figure, axes = new_figure(6.4, 3.2)
+    for (variant, rows), color in zip(curves.items(), VARIANT_COLORS, strict=False):
+        rows = sorted(rows, key=lambda row: row["alpha"])
+        alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
+        axes.plot(alphas, kl, "o-", color=color, label=variant)
+        least = min(rows, key=lambda row: row["kl"])
+        axes.plot(least["alpha"], least["kl"], "o", color=color, markersize=11, fillstyle="none")
+    axes.set(xlabel="α", ylabel="KL [nats / token]", title=_wrapped(title))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return figure
+
+
+@in_house_style
 def sqnr_by_variant(
     curves: dict[str, dict[str, dict[str, float]]], *, variants: list[str], title: str
 ) -> Figure:

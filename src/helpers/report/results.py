@@ -22,6 +22,7 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompt_records import read_prompts
 from helpers.evaluation.verdicts import Verdict, study_verdicts
+from helpers.report.cost import Cost, read_costs
 from helpers.study.errors import StudyError
 from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.hashing import sha256_file, sha256_folder
@@ -102,6 +103,7 @@ class Results:
     evaluations: dict[tuple[str, str], Evaluated]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
     questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
+    costs: dict[str, Cost | None]  # of the models that have one of their own
 
     @property
     def models(self) -> list[str]:
@@ -167,15 +169,17 @@ def load_results(job: Job) -> Results:
     """
     study = job.study
     trained = [m for m, source in study.models.items() if isinstance(source, FineTunedModel)]
+    evaluations = {
+        (model, variant): _evaluated(job, model, variant)
+        for model in study.models
+        for variant in study.variants
+    }
+    hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
     found = Results(
         name=job.name,
         study=study,
         calibrations={model: _calibrated(job, model) for model in study.models},
-        evaluations={
-            (model, variant): _evaluated(job, model, variant)
-            for model in study.models
-            for variant in study.variants
-        },
+        evaluations=evaluations,
         training={
             model: read_json(
                 job.paths.finetuned_model(model) / "record.json", made_by="00_finetuning"
@@ -183,6 +187,7 @@ def load_results(job: Job) -> Results:
             for model in trained
         },
         questions={name: _questions(job, name) for name in study.evaluation.datasets},
+        costs=read_costs(job, hashes),
     )
     _refuse_broken_chain(job, found)
     return found

@@ -22,7 +22,7 @@ from typing import Any
 
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json
-from helpers.study.loading import resolve
+from helpers.study.loading import files_of, resolve
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.schema import (
     FileDataset,
@@ -36,12 +36,14 @@ NOTEBOOKS = {
     "finetuning": "00_finetuning",
     "calibration": "01_calibration",
     "quantization": "02_quantization",
+    "cost": "03_cost",
     "evaluation": "03_evaluation",
     "analysis": "04_analysis",
 }
 HELPERS = Path(__file__).resolve().parents[1]
-PLUMBING = ("errors", "loading", "names", "opening", "paths", "schema", "yaml_text")
+PLUMBING = ("errors", "loading", "model_folders", "names", "opening", "paths", "pins", "schema")
 PLUMBING += ("archive", "cleaning", "execution", "export", "grid", "jobs", "workflow")
+PLUMBING += ("yaml_text",)
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in PLUMBING}
 
 
@@ -71,6 +73,8 @@ class Run:
                 return paths.calibration(self.model) / "record.json"
             case "quantization":
                 return paths.quantization(self.model, self.variant) / "record.json"
+            case "cost":
+                return paths.cost(self.model) / "record.json"
             case "evaluation":
                 return paths.evaluation(self.model, self.variant) / "record.json"
         return paths.root / "summary.json"
@@ -86,6 +90,7 @@ def runs(study: Study) -> list[Run]:
     found = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
     found += [Run("calibration", m) for m in study.models]
     found += [Run("quantization", m, v) for m, v in pairs if study.variants[v].changes_model]
+    found += [Run("cost", m) for m in timed_models(study)]
     found += [Run("evaluation", m, v) for m, v in pairs]
     names = [run.name for run in found]
     for run in found:
@@ -95,6 +100,11 @@ def runs(study: Study) -> list[Run]:
                 f"{run.name}; leave out the dots in the names"
             )
     return found
+
+
+def timed_models(study: Study) -> list[str]:
+    """The models whose cost is measured: one trained here costs what its start costs."""
+    return [m for m in study.models if not _is_trained(study, m)]
 
 
 def _is_trained(study: Study, model: str) -> bool:
@@ -109,6 +119,9 @@ def before(study: Study, run: Run) -> list[Run]:
             return trained
         case "quantization":
             return [*trained, Run("calibration", run.model)]
+        case "cost":
+            made = [v for v in study.variants if study.variants[v].changes_model]
+            return [Run("quantization", run.model, v) for v in made]
         case "evaluation":
             found = [*trained]
             if study.variants[run.variant].changes_model:
@@ -132,10 +145,15 @@ def depends_on(study: Study, run: Run) -> str:
     }
     if run.stage in ("finetuning", "calibration"):
         del uses["runtime"]["quantized"]  # both work on the float model
+    if study.enable_thinking is not None:
+        uses["enable_thinking"] = study.enable_thinking
     if run.variant:
-        variant = study.variants[run.variant]
-        uses["variant"] = {"settings": variant.model_dump(mode="json"), "scheme": variant.scheme}
-    if run.stage in ("calibration", "quantization") or (
+        uses["variant"] = _variant(study, run.variant)
+    if run.stage == "cost":
+        del uses["runtime"]["threads"]  # it takes all there are
+        uses["variants"] = {v: _variant(study, v) for v in study.variants}
+        uses["baseline"], uses["batch"] = study.baseline, study.evaluation.batch.model_dump()
+    if run.stage in ("calibration", "quantization", "cost") or (
         run.variant and study.variants[run.variant].changes_model
     ):
         uses["calibration"] = study.calibration.model_dump()
@@ -144,6 +162,11 @@ def depends_on(study: Study, run: Run) -> str:
         uses["evaluation"] = study.evaluation.model_dump()
         uses["baseline"] = study.baseline
     return canonical_json(uses)
+
+
+def _variant(study: Study, variant: str) -> dict:
+    wanted = study.variants[variant]
+    return {"settings": wanted.model_dump(mode="json"), "scheme": wanted.scheme}
 
 
 def _model(study: Study, model: str) -> dict:
@@ -159,7 +182,7 @@ def _model(study: Study, model: str) -> dict:
 def _drawn(study: Study) -> dict:
     """What decides which items are evaluation items, and so barred elsewhere."""
     return {
-        name: [dataset.adapter, dataset.source.model_dump(), dataset.items]
+        name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
         for name, dataset in study.evaluation.datasets.items()
     }
 
@@ -174,8 +197,8 @@ def source_files(study: Study, run: Run) -> list[Path]:
     files = {notebook, *imported_modules(notebook, with_report=run.stage == "analysis")}
     for source in _data_sources(study, run):
         match source:
-            case FileDataset(file=file):
-                files.add(resolve(file))
+            case FileDataset():
+                files.update(files_of(source))
             case ShippedDataset(shipped=name):
                 files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")
             case FolderModel(folder=folder):

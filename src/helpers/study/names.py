@@ -10,7 +10,7 @@ RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or 
 TAKEN = {
     "models": {"notebooks", "report", "report_files", "report.md", "report.html"}
     | {"summary.json", "summary.csv", "lm-eval"},
-    "variants": {"model", "calibration"},
+    "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
 DEVICES = {"con", "prn", "aux", "nul"}

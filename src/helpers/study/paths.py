@@ -71,6 +71,9 @@ class StudyPaths:
     def calibration(self, model: str) -> Path:
         return self.root / model / "calibration"
 
+    def cost(self, model: str) -> Path:
+        return self.root / model / "cost"
+
     def variant(self, model: str, variant: str) -> Path:
         return self.root / model / variant
 

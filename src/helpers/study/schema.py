@@ -48,11 +48,27 @@ def _portable(name: str) -> str:
     return name
 
 
+def _a_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise PydanticCustomError(
+            "grid", "is no choice; list two values or more, each once, or give one number"
+        )
+    return values
+
+
+def _kind_of_alpha(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "list"
+    return "auto" if isinstance(value, str) else "number"
+
+
 Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
 Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
 Count = Annotated[Whole, Field(ge=1)]
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
 Weights = Literal["channel", "tensor"]
@@ -109,17 +125,29 @@ class ShippedDataset(Strict):
     shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
 
 
-class HubDataset(Strict):
-    """One split of a dataset on the Hub, at a revision."""
+class Stream(Strict):
+    """At most `rows` rows of a split too large to fetch, from `pieces` of it drawn with `seed`."""
 
-    hub: Annotated[str, Field(min_length=3)]
+    rows: Count
+    pieces: Count
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+
+
+class HubDataset(Strict):
+    """One split of a dataset on the Hub, at a revision; without `stream` all of its rows."""
+
+    hub: HubName
     config: str | None
-    split: str
-    revision: str
+    split: Annotated[str, Field(min_length=1)]
+    revision: Revision
+    stream: Stream | None = None
 
 
 class FileDataset(Strict):
-    """A local JSONL or parquet file in the Hub's schema; relative paths start at the project."""
+    """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
+
+    Relative paths start at the project.
+    """
 
     file: Annotated[str, Field(pattern=r"\.(jsonl|parquet)$")]
 
@@ -137,8 +165,8 @@ Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
 class HubModel(Strict):
     """A model repository on the Hub, at a revision."""
 
-    hub: Annotated[str, Field(min_length=3)]
-    revision: str
+    hub: HubName
+    revision: Revision
 
 
 class FolderModel(Strict):
@@ -217,10 +245,15 @@ class Generate(Strict):
 
 
 class EvaluationSet(Strict):
-    """Which items are asked, and how."""
+    """Which items are asked, and how.
+
+    `keep: numeric_answers` leaves out items whose gold answer is no single number; without
+    it all are kept, and golds that are no numbers have to be matched as text.
+    """
 
     adapter: Adapter
     source: DatasetSource
+    keep: Literal["numeric_answers"] | None = None
     items: Count
     ask: Annotated[LogLikelihood | Generate, Field(discriminator="protocol")]
 
@@ -262,9 +295,18 @@ class Calibration(Strict):
 
 
 class Smooth(Strict):
-    """SmoothQuant's migration strength and the places it is folded into."""
+    """SmoothQuant's migration strength and the places it is folded into.
 
-    alpha: Fraction
+    α is a number, a list of which the best is taken, or `auto` for one a group; what is
+    chosen is chosen on held-out calibration items (helpers.quantization.alpha).
+    """
+
+    alpha: Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_a_grid), Tag("list")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_kind_of_alpha),
+    ]
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
@@ -294,6 +336,12 @@ class Variant(Strict):
             raise ValueError(
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
+            )
+        chosen = self.smooth and not isinstance(self.smooth.alpha, float)
+        if chosen and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                "smooth.alpha is chosen by the error of quantization, and this variant has none "
+                "of its own; give a number"
             )
         return self
 
@@ -346,11 +394,16 @@ class Statistics(Strict):
 
 
 class Study(Strict):
-    """One YAML file: the whole account of a study."""
+    """One YAML file: the whole account of a study.
+
+    `enable_thinking` goes to the chat template of models that think aloud before they
+    answer; a study of such a model has to say it.
+    """
 
     title: Annotated[str, Field(min_length=1)]
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     runtime: Runtime
+    enable_thinking: Annotated[bool, Field(strict=True)] | None = None
     models: Annotated[dict[Name, ModelSource], Field(min_length=1)]
     calibration: Calibration
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]

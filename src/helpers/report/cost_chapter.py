@@ -1,0 +1,124 @@
+"""The chapter on what each variant costs and gains: sentences, tables and one figure a model."""
+
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from helpers.report import cost_figures, cost_tables
+from helpers.report.cost import TOLERANCE, Cost, Way
+from helpers.report.formats import code, count, escape, listed, markdown_table, percent
+from helpers.report.results import Results
+
+Shown = list[Markdown | Figure]
+
+
+def cost_chapter(results: Results) -> Shown:
+    """What was measured of every model, or that it was not."""
+    found: Shown = []
+    for model, cost in results.costs.items():
+        if cost is None:
+            told = f"The cost of {code(model)} was not measured; `make study` does it."
+            found.append(Markdown(f"### Model {code(model)}\n\n{told}\n"))
+        else:
+            found += measured(cost)
+    twins = [code(m) for m in results.models if m not in results.costs]
+    if twins:
+        verb = "have" if len(twins) > 1 else "has"
+        told = "the shapes of the model it was trained from, and so its costs"
+        found.append(Markdown(f"{listed(twins)} {verb} {told}.\n"))
+    return found
+
+
+def measured(cost: Cost) -> Shown:
+    """One model: what is gained, as ratios and amounts, and how near the limit."""
+    model = code(cost.account["model"])
+    return [
+        Markdown(f"### Model {model}\n\n{gains(cost)}\n\n{how(cost)}\n"),
+        Markdown(markdown_table(cost_tables.relative(cost))),
+        cost_figures.throughput(cost, title=claim(cost)),
+        Markdown(markdown_table(cost_tables.absolute(cost))),
+        Markdown(f"{limit(cost)}\n\n{markdown_table(cost_tables.near_the_limit(cost))}"),
+    ]
+
+
+def gains(cost: Cost) -> str:
+    """One sentence a variant: bytes and tokens a second, against the baseline in both floats."""
+    return "\n".join(f"- {_gain(cost, way)}" for way in cost.others) or (
+        "This study has no variant but the baseline."
+    )
+
+
+def _gain(cost: Cost, way: Way) -> str:
+    reference, baseline = cost.reference, code(cost.account["baseline"])
+    kind = way.multiplies_in
+    size = f"{percent(way.file_bytes / reference.file_bytes)} of {baseline}'s bytes on disk"
+    held = f"{percent(way.linear_bytes / reference.linear_bytes)} of its Linears' in memory"
+    reads = _speed(cost, way, "prefill", "reads")
+    writes = _speed(cost, way, "decode", "writes")
+    return (
+        f"{code(way.variant)} ({kind}) takes {size} and, as against float32, {held}; "
+        f"it {reads}, and {writes}."
+    )
+
+
+def _speed(cost: Cost, way: Way, quantity: str, verb: str) -> str:
+    """`reads 645 tokens a second, 1.62 times as many as float32 and 1.05 times … bfloat16`."""
+    told = [f"{verb} {cost_tables.whole(cost.measured(way, quantity).value)} tokens a second"]
+    for rival, name in ((cost.reference, "float32"), (cost.bfloat16, "bfloat16")):
+        ratio = cost.ratio(way, quantity, rival)
+        if ratio.high < 1:
+            told.append(f"**slower than {name}** ({cost_tables.times(ratio.value)})")
+        elif ratio.low > 1:
+            told.append(f"faster than {name} ({cost_tables.times(ratio.value)})")
+        else:
+            told.append(f"within the spread of {name} ({cost_tables.times(ratio.value)})")
+    return f"{told[0]}, {told[1]} and {told[2]}"
+
+
+def claim(cost: Cost) -> str:
+    """The figure's title: the fastest int8 variant against float32."""
+    model = cost.account["model"]
+    int8 = [way for way in cost.others if "int8" in way.multiplies_in]
+    if not int8:
+        return f"{model}: tokens a second; nothing here multiplies in int8"
+    best = max(int8, key=lambda way: cost.measured(way, "prefill").value)
+    ratios = [cost.ratio(best, q, cost.reference).value for q in ("prefill", "decode")]
+    return (
+        f"{model}: {best.variant} reads at {cost_tables.times(ratios[0])} and writes at "
+        f"{cost_tables.times(ratios[1])} the speed of float32"
+    )
+
+
+def how(cost: Cost) -> str:
+    """What was read and written, in which order, on what."""
+    told, work = cost.account, cost.account["work"]
+    rounds = len(cost.reference.told["load_s"])
+    return (
+        f"Reading is a row of {work['prefill_tokens']:,} tokens in "
+        f"{count(work['texts'], 'text')}; writing is {count(work['steps'], 'step')} of "
+        f"{count(work['prompts'], 'answer')} side by side, head included. Each number is the "
+        f"median of {count(rounds, 'round')} (the least–the largest), taken in turns on "
+        f"{escape(told['device'])} with {count(told['threads'], 'thread')} and nothing beside it; "
+        f"ratios are taken round by round. Peak memory is {told['memory']}. A load ends when "
+        "the first short text is read; the files were in the system's cache, as after a first use."
+    )
+
+
+def limit(cost: Cost) -> str:
+    """How to read the last table, and what in it cannot be so."""
+    told = [
+        "How near the limit: the bare product is the best matrix product of this machine in "
+        "the same arithmetic, over the shapes of this model and a square one; a Linear in int8 "
+        "also quantizes its input and scales its output. The bars in the figure are the reading "
+        "speed if Linears ran at that limit and all else took no time."
+    ]
+    lacking = [k for k, values in cost.account["peaks"].items() if None in values]
+    if lacking:
+        told.append(f"This device has no product in {listed(lacking)}.")
+    odd = [w for w in cost.ways if (cost.of_peak(w) or 0) > TOLERANCE]
+    if odd:
+        names = listed([cost_tables.way_name(cost, w) for w in odd])
+        told.append(
+            f"**{names} did more than the limit measured**: the machine was slower while the "
+            "limit was taken, so these shares are not to be relied on."
+        )
+    return " ".join(told)

@@ -1,0 +1,48 @@
+"""How fast each way of running a model reads and writes, drawn with spread and limit."""
+
+from matplotlib.figure import Figure
+
+from helpers.report.cost import Cost, Way
+from helpers.report.figures import INK, QUIET, in_house_style, new_figure, variant_looks
+
+PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
+
+
+@in_house_style
+def throughput(cost: Cost, *, title: str) -> Figure:
+    """Tokens a second of every way: median and every round, and where its Linears would end.
+
+    The bar beside a point is the reading speed if the Linears ran at the speed of the bare
+    matrix product and all else took no time.
+    """
+    ways = cost.ways
+    figure, panels = new_figure(8.4, 1.5 + 0.36 * len(ways), ncols=2, sharey=True)
+    colors = _colors(cost)
+    for axes, (quantity, label) in zip(panels, PANELS.items(), strict=True):
+        for place, way in enumerate(ways):
+            found, color = cost.measured(way, quantity), colors[way.name]
+            axes.hlines(place, found.low, found.high, color=color, linewidth=3, alpha=0.5)
+            axes.plot(found.value, place, "o", color=color, markersize=6)
+        axes.set_xlabel(label)
+        axes.axvline(cost.measured(cost.reference, quantity).value, color=QUIET, linewidth=0.8)
+    for place, way in enumerate(ways):
+        if limit := cost.fastest_reading(way):
+            panels[0].vlines(limit, place - 0.32, place + 0.32, color=colors[way.name], linewidth=2)
+    for axes in panels:
+        axes.set_xlim(left=0)
+        axes.margins(x=0.06)
+    panels[0].set_yticks(range(len(ways)), [_label(cost, way) for way in ways])
+    panels[0].set_ylim(len(ways) - 0.4, -0.6)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _label(cost: Cost, way: Way) -> str:
+    return way.name if way.variant == cost.account["baseline"] else way.variant
+
+
+def _colors(cost: Cost) -> dict[str, str]:
+    """Variants as in every figure of the study; the baseline in ink, its bfloat16 paler."""
+    looks = variant_looks([way.variant for way in cost.others])
+    found = {way.name: looks[way.variant][0] for way in cost.others}
+    return found | {cost.reference.name: INK, cost.bfloat16.name: "#5b7a9d"}

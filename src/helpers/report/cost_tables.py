@@ -1,0 +1,84 @@
+"""What each way of running a model costs, as tables: ratios, amounts, and how near the limit."""
+
+from collections.abc import Callable
+
+from helpers.report.cost import Cost, Spread, Way
+from helpers.report.formats import MISSING, Markup, Rows, code, megabytes, number, percent
+
+
+def way_name(cost: Cost, way: Way) -> Markup:
+    """The variant; of the baseline, which runs in two, the dtype too."""
+    dtype = f" {way.told['dtype']}" if way.variant == cost.account["baseline"] else ""
+    return Markup(f"{code(way.variant)}{dtype}")
+
+
+def times(value: float) -> str:
+    return f"{value:.2f}×"
+
+
+def with_rounds(found: Spread, show: Callable[[float], str]) -> Markup:
+    """The median, and the least and largest round."""
+    low, high = show(found.low), show(found.high)
+    return Markup(f"{show(found.value)} ({low}–{high})")
+
+
+def relative(cost: Cost) -> Rows:
+    """Every way against the baseline in float32: bytes, load time, memory, speed."""
+    reference = cost.reference
+    return [
+        {
+            "against float32": way_name(cost, way),
+            "Linears multiply in": way.multiplies_in,
+            "reading": with_rounds(cost.ratio(way, "prefill", reference), times),
+            "writing": with_rounds(cost.ratio(way, "decode", reference), times),
+            "file": times(way.file_bytes / reference.file_bytes),
+            "Linears in memory": times(way.linear_bytes / reference.linear_bytes),
+            "peak memory": with_rounds(cost.ratio(way, "memory", reference), times),
+            "load time": with_rounds(cost.ratio(way, "load", reference), times),
+        }
+        for way in cost.ways
+    ]
+
+
+def absolute(cost: Cost) -> Rows:
+    """The same in tokens a second, megabytes and seconds; the file part by part."""
+    rows = []
+    for way in cost.ways:
+        row = {"variant": way_name(cost, way)}
+        row["reading [tokens/s]"] = with_rounds(cost.measured(way, "prefill"), whole)
+        row["writing [tokens/s]"] = with_rounds(cost.measured(way, "decode"), whole)
+        parts = way.told["file_bytes"].items()
+        row |= {f"{part}, file": megabytes(size) for part, size in parts}
+        row["Linears in memory"] = megabytes(way.linear_bytes)
+        row["peak memory [MB]"] = with_rounds(cost.measured(way, "memory"), millions)
+        row["load time [s]"] = with_rounds(cost.measured(way, "load"), lambda s: f"{s:.2f}")
+        rows.append(row)
+    return rows
+
+
+def whole(value: float) -> str:
+    return f"{value:,.0f}"
+
+
+def millions(size_bytes: float) -> str:
+    return f"{size_bytes / 1e6:,.0f}"
+
+
+def billions(operations: float) -> str:
+    return f"{operations / 1e9:,.0f}"
+
+
+def near_the_limit(cost: Cost) -> Rows:
+    """How much of the machine's matrix product the Linears use while reading."""
+    rows = []
+    for way in cost.ways:
+        peak, achieved = cost.peak(way), cost.achieved(way)
+        fastest = cost.fastest_reading(way)
+        row = {"variant": way_name(cost, way), "Linears multiply in": way.multiplies_in}
+        row["bare product [GOP/s]"] = with_rounds(peak, billions) if peak else MISSING
+        row["Linears [GOP/s]"] = with_rounds(achieved, billions) if achieved else MISSING
+        row["Linears, of the limit"] = percent(cost.of_peak(way))
+        row["time in Linears"] = percent(cost.in_linears(way))
+        row["reading at the limit [tokens/s]"] = MISSING if fastest is None else number(fastest)
+        rows.append(row)
+    return rows
