@@ -33,11 +33,11 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bench lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bench serve-check lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-11s %s\n", $$1, $$2 }'
 	@printf '\n  STUDY=name    the study in params/name.yaml\n'
 	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
 	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
@@ -78,6 +78,9 @@ longtest: $(READY) ## run the tests too long for that: whole studies under fault
 
 bench: $(READY) ## measure speed side by side with transformers, into outputs/bench
 	@$(PY) benchmarks/inference.py $(ARGS)
+
+serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
+	@$(PY) benchmarks/serve_check.py $(STUDY) $(ARGS)
 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)

@@ -27,7 +27,8 @@ def study(tmp_path_factory):
     """A made-up study after its analysis, with things beside it that no archive may hold."""
     folder = tmp_path_factory.mktemp("archived")
     root = analysed(folder, PLAIN)
-    for place in ("base/static/checkpoint/model.safetensors", "tuned/model/model.safetensors"):
+    heavy = ["base/static/checkpoint/model.safetensors", "tuned/model/model.safetensors"]
+    for place in (*heavy, "base/noquant/evaluation/states.safetensors"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(b"weights " * 1000)
     (root / "notebooks" / "03_evaluation.base.static.failed.ipynb").write_text("{}")
@@ -55,8 +56,9 @@ def test_it_holds_the_results_and_no_weights(packed, study):
     for name in ("base/static/evaluation/predictions/arc.jsonl", "base/static/verification.json"):
         assert name in names
     assert "tuned/model/record.json" in names
+    assert "base/calibration/activations.safetensors" in names
     assert "params/study.yaml" in names
-    unwanted = re.compile(r"checkpoint|model\.safetensors|failed|\.tmp")
+    unwanted = re.compile(r"checkpoint|(model|states)\.safetensors|failed|\.tmp")
     assert not [name for name in names if unwanted.search(name)]
     assert all(m.isreg() and m.mtime == m.uid == m.gid == 0 for m in names.values())
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from helpers.evaluation import served
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
@@ -35,7 +36,7 @@ def evaluate(
     """Yield one prediction an item, in the order they are ready.
 
     Args:
-        model: a causal language model of transformers, on any runtime.
+        model: a causal language model of transformers, on any runtime, or a served one.
         items: the evaluation set's items.
         wanted: adapter and protocol.
         limits: the most tokens and the most answers of one forward pass.
@@ -57,7 +58,8 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> It
     tokens = [option_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
-    for index, logprobs in option_loglikelihoods(model, tokens, batch_tokens=limits.tokens):
+    score = served.option_loglikelihoods if served.is_served(model) else option_loglikelihoods
+    for index, logprobs in score(model, tokens, batch_tokens=limits.tokens):
         asked = prompts[index]
         made = score_options(
             asked.item, logprobs, asked.continuations, normalize=wanted.ask.normalize
@@ -70,7 +72,8 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) ->
     tokens = [tokenize(tokenizer, asked.text) for asked in prompts]
     cap = wanted.ask.max_new_tokens
     _refuse_long(model, prompts, [len(t) + cap for t in tokens])
-    answers = generate_greedy(
+    generate = served.generate_greedy if served.is_served(model) else generate_greedy
+    answers = generate(
         model,
         tokens,
         max_new_tokens=cap,

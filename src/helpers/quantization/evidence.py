@@ -10,6 +10,7 @@ held at a time, so that a check needs little more memory than the model it check
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -42,7 +43,7 @@ class Evidence:
     """
 
     def __init__(self, job: Job, *, source_hash: str):
-        self.job, self.source_hash = job, source_hash
+        self.job, self.source_hash = on_own_kernels(job), source_hash
         self.claim = job.recipe.claim
         self.dtype = getattr(torch, job.study.runtime.dtype)
         self.source_folder = model_folder(job.study, job.model, job.paths)
@@ -266,3 +267,15 @@ class Evidence:
         """
         eps32 = torch.finfo(torch.float32).eps
         return 4 * torch.finfo(self.dtype).eps + math.sqrt(in_features) * eps32
+
+
+def on_own_kernels(job: Job) -> Job:
+    """The job on this project's own int8 kernels, where its Linears can be looked into.
+
+    A study that is evaluated on vLLM has its checkpoints proved here; `make serve-check`
+    holds vLLM's Linears to the same products.
+    """
+    if job.study.runtime.quantized != "vllm":
+        return job
+    runtime = job.study.runtime.model_copy(update={"quantized": "int8"})
+    return replace(job, study=job.study.model_copy(update={"runtime": runtime}))

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers.quantization.int8 import declared_activations, load_int8
+from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources.devices import placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
@@ -33,6 +34,8 @@ def load_variant(job: Job):
         raise StudyError(f"{job.model}/{job.variant} has no checkpoint; run 02_quantization first")
     if not job.recipe.quantized:
         return load_model(folder, runtime), tokenizer
+    if runtime.quantized == "vllm":
+        return VllmModel(folder, runtime, seed=job.study.seed), tokenizer
     load = load_int8 if runtime.quantized == "int8" else load_reference
     return load_as(load, folder, runtime), tokenizer
 

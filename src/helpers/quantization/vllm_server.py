@@ -38,6 +38,13 @@ class Server:
         )
         self.model = self.llm.apply_model(lambda model: model)[0]
 
+    def versions(self) -> dict:
+        """Of what answers."""
+        import torch
+        import vllm
+
+        return {"vllm": vllm.__version__, "torch": torch.__version__}
+
     def kernels(self) -> dict:
         """What computes each Linear: the name of the kernel, or of the method without one."""
         found = {}
@@ -77,23 +84,22 @@ class Server:
             answers.append({"tokens": tokens, "finish_reason": reason})
         return {"answers": answers}
 
-    def logprobs(self, tokens: list, to: str) -> dict:
-        """(tokens - 1, vocabulary) float32 log-probabilities of each next token, into a file."""
+    def states(self, tokens: list, to: str) -> dict:
+        """(tokens, hidden) last states, as the head gets them, into a file."""
         import numpy
 
         kept, compute = [], self.model.compute_logits
 
         def keeping(hidden, *rest, **named):
-            logits = compute(hidden, *rest, **named)
-            kept.append(logits.float().log_softmax(-1).numpy())
-            return logits
+            kept.append(hidden.float().numpy())
+            return compute(hidden, *rest, **named)
 
         self.model.compute_logits = keeping
-        try:
-            self._generate([tokens], max_tokens=1, prompt_logprobs=0)
+        try:  # the logits of all tokens but the last are asked for with the prompt's
+            self._generate([[*tokens, 0]], max_tokens=1, prompt_logprobs=0)
         finally:
             del self.model.compute_logits  # the class's own again
-        found = [rows for rows in kept if len(rows) == len(tokens) - 1]
+        found = [states for states in kept if len(states) == len(tokens)]
         numpy.save(to, found[-1], allow_pickle=False)
         return {"rows": len(found[-1])}
 

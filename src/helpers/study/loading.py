@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from helpers.study.errors import StudyError
 from helpers.study.model_folders import folder_problem
 from helpers.study.names import PATTERN, RULE, TAKEN, trouble_with
-from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.paths import PROJECT, StudyPaths, vllm_python
 from helpers.study.pins import pinned, read_pins
 from helpers.study.plain_text import one_line
 from helpers.study.schema import (
@@ -265,6 +265,10 @@ def _start(study: Study, key: str, start: str) -> list[str]:
 
 def _missing_files(study: Study) -> list[str]:
     problems = []
+    if study.runtime.quantized == "vllm" and not vllm_python().is_file():
+        problems.append(
+            "runtime.quantized = 'vllm' but vLLM is not set up; run make .venv-vllm/.study-ready"
+        )
     for key, source in _sources(study):
         if isinstance(source, FileDataset) and not files_of(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")

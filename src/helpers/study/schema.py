@@ -107,13 +107,15 @@ class Runtime(Strict):
     """Where jobs run. `threads` is per job: jobs run side by side.
 
     `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
-    `device_map: auto` spreads a model over all its GPUs.
+    `device_map: auto` spreads a model over all its GPUs. `quantized` is what quantized
+    variants are evaluated on: this project's int8 runtime, the simulation of
+    compressed-tensors, or vLLM in an environment of its own (`make .venv-vllm/.study-ready`).
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
     dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
-    quantized: Literal["int8", "reference"]
+    quantized: Literal["int8", "reference", "vllm"]
     device_map: Literal["auto"] | None = None
 
 
