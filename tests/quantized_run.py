@@ -128,6 +128,12 @@ class QuantizedRun:
             compression.quantize_variant_(model, job.recipe, absmax, done)
             compression.save_checkpoint(model, tokenizer, self.checkpoint)
 
+    def note_verified(self) -> None:
+        """Name the checkpoint in verification.json, as 02_quantization does; no gate is asked."""
+        owner = {"model": "base", "variant": self.variant}
+        checked = {"checkpoint": sha256_folder(self.checkpoint), "passed": True, "gates": []}
+        write_json(self.checkpoint.parent / "verification.json", owner | checked)
+
     @property
     def checkpoint(self) -> Path:
         return self.root / "outputs" / "study" / "base" / self.variant / "checkpoint"

@@ -266,10 +266,27 @@ def test_a_name_the_study_does_not_define_is_refused(
     assert f"did you mean '{meant}'?" in line
 
 
-@pytest.mark.parametrize("baseline", ["rtn_w8a8", "smoothquant_w8a8"])
-def test_a_quantized_baseline_is_refused(write_study, study_settings, baseline):
+@pytest.mark.parametrize("baseline", ["rtn_w8a8", "smoothquant_w8a8", "other_type"])
+def test_a_baseline_that_is_not_the_model_itself_is_refused(write_study, study_settings, baseline):
+    study_settings["variants"]["other_type"] = {"dtype": "bfloat16"}
     line = refusal(write_study(put(study_settings, "baseline", baseline)))
-    assert line.startswith(f"baseline = {baseline!r} is quantized; name a float variant")
+    assert line.startswith(f"baseline = {baseline!r} is not the model as it was loaded")
+    assert "changes nothing ({})" in line
+
+
+def test_a_noise_floor_in_the_studys_own_float_type_is_refused(write_study, study_settings):
+    """It would be the baseline once more, and its noise zero."""
+    line = refusal(write_study(put(study_settings, "variants/again", {"dtype": "float32"})))
+    assert line.startswith("variants.again.dtype = 'float32' is runtime.dtype already")
+
+
+@pytest.mark.parametrize(
+    "more", [{"preset": "w8a8"}, {"smooth": {"alpha": 0.5, "targets": ["mlp_input"]}}]
+)
+def test_a_float_type_goes_alone(write_study, study_settings, more):
+    line = refusal(write_study(put(study_settings, "variants/half", {"dtype": "bfloat16"} | more)))
+    assert line.startswith("variants.half")
+    assert "changes no weights" in line
 
 
 def test_a_variant_is_not_compared_with_itself(write_study, study_settings):

@@ -24,7 +24,7 @@ def load_variant(job: Job):
     Raises:
         StudyError: the checkpoint is not there yet.
     """
-    runtime = job.study.runtime
+    runtime = running_type(job)
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
     if not job.recipe.changes_model:
@@ -45,6 +45,12 @@ def load_as(load, folder: Path, runtime: Runtime):
     start = "cpu" if runtime.device_map else runtime.device  # whence it is spread
     model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
     return placed(model, runtime)
+
+
+def running_type(job: Job) -> Runtime:
+    """The study's runtime, in the variant's own float type where it names one."""
+    runtime = job.study.runtime
+    return runtime.model_copy(update={"dtype": job.recipe.dtype or runtime.dtype})
 
 
 def variant_digest(job: Job) -> str:

@@ -208,8 +208,22 @@ def _references(study: Study) -> list[str]:
     problems = []
     if study.baseline not in study.variants:
         problems.append(_unknown("baseline", study.baseline, "variant", study.variants))
-    elif study.variants[study.baseline].changes_model:
-        problems.append(f"baseline = {study.baseline!r} is quantized; name a float variant ({{}})")
+    elif not study.variants[study.baseline].as_loaded:
+        problems.append(
+            f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
+            "that changes nothing ({})"
+        )
+    for name, variant in study.variants.items():
+        if variant.dtype == study.runtime.dtype:
+            problems.append(
+                f"variants.{name}.dtype = {variant.dtype!r} is runtime.dtype already; name the "
+                "other one, so that the two differ by rounding"
+            )
+        elif variant.dtype and study.runtime.dtype == "auto":
+            problems.append(
+                f"variants.{name}.dtype = {variant.dtype!r} may be what runtime.dtype = 'auto' "
+                "comes to; name runtime.dtype too"
+            )
     for kind, taken in TAKEN.items():
         for name in sorted(taken & set(attrgetter(kind)(study))):
             problems.append(f"{kind}.{name} names what every run writes itself; rename it")
@@ -232,6 +246,12 @@ def _references(study: Study) -> list[str]:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
         if pair in study.statistics.primary[:index]:
             problems.append(f"{key} repeats an earlier comparison; remove it")
+    for index, name in enumerate(study.old_rules_chapter):
+        key = f"old_rules_chapter.{index}"
+        if name not in study.variants:
+            problems.append(_unknown(key, name, "variant", study.variants))
+        elif name == study.baseline:
+            problems.append(f"{key} = {name!r} is the baseline; name what is held against it")
     return problems
 
 

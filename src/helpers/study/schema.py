@@ -72,6 +72,7 @@ Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
 Weights = Literal["channel", "tensor"]
+FloatType = Literal["float32", "bfloat16"]
 Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
 
 # The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
@@ -113,7 +114,7 @@ class Runtime(Strict):
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto"] | FloatType
     threads: Count
     quantized: Literal["int8", "reference", "vllm"]
     device_map: Literal["auto"] | None = None
@@ -314,10 +315,13 @@ class Variant(Strict):
     """How a model is quantized; no weights and no activations means it stays float.
 
     `recipe: seed` is the known broken recipe (helpers.quantization.seed_recipe), a control
-    that has to be flagged. It says for itself how it quantizes.
+    that has to be flagged. It says for itself how it quantizes. `dtype` is a control too:
+    the very same weights, computed with in another float type, differ by rounding alone
+    and show what differences of that size are worth.
     """
 
     recipe: Literal["seed"] | None = None
+    dtype: FloatType | None = None
     preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
     weights: Weights | None = None
     activations: Activations | None = None
@@ -343,6 +347,11 @@ class Variant(Strict):
                 "smooth.alpha is chosen by the error of quantization, and this variant has none "
                 "of its own; give a number"
             )
+        if self.dtype and (self.preset or self.weights or self.recipe or self.smooth):
+            raise ValueError(
+                f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
+                "alone, or leave it out"
+            )
         return self
 
     @property
@@ -361,6 +370,11 @@ class Variant(Strict):
     def changes_model(self) -> bool:
         """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
         return self.quantized or self.smooth is not None
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether it is the model itself, in the study's own float type."""
+        return not self.changes_model and self.dtype is None
 
     @property
     def claim(self) -> "Variant":
@@ -398,6 +412,9 @@ class Study(Strict):
 
     `enable_thinking` goes to the chat template of models that think aloud before they
     answer; a study of such a model has to say it.
+    `old_rules_chapter` names variants that the report also shows, in one chapter, under the
+    rules of the report this project redoes (helpers.evaluation.old_rules); mostly there are
+    none.
     """
 
     title: Annotated[str, Field(min_length=1)]
@@ -410,3 +427,4 @@ class Study(Strict):
     baseline: Name
     evaluation: Evaluation
     statistics: Statistics
+    old_rules_chapter: tuple[Name, ...] = ()
