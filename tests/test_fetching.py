@@ -266,18 +266,20 @@ REFUSED = [
     ({"pytorch_model.bin": b""}, "holds only pytorch_model.bin, a pickle, which may run anything"),
     ({}, "holds no weights"),
     ({"config.json": None, "adapter_config.json": b"{}"}, "holds an adapter"),
+    ({"config.json": b'{"model_type": "mamba"}', "model.safetensors": b""}, "architecture 'mamba'"),
 ]
 
 
 @pytest.mark.parametrize(("files", "said"), REFUSED)
-def test_a_repository_without_safetensors_is_refused_before_it_is_fetched(
+def test_a_repository_that_is_no_model_to_study_is_refused_before_it_is_fetched(
     fetch, of_model, hub, files, said
 ):
     given = {"config.json": b"{}", "tokenizer.json": b"{}"} | files
     kept = {path: data for path, data in given.items() if data is not None}
     hub.add("model", "org/other", kept)
     assert said in line(fetch(of_model("org/other")))
-    assert not [asked for asked in hub.requests if "/resolve/" in asked]
+    fetched = {asked.rpartition("/")[2] for asked in hub.requests if "/resolve/" in asked}
+    assert fetched <= {"config.json"}
 
 
 def test_an_unknown_configuration_or_split_is_named_with_those_there_are(fetch, of_dataset):

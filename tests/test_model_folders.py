@@ -41,7 +41,7 @@ def folder(tmp_path):
     made = tmp_path / "my-model"
     made.mkdir()
     for name in WHOLE:
-        (made / name).write_text("{}", encoding="utf-8")
+        (made / name).write_text('{"model_type": "qwen3"}', encoding="utf-8")
     return made
 
 
@@ -50,6 +50,9 @@ def folder(tmp_path):
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already (gptq)"),
         ({"quantization_config": "?"}, "is quantized already"),
+        ({"model_type": "mamba"}, "architecture 'mamba' is not among gemma3_text, llama"),
+        ({}, "architecture '' is not among"),
+        ([], "is no mapping"),
         ("no json", "is not JSON"),
     ],
 )

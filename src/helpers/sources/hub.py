@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import httpx
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
-from helpers.study.model_folders import missing_files
+from helpers.study.model_folders import config_problem, missing_files
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Copies in other programs' layouts, and whatever lies in folders.
@@ -159,12 +159,16 @@ def fetch_model(name: str, commit: str) -> Path:
     """The folder of a model at a commit, its safetensors and tokenizer fetched.
 
     Raises:
-        StudyError: it cannot be had, is no safetensors model, or arrived damaged.
+        StudyError: it cannot be had, is no safetensors model of a known family, or arrived
+            damaged.
     """
     api = HfApi(library_name="smoothquant-study")
     tree = patiently(lambda: list(api.list_repo_tree(name, revision=commit)))
     if lacking := missing_files(entry.path for entry in tree):
         raise StudyError(lacking)
+    config = patiently(lambda: hf_hub_download(name, "config.json", revision=commit))
+    if unfit := config_problem(Path(config).read_bytes()):
+        raise StudyError(unfit)
     folder = Path(patiently(lambda: _snapshot(name, commit)))
     for entry in tree:
         path, large = folder / entry.path, getattr(entry, "lfs", None)

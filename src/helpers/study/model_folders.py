@@ -4,6 +4,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from helpers.study.architectures import unknown_family
+from helpers.study.plain_text import one_line
+
 # A pickle can run anything while it is loaded, so none is ever opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
@@ -41,17 +44,24 @@ def missing_files(names: Iterable[str]) -> str | None:
 
 
 def folder_problem(folder: Path) -> str | None:
-    """The same for a local folder, its configuration read too.
+    """The same for a local folder, its configuration read too."""
+    lacking = missing_files(path.name for path in folder.iterdir())
+    return lacking or config_problem((folder / "config.json").read_bytes())
 
-    A model that is quantized already is no float model to compare with.
+
+def config_problem(content: bytes) -> str | None:
+    """Why a model with this config.json is none to study; None if it may be.
+
+    Its family has to be known, and one that is quantized already is no float model to
+    compare with.
     """
-    if lacking := missing_files(path.name for path in folder.iterdir()):
-        return lacking
     try:
-        config = json.loads((folder / "config.json").read_bytes())
+        config = json.loads(content)
     except (ValueError, RecursionError) as error:
-        return f"has a config.json that is not JSON ({error}); save the model again"
-    if isinstance(config, dict) and (scheme := config.get("quantization_config")):
+        return f"has a config.json that is not JSON ({one_line(error)}); save the model again"
+    if not isinstance(config, dict):
+        return "has a config.json that is no mapping; save the model again"
+    if scheme := config.get("quantization_config"):
         how = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
         return f"is quantized already ({how or 'config.json says so'}); give the float model"
-    return None
+    return unknown_family(str(config.get("model_type", "")))
