@@ -15,6 +15,7 @@ from helpers.study.records import read_json
 
 MADE_BY = "03_cost"
 TOLERANCE = 1.02  # a peak is a measurement too
+QUIET = 1.5  # slowest to fastest round; more comes of something else on the machine
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,13 @@ class Cost:
     def _rounds(self, way: Way, quantity: str) -> list[float]:
         return way.rounds(quantity, self.account["work"]["prefill_tokens"])
 
+    def unquiet(self) -> list[Way]:
+        """Ways whose reading or writing took far longer in one round than in another."""
+        spreads = {w.name: [self.measured(w, q) for q in ("prefill", "decode")] for w in self.ways}
+        return [w for w in self.ways if any(s.high > QUIET * s.low for s in spreads[w.name])]
+
     def peak(self, way: Way) -> Spread | None:
-        """Operations a second of the bare product in the way's arithmetic; the best is the limit."""
+        """Operations a second of the bare product in this arithmetic; the best is the limit."""
         values = self.account["peaks"][way.told["arithmetic"]]
         return None if None in values else spread(values)
 
