@@ -153,28 +153,39 @@ class Cost:
         return peak.high * tokens / way.told["linear_operations"][0]
 
 
-def read_costs(job: Job, evaluated: dict[tuple[str, str], str]) -> dict[str, Cost | None]:
+def read_costs(job: Job) -> dict[str, Cost | None]:
     """The cost of every model that has one of its own; None where it was not measured.
 
-    Args:
-        job: the study.
-        evaluated: (model, variant) to the hash of the files that were evaluated.
-
     Raises:
-        StudyError: the measurement is torn, or was made of other files than were evaluated.
+        StudyError: a measurement is torn.
     """
-    return {model: _read(job, model, evaluated) for model in timed_models(job.study)}
+    return {model: _read(job, model) for model in timed_models(job.study)}
 
 
-def _read(job: Job, model: str, evaluated: dict[tuple[str, str], str]) -> Cost | None:
+def _read(job: Job, model: str) -> Cost | None:
     folder = job.paths.cost(model)
     if not (folder / "record.json").is_file():
         return None
-    record = read_json(folder / "record.json", made_by=MADE_BY)
-    for variant in job.study.variants:
-        if record["inputs"].get(variant) != evaluated[model, variant]:
+    account = read_json(folder / "cost.json", made_by=MADE_BY)
+    return Cost(account, read_json(folder / "record.json", made_by=MADE_BY))
+
+
+def refuse_other_files(
+    costs: dict[str, Cost | None], evaluated: dict[tuple[str, str], str]
+) -> None:
+    """Make sure that what was measured is what was evaluated.
+
+    Args:
+        costs: by model.
+        evaluated: (model, variant) to the hash of the files that were evaluated.
+
+    Raises:
+        StudyError: a variant was measured on other files.
+    """
+    for (model, variant), digest in evaluated.items():
+        cost = costs.get(model)
+        if cost and cost.record["inputs"].get(variant) != digest:
             raise StudyError(
                 f"{model}: the cost of {variant} was measured on other files than were "
                 f"evaluated; run {MADE_BY} again"
             )
-    return Cost(read_json(folder / "cost.json", made_by=MADE_BY), record)

@@ -90,19 +90,16 @@ def how(cost: Cost) -> str:
     told, work = cost.account, cost.account["work"]
     rounds = len(cost.reference.told["load_s"])
     odd = listed([cost_tables.way_name(cost, way) for way in cost.unquiet()])
-    warned = (
-        f" **The machine was not quiet**: rounds of {odd} lie more than {QUIET}× apart."
-        if odd
-        else ""
-    )
+    warned = f" **The machine was not quiet**: rounds of {odd} lie more than {QUIET}× apart."
     return (
         f"Reading is a row of {work['prefill_tokens']:,} tokens in "
         f"{count(work['texts'], 'text')}; writing is {count(work['steps'], 'step')} of "
         f"{count(work['prompts'], 'answer')} side by side, head included. Each number is the "
         f"median of {count(rounds, 'round')} (the least–the largest), taken in turns on "
-        f"{escape(told['device'])} with {count(told['threads'], 'thread')} and no other job of the study beside them; "
-        f"ratios are taken round by round. Peak memory is {told['memory']}. A load ends when "
-        f"the first short text is read; the files were in the system's cache.{warned}"
+        f"{escape(told['device'])} with {count(told['threads'], 'thread')} and no other job of "
+        f"the study beside them; ratios are taken round by round. Peak memory is "
+        f"{told['memory']}. A load ends when the first short text is read; the files were in the system's cache."
+        + (warned if odd else "")
     )
 
 
