@@ -36,7 +36,7 @@ def changed(before: Study, after: Study) -> set[str]:
 
 def test_runs_of_a_study():
     names = [run.name for run in grid.runs(study())]
-    assert len(names) == len(set(names)) == 1 + 2 + 4 + 6
+    assert len(names) == len(set(names)) == 1 + 2 + 4 + 1 + 6
     assert "00_finetuning.tuned" in names
     assert "00_finetuning.base" not in names
     assert "02_quantization.base.noquant" not in names
@@ -48,6 +48,7 @@ def test_alpha_repeats_exactly_its_variant():
     assert changed(study(), after) == {
         "02_quantization.base.smooth",
         "02_quantization.tuned.smooth",
+        "03_cost.base",
         "03_evaluation.base.smooth",
         "03_evaluation.tuned.smooth",
         "04_analysis",
@@ -72,6 +73,19 @@ def test_an_evaluation_waits_for_the_baseline_it_is_held_against():
     baseline = Run("evaluation", "tuned", "noquant")
     assert baseline in grid.before(study(), Run("evaluation", "tuned", "rtn"))
     assert not [r for r in grid.before(study(), baseline) if r.stage == "evaluation"]
+
+
+def test_cost_is_measured_once_for_models_of_the_same_shapes_and_after_all_their_variants():
+    timed = [run for run in grid.runs(study()) if run.stage == "cost"]
+    assert timed == [Run("cost", "base")]
+    waits = {run.name for run in grid.before(study(), timed[0])}
+    assert waits == {"02_quantization.base.rtn", "02_quantization.base.smooth"}
+    assert timed[0] in grid.before(study(), Run("analysis"))
+
+
+def test_how_many_threads_a_job_has_is_nothing_to_a_measurement_that_takes_them_all():
+    assert "03_cost.base" not in changed(study(), study(runtime__threads=2))
+    assert "03_cost.base" in changed(study(), study(runtime__quantized="reference"))
 
 
 def test_statistics_and_title_repeat_only_the_analysis():
@@ -153,7 +167,7 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
     write_study(folder, data)
     done = run_study(folder)
     assert done.returncode == 0, done.stderr
-    assert "[6/6]" in done.stderr
+    assert "[7/7]" in done.stderr
 
     # A touched module is not a changed one, and a changed report makes no new numbers.
     os.utime(folder / "src" / "helpers" / "quantization" / "smoothing.py")
@@ -169,22 +183,25 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
     assert failed.returncode == 1
     assert "told to fail" in failed.stderr
     assert "Error in rule" not in failed.stderr
-    stale = ["analysis", "evaluation base smooth", "quantization base smooth", "report"]
+    stale = ["analysis", "cost base", "evaluation base smooth", "quantization base smooth"]
+    stale += ["report"]
     assert planned(folder) == stale, "results are stale, and 'nothing to be done'"
 
     # A report of stale results is refused, not made.
     refused = toy_project.jobs(folder, "study", "toy", "--cores", "1", "--only-report")
     assert refused.returncode == 2
-    assert "(quantization base smooth, evaluation base smooth); run make study" in refused.stderr
+    assert "run make study" in refused.stderr
+    for run in ("quantization base smooth", "evaluation base smooth", "cost base"):
+        assert run in refused.stderr
 
     (folder / "fail").unlink()
-    assert "[4/4]" in run_study(folder).stderr
+    assert "[5/5]" in run_study(folder).stderr
     assert planned(folder) == []
     assert not list(folder.glob("outputs/toy/notebooks/*.failed.ipynb"))
 
     # Without the engine's memory a change would go unseen, so all is run anew.
     (folder / ".snakemake").rename(folder / "lost")
-    assert len(planned(folder)) == 6
+    assert len(planned(folder)) == 7
 
 
 def test_a_wrong_study_is_one_line(tmp_path):

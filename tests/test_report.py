@@ -14,12 +14,14 @@ from safetensors.numpy import save_file
 
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, write_predictions
-from helpers.report import chapters, formats, summary
+from helpers.report import chapters, cost_chapter, formats, summary
 from helpers.report.results import load_results
 from helpers.study.errors import StudyError
+from helpers.study.grid import timed_models
 from helpers.study.hashing import sha256_file
 from helpers.study.opening import open_job
 from helpers.study.records import read_json, write_json, write_jsonl
+from made_up_cost import write_cost
 
 LAYERS = [
     f"model.layers.{i}.{part}" for i in (0, 1) for part in ("self_attn.q_proj", "mlp.down_proj")
@@ -182,6 +184,8 @@ def write_outputs(job, *, outlier: float = 900.0, failed: str = ""):
             if recipe.changes_model:
                 write_quantization(job, model, variant, variant != failed)
             write_evaluation(job, model, variant, 10 * seed + place, 0.8, 0.1 * place)
+        if model in timed_models(job.study):
+            write_cost(job, model, record("cost", {"model": model}, {}, {}))
         if model == "tuned":
             start = "files of base"
             results = {"training_items": 8, "heldout_loss_before": 2.5, "heldout_loss_after": 1.5}
@@ -244,7 +248,7 @@ def whole_report(results) -> str:
     """All Markdown of the report, as the notebook displays it."""
     shown = chapters.opening(results) + chapters.outlier_pictures(results)
     shown += chapters.base_models(results) + chapters.trained_models(results)
-    shown += chapters.dataset_chapters(results)
+    shown += chapters.dataset_chapters(results) + cost_chapter.cost_chapter(results)
     shown += [chapters.technical_details(results), chapters.conclusion(results)]
     return "\n\n".join(part.data for part in shown if isinstance(part, Markdown))
 

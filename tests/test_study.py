@@ -1,4 +1,4 @@
-"""The smoke study from end to end: all five notebooks, then again, then with another α."""
+"""The smoke study from end to end: all six notebooks, then again, then with another α."""
 
 import json
 import os
@@ -59,9 +59,9 @@ def planned(done) -> set[str]:
 def test_every_job_leaves_its_notebook_and_its_record(smoke):
     _, _, outputs = smoke
     notebooks = {path.name for path in (outputs / "notebooks").iterdir()}
-    assert len(notebooks) == 1 + 2 + 2 * 4 + 2 * 6 + 1
+    assert len(notebooks) == 1 + 2 + 2 * 4 + 1 + 2 * 6 + 1
     assert not [name for name in notebooks if "failed" in name or "running" in name]
-    assert len(list(outputs.glob("**/record.json"))) == 1 + 2 + 2 * 4 + 2 * 6
+    assert len(list(outputs.glob("**/record.json"))) == 1 + 2 + 2 * 4 + 1 + 2 * 6
 
 
 def test_a_sound_study_passes_every_gate(smoke):
@@ -146,7 +146,7 @@ def test_another_alpha_repeats_only_what_depends_on_it(smoke):
         for s in ("quantization", "evaluation")
         for m in ("base", "finetuned")
     ]
-    assert planned(plan) == {*stages, "analysis", "report"}
+    assert planned(plan) == {*stages, "cost base", "analysis", "report"}
 
 
 def test_evaluating_again_gives_the_same_bytes(smoke):

@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import yaml
 
+from helpers.study import grid
 from helpers.study.paths import PROJECT
 from helpers.study.workflow import PLAN_WIDTH
 
@@ -85,6 +86,7 @@ USES = {
     "finetuning": "from helpers.sources import finetuning",
     "calibration": "from helpers.quantization import calibration\nimport helpers.report",
     "quantization": "from helpers.quantization import smoothing\nfrom helpers.report import tables",
+    "cost": "from helpers.study import turns\nfrom helpers.report import tables",
     "evaluation": "from helpers.evaluation import engine\nfrom helpers.report import tables",
     "analysis": "from helpers.report import tables",
 }
@@ -111,7 +113,7 @@ def notebook(*cells: str, parameters: str = PARAMETERS):
 
 def stage_notebook(stage: str):
     """The toy of one stage: names what the real one imports, and writes its record."""
-    names = {"finetuning": "model", "calibration": "model", "analysis": ""}
+    names = {"finetuning": "model", "calibration": "model", "cost": "model", "analysis": ""}
     given = names.get(stage, "model, variant")
     run = f"RUN = grid.Run({stage!r}, {given})\nNAME = RUN.name"
     uses = "if False:\n    " + USES[stage].replace("\n", "\n    ")
@@ -129,8 +131,9 @@ def make(folder: Path, *, kernels: bool) -> Path:
         (folder / name).mkdir()
     tables = folder / "src" / "helpers" / "report" / "tables.py"
     tables.touch()
-    for number, stage in enumerate(USES):
-        nbformat.write(stage_notebook(stage), folder / "notebooks" / f"{number:02d}_{stage}.ipynb")
+    for stage in USES:
+        path = folder / "notebooks" / f"{grid.NOTEBOOKS[stage]}.ipynb"
+        nbformat.write(stage_notebook(stage), path)
     write_study(folder, STUDY)
     if not kernels:
         (folder / "src" / "papermill.py").write_text(STUB)

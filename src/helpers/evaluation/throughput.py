@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from helpers.evaluation.attention import packed
 from helpers.evaluation.generation import generate_greedy
@@ -25,6 +26,7 @@ from helpers.study.schema import Study
 PROMPTS, PROMPT_TOKENS = 32, 16
 NEW_TOKENS = 17  # the first comes with reading the prompt: 16 steps are timed
 WARM_TOKENS = 32
+ROW_TOKENS = 1024  # at most; longer rows read no faster and take longer to measure
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Workload:
 
 
 def workload(study: Study, tokenizer) -> Workload:
-    """The calibration texts, as many as fill one row of evaluation; the last is cut."""
-    adapter, budget = study.calibration.adapter, study.evaluation.batch.tokens
+    """The calibration texts, as many as fill one row as evaluation reads it; the last is cut."""
+    adapter, budget = study.calibration.adapter, min(ROW_TOKENS, study.evaluation.batch.tokens)
     drawn = [calibration_tokens(tokenizer, i, adapter) for i in calibration_items(study)]
     texts: list[list[int]] = []
     while missing := budget - sum(map(len, texts)):
@@ -104,6 +106,7 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
         Linears; `peak_memory_bytes` over what the process held before loading.
     """
     torch.set_num_threads(threads)
+    disable_progress_bar()
     before, started = _peak_bytes(), time.perf_counter()
     model, _ = load()
     texts, prompts = work.texts, work.prompts

@@ -15,6 +15,7 @@ from helpers.study.records import read_json
 
 MADE_BY = "03_cost"
 TOLERANCE = 1.02  # a peak is a measurement too
+QUIET = 1.5  # slowest to fastest round; more comes of something else on the machine
 
 
 @dataclass(frozen=True)
@@ -115,8 +116,13 @@ class Cost:
     def _rounds(self, way: Way, quantity: str) -> list[float]:
         return way.rounds(quantity, self.account["work"]["prefill_tokens"])
 
+    def unquiet(self) -> list[Way]:
+        """Ways whose reading or writing took far longer in one round than in another."""
+        spreads = {w.name: [self.measured(w, q) for q in ("prefill", "decode")] for w in self.ways}
+        return [w for w in self.ways if any(s.high > QUIET * s.low for s in spreads[w.name])]
+
     def peak(self, way: Way) -> Spread | None:
-        """Operations a second of the bare product in the way's arithmetic; the best limits it."""
+        """Operations a second of the bare product in this arithmetic; the best is the limit."""
         values = self.account["peaks"][way.told["arithmetic"]]
         return None if None in values else spread(values)
 
@@ -147,28 +153,39 @@ class Cost:
         return peak.high * tokens / way.told["linear_operations"][0]
 
 
-def read_costs(job: Job, evaluated: dict[tuple[str, str], str]) -> dict[str, Cost | None]:
+def read_costs(job: Job) -> dict[str, Cost | None]:
     """The cost of every model that has one of its own; None where it was not measured.
 
-    Args:
-        job: the study.
-        evaluated: (model, variant) to the hash of the files that were evaluated.
-
     Raises:
-        StudyError: the measurement is torn, or was made of other files than were evaluated.
+        StudyError: a measurement is torn.
     """
-    return {model: _read(job, model, evaluated) for model in timed_models(job.study)}
+    return {model: _read(job, model) for model in timed_models(job.study)}
 
 
-def _read(job: Job, model: str, evaluated: dict[tuple[str, str], str]) -> Cost | None:
+def _read(job: Job, model: str) -> Cost | None:
     folder = job.paths.cost(model)
     if not (folder / "record.json").is_file():
         return None
-    record = read_json(folder / "record.json", made_by=MADE_BY)
-    for variant in job.study.variants:
-        if record["inputs"].get(variant) != evaluated[model, variant]:
+    account = read_json(folder / "cost.json", made_by=MADE_BY)
+    return Cost(account, read_json(folder / "record.json", made_by=MADE_BY))
+
+
+def refuse_other_files(
+    costs: dict[str, Cost | None], evaluated: dict[tuple[str, str], str]
+) -> None:
+    """Make sure that what was measured is what was evaluated.
+
+    Args:
+        costs: by model.
+        evaluated: (model, variant) to the hash of the files that were evaluated.
+
+    Raises:
+        StudyError: a variant was measured on other files.
+    """
+    for (model, variant), digest in evaluated.items():
+        cost = costs.get(model)
+        if cost and cost.record["inputs"].get(variant) != digest:
             raise StudyError(
                 f"{model}: the cost of {variant} was measured on other files than were "
                 f"evaluated; run {MADE_BY} again"
             )
-    return Cost(read_json(folder / "cost.json", made_by=MADE_BY), record)

@@ -4,7 +4,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.report import cost_figures, cost_tables
-from helpers.report.cost import TOLERANCE, Cost, Way
+from helpers.report.cost import QUIET, TOLERANCE, Cost, Way
 from helpers.report.formats import code, count, escape, listed, markdown_table, percent
 from helpers.report.results import Results
 
@@ -51,13 +51,10 @@ def _gain(cost: Cost, way: Way) -> str:
     reference, baseline = cost.reference, code(cost.account["baseline"])
     kind = way.multiplies_in
     size = f"{percent(way.file_bytes / reference.file_bytes)} of {baseline}'s bytes on disk"
-    held = f"{percent(way.linear_bytes / reference.linear_bytes)} of its Linears' in memory"
+    held = f"its Linears {percent(way.linear_bytes / reference.linear_bytes)} of float32's memory"
     reads = _speed(cost, way, "prefill", "reads")
     writes = _speed(cost, way, "decode", "writes")
-    return (
-        f"{code(way.variant)} ({kind}) takes {size} and, as against float32, {held}; "
-        f"it {reads}, and {writes}."
-    )
+    return f"{code(way.variant)} ({kind}) takes {size} and {held}; it {reads}, and {writes}."
 
 
 def _speed(cost: Cost, way: Way, quantity: str, verb: str) -> str:
@@ -92,14 +89,17 @@ def how(cost: Cost) -> str:
     """What was read and written, in which order, on what."""
     told, work = cost.account, cost.account["work"]
     rounds = len(cost.reference.told["load_s"])
+    odd = listed([cost_tables.way_name(cost, way) for way in cost.unquiet()])
+    warned = f" **The machine was not quiet**: rounds of {odd} lie more than {QUIET}× apart."
     return (
         f"Reading is a row of {work['prefill_tokens']:,} tokens in "
         f"{count(work['texts'], 'text')}; writing is {count(work['steps'], 'step')} of "
         f"{count(work['prompts'], 'answer')} side by side, head included. Each number is the "
         f"median of {count(rounds, 'round')} (the least–the largest), taken in turns on "
-        f"{escape(told['device'])} with {count(told['threads'], 'thread')} and nothing beside it; "
-        f"ratios are taken round by round. Peak memory is {told['memory']}. A load ends when "
-        "the first short text is read; the files were in the system's cache, as after a first use."
+        f"{escape(told['device'])} with {count(told['threads'], 'thread')} and no other job of "
+        f"the study beside them; ratios are taken round by round. Peak memory is "
+        f"{told['memory']}. A load ends when the first short text "
+        f"is read; the files were in the system's cache." + (warned if odd else "")
     )
 
 

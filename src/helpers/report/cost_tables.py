@@ -18,23 +18,29 @@ def times(value: float) -> str:
 
 def with_rounds(found: Spread, show: Callable[[float], str]) -> Markup:
     """The median, and the least and largest round."""
-    low, high = show(found.low), show(found.high)
+    low, high = show(found.low).removesuffix("×"), show(found.high).removesuffix("×")
     return Markup(f"{show(found.value)} ({low}–{high})")
 
 
 def relative(cost: Cost) -> Rows:
     """Every way against the baseline in float32: bytes, load time, memory, speed."""
     reference = cost.reference
+
+    def ratio(way: Way, quantity: str) -> Markup:
+        if way.name == reference.name:
+            return Markup(times(1))
+        return with_rounds(cost.ratio(way, quantity, reference), times)
+
     return [
         {
             "against float32": way_name(cost, way),
             "Linears multiply in": way.multiplies_in,
-            "reading": with_rounds(cost.ratio(way, "prefill", reference), times),
-            "writing": with_rounds(cost.ratio(way, "decode", reference), times),
+            "reading": ratio(way, "prefill"),
+            "writing": ratio(way, "decode"),
             "file": times(way.file_bytes / reference.file_bytes),
             "Linears in memory": times(way.linear_bytes / reference.linear_bytes),
-            "peak memory": with_rounds(cost.ratio(way, "memory", reference), times),
-            "load time": with_rounds(cost.ratio(way, "load", reference), times),
+            "peak memory": ratio(way, "memory"),
+            "load time": ratio(way, "load"),
         }
         for way in cost.ways
     ]
@@ -65,7 +71,7 @@ def millions(size_bytes: float) -> str:
 
 
 def billions(operations: float) -> str:
-    return f"{operations / 1e9:,.0f}"
+    return number(operations / 1e9)
 
 
 def near_the_limit(cost: Cost) -> Rows:

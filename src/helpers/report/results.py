@@ -25,7 +25,7 @@ from helpers.evaluation.predictions import (
 from helpers.evaluation.prompt_records import read_prompts
 from helpers.evaluation.verdicts import Verdict, study_verdicts
 from helpers.report.chain import refuse_broken_chain
-from helpers.report.cost import Cost, read_costs
+from helpers.report.cost import Cost, read_costs, refuse_other_files
 from helpers.report.evaluated import MAKER, Calibrated, Evaluated
 from helpers.study.errors import StudyError
 from helpers.study.opening import Job
@@ -140,7 +140,6 @@ def load_results(job: Job) -> Results:
         for model in study.models
         for variant in study.variants
     }
-    hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
     found = Results(
         name=job.name,
         study=study,
@@ -153,9 +152,11 @@ def load_results(job: Job) -> Results:
             for model in trained
         },
         questions={name: _questions(job, name) for name in study.evaluation.datasets},
-        costs=read_costs(job, hashes),
+        costs=read_costs(job),
     )
     refuse_broken_chain(job, found.calibrations, found.evaluations, found.training)
+    hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
+    refuse_other_files(found.costs, hashes)
     return found
 
 

@@ -1,0 +1,148 @@
+"""What is measured of a model is what it does: every operation, token and byte accounted for."""
+
+import struct
+from dataclasses import replace
+from functools import partial
+from json import loads
+
+import pytest
+import torch
+
+from helpers.evaluation import throughput
+from helpers.evaluation.throughput import Workload, measure, workload
+from helpers.quantization import peaks, ways
+from helpers.quantization.int8 import load_int8
+from helpers.quantization.variants import variant_digest
+from helpers.sources.models import load_config
+from helpers.study.architectures import HEAD, linear_names
+from helpers.study.schema import Runtime
+
+WORK = Workload([[5, 6, 7] * 20, [8, 9] * 10], [[i, i + 1, i + 2] for i in range(4)], 6)
+DURATIONS = ("load_s", "prefill_s", "linears_s", "decode_s")
+
+
+def linears(model) -> list:
+    return [model.get_submodule(n) for n in linear_names(model.config) if n != HEAD]
+
+
+def test_every_operation_and_token_is_counted(model):
+    before = [dict(m._forward_hooks) for m in linears(model)]
+    made = measure(lambda: (model, None), WORK, threads=1)
+    weights = sum(m.weight.numel() for m in linears(model))
+    assert made["linear_operations"] == 2 * weights * WORK.row_tokens
+    assert made["decode_tokens"] == 4 * 5  # the first token of each is the prompt's
+    assert made["linear_bytes"] == sum(p.nbytes for m in linears(model) for p in m.parameters())
+    assert all(made[key] > 0 for key in DURATIONS)
+    assert made["linears_s"] < made["prefill_s"]
+    assert [dict(m._forward_hooks) for m in linears(model)] == before
+
+
+def test_an_int8_model_does_the_same_work_and_holds_a_quarter(sound_run, model, family):
+    run = sound_run(family, "rtn_w8a8")
+    with run.outputs():
+        folder = run.job.paths.checkpoint("base", "rtn_w8a8")
+        load = partial(load_int8, folder, dtype=torch.float32, device="cpu")
+        made = measure(lambda: (load(), None), WORK, threads=1)
+    plain = measure(lambda: (model, None), WORK, threads=1)
+    assert made["linear_operations"] == plain["linear_operations"]
+    assert made["decode_tokens"] == plain["decode_tokens"]
+    sizes = [(m.out_features, m.in_features, m.bias) for m in linears(model)]
+    scales = sum(4 * out + (4 * out if bias is not None else 0) for out, _, bias in sizes)
+    assert made["linear_bytes"] == sum(out * inner for out, inner, _ in sizes) + scales
+
+
+def test_what_shares_a_scale_is_read_alone(model, monkeypatch):
+    """A simulated per-tensor scale is evaluated one text at a time, and measured so."""
+    rows = []
+    read = throughput.read
+    monkeypatch.setattr(throughput, "read", lambda m, s: rows.append(len(s)) or read(m, s))
+    model.scale_scope = "pass"
+    made = measure(lambda: (model, None), WORK, threads=1)
+    assert set(rows) == {1}
+    assert made["decode_tokens"] == 5
+
+
+@pytest.mark.parametrize("budget", [64, 512, 4096])
+def test_the_workload_fills_one_row_with_texts_of_the_study(study, tokenizer, budget):
+    batch = study.evaluation.batch.model_copy(update={"tokens": budget})
+    evaluation = study.evaluation.model_copy(update={"batch": batch})
+    work = workload(study.model_copy(update={"evaluation": evaluation}), tokenizer)
+    assert work.row_tokens == min(budget, throughput.ROW_TOKENS)
+    assert all(work.texts)
+    assert {len(p) for p in work.prompts} == {throughput.PROMPT_TOKENS}
+    assert len(work.prompts) == throughput.PROMPTS
+
+
+def of(job, quantized: str):
+    """The job on a settled runtime of one thread."""
+    runtime = Runtime(device="cpu", dtype="float32", threads=1, quantized=quantized)
+    study = job.study.model_copy(update={"runtime": runtime})
+    return replace(job, study=study, runtime={"device_name": "this"})
+
+
+def test_every_variant_is_a_way_under_its_true_name(sound_run):
+    run = sound_run("llama", "rtn_w8a8")
+    kinds = {w.name: (w.arithmetic, w.simulated) for w in ways.ways(of(run.job, "int8")).values()}
+    assert list(kinds)[:2] == ["noquant float32", "noquant bfloat16"]
+    assert kinds["noquant bfloat16"] == ("bfloat16", False)
+    assert kinds["smooth_only float32"] == ("float32", False)  # a control, and float
+    assert kinds["o3 float32"] == ("int8", False)
+    assert len(kinds) == len(run.job.study.variants) + 1
+    simulated = ways.ways(of(run.job, "reference"))["rtn_w8a8 float32"]
+    assert (simulated.arithmetic, simulated.simulated) == ("float32", True)
+
+
+def bytes_in_headers(folder) -> int:
+    """Of all tensors, by the safetensors headers themselves."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        raw = path.read_bytes()
+        (size,) = struct.unpack("<Q", raw[:8])
+        header = loads(raw[8 : 8 + size])
+        header.pop("__metadata__", None)
+        total += sum(b - a for a, b in (t["data_offsets"] for t in header.values()))
+    return total
+
+
+def test_the_account_is_complete_and_its_bytes_are_the_files(sound_run):
+    run = sound_run("llama", "rtn_w8a8")
+    with run.outputs():
+        job = of(run.job, "int8")
+        kept = {"noquant float32", "noquant bfloat16", "rtn_w8a8 float32"}
+        found = {name: way for name, way in ways.ways(job).items() if name in kept}
+        rounds = {name: [measure(w.load, WORK, threads=1)] * 3 for name, w in found.items()}
+        shapes = ways.linear_shapes(job)
+        rounds[ways.PEAKS] = [peaks.gemm_peaks(shapes, rows=16, threads=1, device="cpu")] * 3
+        told = ways.account(job, found, rounds, throughput.as_plain(WORK))
+        checkpoint, source = job.paths.checkpoint("base", "rtn_w8a8"), run.root / "source"
+        sizes = [bytes_in_headers(f) for f in (source, source, checkpoint)]
+        digest = variant_digest(replace(job, variant="rtn_w8a8"))
+        assert variant_digest(replace(job, variant="noquant")) != digest
+    assert [sum(w["file_bytes"].values()) for w in told["ways"]] == sizes
+    assert {len(w[key]) for w in told["ways"] for key in (*DURATIONS, "peak_memory_bytes")} == {3}
+    assert {len(values) for values in told["peaks"].values()} == {3}
+    assert told["ways"][1]["linear_bytes"][0] * 2 == told["ways"][0]["linear_bytes"][0]
+    assert len(shapes) == len(linear_names(load_config(source))) - 1
+
+
+def test_no_linear_does_more_than_the_bare_product():
+    """The limit counts the Linear's own shape, so the Linear cannot beat it but by noise."""
+    torch.set_num_threads(1)
+    limit = peaks.gemm_peaks([(256, 512)], rows=256, threads=1, device="cpu")["float32"]
+    linear, x = torch.nn.Linear(256, 512, bias=False), torch.randn(256, 256)
+    with torch.inference_mode():
+        seconds = peaks._shortest(lambda: linear(x), "cpu")
+    assert 2 * 256 * 256 * 512 / seconds < 1.1 * limit
+
+
+def test_a_device_without_the_product_has_no_limit_in_it(monkeypatch):
+    def refuse(*_):
+        raise NotImplementedError("no such product here")
+
+    monkeypatch.setattr(peaks, "int8_matmul", refuse)
+    monkeypatch.setattr(peaks, "SECONDS_A_SHAPE", 0)
+    monkeypatch.setattr(peaks, "SQUARE", 32)
+    found = peaks.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")
+    assert found["int8"] is None
+    assert found["float32"] > 0
+    assert found["bfloat16"] > 0

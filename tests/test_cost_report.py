@@ -1,0 +1,139 @@
+"""The chapter on cost says what the rounds say, and what is odd about them."""
+
+import subprocess
+import sys
+
+import pytest
+
+from helpers.report import cost_chapter, cost_tables, summary
+from helpers.report.cost import Cost
+from helpers.report.results import load_results
+from helpers.study.errors import StudyError
+from helpers.study.records import read_json, write_json
+from made_up_cost import account, write_cost
+from test_report import make_job, record, whole_report
+
+__all__ = ["make_job"]  # a fixture
+
+
+@pytest.fixture
+def costs(study):
+    """make(edit): the made-up cost of the tests' study, edited."""
+
+    def make(edit=lambda told: None) -> Cost:
+        told = account(study, "base")
+        edit(told)
+        return Cost(told, record={})
+
+    return make
+
+
+def named(told: dict, name: str) -> dict:
+    return next(w for w in told["ways"] if w["name"] == name)
+
+
+def test_ratios_are_taken_round_by_round(costs):
+    """Each round of the other is half as long, however long the rounds themselves are."""
+
+    def slow_second_round(told):
+        named(told, "noquant float32")["prefill_s"] = [1.0, 9.0, 1.0]
+        named(told, "rtn_w8a8 float32")["prefill_s"] = [0.5, 4.5, 0.5]
+
+    cost = costs(slow_second_round)
+    way = next(w for w in cost.others if w.variant == "rtn_w8a8")
+    found = cost.ratio(way, "prefill", cost.reference)
+    assert (found.value, found.low, found.high) == (2, 2, 2)
+    measured = cost.measured(way, "prefill")
+    assert (measured.value, measured.low, measured.high) == (2000, 1000 / 4.5, 2000)
+    assert "**The machine was not quiet**" in cost_chapter.how(cost)
+
+
+def test_the_gain_is_told_in_bytes_and_tokens_a_second(costs):
+    told = cost_chapter.gains(costs())
+    line = next(x for x in told.splitlines() if "`rtn_w8a8`" in x)
+    assert "40.1 % of `noquant`'s bytes on disk" in line  # 2,008,000 of 5,008,000
+    assert "its Linears 26.5 % of float32's memory" in line
+    assert "reads 1,818 tokens a second, faster than float32 (2.00×)" in line
+    assert "within the spread of bfloat16" in line
+    assert "slower" not in told
+    assert "not quiet" not in cost_chapter.how(costs())
+
+
+def test_a_slower_variant_is_called_slower(costs):
+    cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(prefill_s=[2.0, 2.4, 2.2]))
+    line = next(x for x in cost_chapter.gains(cost).splitlines() if "`rtn_w8a8`" in x)
+    assert "**slower than float32** (0.50×)" in line
+    assert "**slower than bfloat16**" in line
+
+
+def test_a_simulation_is_called_one(costs):
+    changes = {"simulated": True, "arithmetic": "float32"}
+    cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(changes))
+    assert "`rtn_w8a8` (int8 simulated in float32)" in cost_chapter.gains(cost)
+    row = next(r for r in cost_tables.near_the_limit(cost) if r["variant"] == "`rtn_w8a8`")
+    assert row["Linears multiply in"] == "int8 simulated in float32"
+
+
+def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs):
+    cost = costs()
+    assert cost.peak(cost.reference).high == 100e9
+    assert cost.of_peak(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
+    assert "did more than the limit" not in cost_chapter.limit(cost)
+    faster = costs(lambda told: told["peaks"].update(float32=[30e9, 30e9, 30e9]))
+    assert "`noquant` float32 did more than the limit measured" in cost_chapter.limit(faster)
+
+
+def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
+    def elsewhere(told):
+        told["peaks"]["int8"] = [None, None, None]
+        for w in told["ways"]:
+            w["linears_s"] = [None, None, None]
+
+    cost = costs(elsewhere)
+    assert "no product in int8" in cost_chapter.limit(cost)
+    row = next(r for r in cost_tables.near_the_limit(cost) if r["variant"] == "`rtn_w8a8`")
+    assert {row["bare product [GOP/s]"], row["time in Linears"]} == {"–"}
+    assert cost_chapter.measured(cost)
+
+
+def test_a_study_without_the_measurement_reports_and_names_it_missing(make_job):
+    job = make_job()
+    with_it = summary.summary(load_results(job))
+    (job.paths.cost("base") / "record.json").unlink()
+    results = load_results(job)
+    assert "The cost of `base` was not measured" in whole_report(results)
+    assert summary.summary(results) == with_it  # durations are not among the results
+
+
+def test_durations_change_nothing_in_the_summary(make_job):
+    job = make_job()
+    before = summary.summary(load_results(job))
+
+    def slower(told):
+        for w in told["ways"]:
+            w["prefill_s"] = [3 * s for s in w["prefill_s"]]
+
+    write_cost(job, "base", record("cost", {"model": "base"}, {}, {}), slower)
+    assert summary.summary(load_results(job)) == before
+
+
+def test_a_trained_model_shares_the_cost_of_its_start(make_job):
+    assert "`tuned` has the shapes of the model it was trained from" in whole_report(
+        load_results(make_job())
+    )
+
+
+def test_a_cost_of_other_files_is_refused(make_job):
+    job = make_job()
+    path = job.paths.cost("base") / "record.json"
+    found = read_json(path, made_by="")
+    found["inputs"]["static"] = "files of something else"
+    write_json(path, found)
+    with pytest.raises(StudyError, match="base: the cost of static was measured on other files"):
+        load_results(job)
+
+
+def test_the_chapter_needs_no_torch():
+    code = "import sys, helpers.report.cost_chapter; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
