@@ -83,7 +83,7 @@ longtest: $(READY) ## run the tests too long for that: whole studies under fault
 # Without vLLM its rows say so.
 bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench
 	@$(MAKE) --no-print-directory $(VLLM_READY) || echo 'make: vLLM does not install here' >&2
-	@VLLM_VENV=$(VLLM_VENV) $(BENCH_PY) -m benchmarks $(ARGS)
+	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)

@@ -37,7 +37,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         most = QUICK_ITEMS if given.quick else 10**6
         material = Material(threads=given.threads, most=most, scratch=Path(scratch))
-        described = machine.describe(threads=given.threads)
+        described = machine.describe(
+            material.linear_shapes,
+            rows=material.study.evaluation.batch.tokens,
+            threads=given.threads,
+        )
         for name in given.only:
             compare, rounds = COMPARISONS[name]
             print(f"{name}:", flush=True)

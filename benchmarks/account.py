@@ -51,8 +51,8 @@ def markdown(machine: dict, rows: list[Comparison]) -> str:
         "",
         f"Machine: {machine['cores']} cores ({machine['threads']} threads used), "
         f"{machine['architecture']} with {', '.join(machine['cpu_features']) or 'no extensions'}, "
-        f"{machine['memory_gb']} GB. One matrix product (2,048 × 576 × 1,536) reaches, in "
-        f"billions of operations a second: {peaks}. The whole took {machine['took_s']} s. "
+        f"{machine['memory_gb']} GB. The best matrix product reaches, in billions of operations "
+        f"a second: {peaks}. The whole took {machine['took_s']} s. "
         f"Versions: {versions}.",
         "",
         "![ratios](ratios.png)",

@@ -10,7 +10,8 @@ from benchmarks.material import Material
 from benchmarks.turns import Comparison, Turns, take_turns
 from helpers.evaluation.engine import ask_all, evaluate
 from helpers.evaluation.language_modeling import passage_tokens, read_passages
-from helpers.sources.datasets import Item, draw, load_items, shared_passages
+from helpers.sources.datasets import draw, load_items, shared_passages
+from helpers.sources.items import Item
 
 SIZES = (50, 100, 200)
 LINEAR = 0.9  # of the cost an item at the smallest size, that each larger size has to stay at

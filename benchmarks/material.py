@@ -5,11 +5,12 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import load_int8
-from helpers.quantization.smoothing import smooth_variant_
+from helpers.quantization.smoothing import everywhere, smooth_variant_
 from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
@@ -48,7 +49,13 @@ class Material:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.folder)
+        return load_tokenizer(self.folder, enable_thinking=self.study.enable_thinking)
+
+    @cached_property
+    def linear_shapes(self) -> set[tuple[int, int]]:
+        """(in_features, out_features) of the Linears of the decoder."""
+        modules = self.float_model().base_model.modules()
+        return {(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)}
 
     @property
     def variant(self) -> Variant:
@@ -93,7 +100,8 @@ class Material:
     def write_checkpoint(self, absmax: dict, variant: Variant, folder: Path) -> None:
         """Load the float model, smooth it, quantize it and save it."""
         model = self.float_model()
-        smoothed = smooth_variant_(model, absmax, variant)
+        alphas = everywhere(model.config, variant.smooth.targets, variant.smooth.alpha)
+        smoothed = smooth_variant_(model, absmax, variant, alphas)
         compression.quantize_variant_(model, variant, absmax, smoothed)
         compression.save_checkpoint(model, self.tokenizer, folder)
 

@@ -6,22 +6,17 @@ import subprocess
 from pathlib import Path
 
 from helpers.study.execution import die_with_parent
-from helpers.study.paths import PROJECT
+from helpers.study.paths import PROJECT, vllm_python
 
 SERVER = Path(__file__).with_name("vllm_server.py")
 
 
-def python() -> Path:
-    """The interpreter of vLLM's environment; `VLLM_VENV` names another place."""
-    return PROJECT / os.environ.get("VLLM_VENV", ".venv-vllm") / "bin" / "python"
-
-
 def why_not() -> str | None:
     """Why vLLM cannot be asked here; None if it can."""
-    if not python().is_file():
+    if not vllm_python().is_file():
         return "vLLM is not installed here (make .venv-vllm/.study-ready)"
     tried = subprocess.run(
-        [python(), "-c", "import vllm"], env=_environment(1), capture_output=True, text=True
+        [vllm_python(), "-c", "import vllm"], env=_environment(1), capture_output=True, text=True
     )
     if tried.returncode:
         last = (tried.stderr.strip() or "it left no message").splitlines()[-1]
@@ -44,7 +39,7 @@ class Vllm:
 
     def __init__(self, folder: Path, *, threads: int, rows: int):
         self._process = subprocess.Popen(
-            [python(), str(SERVER), str(folder), "--rows", str(rows)],
+            [vllm_python(), str(SERVER), str(folder), "--rows", str(rows)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
