@@ -81,7 +81,8 @@ def claim(cost: Cost) -> str:
         sorted(cost.ratio(way, quantity, cost.reference).value for way in int8)
         for quantity in ("prefill", "decode")
     )
-    return f"{model}: int8 reads at {_range(reads)} and writes at {_range(writes)} the speed of float32"
+    speeds = f"reads at {_range(reads)} and writes at {_range(writes)}"
+    return f"{model}: int8 {speeds} the speed of float32"
 
 
 def _range(ordered: list[float]) -> str:
