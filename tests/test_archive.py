@@ -27,7 +27,8 @@ def study(tmp_path_factory):
     """A made-up study after its analysis, with things beside it that no archive may hold."""
     folder = tmp_path_factory.mktemp("archived")
     root = analysed(folder, PLAIN)
-    for place in ("base/static/checkpoint/model.safetensors", "tuned/model/model.safetensors"):
+    heavy = ["base/static/checkpoint/model.safetensors", "tuned/model/model.safetensors"]
+    for place in (*heavy, "base/noquant/evaluation/states.safetensors"):
         (root / place).parent.mkdir(parents=True, exist_ok=True)
         (root / place).write_bytes(b"weights " * 1000)
     (root / "notebooks" / "03_evaluation.base.static.failed.ipynb").write_text("{}")
@@ -55,8 +56,9 @@ def test_it_holds_the_results_and_no_weights(packed, study):
     for name in ("base/static/evaluation/predictions/arc.jsonl", "base/static/verification.json"):
         assert name in names
     assert "tuned/model/record.json" in names
+    assert "base/calibration/activations.safetensors" in names
     assert "params/study.yaml" in names
-    unwanted = re.compile(r"checkpoint|model\.safetensors|failed|\.tmp")
+    unwanted = re.compile(r"checkpoint|(model|states)\.safetensors|failed|\.tmp")
     assert not [name for name in names if unwanted.search(name)]
     assert all(m.isreg() and m.mtime == m.uid == m.gid == 0 for m in names.values())
 
@@ -196,7 +198,7 @@ def test_an_archive_that_was_tampered_with_is_refused(packed, tmp_path, name):
     assert {p.name for p in (tmp_path / "inside").iterdir()} <= {"new"}
 
 
-@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no tar")])
+@pytest.mark.parametrize("content", [b"", b"no archive", gzip.compress(b"no tar", mtime=0)])
 def test_what_is_no_archive_is_refused_in_a_line(tmp_path, content):
     (tmp_path / "x.tar.gz").write_bytes(content)
     with pytest.raises(StudyError) as caught:

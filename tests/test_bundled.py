@@ -35,7 +35,7 @@ def test_a_missing_wheel_names_the_remedy(monkeypatch):
 def talker():
     folder = bundled.bundled_model_folder()
     runtime = Runtime(device="cpu", dtype="float32", threads=2, quantized="int8")
-    return load_model(folder, runtime), load_tokenizer(folder)
+    return load_model(folder, runtime), load_tokenizer(folder, enable_thinking=None)
 
 
 def ask(talker, question, cap=24):

@@ -52,9 +52,10 @@ def test_the_check_would_see_padding(model, items, monkeypatch):
     """The same comparison fails when the mask is ignored: the test above can fail."""
     real = calibration._observed
 
-    def unmasked(model, mask, owners, statistics):
+    def unmasked(model, mask, owners, fit, statistics):
         full = torch.ones_like(mask)
-        return real(model, full, torch.zeros(mask.numel(), dtype=torch.long), statistics)
+        owners = torch.zeros(mask.numel(), dtype=torch.long)
+        return real(model, full, owners, owners == 0, statistics)
 
     monkeypatch.setattr(calibration, "_observed", unmasked)
     found = calibration.run_calibration(model, items, batch_tokens=10_000)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from helpers.quantization import compression
+from helpers.quantization.alpha import choose
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import Int8Linear, load_int8, read_tensors
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
@@ -34,7 +35,7 @@ def made(request, model, tokenizer, items, tmp_path):
     variant = VARIANTS[request.param]
     statistics = run_calibration(model, items, batch_tokens=64)
     absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant)
+    done = smooth_variant_(model, absmax, variant, choose(model, variant, {}, []).alphas)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     compression.quantize_variant_(model, variant, absmax, done)
     folder = tmp_path / "checkpoint"
@@ -119,7 +120,7 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
     variant = VARIANTS["smoothquant_w8a8"]
     statistics = run_calibration(model, items, batch_tokens=64)
     absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant)
+    done = smooth_variant_(model, absmax, variant, choose(model, variant, {}, []).alphas)
     model.save_pretrained(tmp_path / "smoothed")
     theirs = type(model).from_pretrained(tmp_path / "smoothed")
     recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])

@@ -2,7 +2,7 @@
 
 import pytest
 
-from helpers.evaluation.parsing import is_abstention, last_boxed, parse_number
+from helpers.evaluation.parsing import is_abstention, last_boxed
 from helpers.evaluation.prompts import loglikelihood_prompt, option_tokens, prompt
 from helpers.evaluation.scoring import score_text
 from helpers.sources.conversations import (
@@ -15,7 +15,9 @@ from helpers.sources.conversations import (
     training_tokens,
     user_turn,
 )
-from helpers.sources.datasets import ADAPTERS, Item, load_rows, normalized_text
+from helpers.sources.items import ADAPTERS, Item, normalized_text
+from helpers.sources.numbers import parse_number
+from helpers.sources.rows import load_rows
 from helpers.study.schema import EvaluationSet, ShippedDataset
 
 SHIPPED = ["arc", "boolq", "squad_v2", "openmath_eval", "openmath_train"]

@@ -8,17 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.sources.datasets import (
-    ADAPTERS,
-    Item,
     calibration_items,
     draw,
     evaluation_items,
-    item_key,
     load_items,
-    normalized_text,
     shared_passages,
     training_items,
 )
+from helpers.sources.items import ADAPTERS, Item, item_key, normalized_text
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
 from helpers.study.schema import FileDataset, ShippedDataset

@@ -7,7 +7,7 @@ import torch
 
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.error import sqnr_with_and_without
-from helpers.quantization.smoothing import smooth_, smoothed_absmax
+from helpers.quantization.smoothing import everywhere, smooth_, smoothed_absmax
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Smooth, Variant
 from quantized_run import lived_in
@@ -27,16 +27,17 @@ def test_the_curve_with_smoothing_is_that_of_the_smoothed_model(family, preset):
     model = lived_in(random_model(family, seed=6))
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     smooth = Smooth(alpha=0.5, targets=TARGETS)
+    alphas = everywhere(model.config, TARGETS, 0.5)
     plain, smoothing = Variant(preset=preset), Variant(preset=preset, smooth=smooth)
-    curves = sqnr_with_and_without(model, texts(), smoothing, absmax)
+    curves = sqnr_with_and_without(model, texts(), smoothing, absmax, alphas)
     assert (
         curves["without smoothing"]
-        == sqnr_with_and_without(model, texts(), plain, absmax)["without smoothing"]
+        == sqnr_with_and_without(model, texts(), plain, absmax, alphas)["without smoothing"]
     )
     smoothed = copy.deepcopy(model)
-    done = smooth_(smoothed, absmax, smooth)
+    done = smooth_(smoothed, absmax, TARGETS, alphas)
     limits = smoothed_absmax(absmax, done)
-    expected = sqnr_with_and_without(smoothed, texts(), plain, limits)["without smoothing"]
+    expected = sqnr_with_and_without(smoothed, texts(), plain, limits, alphas)["without smoothing"]
     assert set(curves["with smoothing"]) == set(expected)
     for name, found in curves["with smoothing"].items():
         assert found == pytest.approx(expected[name], abs=0.2), name  # dB; ties may round apart
@@ -48,6 +49,7 @@ def test_the_model_is_left_as_it_was():
     before = {n: p.clone() for n, p in model.named_parameters()}
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     smooth = Smooth(alpha=0.5, targets=TARGETS)
-    sqnr_with_and_without(model, texts(), Variant(preset="w8a8", smooth=smooth), absmax)
+    alphas = everywhere(model.config, TARGETS, 0.5)
+    sqnr_with_and_without(model, texts(), Variant(preset="w8a8", smooth=smooth), absmax, alphas)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())

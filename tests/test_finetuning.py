@@ -5,7 +5,7 @@ import torch
 
 from helpers.sources import finetuning
 from helpers.study.errors import StudyError
-from helpers.study.schema import FineTuning
+from helpers.study.schema import FineTuning, Runtime
 
 SETTINGS = {
     "start": "base",
@@ -55,6 +55,18 @@ def test_it_learns_and_the_run_repeats(model, examples):
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
     )
+
+
+def test_bfloat16_weights_are_not_trained(model, examples):
+    """At a usual rate most of them would stay where they are; in float32 all can move."""
+    settings = FineTuning(**SETTINGS | {"learning_rate": 1e-5})
+    with pytest.raises(ValueError, match="would hardly move; load them in float32"):
+        finetuning.fine_tune_(model.bfloat16(), examples, settings, seed=1)
+    runtime = Runtime(device="cpu", dtype="bfloat16", threads=1, quantized="int8")
+    assert finetuning.in_float32(runtime).dtype == "float32"
+    trained = model.float()
+    finetuning.fine_tune_(trained, examples, settings, seed=1)
+    assert finetuning.rounded(trained, runtime).dtype == torch.bfloat16
 
 
 def test_every_example_is_seen_once_an_epoch(examples):

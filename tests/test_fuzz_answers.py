@@ -10,11 +10,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.evaluation.degenerate import best_degenerate, loops
-from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer, parse_number
+from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
 from helpers.evaluation.prediction_rows import refuse_odd_rows
 from helpers.evaluation.predictions import read_predictions, write_predictions
 from helpers.evaluation.scoring import score_text
-from helpers.sources.datasets import Item
+from helpers.sources.items import Item
+from helpers.sources.numbers import parse_number
 from helpers.study.hashing import canonical_json
 from helpers.study.plain_text import whole_characters
 

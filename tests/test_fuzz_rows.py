@@ -14,7 +14,8 @@ from helpers.evaluation.predictions import read_passage_rows, read_predictions
 from helpers.evaluation.prompts import loglikelihood_prompt
 from helpers.evaluation.scoring import score_options
 from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import load_items, normalized_text, shared_passages
+from helpers.sources.datasets import load_items, shared_passages
+from helpers.sources.items import normalized_text
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
 from helpers.study.schema import FileDataset
@@ -243,3 +244,15 @@ def test_a_score_that_is_not_one_is_refused(folder, asked):
         written(folder, rows)
         with pytest.raises(StudyError, match="line 1 has score = "):
             read_predictions(folder, asked)
+
+
+def test_every_way_an_answer_can_end_is_known_to_its_row():
+    """Or a finished evaluation could not be read back."""
+    from helpers.evaluation.generation import Answer, Ends
+
+    ends = Ends(max_new_tokens=2, stop_tokens=frozenset({0}), complete=lambda tokens: 7 in tokens)
+    tokens = {"nonfinite": (1, False), "stop": (0, True), "answer": (7, True)}
+    reasons = {Answer(0).take(*given, ends) for given in tokens.values()}
+    reasons |= {Answer(0, tokens=[1]).take(1, True, ends), "scored"}
+    assert reasons == {*tokens, "length", "scored"}
+    assert all(map(FIELDS["squad_v2"]["finish_reason"], reasons))

@@ -55,6 +55,20 @@ def test_alpha_repeats_exactly_its_variant():
     }
 
 
+def test_another_float_type_needs_no_checkpoint():
+    before = study(variants__half={"dtype": "bfloat16"})
+    assert Run("quantization", "base", "half") not in grid.runs(before)
+    assert {r.name for r in grid.runs(before)} - {r.name for r in grid.runs(study())} == {
+        "03_evaluation.base.half",
+        "03_evaluation.tuned.half",
+    }
+    after = study(variants__half={})
+    assert {n for n in changed(before, after) if "half" in n} == {
+        "03_evaluation.base.half",
+        "03_evaluation.tuned.half",
+    }
+
+
 def test_an_evaluation_waits_for_the_baseline_it_is_held_against():
     baseline = Run("evaluation", "tuned", "noquant")
     assert baseline in grid.before(study(), Run("evaluation", "tuned", "rtn"))

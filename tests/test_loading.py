@@ -134,7 +134,7 @@ WRONG_TYPES = [
     ("statistics/margin", "small", "number"),
     ("statistics/margin", True, "number"),
     ("variants/smoothquant_w8a8/smooth/alpha", True, "number"),
-    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "number"),
+    ("variants/smoothquant_w8a8/smooth/alpha", [0.5], "two values or more"),
     ("variants/smoothquant_w8a8/smooth/targets", "mlp_input", "list"),
     ("variants/smoothquant_w8a8/smooth/targets", [], "empty"),
     ("variants/rtn_w8a8", None, "mapping"),
@@ -266,10 +266,27 @@ def test_a_name_the_study_does_not_define_is_refused(
     assert f"did you mean '{meant}'?" in line
 
 
-@pytest.mark.parametrize("baseline", ["rtn_w8a8", "smoothquant_w8a8"])
-def test_a_quantized_baseline_is_refused(write_study, study_settings, baseline):
+@pytest.mark.parametrize("baseline", ["rtn_w8a8", "smoothquant_w8a8", "other_type"])
+def test_a_baseline_that_is_not_the_model_itself_is_refused(write_study, study_settings, baseline):
+    study_settings["variants"]["other_type"] = {"dtype": "bfloat16"}
     line = refusal(write_study(put(study_settings, "baseline", baseline)))
-    assert line.startswith(f"baseline = {baseline!r} is quantized; name a float variant")
+    assert line.startswith(f"baseline = {baseline!r} is not the model as it was loaded")
+    assert "changes nothing ({})" in line
+
+
+def test_a_noise_floor_in_the_studys_own_float_type_is_refused(write_study, study_settings):
+    """It would be the baseline once more, and its noise zero."""
+    line = refusal(write_study(put(study_settings, "variants/again", {"dtype": "float32"})))
+    assert line.startswith("variants.again.dtype = 'float32' is runtime.dtype already")
+
+
+@pytest.mark.parametrize(
+    "more", [{"preset": "w8a8"}, {"smooth": {"alpha": 0.5, "targets": ["mlp_input"]}}]
+)
+def test_a_float_type_goes_alone(write_study, study_settings, more):
+    line = refusal(write_study(put(study_settings, "variants/half", {"dtype": "bfloat16"} | more)))
+    assert line.startswith("variants.half")
+    assert "changes no weights" in line
 
 
 def test_a_variant_is_not_compared_with_itself(write_study, study_settings):
@@ -431,3 +448,41 @@ def test_relative_paths_start_at_the_project(monkeypatch, tmp_path):
 @pytest.mark.parametrize("path", sorted((loading.PROJECT / "params").glob("*.yaml")), ids=str)
 def test_every_study_of_the_project_loads(path):
     load_study(path)
+
+
+def test_a_rule_for_numbers_is_for_word_problems_only(write_study, study_settings):
+    line = refusal(
+        write_study(put(study_settings, "evaluation/datasets/arc/keep", "numeric_answers"))
+    )
+    assert line.startswith("evaluation.datasets.arc.keep = 'numeric_answers' is for openmath items")
+    assert line.endswith("remove it")
+
+
+@pytest.mark.parametrize("ask", [{"stop": "answer"}, {"answer": "text"}])
+def test_a_model_that_thinks_is_read_to_the_end_of_its_turn(write_study, study_settings, ask):
+    """A box in its thoughts is not its answer."""
+    study_settings["evaluation"]["datasets"]["squad_v2"]["ask"] |= {"stop": "turn"} | ask
+    load_study(write_study(put(study_settings, "enable_thinking", False)))
+    line = refusal(write_study(put(study_settings, "enable_thinking", True)))
+    assert line.startswith("evaluation.datasets.squad_v2.ask.answer = ")
+    assert line.endswith("use answer: boxed, stop: turn")
+
+
+@pytest.mark.parametrize("value", ["no", 0, 1, "false"])
+def test_whether_a_model_thinks_is_true_or_false(write_study, study_settings, value):
+    line = refusal(write_study(put(study_settings, "enable_thinking", value)))
+    assert line.startswith(f"enable_thinking = {value!r} is neither true nor false")
+
+
+def test_several_files_can_be_one_source(tmp_path, write_study, study_settings, write_rows):
+    """By a pattern; in the order of their names, whatever the folder says."""
+    from helpers.sources.rows import load_rows
+
+    rows = [{"n": n} for n in range(4)]
+    write_rows(rows[2:], "part-2.jsonl")
+    write_rows(rows[:2], "part-1.jsonl")
+    pattern = {"file": str(tmp_path / "part-*.jsonl")}
+    study = load_study(write_study(put(study_settings, "calibration/dataset", pattern)))
+    assert load_rows(study.calibration.dataset) == rows
+    gone = put(study_settings, "calibration/dataset", {"file": str(tmp_path / "none-*.jsonl")})
+    assert "none-*.jsonl' does not exist; correct the path" in refusal(write_study(gone))

@@ -13,7 +13,7 @@ from helpers.evaluation.loglikelihood import (
 )
 from helpers.evaluation.packing import Segment
 from helpers.evaluation.scoring import score_options
-from helpers.sources.datasets import Item
+from helpers.sources.items import Item
 
 
 def made(seed: int, context: int, *options: int) -> OptionTokens:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from helpers.evaluation.metrics import macro_f1, metrics, shared_text_metrics
 from helpers.evaluation.scoring import score_text
-from helpers.sources.datasets import Item
+from helpers.sources.items import Item
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=120)
 

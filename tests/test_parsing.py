@@ -7,13 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers.evaluation.parsing import (
-    LONGEST_NUMBER,
-    is_abstention,
-    last_boxed,
-    normalize_answer,
-    parse_number,
-)
+from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
+from helpers.sources.numbers import LONGEST_NUMBER, parse_number
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 

@@ -37,9 +37,10 @@ def test_what_is_committed_stays_small_and_without_weights():
         ["git", "ls-files", "outputs"], cwd=PROJECT, capture_output=True, text=True, check=True
     ).stdout.split()
     files = [PROJECT / name for name in listed]
-    demo = [f for f in files if "demo" in f.parts]
     assert not [f for f in files if f.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
-    assert sum(f.stat().st_size for f in demo if f.is_file()) < 5_000_000
+    for study in ("demo", "seed-replica"):
+        own = [f for f in files if study in f.parts]
+        assert sum(f.stat().st_size for f in own if f.is_file()) < 5_000_000, study
 
 
 def test_a_readme_without_markers_is_refused():

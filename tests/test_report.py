@@ -140,7 +140,8 @@ def write_quantization(job, model: str, variant: str, passed: bool):
         {"name": "layer census", "passed": passed, "measured": "4 | of 5", "limit": "4, by name"},
         {"name": "weights on the grid", "passed": True, "measured": "0.5", "limit": "0.5"},
     ]
-    verified = {"passed": passed, "gates": gates}
+    owner = {"model": model, "variant": variant, "checkpoint": f"checkpoint of {variant}"}
+    verified = owner | {"passed": passed, "gates": gates}
     write_json(job.paths.variant(model, variant) / "verification.json", verified)
 
 
@@ -155,7 +156,9 @@ def write_evaluation(job, model: str, variant: str, seed: int, accuracy: float, 
     metrics = {"datasets": all_metrics(job.study, predictions)}
     write_json(folder / "metrics.json", metrics | {"shared_text": shared_text_metrics(passages)})
     parameters = {"study": job.name, "model": model, "variant": variant}
-    inputs = {"variant": f"files of {model}"}
+    made = job.study.variants[variant].changes_model
+    inputs = {"variant": f"checkpoint of {variant}" if made else f"files of {model}"}
+    inputs["float_states"] = f"states of {model}"
     write_json(folder / "record.json", record("evaluation", parameters, inputs, {"items": {}}))
     guarded = ["whole variant", *wanted]
     write_json(folder / "gates.json", gates_of(folder, model, variant, guarded))
@@ -234,6 +237,13 @@ def float_only(settings):
     settings["statistics"]["primary"] = []
 
 
+def with_controls(settings):
+    """A noise floor, smoothing alone and the broken recipe, under names that tell nothing."""
+    smooth = {"smooth": {"alpha": 0.5, "targets": ["mlp_input"]}}
+    settings["variants"] |= {"x1": {"dtype": "bfloat16"}, "x2": smooth}
+    settings["variants"]["x3"] = {"recipe": "seed", **smooth}
+
+
 def whole_report(results) -> str:
     """All Markdown of the report, as the notebook displays it."""
     shown = chapters.opening(results) + chapters.outlier_pictures(results)
@@ -256,10 +266,15 @@ def told(text: str) -> str:
         (other_names, {}),
         (one_set_two_baselines, {}),
         (float_only, {}),
+        (with_controls, {}),
+        (with_controls, {"failed": "x3"}),
         (lambda settings: None, {"failed": "smoothquant_w8a8"}),
         (lambda settings: None, {"outlier": 2.0}),
     ],
-    ids=["whole", "one model", "other names", "two baselines", "float", "failed", "no outliers"],
+    ids=[
+        *("whole", "one model", "other names", "two baselines", "float"),
+        *("controls", "controls held", "failed", "no outliers"),
+    ],
 )
 def test_every_mixture_reads_without_unrendered_marks(make_job, edit, options):
     text = told(whole_report(load_results(make_job(edit, **options))))
@@ -276,7 +291,59 @@ def test_a_failed_check_is_told_first_and_never_ranked(make_job):
     assert "**FAILS**" in text
     (_, verdict), *_ = results.primary()
     assert verdict.kind == "invalid"
-    assert "1 is invalid" in text
+    assert "**Invalid**: ARC of `base`" in text
+
+
+def line_of(text: str, start: str) -> str:
+    return next(line for line in text.splitlines() if line.startswith(start))
+
+
+def test_controls_are_shown_as_what_they_are_whatever_their_names(make_job):
+    results = load_results(make_job(with_controls))
+    text = whole_report(results)
+    headline = text.split("### Scores")[1].split("### Key findings")[0]
+    assert "`x1` (noise floor)" in headline
+    assert "`x2`" not in headline
+    assert (
+        "Rounding alone has a size. `x1` is `noquant` with the same weights, computed in " in text
+    )
+    assert "noise floor: what rounding alone flips" in text
+    assert "control: must equal the baseline" in text
+    assert line_of(text, "| `x1` (noise floor) |").split("|")[4].strip() == "1.0"  # its own unit
+    kl = [results.evaluations["base", v].shared_text["kl"] for v in ("static", "x1")]
+    assert line_of(text, "| `static` | 2").split("|")[5].strip().startswith(f"{kl[0] / kl[1]:.1f}")
+
+
+def test_the_noise_floor_is_counted_from_the_answers(make_job):
+    results = load_results(make_job(with_controls))
+    (sentence,) = [x for x in whole_report(results).split("\n- ") if x.startswith("Rounding alone")]
+    for model in results.models:
+        before, after = (results.evaluations[model, v].predictions for v in ("noquant", "x1"))
+        changed = sum(
+            (b["status"], b["parsed"]) != (a["status"], a["parsed"])
+            for name in before
+            for b, a in zip(before[name], after[name], strict=True)
+        )
+        assert re.search(rf"changes .*\b{changed}\b.* of 140 answers", sentence)
+
+
+def test_a_control_that_fails_in_its_duty_is_shouted(make_job):
+    """Smoothing that changes answers, and a broken recipe that no check has seen."""
+    text = whole_report(load_results(make_job(with_controls)))
+    shout = line_of(text, "- **⚠")
+    assert shout.startswith("- **⚠ 4 of 10 controls FAILED")
+    assert "`x2` of `base` must answer as the baseline does" in shout
+    assert "`x3` of `tuned` must fail a check, but all " in shout
+    assert text.index(shout) < text.index("| model |")
+
+
+def test_a_broken_recipe_that_is_flagged_alarms_nobody(make_job):
+    text = whole_report(load_results(make_job(with_controls, failed="x3")))
+    assert "`x3`, broken on purpose, fails 1 of its" in text
+    assert "checks fail (the first of each" not in text
+    assert not [x for x in text.splitlines() if "x3" in x and x.startswith("- **⚠")] or (
+        "`x3`" not in line_of(text, "- **⚠")
+    )
 
 
 def test_the_report_quotes_what_the_predictions_give(make_job):
@@ -368,6 +435,56 @@ def test_results_of_other_files_are_refused(make_job, stage, key, remedy):
     write_json(path, found)
     with pytest.raises(StudyError, match=rf"base/{variant}: .*run {remedy}"):
         load_results(job)
+
+
+def test_a_checkpoint_other_than_the_verified_one_is_refused(make_job):
+    job = make_job()
+    path = job.paths.variant("base", "static") / "verification.json"
+    write_json(path, read_json(path, made_by="") | {"checkpoint": "another"})
+    with pytest.raises(StudyError, match="another checkpoint was evaluated than was verified"):
+        load_results(job)
+
+
+def test_the_verification_of_another_variant_is_refused(make_job):
+    job = make_job()
+    other = job.paths.variant("base", "rtn_w8a8") / "verification.json"
+    (job.paths.variant("base", "static") / "verification.json").write_bytes(other.read_bytes())
+    with pytest.raises(StudyError, match=r"base/static: its verification\.json is of another run"):
+        load_results(job)
+
+
+def test_a_kl_against_other_states_than_the_baselines_is_refused(make_job):
+    job = make_job()
+    path = job.paths.evaluation("base", "static") / "record.json"
+    found = read_json(path, made_by="")
+    found["inputs"]["float_states"] = "states of something else"
+    write_json(path, found)
+    with pytest.raises(StudyError, match="base/static: its KL is held against other states"):
+        load_results(job)
+
+
+def test_a_training_that_changed_nothing_is_refused(make_job):
+    """The same losses on every passage, to the last bit: the start was saved, not the result."""
+    job = make_job()
+    rows = (job.paths.evaluation("base", "noquant") / "predictions/shared_text.jsonl").read_text()
+    folder = job.paths.evaluation("tuned", "noquant")
+    text = rows.replace('"model":"base"', '"model":"tuned"')
+    (folder / "predictions" / "shared_text.jsonl").write_text(text)
+    stored = read_json(folder / "metrics.json", made_by="")
+    passages = [json.loads(line) for line in text.splitlines()]
+    write_json(folder / "metrics.json", stored | {"shared_text": shared_text_metrics(passages)})
+    break_gate(job, "tuned", "noquant", "nothing")
+    with pytest.raises(StudyError, match="tuned: reads every passage exactly as base does"):
+        load_results(job)
+
+
+def test_durations_are_no_finding(make_job):
+    """An edited clock changes a table of times and nothing else."""
+    job = make_job()
+    before = summary.summary(load_results(job))
+    for path in job.paths.root.rglob("record.json"):
+        write_json(path, read_json(path, made_by="") | {"duration_s": 1e6})
+    assert summary.summary(load_results(job)) == before
 
 
 def test_answers_of_another_checkpoint_are_refused(make_job):

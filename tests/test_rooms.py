@@ -27,6 +27,11 @@ LIGHT_EVALUATION = {
     "conduct",
     "degenerate",
     "invariance",
+    "reference_gates",
+    "range_gates",
+    "controls",
+    "answers",
+    "old_rules",
 }
 
 

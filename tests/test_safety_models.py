@@ -50,7 +50,7 @@ class Owner:
 
 
 def load(folder):
-    return load_tokenizer(folder), load_model(folder, RUNTIME)
+    return load_tokenizer(folder, enable_thinking=None), load_model(folder, RUNTIME)
 
 
 def refusal(folder) -> str:
@@ -141,7 +141,7 @@ def test_a_model_that_needs_its_own_code_is_refused(folder, owned, monkeypatch):
 def test_code_beside_a_model_that_transformers_knows_is_not_run(folder, owned):
     custom_code(folder, owned)
     assert type(load_model(folder, RUNTIME)).__name__ == "LlamaForCausalLM"
-    assert load_tokenizer(folder)
+    assert load_tokenizer(folder, enable_thinking=None)
 
 
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])

@@ -76,19 +76,21 @@ def test_presets_are_the_papers_levels(preset, scheme):
 def test_what_a_variant_changes():
     smooth = {"alpha": 0.5, "targets": ["mlp_input"]}
     told = {
-        name: (variant.quantized, variant.changes_model)
+        name: (variant.quantized, variant.changes_model, variant.as_loaded)
         for name, variant in {
             "float": Variant(),
+            "other float": Variant(dtype="bfloat16"),
             "rounded": Variant(preset="o1"),
             "smoothed": Variant(smooth=smooth),
             "both": Variant(preset="o3", smooth=smooth),
         }.items()
     }
     assert told == {
-        "float": (False, False),
-        "rounded": (True, True),
-        "smoothed": (False, True),
-        "both": (True, True),
+        "float": (False, False, True),
+        "other float": (False, False, False),
+        "rounded": (True, True, False),
+        "smoothed": (False, True, False),
+        "both": (True, True, False),
     }
 
 

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import Item
+from helpers.sources.items import Item
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 

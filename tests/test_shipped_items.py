@@ -5,7 +5,9 @@ from itertools import combinations
 
 import pytest
 
-from helpers.sources.datasets import load_items, load_rows, normalized_text
+from helpers.sources.datasets import load_items
+from helpers.sources.items import normalized_text
+from helpers.sources.rows import load_rows
 from helpers.study.schema import ShippedDataset
 
 ADAPTER = {

@@ -8,10 +8,12 @@ from dataclasses import replace
 import pytest
 
 from helpers.evaluation.degenerate import best_degenerate, loops
-from helpers.evaluation.evidence import ask_alone, asked_now, seen_items
+from helpers.evaluation.evidence import ask_again, ask_alone, asked_now, seen_items
 from helpers.evaluation.gates import Evidence, evaluation_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
+from helpers.evaluation.reference_gates import reference_gates
 from helpers.study.gates import WHOLE_VARIANT, as_record
+from helpers.study.schema import Variant
 
 MODEL, VARIANT = "tuned", "smooth_only"
 OWNER = {"model": MODEL, "variant": VARIANT}
@@ -31,6 +33,7 @@ variants:
   noquant: {}
   smooth_only: {smooth: {alpha: 0.5, targets: [attention_input, mlp_input]}}
   rtn_w8a8: {preset: w8a8}
+  float_bf16: {dtype: bfloat16}
 baseline: noquant
 evaluation:
   batch: {tokens: 1024, rows: 16}
@@ -76,6 +79,19 @@ def shared_text(study, model, reference, tokenizer) -> list[dict]:
     return passage_rows(passages, tokens, *both)
 
 
+def shaken_in(tiny, settled, dtype: str) -> list[dict]:
+    """Rows of the tiny float model with every weight off by one rounding, against itself."""
+    import copy
+
+    import torch
+
+    from helpers.evaluation.reference import shake_
+
+    model = copy.deepcopy(tiny[0])
+    shake_(model, dtype=getattr(torch, dtype))
+    return shared_text(settled, model, *tiny)
+
+
 @pytest.fixture(scope="module")
 def sound(tiny, settled) -> Evidence:
     """A float variant that equals its baseline, as it must: asked once, in earnest."""
@@ -84,6 +100,7 @@ def sound(tiny, settled) -> Evidence:
     model, tokenizer = tiny
     answers = ask_all(model, tokenizer, settled)
     passages = shared_text(settled, model, model, tokenizer)
+    alone = ask_alone(model, tokenizer, settled)
     return Evidence(
         settled,
         MODEL,
@@ -95,7 +112,10 @@ def sound(tiny, settled) -> Evidence:
         passages,
         asked_now(settled, tokenizer),
         seen_items(settled, MODEL, VARIANT),
-        ask_alone(model, tokenizer, settled),
+        alone,
+        again=ask_again(model, tokenizer, settled, alone),
+        shaken=shaken_in(tiny, settled, "float32"),
+        reference=passages,
     )
 
 
@@ -172,6 +192,14 @@ ARC_ROWS = {
     "a row twice": (lambda rows: [*rows, rows[0]], {"every item answered once"}),
     "a row missing": (lambda rows: rows[1:],
                       {"every item answered once", "prompts of the baseline"}),
+    "cut short and filled up again": (lambda rows: rows[:-2] + rows[:2],
+                                      {"every item answered once", "prompts of the baseline"}),
+    "golds of other items": (
+        lambda rows: [
+            row | {"golds": other["golds"], "score": float(row["parsed"] in other["golds"])}
+            for row, other in zip(rows, rows[1:] + rows[:1], strict=True)
+        ],
+        {"scores follow from the answers"}),
     "other prompts": (first(prompt_hash="of another wording"),
                       {"prompts as rendered now", "prompts of the baseline"}),
     "cut prompts": (each(prompt_tokens=lambda row: min(16, row["prompt_tokens"])),
@@ -203,6 +231,21 @@ def test_a_prediction_file_of_another_variant_is_told_by_name(sound):
     assert gate.measured == "12 of tuned/rtn_w8a8"
 
 
+def test_another_chat_template_for_one_variant(tiny, settled, sound):
+    """Every item is asked, in other words than the baseline's."""
+    import copy
+
+    other = copy.deepcopy(tiny[1])
+    other.chat_template = tiny[1].chat_template.replace("assistant", "helper")
+    asked = {name: {a.item.id: a.hash for a in found} for name, found in
+             asked_now(settled, other).items()}  # fmt: skip
+    edit = each(prompt_hash=lambda row: asked["openmath"][row["id"]])
+    assert failed(with_rows(sound, "openmath", edit)) == {
+        ("openmath", "prompts as rendered now"),
+        ("openmath", "prompts of the baseline"),
+    }
+
+
 def test_an_announced_set_that_is_missing(sound):
     without = {k: v for k, v in sound.predictions.items() if k != "squad_v2"}
     assert failed(replace(sound, predictions=without)) == {("squad_v2", "every item answered once")}
@@ -232,6 +275,56 @@ def test_logits_that_are_not_finite(tiny, settled, sound):
 def test_a_perplexity_too_large_for_a_float_is_missing():
     rows = [{"tokens": 2, "nll": 4000.0, "kl": 1.0, "top1_agreements": 0}]
     assert shared_text_metrics(rows)["perplexity"] is None
+
+
+def in_bfloat16(tiny):
+    """A copy of the tiny float model that computes in bfloat16."""
+    import copy
+
+    import torch
+
+    return copy.deepcopy(tiny[0]).to(torch.bfloat16)
+
+
+def test_a_float_variant_that_is_further_away_than_rounding(tiny, settled, sound):
+    """A smoothed model asked in bfloat16 is no longer the function it has to be."""
+    moved = each(**OWNER)(shared_text(settled, in_bfloat16(tiny), *tiny))
+    shared = shared_text_metrics(moved)
+    evidence = replace(sound, passages=moved, metrics=sound.metrics | {"shared_text": shared})
+    assert failed(evidence) == {(WHOLE_VARIANT, "apart by rounding alone")}
+
+
+def test_the_noise_floor_is_rounding_of_its_own_type_and_no_more(tiny, settled):
+    recipe, shaken = Variant(dtype="bfloat16"), shaken_in(tiny, settled, "bfloat16")
+    rows = shared_text(settled, in_bfloat16(tiny), *tiny)
+    assert [g for g in reference_gates(recipe, rows, shaken) if not g.passed] == []
+    twice = [row | {"kl": 20 * row["kl"]} for row in rows]
+    names = [g.name for g in reference_gates(recipe, twice, shaken) if not g.passed]
+    assert names == ["apart by rounding alone"]
+
+
+@pytest.mark.parametrize("recipe", [{"dtype": "bfloat16"}, {"preset": "w8a8"}])
+def test_a_variant_that_answers_as_the_float_model_to_the_bit_was_not_asked(
+    tiny, settled, sound, recipe
+):
+    """No quantization at run time, or a float type that was ignored: a flawless null result."""
+    gates = reference_gates(Variant(**recipe), sound.passages, sound.shaken)
+    names = {g.name for g in gates if not g.passed}
+    assert names == {"other arithmetic than the float model's"}
+
+
+def test_a_distance_that_cannot_be_told_does_not_hold(settled, sound):
+    lost = [row | {"kl": None} for row in sound.passages]
+    recipe = settled.variants[VARIANT]
+    assert not any(g.passed for g in reference_gates(recipe, lost, sound.shaken))
+    assert not any(g.passed for g in reference_gates(recipe, sound.passages, []))
+
+
+def test_gates_made_where_the_model_was_loaded_count(sound):
+    from helpers.study.gates import Gate
+
+    broken = Gate("the arithmetic announced", False, "0 of 14 Linears in int8", "14 in int8")
+    assert failed(replace(sound, loaded=(broken,))) == {(WHOLE_VARIANT, broken.name)}
 
 
 @pytest.mark.parametrize("dataset", ["arc", "squad_v2"])
@@ -313,22 +406,124 @@ def test_an_answer_that_depends_on_its_batch_mates(tiny, settled, sound):
     assert {(name, "same answer alone") for name in ("squad_v2", "openmath")} <= found
 
 
+def moved(by: float, *, pattern: int = 1):
+    """Rows of rtn_w8a8 whose log-probabilities are off by so much, up and down in turn."""
+
+    def shifted(row):
+        return [x + by * (-1) ** (i // pattern) for i, x in enumerate(row["logprobs"])]
+
+    return each(variant="rtn_w8a8", logprobs=shifted)
+
+
 def test_log_probabilities_have_a_limit_even_where_rounding_cascades(sound):
     """A quantized variant may differ alone by about what separates it from the baseline."""
-    rows = {"variant": "rtn_w8a8"}
-
-    def moved(by):
-        return each(
-            **rows, logprobs=lambda r: [x + by * (-1) ** i for i, x in enumerate(r["logprobs"])]
-        )
-
     simulated = sound.study.runtime.model_copy(update={"quantized": "reference"})
     study = sound.study.model_copy(update={"runtime": simulated})
-    evidence = replace(with_rows(sound, "arc", moved(0.01)), variant="rtn_w8a8", study=study)
-    names = {g.name for what, g in evaluation_gates(evidence) if what == "arc" and not g.passed}
-    assert "same answer alone" not in names
-    far = with_rows(evidence, "arc", moved(0.05), side="alone")
+    batched = replace(with_rows(sound, "arc", moved(0.01)), variant="rtn_w8a8", study=study)
+    evidence = with_rows(batched, "arc", moved(0.01, pattern=2), side="alone")
+    assert ("arc", "same answer alone") not in failed(evidence)
+    far = with_rows(batched, "arc", moved(0.05), side="alone")
     assert ("arc", "same answer alone") in failed(far)
+
+
+def rotated(rows: list[dict]) -> list[dict]:
+    """Each row with the log-probabilities of the next option, chosen and scored accordingly."""
+    return [
+        row | {"logprobs": row["logprobs"][1:] + row["logprobs"][:1], "variant": "rtn_w8a8"}
+        for row in rows
+    ]
+
+
+def as_scored(evidence: Evidence, edit):
+    """The edited log-probabilities with the choice and the score that follow from them."""
+    from helpers.evaluation.scoring import score_options
+
+    items = {a.item.id: a.item for a in evidence.asked["arc"]}
+
+    def score(row: dict) -> dict:
+        item = items[row["id"]]
+        return row | score_options(item, row["logprobs"], item.options, normalize="bytes")
+
+    return lambda rows: [score(row) for row in edit(rows)]
+
+
+def test_options_whose_probabilities_belong_to_others(sound):
+    """Of every item, alone too: only the baseline's order tells."""
+    evidence = with_rows(sound, "arc", as_scored(sound, rotated))
+    evidence = with_rows(evidence, "arc", as_scored(sound, rotated), side="alone")
+    found = failed(replace(evidence, variant="rtn_w8a8"))
+    assert ("arc", "options in the baseline's order") in found
+    assert ("arc", "scores follow from the answers") not in found
+
+
+def test_a_batch_mixed_up_does_not_widen_its_own_limit(sound):
+    """Far from the baseline because of the mix-up, near it when asked alone."""
+    evidence = with_rows(sound, "arc", as_scored(sound, rotated))
+    evidence = with_rows(evidence, "arc", moved(0.01), side="alone")
+    found = failed(replace(evidence, variant="rtn_w8a8"))
+    assert ("arc", "same answer alone") in found
+
+
+@pytest.mark.parametrize("scale", [0.3, 3.0])
+def test_a_collapse_keeps_the_order_of_its_options(sound, scale):
+    """Noise as large as the differences themselves is another matter than a mix-up."""
+    import random
+
+    lot = random.Random(5)
+    spread = each(
+        variant="rtn_w8a8", logprobs=lambda r: [x + lot.gauss(0, scale) for x in r["logprobs"]]
+    )
+    found = failed(replace(with_rows(sound, "arc", spread), variant="rtn_w8a8"))
+    assert ("arc", "options in the baseline's order") not in found
+
+
+def texts(*words: str):
+    """Answers of several words each, one an item."""
+    return lambda rows: [
+        row | {"output": f"{words[i % len(words)]} of item {i} {'abcdefghijkl'[i]}"}
+        for i, row in enumerate(rows)
+    ]
+
+
+def test_generated_answers_filed_under_other_items(sound):
+    """Rounding rewords an answer; it does not make it another item's."""
+    from helpers.evaluation.invariance import invariance_gate
+
+    rows = texts("so the answer", "then it is")(sound.predictions["openmath"])
+    alone = [row for row in rows[:4]]
+    held = invariance_gate(sound.study, "rtn_w8a8", rows, sound.baseline["openmath"], alone)
+    assert held.passed
+    outputs = [row["output"] for row in rows]
+    shuffled = [r | {"output": o} for r, o in zip(rows, outputs[1:] + outputs[:1], strict=True)]
+    found = invariance_gate(sound.study, "rtn_w8a8", shuffled, sound.baseline["openmath"], alone)
+    assert not found.passed
+
+
+def test_answers_drawn_by_lot(sound):
+    """A sampled answer is another one when the item is asked once more."""
+    again = sound.again | {"openmath": each(output="another")(sound.again["openmath"])}
+    assert failed(replace(sound, again=again)) == {("openmath", "same answer again")}
+    without = {name: [] for name in sound.again}
+    found = failed(replace(sound, again=without))
+    assert found == {(name, "same answer again") for name in sound.again}
+
+
+def test_a_variant_held_against_another_model_than_the_baseline(tiny, settled, sound):
+    """Its KL would be the distance of two models, and look like the price of rounding."""
+    from helpers.sources.random_model import random_model
+
+    other = random_model("llama", seed=4)
+    reference = shared_text(settled, other, other, tiny[1])
+    assert failed(replace(sound, reference=reference)) == {
+        (WHOLE_VARIANT, "held against the baseline")
+    }
+    assert (WHOLE_VARIANT, "held against the baseline") in failed(replace(sound, reference=[]))
+
+
+def test_an_example_of_the_prompt_that_is_an_item(sound):
+    item = sound.asked["openmath"][3].item
+    seen = sound.seen | {"worked-example": [*sound.seen["worked-example"], item]}
+    assert failed(replace(sound, seen=seen)) == {("openmath", "no leakage")}
 
 
 def test_a_loop_is_told_from_a_long_answer():

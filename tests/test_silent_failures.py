@@ -157,6 +157,13 @@ def weight_scales_swapped_between_two_layers(run, _):
         saved[a], saved[b] = saved[b], saved[a]
 
 
+@failure(GRID, variant="o1")
+def weight_scales_of_q_and_k_swapped_in_one_layer(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.weight_scale", f"{Q0.replace('q_proj', 'k_proj')}.weight_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
 @failure(GRID, RELOAD)
 def a_nan_in_a_saved_scale(run, _):
     with run.edited() as saved:
@@ -319,6 +326,30 @@ def calibration_maxima_of_another_layer(run, _):
         for name in ("q_proj", "k_proj", "v_proj"):
             a, b = (f"model.layers.{i}.self_attn.{name}.absmax" for i in (0, 1))
             found[a], found[b] = found[b], found[a]
+    run.quantize()
+
+
+def calibrated_with_louder_norms(run) -> dict:
+    """Calibrate a model that differs in one norm; return the files of the right one."""
+    files = [run.root / "source" / "model.safetensors", run.calibration / "record.json"]
+    kept = {path: path.read_bytes() for path in files}
+    with run.edited(run.root / "source") as source:
+        source["model.layers.0.input_layernorm.weight"].mul_(1.05)
+    run.calibrate()
+    return kept
+
+
+@failure(STATISTICS)
+def maxima_of_the_other_model_of_the_study(run, _):
+    for path, content in calibrated_with_louder_norms(run).items():
+        path.write_bytes(content)
+    run.quantize()
+
+
+@failure(STATISTICS, SOURCE)
+def the_whole_calibration_of_the_other_model(run, _):
+    model, _record = calibrated_with_louder_norms(run).items()
+    model[0].write_bytes(model[1])
     run.quantize()
 
 

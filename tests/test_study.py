@@ -59,14 +59,14 @@ def planned(done) -> set[str]:
 def test_every_job_leaves_its_notebook_and_its_record(smoke):
     _, _, outputs = smoke
     notebooks = {path.name for path in (outputs / "notebooks").iterdir()}
-    assert len(notebooks) == 1 + 2 + 2 * 3 + 1 + 2 * 4 + 1
+    assert len(notebooks) == 1 + 2 + 2 * 4 + 1 + 2 * 6 + 1
     assert not [name for name in notebooks if "failed" in name or "running" in name]
-    assert len(list(outputs.glob("**/record.json"))) == 1 + 2 + 2 * 3 + 1 + 2 * 4
+    assert len(list(outputs.glob("**/record.json"))) == 1 + 2 + 2 * 4 + 1 + 2 * 6
 
 
 def test_a_sound_study_passes_every_gate(smoke):
     verified = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/verification.json")]
-    assert len(verified) == 6
+    assert len(verified) == 8
     for found in verified:
         assert [g for g in found["gates"] if not g["passed"]] == []
         assert found["passed"]
@@ -74,10 +74,29 @@ def test_a_sound_study_passes_every_gate(smoke):
 
 def test_every_evaluation_is_checked_on_the_files_that_are_there(smoke):
     checked = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/evaluation/gates.json")]
-    assert len(checked) == 8
+    assert len(checked) == 12
     for found in checked:
         assert [g for g in found["gates"] if not g["passed"]] == []
         assert set(found["predictions"]) == {"arc", "squad_v2", "openmath", "boolq", "shared_text"}
+
+
+def test_every_control_does_its_duty(smoke):
+    """Smoothing alone answers as the baseline does, and the noise floor is rounding."""
+    _, _, outputs = smoke
+    summary = json.loads((outputs / "summary.json").read_text("utf-8"))
+    roles = {(c["variant"], c["role"]) for c in summary["controls"]}
+    assert {("noquant_bf16", "noise floor"), ("smooth_only", "smoothing alone")} <= roles
+    assert [c for c in summary["controls"] if not c["done"]] == []
+
+
+def test_every_verdict_is_made_again_from_the_answers(smoke, monkeypatch):
+    _, study, outputs = smoke
+    from helpers.report.recompute import recompute
+
+    monkeypatch.setenv("STUDY_OUTPUTS", str(outputs.parent))
+    table, differing = recompute(str(study))
+    assert differing == []
+    assert len(table.splitlines()) == 1 + 2 * 4 * 5
 
 
 def test_the_report_is_whole(smoke):

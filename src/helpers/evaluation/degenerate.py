@@ -7,8 +7,9 @@ is in `validity` and `conduct`. Imports no torch and no statistics.
 from collections import Counter
 from dataclasses import dataclass
 
-from helpers.evaluation.parsing import last_boxed, normalize_answer, parse_number
+from helpers.evaluation.parsing import last_boxed, normalize_answer
 from helpers.sources.conversations import EXAMPLES
+from helpers.sources.numbers import parse_number
 from helpers.study.schema import EvaluationSet
 
 LONGEST_UNIT = 60  # characters; what a loop repeats

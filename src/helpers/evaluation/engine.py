@@ -5,13 +5,16 @@ from dataclasses import replace
 
 from tqdm import tqdm
 
+from helpers.evaluation import served
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
 from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt
 from helpers.evaluation.scoring import score_options, score_text
+from helpers.sources.chat_template import end_of_turn
 from helpers.sources.conversations import tokenize
-from helpers.sources.datasets import Item, evaluation_items
+from helpers.sources.datasets import evaluation_items
+from helpers.sources.items import Item
 from helpers.study.errors import StudyError
 from helpers.study.schema import Batch, EvaluationSet, Study
 
@@ -33,7 +36,7 @@ def evaluate(
     """Yield one prediction an item, in the order they are ready.
 
     Args:
-        model: a causal language model of transformers, on any runtime.
+        model: a causal language model of transformers, on any runtime, or a served one.
         items: the evaluation set's items.
         wanted: adapter and protocol.
         limits: the most tokens and the most answers of one forward pass.
@@ -55,7 +58,8 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> It
     tokens = [option_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
-    for index, logprobs in option_loglikelihoods(model, tokens, batch_tokens=limits.tokens):
+    score = served.option_loglikelihoods if served.is_served(model) else option_loglikelihoods
+    for index, logprobs in score(model, tokens, batch_tokens=limits.tokens):
         asked = prompts[index]
         made = score_options(
             asked.item, logprobs, asked.continuations, normalize=wanted.ask.normalize
@@ -68,7 +72,8 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) ->
     tokens = [tokenize(tokenizer, asked.text) for asked in prompts]
     cap = wanted.ask.max_new_tokens
     _refuse_long(model, prompts, [len(t) + cap for t in tokens])
-    answers = generate_greedy(
+    generate = served.generate_greedy if served.is_served(model) else generate_greedy
+    answers = generate(
         model,
         tokens,
         max_new_tokens=cap,
@@ -88,10 +93,11 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) ->
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end an answer: the tokenizer's end of turn and the model's own list."""
+    """Ids that end an answer: of a turn or of a text, and the model's own list."""
     declared = model.generation_config.eos_token_id
     listed = declared if isinstance(declared, list) else [declared]
-    return {tokenizer.eos_token_id, *(i for i in listed if i is not None)}
+    ends = {end_of_turn(tokenizer), tokenizer.eos_token_id}
+    return ends | {i for i in listed if i is not None}
 
 
 def box_closes(tokenizer) -> Callable[[list[int]], bool]:

@@ -9,30 +9,38 @@ from helpers.evaluation.predictions import (
     read_predictions,
 )
 from helpers.evaluation.prompts import prompt
-from helpers.sources.conversations import tokenize
-from helpers.sources.datasets import Item, calibration_items, evaluation_items, training_items
-from helpers.study.gates import as_record
+from helpers.evaluation.reference import read_reference, read_shaken
+from helpers.sources.conversations import EXAMPLES, tokenize
+from helpers.sources.datasets import calibration_items, evaluation_items, training_items
+from helpers.sources.items import Item
+from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
 from helpers.study.schema import FineTunedModel, Study
 
 
-def check(job: Job, model, tokenizer) -> dict:
+def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:
     """The record `gates.json`: every gate, and which files it was held against.
+
+    Args:
+        model: the variant, as it was asked.
+        loaded: gates on the model, made when it was loaded.
 
     Raises:
         StudyError: the baseline has not been evaluated yet.
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
-    record = as_record(evaluation_gates(gather(job, model, tokenizer)))
+    evidence = gather(job, model, tokenizer, loaded=loaded)
+    record = as_record(evaluation_gates(evidence))
     made_of = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
 
 
-def gather(job: Job, model, tokenizer) -> Evidence:
+def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
     """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
+    alone = ask_alone(model, tokenizer, study)
     return Evidence(
         study=study,
         model=job.model,
@@ -44,7 +52,11 @@ def gather(job: Job, model, tokenizer) -> Evidence:
         baseline_passages=read_passage_rows(baseline),
         asked=asked_now(study, tokenizer),
         seen=seen_items(study, job.model, job.variant),
-        alone=ask_alone(model, tokenizer, study),
+        alone=alone,
+        again=ask_again(model, tokenizer, study, alone),
+        reference=read_reference(job, model, tokenizer),
+        shaken=read_shaken(job, tokenizer),
+        loaded=tuple(loaded),
     )
 
 
@@ -58,12 +70,29 @@ def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
 
 
 def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
-    """The items the variant was made from: calibration, and training of a fine-tuned model."""
-    found = {}
+    """The items the variant knows: examples in its prompts, calibration, and training items."""
+    found = {"worked-example": worked_examples(study)}
     if study.variants[variant].changes_model:
         found["calibration"] = calibration_items(study)
     if isinstance(study.models[model], FineTunedModel):
         found["training"] = [item for part in training_items(study, model) for item in part]
+    return found
+
+
+def worked_examples(study: Study) -> list[Item]:
+    """The examples that stand in the prompts of the study's sets."""
+    asked = [(w.adapter, w.ask) for w in study.evaluation.datasets.values()]
+    shots = [(adapter, ask.shots) for adapter, ask in asked if ask.protocol == "generate"]
+    return [item for adapter, n in shots for item, _ in EXAMPLES[adapter][:n]]
+
+
+def ask_again(model, tokenizer, study: Study, alone: dict[str, list[dict]]) -> dict:
+    """Predictions of one item of every generated set, asked once more in a batch of its own."""
+    found, limits = {}, study.evaluation.batch
+    for name, wanted in study.evaluation.datasets.items():
+        if wanted.ask.protocol == "generate":
+            first = [i for i in evaluation_items(study, name) if i.id == alone[name][0]["id"]]
+            found[name] = list(evaluate(model, tokenizer, first, wanted, limits=limits))
     return found
 
 

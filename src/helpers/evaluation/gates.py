@@ -6,18 +6,21 @@ against the baseline in `conduct`; whether an answer depends on its batch in `in
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from helpers.evaluation.conduct import conduct_gates
-from helpers.evaluation.invariance import invariance_gate
+from helpers.evaluation.invariance import invariance_gate, repeat_gate
+from helpers.evaluation.range_gates import range_gate
+from helpers.evaluation.reference_gates import (
+    options_gate,
+    reference_gates,
+    same_reference_gate,
+)
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import Item, item_key
-from helpers.study.gates import WHOLE_VARIANT, Gate
+from helpers.sources.items import Item, item_key
+from helpers.study.gates import WHOLE_VARIANT, Gate, none_of
 from helpers.study.schema import EvaluationSet, Study
 
-COUNTS = ("items", "answered", "abstained", "unparsed", "prompt_tokens", "output_tokens")
-COUNTS += ("has_answer_items", "no_answer_items", "passages", "tokens")
-UNBOUNDED = ("median_absolute_difference", "kl")
 ROUNDING = 1e-6  # of stored log-probabilities; a tie within it goes to the stored answer
 
 
@@ -41,6 +44,11 @@ class Evidence:
         asked: the items of every evaluation set, drawn and rendered now.
         seen: items the variant was made from, by use (calibration, training).
         alone: predictions of a few items asked in a batch of one.
+        again: the same of one item of each generated set, asked once more.
+        shaken: rows of the shared text read by the float model after one rounding of every
+            weight; for float variants.
+        reference: rows of the shared text read by the float model now; none for the baseline.
+        loaded: gates on the model that was asked, made where it was loaded.
     """
 
     study: Study
@@ -54,6 +62,10 @@ class Evidence:
     asked: dict[str, list[Asked]]
     seen: dict[str, list[Item]]
     alone: dict[str, list[dict]]
+    again: dict[str, list[dict]] = field(default_factory=dict)
+    shaken: list[dict] = field(default_factory=list)
+    reference: list[dict] = field(default_factory=list)
+    loaded: tuple[Gate, ...] = ()
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -65,12 +77,17 @@ def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
 
 
 def shared_gates(e: Evidence) -> list[Gate]:
-    """The gates on what all sets have in common: the logits and the shared text."""
+    """The gates on what all sets have in common: the model, the logits, the shared text."""
+    dtype, before = e.study.runtime.dtype, e.baseline_passages
+    held = e.variant != e.study.baseline
     return [
+        *e.loaded,
         finite_gate(e.predictions, e.metrics["shared_text"]),
         owner_gate("shared text of this variant", e.passages, e.model, e.variant),
         passages_gate(e.passages, e.baseline_passages),
         range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
+        *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
+        *reference_gates(e.study.variants[e.variant], e.passages, e.shaken),
     ]
 
 
@@ -81,6 +98,8 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
     gates = [items_gate(rows, asked)]
     if not rows or not before:
         return gates
+    generated = wanted.ask.protocol == "generate"
+    alone = e.alone.get(name, [])
     return [
         *gates,
         owner_gate("answers of this variant", rows, e.model, e.variant),
@@ -91,7 +110,8 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
         *conduct_gates(wanted, rows, before),
         leakage_gate([a.item for a in asked], e.seen),
-        invariance_gate(e.study, e.variant, rows, before, e.alone.get(name, [])),
+        invariance_gate(e.study, e.variant, rows, before, alone),
+        repeat_gate(alone, e.again.get(name, [])) if generated else options_gate(rows, before),
     ]
 
 
@@ -122,7 +142,7 @@ def prompts_gate(rows: list[dict], asked: list[Asked]) -> Gate:
     """The stored hashes are those of the prompts as the study renders them now."""
     due = {a.item.id: a.hash for a in asked}
     odd = [r["id"] for r in rows if r["id"] in due and r["prompt_hash"] != due[r["id"]]]
-    return _none_of("prompts as rendered now", odd, len(rows), "prompts were others")
+    return none_of("prompts as rendered now", odd, len(rows), "prompts were others")
 
 
 def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
@@ -130,14 +150,14 @@ def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
     due = {b["id"]: (b["prompt_hash"], b["prompt_tokens"]) for b in baseline}
     odd = [r["id"] for r in rows if (r["prompt_hash"], r["prompt_tokens"]) != due.get(r["id"])]
     odd += sorted(due.keys() - {r["id"] for r in rows})
-    return _none_of("prompts of the baseline", odd, len(rows), "items were asked otherwise")
+    return none_of("prompts of the baseline", odd, len(rows), "items were asked otherwise")
 
 
 def length_gate(rows: list[dict], asked: list[Asked]) -> Gate:
     """Every prompt was read to its end."""
     due = {a.item.id: a.tokens for a in asked}
     odd = [r["id"] for r in rows if r["id"] in due and r["prompt_tokens"] != due[r["id"]]]
-    return _none_of("prompts not cut short", odd, len(rows), "prompts have another length")
+    return none_of("prompts not cut short", odd, len(rows), "prompts have another length")
 
 
 def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -> Gate:
@@ -148,7 +168,7 @@ def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -
         again = rescored(wanted, items[row["id"]], row)
         if any(row.get(key) != value for key, value in again.items()):
             odd.append(row["id"])
-    return _none_of("scores follow from the answers", odd, len(rows), "rows score otherwise")
+    return none_of("scores follow from the answers", odd, len(rows), "rows score otherwise")
 
 
 def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
@@ -164,30 +184,6 @@ def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
     # Continuations are as long as the options: they only begin with a space or a capital.
     again = score_options(item, nudged, item.options, normalize=wanted.ask.normalize)
     return {key: value for key, value in again.items() if key != "logprobs"}
-
-
-def range_gate(rows: list[dict], metrics: dict[str, dict], name: str) -> Gate:
-    """Scores are 0 to 1, fractions too, counts are whole, perplexity is at least 1."""
-    scores = [(r["id"], key, r[key]) for r in rows for key in ("score", "f1") if key in r]
-    odd = [f"{key} {value} of {i}" for i, key, value in scores if not 0 <= value <= 1]
-    for dataset, values in metrics.items():
-        odd += [f"{dataset} {k} = {v}" for k, v in values.items() if not in_range(k, v)]
-    return _none_of(name, odd, len(rows) + sum(map(len, metrics.values())), "values are outside")
-
-
-def in_range(metric: str, value) -> bool:
-    """Whether a metric's value can be one; None stands for what cannot be computed."""
-    if value is None:
-        return True
-    if metric == "finish_reasons":
-        return all(isinstance(n, int) and n > 0 for n in value.values())
-    if metric in COUNTS:
-        return isinstance(value, int) and value >= 0
-    if metric == "perplexity":
-        return 1 <= value < math.inf
-    if metric in UNBOUNDED:
-        return -ROUNDING <= value < math.inf
-    return 0 <= value <= 1
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
@@ -232,8 +228,3 @@ def leakage_gate(items: list[Item], seen: dict[str, list[Item]]) -> Gate:
         + (f" ({odd[0]})" if odd else ""),
         "none",
     )
-
-
-def _none_of(name: str, odd: list[str], n: int, said: str) -> Gate:
-    example = f" ({odd[0]})" if odd else ""
-    return Gate(name, not odd, f"{len(odd)} of {n} {said}{example}", "none")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from helpers.evaluation.attention import packed
-from helpers.evaluation.packing import FEWEST_ROWS, Library, Segment, Text, cut, logits_at, read
+from helpers.evaluation.packing import Library, Segment, Text, cut, logits_at, read
 from helpers.evaluation.slots import Slots
-from helpers.sources.batching import owned_by
+from helpers.sources.batching import FEWEST_ROWS, owned_by
 
 REFILL = 8  # slots are given away by so many at a time: a row of one prompt is slow to read
 

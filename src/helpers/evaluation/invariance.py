@@ -2,16 +2,19 @@
 
 A few items are asked again in a batch of one. In float32 on a CPU a model has to answer
 the same, quantized or not: the engine reads every text at the shape it has alone. On
-other runtimes a quantized model need not: a last bit that differs tips values over a
+other runtimes, and in bfloat16, it need not: a last bit that differs tips values over a
 rounding edge, and after a few layers every rounding is drawn anew (NOTES.md). There the
 share of changed answers is recorded as the variant's own noise floor. Its
-log-probabilities have a limit: were all of quantization's effect on them noise, two
+log-probabilities have a limit: were all of its distance from the baseline noise, two
 independent draws of it would differ by √2 times its size; as much again is left for the
-small sample. A larger change is no rounding. The asking is in `evidence`; imports no torch.
+small sample. A larger change is no rounding. A generated text must at least be more like
+its own than like other items' texts, else answers were mixed up. The asking is in
+`evidence`; imports no torch.
 """
 
 import math
 
+from helpers.evaluation.scoring import token_f1
 from helpers.study.gates import Gate
 from helpers.study.hashing import sha256_text
 from helpers.study.schema import Study
@@ -37,14 +40,31 @@ def invariance_gate(
     if exact(study, variant):
         passed = bool(pairs) and not changed
         return Gate("same answer alone", passed, told, "none changes")
-    floats = {row["id"]: row for row in baseline}
+    if any("logprobs" in row for row in alone) and variant != study.baseline:
+        return _options_alone(pairs, {row["id"]: row for row in baseline}, told)
+    finite = not any(a["finish_reason"] == "nonfinite" for _, a in pairs)
+    own, others = _likeness(pairs, rows)
+    return Gate(
+        "same answer alone",
+        bool(pairs) and finite and own >= others,
+        f"{told}; words in common {own:.2f}, with other items' answers {others:.2f}",
+        "each is more like its own answer in the batch than like others'; logits are finite",
+    )
+
+
+def _options_alone(pairs: list[tuple[dict, dict]], floats: dict[str, dict], told: str) -> Gate:
+    """Log-probabilities move no more than they are away from the baseline's.
+
+    The baseline is held against both answers, and the nearer one counts: a batch that was
+    mixed up is far from it, and must not widen its own limit.
+    """
     moved = _rms_change(pairs)
-    own = _rms_change([(floats[b["id"]], b) for b, _ in pairs if b["id"] in floats])
-    if moved is None or own is None or variant == study.baseline:
-        finite = not any(a["finish_reason"] == "nonfinite" for _, a in pairs)
-        limit = "some are asked, logits are finite; the share is the variant's noise floor"
-        return Gate("same answer alone", bool(pairs) and finite, told, limit)
-    limit = DRAWS * own + ROUNDING
+    distances = [
+        _rms_change([(floats[pair[side]["id"]], pair[side]) for pair in pairs]) for side in (0, 1)
+    ]
+    if moved is None or None in distances:
+        return Gate("same answer alone", False, told, "log-probabilities are there to compare")
+    limit = DRAWS * min(distances) + ROUNDING
     return Gate(
         "same answer alone",
         moved <= limit,
@@ -53,15 +73,37 @@ def invariance_gate(
     )
 
 
+def repeat_gate(alone: list[dict], again: list[dict]) -> Gate:
+    """Asked once more in the same way, an item gets the same answer: nothing is drawn by lot."""
+    first = {row["id"]: row for row in alone}
+    odd = [row["id"] for row in again if _said(row) != _said(first[row["id"]])]
+    told = f"{len(odd)} of {len(again)} answers change" + (f" ({odd[0]})" if odd else "")
+    return Gate("same answer again", bool(again) and not odd, told, "none")
+
+
 def exact(study: Study, variant: str) -> bool:
     """Whether the variant's runtime computes a text the same in any company."""
-    runtime = study.runtime
-    simulated = study.variants[variant].quantized and runtime.quantized != "int8"
-    return (runtime.device, runtime.dtype) == ("cpu", "float32") and not simulated
+    runtime, recipe = study.runtime, study.variants[variant]
+    simulated = recipe.quantized and runtime.quantized != "int8"
+    dtype = recipe.dtype or runtime.dtype
+    return (runtime.device, dtype) == ("cpu", "float32") and not simulated
 
 
 def _said(row: dict) -> tuple:
     return row["status"], row["parsed"], row["output"]
+
+
+def _likeness(pairs: list[tuple[dict, dict]], rows: list[dict]) -> tuple[float, float]:
+    """Mean F1 of the words of an answer alone with its own in the batch, and with the others."""
+    own = [token_f1(a["output"], b["output"]) for b, a in pairs]
+    others = [
+        token_f1(a["output"], row["output"])
+        for _, a in pairs
+        for row in rows
+        if row["id"] != a["id"]
+    ]
+    mean = [math.fsum(found) / len(found) if found else 0.0 for found in (own, others)]
+    return mean[0], mean[1]
 
 
 def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:

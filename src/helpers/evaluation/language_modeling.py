@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from helpers.evaluation import served
 from helpers.evaluation.attention import packed
 from helpers.evaluation.loglikelihood import HEAD_ROWS
 from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
@@ -85,6 +86,8 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Sta
         passages: token ids, two at least.
         batch_tokens: the most tokens of one forward pass.
     """
+    if served.is_served(model):
+        return States(served.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
     texts = [Text((), tuple(tokens[:-1])) for tokens in passages]

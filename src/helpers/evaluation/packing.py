@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from helpers.sources.batching import owned_by
+from helpers.sources.batching import FEWEST_ROWS, owned_by
 
-FEWEST_ROWS = 16  # of a matrix product; below, libraries switch to kernels that sum otherwise
 TRUNK = 0
 
 

@@ -12,7 +12,7 @@ from helpers.evaluation.metrics import STATUSES
 from helpers.study.errors import StudyError
 
 PASSAGES = "passages"  # rows of the shared text, beside the adapters
-FINISH_REASONS = ("stop", "length", "nonfinite", "scored")
+FINISH_REASONS = ("stop", "answer", "length", "nonfinite", "scored")
 
 
 def _text(value: Any) -> bool:

@@ -6,7 +6,8 @@ from functools import lru_cache
 from helpers.evaluation.loglikelihood import OptionTokens
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
 from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import Item, evaluation_items
+from helpers.sources.datasets import evaluation_items
+from helpers.sources.items import Item
 from helpers.study.opening import Job
 from helpers.study.records import write_jsonl
 from helpers.study.schema import EvaluationSet

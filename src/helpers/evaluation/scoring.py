@@ -6,17 +6,12 @@ an abstention.
 """
 
 import math
-import re
 from collections import Counter
 from fractions import Fraction
 
-from helpers.evaluation.parsing import (
-    is_abstention,
-    last_boxed,
-    normalize_answer,
-    parse_number,
-)
-from helpers.sources.datasets import Item, label_key
+from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
+from helpers.sources.items import Item, label_key
+from helpers.sources.numbers import gold_number, parse_number
 from helpers.study.plain_text import whole_characters
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
@@ -131,9 +126,7 @@ def number_scores(parsed: str | None, gold: str) -> tuple[float, float | None]:
     """
     if parsed is None:
         return 0.0, None
-    value, wanted = parse_number(parsed), parse_number(gold)
-    if re.search(r"[0-9][A-Za-z]+$", gold):  # an expression such as 3x, which is not 3
-        wanted = None
+    value, wanted = parse_number(parsed), gold_number(gold)
     if value is None or wanted is None:
         same = "".join(parsed.split()) == "".join(gold.split())
         return float(same), None

@@ -6,7 +6,7 @@ and percentiles come from an even sample of the tokens; abs-max is exact.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,15 +31,22 @@ class InputStatistics:
 
     Attributes:
         absmax: (in_features,) exact per-channel maximum of |x|.
+        fit_absmax: the same without the items that judge a choice of α.
         argmax_item: the item in which the largest |x| of the layer occurred.
         samples: (tokens, in_features) |x| of evenly sampled tokens.
         tokens: how many tokens were seen.
     """
 
     absmax: Tensor
+    fit_absmax: Tensor
     argmax_item: int
     samples: list[Tensor]
     tokens: int
+
+
+def first_judge(items: int) -> int:
+    """Index of the first of the items, the last tenth, that judge a choice of α."""
+    return items - max(1, items // 10)
 
 
 def run_calibration(
@@ -64,7 +71,8 @@ def run_calibration(
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)
             owners = torch.tensor([i for i in batch for _ in items[i]])
-            observed = _observed(model, mask.bool(), owners, statistics)
+            fit = owners < first_judge(len(items))
+            observed = _observed(model, mask.bool(), owners, fit, statistics)
             with observed, every_expert_reads(model), torch.no_grad():
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             bar.update(len(batch))
@@ -72,7 +80,9 @@ def run_calibration(
 
 
 @contextmanager
-def _observed(model, mask: Tensor, owners: Tensor, statistics: dict[str, InputStatistics]):
+def _observed(
+    model, mask: Tensor, owners: Tensor, fit: Tensor, statistics: dict[str, InputStatistics]
+):
     """Hooks on every Linear but the head; Linears that share an input share the arithmetic."""
     head = model.get_output_embeddings()
     last: dict[str, object] = {"input": None}
@@ -82,7 +92,7 @@ def _observed(model, mask: Tensor, owners: Tensor, statistics: dict[str, InputSt
             if args[0] is not last["input"]:
                 last["input"] = args[0]
                 x = args[0].reshape(*mask.shape, -1)  # some modules flatten rows and tokens
-                last["summary"] = _summarize(x[mask.to(x.device)].float(), owners)
+                last["summary"] = _summarize(x[mask.to(x.device)].float(), owners, fit)
             _merge_(statistics, name, last["summary"])
 
         return observe
@@ -96,8 +106,13 @@ def _observed(model, mask: Tensor, owners: Tensor, statistics: dict[str, InputSt
             handle.remove()
 
 
-def _summarize(x: Tensor, owners: Tensor) -> InputStatistics:
-    """Statistics of one batch; x: (tokens, in_features), owners: (tokens,) item indices."""
+def _summarize(x: Tensor, owners: Tensor, fit: Tensor) -> InputStatistics:
+    """Statistics of one batch.
+
+    Args:
+        x: (tokens, in_features).
+        owners: (tokens,) item indices; fit: (tokens,) bool, which do not judge.
+    """
     magnitude = x.abs()
     if not torch.isfinite(magnitude).all():
         raise StudyError(
@@ -106,21 +121,21 @@ def _summarize(x: Tensor, owners: Tensor) -> InputStatistics:
     absmax = magnitude.amax(0)
     top = magnitude[:, absmax.argmax()].argmax().item()
     step = max(1, len(x) // SAMPLED_TOKENS)
-    return InputStatistics(
-        absmax.cpu(), int(owners[top]), [magnitude[::step].clone().cpu()], len(x)
-    )
+    kept = magnitude[fit.to(x.device)]
+    fit_absmax = kept.amax(0) if len(kept) else torch.zeros_like(absmax)
+    samples = [magnitude[::step].clone().cpu()]
+    return InputStatistics(absmax.cpu(), fit_absmax.cpu(), int(owners[top]), samples, len(x))
 
 
 def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatistics) -> None:
     old = statistics.get(name)
     if old is None:
-        statistics[name] = InputStatistics(
-            new.absmax, new.argmax_item, list(new.samples), new.tokens
-        )
+        statistics[name] = replace(new, samples=list(new.samples))
         return
     if new.absmax.max() > old.absmax.max():
         old.argmax_item = new.argmax_item
     old.absmax = torch.maximum(old.absmax, new.absmax)
+    old.fit_absmax = torch.maximum(old.fit_absmax, new.fit_absmax)
     old.samples += new.samples
     old.tokens += new.tokens
 
@@ -131,6 +146,7 @@ def save_calibration(path: Path, statistics: dict[str, InputStatistics]) -> None
     for name, found in statistics.items():
         samples = torch.cat(found.samples)
         tensors[f"{name}.absmax"] = found.absmax
+        tensors[f"{name}.fit_absmax"] = found.fit_absmax
         tensors[f"{name}.p99"] = torch.quantile(samples, 0.99, dim=0)
         tensors[f"{name}.median"] = samples.median(0).values
         tensors[f"{name}.histogram"] = log2_histogram(samples)
@@ -170,15 +186,18 @@ def log2_histogram(magnitude: Tensor) -> Tensor:
     return torch.bincount(exponent.flatten(), minlength=high - low)
 
 
-def load_absmax(path: Path) -> dict[str, Tensor]:
+def load_absmax(path: Path, *, fit: bool = False) -> dict[str, Tensor]:
     """(in_features,) abs-max of every calibrated Linear's input, by name.
+
+    Args:
+        fit: only over the items that do not judge a choice of α.
 
     Raises:
         StudyError: there is no calibration file.
     """
     if not path.is_file():
         raise StudyError(f"{path.name} is missing; run 01_calibration first")
-    suffix = ".absmax"
+    suffix = ".fit_absmax" if fit else ".absmax"
     return {k.removesuffix(suffix): v for k, v in load_file(path).items() if k.endswith(suffix)}
 
 

@@ -8,13 +8,8 @@ from torch import Tensor
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
 from helpers.quantization.probing import first_block_only, input_maxima
-from helpers.sources.datasets import (
-    Item,
-    evaluation_items,
-    load_items,
-    normalized_text,
-    training_items,
-)
+from helpers.sources.datasets import evaluation_items, load_items, training_items
+from helpers.sources.items import Item, normalized_text
 from helpers.study.architectures import HEAD
 from helpers.study.schema import FineTunedModel
 

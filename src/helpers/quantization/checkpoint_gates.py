@@ -41,8 +41,13 @@ def smoothing_gate(evidence: Evidence):
         f"gives{named(where)}; largest deviation {worst:.2g} of what rounding allows; "
         f"{len(riders)} biases or routers off{named(riders)}",
         f"{expected} groups folded, each by the scales of equation 4 at "
-        + (f"α = {evidence.claim.smooth.alpha:g}" if evidence.claim.smooth else "no place"),
+        + (_in_words(evidence.alphas) if evidence.groups else "no place"),
     )
+
+
+def _in_words(alphas: dict[str, float]) -> str:
+    low, high = min(alphas.values()), max(alphas.values())
+    return f"α = {low:g}" if low == high else f"its own α ({low:g} to {high:g})"
 
 
 def _norm_rounding(evidence: Evidence, group) -> Tensor | None:

@@ -64,8 +64,8 @@ def quantize_variant_(
     return quantize_(model, variant, smoothed_absmax(act_absmax, done))
 
 
-def describe(variant: Variant) -> str:
-    """The recipe in one line, in words."""
+def describe(variant: Variant, alphas: dict[str, float]) -> str:
+    """The recipe in one line, in words; `alphas` are those of its groups."""
     if variant.recipe == "seed":
         text = "the seed recipe (a control, broken on purpose): dequantized int8 weights per "
         text += "tensor, head included, float activations"
@@ -78,8 +78,18 @@ def describe(variant: Variant) -> str:
     if variant.smooth:
         where = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
         done = "divided by the scales" if variant.recipe == "seed" else "smoothed"
-        text += f"; {done} with α = {variant.smooth.alpha:g} at {where}"
+        text += f"; {done} with {_alpha_in_words(variant, alphas)} at {where}"
     return text
+
+
+def _alpha_in_words(variant: Variant, alphas: dict[str, float]) -> str:
+    values = sorted(set(alphas.values()))
+    asked = variant.smooth.alpha
+    if isinstance(asked, float):
+        return f"α = {asked:g}"
+    if asked == "auto":
+        return f"an α for each of {len(alphas)} groups, {values[0]:g} to {values[-1]:g}"
+    return f"α = {values[0]:g}, the best of {', '.join(f'{a:g}' for a in asked)}"
 
 
 def scheme(variant: Variant) -> dict:

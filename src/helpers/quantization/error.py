@@ -43,7 +43,11 @@ class Sums:
 
 @torch.inference_mode()
 def sqnr_with_and_without(
-    model, items: list[list[int]], variant: Variant, act_absmax: dict[str, Tensor]
+    model,
+    items: list[list[int]],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
 ) -> dict[str, dict[str, float]]:
     """SQNR in dB by Linear of the model as it is and, if the variant smooths, as smoothed.
 
@@ -55,9 +59,10 @@ def sqnr_with_and_without(
         items: token ids; each is read alone, in a mixture by every expert.
         variant: its scheme decides the granularities, its targets where scales go.
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
+        alphas: α of each group, by the name of its first consumer.
     """
     smooths = variant.smooth and not variant.recipe
-    scales = linear_scales(model, variant, act_absmax) if smooths else {}
+    scales = linear_scales(model, variant, act_absmax, alphas) if smooths else {}
     curves = {"without smoothing": Sums()}
     if smooths:
         curves["with smoothing"] = Sums()
@@ -84,15 +89,31 @@ def sqnr_with_and_without(
     return {label: sums.decibels() for label, sums in curves.items()}
 
 
-def linear_scales(model, variant: Variant, act_absmax: dict[str, Tensor]) -> dict[str, Scales]:
+def linear_scales(
+    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
+) -> dict[str, Scales]:
     """Linear name to the scales that the variant's smoothing would fold into it."""
     found: dict[str, Scales] = {}
     for group in smoothing_groups(model.config, variant.smooth.targets):
-        scales = group_scales(model, group, act_absmax, alpha=variant.smooth.alpha).float()
+        alpha = alphas[group.consumers[0]]
+        scales = group_scales(model, group, act_absmax, alpha=alpha).float()
         for name in group.consumers:
             found.setdefault(name, Scales()).inputs = scales
         found.setdefault(group.producer, Scales()).outputs = scales
     return found
+
+
+def group_error(
+    x: Tensor, linear: nn.Linear, variant: Variant, absmax: Tensor, scales: Scales
+) -> float:
+    """Squared error of one Linear's int8 output, as smoothed by the scales.
+
+    Args:
+        x: (tokens, in_features) float inputs.
+        absmax: (in_features,) calibrated maxima of the input.
+    """
+    exact, approximate = _outputs(x, linear.weight.float(), variant, absmax, scales)
+    return (exact - approximate).square().sum().item()
 
 
 def decibels(signal: float, noise: float) -> float:

@@ -10,6 +10,7 @@ held at a time, so that a check needs little more memory than the model it check
 import gc
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -21,7 +22,8 @@ from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.probing import inputs_of
 from helpers.quantization.variants import load_as, load_reference, load_variant
 from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import Item, calibration_items
+from helpers.sources.datasets import calibration_items
+from helpers.sources.items import Item
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
@@ -41,7 +43,7 @@ class Evidence:
     """
 
     def __init__(self, job: Job, *, source_hash: str):
-        self.job, self.source_hash = job, source_hash
+        self.job, self.source_hash = on_own_kernels(job), source_hash
         self.claim = job.recipe.claim
         self.dtype = getattr(torch, job.study.runtime.dtype)
         self.source_folder = model_folder(job.study, job.model, job.paths)
@@ -115,6 +117,25 @@ class Evidence:
             return []
         return smoothing_groups(self.config, self.claim.smooth.targets)
 
+    @cached_property
+    def alphas(self) -> dict[str, float]:
+        """α of every group, by its first consumer: the declared one, or the one on record.
+
+        What is on record has to be among what the study file allows.
+        """
+        names = [group.consumers[0] for group in self.groups]
+        asked = self.claim.smooth.alpha
+        if isinstance(asked, float):
+            return dict.fromkeys(names, asked)
+        folder = self.job.paths.quantization(self.job.model, self.job.variant)
+        chosen = read_json(folder / "alpha.json", made_by="02_quantization")["alphas"]
+        allowed = [step / 10 for step in range(11)] if asked == "auto" else list(asked)
+        if odd := [n for n in names if chosen[n] not in allowed]:
+            raise ValueError(f"α = {chosen[odd[0]]} of {odd[0]} is none that the study names")
+        if asked != "auto" and len(set(chosen.values())) != 1:
+            raise ValueError("a grid gives one α to all groups")
+        return {name: chosen[name] for name in names}
+
     def declared_scales(self, group: SmoothingGroup) -> Tensor:
         """(in_features,) float64 s_j = max|X_j|^α / max|W_j|^(1-α), SmoothQuant's equation 4.
 
@@ -123,7 +144,7 @@ class Evidence:
         the right ones for every group.
         """
         if group not in self._declared:
-            alpha = self.claim.smooth.alpha
+            alpha = self.alphas[group.consumers[0]]
             columns = [self.source[f"{n}.weight"].abs().amax(0) for n in group.consumers]
             weight = torch.stack(columns).amax(0).double().clamp(min=SMALLEST)
             act = self.absmax[group.consumers[0]].double().clamp(min=SMALLEST)
@@ -180,7 +201,8 @@ class Evidence:
 
     @cached_property
     def tokenizer(self):
-        return load_tokenizer(self.source_folder)
+        switch = self.job.study.enable_thinking
+        return load_tokenizer(self.source_folder, enable_thinking=switch)
 
     @cached_property
     def items(self) -> list[Item]:
@@ -245,3 +267,15 @@ class Evidence:
         """
         eps32 = torch.finfo(torch.float32).eps
         return 4 * torch.finfo(self.dtype).eps + math.sqrt(in_features) * eps32
+
+
+def on_own_kernels(job: Job) -> Job:
+    """The job on this project's own int8 kernels, where its Linears can be looked into.
+
+    A study that is evaluated on vLLM has its checkpoints proved here; `make serve-check`
+    holds vLLM's Linears to the same products.
+    """
+    if job.study.runtime.quantized != "vllm":
+        return job
+    runtime = job.study.runtime.model_copy(update={"quantized": "int8"})
+    return replace(job, study=job.study.model_copy(update={"runtime": runtime}))

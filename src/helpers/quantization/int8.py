@@ -39,11 +39,6 @@ def _tensor_absmax(x: Tensor) -> Tensor:
     if owners is None:
         return x.abs().amax().reshape(1)
     each = x.abs().amax(-1)
-    if len(owners) != len(each):
-        raise NotImplementedError(
-            "one dynamic scale a tensor where experts see part of the tokens; use activations: "
-            "token_dynamic for this model"
-        )
     tops = each.new_zeros(int(owners.max()) + 1).scatter_reduce_(0, owners, each, "amax")
     return tops[owners][:, None]
 

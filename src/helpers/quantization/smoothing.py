@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.study.errors import StudyError
-from helpers.study.schema import Smooth, Variant
+from helpers.study.schema import Variant
 
 SMALLEST = 1e-5  # floor of maxima and scales, so that a dead channel divides nothing by zero
 
@@ -147,20 +147,28 @@ def submodule(model, name: str) -> nn.Module:
         raise StudyError(f"{name} is expected in a {kind} model but is not there") from None
 
 
-def smooth_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[SmoothedGroup]:
+def everywhere(config, targets: tuple[str, ...], alpha: float) -> dict[str, float]:
+    """The same α for every group of the targets, by the group's first consumer."""
+    return {group.consumers[0]: alpha for group in smoothing_groups(config, targets)}
+
+
+def smooth_(
+    model, act_absmax: dict[str, Tensor], targets: tuple[str, ...], alphas: dict[str, float]
+) -> list[SmoothedGroup]:
     """Smooth a float model in place, and return what was folded where.
 
     Args:
         model: the float model; it is changed.
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
-        smooth: alpha and targets.
+        targets: the study file's words for the places scales are folded into.
+        alphas: α of each group, by the name of its first consumer.
 
     Raises:
         StudyError: a target has no group in this architecture, or a Linear is not calibrated.
     """
     done = []
-    for group in smoothing_groups(model.config, smooth.targets):
-        scales = group_scales(model, group, act_absmax, alpha=smooth.alpha)
+    for group in smoothing_groups(model.config, targets):
+        scales = group_scales(model, group, act_absmax, alpha=alphas[group.consumers[0]])
         reading = [submodule(model, name) for name in (*group.consumers, *group.readers)]
         producer = submodule(model, group.producer)
         fold_scales_(producer, reading, scales, norm_offset=group.norm_offset)
@@ -168,14 +176,16 @@ def smooth_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[Smooth
     return done
 
 
-def smooth_variant_(model, act_absmax: dict[str, Tensor], variant: Variant) -> list[SmoothedGroup]:
+def smooth_variant_(
+    model, act_absmax: dict[str, Tensor], variant: Variant, alphas: dict[str, float]
+) -> list[SmoothedGroup]:
     """Smooth the model in place as the variant says; nothing is folded if it does not smooth.
 
     A recipe of its own (seed) is not smoothing, whatever it takes from `smooth`.
     """
     if variant.smooth is None or variant.recipe:
         return []
-    return smooth_(model, act_absmax, variant.smooth)
+    return smooth_(model, act_absmax, variant.smooth.targets, alphas)
 
 
 def smoothed_absmax(act_absmax: dict[str, Tensor], done: list[SmoothedGroup]) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from helpers.quantization.int8 import declared_activations, load_int8
+from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources.devices import placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
@@ -23,9 +24,9 @@ def load_variant(job: Job):
     Raises:
         StudyError: the checkpoint is not there yet.
     """
-    runtime = job.study.runtime
+    runtime = running_type(job)
     source = model_folder(job.study, job.model, job.paths)
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
     if not job.recipe.changes_model:
         return load_model(source, runtime), tokenizer
     folder = job.paths.checkpoint(job.model, job.variant)
@@ -33,6 +34,8 @@ def load_variant(job: Job):
         raise StudyError(f"{job.model}/{job.variant} has no checkpoint; run 02_quantization first")
     if not job.recipe.quantized:
         return load_model(folder, runtime), tokenizer
+    if runtime.quantized == "vllm":
+        return VllmModel(folder, runtime, seed=job.study.seed), tokenizer
     load = load_int8 if runtime.quantized == "int8" else load_reference
     return load_as(load, folder, runtime), tokenizer
 
@@ -42,6 +45,12 @@ def load_as(load, folder: Path, runtime: Runtime):
     start = "cpu" if runtime.device_map else runtime.device  # whence it is spread
     model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
     return placed(model, runtime)
+
+
+def running_type(job: Job) -> Runtime:
+    """The study's runtime, in the variant's own float type where it names one."""
+    runtime = job.study.runtime
+    return runtime.model_copy(update={"dtype": job.recipe.dtype or runtime.dtype})
 
 
 def variant_digest(job: Job) -> str:

@@ -8,8 +8,11 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.report import (
+    controls,
     details,
+    executive,
     figures,
+    findings,
     items,
     outlier_sentences,
     outliers,
@@ -36,16 +39,20 @@ def text(*paragraphs: str) -> Markdown:
 
 
 def opening(results: Results) -> Shown:
-    """The question, the answer, the headline table and the key findings."""
+    """The question, the answer, the headline table, the key findings and the controls."""
+    verdicts, duties = executive.verdict_table(results), controls.duties(results)
     return [
         text(
             f"# {escape(results.study.title)}",
             sentences.question(results),
             "## Executive summary",
-            sentences.executive_summary(results),
+            executive.answer(results),
+            markdown_table(verdicts) if verdicts else "",
+            sentences.bullets(executive.meanings(results)),
         ),
-        text(markdown_table(overview.headline(results)), sentences.legend(results)),
-        text("### Key findings", sentences.bullets(sentences.findings(results))),
+        text("### Scores", markdown_table(overview.headline(results)), sentences.legend(results)),
+        text("### Key findings", sentences.bullets(findings.findings(results))),
+        text("### Controls", sentences.controls_claim(results), markdown_table(duties)),
     ]
 
 
@@ -82,7 +89,7 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     curves = {
         e.variant: e.quantization["results"]["sqnr_db"]
         for e in results.compared_in(model)
-        if e.quantization and outliers.sqnr(e)
+        if results.study.variants[e.variant].quantized and outliers.sqnr(e)
     }
     if not curves:
         return []
@@ -136,7 +143,7 @@ def _forest(results: Results, model: str) -> Shown:
             "kind": v.kind,
         }
         for c, v in overview.ordered(results, model)
-        if c.baseline == results.study.baseline
+        if c.baseline == results.study.baseline and c.variant in controls.shown_beside(results)
     ]
     if not found:
         return []
@@ -146,20 +153,19 @@ def _forest(results: Results, model: str) -> Shown:
 
 
 def _token_figure(results: Results, model: str) -> Shown:
-    rows = []
+    rows, floor = [], None
     for e in results.compared_in(model):
         kl = token_estimates(e, results.rules)["kl"]
-        if kl.value:
+        if e.variant == results.noise_floor:
+            floor = kl.value
+        elif kl.value and e.variant in controls.shown_beside(results):
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             rows.append({"model": model, "variant": e.variant, "kl": kl.value})
             rows[-1] |= {"low": low, "high": high}
     if not rows:
         return []
-    least, most = (f(rows, key=lambda row: row["kl"]) for f in (min, max))
-    title = f"{model}: {least['variant']} stays closest to the float model"
-    if len(rows) > 1:
-        title += f"; {most['variant']} is {number(most['kl'] / least['kl'])} times as far"
-    return [figures.token_costs(rows, variants=results.compared, title=title)]
+    title = sentences.token_claim(results, model, [row["variant"] for row in rows])
+    return [figures.token_costs(rows, variants=results.compared, floor=floor, title=title)]
 
 
 def dataset_chapters(results: Results) -> Shown:
@@ -196,7 +202,7 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
 
 def technical_details(results: Results) -> Markdown:
     """Method, recipes, calibration, protocols, layers and bytes, gates, jobs, packages."""
-    r = results.study.runtime
+    r = results.runtime
     parts = ["**Comparisons.** " + sentences.method(results)]
     parts += ["**Variants.**", markdown_table(details.recipes(results))]
     parts += ["**Calibration.**", markdown_table(details.calibrations(results))]

@@ -1,5 +1,7 @@
 """How it was done, as tables: recipes, gates, sizes, calibration, protocols, jobs, packages."""
 
+from helpers.report.controls import SHOWS
+from helpers.report.evaluated import Evaluated
 from helpers.report.formats import (
     MISSING,
     Markup,
@@ -13,7 +15,7 @@ from helpers.report.formats import (
     percent,
 )
 from helpers.report.outliers import linear_inputs, sqnr
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results
 from helpers.study.gates import WHOLE_VARIANT
 
 
@@ -23,8 +25,9 @@ def recipes(results: Results) -> Rows:
     for name in results.variants:
         made = [results.evaluations[model, name].quantization for model in results.models]
         words = {record["results"]["scheme"] for record in made if record}
-        where = f"the model as loaded, in {results.study.runtime.dtype}"
-        role = "baseline" if name == results.study.baseline else ""
+        dtype = results.study.variants[name].dtype or results.runtime.dtype
+        where, role = f"the model as loaded, in {dtype}", results.role(name)
+        role = f"{role}: shows {SHOWS[role]}" if role else ""
         if control := results.unsmoothed(name):
             role = f"its control without smoothing is {control}"
         told = f"{'; '.join(sorted(words)) or where}{f' ({role})' if role else ''}"
@@ -50,7 +53,8 @@ def outlier_inputs(results: Results, model: str, *, rows: int) -> Rows:
 
 def worst_outputs(results: Results, model: str, *, rows: int) -> Rows | None:
     """Output SQNR of the worst Linears in every quantized variant; None without any."""
-    curves = {e.variant: sqnr(e) for e in results.compared_in(model) if e.quantization}
+    quantized = [v for v in results.compared if results.study.variants[v].quantized]
+    curves = {v: sqnr(results.evaluations[model, v]) for v in quantized}
     curves = {name: values for name, values in curves.items() if values}
     if not curves:
         return None
@@ -77,20 +81,24 @@ def evaluation_gates(results: Results, model: str) -> Rows | None:
 
 
 def _gate_rows(checked: list[tuple[Evaluated, list[dict]]]) -> Rows | None:
+    """A row for each gate and each result it has; variants with the same one share a row."""
     rows = []
     for name in dict.fromkeys(g["name"] for _, gates in checked for g in gates):
-        row = {"gate": name}
+        by_result: dict[str, list[str]] = {}
         for e, gates in checked:
             found = [g for g in gates if g["name"] == name]
-            row[code(e.variant)] = Markup(_gate_cell(found))
-        rows.append(row)
+            if found:
+                by_result.setdefault(_gate_cell(found), []).append(code(e.variant))
+        for result, variants in by_result.items():
+            who = "all" if len(variants) == len(checked) > 1 else ", ".join(variants)
+            rows.append({"gate": name, "variants": Markup(who), "result": Markup(result)})
     return rows or None
 
 
 def _gate_cell(found: list[dict]) -> str:
     failed = [g for g in found if not g["passed"]]
     if failed or len(found) < 2:
-        return " ".join(map(_gate, failed or found)) or MISSING
+        return " ".join(map(_gate, failed or found))
     return f"holds on {len(found)} evaluation sets"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from helpers.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
 from helpers.evaluation.comparison import Rules, score_interval
 from helpers.evaluation.statistics import Interval, wilson_interval
-from helpers.report.results import Evaluated
+from helpers.report.evaluated import Evaluated
 
 MAIN = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
 

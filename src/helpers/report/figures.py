@@ -205,11 +205,14 @@ def forest(rows: list[dict], *, variants: list[str], margin: float, title: str) 
 
 
 @in_house_style
-def token_costs(rows: list[dict], *, variants: list[str], title: str) -> Figure:
+def token_costs(
+    rows: list[dict], *, variants: list[str], floor: float | None, title: str
+) -> Figure:
     """KL to the float model by model and variant, log scale, with intervals.
 
     Args:
         rows: model, variant, kl, low, high in nats per token; low and high may be None.
+        floor: the KL of the noise floor, drawn as a line; None without one.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
     looks, places = variant_looks(variants), _rows_of(models, variants)
@@ -225,12 +228,36 @@ def token_costs(rows: list[dict], *, variants: list[str], title: str) -> Figure:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     values = [row["kl"] for row in rows]
+    if floor:
+        axes.axvline(floor, color="black", linestyle=":", linewidth=1)
+        axes.annotate("noise floor", (floor, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+        values.append(floor)
     axes.set_xlim(min(values) / 2, max(values) * 2)
     axes.set_yticks(range(len(models)), models)
     axes.set_ylim(len(models) - 0.45, -0.55)
     axes.set_xlabel("KL from the float model [nats / token], log scale")
     axes.set_title(_wrapped(title))
     _legend_below(figure, axes, variants)
+    return figure
+
+
+@in_house_style
+def kl_by_alpha(curves: dict[str, list[dict]], *, title: str) -> Figure:
+    """KL from the float model against α, a line a variant, its least point marked.
+
+    Args:
+        curves: variant to rows of `alpha` and `kl` (nats a token).
+    """
+    figure, axes = new_figure(6.4, 3.2)
+    for (variant, rows), color in zip(curves.items(), VARIANT_COLORS, strict=False):
+        rows = sorted(rows, key=lambda row: row["alpha"])
+        alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
+        axes.plot(alphas, kl, "o-", color=color, label=variant)
+        least = min(rows, key=lambda row: row["kl"])
+        axes.plot(least["alpha"], least["kl"], "o", color=color, markersize=11, fillstyle="none")
+    axes.set(xlabel="α", ylabel="KL [nats / token]", title=_wrapped(title))
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
     return figure
 
 

@@ -33,6 +33,11 @@ def percent(fraction: float | None) -> str:
     return MISSING if fraction is None else f"{100 * fraction:.1f} %"
 
 
+def percent_plain(fraction: float) -> str:
+    """A level or a chance that was chosen, without needless decimals: `80 %`."""
+    return f"{100 * fraction:.10g} %"
+
+
 def points(fraction: float | None) -> str:
     """A difference of two fractions in percentage points, with its sign: `−2.0`."""
     return MISSING if fraction is None else signed(100 * fraction, 1)

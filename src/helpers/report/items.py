@@ -1,6 +1,8 @@
 """One evaluation set, as tables: scores, how answers came about, and answers side by side."""
 
+from helpers.report.controls import EQUAL
 from helpers.report.estimates import Estimate, dataset_estimates
+from helpers.report.evaluated import Evaluated
 from helpers.report.formats import (
     Markup,
     Rows,
@@ -10,7 +12,7 @@ from helpers.report.formats import (
     percent_span,
     quoted,
 )
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results
 
 SHOWN = 110  # characters of a question or an answer
 NAMES = {
@@ -71,10 +73,8 @@ def conduct(results: Results, dataset: str) -> Rows:
 
 
 def samples(results: Results, dataset: str, model: str, *, rows: int) -> Rows:
-    """Answers of all variants to the same items, those they differ in first."""
-    by_variant = {
-        e.variant: {p["id"]: p for p in e.predictions[dataset]} for e in results.of_model(model)
-    }
+    """Answers of the variants to the same items, those they differ in first."""
+    by_variant = {e.variant: _by_id(e, dataset) for e in _compared_side_by_side(results, model)}
     asked = [p["id"] for p in results.baseline_of(model).predictions[dataset]]
     order = sorted(asked, key=lambda key: _sameness([p[key] for p in by_variant.values()]))
     found = []
@@ -86,6 +86,16 @@ def samples(results: Results, dataset: str, model: str, *, rows: int) -> Rows:
         row |= {code(name): answer_cell(found_[key]) for name, found_ in by_variant.items()}
         found.append(row)
     return found
+
+
+def _by_id(found: Evaluated, dataset: str) -> dict[str, dict]:
+    return {p["id"]: p for p in found.predictions[dataset]}
+
+
+def _compared_side_by_side(results: Results, model: str) -> list[Evaluated]:
+    """The variants whose answers are worth reading: not those that only measure rounding."""
+    skipped = (*EQUAL, "noise floor")
+    return [e for e in results.of_model(model) if results.role(e.variant) not in skipped]
 
 
 def _sameness(predictions: list[dict]) -> int:
@@ -107,8 +117,8 @@ def answer_cell(prediction: dict) -> Markup:
 
 
 def differing(results: Results, dataset: str, model: str) -> int:
-    """How many items not all variants answered alike."""
-    by_variant = [{p["id"]: p for p in e.predictions[dataset]} for e in results.of_model(model)]
+    """How many items not all of these variants answered alike."""
+    by_variant = [_by_id(e, dataset) for e in _compared_side_by_side(results, model)]
     return sum(_sameness([p[key] for p in by_variant]) < 2 for key in by_variant[0])
 
 

@@ -1,5 +1,6 @@
 """Why one activation scale per tensor fails where it does, told from calibration and SQNR."""
 
+from helpers.report.evaluated import Evaluated
 from helpers.report.formats import count, listed, number, percent, two_decimals
 from helpers.report.outliers import (
     LinearInput,
@@ -9,7 +10,7 @@ from helpers.report.outliers import (
     sqnr,
     swamped,
 )
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results
 
 COSTLY = 1.5  # perplexity this many times the baseline's is called a collapse
 

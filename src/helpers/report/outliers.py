@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from helpers.report.results import Calibrated, Evaluated, Results
+from helpers.report.evaluated import Calibrated, Evaluated
+from helpers.report.results import Results
 
 HALF_STEPS = 2 * 127  # half steps from zero to the end of a symmetric int8 scale
 

@@ -4,6 +4,7 @@ from helpers.evaluation.comparison import Answers
 from helpers.evaluation.degenerate import Degenerate, best_degenerate
 from helpers.evaluation.validity import uninformative_reason
 from helpers.evaluation.verdicts import Verdict
+from helpers.report.controls import EQUAL, label, shown_beside, times_the_noise
 from helpers.report.estimates import (
     Estimate,
     dataset_estimates,
@@ -11,6 +12,7 @@ from helpers.report.estimates import (
     token_difference,
     token_estimates,
 )
+from helpers.report.evaluated import Evaluated
 from helpers.report.formats import (
     MISSING,
     Markup,
@@ -27,18 +29,23 @@ from helpers.report.formats import (
     two_decimals,
     with_span,
 )
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results
 from helpers.study.schema import Comparison
+
+ROLES = {role: "control: must equal the baseline" for role in EQUAL}
+ROLES |= {"noise floor": "noise floor: what rounding alone flips"}
 
 
 def headline(results: Results) -> Rows:
     """Every variant of every model: checks, token-level cost, and each evaluation set.
 
-    Last in each model, what the best fixed answer scores on the same items.
+    Controls that must equal the baseline are left to their own table. Last, what the best
+    fixed answer scores on the same items.
     """
-    rows = []
+    rows, shown = [], shown_beside(results)
     for model in results.models:
-        rows += [_headline_row(results, found) for found in results.of_model(model)]
+        found = [e for e in results.of_model(model) if e.variant in shown]
+        rows += [_headline_row(results, e) for e in found]
     fixed = {"model": "any", "variant": "best fixed answer"}
     fixed |= dict.fromkeys(("checks", "perplexity", "KL [nats]", "top-1"), MISSING)
     for name, best in best_fixed(results).items():
@@ -48,7 +55,8 @@ def headline(results: Results) -> Rows:
 
 def _headline_row(results: Results, found: Evaluated) -> dict:
     tokens = token_estimates(found, results.rules)
-    row = {"model": code(found.model), "variant": code(found.variant), "checks": checks(found)}
+    row = {"model": code(found.model), "variant": label(results, found.variant)}
+    row["checks"] = checks(found)
     row |= {
         "perplexity": two_decimals(tokens["perplexity"].value),
         "KL [nats]": number(tokens["kl"].value),
@@ -110,6 +118,8 @@ def comparison(results: Results, model: str) -> Rows:
     rows, told = [], set()
     for c, verdict in ordered(results, model):
         row = _comparison_row(results, c, verdict)
+        if verdict.kind == "exploratory" and (role := results.role(c.variant)):
+            row["verdict"] = Markup(ROLES.get(role, "exploratory"))
         if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in told:
             row["verdict"] = Markup("uninformative here, as above")
         told.add((c.dataset, verdict.reason))
@@ -131,7 +141,7 @@ def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
     units = f" ({paired.clusters} passages)" if paired.clusters < paired.n else ""
     return {
         "dataset": dataset_name(c.dataset),
-        "variant": Markup(f"`{c.variant}`{against}"),
+        "variant": Markup(f"{label(results, c.variant)}{against}"),
         "verdict": Markup(verdict_text(verdict, results.rules.margin)),
         "items": f"{paired.n}{units}",
         "lost": str(paired.losses),
@@ -166,16 +176,20 @@ def token_level(results: Results, model: str) -> Rows:
     baseline, rows = results.baseline_of(model), []
     for found in results.of_model(model):
         tokens = token_estimates(found, results.rules)
-        row = {"variant": code(found.variant)}
+        row = {"variant": label(results, found.variant)}
         row["perplexity"] = two_decimals(tokens["perplexity"].value)
         if found is baseline:
             row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
+            if results.noise_floor:
+                row["KL / noise floor"] = "0"
             row["top-1 agreement"] = "100.0 %"
         else:
             loss = token_difference(baseline, found, "nll", results.rules)
             row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, signed4)
             kl = tokens["kl"]
             row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
+            if results.noise_floor:
+                row["KL / noise floor"] = number(times_the_noise(results, found), 2)
             top = tokens["top1_agreement"]
             row["top-1 agreement"] = percent_span(top.value, top.interval)
         rows.append(row)

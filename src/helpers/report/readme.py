@@ -1,4 +1,4 @@
-"""Copies the published demo's headline into README.md: its table and its first figure.
+"""Copies the published demo's answer into README.md: its executive summary and first figure.
 
 `python -m helpers.report.readme` rewrites what stands between the two markers; a test
 holds README.md to the report, so that the front page cannot tell of another run.
@@ -14,17 +14,17 @@ BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
 def headline(report: str) -> str:
-    """The first table of a report and its first figure, linked from the project's root.
+    """A report's executive summary with its tables, and its first figure, linked from the root.
 
     Raises:
-        StudyError: the report has no table or no figure.
+        StudyError: the report has no executive summary or no figure.
     """
-    table = re.search(r"(?:^\|.*\n)+", report, flags=re.MULTILINE)
+    summary = re.search(r"^## Executive summary\n(.*?)^### Key findings", report, re.S | re.M)
     figure = re.search(r"!\[(.*?)\]\((.+?)\)", report)
-    if not table or not figure:
-        raise StudyError(f"{REPORT} has no table or no figure; run make study first")
-    folder = REPORT.rpartition("/")[0]
-    return f"{table[0]}\n![{figure[1]}]({folder}/{figure[2]})\n"
+    if not summary or not figure:
+        raise StudyError(f"{REPORT} has no executive summary or no figure; run make study first")
+    folder, text = REPORT.rpartition("/")[0], re.sub(r"\n{3,}", "\n\n", summary[1]).strip()
+    return f"{text}\n\n![{figure[1]}]({folder}/{figure[2]})\n"
 
 
 def with_headline(readme: str, report: str) -> str:

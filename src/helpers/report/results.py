@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import load_file
 
-from helpers.evaluation.comparison import Answers, Rules, rules_of
+from helpers.evaluation.answers import Published
+from helpers.evaluation.comparison import Rules, rules_of
+from helpers.evaluation.controls import Asked, Duty, Role, is_unsmoothed_twin, role_of
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import (
     prediction_digests,
@@ -22,75 +24,13 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompt_records import read_prompts
 from helpers.evaluation.verdicts import Verdict, study_verdicts
+from helpers.report.chain import refuse_broken_chain
 from helpers.report.cost import Cost, read_costs, refuse_other_files
+from helpers.report.evaluated import MAKER, Calibrated, Evaluated
 from helpers.study.errors import StudyError
-from helpers.study.gates import WHOLE_VARIANT
-from helpers.study.hashing import sha256_file, sha256_folder
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Comparison, FineTunedModel, Study, Variant
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """Activations of one model: abs-max by Linear, and |x| of the worst one, token by token."""
-
-    absmax: dict[str, np.ndarray]  # (in_features,)
-    surface: np.ndarray  # (tokens, in_features)
-    surface_of: str
-    record: dict
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One variant of one model: what it answered, and what is known of its checkpoint.
-
-    Attributes:
-        passages: rows of the shared text.
-        verification, quantization: None for a variant that leaves the model as it is.
-        checked: the gates on the evaluation itself.
-    """
-
-    model: str
-    variant: str
-    predictions: dict[str, list[dict]]
-    passages: list[dict]
-    metrics: dict[str, dict]
-    shared_text: dict
-    record: dict
-    verification: dict | None
-    quantization: dict | None
-    checked: dict
-
-    @property
-    def gates(self) -> list[dict]:
-        """All gates: on the checkpoint, if there is one, then on the evaluation."""
-        return [*(self.verification["gates"] if self.verification else []), *self.checked["gates"]]
-
-    @property
-    def failed_gates(self) -> list[dict]:
-        return [gate for gate in self.gates if not gate["passed"]]
-
-    @property
-    def passed(self) -> bool:
-        return all(found["passed"] for found in (self.verification, self.checked) if found)
-
-    @property
-    def problem(self) -> str | None:
-        """The first failed check that invalidates all of it, in words; None if none does."""
-        return self._failed([WHOLE_VARIANT])
-
-    def problem_of(self, dataset: str) -> str | None:
-        """The same for one evaluation set: a check on the variant, or on this set."""
-        return self._failed([WHOLE_VARIANT, dataset])
-
-    def _failed(self, guarded: list[str]) -> str | None:
-        for gate in self.failed_gates:
-            if gate.get("invalidates", WHOLE_VARIANT) in guarded:
-                return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
-        if self.passed or self.failed_gates:
-            return None
-        return "its record of checks says it did not pass"
+from helpers.study.schema import Comparison, FineTunedModel, Runtime, Study
 
 
 @dataclass(frozen=True)
@@ -125,12 +65,45 @@ class Results:
     @cached_property
     def verdicts(self) -> dict[Comparison, Verdict]:
         """Primary comparisons first, then every other variant against the baseline."""
-        answers = {
-            (e.model, dataset, e.variant): Answers(e.variant, found, e.problem_of(dataset))
-            for e in self.evaluations.values()
-            for dataset, found in e.predictions.items()
+        return study_verdicts(self.study, self.published.answers)
+
+    @cached_property
+    def duties(self) -> dict[tuple[str, str], Duty]:
+        """By (model, variant): whether each control did what it is there for."""
+        return self.published.duties
+
+    @cached_property
+    def published(self) -> Published:
+        """All answers and checks, as they are published for making the verdicts again."""
+        found = {
+            at: Asked(e.predictions, e.passages, e.gates) for at, e in self.evaluations.items()
         }
-        return study_verdicts(self.study, answers)
+        return Published(self.study, found)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The runtime as the machine settled it, by the baseline's record."""
+        asked = self.study.runtime
+        made = self.baseline_of(self.models[0]).record["parameters"].get("runtime", {})
+        settled = {key: made[key] for key in Runtime.model_fields if key in made}
+        return asked.model_copy(update=settled)
+
+    def role(self, variant: str) -> Role | None:
+        """What a variant is a control of; None for one that the study asks about."""
+        return role_of(self.study, variant)
+
+    @property
+    def subjects(self) -> list[str]:
+        """What the study is about: the variants it declared comparisons of, else all but
+        the controls; a control alone is a subject too."""
+        declared = dict.fromkeys(c.variant for c in self.study.statistics.primary)
+        declared = [v for v in declared if v != self.study.baseline]
+        return declared or [v for v in self.compared if not self.role(v)] or self.compared
+
+    @property
+    def noise_floor(self) -> str | None:
+        """The baseline in another float type, if the study has it."""
+        return next((v for v in self.compared if self.role(v) == "noise floor"), None)
 
     def of_model(self, model: str) -> list[Evaluated]:
         return [self.evaluations[model, variant] for variant in self.variants]
@@ -148,16 +121,9 @@ class Results:
 
     def unsmoothed(self, variant: str) -> str | None:
         """The variant that differs from this one by the smoothing alone: its control."""
-        wanted = self.study.variants[variant]
-        for name, other in self.study.variants.items():
-            if wanted.smooth and wanted.quantized and _twins(wanted, other):
-                return name
-        return None
-
-
-def _twins(smoothed: Variant, other: Variant) -> bool:
-    same = (other.scheme, other.ignore) == (smoothed.scheme, smoothed.ignore)
-    return same and other.smooth is None
+        variants = self.study.variants
+        found = (n for n, other in variants.items() if is_unsmoothed_twin(other, variants[variant]))
+        return next(found, None)
 
 
 def load_results(job: Job) -> Results:
@@ -188,7 +154,7 @@ def load_results(job: Job) -> Results:
         questions={name: _questions(job, name) for name in study.evaluation.datasets},
         costs=read_costs(job),
     )
-    _refuse_broken_chain(job, found)
+    refuse_broken_chain(job, found.calibrations, found.evaluations, found.training)
     hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
     refuse_other_files(found.costs, hashes)
     return found
@@ -232,11 +198,10 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
         raise StudyError(f"{at}: metrics.json is not what its predictions give; run {stage} again")
     verification = quantization = None
     if job.study.variants[variant].changes_model:
-        made_by = "02_quantization"
         path = job.paths.variant(model, variant) / "verification.json"
-        verification = read_json(path, made_by=made_by)
+        verification = read_json(path, made_by=MAKER)
         path = job.paths.quantization(model, variant) / "record.json"
-        quantization = read_json(path, made_by=made_by)
+        quantization = read_json(path, made_by=MAKER)
     return Evaluated(
         model,
         variant,
@@ -266,37 +231,3 @@ def _questions(job: Job, dataset: str) -> dict[str, str]:
     """Question by item id, as the first model was asked it; no data set is read for that."""
     folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
     return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}
-
-
-def _refuse_broken_chain(job: Job, found: Results) -> None:
-    """Every record names the files it read by hash: they must be those of the stage before."""
-    for model, record in found.training.items():
-        start = job.study.models[model].finetune.start
-        if record["inputs"]["source_model"] != found.calibrations[start].record["inputs"]["model"]:
-            raise StudyError(
-                f"{model}: was fine-tuned from other model files than {start} was calibrated with; "
-                "run 00_finetuning and 01_calibration again"
-            )
-    for (model, variant), evaluated in found.evaluations.items():
-        at, calibrated = f"{model}/{variant}", found.calibrations[model]
-        named = evaluated.record["parameters"]
-        if (named["model"], named["variant"]) != (model, variant):
-            raise StudyError(f"{at}: its record is of another run; run 03_evaluation again")
-        if evaluated.quantization is None:
-            links = [(evaluated.record["inputs"]["variant"], "was evaluated", "03_evaluation")]
-        else:
-            inputs = evaluated.quantization["inputs"]
-            links = [(inputs["model"], "was quantized", "02_quantization")]
-            activations = job.paths.calibration(model) / "activations.safetensors"
-            if inputs["calibration"] != sha256_file(activations):
-                raise StudyError(f"{at}: was made from another calibration; run 02_quantization")
-            checkpoint = job.paths.checkpoint(model, variant)
-            asked = evaluated.record["inputs"]["variant"]
-            if checkpoint.is_dir() and asked != sha256_folder(checkpoint):  # weights may be gone
-                raise StudyError(f"{at}: its checkpoint changed since; run 03_evaluation again")
-        for digest, what, stage in links:
-            if digest != calibrated.record["inputs"]["model"]:
-                raise StudyError(
-                    f"{at}: {what} from other model files than {model} was calibrated with; "
-                    f"run 01_calibration and {stage} again"
-                )

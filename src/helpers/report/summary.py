@@ -1,29 +1,36 @@
-"""The report's numbers for programs: summary.json and summary.csv.
+"""The report's numbers for programs: summary.json and summary.csv, and every answer.
 
-Fractions are 0–1. No times and no durations: the same records make the same bytes.
+Fractions are 0–1. No times and no durations: the same records make the same bytes. The
+answers lie beside them, named by their content hashes, so that `helpers.report.recompute`
+can make every verdict again.
 """
 
 import csv
 import io
 from pathlib import Path
 
+from helpers.evaluation.answers import write_answers
+from helpers.evaluation.controls import Duty
 from helpers.evaluation.verdicts import Verdict
 from helpers.report import items, outliers, overview
 from helpers.report.estimates import Estimate, main_metric, token_estimates
-from helpers.report.results import Evaluated, Results
+from helpers.report.evaluated import Evaluated
+from helpers.report.results import Results
 from helpers.study.gates import WHOLE_VARIANT
 from helpers.study.records import write_atomically, write_json
-from helpers.study.schema import Comparison
+from helpers.study.schema import Comparison, Study
 
 COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
 SHARED = "shared_text"
+ANSWERS = "answers"
 
 
 def write_summary(results: Results, folder: Path) -> None:
-    """Write summary.csv, then summary.json, the sign that the analysis is done."""
+    """Write the answers and summary.csv, then summary.json, the sign that all is done."""
+    hashes = write_answers(folder / ANSWERS, results.study, results.published.asked)
     table = csv_text(results)
     write_atomically(folder / "summary.csv", lambda p: p.write_text(table, encoding="utf-8"))
-    write_json(folder / "summary.json", summary(results))
+    write_json(folder / "summary.json", summary(results) | {ANSWERS: hashes})
 
 
 def summary(results: Results) -> dict:
@@ -45,8 +52,9 @@ def summary(results: Results) -> dict:
             name: {"answer": best.answer, "score": best.score}
             for name, best in overview.best_fixed(results).items()
         },
+        "controls": [control_row(at, duty) for at, duty in results.duties.items()],
         "models": {model: _model(results, model) for model in results.models},
-        "comparisons": [_comparison(results, c, v) for c, v in results.verdicts.items()],
+        "comparisons": [comparison_row(study, c, v) for c, v in results.verdicts.items()],
     }
 
 
@@ -93,9 +101,15 @@ def _limits(estimate: Estimate) -> tuple[float | None, float | None]:
     return (found.low, found.high) if found else (None, None)
 
 
-def _comparison(results: Results, c: Comparison, verdict: Verdict) -> dict:
+def control_row(at: tuple[str, str], duty: Duty) -> dict:
+    """One control's duty as plain data."""
+    return {"model": at[0], "variant": at[1], **vars(duty)}
+
+
+def comparison_row(study: Study, c: Comparison, verdict: Verdict) -> dict:
+    """One verdict as plain data, with all it was made from."""
     paired, invalid = verdict.paired, verdict.kind == "invalid"
-    adapter = results.study.evaluation.datasets[c.dataset].adapter
+    adapter = study.evaluation.datasets[c.dataset].adapter
     return {
         **c.model_dump(),
         "metric": main_metric(adapter),

@@ -71,6 +71,19 @@ def worst_layer_claim(curves: dict[str, dict[str, float]]) -> str:
     return f"{name.capitalize()}, {short_layer(worst)} is the worst: {values[worst]:.1f} dB"
 
 
+def alpha_table(chosen) -> pd.DataFrame:
+    """The grid's KL at every α, or how many groups have which."""
+    if chosen.curve:
+        return pd.DataFrame(chosen.curve).set_index("alpha")
+    counts = pd.Series(chosen.alphas, dtype=float).value_counts().sort_index()
+    return counts.rename("groups").rename_axis("alpha").to_frame()
+
+
+def left_float_table(losses: list[dict]) -> pd.DataFrame:
+    """What the divergence is as quantized, and with some Linears left float."""
+    return pd.DataFrame(losses, columns=["float", "linears", "kl", "top1_agreement"])
+
+
 def gate_table(verified: dict) -> pd.DataFrame:
     """Each gate with what was measured and the limit it was held to."""
     frame = pd.DataFrame(verified["gates"])

@@ -36,15 +36,17 @@ def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
     return filled.to(device)
 
 
+FEWEST_ROWS = 16  # of a matrix product; below, libraries switch to kernels that sum otherwise
+
 _OWNERS: ContextVar[Tensor | None] = ContextVar("owners", default=None)
 
 
 @contextmanager
-def owned_by(owners: Tensor) -> Iterator[None]:
+def owned_by(owners: Tensor | None) -> Iterator[None]:
     """Inside, the tokens of a forward pass belong to different texts.
 
     Args:
-        owners: (tokens,) int64, a number for every text.
+        owners: (tokens,) int64, a number for every text; None if all are one text's.
     """
     before = _OWNERS.set(owners)
     try:

@@ -6,7 +6,8 @@ quantization and not a change of prompt. The examples are about nothing in any d
 
 from jinja2 import TemplateError
 
-from helpers.sources.datasets import Item
+from helpers.sources.chat_template import end_of_turn
+from helpers.sources.items import Item
 from helpers.study.errors import StudyError
 from helpers.study.plain_text import one_line
 
@@ -123,15 +124,16 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
     """(prompt, answer) token ids of one training example; the answer ends its turn.
 
     Raises:
-        ValueError: the item has no worked solution.
+        StudyError: the item has no worked solution.
     """
     if not item.solution:
-        raise ValueError(f"item {item.id} has no generated_solution to train on")
+        raise StudyError(
+            f"item {item.id} has no generated_solution to train on; give every row of the "
+            "training file one"
+        )
     prompt = render(tokenizer, conversation(item, "openmath", shots=0))
-    return tokenize(tokenizer, prompt), [
-        *tokenize(tokenizer, item.solution),
-        tokenizer.eos_token_id,
-    ]
+    answer = [*tokenize(tokenizer, item.solution), end_of_turn(tokenizer)]
+    return tokenize(tokenizer, prompt), answer
 
 
 def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:

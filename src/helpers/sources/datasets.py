@@ -1,224 +1,20 @@
-"""Items in one shape each, from rows in the Hub's schemas; drawn with a seed, without leaks.
+"""The items of a study, drawn from its sources with a seed, without leaks.
 
-Rows come from the shipped files, a local JSONL or parquet file, or the Hub. What an
-item is asked lies in `helpers.evaluation.prompts`; here only its content.
+Which items are asked, calibrated with and trained on is decided here and nowhere else:
+by seed and content, never by the order of a file. A question, by its normalised text, is
+used for one of the three only.
 """
 
-import json
 import random
-import re
-import unicodedata
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
-from importlib.resources import files
+from collections.abc import Iterable
+from functools import lru_cache
 
+from helpers.sources.items import ADAPTERS, Item, item_key, text_of
+from helpers.sources.numbers import gold_number
+from helpers.sources.rows import load_rows
 from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_data, sha256_text
-from helpers.study.loading import resolve
-from helpers.study.plain_text import one_line, whole_characters
-from helpers.study.schema import (
-    DatasetSource,
-    FileDataset,
-    HubDataset,
-    ShippedDataset,
-    Study,
-)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One question.
-
-    Attributes:
-        id: the row's own id, or a hash of its content.
-        question: the question or problem.
-        passage: the text it is about, empty if none.
-        options: option texts of a multiple-choice item; yes/no for BoolQ.
-        labels: the options' labels in the source ("A"…, "1"…).
-        golds: right answers: one label, or any of several texts; empty if unanswerable.
-        cluster: items with the same value share a passage and are not independent.
-        solution: a worked solution to train on, empty if none.
-    """
-
-    id: str
-    question: str
-    golds: tuple[str, ...]
-    passage: str = ""
-    options: tuple[str, ...] = ()
-    labels: tuple[str, ...] = ()
-    cluster: str = ""
-    title: str = ""
-    solution: str = ""
-
-
-def normalized_text(text: str) -> str:
-    """Lower-case words and operators without punctuation or accents.
-
-    Two texts that differ in less are one; `2 + 3` and `2 - 3` stay two.
-    """
-    kept = text.casefold() if text.isascii() else "".join(map(_bare, text))
-    return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", kept))
-
-
-@cache
-def _bare(character: str) -> str:
-    """A character decomposed, folded and without accents.
-
-    One by one: normalising a whole text sorts its accents, in quadratic time.
-    """
-    folded = unicodedata.normalize("NFKD", character).casefold()
-    return "".join(c for c in folded if not unicodedata.combining(c))
-
-
-def item_key(item: Item) -> str:
-    """What makes two items the same question, whatever their ids and the options' order."""
-    parts = (item.question, item.passage, *sorted(item.options))
-    return sha256_text("\n".join(map(normalized_text, parts)))
-
-
-def _text(value) -> str:
-    """The value, if it is a text that says something; a number or a list is a broken row."""
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{value!r} stands where a text belongs")
-    return _whole(value)
-
-
-def _whole(value) -> str:
-    """The value, if it is a text or nothing; half a surrogate pair cannot be written."""
-    text = "" if value is None else value
-    if not isinstance(text, str):
-        raise ValueError(f"{value!r} stands where a text belongs")
-    if text != whole_characters(text):
-        raise ValueError(f"{value!r} holds half a character")
-    return text
-
-
-def _texts(values) -> tuple[str, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{values!r} stands where a list of texts belongs")
-    return tuple(_text(value) for value in values)
-
-
-def label_key(label: str) -> str:
-    """What two labels that are read alike have in common: `A`, `a` and ` A.`."""
-    return label.strip().rstrip(".").casefold()
-
-
-def adapt_arc(row: dict) -> Item:
-    """`allenai/ai2_arc`: three to five options, labelled by letters or digits."""
-    labels, options = _texts(row["choices"]["label"]), _texts(row["choices"]["text"])
-    if len(labels) != len(options) or len(set(map(label_key, labels))) != len(labels):
-        raise ValueError(f"labels {labels} do not name {len(options)} options")
-    if row["answerKey"] not in labels:
-        raise ValueError(f"answerKey {row['answerKey']!r} is none of the labels {labels}")
-    return Item(
-        id=_text(row["id"]),
-        question=_text(row["question"]),
-        options=options,
-        labels=labels,
-        golds=(row["answerKey"],),
-        cluster=row["id"],
-    )
-
-
-def adapt_boolq(row: dict) -> Item:
-    """`google/boolq`: has no ids, so the content's hash is the id."""
-    if not isinstance(row["answer"], bool):
-        raise ValueError(f"answer {row['answer']!r} is not true or false")
-    return Item(
-        id=sha256_data([_text(row["question"]), _text(row["passage"])])[:16],
-        question=row["question"],
-        passage=row["passage"],
-        options=("yes", "no"),
-        labels=("yes", "no"),
-        golds=("yes" if row["answer"] else "no",),
-        cluster=sha256_text(row["passage"])[:16],
-    )
-
-
-def adapt_squad_v2(row: dict) -> Item:
-    """`rajpurkar/squad_v2`: every gold answer is kept; none means unanswerable."""
-    return Item(
-        id=_text(row["id"]),
-        question=_text(row["question"]),
-        passage=_text(row["context"]),
-        golds=tuple(dict.fromkeys(_texts(row["answers"]["text"]))),
-        cluster=sha256_text(row["context"])[:16],
-        title=_whole(row["title"]),
-    )
-
-
-def adapt_openmath(row: dict) -> Item:
-    """`nvidia/OpenMathInstruct-2`: the expected answer is a string, not always a number."""
-    identifier = sha256_data([_text(row["problem"]), _text(row["expected_answer"])])[:16]
-    return Item(
-        id=identifier,
-        question=row["problem"],
-        golds=(row["expected_answer"],),
-        cluster=identifier,
-        solution=_whole(row["generated_solution"]),
-    )
-
-
-ADAPTERS: dict[str, Callable[[dict], Item]] = {
-    "arc": adapt_arc,
-    "boolq": adapt_boolq,
-    "squad_v2": adapt_squad_v2,
-    "openmath": adapt_openmath,
-}
-
-
-def load_rows(source: DatasetSource) -> list[dict]:
-    """All rows of a source, in its own order.
-
-    Raises:
-        StudyError: the source cannot be read; says what to do.
-    """
-    match source:
-        case ShippedDataset(shipped=name):
-            text = files("helpers.sources").joinpath(f"data/{name}.jsonl").read_text("utf-8")
-            return [json.loads(line) for line in text.rstrip("\n").split("\n")]
-        case FileDataset(file=name):
-            return _file_rows(name)
-        case HubDataset():
-            return _hub_rows(source)
-    raise StudyError(f"{source!r} is not a kind of dataset source")
-
-
-def _file_rows(name: str) -> list[dict]:
-    path = resolve(name)
-    if path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            return pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise StudyError(f"{name}: is not parquet ({one_line(error)}); mend it") from None
-    rows = []
-    # Only \n ends a line: texts may hold other separators that splitlines() would cut at.
-    for number, line in enumerate(path.read_bytes().rstrip().split(b"\n"), start=1):
-        try:
-            rows.append(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            raise StudyError(f"{name}: line {number} is not JSON ({error}); mend it") from None
-    return rows
-
-
-def _hub_rows(source: HubDataset) -> list[dict]:
-    from datasets import load_dataset
-
-    try:
-        return load_dataset(
-            source.hub, source.config, split=source.split, revision=source.revision
-        ).to_list()
-    except Exception as error:  # the client raises many kinds; each means the rows are not here
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise StudyError(
-            f"dataset {source.hub!r} ({source.split}) could not be fetched ({reason}); check the "
-            "name, the network and your access, or name a local file instead"
-        ) from None
+from helpers.study.hashing import sha256_text
+from helpers.study.schema import DatasetSource, HubDataset, Study
 
 
 def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:
@@ -227,9 +23,22 @@ def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:
     Raises:
         StudyError: a row does not fit the adapter's schema, or there are no rows.
     """
+    return list(_read(source, adapter)[0])
+
+
+def _read(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
+    """(items, number of the rows they are from)."""
+    # At a commit nothing changes, and every job draws from the same rows several times.
+    return (
+        _read_once(source, adapter) if isinstance(source, HubDataset) else _adapt(source, adapter)
+    )
+
+
+def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
     items: dict[str, Item] = {}
     ids: set[str] = set()
-    for number, row in enumerate(load_rows(source), start=1):
+    rows = load_rows(source)
+    for number, row in enumerate(rows, start=1):
         try:
             item = ADAPTERS[adapter](row)
         except (KeyError, TypeError, ValueError) as error:
@@ -247,7 +56,10 @@ def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:
         ids.add(item.id)
     if not items:
         raise StudyError(f"{_shown(source)}: holds no rows; give a source with items")
-    return list(items.values())
+    return tuple(items.values()), len(rows)
+
+
+_read_once = lru_cache(maxsize=8)(_adapt)
 
 
 def _shown(source: DatasetSource) -> str:
@@ -283,8 +95,36 @@ def evaluation_items(study: Study, dataset: str) -> list[Item]:
     """The items of one evaluation set, the same for every model and variant."""
     wanted = study.evaluation.datasets[dataset]
     items = load_items(wanted.source, adapter=wanted.adapter)
+    if wanted.keep == "numeric_answers":
+        items = [item for item in items if is_numeric(item)]
     what = f"evaluation.datasets.{dataset}"
     return draw(items, wanted.items, seed=study.seed, excluding=(), what=what)
+
+
+def item_ids(items: Iterable[Item]) -> list[str]:
+    """The items' ids in their order, for the record."""
+    return [item.id for item in items]
+
+
+def is_numeric(item: Item) -> bool:
+    """Whether the gold answer is a single number, so that other spellings of it are right too."""
+    return gold_number(item.golds[0]) is not None
+
+
+def pools(study: Study) -> dict[str, dict[str, int]]:
+    """What each evaluation set was drawn from: rows read, questions in them, how many numeric.
+
+    For the record: the share of answers that are no numbers is known whether they were
+    kept or left out.
+    """
+    found = {}
+    for name, wanted in study.evaluation.datasets.items():
+        items, rows = _read(wanted.source, wanted.adapter)
+        found[name] = {"rows": rows, "questions": len(items)}
+        if wanted.adapter == "openmath":
+            found[name]["answers_not_numeric"] = sum(not is_numeric(item) for item in items)
+            found[name]["left_out"] = found[name]["answers_not_numeric"] * bool(wanted.keep)
+    return found
 
 
 def calibration_items(study: Study) -> list[Item]:
@@ -337,7 +177,7 @@ def shared_passages(study: Study) -> list[str]:
 
 def _passage(source: DatasetSource, number: int, row: dict) -> str:
     try:
-        return _text(row["context"])
+        return text_of(row["context"])
     except (KeyError, TypeError, ValueError):
         raise StudyError(
             f"{_shown(source)}: row {number} has no 'context' to read; "

@@ -17,6 +17,7 @@ from transformers.conversion_mapping import (
     register_checkpoint_conversion_mapping,
 )
 
+from helpers.sources.batching import FEWEST_ROWS, owned_by, token_owners
 from helpers.study.architectures import architecture
 
 
@@ -60,7 +61,7 @@ class LinearExperts(nn.ModuleList):
             if self.every_token:
                 answers = expert(x)[tokens]
             elif len(tokens):
-                answers = expert(x[tokens])
+                answers = _asked(expert, x, tokens)
             else:
                 continue
             weighted = answers * shares[tokens, place, None]
@@ -74,6 +75,20 @@ class _InTheirPlace:
 
     def __new__(cls, config):
         return LinearExperts(config)
+
+
+def _asked(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
+    """The expert's answers to some tokens, the same however many they are.
+
+    Few are made more, since products of few rows sum otherwise; and whose they are is
+    told, since one dynamic scale a tensor is one a text.
+    """
+    count = len(tokens)
+    if count < FEWEST_ROWS:
+        tokens = torch.cat([tokens, tokens[-1:].expand(FEWEST_ROWS - count)])
+    owners = token_owners()
+    with owned_by(None if owners is None else owners[tokens]):
+        return expert(x[tokens])[:count]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Full supervised fine-tuning in a plain loop: AdamW, loss on the answer only.
 
 Batches hold items of similar length, the head runs only where a target is predicted,
-and the order is seeded. No adapters, no packing across items.
+and the order is seeded. No adapters, no packing across items. Weights are trained in
+float32 whatever the study's dtype is: a usual step is smaller than half the spacing of
+bfloat16 numbers, so that most of it would be rounded away unseen.
 """
 
 import random
@@ -14,7 +16,7 @@ from tqdm import tqdm
 
 from helpers.sources.batching import pad
 from helpers.study.errors import StudyError
-from helpers.study.schema import FineTunedModel, FineTuning, Study
+from helpers.study.schema import FineTunedModel, FineTuning, Runtime, Study
 
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
 
@@ -39,7 +41,10 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
 
     Raises:
         StudyError: an example is longer than `max_tokens`, or the loss is not finite.
+        ValueError: the weights are not float32.
     """
+    if coarse := {p.dtype for p in model.parameters()} - {torch.float32}:
+        raise ValueError(f"weights in {coarse.pop()} would hardly move; load them in float32")
     _refuse_long(examples, settings.max_tokens)
     batches = [b for e in range(settings.epochs) for b in _epoch(examples, settings, seed + e)]
     optimizer = torch.optim.AdamW(
@@ -113,6 +118,16 @@ def _refuse_long(examples: list[Example], max_tokens: int) -> None:
         raise StudyError(
             f"finetune.max_tokens = {max_tokens} but an example has {longest} tokens; raise it"
         )
+
+
+def in_float32(runtime: Runtime) -> Runtime:
+    """The runtime that the model to be trained is loaded with."""
+    return runtime.model_copy(update={"dtype": "float32"})
+
+
+def rounded(model, runtime: Runtime):
+    """The trained model in the study's dtype, as it is saved, and studied from then on."""
+    return model.to(getattr(torch, runtime.dtype))
 
 
 def settings_of(study: Study, model: str) -> FineTuning:

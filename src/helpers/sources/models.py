@@ -11,9 +11,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.initialization import no_init_weights
 
+from helpers.sources import chat_template
 from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.devices import answering_where_asked, placed
 from helpers.sources.experts import linear_experts
+from helpers.sources.hub import cached_model
 from helpers.sources.random_model import random_model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.sources.weights import refuse_unsafe
@@ -21,6 +23,7 @@ from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
+from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import (
     BundledModel,
     FolderModel,
@@ -30,18 +33,9 @@ from helpers.study.schema import (
     Study,
 )
 
-HUB_FILES = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-]
-
 
 def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
-    """The folder of one model of the study, fetched or converted where that is needed.
+    """The folder of one model of the study, converted where that is needed.
 
     Raises:
         StudyError: the model cannot be had, or not without running its code; says what to do.
@@ -59,26 +53,22 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
             return random_model_folder(family, seed=study.seed)
         case FolderModel(folder=folder):
             return resolve(folder)
-        case HubModel(hub=name, revision=revision):
-            return _hub_snapshot(name, revision)
+        case HubModel() as source:
+            return _fetched(source, paths.study)
     folder = paths.finetuned_model(model)
     if not (folder / "record.json").is_file():
         raise StudyError(f"model {model!r} is not trained yet; run 00_finetuning first")
     return folder
 
 
-def _hub_snapshot(name: str, revision: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(
-            f"model {name!r} at {revision!r} could not be fetched ({reason}); check the name, "
-            "the network and your access, or name a local folder instead"
-        ) from None
+def _fetched(source: HubModel, study: str) -> Path:
+    """The folder of a model in the client's cache; no Hub is asked."""
+    remedy = f"run {FETCH} STUDY={study}"
+    if not is_commit(source.revision):
+        raise StudyError(f"{source.hub} at {source.revision!r} is not pinned; {remedy}")
+    if (folder := cached_model(source.hub, source.revision)) is None:
+        raise StudyError(f"{source.hub} is not on this machine; {remedy}")
+    return folder
 
 
 def load_model(folder: Path, runtime: Runtime):
@@ -176,12 +166,13 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
     temporary.rename(folder)
 
 
-def load_tokenizer(folder: Path):
-    """The tokenizer of a folder.
+def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
+    """The tokenizer of a folder, its chat template looked at and its thinking switch set.
 
     Raises:
-        StudyError: it cannot be loaded without code of its own, or has no end-of-text token,
-            without which generation cannot stop.
+        StudyError: it cannot be loaded without code of its own, has no end-of-text token,
+            without which generation cannot stop, or a chat template that cannot be used as
+            the study asks.
     """
     refuse_unsafe(folder)
     try:
@@ -196,6 +187,7 @@ def load_tokenizer(folder: Path):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    chat_template.settle_(tokenizer, enable_thinking=enable_thinking, place=folder.name)
     return tokenizer
 
 

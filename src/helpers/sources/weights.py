@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from helpers.study.errors import StudyError
+from helpers.study.model_folders import TOKENIZERS, weights_problem
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 def refuse_unsafe(folder: Path) -> None:
@@ -26,27 +25,11 @@ def refuse_unsafe(folder: Path) -> None:
     """
     for name in SETTINGS:
         _json(folder / name)
-    _refuse_pickled_weights(folder)
+    if problem := weights_problem(path.name for path in folder.iterdir()):
+        raise StudyError(f"{folder.name}: {problem}")
     _refuse_index(folder)
     _refuse_pickled_tokenizer(folder)
     _refuse_foreign_attention(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise StudyError(
-            f"{folder.name}: holds an adapter (adapter_config.json), not a whole model; merge it "
-            "into its model and save that"
-        )
-
-
-def _refuse_pickled_weights(folder: Path) -> None:
-    names = [path.name for path in sorted(folder.iterdir()) if path.is_file()]
-    if any(name.endswith(".safetensors") for name in names):
-        return
-    pickles = [name for name in names if name.endswith(PICKLES)]
-    told = f"only {pickles[0]}, a pickle, which may run anything" if pickles else "no weights"
-    raise StudyError(
-        f"{folder.name}: holds {told}; give a folder with safetensors "
-        "(save_pretrained of a model you trust writes them)"
-    )
 
 
 def _refuse_index(folder: Path) -> None:

@@ -79,6 +79,7 @@ def _results(paths: StudyPaths) -> dict[str, Path]:
         inside = path.relative_to(paths.root)
         hidden = any(part.startswith(".") for part in inside.parts)
         weights = inside.parts[1:2] == ("model",) or inside.parts[2:3] == ("checkpoint",)
+        weights |= path.suffix == ".safetensors" and inside.parts[1] != "calibration"
         if hidden or path.name.endswith(NOTHING):
             continue
         if weights and path.name != "record.json":

@@ -1,4 +1,5 @@
-"""Makes an executed notebook fit to keep: no machine paths, no clock times, no rewritten lines.
+"""Makes an executed notebook fit to keep: no machine paths, no clock times, no rewritten lines,
+small pictures.
 
 Works on the notebook's JSON, so that it can be done, and tested, without Jupyter.
 """
@@ -9,8 +10,10 @@ import sys
 from pathlib import Path
 
 from helpers.study.paths import PROJECT, outputs_root
+from helpers.study.pictures import with_palette
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
+PNG = "image/png"
 PAPERMILL_KEEPS = ("duration", "exception", "parameters", "status", "version")
 
 
@@ -48,6 +51,9 @@ def _clean_outputs(outputs: list[dict]) -> list[dict]:
     for output in outputs:
         if WIDGET in output.get("data", {}):
             continue
+        if PNG in output.get("data", {}):
+            smaller = with_palette("".join(output["data"][PNG]))
+            output = output | {"data": output["data"] | {PNG: smaller}}
         if output["output_type"] != "stream":
             kept.append(without_machine_paths(output))
             continue

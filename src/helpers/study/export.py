@@ -12,6 +12,17 @@ from helpers.study.plain_text import one_line
 from helpers.study.records import write_atomically
 
 HIDDEN = "hide-in-report"
+# A page of reading width; a table wider than that scrolls by itself and breaks no name.
+STYLE = """<style>
+main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
+.jp-RenderedHTMLCommon table { display: block; width: fit-content; max-width: 100%;
+  overflow-x: auto; margin-left: 0; font-size: 0.86em; }
+.jp-RenderedHTMLCommon :is(td, th) { max-width: 30rem; text-align: left; vertical-align: top;
+  overflow-wrap: break-word; }
+.jp-RenderedHTMLCommon :is(td, th) code { white-space: normal; }
+.jp-RenderedHTMLCommon :is(td, th)[style*="right"] { white-space: nowrap; }
+</style>
+"""
 # The page needs no script, so it has none, and a browser is told to run none: what stands
 # in it came from models and data sets. Nothing is fetched when it is opened.
 NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
@@ -33,6 +44,7 @@ def export_report(notebook: Path, study: str, folder: Path) -> None:
     html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
         content, resources
     )
+    html = html.replace("</head>", f"{STYLE}</head>", 1)
     markdown, extracted = MarkdownExporter(config=_config()).from_notebook_node(
         content, resources | {"unique_key": "report", "output_files_dir": "report_files"}
     )

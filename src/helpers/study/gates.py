@@ -18,6 +18,20 @@ class Gate:
     limit: str
 
 
+def none_of(name: str, odd: list[str], n: int, said: str) -> Gate:
+    """A gate that holds where nothing is odd; names how many of n are, and the first."""
+    example = f" ({odd[0]})" if odd else ""
+    return Gate(name, not odd, f"{len(odd)} of {n} {said}{example}", "none")
+
+
+def failed_check(gates: list[dict], guarded: list[str]) -> str | None:
+    """The first recorded gate that fails and guards one of these, in words; None if none does."""
+    for gate in gates:
+        if not gate["passed"] and gate.get("invalidates", WHOLE_VARIANT) in guarded:
+            return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
+    return None
+
+
 def as_record(gates: list[tuple[str, Gate]]) -> dict:
     """The gates as plain data, with the one answer: do all hold.
 

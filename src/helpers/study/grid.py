@@ -22,7 +22,7 @@ from typing import Any
 
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json
-from helpers.study.loading import resolve
+from helpers.study.loading import files_of, resolve
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.schema import (
     FileDataset,
@@ -41,8 +41,9 @@ NOTEBOOKS = {
     "analysis": "04_analysis",
 }
 HELPERS = Path(__file__).resolve().parents[1]
-PLUMBING = ("errors", "loading", "names", "opening", "paths", "schema", "yaml_text")
+PLUMBING = ("errors", "loading", "model_folders", "names", "opening", "paths", "pins", "schema")
 PLUMBING += ("archive", "cleaning", "execution", "export", "grid", "jobs", "workflow")
+PLUMBING += ("yaml_text",)
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in PLUMBING}
 
 
@@ -144,6 +145,8 @@ def depends_on(study: Study, run: Run) -> str:
     }
     if run.stage in ("finetuning", "calibration"):
         del uses["runtime"]["quantized"]  # both work on the float model
+    if study.enable_thinking is not None:
+        uses["enable_thinking"] = study.enable_thinking
     if run.variant:
         uses["variant"] = _variant(study, run.variant)
     if run.stage == "cost":
@@ -179,7 +182,7 @@ def _model(study: Study, model: str) -> dict:
 def _drawn(study: Study) -> dict:
     """What decides which items are evaluation items, and so barred elsewhere."""
     return {
-        name: [dataset.adapter, dataset.source.model_dump(), dataset.items]
+        name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
         for name, dataset in study.evaluation.datasets.items()
     }
 
@@ -194,8 +197,8 @@ def source_files(study: Study, run: Run) -> list[Path]:
     files = {notebook, *imported_modules(notebook, with_report=run.stage == "analysis")}
     for source in _data_sources(study, run):
         match source:
-            case FileDataset(file=file):
-                files.add(resolve(file))
+            case FileDataset():
+                files.update(files_of(source))
             case ShippedDataset(shipped=name):
                 files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")
             case FolderModel(folder=folder):

@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+ABOUT = {"record.json", "README.md"}
+
 
 def canonical_json(data: Any) -> str:
     """One text for one value: sorted keys, no NaN, no spaces to vary.
@@ -36,12 +38,13 @@ def sha256_file(path: Path) -> str:
 def sha256_folder(folder: Path) -> str:
     """Hex digest over the names and contents of all files below a folder.
 
-    `record.json` is left out: it tells of a run, with its times, and is not content.
+    `record.json` and a card (`README.md`) are left out: they tell of the content, and of a
+    run with its times.
 
     Raises:
         FileNotFoundError: the folder holds no file.
     """
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name != "record.json")
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in ABOUT)
     if not files:
         raise FileNotFoundError(f"{folder} holds no files to hash; run the stage that writes it")
     digests = {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}

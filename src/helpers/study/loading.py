@@ -1,7 +1,7 @@
 """Reads a study file and refuses, in one line each, whatever is wrong with it.
 
-Checks the file itself, the references inside it, and that local files it names exist.
-Nothing is downloaded and no model is touched.
+Checks the file itself, the references inside it, and that local files it names exist and
+can be what they are named as. Nothing is downloaded and no model is touched.
 """
 
 import difflib
@@ -14,14 +14,23 @@ from typing import Any
 from pydantic import ValidationError
 
 from helpers.study.errors import StudyError
+from helpers.study.model_folders import folder_problem
 from helpers.study.names import PATTERN, RULE, TAKEN, trouble_with
-from helpers.study.paths import PROJECT
+from helpers.study.paths import PROJECT, StudyPaths, vllm_python
+from helpers.study.pins import pinned, read_pins
 from helpers.study.plain_text import one_line
-from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
+from helpers.study.schema import (
+    EvaluationSet,
+    FileDataset,
+    FineTunedModel,
+    FolderModel,
+    Study,
+)
 from helpers.study.yaml_text import MOST_BYTES, read_yaml
 
 UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
 UNION_TAGS |= {"loglikelihood", "generate"}
+NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
 PROTOCOLS = {
     "arc": {"loglikelihood", "generate"},
     "boolq": {"loglikelihood", "generate"},
@@ -40,7 +49,16 @@ def study_file(study: str | Path) -> Path:
 
 
 def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
-    """The validated study.
+    """The validated study, its names on a Hub pinned to the commits on record.
+
+    Args and raises: as `read_study`; a damaged record of commits is refused too.
+    """
+    read = read_study(study, with_sources=with_sources)
+    return pinned(read, read_pins(StudyPaths(study_file(study).stem)))
+
+
+def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
+    """The validated study as its file has it.
 
     Args:
         study: a name in `params/`, or the path of a YAML file.
@@ -50,8 +68,7 @@ def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
     Raises:
         StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
     """
-    path = study_file(study)
-    place = _shown(path)
+    path, place = study_file(study), place_of(study)
     if not _found(str(path), Path.is_file):
         known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
         raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
@@ -72,6 +89,11 @@ def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
     if problems:
         raise StudyError("\n".join(problems))
     return loaded
+
+
+def place_of(study: str | Path) -> str:
+    """A study's file as messages name it."""
+    return _shown(study_file(study))
 
 
 def _refuse_name(study: str, place: str) -> None:
@@ -151,6 +173,8 @@ def _message(problem: dict) -> str:
             return f"is not known; use one of {context['expected']}"
         case "string_pattern_mismatch":
             return f"does not match {context['pattern']}; rename it"
+        case "bool_type":
+            return "is neither true nor false; write one of them, without quotes"
         case "value_error":
             return f"is refused: {one_line(context['error'])}"
         case "too_short" | "string_too_short":
@@ -184,8 +208,22 @@ def _references(study: Study) -> list[str]:
     problems = []
     if study.baseline not in study.variants:
         problems.append(_unknown("baseline", study.baseline, "variant", study.variants))
-    elif study.variants[study.baseline].changes_model:
-        problems.append(f"baseline = {study.baseline!r} is quantized; name a float variant ({{}})")
+    elif not study.variants[study.baseline].as_loaded:
+        problems.append(
+            f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
+            "that changes nothing ({})"
+        )
+    for name, variant in study.variants.items():
+        if variant.dtype == study.runtime.dtype:
+            problems.append(
+                f"variants.{name}.dtype = {variant.dtype!r} is runtime.dtype already; name the "
+                "other one, so that the two differ by rounding"
+            )
+        elif variant.dtype and study.runtime.dtype == "auto":
+            problems.append(
+                f"variants.{name}.dtype = {variant.dtype!r} may be what runtime.dtype = 'auto' "
+                "comes to; name runtime.dtype too"
+            )
     for kind, taken in TAKEN.items():
         for name in sorted(taken & set(attrgetter(kind)(study))):
             problems.append(f"{kind}.{name} names what every run writes itself; rename it")
@@ -193,11 +231,8 @@ def _references(study: Study) -> list[str]:
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
-        if dataset.ask.protocol not in PROTOCOLS[dataset.adapter]:
-            problems.append(
-                f"evaluation.datasets.{name}.ask.protocol = {dataset.ask.protocol!r} cannot ask "
-                f"{dataset.adapter} items; use {' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
-            )
+        asked = _asking(dataset, thinking=bool(study.enable_thinking))
+        problems += [f"evaluation.datasets.{name}.{problem}" for problem in asked]
     for index, pair in enumerate(study.statistics.primary):
         key = f"statistics.primary.{index}"
         named = [("model", study.models), ("dataset", study.evaluation.datasets)]
@@ -211,6 +246,32 @@ def _references(study: Study) -> list[str]:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
         if pair in study.statistics.primary[:index]:
             problems.append(f"{key} repeats an earlier comparison; remove it")
+    for index, name in enumerate(study.old_rules_chapter):
+        key = f"old_rules_chapter.{index}"
+        if name not in study.variants:
+            problems.append(_unknown(key, name, "variant", study.variants))
+        elif name == study.baseline:
+            problems.append(f"{key} = {name!r} is the baseline; name what is held against it")
+    return problems
+
+
+def _asking(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
+    """What does not go together in how one set is asked, each from its key on."""
+    problems, ask = [], dataset.ask
+    if ask.protocol not in PROTOCOLS[dataset.adapter]:
+        problems.append(
+            f"ask.protocol = {ask.protocol!r} cannot ask {dataset.adapter} items; use "
+            f"{' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
+        )
+    if dataset.keep and dataset.adapter != "openmath":
+        problems.append(
+            f"keep = {dataset.keep!r} is for openmath items, not for {dataset.adapter}; remove it"
+        )
+    if thinking and ask.protocol == "generate" and (ask.answer, ask.stop) != ("boxed", "turn"):
+        problems.append(
+            f"ask.answer = {ask.answer!r} with stop = {ask.stop!r} would take thoughts for the "
+            "answer, since enable_thinking = true; use answer: boxed, stop: turn"
+        )
     return problems
 
 
@@ -224,11 +285,15 @@ def _start(study: Study, key: str, start: str) -> list[str]:
 
 def _missing_files(study: Study) -> list[str]:
     problems = []
+    if study.runtime.quantized == "vllm" and not vllm_python().is_file():
+        problems.append(
+            "runtime.quantized = 'vllm' but vLLM is not set up; run make .venv-vllm/.study-ready"
+        )
     for key, source in _sources(study):
-        if isinstance(source, FileDataset) and not _found(source.file, Path.is_file):
+        if isinstance(source, FileDataset) and not files_of(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
-        if isinstance(source, FolderModel) and not _found(source.folder, Path.is_dir):
-            problems.append(f"{key}.folder = {source.folder!r} is not a folder; correct the path")
+        if isinstance(source, FolderModel) and (wrong := _folder_problem(source)):
+            problems.append(f"{key}.folder = {source.folder!r} {wrong}")
     return problems
 
 
@@ -236,8 +301,14 @@ def _found(path: str, kind: Callable[[Path], bool]) -> bool:
     """Whether a path of the study file is there; one that cannot be a path is not."""
     try:
         return kind(resolve(path))
-    except (OSError, RuntimeError, ValueError):  # too long, no such user's home, a NUL
+    except NO_PATH:
         return False
+
+
+def _folder_problem(source: FolderModel) -> str | None:
+    if not _found(source.folder, Path.is_dir):
+        return "is not a folder; correct the path"
+    return folder_problem(resolve(source.folder))
 
 
 def _sources(study: Study) -> list[tuple[str, object]]:
@@ -251,6 +322,16 @@ def _sources(study: Study) -> list[tuple[str, object]]:
     for name, dataset in study.evaluation.datasets.items():
         found.append((f"evaluation.datasets.{name}.source", dataset.source))
     return found
+
+
+def files_of(source: FileDataset) -> list[Path]:
+    """The files a local dataset names, in order of their names; empty if there are none."""
+    try:
+        path = resolve(source.file)
+        named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
+        return sorted(file for file in named if file.is_file())
+    except NO_PATH:
+        return []
 
 
 def resolve(path: str) -> Path:

@@ -20,6 +20,11 @@ def cache_root() -> Path:
     return Path(os.environ.get("STUDY_CACHE", PROJECT / ".cache"))
 
 
+def vllm_python() -> Path:
+    """vLLM's own interpreter; `STUDY_VLLM` names the environment it is in."""
+    return Path(os.environ.get("STUDY_VLLM", PROJECT / ".venv-vllm")) / "bin" / "python"
+
+
 @dataclass(frozen=True)
 class StudyPaths:
     """The folders of one study under `outputs/<study>/`."""

@@ -48,14 +48,31 @@ def _portable(name: str) -> str:
     return name
 
 
+def _a_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise PydanticCustomError(
+            "grid", "is no choice; list two values or more, each once, or give one number"
+        )
+    return values
+
+
+def _kind_of_alpha(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "list"
+    return "auto" if isinstance(value, str) else "number"
+
+
 Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
 Number = Annotated[float, BeforeValidator(_no_truth_value)]
 Whole = Annotated[int, Field(strict=True)]
 Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
 Count = Annotated[Whole, Field(ge=1)]
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
 Weights = Literal["channel", "tensor"]
+FloatType = Literal["float32", "bfloat16"]
 Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
 
 # The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
@@ -91,13 +108,15 @@ class Runtime(Strict):
     """Where jobs run. `threads` is per job: jobs run side by side.
 
     `auto` takes the best device of the machine a job runs on, and the dtype that suits it;
-    `device_map: auto` spreads a model over all its GPUs.
+    `device_map: auto` spreads a model over all its GPUs. `quantized` is what quantized
+    variants are evaluated on: this project's int8 runtime, the simulation of
+    compressed-tensors, or vLLM in an environment of its own (`make .venv-vllm/.study-ready`).
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    dtype: Literal["auto", "float32", "bfloat16"]
+    dtype: Literal["auto"] | FloatType
     threads: Count
-    quantized: Literal["int8", "reference"]
+    quantized: Literal["int8", "reference", "vllm"]
     device_map: Literal["auto"] | None = None
 
 
@@ -107,17 +126,29 @@ class ShippedDataset(Strict):
     shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
 
 
-class HubDataset(Strict):
-    """One split of a dataset on the Hub, at a revision."""
+class Stream(Strict):
+    """At most `rows` rows of a split too large to fetch, from `pieces` of it drawn with `seed`."""
 
-    hub: Annotated[str, Field(min_length=3)]
+    rows: Count
+    pieces: Count
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+
+
+class HubDataset(Strict):
+    """One split of a dataset on the Hub, at a revision; without `stream` all of its rows."""
+
+    hub: HubName
     config: str | None
-    split: str
-    revision: str
+    split: Annotated[str, Field(min_length=1)]
+    revision: Revision
+    stream: Stream | None = None
 
 
 class FileDataset(Strict):
-    """A local JSONL or parquet file in the Hub's schema; relative paths start at the project."""
+    """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
+
+    Relative paths start at the project.
+    """
 
     file: Annotated[str, Field(pattern=r"\.(jsonl|parquet)$")]
 
@@ -135,8 +166,8 @@ Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
 class HubModel(Strict):
     """A model repository on the Hub, at a revision."""
 
-    hub: Annotated[str, Field(min_length=3)]
-    revision: str
+    hub: HubName
+    revision: Revision
 
 
 class FolderModel(Strict):
@@ -215,10 +246,15 @@ class Generate(Strict):
 
 
 class EvaluationSet(Strict):
-    """Which items are asked, and how."""
+    """Which items are asked, and how.
+
+    `keep: numeric_answers` leaves out items whose gold answer is no single number; without
+    it all are kept, and golds that are no numbers have to be matched as text.
+    """
 
     adapter: Adapter
     source: DatasetSource
+    keep: Literal["numeric_answers"] | None = None
     items: Count
     ask: Annotated[LogLikelihood | Generate, Field(discriminator="protocol")]
 
@@ -260,9 +296,18 @@ class Calibration(Strict):
 
 
 class Smooth(Strict):
-    """SmoothQuant's migration strength and the places it is folded into."""
+    """SmoothQuant's migration strength and the places it is folded into.
 
-    alpha: Fraction
+    α is a number, a list of which the best is taken, or `auto` for one a group; what is
+    chosen is chosen on held-out calibration items (helpers.quantization.alpha).
+    """
+
+    alpha: Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_a_grid), Tag("list")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_kind_of_alpha),
+    ]
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
@@ -270,10 +315,13 @@ class Variant(Strict):
     """How a model is quantized; no weights and no activations means it stays float.
 
     `recipe: seed` is the known broken recipe (helpers.quantization.seed_recipe), a control
-    that has to be flagged. It says for itself how it quantizes.
+    that has to be flagged. It says for itself how it quantizes. `dtype` is a control too:
+    the very same weights, computed with in another float type, differ by rounding alone
+    and show what differences of that size are worth.
     """
 
     recipe: Literal["seed"] | None = None
+    dtype: FloatType | None = None
     preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
     weights: Weights | None = None
     activations: Activations | None = None
@@ -293,6 +341,17 @@ class Variant(Strict):
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
             )
+        chosen = self.smooth and not isinstance(self.smooth.alpha, float)
+        if chosen and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                "smooth.alpha is chosen by the error of quantization, and this variant has none "
+                "of its own; give a number"
+            )
+        if self.dtype and (self.preset or self.weights or self.recipe or self.smooth):
+            raise ValueError(
+                f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
+                "alone, or leave it out"
+            )
         return self
 
     @property
@@ -311,6 +370,11 @@ class Variant(Strict):
     def changes_model(self) -> bool:
         """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
         return self.quantized or self.smooth is not None
+
+    @property
+    def as_loaded(self) -> bool:
+        """Whether it is the model itself, in the study's own float type."""
+        return not self.changes_model and self.dtype is None
 
     @property
     def claim(self) -> "Variant":
@@ -344,14 +408,23 @@ class Statistics(Strict):
 
 
 class Study(Strict):
-    """One YAML file: the whole account of a study."""
+    """One YAML file: the whole account of a study.
+
+    `enable_thinking` goes to the chat template of models that think aloud before they
+    answer; a study of such a model has to say it.
+    `old_rules_chapter` names variants that the report also shows, in one chapter, under the
+    rules of the report this project redoes (helpers.evaluation.old_rules); mostly there are
+    none.
+    """
 
     title: Annotated[str, Field(min_length=1)]
     seed: Annotated[Whole, Field(ge=0, lt=2**32)]
     runtime: Runtime
+    enable_thinking: Annotated[bool, Field(strict=True)] | None = None
     models: Annotated[dict[Name, ModelSource], Field(min_length=1)]
     calibration: Calibration
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     baseline: Name
     evaluation: Evaluation
     statistics: Statistics
+    old_rules_chapter: tuple[Name, ...] = ()

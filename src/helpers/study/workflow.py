@@ -17,6 +17,7 @@ from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
 from helpers.study.loading import load_study, study_file
 from helpers.study.paths import PROJECT, StudyPaths, outputs_root
+from helpers.study.pins import hub_sources
 
 PLAN_WIDTH = 48  # of a job's name in the Snakefile's dry run
 ACCOUNT = ".snakemake/metadata"  # how each output was made; Snakemake's own
@@ -57,7 +58,20 @@ def run_study(given: argparse.Namespace) -> int:
                 file=sys.stderr,
             )
             return 2
+        if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
+            return wrong
         return _run_snakemake(given, paths, lock.fileno())
+
+
+def _fetch(study: str) -> int:
+    """Bring what the study names on a Hub to this machine, before any job; 0, or 2 with why.
+
+    In a process of its own: the rooms above this one do the work.
+    """
+    if not hub_sources(load_study(study)):
+        return 0
+    command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
+    return subprocess.run(command, cwd=PROJECT, check=False).returncode
 
 
 def _not_current(given: argparse.Namespace, paths: StudyPaths) -> list[str]:

@@ -1,0 +1,56 @@
+"""Runs the comparisons one after the other and writes the account of them."""
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+
+os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+
+import torch
+
+from benchmarks import account, answering, evaluating, machine, quantizing, scoring, simulation
+from benchmarks.material import Material
+from helpers.study.paths import outputs_root
+
+COMPARISONS = {  # and how many rounds of each
+    "scoring": (scoring.compare, 2),
+    "answering": (answering.compare, 2),
+    "simulation": (simulation.compare, 3),
+    "evaluating": (evaluating.compare, 2),
+    "quantizing": (quantizing.compare, 1),
+    "growth": (evaluating.growth, 1),
+}
+QUICK_ITEMS = 10
+
+
+def main() -> None:
+    """Measure what is asked for, into outputs/bench; quick tries go beside it."""
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items a set, to try")
+    parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    started, rows = time.monotonic(), []
+    with tempfile.TemporaryDirectory() as scratch:
+        most = QUICK_ITEMS if given.quick else 10**6
+        material = Material(threads=given.threads, most=most, scratch=Path(scratch))
+        described = machine.describe(
+            material.linear_shapes,
+            rows=material.study.evaluation.batch.tokens,
+            threads=given.threads,
+        )
+        for name in given.only:
+            compare, rounds = COMPARISONS[name]
+            print(f"{name}:", flush=True)
+            rows += compare(material, rounds=1 if given.quick else rounds)
+    whole = not given.quick and given.only == list(COMPARISONS)
+    folder = outputs_root() / ("bench" if whole else "bench-try")
+    account.write(folder, described, rows, took_s=time.monotonic() - started)
+    print(f"written: {folder.name}/report.md")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""A whole evaluation, INT8 against the float models; and how its cost grows with the items."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+
+from benchmarks.agreement import Agreement
+from benchmarks.material import Material
+from benchmarks.turns import Comparison, Turns, take_turns
+from helpers.evaluation.engine import ask_all, evaluate
+from helpers.evaluation.language_modeling import passage_tokens, read_passages
+from helpers.sources.datasets import draw, load_items, shared_passages
+from helpers.sources.items import Item
+
+SIZES = (50, 100, 200)
+LINEAR = 0.9  # of the cost an item at the smallest size, that each larger size has to stay at
+
+
+def compare(material: Material, *, rounds: int) -> list[Comparison]:
+    """All evaluation sets and the shared text, as the study has them."""
+    models = _models(material) | {"bfloat16": material.float_model("bfloat16")}
+    ways = {name: partial(whole, model, material) for name, model in models.items()}
+    turns = take_turns(ways, rounds=rounds)
+    return [_row(turns, "float32", 1.5), _row(turns, "bfloat16", 1.0)]
+
+
+def _models(material: Material) -> dict:
+    return {"float32": material.float_model(), "INT8": material.int8_model()}
+
+
+def _row(turns: Turns, peer: str, goal: float) -> Comparison:
+    pairs = list(zip(turns.answers["INT8"][-1], turns.answers[peer][-1], strict=True))
+    same = sum(a["parsed"] == b["parsed"] for a, b in pairs)
+    return Comparison(
+        what=f"a whole evaluation: {len(pairs)} items in four sets, and the shared text",
+        ours="INT8",
+        peer=f"ours in {peer}",
+        ours_spent=turns.seconds["INT8"],
+        peer_spent=turns.seconds[peer],
+        goal=goal,
+        agreement=Agreement(f"{same} of {len(pairs)} items read alike; another model"),
+    )
+
+
+def whole(model, material: Material) -> list[dict]:
+    """The predictions of all sets; the shared text is read too."""
+    study = material.study
+    found = ask_all(model, material.tokenizer, study)
+    limit = study.evaluation.shared_text.max_tokens
+    tokens = passage_tokens(material.tokenizer, shared_passages(study), max_tokens=limit)
+    read_passages(model, tokens, batch_tokens=study.evaluation.batch.tokens)
+    return list(chain(*found.values()))
+
+
+def growth(material: Material, *, rounds: int) -> list[Comparison]:
+    """Milliseconds an item at several sizes, against the smallest of them."""
+    sizes = [min(size, material.most * (i + 1)) for i, size in enumerate(SIZES)]
+    ways = {
+        (name, size): partial(ask_items, model, material, size)
+        for name, model in _models(material).items()
+        for size in sizes
+    }
+    turns = take_turns(ways, rounds=rounds)
+    each = {
+        key: [1000 * s / (4 * key[1]) for s in seconds] for key, seconds in turns.seconds.items()
+    }
+    return [
+        Comparison(
+            what=f"an item of an evaluation of {size} items a set{_said(material, size)}",
+            ours=name,
+            peer=f"at {sizes[0]} items a set",
+            ours_spent=each[name, size],
+            peer_spent=each[name, sizes[0]],
+            goal=LINEAR if size > sizes[0] else None,
+            agreement=_same_beginning(turns, name, sizes[0], size),
+            unit="ms",
+        )
+        for name, size in ways
+    ]
+
+
+def _said(material: Material, size: int) -> str:
+    again = [sum(i.id.endswith(AGAIN) for i in items) for _, items in _sets(material, size)]
+    return f" ({sum(again)} of {4 * size} drawn again)" if any(again) else ""
+
+
+def _same_beginning(turns: Turns, name: str, small: int, size: int) -> Agreement:
+    """The items of the smallest evaluation are answered alike in larger company."""
+    a, b = (turns.answers[name, s][-1] for s in (small, size))
+    same = sum(p == b[key] for key, p in a.items())
+    return Agreement(f"{same} of {len(a)} items of the smallest answered alike", same == len(a))
+
+
+def ask_items(model, material: Material, size: int) -> dict[tuple[str, str], str]:
+    """(set, item id) → what was answered, on that many items of each set."""
+    limits, found = material.study.evaluation.batch, {}
+    for name, items in _sets(material, size):
+        wanted = material.study.evaluation.datasets[name]
+        for p in evaluate(model, material.tokenizer, items, wanted, limits=limits):
+            found[name, p["id"]] = (p["output"], p.get("logprobs"))
+    return found
+
+
+AGAIN = "-again"
+
+
+def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
+    """So many items of each set; beyond what is shipped, items come again in another dress.
+
+    A word before question and passage keeps a repeated item from sharing anything that
+    was read for the first one.
+    """
+    study = material.study
+    for name, wanted in study.evaluation.datasets.items():
+        known = load_items(wanted.source, adapter=wanted.adapter)
+        items = draw(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
+        items += [_again(item) for item in items[: size - len(items)]]
+        yield name, items
+
+
+def _again(item: Item) -> Item:
+    passage = item.passage and f"Again: {item.passage}"
+    question = f"Again: {item.question}"
+    return replace(item, id=item.id + AGAIN, passage=passage, question=question)

@@ -1,0 +1,118 @@
+"""What all comparisons are measured on: the demo study's model, items, prompts and caps."""
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from helpers.quantization import compression
+from helpers.quantization.calibration import run_calibration
+from helpers.quantization.int8 import load_int8
+from helpers.quantization.smoothing import everywhere, smooth_variant_
+from helpers.sources.bundled import bundled_model_folder
+from helpers.sources.conversations import calibration_tokens
+from helpers.sources.datasets import calibration_items
+from helpers.sources.models import load_model, load_tokenizer
+from helpers.study.loading import load_study
+from helpers.study.schema import Batch, Study, Variant
+
+STUDY = "demo"
+VARIANT = "smoothquant_w8a8"
+
+
+@dataclass(frozen=True)
+class Material:
+    """The study's model and items on this machine.
+
+    Attributes:
+        threads: of every way, ours and the peers'.
+        most: at most so many items a set.
+        scratch: where checkpoints are written.
+    """
+
+    threads: int
+    most: int
+    scratch: Path
+    folder: Path = field(default_factory=bundled_model_folder)
+
+    @cached_property
+    def study(self) -> Study:
+        """The study, on all threads, with no more items than wanted."""
+        study, _ = load_study(STUDY), compression.quiet_llmcompressor()
+        runtime = study.runtime.model_copy(update={"threads": self.threads})
+        wanted = study.calibration
+        calibration = wanted.model_copy(update={"items": min(wanted.items, self.most)})
+        changes = {"runtime": runtime, "calibration": calibration}
+        return _asking(study.model_copy(update=changes), self.most)
+
+    @cached_property
+    def tokenizer(self):
+        return load_tokenizer(self.folder, enable_thinking=self.study.enable_thinking)
+
+    @cached_property
+    def linear_shapes(self) -> set[tuple[int, int]]:
+        """(in_features, out_features) of the Linears of the decoder."""
+        modules = self.float_model().base_model.modules()
+        return {(m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)}
+
+    @property
+    def variant(self) -> Variant:
+        """The variant that stands for INT8."""
+        return self.study.variants[VARIANT]
+
+    def asking(self, *names: str, rows: int | None = None) -> Study:
+        """The study with these evaluation sets only, and at most so many answers at once."""
+        evaluation = self.study.evaluation
+        batch = Batch(tokens=evaluation.batch.tokens, rows=rows or evaluation.batch.rows)
+        sets = {name: evaluation.datasets[name] for name in names}
+        changed = evaluation.model_copy(update={"datasets": sets, "batch": batch})
+        return self.study.model_copy(update={"evaluation": changed})
+
+    def float_model(self, dtype: str = "float32"):
+        """The model as it is."""
+        return load_model(self.folder, self.study.runtime.model_copy(update={"dtype": dtype}))
+
+    def int8_model(self):
+        """The INT8 variant on our kernels."""
+        return load_int8(self.checkpoint, dtype=torch.float32, device="cpu")
+
+    @cached_property
+    def checkpoint(self) -> Path:
+        """The INT8 variant, made anew."""
+        folder = self.scratch / VARIANT
+        self.write_checkpoint(self.calibrate(), self.variant, folder)
+        return folder
+
+    @cached_property
+    def calibration_texts(self) -> list[list[int]]:
+        """Token ids of the calibration items."""
+        items, adapter = calibration_items(self.study), self.study.calibration.adapter
+        return [calibration_tokens(self.tokenizer, item, adapter) for item in items]
+
+    def calibrate(self) -> dict[str, torch.Tensor]:
+        """(in_features,) abs-max of the input of every Linear, in one pass."""
+        limit = self.study.calibration.batch_tokens
+        found = run_calibration(self.float_model(), self.calibration_texts, batch_tokens=limit)
+        return {name: statistics.absmax for name, statistics in found.items()}
+
+    def write_checkpoint(self, absmax: dict, variant: Variant, folder: Path) -> None:
+        """Load the float model, smooth it, quantize it and save it."""
+        model = self.float_model()
+        alphas = everywhere(model.config, variant.smooth.targets, variant.smooth.alpha)
+        smoothed = smooth_variant_(model, absmax, variant, alphas)
+        compression.quantize_variant_(model, variant, absmax, smoothed)
+        compression.save_checkpoint(model, self.tokenizer, folder)
+
+
+def _asking(study: Study, most: int) -> Study:
+    sets = {
+        name: wanted.model_copy(update={"items": min(wanted.items, most)})
+        for name, wanted in study.evaluation.datasets.items()
+    }
+    shared = study.evaluation.shared_text
+    shared = shared.model_copy(update={"passages": min(shared.passages, most)})
+    changes = {"datasets": sets, "shared_text": shared}
+    evaluation = study.evaluation.model_copy(update=changes)
+    return study.model_copy(update={"evaluation": evaluation})

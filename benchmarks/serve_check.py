@@ -1,0 +1,255 @@
+"""`make serve-check`: does vLLM serve a study's checkpoints, on int8, as this project runs them?
+
+For every model and variant of a study whose checkpoint is there: which kernels vLLM
+chose, whether its Linears give the int8 products of the files, and how its answers and
+log-probabilities compare with this project's own. Writes `outputs/serve-check/`.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import torch
+from vllm_linears import INT8_KERNEL, largest_difference, linear_kernels
+
+from helpers.evaluation.bootstrap import bootstrap_difference
+from helpers.evaluation.comparison import rules_of
+from helpers.evaluation.engine import evaluate
+from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
+from helpers.quantization.variants import load_variant
+from helpers.quantization.vllm_runtime import VllmModel
+from helpers.report.formats import Markup, Rows, code, markdown_table, number, percent
+from helpers.sources.datasets import evaluation_items, shared_passages
+from helpers.sources.devices import prepare
+from helpers.sources.models import load_tokenizer, model_folder
+from helpers.study.errors import StudyError
+from helpers.study.opening import Job, open_job
+from helpers.study.paths import outputs_root
+from helpers.study.records import package_versions, write_atomically, write_json
+
+LAYER_TOLERANCE = 1e-5  # of the largest output: float32 rounding
+FLOAT_TOLERANCE = 1e-3  # nats, of one token's log-probability in a float32 model
+CONFIDENCE = 0.99  # of the interval in which the two KLs differ by nothing
+PROBE_TOKENS = 48
+
+
+def check(job: Job, *, passages: int, items: int) -> dict:
+    """All that is measured of one variant of one model."""
+    source = model_folder(job.study, job.model, job.paths)
+    tokenizer = load_tokenizer(source, enable_thinking=None)
+    changed = job.recipe.changes_model
+    folder = job.paths.checkpoint(job.model, job.variant) if changed else source
+    ours, _ = load_variant(job)
+    began = time.monotonic()
+    served = VllmModel(folder, job.study.runtime, seed=job.study.seed)
+    found = {"model": job.model, "variant": job.variant, "quantized": job.recipe.quantized}
+    found["load_s"] = round(time.monotonic() - began, 1)
+    found["versions"] = served.versions()
+    try:
+        found |= kernels(job, served, ours, folder, tokenizer)
+        found |= on_text(job, served, ours, tokenizer, passages=passages)
+        found |= on_items(job, served, ours, tokenizer, items=items)
+    finally:
+        served.close()
+    return found | {"agrees": not (wrong := disagreements(found)), "disagreements": wrong}
+
+
+def kernels(job: Job, served: VllmModel, ours, folder: Path, tokenizer) -> dict:
+    """What vLLM chose, and how far its Linears are from the int8 products of the files."""
+    chosen = linear_kernels(served)
+    found = {"kernels": dict(Counter(chosen.values())), "layer_difference": None}
+    if job.recipe.quantized:
+        text = passage_tokens(tokenizer, shared_passages(job.study)[:1], max_tokens=PROBE_TOKENS)
+        names = [n for n, kernel in chosen.items() if INT8_KERNEL in kernel]
+        found["layer_difference"] = largest_difference(served, ours, folder, names, text[0])
+    return found
+
+
+def on_text(job: Job, served: VllmModel, ours, tokenizer, *, passages: int) -> dict:
+    """Log-probabilities on the shared text: each against the float model, and one another."""
+    texts = shared_passages(job.study)[:passages]
+    limit = job.study.evaluation.shared_text.max_tokens
+    tokens = passage_tokens(tokenizer, texts, max_tokens=limit)
+    budget = job.study.evaluation.batch.tokens
+    base = load_variant(open_settled(job.name, job.model, job.study.baseline))[0]
+    states = {"float": read_passages(base, tokens, batch_tokens=budget)}
+    states |= {"ours": read_passages(ours, tokens, batch_tokens=budget)}
+    states |= {"vllm": read_passages(served, tokens, batch_tokens=budget)}
+    rows = {
+        "ours": passage_rows(texts, tokens, states["ours"], states["float"]),
+        "vllm": passage_rows(texts, tokens, states["vllm"], states["float"]),
+        "both": passage_rows(texts, tokens, states["vllm"], states["ours"]),
+    }
+    count = sum(row["tokens"] for row in rows["both"])
+    found = {
+        f"{key}_{side}": sum(row[key] for row in rows[side]) / count
+        for side in rows
+        for key in ("nll", "kl", "top1_agreements")
+    }
+    return {
+        "tokens": count,
+        **found,
+        "logprob_difference": largest_logprob_difference(states, tokens),
+        "kl_difference": kl_difference(job, rows),
+    }
+
+
+def kl_difference(job: Job, rows: dict) -> dict:
+    """vLLM's KL from the float model minus ours, a token, with its interval over passages."""
+    sizes = [row["tokens"] for row in rows["ours"]]
+    pairs = zip(rows["ours"], rows["vllm"], sizes, strict=True)
+    differences = [(theirs["kl"] - own["kl"]) / size for own, theirs, size in pairs]
+    found = bootstrap_difference(
+        differences,
+        [row["id"] for row in rows["ours"]],
+        weights=sizes,
+        confidence=CONFIDENCE,
+        **rules_of(job.study).random,
+    )
+    return {"mean": found.mean, "low": found.interval[0], "high": found.interval[1]}
+
+
+@torch.inference_mode()
+def largest_logprob_difference(states: dict, tokens: list[list[int]]) -> float:
+    """Over the text's own tokens, ours against vLLM's."""
+    targets = torch.tensor([t for text in tokens for t in text[1:]])
+    logprobs = []
+    for side in ("ours", "vllm"):
+        logits = states[side].head(states[side].hidden)
+        logprobs.append(logits.log_softmax(-1).gather(1, targets[:, None]))
+    return (logprobs[0] - logprobs[1]).abs().max().item()
+
+
+def on_items(job: Job, served: VllmModel, ours, tokenizer, *, items: int) -> dict:
+    """The study's own questions: how many are answered the same, by protocol."""
+    found, limits = {}, job.study.evaluation.batch
+    for name, wanted in job.study.evaluation.datasets.items():
+        few = evaluation_items(job.study, name)[:items]
+        sides = [
+            {p["id"]: p for p in evaluate(model, tokenizer, few, wanted, limits=limits)}
+            for model in (ours, served)
+        ]
+        key = "parsed" if wanted.ask.protocol == "loglikelihood" else "output"
+        same = [sides[0][item.id][key] == sides[1][item.id][key] for item in few]
+        scores = [[side[item.id]["score"] for item in few] for side in sides]
+        found[name] = {"protocol": wanted.ask.protocol, "items": len(few), "same": sum(same)}
+        found[name] |= {"score_ours": statistics.mean(scores[0])}
+        found[name] |= {"score_vllm": statistics.mean(scores[1])}
+    return {"items": found}
+
+
+def disagreements(found: dict) -> list[str]:
+    """What is outside the tolerances; empty if all agrees.
+
+    A float32 model has to be the same model. Of an int8 one its Linears have to be the
+    same, and it has to be as far from the float model as ours is; which answers flip is
+    a draw of rounding noise.
+    """
+    names = set(found["kernels"])
+    if not found["quantized"]:
+        told = [f"kernels {names}"] if any(INT8_KERNEL in name for name in names) else []
+        if found["logprob_difference"] > FLOAT_TOLERANCE:
+            told.append(f"log-probabilities differ by {found['logprob_difference']:.2g}")
+        differing = [n for n, x in found["items"].items() if x["same"] < x["items"]]
+        return told + [f"answers to {name} differ" for name in differing]
+    told = [] if all(INT8_KERNEL in name for name in names) else [f"kernels {sorted(names)}"]
+    if not found["layer_difference"] <= LAYER_TOLERANCE:
+        told.append(f"a Linear differs by {found['layer_difference']:.2g}")
+    if not found["kl_difference"]["low"] <= 0 <= found["kl_difference"]["high"]:
+        told.append("its KL from the float model is another")
+    return told
+
+
+def table(found: list[dict]) -> Rows:
+    """One row a variant."""
+    rows = []
+    for x in found:
+        scored = [n for n in x["items"].values() if n["protocol"] == "loglikelihood"]
+        written = [n for n in x["items"].values() if n["protocol"] != "loglikelihood"]
+        row = {"model": code(x["model"]), "variant": code(x["variant"])}
+        row["kernels"] = ", ".join(f"{n} {kernel}" for kernel, n in x["kernels"].items())
+        row["Linear by Linear"] = number(x["layer_difference"])
+        row["log-probability"] = number(x["logprob_difference"])
+        kls = [number(x[f"kl_{side}"]) for side in ("ours", "vllm", "both")]
+        low, high = number(x["kl_difference"]["low"]), number(x["kl_difference"]["high"])
+        row["KL from float: ours, vLLM"] = f"{kls[0]}, {kls[1]}"
+        row["their difference"] = Markup(f"[{low}, {high}]") if x["quantized"] else "–"
+        row["KL ours to vLLM"] = kls[2]
+        row["same top-1 token"] = percent(x["top1_agreements_both"])
+        row["same choice"] = f"{sum(n['same'] for n in scored)} of {_items(scored)}"
+        row["same text"] = f"{sum(n['same'] for n in written)} of {_items(written)}"
+        row["verdict"] = "agrees" if x["agrees"] else "; ".join(x["disagreements"])
+        rows.append(row)
+    return rows
+
+
+def _items(sets: list[dict]) -> int:
+    return sum(n["items"] for n in sets)
+
+
+LEGEND = f"""
+*Linear by Linear*: the largest difference between what one of vLLM's int8 Linears makes of
+real inputs and the int8 product of the tensors on disk, over its largest output; it has to
+be at most {LAYER_TOLERANCE:g}, float32 rounding. *Log-probability*: the largest difference of one
+token's between vLLM and this project, in nats; in a float32 model at most {FLOAT_TOLERANCE:g}, with
+every choice and every text the same.
+
+Two int8 engines do not agree token by token, and need not: a last bit tips a value over a
+rounding edge, and after a few layers every rounding is drawn anew; besides, vLLM's dynamic
+step is abs-max / 127 where compressed-tensors has abs-max / 127.5. What has to agree is how
+far they are from the float model: the difference of the two KLs has to be nothing within
+its {CONFIDENCE:.0%} interval over passages (in brackets, nats a token).
+"""
+
+
+def open_settled(study: str, model: str, variant: str) -> Job:
+    """The job on this machine, on this project's own int8 kernels."""
+    return prepare(open_job(study, model=model, variant=variant))
+
+
+def report(study: str, found: list[dict], versions: dict[str, str]) -> str:
+    """The table with what it means."""
+    agreed = sum(x["agrees"] for x in found)
+    told = ", ".join(f"{name} {version}" for name, version in versions.items())
+    first = found[0]
+    return (
+        f"# vLLM against this project's own runtime\n\n{agreed} of {len(found)} checkpoints of "
+        f"the study `{study}` agree, on {first['tokens']:,} tokens of text and "
+        f"{_items(list(first['items'].values()))} questions each (there: {told}).\n\n"
+        f"{markdown_table(table(found))}{LEGEND}"
+    )
+
+
+def main() -> int:
+    """The command line; see `--help`."""
+    parser = argparse.ArgumentParser(prog="make serve-check", description=__doc__)
+    parser.add_argument("study")
+    parser.add_argument("--passages", type=int, default=16)
+    parser.add_argument("--items", type=int, default=24, help="of each evaluation set")
+    parser.add_argument("--variants", nargs="*", help="only these")
+    given = parser.parse_args()
+    folder = outputs_root() / "serve-check"
+    try:
+        study, found = open_job(given.study).study, []
+        for model in study.models:
+            for variant in given.variants or study.variants:
+                job = open_settled(given.study, model, variant)
+                found.append(check(job, passages=given.passages, items=given.items))
+                told = "agrees" if found[-1]["agrees"] else "; ".join(found[-1]["disagreements"])
+                print(f"{model:<12} {variant:<20} {told}", flush=True)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    ours = package_versions()
+    write_json(folder / "serve-check.json", {"study": given.study, "ours": ours, "checked": found})
+    text = report(given.study, found, found[0]["versions"])
+    write_atomically(folder / "serve-check.md", lambda p: p.write_text(text, "utf-8"))
+    print(f"written: {folder / 'serve-check.md'}")
+    return 0 if all(x["agrees"] for x in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""One INT8 checkpoint read by our kernels, and as plain transformers simulates it."""
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from benchmarks.agreement import Agreement
+from benchmarks.material import Material
+from benchmarks.turns import Comparison, take_turns
+from helpers.evaluation.language_modeling import passage_tokens, read_passages
+from helpers.quantization.int8 import Int8Linear
+from helpers.quantization.probing import inputs_of
+from helpers.quantization.variants import load_reference
+from helpers.sources.datasets import shared_passages
+
+PEER = "the same checkpoint in plain transformers (simulated)"
+FLOAT = "float32 model in plain transformers"
+LINEAR_TOLERANCE = 1e-5  # of a Linear's largest output, on the same inputs
+MEMORY_GOAL = 1 / 0.27
+
+
+def compare(material: Material, *, rounds: int) -> list[Comparison]:
+    """Reading the study's shared text, and the memory that the Linears take."""
+    ours, float_model = material.int8_model(), material.float_model()
+    peer = load_reference(material.checkpoint, dtype=torch.float32, device="cpu")
+    passages = _passages(material)
+    limit = material.study.evaluation.batch.tokens
+    ways = {
+        "INT8": lambda: read_passages(ours, passages, batch_tokens=limit) and None,
+        PEER: partial(read_plainly, peer, passages),
+        FLOAT: partial(read_plainly, float_model, passages),
+    }
+    turns = take_turns(ways, rounds=rounds)
+    agreed = by_linear(ours, peer, passages[0])
+    what = f"reading {sum(map(len, passages)):,} tokens in passages, head left out"
+    none = Agreement("another model")
+    row = partial(Comparison, what, "INT8", ours_spent=turns.seconds["INT8"])
+    return [
+        row(peer=PEER, peer_spent=turns.seconds[PEER], goal=None, agreement=agreed),
+        row(peer=FLOAT, peer_spent=turns.seconds[FLOAT], goal=None, agreement=none),
+        _memory(ours, float_model, FLOAT, MEMORY_GOAL),
+        _memory(ours, peer, PEER, None),
+    ]
+
+
+def _passages(material: Material) -> list[list[int]]:
+    wanted, found = material.study.evaluation.shared_text, shared_passages(material.study)
+    return passage_tokens(material.tokenizer, found, max_tokens=wanted.max_tokens)
+
+
+@torch.inference_mode()
+def read_plainly(model, passages: list[list[int]]) -> None:
+    """Each passage alone, so that no padding is read either."""
+    for tokens in passages:
+        model.base_model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False)
+
+
+@torch.inference_mode()
+def by_linear(ours, peer, tokens: list[int]) -> Agreement:
+    """The largest difference of any Linear's output on the same inputs, of its largest output."""
+    names = [name for name, module in ours.named_modules() if isinstance(module, Int8Linear)]
+    worst = 0.0
+    for name, x in inputs_of(peer, names, tokens).items():
+        a, b = (model.get_submodule(name)(x) for model in (ours, peer))
+        worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
+    text = f"each of {len(names)} Linears within {worst:.1g} of its largest output"
+    return Agreement(f"{text} (tolerance {LINEAR_TOLERANCE:g})", worst <= LINEAR_TOLERANCE)
+
+
+def _memory(ours, peer, name: str, goal: float | None) -> Comparison:
+    quantized = [n for n, m in ours.named_modules() if isinstance(m, Int8Linear)]
+    held, theirs = (linear_megabytes(model, quantized) for model in (ours, peer))
+    part = Agreement(f"{held / theirs:.3f}× the memory")
+    what = f"memory of the {len(quantized)} Linears once a text was read"
+    return Comparison(what, "INT8", name, [held], [theirs], goal, part, unit="MB")
+
+
+def linear_megabytes(model, names: list[str]) -> float:
+    """What the parameters and buffers of these modules hold, in MB."""
+    tensors = [tensor for name in names for tensor in _held_by(model.get_submodule(name))]
+    return sum(t.numel() * t.element_size() for t in tensors) / 1e6
+
+
+def _held_by(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *module.buffers()]

@@ -1,0 +1,67 @@
+"""vLLM's Linears, one by one, held to the int8 product of the tensors on disk.
+
+Whole models cannot be compared logit by logit: rounding cascades (NOTES.md). A single
+Linear on given inputs can, to float32 rounding. vLLM fuses projections that read the same
+input, and its dynamic step is abs-max / 127 where compressed-tensors has abs-max / 127.5.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from helpers.quantization.probing import inputs_of
+from helpers.quantization.vllm_runtime import VllmModel
+from helpers.sources.tensor_files import TensorFiles
+
+VLLM_HALF_RANGE = 127
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+INT8_KERNEL = "Int8"
+
+
+def linear_kernels(model: VllmModel) -> dict[str, str]:
+    """What computes each Linear of the decoder, by vLLM's name; neither head nor cache."""
+    found = model.kernels()
+    return {n: k for n, k in found.items() if n.endswith("_proj") or ".fc" in n}
+
+
+def parts(name: str) -> list[str]:
+    """The checkpoint's Linears that one of vLLM's is made of, in their order."""
+    before, _, last = name.rpartition(".")
+    return [f"{before}.{part}" for part in FUSED.get(last, (last,))]
+
+
+def largest_difference(
+    model: VllmModel, ours, folder: Path, names: list[str], tokens: list[int]
+) -> float:
+    """The worst Linear's largest difference to its int8 product, over its largest output.
+
+    Args:
+        ours: the checkpoint on this project's runtime, for real inputs.
+        names: vLLM's names of the Linears.
+        tokens: a text.
+    """
+    files = TensorFiles(folder, dtype=None)
+    inputs = inputs_of(ours, [parts(name)[0] for name in names], tokens)
+    worst = 0.0
+    for name in names:
+        x = inputs[parts(name)[0]].flatten(0, -2).float()
+        expected = torch.cat([int8_product(files, part, x) for part in parts(name)], dim=-1)
+        difference = (model.linear(name, x).double() - expected).abs().max()
+        worst = max(worst, (difference / expected.abs().max()).item())
+    return worst
+
+
+def int8_product(files: TensorFiles, name: str, x: Tensor) -> Tensor:
+    """(tokens, out_features) float64 product of int8 activations, in vLLM's steps, and weights."""
+    weight = files[f"{name}.weight"].double()
+    weight = weight * files[f"{name}.weight_scale"].double().reshape(-1, 1)
+    if f"{name}.input_scale" in files:
+        step = files[f"{name}.input_scale"].float().reshape(1, 1)
+    else:
+        step = x.abs().amax(-1, keepdim=True) / VLLM_HALF_RANGE
+    q = (x / torch.where(step == 0, 1.0, step)).round().clamp(-128, 127)
+    return (q.double() * step.double()) @ weight.T

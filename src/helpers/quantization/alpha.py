@@ -1,0 +1,105 @@
+"""Which α: a number, the best of a grid, or one for each group of Linears.
+
+All of them work from the one calibration pass. What is chosen is chosen by the last
+tenth of the calibration items, with maxima over the others; evaluation items have no say.
+A grid is judged by how far the quantized model's next-token distributions move, `auto` by
+the squared error of each group's own outputs. The scales of the checkpoint then come
+from the maxima over all items.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from helpers.quantization.compression import quantize_variant_
+from helpers.quantization.error import Scales, group_error
+from helpers.quantization.layer_groups import smoothing_groups
+from helpers.quantization.probe import Probe
+from helpers.quantization.smoothing import everywhere, group_scales, smooth_
+from helpers.study.schema import Variant
+
+AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
+
+
+@dataclass(frozen=True)
+class Choice:
+    """α of every group, by its first consumer, and what the choice was made from.
+
+    Attributes:
+        curve: for a grid, α with its KL and top-1 agreement on the judging items.
+    """
+
+    alphas: dict[str, float]
+    curve: list[dict]
+
+    @property
+    def record(self) -> dict:
+        return {"alphas": self.alphas, "curve": self.curve}
+
+
+def choose(
+    model, variant: Variant, fit_absmax: dict[str, Tensor], judges: list[list[int]]
+) -> Choice:
+    """The α of every group of a variant; none if it does not smooth.
+
+    Args:
+        model: the float model; it is not changed.
+        variant: a number, a list or `auto` as its α.
+        fit_absmax: Linear name to (in_features,) maxima over the items that do not judge.
+        judges: token ids of the items that do.
+    """
+    smooth = variant.smooth
+    if smooth is None:
+        return Choice({}, [])
+    if isinstance(smooth.alpha, float):
+        return Choice(everywhere(model.config, smooth.targets, smooth.alpha), [])
+    if smooth.alpha == "auto":
+        return Choice(_each_group(model, variant, fit_absmax, judges), [])
+    curve = _curve(model, variant, fit_absmax, Probe(model, judges))
+    best = min(curve, key=lambda row: row["kl"])
+    return Choice(everywhere(model.config, smooth.targets, best["alpha"]), curve)
+
+
+def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> list[dict]:
+    """KL and top-1 agreement of the quantized model at every α of the grid."""
+    rows = []
+    for alpha in variant.smooth.alpha:
+        copied = copy.deepcopy(model)
+        alphas = everywhere(model.config, variant.smooth.targets, alpha)
+        done = smooth_(copied, absmax, variant.smooth.targets, alphas)
+        quantize_variant_(copied, variant, absmax, done)
+        rows.append({"alpha": alpha, **probe.divergence(copied)})
+    return rows
+
+
+@torch.inference_mode()
+def _each_group(
+    model, variant: Variant, absmax: dict[str, Tensor], judges: list[list[int]]
+) -> dict[str, float]:
+    """For every group the α at which its own int8 outputs are nearest to the float ones."""
+    groups = {g.consumers[0]: g for g in smoothing_groups(model.config, variant.smooth.targets)}
+    errors: dict[str, dict[float, float]] = {name: dict.fromkeys(AUTO, 0.0) for name in groups}
+
+    def hook(name: str):
+        def observe(_module, args: tuple) -> None:
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            for alpha in AUTO:
+                scales = group_scales(model, groups[name], absmax, alpha=alpha).float()
+                for consumer in groups[name].consumers:
+                    linear, limit = model.get_submodule(consumer), absmax[consumer]
+                    error = group_error(x, linear, variant, limit, Scales(inputs=scales))
+                    errors[name][alpha] += error
+
+        return observe
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in groups]
+    try:
+        for tokens in judges:
+            ids = torch.tensor([tokens], device=model.device)
+            model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: min(found, key=found.__getitem__) for name, found in errors.items()}

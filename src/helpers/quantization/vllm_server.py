@@ -1,0 +1,144 @@
+"""vLLM on one checkpoint, for another process to ask: token ids in, log-probabilities out.
+
+Runs in vLLM's own environment (`requirements-vllm.txt`), which does not have this
+project, so that it imports nothing of it. One JSON object a line on stdin, one in answer
+on stdout; arrays go through .npy files. vLLM's own output goes to stderr.
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+
+os.environ |= {
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is then in this process, to be looked at
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # jobs run side by side; bound, they share a core
+    "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than most evaluations
+}
+
+
+class Server:
+    """The engine and what can be asked of it."""
+
+    def __init__(self, folder: str, *, dtype: str, max_tokens: int, seed: int):
+        from vllm import LLM
+
+        self.llm = LLM(
+            model=folder,
+            dtype=dtype,
+            max_model_len=max_tokens,
+            seed=seed,
+            enforce_eager=True,
+            enable_prefix_caching=False,
+            trust_remote_code=False,
+        )
+        self.model = self.llm.apply_model(lambda model: model)[0]
+
+    def versions(self) -> dict:
+        """Of what answers."""
+        import torch
+        import vllm
+
+        return {"vllm": vllm.__version__, "torch": torch.__version__}
+
+    def kernels(self) -> dict:
+        """What computes each Linear: the name of the kernel, or of the method without one."""
+        found = {}
+        for name, module in self.model.named_modules():
+            if method := getattr(module, "quant_method", None):
+                kernel = getattr(getattr(module, "scheme", None), "kernel", None)
+                found[name] = type(kernel or method).__name__
+        return {"kernels": found}
+
+    def score(self, rows: list) -> dict:
+        """Summed log-probability of each continuation after its context.
+
+        Args:
+            rows: (context, continuation) as token ids.
+        """
+        asked = [context + option for context, option in rows]
+        done = self._generate(asked, max_tokens=1, prompt_logprobs=0)
+        sums = []
+        for (context, option), answer in zip(rows, done, strict=True):
+            told = answer.prompt_logprobs[len(context) :]
+            values = [place[t].logprob for t, place in zip(option, told, strict=True)]
+            sums.append(math.fsum(values) if all(map(math.isfinite, values)) else None)
+        return {"sums": sums}
+
+    def generate(self, prompts: list, max_new_tokens: int, stop_tokens: list) -> dict:
+        """Greedy answers, each with why it ended; the token that ended it is left out."""
+        stops = {"stop_token_ids": stop_tokens, "max_tokens": max_new_tokens, "logprobs": 0}
+        answers = []
+        for done in self._generate(prompts, **stops):
+            found, tokens = done.outputs[0], list(done.outputs[0].token_ids)
+            values = [place[t].logprob for t, place in zip(tokens, found.logprobs, strict=True)]
+            reason = "stop" if found.finish_reason == "stop" else "length"
+            if tokens and tokens[-1] in stop_tokens:
+                tokens, reason = tokens[:-1], "stop"
+            if not all(map(math.isfinite, values)):
+                reason = "nonfinite"
+            answers.append({"tokens": tokens, "finish_reason": reason})
+        return {"answers": answers}
+
+    def states(self, tokens: list, to: str) -> dict:
+        """(tokens, hidden) last states, as the head gets them, into a file."""
+        import numpy
+
+        kept, compute = [], self.model.compute_logits
+
+        def keeping(hidden, *rest, **named):
+            kept.append(hidden.float().numpy())
+            return compute(hidden, *rest, **named)
+
+        self.model.compute_logits = keeping
+        try:  # the logits of all tokens but the last are asked for with the prompt's
+            self._generate([[*tokens, 0]], max_tokens=1, prompt_logprobs=0)
+        finally:
+            del self.model.compute_logits  # the class's own again
+        found = [states for states in kept if len(states) == len(tokens)]
+        numpy.save(to, found[-1], allow_pickle=False)
+        return {"rows": len(found[-1])}
+
+    def linear(self, name: str, inputs: str, to: str) -> dict:
+        """What one Linear makes of given inputs, (rows, in_features) to (rows, out_features)."""
+        import numpy
+        import torch
+
+        module = self.model.get_submodule(name)
+        with torch.inference_mode():
+            made = module(torch.from_numpy(numpy.load(inputs, allow_pickle=False)))
+        made = made[0] if isinstance(made, tuple) else made
+        numpy.save(to, made.float().numpy(), allow_pickle=False)
+        return {"columns": made.shape[-1]}
+
+    def _generate(self, prompts: list, **options):
+        from vllm import SamplingParams
+
+        asked = [{"prompt_token_ids": tokens} for tokens in prompts]
+        how = SamplingParams(temperature=0.0, detokenize=False, **options)
+        return self.llm.generate(asked, how, use_tqdm=False)
+
+
+def main() -> None:
+    """Serve until stdin ends."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder")
+    parser.add_argument("--dtype", required=True)
+    parser.add_argument("--max-tokens", type=int, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    given = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    server = Server(given.folder, dtype=given.dtype, max_tokens=given.max_tokens, seed=given.seed)
+    print(json.dumps({"ready": True}), file=answers, flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        print(json.dumps(getattr(server, asked.pop("ask"))(**asked)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""A checkpoint's model card: README.md in the Hub's style, beside the weights it is about.
+
+What it says of the checkpoint is read back: the scheme from its config, the Linears from
+its tensors, the sizes from its files, the checks from `verification.json`, never from
+what was asked for. It is written before the checkpoint is evaluated, so that the hash by
+which an evaluation names the checkpoint is that of the folder with its card. Verdicts
+come later, in the report, to which it points.
+"""
+
+from pathlib import Path
+
+import yaml
+from safetensors import safe_open
+
+from helpers.report.formats import (
+    Rows,
+    code,
+    count,
+    escape,
+    listed,
+    markdown_table,
+    megabytes,
+    percent,
+)
+from helpers.study.opening import Job
+from helpers.study.records import read_json, write_atomically
+from helpers.study.schema import BundledModel, FineTunedModel, HubModel, Study
+
+CARD = "README.md"
+BUNDLED = {"smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+MADE_BY = "02_quantization"
+
+
+def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
+    """Write the card of the job's checkpoint and return its path.
+
+    Args:
+        before, after: bytes on disk by part, of the source's files and of the checkpoint's.
+
+    Raises:
+        StudyError: the checkpoint has not been verified, or its model not calibrated.
+    """
+    folder = job.paths.checkpoint(job.model, job.variant)
+    config = read_json(folder / "config.json", made_by=MADE_BY)
+    scheme = config.get("quantization_config", {})
+    verified = read_json(folder.parent / "verification.json", made_by=MADE_BY)
+    path = job.paths.calibration(job.model) / "record.json"
+    calibration = read_json(path, made_by="01_calibration")
+    parts = [
+        front_matter(job.study, job.model, tags(job, scheme, verified)),
+        f"# {job.model}, {job.variant}",
+        origin(job, calibration),
+        markdown_table(facts(folder, scheme, before, after)),
+        "## Checks",
+        checks(verified),
+        "## How good it is",
+        f"What it answers, and what that is worth beside its controls, is in the report of the "
+        f"study {code(job.name)}: `../../../report.md`, with the metrics in "
+        "`../evaluation/metrics.json`. Without that report nothing is known of its quality.",
+        "## Use",
+        use(folder.name, bool(scheme)),
+        "## Limits",
+        LIMITS,
+    ]
+    write_atomically(folder / CARD, lambda p: p.write_text("\n\n".join(parts) + "\n", "utf-8"))
+    return folder / CARD
+
+
+def tags(job: Job, scheme: dict, verified: dict) -> list[str]:
+    """What the files are found by; smoothed is only what passed its checks as such."""
+    smoothed = ["smoothquant"] if job.recipe.smooth and verified["passed"] else []
+    return [*smoothed, *(["w8a8", "int8", "compressed-tensors"] if scheme else [])]
+
+
+def front_matter(study: Study, model: str, tags: list[str]) -> str:
+    """What the Hub reads: YAML between two lines of dashes; only what is known."""
+    told = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    source, tuned = study.models[model], False
+    if isinstance(source, FineTunedModel):
+        source, tuned = study.models[source.finetune.start], True
+    if isinstance(source, BundledModel):
+        told["base_model"], told["license"] = BUNDLED[source.bundled]
+    elif isinstance(source, HubModel):
+        told["base_model"] = source.hub
+    if "base_model" in told:
+        told["base_model_relation"] = "finetune" if tuned else "quantized"
+    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
+
+
+def origin(job: Job, calibration: dict) -> str:
+    """Which model it was made from, and on what it was calibrated."""
+    source, made = job.study.models[job.model], "The model"
+    if isinstance(source, FineTunedModel):
+        made = f"The model {code(source.finetune.start)}, fine-tuned here by full training"
+        source = job.study.models[source.finetune.start]
+    name = next(iter(source.model_dump().values()))
+    results = calibration["results"]
+    return (
+        f"{made} ({code(str(name))}), its files {code(calibration['inputs']['model'][:12])}, "
+        f"calibrated on {count(len(results['items']), 'item')} of {results['tokens']:,} tokens, "
+        f"{results['truncated_items']} of them cut short, and written by llmcompressor."
+    )
+
+
+def facts(folder: Path, scheme: dict, before: dict[str, int], after: dict[str, int]) -> Rows:
+    """What the files themselves say: scheme, Linears, bytes."""
+    rows = []
+    for name, group in scheme.get("config_groups", {}).items():
+        for key in ("weights", "input_activations"):
+            if told := group.get(key):
+                rows.append(
+                    {"part": f"{key.replace('_', ' ')} ({name})", "read back": _words(told)}
+                )
+    int8 = [n for n, dtype in stored(folder).items() if dtype == "I8"]
+    rows.append({"part": "tensors in int8", "read back": str(len(int8))})
+    if kept := scheme.get("ignore", []):
+        rows.append({"part": "kept float", "read back": ", ".join(kept)})
+    for part, size in after.items():
+        told = f"{megabytes(size)}, {megabytes(before[part])} before"
+        rows.append({"part": part, "read back": told})
+    share = percent(sum(after.values()) / sum(before.values()))
+    return [*rows, {"part": "all", "read back": f"{share} of the model it was made from"}]
+
+
+def _words(scheme: dict) -> str:
+    kind = f"{scheme['type']}{scheme['num_bits']} per {scheme['strategy']}"
+    timing = ", dynamic" if scheme.get("dynamic") else ""
+    return f"{kind}{timing}{', symmetric' if scheme.get('symmetric') else ''}"
+
+
+def stored(folder: Path) -> dict[str, str]:
+    """The kind of number of every tensor in a folder's safetensors files, by its name."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="numpy") as tensors:
+            names = list(tensors.keys())
+            found |= {name: tensors.get_slice(name).get_dtype() for name in names}
+    return found
+
+
+def checks(verified: dict) -> str:
+    """Every gate with what it measured; a failed one is said first."""
+    gates = verified["gates"]
+    failed = [escape(gate["name"]) for gate in gates if not gate["passed"]]
+    told = f"All {len(gates)} checks on these files hold."
+    if failed:
+        told = f"**Not to be used.** {len(failed)} of {len(gates)} checks fail: {listed(failed)}."
+    rows = [
+        {"check": gate["name"], "result": "holds" if gate["passed"] else "FAILS"}
+        | {"measured": gate["measured"], "limit": gate["limit"]}
+        for gate in gates
+    ]
+    return f"{told}\n\n{markdown_table(rows)}"
+
+
+def use(folder: str, quantized: bool) -> str:
+    """How it is run, and on what it is really int8."""
+    if not quantized:
+        return "transformers loads it as any float model; smoothing left its function as it was."
+    return (
+        f"`vllm serve {folder}` runs it on int8 kernels. transformers loads it with "
+        "compressed-tensors, which only simulates int8 and is slower than the float model."
+    )
+
+
+LIMITS = (
+    "- What the model it was made from cannot do, or does badly, this one cannot do either; its "
+    "license and its terms apply.\n"
+    "- Two correct int8 implementations do not give the same numbers: single answers differ "
+    "between them, on average the model is the same."
+)

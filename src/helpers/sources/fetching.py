@@ -1,0 +1,136 @@
+"""`make fetch`: everything a study names on a Hub, pinned to commits and brought to this machine.
+
+The one place where a network is used. `make study` does it before its first job, and asks
+no Hub if all is here already; the jobs themselves read from the cache alone. What a branch
+or tag meant when it was first fetched is written to the study's `sources.json` and is
+meant ever after; `--renew` asks anew, and says what moved.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from huggingface_hub.utils import logging as client_logging
+
+from helpers.sources.hub import Unreachable, cached_model, commit_of, fetch_model
+from helpers.sources.hub_rows import account, keep_rows
+from helpers.study.errors import StudyError
+from helpers.study.loading import place_of, read_study, study_file
+from helpers.study.paths import StudyPaths
+from helpers.study.pins import (
+    HubSource,
+    PinnedDataset,
+    PinnedModel,
+    Pins,
+    hub_sources,
+    read_pins,
+    write_pins,
+)
+from helpers.study.schema import HubDataset, HubModel, Study
+
+Say = Callable[[str], None]
+
+
+def fetch(study: Study, pins: Pins, *, place: str, renew: bool, say: Say) -> Pins:
+    """Bring every source of a study on a Hub to this machine; return their pins.
+
+    Args:
+        study: as its file has it, revisions not replaced by commits.
+        pins: what is on record; kept but for what is renewed or no longer named.
+        place: the study file, for messages.
+
+    Raises:
+        StudyError: a line for each source that cannot be had. Without a Hub to ask, only
+            the first: what is true of one is true of all.
+    """
+    found: list[PinnedModel | PinnedDataset] = []
+    problems: list[str] = []
+    commits: dict[tuple, str] = {}  # one name is one commit, also if it moves meanwhile
+    for key, source in hub_sources(study):
+        name = (type(source), source.hub, source.revision)
+        known = commits.get(name) or (None if renew else pins.commit(source))
+        try:
+            found.append(_have(source, known, pins, say))
+        except StudyError as error:
+            told = f"{key} = {source.hub!r} at {source.revision!r}"
+            problems.append(f"{place}: {told}: {error}")
+            if isinstance(error, Unreachable):
+                break
+            continue
+        commits[name] = found[-1].commit
+    if problems:
+        raise StudyError("\n".join(problems))
+    return Pins(
+        models=tuple(pin for pin in found if isinstance(pin, PinnedModel)),
+        datasets=tuple(pin for pin in found if isinstance(pin, PinnedDataset)),
+    )
+
+
+def _have(source: HubSource, known: str | None, pins: Pins, say: Say):
+    """The pin of one source, which is on this machine when this returns."""
+    kind = "model" if isinstance(source, HubModel) else "dataset"
+    commit = known or commit_of(kind, source.hub, source.revision)
+    before = pins.commit(source)
+    if before != commit:
+        was = f" (was {before[:12]})" if before else ""
+        say(f"pinned   {source.hub}  {source.revision} is {commit[:12]}{was}")
+    if isinstance(source, HubModel):
+        _have_model(source.hub, commit, say)
+        return PinnedModel(hub=source.hub, revision=source.revision, commit=commit)
+    rows = _have_rows(source.model_copy(update={"revision": commit}), say)
+    pin = PinnedDataset(**source.model_dump(), commit=commit, **rows)
+    on_record = pins.rows_of(source)
+    if on_record and on_record.commit == commit and on_record.sha256 != pin.sha256:
+        raise StudyError(
+            f"its {pin.rows} rows of commit {commit[:12]} are not the {on_record.rows} that "
+            "sources.json has on record; remove it from there to accept them"
+        )
+    return pin
+
+
+def _have_model(name: str, commit: str, say: Say) -> None:
+    if cached_model(name, commit):
+        return
+    say(f"fetch    {name}  {commit[:12]}")
+    fetch_model(name, commit)
+
+
+def _have_rows(source: HubDataset, say: Say) -> dict:
+    if (kept := account(source)) is None:
+        from helpers.sources.streaming import read_split  # takes seconds to import
+
+        how = f", a sample of at most {source.stream.rows} rows" if source.stream else ""
+        say(f"fetch    {source.hub}  {source.revision[:12]} ({source.split}{how})")
+        read = read_split(source)
+        kept = keep_rows(source, read.rows, of_rows=read.of_rows, pieces=read.pieces)
+    return kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line: 0 if all is here, 2 after a line for each source that is not."""
+    parser = argparse.ArgumentParser(prog="python -m helpers.sources.fetching", description=__doc__)
+    parser.add_argument("study")
+    parser.add_argument("--renew", action="store_true", help="ask anew what revisions mean")
+    given = parser.parse_args(argv)
+    client_logging.set_verbosity_error()  # of retries only the outcome is told, in one line
+    paths = StudyPaths(study_file(given.study).stem)
+    try:
+        study, pins = read_study(given.study), read_pins(paths)
+        place = place_of(given.study)
+        found = fetch(study, pins, place=place, renew=given.renew, say=_say)
+        if found != pins:
+            write_pins(paths, found)
+    except StudyError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

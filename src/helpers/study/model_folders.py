@@ -1,0 +1,67 @@
+"""What a model's folder, or its repository, must hold: told before anything is loaded."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from helpers.study.architectures import unknown_family
+from helpers.study.plain_text import one_line
+
+# A pickle can run anything while it is loaded, so none is ever opened.
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
+OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+SAVE = "give one with safetensors (save_pretrained of a model you trust writes them)"
+
+
+def weights_problem(names: Iterable[str]) -> str | None:
+    """Why files of these names hold no weights to read, with the remedy; None if they do."""
+    names = sorted(names)
+    if "adapter_config.json" in names:
+        return (
+            "holds an adapter (adapter_config.json), not a whole model; merge it into its model "
+            "and save that"
+        )
+    if any(name.endswith(".safetensors") for name in names):
+        return None
+    if pickles := [name for name in names if name.endswith(PICKLES)]:
+        return f"holds only {pickles[0]}, a pickle, which may run anything; {SAVE}"
+    if others := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
+        return f"holds only {others[0]}, a format not read here; {SAVE}"
+    return f"holds no weights; {SAVE}"
+
+
+def missing_files(names: Iterable[str]) -> str | None:
+    """What files of these names lack to be a model and its tokenizer; None if nothing."""
+    names = set(names)
+    if lacking := weights_problem(names):
+        return lacking
+    if "config.json" not in names:
+        return "has no config.json; name what model.save_pretrained wrote"
+    if not names & set(TOKENIZERS):
+        return "has no tokenizer; save it beside the model (tokenizer.save_pretrained)"
+    return None
+
+
+def folder_problem(folder: Path) -> str | None:
+    """The same for a local folder, its configuration read too."""
+    lacking = missing_files(path.name for path in folder.iterdir())
+    return lacking or config_problem((folder / "config.json").read_bytes())
+
+
+def config_problem(content: bytes) -> str | None:
+    """Why a model with this config.json is none to study; None if it may be.
+
+    Its family has to be known, and one that is quantized already is no float model to
+    compare with.
+    """
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        return f"has a config.json that is not JSON ({one_line(error)}); save the model again"
+    if not isinstance(config, dict):
+        return "has a config.json that is no mapping; save the model again"
+    if scheme := config.get("quantization_config"):
+        how = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
+        return f"is quantized already ({how or 'config.json says so'}); give the float model"
+    return unknown_family(str(config.get("model_type", "")))

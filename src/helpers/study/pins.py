@@ -1,0 +1,152 @@
+"""Which commits a study's names on a Hub meant: `outputs/<study>/sources.json`.
+
+A branch moves; a study must not. The first fetch writes the commit behind every revision,
+and from then on a loaded study holds that commit wherever its file names the revision.
+Of a dataset the rows that were read are on record too, by number and hash. To follow a
+branch that has moved is a decision: fetch with `--renew`, or name another revision.
+
+Nothing is looked up here; that is `helpers.sources.fetching`.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from helpers.study.errors import StudyError
+from helpers.study.paths import StudyPaths
+from helpers.study.records import read_json, write_json
+from helpers.study.schema import Count, HubDataset, HubModel, Stream, Strict, Study
+
+COMMIT = r"^[0-9a-f]{40}$"
+FETCH = "make fetch"
+HubSource = HubModel | HubDataset
+
+
+class PinnedModel(Strict):
+    """A model repository, and the commit its revision was when first fetched."""
+
+    hub: str
+    revision: str
+    commit: Annotated[str, Field(pattern=COMMIT)]
+
+
+class PinnedDataset(Strict):
+    """The same for one split of a dataset, with the rows that were read of it.
+
+    `rows` of the split's `of_rows` were read; if it was streamed, from the first of `pieces`
+    of the second, drawn by `stream`.
+    """
+
+    hub: str
+    revision: str
+    commit: Annotated[str, Field(pattern=COMMIT)]
+    config: str | None
+    split: str
+    stream: Stream | None
+    rows: Count
+    of_rows: Count
+    pieces: tuple[int, int] | None
+    sha256: str
+
+
+class Pins(Strict):
+    """All that a study's `sources.json` says."""
+
+    models: tuple[PinnedModel, ...] = ()
+    datasets: tuple[PinnedDataset, ...] = ()
+
+    def commit(self, source: HubSource) -> str | None:
+        """The commit of a source as the study file names it; None if it is not pinned."""
+        if is_commit(source.revision):
+            return source.revision
+        pins = self.models if isinstance(source, HubModel) else self.datasets
+        names = (source.hub, source.revision)
+        return next((pin.commit for pin in pins if (pin.hub, pin.revision) == names), None)
+
+    def rows_of(self, source: HubDataset) -> PinnedDataset | None:
+        """What is on record of the rows of one split; `source` as the study file names it."""
+        wanted = source.model_dump()
+        for pin in self.datasets:
+            if pin.model_dump(include=set(wanted)) == wanted:
+                return pin
+        return None
+
+
+def is_commit(revision: str) -> bool:
+    """Whether a revision is a commit already, so that there is nothing to look up."""
+    return re.match(COMMIT, revision) is not None
+
+
+def pins_file(paths: StudyPaths) -> Path:
+    return paths.root / "sources.json"
+
+
+def read_pins(paths: StudyPaths) -> Pins:
+    """The pins of a study; empty before its first fetch.
+
+    Raises:
+        StudyError: the file is torn, or pins one name to two commits.
+    """
+    path = pins_file(paths)
+    place = f"outputs/{paths.study}/{path.name}"
+    if not path.is_file():
+        return Pins()
+    remedy = f"restore it, or delete it and run {FETCH} STUDY={paths.study} to pin anew"
+    try:
+        pins = Pins.model_validate(read_json(path, made_by=FETCH))
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise StudyError(f"{place}: {where} is damaged; {remedy}") from None
+    for kind in (pins.models, pins.datasets):
+        known: dict = {}
+        for pin in kind:
+            if known.setdefault((pin.hub, pin.revision), pin.commit) != pin.commit:
+                raise StudyError(f"{place}: {pin.hub} at {pin.revision} has two commits; {remedy}")
+    return pins
+
+
+def write_pins(paths: StudyPaths, pins: Pins) -> None:
+    write_json(pins_file(paths), pins.model_dump(mode="json"))
+
+
+def hub_sources(study: Study) -> list[tuple[str, HubSource]]:
+    """Every source on a Hub with its dotted key in the study file, each source once."""
+    found: dict[HubSource, str] = {}
+    for key, source in _walk(study, ""):
+        found.setdefault(source, key)
+    return [(key, source) for source, key in found.items()]
+
+
+def _walk(value: Any, at: str) -> Iterator[tuple[str, HubSource]]:
+    if isinstance(value, HubSource):
+        yield at, value
+        return
+    members = value if isinstance(value, dict) else {n: getattr(value, n) for n in _fields(value)}
+    for name, member in members.items():
+        yield from _walk(member, f"{at}.{name}".lstrip("."))
+
+
+def _fields(value: Any) -> tuple[str, ...]:
+    return tuple(type(value).model_fields) if isinstance(value, BaseModel) else ()
+
+
+def pinned(study: Study, pins: Pins) -> Study:
+    """The study with commits for revisions, wherever they are known."""
+
+    def pin(source: HubSource) -> HubSource:
+        return source.model_copy(update={"revision": pins.commit(source) or source.revision})
+
+    return _mapped(study, pin)
+
+
+def _mapped(value: Any, change: Callable[[HubSource], HubSource]) -> Any:
+    if isinstance(value, HubSource):
+        return change(value)
+    if isinstance(value, dict):
+        return {name: _mapped(member, change) for name, member in value.items()}
+    if fields := _fields(value):
+        return value.model_copy(update={n: _mapped(getattr(value, n), change) for n in fields})
+    return value

@@ -1,0 +1,145 @@
+"""A chat template that leaves out, misplaces or ignores something is caught; thinking is said."""
+
+import pytest
+
+from helpers.sources import chat_template
+from helpers.sources.chat_template import end_of_turn, knows_switch, settle_
+from helpers.sources.conversations import (
+    calibration_tokens,
+    conversation,
+    render,
+    tokenize,
+    training_tokens,
+)
+from helpers.sources.items import Item
+from helpers.sources.random_model import CHAT_TEMPLATE, byte_tokenizer
+from helpers.study.errors import StudyError
+from hub_repositories import qwen3_tokenizer
+
+NO_THOUGHT = "<think>\n\n</think>\n\n"
+ITEM = Item("m", "How many legs have two cats?", ("8",), solution=r"2 * 4 = \boxed{8}.")
+TURN = "{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>\\n' }}"
+ROOM = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+EACH = "{% for m in messages %}"
+
+
+@pytest.fixture
+def qwen3():
+    return qwen3_tokenizer()
+
+
+def with_template(template: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def refusal(tokenizer, enable_thinking=None) -> str:
+    with pytest.raises(StudyError) as caught:
+        settle_(tokenizer, enable_thinking=enable_thinking, place="the-model")
+    told = str(caught.value)
+    assert len(told.splitlines()) == 1, told
+    assert told.startswith("the-model: ")
+    assert "; " in told
+    return told
+
+
+SYSTEM_LAST = (
+    EACH + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}"
+    "{{ messages[0]['content'] }}" + ROOM
+)
+SYSTEM_GONE = EACH + "{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ROOM
+SYSTEM_WITH_LAST = (
+    EACH
+    + "{% if m['role'] == 'user' and loop.last %}{{ messages[0]['content'] + '\\n' }}{% endif %}"
+    "{% if m['role'] != 'system' %}" + TURN + "{% endif %}{% endfor %}" + ROOM
+)
+TWICE = "{{ messages[0]['content'] }}" + CHAT_TEMPLATE
+REFUSES = "{{ raise_exception('no system turns here') }}" + CHAT_TEMPLATE
+NO_ROOM = EACH + TURN + "{% endfor %}"
+WRONG = [
+    (SYSTEM_LAST, "renders the turns as user, assistant, user, system"),
+    (SYSTEM_GONE, "renders the system turn 0 times"),
+    (SYSTEM_WITH_LAST, "renders the turns as user, assistant, system, user"),
+    (TWICE, "renders the system turn 2 times"),
+    (REFUSES, "refuses a conversation with a system turn (no system turns here)"),
+    (NO_ROOM, "leaves no room for an answer"),
+    ("", "the tokenizer has no chat template"),
+]
+
+
+@pytest.mark.parametrize(("template", "said"), WRONG)
+def test_a_template_that_does_not_keep_the_conversation_is_refused(template, said):
+    assert said in refusal(with_template(template))
+
+
+def test_qwen3_renders_a_late_system_turn_without_complaint(qwen3):
+    """Why the order is made, and looked at, here: the template would not say a word."""
+    turns = conversation(ITEM, "openmath", shots=0)
+    assert "the problem" in render(qwen3, turns[::-1])
+
+
+@pytest.mark.parametrize("enable_thinking", [True, False])
+def test_the_switch_reaches_every_text(qwen3, enable_thinking):
+    settle_(qwen3, enable_thinking=enable_thinking, place="x")
+    prompt = render(qwen3, conversation(ITEM, "openmath", shots=1))
+    assert prompt.endswith("assistant\n" + NO_THOUGHT * (not enable_thinking))
+    bare = render(qwen3, conversation(ITEM, "openmath", shots=0))
+    asked, answered = training_tokens(qwen3, ITEM)
+    assert qwen3.decode(asked) == bare
+    assert qwen3.decode(answered) == ITEM.solution + "<|im_end|>"
+    assert qwen3.decode(calibration_tokens(qwen3, ITEM, "openmath")) == bare + ITEM.solution
+
+
+def test_the_switch_does_not_go_into_what_is_saved(qwen3, tmp_path):
+    settle_(qwen3, enable_thinking=False, place="x")
+    qwen3.save_pretrained(tmp_path)
+    from transformers import AutoTokenizer
+
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert again.chat_template == qwen3_tokenizer().chat_template
+    assert not render(again, conversation(ITEM, "openmath", shots=0)).endswith(NO_THOUGHT)
+
+
+def test_a_model_that_can_think_must_be_told_whether_it_does(qwen3):
+    assert "say in the study whether it does, as enable_thinking: false" in refusal(qwen3)
+
+
+def test_a_model_that_cannot_think_is_not_told_to():
+    assert "has no enable_thinking switch" in refusal(byte_tokenizer(), enable_thinking=True)
+
+
+@pytest.mark.parametrize("enable_thinking", [None, False])
+def test_a_model_that_cannot_think_may_be_told_not_to(enable_thinking):
+    """It is on record that there is no such switch."""
+    tokenizer = byte_tokenizer()
+    settle_(tokenizer, enable_thinking=enable_thinking, place="x")
+    account = chat_template.account(tokenizer, enable_thinking=enable_thinking)
+    assert account["enable_thinking"] == "no such switch"
+
+
+def test_the_account_tells_the_switch_and_the_template(qwen3):
+    settle_(qwen3, enable_thinking=False, place="x")
+    assert knows_switch(qwen3)
+    found = chat_template.account(qwen3, enable_thinking=False)
+    assert found["enable_thinking"] is False
+    assert (
+        found["sha256"] != chat_template.account(byte_tokenizer(), enable_thinking=None)["sha256"]
+    )
+
+
+def test_a_turn_ends_where_the_template_ends_it():
+    """Not where the tokenizer says that a text ends: chat models have both."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.eos_token = "<|endoftext|>"
+    assert tokenizer.convert_ids_to_tokens(end_of_turn(tokenizer)) == "<|im_end|>"
+    assert tokenizer.decode(training_tokens(tokenizer, ITEM)[1]).endswith("<|im_end|>")
+
+
+def test_without_a_token_of_its_own_a_turn_ends_with_the_text():
+    tokenizer = with_template(
+        EACH + "{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}assistant: "
+    )
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    assert tokenize(tokenizer, "<|im_end|>") == [tokenizer.eos_token_id]

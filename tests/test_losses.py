@@ -1,0 +1,48 @@
+"""Where the loss lies, told from records: the right carrier, and no claim where there is none."""
+
+from types import SimpleNamespace
+
+from helpers.report import losses
+
+
+def study_of(left_float: list[dict], curve: list[dict] | None = None):
+    """A study of one model and one quantized variant with these records."""
+    record = {"left_float": left_float, "alpha": {"alphas": {}, "curve": curve or []}}
+    quantization = {"results": {"losses": record}}
+    found = SimpleNamespace(variant="o3", quantization=quantization)
+    return SimpleNamespace(models=["base"], compared_in=lambda _: [found])
+
+
+def row(label: str, kl: float) -> dict:
+    return {"float": label, "linears": 1, "kl": kl, "top1_agreement": 0.9}
+
+
+NAMED = "model.layers.3.mlp.down_proj"
+
+
+def test_the_carrier_is_what_saves_most():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.7), row(NAMED, 0.2)]
+    (said,) = losses.carriers(study_of(rows), "base")
+    assert "3.mlp.down_proj" in said
+    assert "from a KL of 0.800 to 0.200" in said
+    assert "(75 % of it)" in said
+
+
+def test_without_a_carrier_none_is_named():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)]
+    assert losses.carriers(study_of(rows), "base") == [
+        "No single kind of Linear carries the loss of `o3`."
+    ]
+
+
+def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.7)]
+    assert len(losses.loss_chapter(study_of(rows))) == 1
+    curve = [{"alpha": a, "kl": k, "top1_agreement": 0.9} for a, k in ((0.3, 0.5), (0.8, 0.2))]
+    shown = losses.loss_chapter(study_of(rows, curve))
+    assert len(shown) == 2
+    assert "α = 0.8 (o3)" in losses.alpha_claim({"o3": curve}, "base")
+
+
+def test_a_record_without_probes_is_passed_over():
+    assert losses.loss_chapter(study_of([])) == []
