@@ -51,5 +51,8 @@ def write_cost(job, model: str, record: dict, changed=lambda account: None) -> N
     changed(told)
     folder = job.paths.cost(model)
     write_json(folder / "cost.json", told)
-    inputs = {variant: f"files of {model}" for variant in job.study.variants}
+    inputs = {
+        name: f"checkpoint of {name}" if recipe.changes_model else f"files of {model}"
+        for name, recipe in job.study.variants.items()
+    }
     write_json(folder / "record.json", record | {"inputs": inputs})

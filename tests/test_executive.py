@@ -44,7 +44,7 @@ def summary_of(study_settings):
             for m, d in PLACES
         ][: len(kinds)]
         study_settings["statistics"]["primary"] = [c.model_dump() for c in pairs]
-        results = Results("study", Study.model_validate(study_settings), {}, {}, {}, {})
+        results = Results("study", Study.model_validate(study_settings), {}, {}, {}, {}, {})
         judged = zip(pairs, kinds, strict=True)
         results.__dict__["verdicts"] = {c: verdict(k, **options) for c, k in judged}
         results.__dict__["duties"] = duties or {}

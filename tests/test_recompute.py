@@ -186,7 +186,3 @@ def test_the_published_verdicts_are_made_again_without_torch(study):
     )
     assert done.returncode == 0, done.stderr
     assert "all as published" in done.stdout
-
-
-def test_something_is_published():
-    assert "seed-replica" in PUBLISHED

@@ -304,9 +304,10 @@ def calibration_polluted_by_padding(run, patch):
     """Padding that is quieter than the text changes no maximum, but it is counted."""
     real = calibration._observed
 
-    def unmasked(model, mask, owners, statistics):
+    def unmasked(model, mask, owners, fit, statistics):
         everything = torch.ones_like(mask)
-        return real(model, everything, torch.zeros(mask.numel(), dtype=torch.long), statistics)
+        owners = torch.zeros(mask.numel(), dtype=torch.long)
+        return real(model, everything, owners, owners == 0, statistics)
 
     patch.setattr(calibration, "_observed", unmasked)
     run.calibrate()

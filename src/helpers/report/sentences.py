@@ -146,8 +146,8 @@ def conclusions(results: Results) -> list[str]:
         "text, and a KL is not a loss of ability."
     )
     told.append(
-        "Two correct int8 implementations do not give the same numbers: a relative change of "
-        "1e-7 in the embeddings tips rounding decisions, which cascade through the layers, and "
+        "Two correct int8 implementations do not give the same numbers: one part in ten million "
+        "more or less in the embeddings tips rounding decisions, which cascade through the layers, and "
         "can move the logits of a quantized model about as far as quantization itself moves "
         "them. Which single items flip is thus partly a draw of rounding noise; NOTES.md has the "
         "measurement."

@@ -114,7 +114,7 @@ class Runtime(Strict):
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
-    dtype: Literal["auto"] | FloatType
+    dtype: Literal["auto", "float32", "bfloat16"]
     threads: Count
     quantized: Literal["int8", "reference", "vllm"]
     device_map: Literal["auto"] | None = None
