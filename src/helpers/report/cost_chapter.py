@@ -41,10 +41,12 @@ def measured(cost: Cost) -> Shown:
 
 
 def gains(cost: Cost) -> str:
-    """One sentence a variant: bytes and tokens a second, against the baseline in both floats."""
-    return "\n".join(f"- {_gain(cost, way)}" for way in cost.others) or (
-        "This study has no variant but the baseline."
-    )
+    """One line a variant: bytes and tokens a second, against the baseline in both floats."""
+    told = [_gain(cost, way) for way in cost.others]
+    told += [
+        f"{code(v)} {why}; it was not measured." for v, why in cost.account["left_out"].items()
+    ]
+    return "\n".join(f"- {line}" for line in told) or "This study has no variant but the baseline."
 
 
 def _gain(cost: Cost, way: Way) -> str:
