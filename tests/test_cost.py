@@ -85,11 +85,13 @@ def test_every_variant_is_a_way_under_its_true_name(sound_run):
     kinds = {w.name: (w.arithmetic, w.simulated) for w in ways.ways(of(run.job, "int8")).values()}
     assert list(kinds)[:2] == ["noquant float32", "noquant bfloat16"]
     assert kinds["noquant bfloat16"] == ("bfloat16", False)
-    assert kinds["smooth_only float32"] == ("float32", False)  # a control, and float
     assert kinds["o3 float32"] == ("int8", False)
-    assert len(kinds) == len(run.job.study.variants) + 1
+    floats = {"smooth_only", "smooth_only_down", "seed_recipe"}  # run as the baseline does
+    assert set(ways.left_out(of(run.job, "int8"))) == floats
+    assert len(kinds) == len(run.job.study.variants) + 1 - len(floats)
     simulated = ways.ways(of(run.job, "reference"))["rtn_w8a8 float32"]
     assert (simulated.arithmetic, simulated.simulated) == ("float32", True)
+    assert list(ways.ways(of(run.job, "vllm"))) == ["noquant float32", "noquant bfloat16"]
 
 
 def bytes_in_headers(folder) -> int:

@@ -66,6 +66,11 @@ def test_a_slower_variant_is_called_slower(costs):
     assert "**slower than bfloat16**" in line
 
 
+def test_what_was_not_measured_is_named_with_its_reason(costs):
+    told = cost_chapter.gains(costs(lambda told: told.update(left_out={"x": "runs in float"})))
+    assert "- `x` runs in float; it was not measured." in told
+
+
 def test_a_simulation_is_called_one(costs):
     changes = {"simulated": True, "arithmetic": "float32"}
     cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(changes))

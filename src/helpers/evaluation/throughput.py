@@ -23,8 +23,8 @@ from helpers.study.architectures import HEAD, linear_names
 from helpers.study.records import peak_memory_bytes
 from helpers.study.schema import Study
 
-PROMPTS, PROMPT_TOKENS = 32, 16
-NEW_TOKENS = 17  # the first comes with reading the prompt: 16 steps are timed
+PROMPTS, PROMPT_TOKENS = 32, 8
+NEW_TOKENS = 15  # the first comes with reading the prompt: 14 steps are timed
 WARM_TOKENS = 32
 ROW_TOKENS = 1024  # at most; longer rows read no faster and take longer to measure
 

@@ -1,4 +1,4 @@
-"""The ways a study's model can run: its baseline as float32 and bfloat16, and every variant."""
+"""The ways a study's model can run: its baseline in both floats, and every quantized variant."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -38,15 +38,24 @@ class Way:
 
 
 def ways(job: Job) -> dict[str, Way]:
-    """By name: the baseline in both floats, then every other variant as the study runs it.
-
-    Controls are among them, as what they are: one that is smoothed only runs in float.
-    """
+    """By name: the baseline in both floats, then the quantized variants as the study runs them."""
     baseline = replace(job, variant=job.study.baseline)
     floats = [_with_dtype(baseline, dtype) for dtype in FLOATS]
-    others = [replace(job, variant=v) for v in job.study.variants if v != job.study.baseline]
+    measured = [v for v in job.study.variants if v not in left_out(job)]
+    others = [replace(job, variant=v) for v in measured if v != job.study.baseline]
     found = [_way(each) for each in [*floats, *others]]
     return {way.name: way for way in found}
+
+
+def left_out(job: Job) -> dict[str, str]:
+    """Why, by variant, for those whose measurement would say nothing or cannot be made here."""
+    found = {}
+    for name, recipe in job.study.variants.items():
+        if not recipe.quantized and name != job.study.baseline:
+            found[name] = "runs in float as the baseline does"
+        elif recipe.quantized and job.study.runtime.quantized == "vllm":
+            found[name] = "is answered by vLLM, in a process that cannot be watched from here"
+    return found
 
 
 def _with_dtype(job: Job, dtype: str) -> Job:
@@ -116,6 +125,7 @@ def account(job: Job, found: dict[str, Way], rounds: dict[str, list[dict]], work
         "device": job.runtime["device_name"],
         "memory": memory_is(job.study.runtime.device),
         "work": work,
+        "left_out": left_out(job),
         "peaks": {kind: [made[kind] for made in peaks] for kind in peaks[0]},
         "ways": [
             {"name": name, "variant": way.variant, "dtype": way.dtype}

@@ -41,10 +41,12 @@ def measured(cost: Cost) -> Shown:
 
 
 def gains(cost: Cost) -> str:
-    """One sentence a variant: bytes and tokens a second, against the baseline in both floats."""
-    return "\n".join(f"- {_gain(cost, way)}" for way in cost.others) or (
-        "This study has no variant but the baseline."
-    )
+    """One line a variant: bytes and tokens a second, against the baseline in both floats."""
+    told = [_gain(cost, way) for way in cost.others]
+    told += [
+        f"{code(v)} {why}; it was not measured." for v, why in cost.account["left_out"].items()
+    ]
+    return "\n".join(f"- {line}" for line in told) or "This study has no variant but the baseline."
 
 
 def _gain(cost: Cost, way: Way) -> str:
@@ -72,17 +74,22 @@ def _speed(cost: Cost, way: Way, quantity: str, verb: str) -> str:
 
 
 def claim(cost: Cost) -> str:
-    """The figure's title: the fastest int8 variant against float32."""
+    """The figure's title: how the int8 variants stand to float32, the slowest and the fastest."""
     model = cost.account["model"]
     int8 = [way for way in cost.others if "int8" in way.multiplies_in]
     if not int8:
         return f"{model}: tokens a second; nothing here multiplies in int8"
-    best = max(int8, key=lambda way: cost.measured(way, "prefill").value)
-    ratios = [cost.ratio(best, q, cost.reference).value for q in ("prefill", "decode")]
-    return (
-        f"{model}: {best.variant} reads at {cost_tables.times(ratios[0])} and writes at "
-        f"{cost_tables.times(ratios[1])} the speed of float32"
+    reads, writes = (
+        sorted(cost.ratio(way, quantity, cost.reference).value for way in int8)
+        for quantity in ("prefill", "decode")
     )
+    speeds = f"reads at {_range(reads)} and writes at {_range(writes)}"
+    return f"{model}: int8 {speeds} the speed of float32"
+
+
+def _range(ordered: list[float]) -> str:
+    low, high = (cost_tables.times(value) for value in (ordered[0], ordered[-1]))
+    return low if low == high else f"{low.removesuffix('×')}–{high}"
 
 
 def how(cost: Cost) -> str:
@@ -97,9 +104,9 @@ def how(cost: Cost) -> str:
         f"{count(work['prompts'], 'answer')} side by side, head included. Each number is the "
         f"median of {count(rounds, 'round')} (the least–the largest), taken in turns on "
         f"{escape(told['device'])} with {count(told['threads'], 'thread')} and no other job of "
-        f"the study beside them; ratios are taken round by round. Peak memory is "
-        f"{told['memory']}. A load ends when the first short text "
-        f"is read; the files were in the system's cache." + (warned if odd else "")
+        "the study beside them; ratios are taken round by round. Peak memory is "
+        f"{told['memory']}, mapped files included. A load ends when the first short text is "
+        "read; the files were in the system's cache." + (warned if odd else "")
     )
 
 
