@@ -149,8 +149,8 @@ def conclusions(results: Results) -> list[str]:
         "Two correct int8 implementations do not give the same numbers: one part in ten million "
         "more or less in the embeddings tips rounding decisions, which cascade through the "
         "layers, and can move the logits of a quantized model about as far as quantization "
-        "itself moves them. Which single items flip is thus partly a draw of rounding noise; NOTES.md has the "
-        "measurement."
+        "itself moves them. Which single items flip is thus partly a draw of rounding noise; "
+        "NOTES.md has the measurement."
     )
     return list(filter(None, told))
 
