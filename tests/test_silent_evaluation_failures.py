@@ -356,6 +356,22 @@ def test_a_model_that_repeats_one_answer(sound):
     assert {("openmath", "answers differ"), ("openmath", "beats fixed answers")} <= found
 
 
+def test_a_model_that_nearly_always_said_so_may_lose_its_one_exception(sound):
+    """One flip of twelve, by rounding, is no broken run."""
+    said = answered(r"\boxed{12345}")
+
+    def edit(rows: list[dict]) -> list[dict]:
+        return said(sound, "openmath", rows)
+
+    usual = with_rows(sound, "openmath", edit)
+    before = with_rows(usual, "openmath", edit, side="baseline")
+    one = with_rows(
+        before, "openmath", lambda rows: [*rows[1:], sound.baseline["openmath"][0]], side="baseline"
+    )
+    assert ("openmath", "answers differ") not in failed(one)
+    assert ("openmath", "answers differ") in failed(usual)
+
+
 @pytest.mark.parametrize(
     ("dataset", "text"), [("openmath", r"\boxed{24}"), ("squad_v2", r"\boxed{Rosa Field}")]
 )

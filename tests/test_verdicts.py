@@ -102,6 +102,17 @@ def test_the_test_decides_and_not_the_interval():
     assert found.kind == "undetected"
 
 
+def test_one_answer_to_everything_is_invalid_unless_the_baseline_nearly_does_it_too():
+    """A baseline that says the same 19 times of 20 may lose the one exception to rounding."""
+    golds = [[f"gold {i}"] for i in range(20)]
+    same = [row | {"parsed": "no", "score": 0.0} for row in reading(["wrong"] * 20, golds=golds)]
+    for others, invalid in ((1, False), (5, False), (6, True), (20, True)):
+        rows = reading(["wrong"] * others, golds=golds[:others])
+        before = Answers("noquant", [*rows, *same[others:]])
+        found = invalid_reason("openmath", before, Answers("variant", same), RULES)
+        assert (found == "it gives the same answer to every question") == invalid, others
+
+
 def test_a_failed_check_is_invalid_whatever_the_scores_say():
     weak, strong = choices(mostly(100, range(50))), choices(mostly(100, range(10)))
     found = verdict_of(weak, strong, problem="layer census (3 of 4 Linears)")

@@ -68,6 +68,11 @@ def one_answer(predictions: list[dict]) -> bool:
     return len({answer_of(p) for p in predictions}) == 1 and len(golds) > 1
 
 
+def commonest(predictions: list[dict]) -> float:
+    """The share of the items that the most common answer is given to."""
+    return max(Counter(map(answer_of, predictions)).values()) / len(predictions)
+
+
 def example_answers(wanted: EvaluationSet) -> set[str]:
     """The answers of the worked examples in this set's prompts, as they are compared."""
     shots = wanted.ask.shots if wanted.ask.protocol == "generate" else 0

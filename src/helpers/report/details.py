@@ -112,15 +112,16 @@ def _gate(gate: dict) -> str:
 
 def sizes(results: Results) -> Rows | None:
     """Bytes of the checkpoint by part, what became int8, and the ratio to the float model."""
-    rows = [_size(e) for m in results.models for e in results.compared_in(m) if e.quantization]
+    made = [e for m in results.models for e in results.compared_in(m) if e.quantization]
+    rows = [_size(e, quantized=results.study.variants[e.variant].quantized) for e in made]
     return rows or None
 
 
-def _size(e: Evaluated) -> dict:
+def _size(e: Evaluated, *, quantized: bool) -> dict:
     made = e.quantization["results"]
     before, after = made["bytes_before"], made["bytes_after"]
     row = {"model": code(e.model), "variant": code(e.variant)}
-    row["int8 Linears"] = str(made["quantized_linears"])
+    row["int8 Linears"] = str(made["quantized_linears"] if quantized else 0)
     row["smoothed groups"] = str(made["smoothed_groups"])
     row |= {part: f"{megabytes(before[part])} → {megabytes(after[part])}" for part in before}
     total = sum(after.values()) / sum(before.values())

@@ -216,11 +216,17 @@ def _uninformative(results: Results, judged: list[Judged]) -> str:
 
 
 def _invalid(results: Results, judged: list[Judged]) -> str:
-    reasons: dict[str, str] = {}
+    reasons: dict[str, dict[str, None]] = {}
     for c, verdict in judged:
-        reasons.setdefault(c.variant, verdict.reason)
-    why = "; ".join(f"`{variant}`: {escape(reason)}" for variant, reason in reasons.items())
+        short = brief(verdict.reason.removeprefix(f"{c.variant} "))
+        reasons.setdefault(c.variant, {})[short] = None
+    why = "; ".join(f"`{v}`: {escape(listed(list(short)))}" for v, short in reasons.items())
     return (
         f"**Invalid**: {places(results, judged)}. This is about the run and says nothing of "
-        f"quantization. The first reason of each variant: {why}."
+        f"quantization. Why: {why}."
     )
+
+
+def brief(reason: str) -> str:
+    """A reason without what was measured, which stands in the tables."""
+    return reason.partition(" (")[0]

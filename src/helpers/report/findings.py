@@ -75,11 +75,13 @@ def gates_finding(results: Results) -> str:
     total = sum(len(e.gates) for e in counted)
     failed = [(e, gate) for e in counted for gate in e.failed_gates]
     parts = [_failed_gates(failed, total) if failed else _all_gates(counted, total)]
-    for e in meant:
-        parts.append(
-            f"`{e.variant}`, broken on purpose, fails {len(e.failed_gates)} of its "
-            f"{len(e.gates)} checks in `{e.model}`."
-        )
+    for variant in dict.fromkeys(e.variant for e in meant):
+        told = [
+            f"{len(e.failed_gates)} of {len(e.gates)} checks in `{e.model}`"
+            for e in meant
+            if e.variant == variant
+        ]
+        parts.append(f"`{variant}`, broken on purpose, fails {listed(told)}.")
     return " ".join(parts)
 
 
@@ -134,7 +136,7 @@ def size_finding(results: Results) -> str:
     """How large the quantized files are."""
     told = {}
     for e in results.evaluations.values():
-        if e.quantization and e.variant in results.subjects:
+        if results.study.variants[e.variant].quantized and e.variant in results.subjects:
             made = e.quantization["results"]
             share = sum(made["bytes_after"].values()) / sum(made["bytes_before"].values())
             told[e.variant, percent(share)] = made["quantized_linears"]

@@ -4,11 +4,14 @@ It stands alone. It is the only place that imports `helpers.evaluation.old_rules
 nothing but finished text to the notebook, and nothing else in the library imports it.
 """
 
+from dataclasses import replace
+
 from IPython.display import Markdown
 
 from helpers.evaluation import old_rules
 from helpers.evaluation.comparison import Answers
 from helpers.evaluation.old_rules import OldConclusion
+from helpers.evaluation.verdicts import Verdict
 from helpers.report.formats import (
     MISSING,
     Markup,
@@ -16,6 +19,7 @@ from helpers.report.formats import (
     code,
     count,
     dataset_name,
+    escape,
     listed,
     markdown_table,
     number,
@@ -25,6 +29,7 @@ from helpers.report.formats import (
 )
 from helpers.report.overview import verdict_on, verdict_text
 from helpers.report.results import Results
+from helpers.report.sentences import bullets
 
 OPENING = """## What the old rules would have concluded
 
@@ -44,6 +49,7 @@ def chapter(results: Results) -> list[Markdown]:
     for model in results.models:
         parts += [f"### Model `{model}`: two conclusions from the same answers"]
         parts += [markdown_table(_conclusions(results, model)), _win_rates(results, model)]
+        parts += [_reasons(results, model)]
     for dataset in _of_adapter(results, "squad_v2"):
         parts += [f"### Why {dataset_name(dataset)} rewards silence"]
         parts += [markdown_table(_silence(results, dataset))]
@@ -77,7 +83,7 @@ def _conclusions(results: Results, model: str) -> Rows:
     for variant in results.study.old_rules_chapter:
         for dataset in results.study.evaluation.datasets:
             old = _concluded(results, model, variant, dataset)
-            verdict = verdict_on(results, results.evaluations[model, variant], dataset)
+            verdict = _verdict(results, model, variant, dataset)
             winner = variant if old.winner == "variant" else results.study.baseline
             rows.append(
                 {
@@ -88,11 +94,32 @@ def _conclusions(results: Results, model: str) -> Rows:
                     "“relative change”": _relative(old.relative_change),
                     "old “winner”": code(winner),
                     "what this study concludes": Markup(
-                        verdict_text(verdict, results.rules.margin)
+                        verdict_text(replace(verdict, reason=""), results.rules.margin)
                     ),
                 }
             )
     return rows
+
+
+def _verdict(results: Results, model: str, variant: str, dataset: str) -> Verdict:
+    return verdict_on(results, results.evaluations[model, variant], dataset)
+
+
+def _reasons(results: Results, model: str) -> str:
+    """Why each variant is invalid or its items say nothing, each reason once."""
+    told = []
+    for variant in results.study.old_rules_chapter:
+        sets: dict[tuple[str, str], list[str]] = {}
+        for dataset in results.study.evaluation.datasets:
+            verdict = _verdict(results, model, variant, dataset)
+            if verdict.kind in ("invalid", "uninformative"):
+                key = (verdict.kind, verdict.reason)
+                sets.setdefault(key, []).append(dataset_name(dataset))
+        told += [
+            f"`{variant}` on {listed(names)}, {kind}: {escape(reason.removeprefix(f'{variant} '))}"
+            for (kind, reason), names in sets.items()
+        ]
+    return bullets([f"{text}." for text in told])
 
 
 def _relative(change: float | None) -> str:

@@ -122,6 +122,8 @@ def comparison(results: Results, model: str) -> Rows:
             row["verdict"] = Markup(ROLES.get(role, "exploratory"))
         if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in told:
             row["verdict"] = Markup("uninformative here, as above")
+        if verdict.kind == "invalid" and verdict.reason in {reason for _, reason in told}:
+            row["verdict"] = Markup("**invalid**, as above")
         told.add((c.dataset, verdict.reason))
         rows.append(row)
     return rows

@@ -15,7 +15,8 @@ from helpers.report.results import Results
 
 def question(results: Results) -> str:
     """What the study asks."""
-    asked = [v for v in results.compared if results.role(v) in (None, "without smoothing")]
+    about = (None, "without smoothing")
+    asked = [v for v in results.compared if results.role(v) in about or v in results.subjects]
     variants = [code(n) for n in asked or results.compared]
     models = [code(n) for n in results.models]
     return (
