@@ -89,7 +89,7 @@ bench: $(BENCH_READY) ## measure speed side by side with what others use, into o
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
 
 serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
-	@$(PY) benchmarks/serve_check.py $(STUDY) $(ARGS)
+	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(PY) -m benchmarks.serve_check $(STUDY) $(ARGS)
 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)

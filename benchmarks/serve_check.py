@@ -13,8 +13,8 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from vllm_linears import INT8_KERNEL, largest_difference, linear_kernels
 
+from benchmarks.vllm_linears import INT8_KERNEL, largest_difference, linear_kernels
 from helpers.evaluation.bootstrap import bootstrap_difference
 from helpers.evaluation.comparison import rules_of
 from helpers.evaluation.engine import evaluate
@@ -234,8 +234,9 @@ def main() -> int:
     folder = outputs_root() / "serve-check"
     try:
         study, found = open_job(given.study).study, []
+        variants = [name for name, recipe in study.variants.items() if not recipe.dtype]
         for model in study.models:
-            for variant in given.variants or study.variants:
+            for variant in given.variants or variants:
                 job = open_settled(given.study, model, variant)
                 found.append(check(job, passages=given.passages, items=given.items))
                 told = "agrees" if found[-1]["agrees"] else "; ".join(found[-1]["disagreements"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from helpers.study.hashing import sha256_text
 from helpers.study.paths import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -158,3 +160,95 @@ def test_evaluating_again_gives_the_same_bytes(smoke):
     again = run()
     assert again.returncode == 0, again.stderr
     assert [path.read_bytes() for path in files] == before
+
+
+@pytest.fixture(scope="module")
+def handed_on(smoke):
+    """The smoke study's results in lm-evaluation-harness's format: (folder, their source)."""
+    _, study, outputs = smoke
+    places = os.environ | {"STUDY_OUTPUTS": str(outputs.parent)}
+    command = [sys.executable, "-m", "helpers.report.harness", str(study)]
+    done = subprocess.run(command, cwd=PROJECT, env=places, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return outputs / "lm-eval", outputs
+
+
+# What lm-evaluation-harness 0.4.13 writes (lm_eval/result_schema.py, SampleResult).
+SAMPLE = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
+SAMPLE |= {"doc_hash", "prompt_hash", "target_hash"}
+AGGREGATED = {"results", "group_subtasks", "configs", "versions", "n-shot", "higher_is_better"}
+AGGREGATED |= {"n-samples", "config", "git_hash", "date", "task_hashes", "model_name"}
+AGGREGATED |= {"model_source", "model_name_sanitized", "total_evaluation_time_seconds"}
+
+
+def test_every_variant_is_handed_on_in_the_harness_format(handed_on):
+    folder, outputs = handed_on
+    variants = {f"{p.parts[-4]}__{p.parts[-3]}" for p in outputs.glob("*/*/evaluation/gates.json")}
+    assert {p.name for p in folder.iterdir()} == variants
+    for place in folder.iterdir():
+        (path,) = place.glob("results_*.json")
+        found = json.loads(path.read_text("utf-8"))
+        assert set(found) >= AGGREGATED
+        for task, values in found["results"].items():
+            assert found["n-samples"][task]["effective"] == values["sample_len"]
+            assert task in found["configs"]
+            assert task in found["versions"]
+
+
+def test_its_figures_are_those_of_its_samples_and_of_the_predictions(handed_on):
+    """Means and standard errors computed again here, and each row beside its prediction."""
+    folder, outputs = handed_on
+    for place in folder.iterdir():
+        (path,) = place.glob("results_*.json")
+        found = json.loads(path.read_text("utf-8"))
+        for file in place.glob("samples_*.jsonl"):
+            task = file.name[len("samples_") : file.name.rfind("_")]  # as the harness reads it
+            rows = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
+            known = outputs.joinpath(*place.name.split("__"), "evaluation", "predictions")
+            answers = (known / f"{task}.jsonl").read_text("utf-8").split("\n")[:-1]
+            assert [row["doc"]["id"] for row in rows] == [json.loads(a)["id"] for a in answers]
+            for row, answer in zip(rows, map(json.loads, answers), strict=True):
+                assert set(row) == SAMPLE | set(row["metrics"])
+                assert row[row["metrics"][0]] == answer["score"]
+                assert row["prompt_hash"] == sha256_text(row["arguments"]["gen_args_0"]["arg_0"])
+                assert row["target_hash"] == sha256_text(row["target"])
+                if "logprobs" in answer:
+                    assert [float(r[0][0]) for r in row["resps"]] == answer["logprobs"]
+                else:
+                    assert row["resps"] == [[answer["output"]]]
+            for metric in rows[0]["metrics"]:
+                values, name = [row[metric] for row in rows], rows[0]["filter"]
+                told = found["results"][task]
+                assert told[f"{metric},{name}"] == pytest.approx(statistics.mean(values))
+                error = statistics.stdev(values) / len(values) ** 0.5
+                assert told[f"{metric}_stderr,{name}"] == pytest.approx(error)
+
+
+def test_variants_were_asked_the_same(handed_on):
+    hashes = {}
+    for path in handed_on[0].glob("*/results_*.json"):
+        found = json.loads(path.read_text("utf-8"))
+        model = found["model_name"].split("/")[0]
+        hashes.setdefault(model, []).append(found["task_hashes"])
+    for found in hashes.values():
+        assert all(each == found[0] for each in found)
+
+
+def test_others_readers_take_the_samples(handed_on):
+    """One schema a file, as pandas and Arrow want it."""
+    import pandas
+    import pyarrow.json
+
+    for path in handed_on[0].glob("*/samples_*.jsonl"):
+        rows = path.read_text("utf-8").count("\n")
+        assert len(pandas.read_json(path, lines=True)) == rows
+        assert pyarrow.json.read_json(path).num_rows == rows
+
+
+def test_every_checkpoint_has_its_card(smoke):
+    folders = list(smoke[2].glob("*/*/checkpoint"))
+    assert len(folders) == 6
+    for folder in folders:
+        text = (folder / "README.md").read_text("utf-8")
+        assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
+        assert "checks on these files hold" in text

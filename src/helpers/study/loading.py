@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from helpers.study.errors import StudyError
 from helpers.study.model_folders import folder_problem
-from helpers.study.names import PATTERN, RULE, TAKEN, trouble_with
+from helpers.study.names import PATTERN, RULE, TAKEN, TAKEN_STUDIES, trouble_with
 from helpers.study.paths import PROJECT, StudyPaths, vllm_python
 from helpers.study.pins import pinned, read_pins
 from helpers.study.plain_text import one_line
@@ -100,6 +100,8 @@ def _refuse_name(study: str, place: str) -> None:
     """A study's outputs lie in a folder of its file's name, which must not lead elsewhere."""
     if not re.fullmatch(PATTERN, study):
         raise StudyError(f"{one_line(place)}: {study!r} names no folder; rename the file ({RULE})")
+    if study in TAKEN_STUDIES:
+        raise StudyError(f"{place}: {study!r} is a folder of outputs/ already; rename the file")
     if trouble := trouble_with(study):
         raise StudyError(f"{place}: {study!r} {trouble}")
 

@@ -9,10 +9,11 @@ RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or 
 # What the project itself writes beside them, and so no name for them.
 TAKEN = {
     "models": {"notebooks", "report", "report_files", "report.md", "report.html"}
-    | {"summary.json", "summary.csv", "answers", "lm-eval"},
+    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json"},
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
+TAKEN_STUDIES = {"bench", "serve-check"}  # folders of outputs/ that are no study's
 DEVICES = {"con", "prn", "aux", "nul"}
 DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 
