@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 os.environ |= {"TQDM_DISABLE": "1", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1"}
+os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"
 
 import torch
 
@@ -14,14 +15,15 @@ from benchmarks import account, answering, evaluating, machine, quantizing, scor
 from benchmarks.material import Material
 from helpers.study.paths import outputs_root
 
-COMPARISONS = {  # and how many rounds of each
-    "scoring": (scoring.compare, 2),
-    "answering": (answering.compare, 2),
-    "simulation": (simulation.compare, 3),
-    "evaluating": (evaluating.compare, 2),
-    "quantizing": (quantizing.compare, 1),
-    "growth": (evaluating.growth, 1),
+COMPARISONS = {
+    "scoring": scoring.compare,
+    "answering": answering.compare,
+    "simulation": simulation.compare,
+    "evaluating": evaluating.compare,
+    "quantizing": quantizing.compare,
+    "growth": evaluating.growth,
 }
+ROUNDS = 2
 QUICK_ITEMS = 10
 
 
@@ -31,21 +33,21 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items a set, to try")
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))
     parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each comparison ({ROUNDS})")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:
         most = QUICK_ITEMS if given.quick else 10**6
-        material = Material(threads=given.threads, most=most, scratch=Path(scratch))
+        material = Material(given.threads, most, given.rounds, Path(scratch))
         described = machine.describe(
             material.linear_shapes,
             rows=material.study.evaluation.batch.tokens,
             threads=given.threads,
         )
         for name in given.only:
-            compare, rounds = COMPARISONS[name]
             print(f"{name}:", flush=True)
-            rows += compare(material, rounds=1 if given.quick else rounds)
+            rows += COMPARISONS[name](material)
     whole = not given.quick and given.only == list(COMPARISONS)
     folder = outputs_root() / ("bench" if whole else "bench-try")
     account.write(folder, described, rows, took_s=time.monotonic() - started)

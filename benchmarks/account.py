@@ -46,8 +46,8 @@ def markdown(machine: dict, rows: list[Comparison]) -> str:
         "",
         "Made by `make bench`, in one run, each way in turns with its peer. Ratio: what the peer "
         "took over what ours took, the middle of the rounds, and in brackets the least and the "
-        "most of any round. Seconds drift with the machine; ratios hold better. The model is "
-        "the demo study's, its items, prompts and caps too.",
+        "most of any. Seconds drift with the machine; "
+        "ratios hold better. The model is the demo study's, its items, prompts and caps too.",
         "",
         f"Machine: {machine['cores']} cores ({machine['threads']} threads used), "
         f"{machine['architecture']} with {', '.join(machine['cpu_features']) or 'no extensions'}, "

@@ -30,7 +30,7 @@ def choices(ours: list[list[dict]], peer: list[list[dict]], *, exact: bool) -> A
     gap = max(
         abs(x - y) for a, b in pairs for x, y in zip(a["logprobs"], b["logprobs"], strict=True)
     )
-    text = f"{_share(same, pairs, ours)} choices, log-probabilities within {gap:.1g}"
+    text = f"{same} of {len(pairs)} choices, log-probabilities within {gap:.1g}"
     if not exact:
         return Agreement(f"{text}; another precision")
     holds = same == len(pairs) and gap <= LOGPROB_TOLERANCE
@@ -41,22 +41,17 @@ def texts(ours: list[list[str]], peer: list[list[str]], *, exact: bool) -> Agree
     """Written answers of all items, character by character, over all rounds."""
     pairs = _pairs(ours, peer)
     same = sum(a == b for a, b in pairs)
-    text = f"{_share(same, pairs, ours)} answers"
+    rounds = f" in {len(ours)} rounds" if len(ours) > 1 else ""
+    text = f"{same} of {len(pairs)} answers{rounds}"
     if not exact:
         return Agreement(f"{text}; another rounding")
     return Agreement(text, same == len(pairs))
 
 
 def _pairs(ours: list[list], peer: list[list]) -> list[tuple]:
+    """Item by item, over all rounds."""
     return [
         pair
         for a_round, b_round in zip(ours, peer, strict=True)
         for pair in zip(a_round, b_round, strict=True)
     ]
-
-
-def _share(same: int, pairs: list, rounds: list) -> str:
-    """The same number of items in every round, or the total over the rounds."""
-    if same % len(rounds) == 0:
-        return f"{same // len(rounds)} of {len(pairs) // len(rounds)}"
-    return f"{same} of {len(pairs)} (over {len(rounds)} rounds)"

@@ -1,13 +1,12 @@
 """Written answers: against transformers' `generate` and vLLM, on the study's own prompts.
 
-All are greedy, with the study's caps and at most as many answers at once. What a peer
-writes after a complete box is cut off before answers are compared; two of the peers know
-the stop themselves.
+All are greedy, with the study's caps and at most as many answers at once, and all are
+told that a complete box ends an answer. Every round asks all items: with fewer, slots that
+nobody is left to refill would weigh more.
 """
 
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 
 import torch
 from transformers import StoppingCriteria
@@ -17,19 +16,16 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
-from helpers.evaluation.engine import ask_all, box_closes, stop_tokens
+from helpers.evaluation.engine import box_closes, stop_tokens
 from helpers.evaluation.generation import Answer, Ends
 from helpers.evaluation.prompts import prompt
 from helpers.sources.batching import pad
 from helpers.sources.conversations import tokenize
-from helpers.sources.datasets import evaluation_items
 from helpers.study.plain_text import whole_characters
-from helpers.study.schema import Study
 
 SETS = ("openmath", "squad_v2")
 ROWS = 32
-PLAIN = f"transformers `generate` (float32, batch {ROWS})"
-STOPPING = f"transformers `generate` (float32, batch {ROWS}), told the stop"
+GENERATE = f"transformers `generate` (float32, batch {ROWS})"
 VLLM = {"float32": "vLLM (float32)", "INT8": "vLLM (the same INT8 checkpoint)"}
 
 
@@ -45,28 +41,25 @@ class BoxCloses(StoppingCriteria):
         return torch.tensor([self.complete(row) for row in written], device=input_ids.device)
 
 
-def compare(material: Material, *, rounds: int) -> list[Comparison]:
-    """Ours in float32 and INT8 against `generate`, with and without the stop, and vLLM."""
-    study = material.asking(*SETS, rows=ROWS)
+def compare(material: Material) -> list[Comparison]:
+    """Ours in float32 and INT8 against `generate` and vLLM."""
     model, int8 = material.float_model(), material.int8_model()
     ways = {
-        "float32": partial(our_answers, model, material, study),
-        "INT8": partial(our_answers, int8, material, study),
-        PLAIN: partial(peer_answers, material, study, model, partial(generated, model, None)),
+        "float32": partial(our_answers, model, material),
+        "INT8": partial(our_answers, int8, material),
     }
-    closes = box_closes(material.tokenizer)
-    told = partial(generated, model, closes)
-    ways[STOPPING] = partial(peer_answers, material, study, model, told)
+    told = partial(generated, model, box_closes(material.tokenizer))
+    ways[GENERATE] = partial(peer_answers, material, model, told)
     missing, servers = why_not(), {}
     if not missing:
         folders = {"float32": material.folder, "INT8": material.checkpoint}
         servers = {k: Vllm(f, threads=material.threads, rows=ROWS) for k, f in folders.items()}
         for name, server in servers.items():
-            ways[VLLM[name]] = partial(peer_answers, material, study, model, server.answers)
-    turns = take_turns(ways, rounds=rounds)
+            ways[VLLM[name]] = partial(peer_answers, material, model, server.answers)
+    turns = take_turns(ways, rounds=material.rounds)
     for server in servers.values():
         server.close()
-    wanted = [("float32", PLAIN, 2.5), ("float32", STOPPING, None), ("INT8", PLAIN, None)]
+    wanted = [("float32", GENERATE, 2.5), ("INT8", GENERATE, None)]
     wanted += [("float32", VLLM["float32"], 1 / 1.3), ("INT8", VLLM["INT8"], None)]
     return [_row(turns, ours, peer, goal, missing) for ours, peer, goal in wanted]
 
@@ -88,13 +81,12 @@ def _row(turns, ours: str, peer: str, goal: float | None, missing: str | None) -
     )
 
 
-def our_answers(model, material: Material, study: Study) -> list[str]:
-    """What every item of all sets was answered."""
-    found = ask_all(model, material.tokenizer, study)
-    return [prediction["output"] for prediction in chain(*found.values())]
+def our_answers(model, material: Material, _turn: int) -> list[str]:
+    """What every item was answered."""
+    return [prediction["output"] for prediction in material.ask(model, SETS, None, rows=ROWS)]
 
 
-def peer_answers(material: Material, study: Study, model, write) -> list[str]:
+def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
     """The same by a peer, cut where the study's answers end.
 
     Args:
@@ -103,8 +95,8 @@ def peer_answers(material: Material, study: Study, model, write) -> list[str]:
     """
     tokenizer, answers = material.tokenizer, []
     stops, closes = stop_tokens(model, tokenizer), box_closes(tokenizer)
-    for name, wanted in study.evaluation.datasets.items():
-        asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
+    for wanted, items in material.sets(SETS, None):
+        asked = [prompt(item, wanted, tokenizer) for item in items]
         tokens = [tokenize(tokenizer, p.text) for p in asked]
         ends = Ends(wanted.ask.max_new_tokens, frozenset(stops), closes)
         for row in write(tokens, wanted.ask.max_new_tokens, stops):
@@ -128,7 +120,7 @@ def generated(
     """Greedy answers by `generate`, in batches of like lengths padded on the left.
 
     Args:
-        complete: whether an answer is complete; None lets every row run to its cap.
+        complete: whether an answer is complete; its row then ends.
     """
     answers: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
@@ -142,7 +134,7 @@ def generated(
             max_new_tokens=max_new_tokens,
             do_sample=False,
             eos_token_id=sorted(stops),
-            stopping_criteria=[BoxCloses(complete, width)] if complete else None,
+            stopping_criteria=[BoxCloses(complete, width)],
         )
         for i, row in zip(batch, out[:, width:].tolist(), strict=True):
             answers[i] = row

@@ -3,25 +3,25 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 
 from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, Turns, take_turns
-from helpers.evaluation.engine import ask_all, evaluate
-from helpers.evaluation.language_modeling import passage_tokens, read_passages
-from helpers.sources.datasets import draw, load_items, shared_passages
+from helpers.evaluation.engine import evaluate
+from helpers.evaluation.language_modeling import read_passages
+from helpers.sources.datasets import draw, load_items
 from helpers.sources.items import Item
 
 SIZES = (50, 100, 200)
+GROWING = ("arc", "openmath")  # a set of each protocol
 LINEAR = 0.9  # of the cost an item at the smallest size, that each larger size has to stay at
 
 
-def compare(material: Material, *, rounds: int) -> list[Comparison]:
+def compare(material: Material) -> list[Comparison]:
     """All evaluation sets and the shared text, as the study has them."""
     models = _models(material) | {"bfloat16": material.float_model("bfloat16")}
     ways = {name: partial(whole, model, material) for name, model in models.items()}
-    turns = take_turns(ways, rounds=rounds)
+    turns = take_turns(ways, rounds=material.rounds)
     return [_row(turns, "float32", 1.5), _row(turns, "bfloat16", 1.0)]
 
 
@@ -30,7 +30,7 @@ def _models(material: Material) -> dict:
 
 
 def _row(turns: Turns, peer: str, goal: float) -> Comparison:
-    pairs = list(zip(turns.answers["INT8"][-1], turns.answers[peer][-1], strict=True))
+    pairs = list(zip(turns.answers["INT8"][0], turns.answers[peer][0], strict=True))
     same = sum(a["parsed"] == b["parsed"] for a, b in pairs)
     return Comparison(
         what=f"a whole evaluation: {len(pairs)} items in four sets, and the shared text",
@@ -43,17 +43,15 @@ def _row(turns: Turns, peer: str, goal: float) -> Comparison:
     )
 
 
-def whole(model, material: Material) -> list[dict]:
+def whole(model, material: Material, _turn: int) -> list[dict]:
     """The predictions of all sets; the shared text is read too."""
-    study = material.study
-    found = ask_all(model, material.tokenizer, study)
-    limit = study.evaluation.shared_text.max_tokens
-    tokens = passage_tokens(material.tokenizer, shared_passages(study), max_tokens=limit)
-    read_passages(model, tokens, batch_tokens=study.evaluation.batch.tokens)
-    return list(chain(*found.values()))
+    wanted = material.study.evaluation
+    found = material.ask(model, wanted.datasets, None)
+    read_passages(model, material.passages(None), batch_tokens=wanted.batch.tokens)
+    return found
 
 
-def growth(material: Material, *, rounds: int) -> list[Comparison]:
+def growth(material: Material) -> list[Comparison]:
     """Milliseconds an item at several sizes, against the smallest of them."""
     sizes = [min(size, material.most * (i + 1)) for i, size in enumerate(SIZES)]
     ways = {
@@ -61,13 +59,14 @@ def growth(material: Material, *, rounds: int) -> list[Comparison]:
         for name, model in _models(material).items()
         for size in sizes
     }
-    turns = take_turns(ways, rounds=rounds)
+    turns = take_turns(ways, rounds=1)
     each = {
-        key: [1000 * s / (4 * key[1]) for s in seconds] for key, seconds in turns.seconds.items()
+        key: [1000 * s / (len(GROWING) * key[1]) for s in seconds]
+        for key, seconds in turns.seconds.items()
     }
     return [
         Comparison(
-            what=f"an item of an evaluation of {size} items a set{_said(material, size)}",
+            what=f"an item of {size} in each of {' and '.join(GROWING)}{_said(material, size)}",
             ours=name,
             peer=f"at {sizes[0]} items a set",
             ours_spent=each[name, size],
@@ -82,7 +81,7 @@ def growth(material: Material, *, rounds: int) -> list[Comparison]:
 
 def _said(material: Material, size: int) -> str:
     again = [sum(i.id.endswith(AGAIN) for i in items) for _, items in _sets(material, size)]
-    return f" ({sum(again)} of {4 * size} drawn again)" if any(again) else ""
+    return f" ({sum(again)} of {len(GROWING) * size} drawn again)" if any(again) else ""
 
 
 def _same_beginning(turns: Turns, name: str, small: int, size: int) -> Agreement:
@@ -92,7 +91,7 @@ def _same_beginning(turns: Turns, name: str, small: int, size: int) -> Agreement
     return Agreement(f"{same} of {len(a)} items of the smallest answered alike", same == len(a))
 
 
-def ask_items(model, material: Material, size: int) -> dict[tuple[str, str], str]:
+def ask_items(model, material: Material, size: int, _turn: int) -> dict[tuple[str, str], str]:
     """(set, item id) → what was answered, on that many items of each set."""
     limits, found = material.study.evaluation.batch, {}
     for name, items in _sets(material, size):
@@ -112,7 +111,8 @@ def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
     was read for the first one.
     """
     study = material.study
-    for name, wanted in study.evaluation.datasets.items():
+    for name in GROWING:
+        wanted = study.evaluation.datasets[name]
         known = load_items(wanted.source, adapter=wanted.adapter)
         items = draw(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
         items += [_again(item) for item in items[: size - len(items)]]

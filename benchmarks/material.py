@@ -1,5 +1,6 @@
 """What all comparisons are measured on: the demo study's model, items, prompts and caps."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -7,16 +8,19 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from helpers.evaluation.engine import evaluate
+from helpers.evaluation.language_modeling import passage_tokens
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import load_int8
 from helpers.quantization.smoothing import everywhere, smooth_variant_
 from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import calibration_items
+from helpers.sources.datasets import calibration_items, evaluation_items, shared_passages
+from helpers.sources.items import Item
 from helpers.sources.models import load_model, load_tokenizer
 from helpers.study.loading import load_study
-from helpers.study.schema import Batch, Study, Variant
+from helpers.study.schema import Batch, EvaluationSet, Study, Variant
 
 STUDY = "demo"
 VARIANT = "smoothquant_w8a8"
@@ -29,11 +33,14 @@ class Material:
     Attributes:
         threads: of every way, ours and the peers'.
         most: at most so many items a set.
+        rounds: of each comparison. Where the ratio does not depend on how many items there
+            are, a round asks its share of them.
         scratch: where checkpoints are written.
     """
 
     threads: int
     most: int
+    rounds: int
     scratch: Path
     folder: Path = field(default_factory=bundled_model_folder)
 
@@ -62,13 +69,39 @@ class Material:
         """The variant that stands for INT8."""
         return self.study.variants[VARIANT]
 
-    def asking(self, *names: str, rows: int | None = None) -> Study:
-        """The study with these evaluation sets only, and at most so many answers at once."""
-        evaluation = self.study.evaluation
-        batch = Batch(tokens=evaluation.batch.tokens, rows=rows or evaluation.batch.rows)
-        sets = {name: evaluation.datasets[name] for name in names}
-        changed = evaluation.model_copy(update={"datasets": sets, "batch": batch})
-        return self.study.model_copy(update={"evaluation": changed})
+    def share(self, things: list, turn: int | None) -> list:
+        """What one round is given of a list; all of it if no round is named."""
+        return things if turn is None else things[turn :: self.rounds]
+
+    def sets(
+        self, names: Iterable[str], turn: int | None
+    ) -> Iterator[tuple[EvaluationSet, list[Item]]]:
+        """How each of these sets is asked, and the round's share of its items."""
+        for name in names:
+            items = evaluation_items(self.study, name)
+            yield self.study.evaluation.datasets[name], self.share(items, turn)
+
+    def ask(
+        self, model, names: Iterable[str], turn: int | None, *, rows: int | None = None
+    ) -> list[dict]:
+        """Our predictions of the round's share, set after set, in the items' order.
+
+        Args:
+            rows: the most answers written at once; the study's own if None.
+        """
+        limits, found = self.study.evaluation.batch, []
+        limits = Batch(tokens=limits.tokens, rows=rows or limits.rows)
+        for wanted, items in self.sets(names, turn):
+            stream = evaluate(model, self.tokenizer, items, wanted, limits=limits)
+            by_id = {prediction["id"]: prediction for prediction in stream}
+            found += [by_id[item.id] for item in items]
+        return found
+
+    def passages(self, turn: int | None) -> list[list[int]]:
+        """Token ids of the round's share of the study's shared text."""
+        wanted, texts = self.study.evaluation.shared_text, shared_passages(self.study)
+        tokens = passage_tokens(self.tokenizer, texts, max_tokens=wanted.max_tokens)
+        return self.share(tokens, turn)
 
     def float_model(self, dtype: str = "float32"):
         """The model as it is."""

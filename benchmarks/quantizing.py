@@ -14,11 +14,7 @@ from datasets import Dataset
 from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
-from helpers.evaluation.language_modeling import (
-    passage_rows,
-    passage_tokens,
-    read_passages,
-)
+from helpers.evaluation.language_modeling import passage_rows, read_passages
 from helpers.quantization.int8 import load_int8
 from helpers.sources.datasets import shared_passages
 
@@ -28,14 +24,14 @@ PEERS = {"sequential": "sequential pipeline, its default", "basic": 'pipeline="b
 KL_FACTOR = 1.5  # two right checkpoints cost the model about the same
 
 
-def compare(material: Material, *, rounds: int) -> list[Comparison]:
+def compare(material: Material) -> list[Comparison]:
     """Five α of ours against one of llmcompressor's, by each of its pipelines."""
     ours = f"calibrated once, α = {', '.join(map(str, ALPHAS))}"
     material.calibration_texts  # noqa: B018 - tokenized beforehand, for all of them
     ways = {ours: partial(our_grid, material)}
     for pipeline in PEERS:
         ways[pipeline] = partial(one_shot, material, pipeline)
-    turns = take_turns(ways, rounds=rounds)
+    turns = take_turns(ways, rounds=1)
     cost = costs(material, {name: found[-1] for name, found in turns.answers.items()})
     return [
         Comparison(
@@ -51,7 +47,7 @@ def compare(material: Material, *, rounds: int) -> list[Comparison]:
     ]
 
 
-def our_grid(material: Material) -> Path:
+def our_grid(material: Material, _turn: int) -> Path:
     """Write a checkpoint for each α; return that of the α shared with the peer."""
     absmax = material.calibrate()
     for alpha in ALPHAS:
@@ -65,7 +61,7 @@ def _ours(material: Material, alpha: float) -> Path:
     return material.scratch / f"alpha-{alpha}"
 
 
-def one_shot(material: Material, pipeline: str) -> Path:
+def one_shot(material: Material, pipeline: str, _turn: int) -> Path:
     """SmoothQuant and W8A8 as llmcompressor does them, on the same tokens without padding."""
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import QuantizationModifier
@@ -93,10 +89,8 @@ def one_shot(material: Material, pipeline: str) -> Path:
 
 def costs(material: Material, checkpoints: dict[str, Path]) -> dict[str, float]:
     """KL(float ‖ checkpoint) in nats a token of the study's shared text, on our kernels."""
-    study, limit = material.study, material.study.evaluation.batch.tokens
-    passages = shared_passages(study)
-    wanted = study.evaluation.shared_text.max_tokens
-    tokens = passage_tokens(material.tokenizer, passages, max_tokens=wanted)
+    limit = material.study.evaluation.batch.tokens
+    tokens, passages = material.passages(None), shared_passages(material.study)
     reference = read_passages(material.float_model(), tokens, batch_tokens=limit)
     found = {}
     for name, folder in checkpoints.items():

@@ -1,7 +1,6 @@
 """Option scoring: against lm-evaluation-harness on the very same prompts and continuations."""
 
 from functools import partial
-from itertools import chain
 
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -9,20 +8,16 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks import agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
-from helpers.evaluation.engine import ask_all
 from helpers.evaluation.prompts import prompt
 from helpers.evaluation.scoring import score_options
-from helpers.sources.datasets import evaluation_items
-from helpers.study.schema import Study
 
 SETS = ("arc", "boolq")
 HARNESS_BATCH = 16
 PEER = f"lm-evaluation-harness (HF backend, float32, batch {HARNESS_BATCH})"
 
 
-def compare(material: Material, *, rounds: int) -> list[Comparison]:
+def compare(material: Material) -> list[Comparison]:
     """Ours in float32, INT8 and bfloat16, each against the harness in float32."""
-    study = material.asking(*SETS)
     models = {
         "float32": material.float_model(),
         "INT8": material.int8_model(),
@@ -31,11 +26,11 @@ def compare(material: Material, *, rounds: int) -> list[Comparison]:
     harness = HFLM(
         pretrained=str(material.folder), dtype="float32", batch_size=HARNESS_BATCH, device="cpu"
     )
-    ways = {PEER: partial(harness_answers, harness, material, study)}
+    ways = {PEER: partial(harness_answers, harness, material)}
     for name, model in models.items():
-        ways[name] = partial(our_answers, model, material, study)
-    turns = take_turns(ways, rounds=rounds)
-    items = len(turns.answers[PEER][0])
+        ways[name] = partial(material.ask, model, SETS)
+    turns = take_turns(ways, rounds=material.rounds)
+    items = sum(map(len, turns.answers[PEER]))
     return [
         Comparison(
             what=f"scoring the options of {items} items ({', '.join(SETS)})",
@@ -52,17 +47,12 @@ def compare(material: Material, *, rounds: int) -> list[Comparison]:
     ]
 
 
-def our_answers(model, material: Material, study: Study) -> list[dict]:
-    """The predictions of all sets, one after the other."""
-    return list(chain(*ask_all(model, material.tokenizer, study).values()))
-
-
-def harness_answers(harness: HFLM, material: Material, study: Study) -> list[dict]:
-    """The same, by the harness's log-likelihoods."""
+def harness_answers(harness: HFLM, material: Material, turn: int) -> list[dict]:
+    """Predictions of the round's share by the harness's log-likelihoods."""
     asked = [
         (wanted, prompt(item, wanted, material.tokenizer))
-        for name, wanted in study.evaluation.datasets.items()
-        for item in evaluation_items(study, name)
+        for wanted, items in material.sets(SETS, turn)
+        for item in items
     ]
     pairs = [(p.text, continuation) for _, p in asked for continuation in p.continuations]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]

@@ -8,11 +8,10 @@ from torch import nn
 from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
-from helpers.evaluation.language_modeling import passage_tokens, read_passages
+from helpers.evaluation.language_modeling import read_passages
 from helpers.quantization.int8 import Int8Linear
 from helpers.quantization.probing import inputs_of
 from helpers.quantization.variants import load_reference
-from helpers.sources.datasets import shared_passages
 
 PEER = "the same checkpoint in plain transformers (simulated)"
 FLOAT = "float32 model in plain transformers"
@@ -20,20 +19,22 @@ LINEAR_TOLERANCE = 1e-5  # of a Linear's largest output, on the same inputs
 MEMORY_GOAL = 1 / 0.27
 
 
-def compare(material: Material, *, rounds: int) -> list[Comparison]:
+def compare(material: Material) -> list[Comparison]:
     """Reading the study's shared text, and the memory that the Linears take."""
     ours, float_model = material.int8_model(), material.float_model()
     peer = load_reference(material.checkpoint, dtype=torch.float32, device="cpu")
-    passages = _passages(material)
     limit = material.study.evaluation.batch.tokens
     ways = {
-        "INT8": lambda: read_passages(ours, passages, batch_tokens=limit) and None,
-        PEER: partial(read_plainly, peer, passages),
-        FLOAT: partial(read_plainly, float_model, passages),
+        "INT8": lambda turn: (
+            read_passages(ours, material.passages(turn), batch_tokens=limit) and None
+        ),
+        PEER: partial(read_plainly, peer, material),
+        FLOAT: partial(read_plainly, float_model, material),
     }
-    turns = take_turns(ways, rounds=rounds)
-    agreed = by_linear(ours, peer, passages[0])
-    what = f"reading {sum(map(len, passages)):,} tokens in passages, head left out"
+    turns = take_turns(ways, rounds=material.rounds)
+    agreed = by_linear(ours, peer, material.passages(0)[0])
+    tokens = sum(len(p) for turn in range(material.rounds) for p in material.passages(turn))
+    what = f"reading {tokens:,} tokens in passages, head left out"
     none = Agreement("another model")
     row = partial(Comparison, what, "INT8", ours_spent=turns.seconds["INT8"])
     return [
@@ -44,15 +45,10 @@ def compare(material: Material, *, rounds: int) -> list[Comparison]:
     ]
 
 
-def _passages(material: Material) -> list[list[int]]:
-    wanted, found = material.study.evaluation.shared_text, shared_passages(material.study)
-    return passage_tokens(material.tokenizer, found, max_tokens=wanted.max_tokens)
-
-
 @torch.inference_mode()
-def read_plainly(model, passages: list[list[int]]) -> None:
-    """Each passage alone, so that no padding is read either."""
-    for tokens in passages:
+def read_plainly(model, material: Material, turn: int) -> None:
+    """Each passage of the round's share alone, so that no padding is read either."""
+    for tokens in material.passages(turn):
         model.base_model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False)
 
 

@@ -18,8 +18,8 @@ from benchmarks.agreement import Agreement
 class Turns:
     """Seconds and answers of each way, round by round."""
 
-    seconds: dict[str, list[float]]
-    answers: dict[str, list[Any]]
+    seconds: dict[Any, list[float]]
+    answers: dict[Any, list[Any]]
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,20 @@ class Comparison:
         return None if self.goal is None or self.ratio is None else self.ratio >= self.goal
 
 
-def take_turns(ways: dict[str, Callable[[], Any]], *, rounds: int) -> Turns:
-    """Run every way once a round; every other round in the opposite order."""
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    answers: dict[str, list[Any]] = {name: [] for name in ways}
+def take_turns(ways: dict[Any, Callable[[int], Any]], *, rounds: int) -> Turns:
+    """Run every way once a round; every other round in the opposite order.
+
+    Args:
+        ways: by name; each is told the number of the round, from 0.
+        rounds: how many.
+    """
+    seconds: dict[Any, list[float]] = {name: [] for name in ways}
+    answers: dict[Any, list[Any]] = {name: [] for name in ways}
     for turn in range(rounds):
         for name in list(ways) if turn % 2 == 0 else reversed(ways):
             gc.collect()
             started = time.perf_counter()
-            answers[name].append(ways[name]())
+            answers[name].append(ways[name](turn))
             seconds[name].append(time.perf_counter() - started)
             print(f"  {name}: {seconds[name][-1]:.2f} s", flush=True)
     return Turns(seconds, answers)
