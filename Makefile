@@ -37,7 +37,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bench serve-check lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bench scale serve-check lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -87,6 +87,9 @@ longtest: $(READY) ## run the tests too long for that: whole studies under fault
 bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench
 	@$(MAKE) --no-print-directory $(VLLM_READY) || echo 'make: vLLM does not install here' >&2
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
+
+scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights, into outputs/scale
+	@$(PY) -m benchmarks.scale
 
 serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(PY) -m benchmarks.serve_check $(STUDY) $(ARGS)

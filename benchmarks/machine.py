@@ -25,14 +25,15 @@ def describe(shapes: set[tuple[int, int]], *, rows: int, threads: int) -> dict:
         "cores": os.cpu_count(),
         "threads": threads,
         "architecture": platform.machine(),
-        "cpu_features": _features(),
+        "cpu_features": features(),
         "memory_gb": round(pages / 1e9),
         "gemm_peak_gops": {kind: round(peak / 1e9) for kind, peak in peaks.items() if peak},
         "versions": package_versions() | {"lm_eval": version("lm_eval")},
     }
 
 
-def _features() -> list[str]:
+def features() -> list[str]:
+    """Of the CPU, those that decide how fast matrices are multiplied."""
     path = Path("/proc/cpuinfo")
     words = set(path.read_text().split()) if path.is_file() else set()
     return [name for name in FEATURES if name in words]

@@ -7,17 +7,16 @@ the squared error of each group's own outputs. The scales of the checkpoint then
 from the maxima over all items.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from helpers.quantization.compression import quantize_variant_
-from helpers.quantization.error import Scales, group_error
 from helpers.quantization.layer_groups import smoothing_groups
 from helpers.quantization.probe import Probe
-from helpers.quantization.smoothing import everywhere, group_scales, smooth_
+from helpers.quantization.simulation import Scales, look, simulated
+from helpers.quantization.smoothing import everywhere, group_scales
+from helpers.sources.experts import every_expert_reads
 from helpers.study.schema import Variant
 
 AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
@@ -66,11 +65,9 @@ def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> 
     """KL and top-1 agreement of the quantized model at every α of the grid."""
     rows = []
     for alpha in variant.smooth.alpha:
-        copied = copy.deepcopy(model)
         alphas = everywhere(model.config, variant.smooth.targets, alpha)
-        done = smooth_(copied, absmax, variant.smooth.targets, alphas)
-        quantize_variant_(copied, variant, absmax, done)
-        rows.append({"alpha": alpha, **probe.divergence(copied)})
+        with simulated(model, variant, absmax, alphas):
+            rows.append({"alpha": alpha, **probe.divergence(model)})
     return rows
 
 
@@ -84,21 +81,22 @@ def _each_group(
 
     def hook(name: str):
         def observe(_module, args: tuple) -> None:
-            x = args[0].reshape(-1, args[0].shape[-1]).float()
             for alpha in AUTO:
                 scales = group_scales(model, groups[name], absmax, alpha=alpha).float()
                 for consumer in groups[name].consumers:
                     linear, limit = model.get_submodule(consumer), absmax[consumer]
-                    error = group_error(x, linear, variant, limit, Scales(inputs=scales))
-                    errors[name][alpha] += error
+                    looked = look(linear, args[0], limit, Scales(inputs=scales))
+                    error = looked.exact() - looked.rounded(variant)
+                    errors[name][alpha] += error.square().sum().item()
 
         return observe
 
     handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in groups]
     try:
-        for tokens in judges:
-            ids = torch.tensor([tokens], device=model.device)
-            model.base_model(input_ids=ids, use_cache=False)
+        with every_expert_reads(model):
+            for tokens in judges:
+                ids = torch.tensor([tokens], device=model.device)
+                model.base_model(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

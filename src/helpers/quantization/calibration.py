@@ -18,6 +18,7 @@ from tqdm import tqdm
 from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.experts import every_expert_reads
+from helpers.sources.memory import trim_heap
 from helpers.study.errors import StudyError
 from helpers.study.records import write_atomically
 
@@ -75,6 +76,7 @@ def run_calibration(
             observed = _observed(model, mask.bool(), owners, fit, statistics)
             with observed, every_expert_reads(model), torch.no_grad():
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            trim_heap()
             bar.update(len(batch))
     return statistics
 

@@ -3,28 +3,23 @@
 Nothing here comes from the run that made the checkpoint. The smoothing scales are
 recovered from the files (a norm on disk is the source's norm over s), and the paper's
 formula is written out again, so that a bug in `helpers.quantization.smoothing` or
-`.compression` does not vouch for itself. Tensors are read one at a time and one model is
-held at a time, so that a check needs little more memory than the model it checks.
+`.compression` does not vouch for itself. Tensors are read one at a time.
 """
 
-import gc
 import math
-from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from helpers.quantization.calibration import load_absmax
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.held_models import HeldModels, on_own_kernels
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.probing import inputs_of
-from helpers.quantization.variants import load_as, load_reference, load_variant
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.items import Item
-from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
+from helpers.sources.models import load_config, load_tokenizer
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.opening import Job
@@ -34,7 +29,7 @@ SMALLEST = 1e-5  # floor of maxima and scales, as the smoothing declares it
 PROBES, PROBE_TOKENS = 2, 48  # real texts the models are run on; few, since forwards cost most
 
 
-class Evidence:
+class Evidence(HeldModels):
     """The files of one job's source, calibration and checkpoint, read when first needed.
 
     Args:
@@ -43,13 +38,10 @@ class Evidence:
     """
 
     def __init__(self, job: Job, *, source_hash: str):
-        self.job, self.source_hash = on_own_kernels(job), source_hash
-        self.claim = job.recipe.claim
+        super().__init__(on_own_kernels(job))
+        self.source_hash, self.claim = source_hash, job.recipe.claim
         self.dtype = getattr(torch, job.study.runtime.dtype)
-        self.source_folder = model_folder(job.study, job.model, job.paths)
-        self.folder = job.paths.checkpoint(job.model, job.variant)
         self.calibration_folder = job.paths.calibration(job.model)
-        self._held: tuple[str, object] = ("", None)
         self._declared: dict[SmoothingGroup, Tensor] = {}
 
     @cached_property
@@ -224,41 +216,6 @@ class Evidence:
         """Linear name to its input in the running model, on one text, in the shape it has."""
         return inputs_of(self.running_model, self.targets, self.probes[0])
 
-    @property
-    def source_model(self):
-        """The source, loaded from its files; who changes it lets it go."""
-        runtime = self.job.study.runtime
-        return self._hold("source", lambda: load_model(self.source_folder, runtime))
-
-    @property
-    def running_model(self):
-        """The checkpoint, loaded as the evaluation loads it."""
-        kind = self.job.study.runtime.quantized if self.job.recipe.quantized else "float"
-        return self._hold(kind, lambda: load_variant(self.job)[0])
-
-    @property
-    def int8_model(self):
-        """The checkpoint on INT8 kernels."""
-        runtime = self.job.study.runtime
-        return self._hold("int8", lambda: load_as(load_int8, self.folder, runtime))
-
-    @property
-    def reference_model(self):
-        """The checkpoint as compressed-tensors simulates it."""
-        runtime = self.job.study.runtime
-        return self._hold("reference", lambda: load_as(load_reference, self.folder, runtime))
-
-    def _hold(self, name: str, load: Callable):
-        if self._held[0] != name:
-            self.let_go()
-            self._held = (name, load())
-        return self._held[1]
-
-    def let_go(self) -> None:
-        """Free the model at hand; the next to ask for one has it loaded anew."""
-        self._held = ("", None)
-        gc.collect()  # wrapped forwards refer to their own modules
-
     def rounding(self, in_features: int) -> float:
         """Relative error that one correct Linear may have against another.
 
@@ -267,15 +224,3 @@ class Evidence:
         """
         eps32 = torch.finfo(torch.float32).eps
         return 4 * torch.finfo(self.dtype).eps + math.sqrt(in_features) * eps32
-
-
-def on_own_kernels(job: Job) -> Job:
-    """The job on this project's own int8 kernels, where its Linears can be looked into.
-
-    A study that is evaluated on vLLM has its checkpoints proved here; `make serve-check`
-    holds vLLM's Linears to the same products.
-    """
-    if job.study.runtime.quantized != "vllm":
-        return job
-    runtime = job.study.runtime.model_copy(update={"quantized": "int8"})
-    return replace(job, study=job.study.model_copy(update={"runtime": runtime}))

@@ -4,12 +4,17 @@ The gates of `verification` look at the checkpoint. A run that verifies one mode
 another (the float source, another checkpoint, another float type) passes them all.
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
 from helpers.quantization.variants import load_variant, running_type
+from helpers.sources.models import load_config, model_folder
+from helpers.sources.tensor_files import TensorFiles
+from helpers.study.architectures import HEAD
 from helpers.study.gates import Gate
 from helpers.study.hashing import sha256_folder
 from helpers.study.opening import Job
@@ -48,8 +53,9 @@ def is_int8(linear: nn.Module) -> bool:
 def files_gate(asked):
     """Every tensor in memory is what the variant's own files give when they are loaded again."""
     job, model = asked
-    again = load_variant(job)[0].state_dict()
-    found = model.state_dict()
+    again, found = _from_files(job), model.state_dict()
+    if model.config.tie_word_embeddings:  # it is the embeddings, and compared as those
+        del found[f"{HEAD}.weight"]
     odd = sorted(found.keys() ^ again.keys())
     odd += [k for k in sorted(found.keys() & again.keys()) if not _same(found[k], again[k])]
     return (
@@ -57,6 +63,21 @@ def files_gate(asked):
         f"{len(odd)} of {len(again)} tensors differ{named(odd)}",
         f"none, from the files of {job.model}/{job.variant}",
     )
+
+
+def _from_files(job: Job) -> Mapping[str, torch.Tensor]:
+    """What the variant's files hold: of a float model one tensor at a time, as it lies there."""
+    if job.recipe.quantized:
+        again = load_variant(job)[0]
+        tensors, tied = again.state_dict(), again.config.tie_word_embeddings
+        return {k: t for k, t in tensors.items() if not (tied and k == f"{HEAD}.weight")}
+    folder = model_folder(job.study, job.model, job.paths)
+    if job.recipe.changes_model:
+        folder = job.paths.checkpoint(job.model, job.variant)
+    files = TensorFiles(folder, dtype=getattr(torch, running_type(job).dtype))
+    if load_config(folder).tie_word_embeddings:
+        files.leave_out(f"{HEAD}.weight")
+    return files
 
 
 @gate("the checkpoint that was verified")
@@ -74,4 +95,4 @@ def verified_gate(job):
 
 
 def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+    return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from helpers.quantization.probing import logits_of
+HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
 
 
 class Probe:
@@ -24,17 +24,27 @@ class Probe:
 
     def __init__(self, model, texts: list[list[int]]):
         self.texts = texts
-        self.expected = [logits.log_softmax(-1) for logits in logits_of(model, texts)]
+        self.expected = list(_logprobs(model, texts))
 
     def divergence(self, model) -> dict[str, float]:
         """KL(float ‖ model) in nats a token, and the share of tokens with the same top-1."""
         kl, same, tokens = 0.0, 0, 0
-        for expected, logits in zip(self.expected, logits_of(model, self.texts), strict=True):
-            found = logits.log_softmax(-1)  # (tokens, vocabulary)
+        for expected, found in zip(self.expected, _logprobs(model, self.texts), strict=True):
             kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
             same += int((expected.argmax(-1) == found.argmax(-1)).sum())
             tokens += len(found)
         return {"kl": kl / tokens, "top1_agreement": same / tokens}
+
+
+@torch.inference_mode()
+def _logprobs(model, texts: list[list[int]]) -> Iterator[Tensor]:
+    """(some tokens, vocabulary) log-probabilities, text after text, a few tokens at a time."""
+    head = model.get_output_embeddings()
+    for tokens in texts:
+        ids = torch.tensor([tokens], device=model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        for rows in hidden.split(HEAD_ROWS):
+            yield head(rows).float().log_softmax(-1).cpu()
 
 
 def left_float(model, targets: list[str], absmax: dict[str, Tensor], probe: Probe) -> list[dict]:

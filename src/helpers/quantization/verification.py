@@ -48,4 +48,5 @@ def verify(job: Job, *, source_hash: str) -> list[Gate]:
         source_hash: content hash of the source's folder before the run.
     """
     evidence = Evidence(job, source_hash=source_hash)
+    evidence.let_go()  # of what the making of the checkpoint left behind
     return [check(evidence) for check in checks(job.recipe.claim)]

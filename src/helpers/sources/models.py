@@ -49,8 +49,8 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
     match study.models[model]:
         case BundledModel():
             return bundled_model_folder()
-        case RandomModel(random=family):
-            return random_model_folder(family, seed=study.seed)
+        case RandomModel(random=family, size=size):
+            return random_model_folder(family, size=size, seed=study.seed)
         case FolderModel(folder=folder):
             return resolve(folder)
         case HubModel() as source:

@@ -1,13 +1,14 @@
-"""A tiny model with seeded random weights and a byte-level tokenizer, for tests.
+"""A model with seeded random weights and a byte-level tokenizer: tiny, or of a real size.
 
 It speaks nonsense; what it shares with a real model is its architecture, its file
-layout and its chat format.
+layout and its chat format, and at full size its time and memory.
 """
 
 import os
 import shutil
 from pathlib import Path
 
+from helpers.study.hashing import canonical_json, sha256_text
 from helpers.study.paths import cache_root
 
 CHAT_TEMPLATE = (
@@ -31,6 +32,21 @@ GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 GATED = {"intermediate_size": 96, "initializer_range": 0.15, **GROUPED}
 WINDOW = 24  # tokens that a layer with a sliding window looks back, so few that tests notice
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# As Qwen/Qwen3-0.6B configures itself, but for the ids of its special tokens.
+QWEN3_06B = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    "tie_word_embeddings": True,
+}
 FAMILIES: dict[str, dict] = {
     "llama": GATED,
     "mistral": {**GATED, "sliding_window": WINDOW},
@@ -86,13 +102,19 @@ def random_model(family: str, *, seed: int, **changes):
     return model.eval()
 
 
-def random_model_folder(family: str, *, seed: int) -> Path:
-    """The model and its tokenizer as a Hub-style folder, made on first use."""
-    folder = cache_root() / "models" / f"random-{family}-{seed}"
+def random_model_folder(family: str, *, size: str, seed: int) -> Path:
+    """The model and its tokenizer as a Hub-style folder, made on first use.
+
+    A tiny model is in float32, a full-sized one in bfloat16 as it is published.
+    """
+    changes = {"tiny": {}, "0.6b": QWEN3_06B}[size]
+    made_of = sha256_text(canonical_json({**SIZES, **FAMILIES[family], **changes}))[:8]
+    folder = cache_root() / "models" / f"random-{family}-{size}-{seed}-{made_of}"
     if not folder.is_dir():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
         temporary.mkdir(parents=True)
-        random_model(family, seed=seed).save_pretrained(temporary)
+        model = random_model(family, seed=seed, **changes)
+        (model if size == "tiny" else model.bfloat16()).save_pretrained(temporary)
         byte_tokenizer().save_pretrained(temporary)
         try:
             temporary.rename(folder)

@@ -77,5 +77,6 @@ class TensorFiles(Mapping[str, Tensor]):
         return torch.Size(shape).numel() * dtype.itemsize
 
     def leave_out(self, name: str) -> None:
-        """Do as if the tensor were not there."""
-        del self._places[name], self._looks[name]
+        """Do as if the tensor were not there, if it is."""
+        self._places.pop(name, None)
+        self._looks.pop(name, None)

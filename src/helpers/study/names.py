@@ -13,7 +13,7 @@ TAKEN = {
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
-TAKEN_STUDIES = {"bench", "serve-check"}  # folders of outputs/ that are no study's
+TAKEN_STUDIES = {"bench", "serve-check", "scale"}  # folders of outputs/ that are no study's
 DEVICES = {"con", "prn", "aux", "nul"}
 DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 

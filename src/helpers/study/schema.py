@@ -183,9 +183,16 @@ class BundledModel(Strict):
 
 
 class RandomModel(Strict):
-    """A tiny model with seeded random weights, for tests."""
+    """A model with seeded random weights: tiny, for tests, or as large as Qwen3-0.6B."""
 
     random: Literal[*ARCHITECTURES]
+    size: Literal["tiny", "0.6b"] = "tiny"
+
+    @model_validator(mode="after")
+    def _size_of_a_family(self):
+        if self.size == "0.6b" and self.random != "qwen3":
+            raise ValueError(f"size = {self.size!r} is that of random: qwen3; leave it out")
+        return self
 
 
 class FineTuning(Strict):
