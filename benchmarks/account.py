@@ -7,7 +7,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.turns import Comparison
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style, new_figure
-from helpers.study.records import write_atomically, write_json
+from helpers.study.records import write_json
+from helpers.study.writing import write_atomically
 
 HEADER = ("what", "ours", "peer", "ours took", "peer took", "ratio", "rounds", "goal", "answers")
 

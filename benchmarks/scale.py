@@ -17,13 +17,8 @@ from benchmarks.machine import features
 from helpers.study.grid import Run, runs
 from helpers.study.opening import open_job
 from helpers.study.paths import StudyPaths, outputs_root
-from helpers.study.records import (
-    package_versions,
-    peak_memory_bytes,
-    read_json,
-    write_atomically,
-    write_json,
-)
+from helpers.study.records import package_versions, peak_memory_bytes, read_json, write_json
+from helpers.study.writing import write_atomically
 
 STUDY, FOLDER = "sizes", "scale"
 MADE = "quantization"  # the stage that makes a checkpoint

@@ -28,7 +28,8 @@ from helpers.sources.models import load_tokenizer, model_folder
 from helpers.study.errors import StudyError
 from helpers.study.opening import Job, open_job
 from helpers.study.paths import outputs_root
-from helpers.study.records import package_versions, write_atomically, write_json
+from helpers.study.records import package_versions, write_json
+from helpers.study.writing import write_atomically
 
 LAYER_TOLERANCE = 1e-5  # of the largest output: float32 rounding
 FLOAT_TOLERANCE = 1e-3  # nats, of one token's log-probability in a float32 model

@@ -155,6 +155,16 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory):
+    """The smoke study, run once by make and never touched: what all other runs must equal."""
+    from smoke_study import Smoke
+
+    study = Smoke(tmp_path_factory.mktemp("undisturbed") / "study")
+    study.done()
+    return study
+
+
+@pytest.fixture(scope="session")
 def sound_runs(tmp_path_factory):
     """make(family, variant): a sound run of a tiny model, made once a session."""
     from quantized_run import QuantizedRun

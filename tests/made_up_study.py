@@ -8,11 +8,12 @@ import yaml
 import test_report
 from conftest import STUDY
 from helpers.evaluation.prompt_records import prompt_digest
+from helpers.study.checksums import checksums
 from helpers.study.execution import run_notebook
 from helpers.study.export import export_report
 from helpers.study.opening import open_job
 from helpers.study.paths import PROJECT
-from helpers.study.records import write_json, write_jsonl
+from helpers.study.records import read_json, write_json, write_jsonl
 from hostile_text import HOSTILE, PLAIN
 
 FILE_NAMES = {HOSTILE: "rows|`x`<b>$y$ [z](w).jsonl", PLAIN: "rows.jsonl"}
@@ -83,6 +84,9 @@ def made_up_study(folder, texts):
         _put_prompts(job, model, texts)
         for place, variant in enumerate(job.study.variants):
             _put_gates(job, model, variant, texts[place], failed=variant == "static")
+    for record in job.paths.root.rglob("record.json"):
+        found = read_json(record, made_by="the test")
+        write_json(record, found | {"files": checksums(record.parent)})
     return path, job
 
 

@@ -13,7 +13,9 @@ from helpers.study.paths import PROJECT
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
 LOCK_TEXT = (PROJECT / "requirements.lock").read_text("utf-8")
 LOCK = [Requirement(x) for x in LOCK_TEXT.splitlines() if x and not x.startswith("#")]
-GROUPS = [PYPROJECT["dependencies"], *PYPROJECT["optional-dependencies"].values()]
+OPTIONAL = PYPROJECT["optional-dependencies"]
+EXECUTORS = {path.parent.name for path in PROJECT.glob("profiles/*/config.yaml")}
+GROUPS = [PYPROJECT["dependencies"], *(OPTIONAL[n] for n in OPTIONAL if n not in EXECUTORS)]
 DECLARED = [Requirement(x) for group in GROUPS for x in group]
 
 
@@ -31,6 +33,15 @@ def test_every_dependency_is_locked_at_a_version_it_admits(declared):
         assert declared.specifier.contains(exact(requirement), prereleases=True)
         if exact(declared):
             assert exact(requirement) == exact(declared)
+
+
+def test_what_an_executor_needs_is_pinned_and_stays_out_of_the_environment():
+    """It is installed beside it, by `make study EXECUTOR=…`."""
+    assert OPTIONAL.keys() >= EXECUTORS
+    locked = {canonicalize_name(r.name) for r in LOCK}
+    for declared in (Requirement(x) for name in EXECUTORS for x in OPTIONAL[name]):
+        assert exact(declared)
+        assert canonicalize_name(declared.name) not in locked
 
 
 def test_every_line_of_the_lock_is_one_exact_version():

@@ -14,10 +14,10 @@ from helpers.study.records import (
     package_versions,
     read_json,
     read_jsonl,
-    write_atomically,
     write_json,
     write_jsonl,
 )
+from helpers.study.writing import write_atomically
 
 
 def names(folder) -> set[str]:

@@ -32,6 +32,7 @@ LIGHT_EVALUATION = {
     "controls",
     "answers",
     "old_rules",
+    "progress",
 }
 
 

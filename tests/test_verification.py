@@ -7,8 +7,9 @@ import torch
 
 from helpers.quantization import verification
 from helpers.quantization.gates import Gate, as_record, gate
-from helpers.quantization.variants import load_variant, variant_digest
+from helpers.quantization.variants import load_variant
 from helpers.sources.models import load_model, model_folder
+from helpers.study.hashing import sha256_folder
 from quantized_run import VARIANTS, QuantizedRun
 
 SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
@@ -52,7 +53,7 @@ def test_smoothing_alone_computes_what_the_source_does(sound_run, family, target
         assert {c.gate_name for c in verification.checks(job.recipe)} == APPLY_TO_FLOAT
         smoothed = load_variant(job)[0]
         source = load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
-        assert variant_digest(job) != run.source_hash
+        assert sha256_folder(run.checkpoint) != run.source_hash
     weights = dict(source.named_parameters())
     assert any(not torch.equal(p, weights[n]) for n, p in smoothed.named_parameters())
     ids = torch.arange(3, 60)[None]

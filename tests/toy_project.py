@@ -1,5 +1,6 @@
 """A copy of the project with notebooks that take no time, for tests of the workflow."""
 
+import copy
 import json
 import os
 import shutil
@@ -69,13 +70,19 @@ STUDY = {
     },
 }
 
-# Stands in for papermill where only the workflow is tested: no kernel, no waiting.
+# Stands in for papermill where only the workflow is tested: no kernel, no waiting. A stage
+# named in KERNEL has a real one.
 STUB = """
-import json
+import json, sys
 
-def execute_notebook(notebook, output, parameters, **_):
-    text, space = notebook.read_text(), {}
-    output.write_text(text)
+def execute_notebook(notebook, output, parameters, **more):
+    if KERNEL and notebook.stem.endswith(KERNEL):
+        del sys.modules["papermill"]
+        sys.path.remove(next(p for p in sys.path if __file__ == f"{p}/papermill.py"))
+        import papermill
+        return papermill.execute_notebook(notebook, output, parameters=parameters, **more)
+    text, space = notebook.read_text("utf-8"), {}
+    output.write_text(text, "utf-8")
     for index, cell in enumerate(json.loads(text)["cells"]):
         exec("".join(cell["source"]), space)
         if index == 0:
@@ -123,20 +130,24 @@ def stage_notebook(stage: str):
     return notebook(uses, work, *([table] if stage == "analysis" else []))
 
 
-def make(folder: Path, *, kernels: bool) -> Path:
-    """A project with the real code and Snakefile, toy notebooks and the study `toy`."""
+def make(folder: Path, *, kernels: bool | str) -> Path:
+    """A project with the real code and Snakefile, toy notebooks and the study `toy`.
+
+    Args:
+        kernels: whether notebooks run in kernels, or the one stage whose notebooks do.
+    """
     shutil.copytree(PROJECT / "src" / "helpers", folder / "src" / "helpers")
     shutil.copy(PROJECT / "Snakefile", folder)
+    shutil.copytree(PROJECT / "profiles", folder / "profiles")
     for name in ("notebooks", "params"):
         (folder / name).mkdir()
     tables = folder / "src" / "helpers" / "report" / "tables.py"
     tables.touch()
-    for stage in USES:
-        path = folder / "notebooks" / f"{grid.NOTEBOOKS[stage]}.ipynb"
-        nbformat.write(stage_notebook(stage), path)
+    for stage, name in grid.NOTEBOOKS.items():
+        nbformat.write(stage_notebook(stage), folder / "notebooks" / f"{name}.ipynb")
     write_study(folder, STUDY)
-    if not kernels:
-        (folder / "src" / "papermill.py").write_text(STUB)
+    if kernels is not True:
+        (folder / "src" / "papermill.py").write_text(f"KERNEL = {kernels or ''!r}\n{STUB}")
     return folder
 
 
@@ -150,20 +161,39 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def jobs(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
-    """`python -m helpers.study.jobs …` in the toy project."""
-    return subprocess.run(
+    """`python -m helpers.study.jobs …` in the toy project; what it says is kept as text."""
+    process = start(folder, *arguments, **more)
+    out, err = process.communicate(timeout=120)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(folder: Path, *arguments: str, **more) -> subprocess.Popen:
+    """The same in a process group of its own, as from a terminal, and not waited for."""
+    return subprocess.Popen(
         [sys.executable, "-m", "helpers.study.jobs", *arguments],
         cwd=folder,
         env=environment(folder) | more,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=120,
-        check=False,
+        encoding="utf-8",
+        start_new_session=True,
     )
 
 
-def run_study(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    return jobs(folder, "study", "toy", "--cores", "4", "--job-mb", "100", "--", *options)
+WHOLE = ("study", "toy", "--cores", "4", "--job-mb", "100")
+
+
+def run_study(folder: Path, *options: str, **more) -> subprocess.CompletedProcess:
+    return jobs(folder, *WHOLE, "--", *options, **more)
+
+
+def small() -> dict:
+    """The study cut down to six runs: one model, the baseline and one variant."""
+    study = copy.deepcopy(STUDY)
+    del study["models"]["tuned"], study["variants"]["rtn"]
+    study["statistics"]["primary"] = []
+    return study
 
 
 def planned(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ from helpers.evaluation import served
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
+from helpers.evaluation.progress import Progress, Unkept
 from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import end_of_turn
@@ -19,13 +20,23 @@ from helpers.study.errors import StudyError
 from helpers.study.schema import Batch, EvaluationSet, Study
 
 
-def ask_all(model, tokenizer, study: Study) -> dict[str, list[dict]]:
-    """The predictions of every evaluation set of the study, by its name."""
+def ask_all(
+    model, tokenizer, study: Study, progress: Progress | None = None
+) -> dict[str, list[dict]]:
+    """The predictions of every evaluation set of the study, by its name.
+
+    Args:
+        progress: keeps them as they are made, and holds those of a run that was cut short.
+    """
     answers = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)
-        stream = evaluate(model, tokenizer, items, wanted, limits=study.evaluation.batch)
-        found = {p["id"]: p for p in tqdm(stream, total=len(items), desc=name, unit="item")}
+        asked = {item.id: prompt(item, wanted, tokenizer).hash for item in items}
+        kept = progress.of(name, asked) if progress else Unkept()
+        rest = [item for item in items if item.id not in kept.rows]
+        fresh = evaluate(model, tokenizer, rest, wanted, limits=study.evaluation.batch)
+        counted = {"total": len(items), "initial": len(kept.rows), "desc": name, "unit": "item"}
+        found = kept.rows | {p["id"]: p for p in tqdm(kept.appending(fresh), **counted)}
         answers[name] = [found[item.id] for item in items]
     return answers
 

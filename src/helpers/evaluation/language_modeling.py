@@ -23,10 +23,11 @@ from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
+from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
 from helpers.study.opening import Job
-from helpers.study.records import write_atomically
+from helpers.study.writing import write_atomically
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,11 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
         model: that variant, loaded.
 
     Raises:
-        StudyError: the baseline has not been evaluated yet.
+        StudyError: the baseline has not been evaluated yet, or a file of it is damaged.
     """
+    if job.variant != job.study.baseline:
+        baseline = job.paths.evaluation(job.model, job.study.baseline)
+        refuse_damaged(baseline, made_by="03_evaluation")
     wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)

@@ -39,15 +39,18 @@ def study_verdicts(
     """Every variant against the study's baseline, and every declared comparison.
 
     Holm's family is the declared comparisons, all of them: one that is invalid stays in
-    it with p = 1, so that failing a check never eases the test of another.
+    it with p = 1, so that failing a check never eases the test of another. So does one of
+    which a side is not there yet; it gets no verdict.
 
     Args:
         answers: by (model, dataset, variant).
     """
     rules, primary = rules_of(study), study.statistics.primary
     wanted = [*primary, *_against_baseline(study)]
-    judged, p_values = {}, {}
+    judged, p_values = {}, dict.fromkeys(primary, 1.0)
     for c in dict.fromkeys(wanted):
+        if not {(c.model, c.dataset, name) for name in (c.baseline, c.variant)} <= answers.keys():
+            continue
         sides = [answers[c.model, c.dataset, name] for name in (c.baseline, c.variant)]
         adapter = study.evaluation.datasets[c.dataset].adapter
         alpha = rules.alpha / rules.family if c in primary else rules.alpha
@@ -57,8 +60,8 @@ def study_verdicts(
             uninformative_reason(adapter, sides[0], rules),
         )
         judged[c] = paired, reasons
-        if c in primary:
-            p_values[c] = 1.0 if reasons[0] else paired.p
+        if c in primary and not reasons[0]:
+            p_values[c] = paired.p
     adjusted = holm(p_values)
     return {c: judge(p, *why, adjusted.get(c), rules) for c, (p, why) in judged.items()}
 

@@ -20,7 +20,7 @@ from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.experts import every_expert_reads
 from helpers.sources.memory import trim_heap
 from helpers.study.errors import StudyError
-from helpers.study.records import write_atomically
+from helpers.study.writing import write_atomically
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
 LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each

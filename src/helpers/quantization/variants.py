@@ -12,6 +12,7 @@ from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources.devices import placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
+from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_folder
 from helpers.study.opening import Job
@@ -54,8 +55,13 @@ def running_type(job: Job) -> Runtime:
 
 
 def variant_digest(job: Job) -> str:
-    """Content hash of the files the variant is loaded from."""
+    """Content hash of the files the variant is loaded from.
+
+    Raises:
+        StudyError: a file is not what its stage wrote.
+    """
     if job.recipe.changes_model:
+        refuse_damaged(job.paths.quantization(job.model, job.variant), made_by="02_quantization")
         return sha256_folder(job.paths.checkpoint(job.model, job.variant))
     return sha256_folder(model_folder(job.study, job.model, job.paths))
 

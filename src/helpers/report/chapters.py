@@ -38,6 +38,16 @@ def text(*paragraphs: str) -> Markdown:
     return Markdown("\n\n".join(filter(None, paragraphs)) + "\n")
 
 
+def notice(missing: tuple[str, ...]) -> Shown:
+    """What a partial report lacks, before anything else; nothing for a whole one."""
+    if not missing:
+        return []
+    lines = sentences.bullets([escape(name) for name in missing])
+    about = "**This report is partial.** Nothing is said here about the runs it lacks, and no "
+    about += "verdict rests on them; declared comparisons among them stay counted in Holm's family."
+    return [text(about, lines)]
+
+
 def opening(results: Results) -> Shown:
     """The question, the answer, the headline table, the key findings and the controls."""
     verdicts, duties = executive.verdict_table(results), controls.duties(results)

@@ -23,8 +23,9 @@ from helpers.report.formats import (
     percent,
 )
 from helpers.study.opening import Job
-from helpers.study.records import read_json, write_atomically
+from helpers.study.records import read_json
 from helpers.study.schema import BundledModel, FineTunedModel, HubModel, Study
+from helpers.study.writing import write_atomically
 
 CARD = "README.md"
 BUNDLED = {"smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}

@@ -17,20 +17,26 @@ from helpers.report.estimates import Estimate, main_metric, token_estimates
 from helpers.report.evaluated import Evaluated
 from helpers.report.results import Results
 from helpers.study.gates import WHOLE_VARIANT
-from helpers.study.records import write_atomically, write_json
+from helpers.study.records import write_json
 from helpers.study.schema import Comparison, Study
+from helpers.study.writing import write_atomically
 
 COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
 SHARED = "shared_text"
 ANSWERS = "answers"
 
 
-def write_summary(results: Results, folder: Path) -> None:
-    """Write the answers and summary.csv, then summary.json, the sign that all is done."""
+def write_summary(results: Results, folder: Path, *, missing: tuple[str, ...] = ()) -> None:
+    """Write the answers and summary.csv, then summary.json, the sign that all is done.
+
+    Args:
+        missing: runs a partial report does without; summary.json names them.
+    """
     hashes = write_answers(folder / ANSWERS, results.study, results.published.asked)
     table = csv_text(results)
     write_atomically(folder / "summary.csv", lambda p: p.write_text(table, encoding="utf-8"))
-    write_json(folder / "summary.json", summary(results) | {ANSWERS: hashes})
+    partial = {"missing": list(missing)} if missing else {}
+    write_json(folder / "summary.json", partial | summary(results) | {ANSWERS: hashes})
 
 
 def summary(results: Results) -> dict:

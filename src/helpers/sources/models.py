@@ -4,7 +4,6 @@ A folder is the one form the later stages know: config, safetensors, tokenizer. 
 code is never run and pickled weights are never read.
 """
 
-import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from helpers.sources.random_model import random_model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.sources.weights import refuse_unsafe
 from helpers.study.architectures import HEAD, architecture, linear_names
+from helpers.study.checksums import RECORD, refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.loading import resolve
 from helpers.study.paths import StudyPaths
@@ -32,13 +32,15 @@ from helpers.study.schema import (
     Runtime,
     Study,
 )
+from helpers.study.writing import replace_folder
 
 
 def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
     """The folder of one model of the study, converted where that is needed.
 
     Raises:
-        StudyError: the model cannot be had, or not without running its code; says what to do.
+        StudyError: the model cannot be had, or not without running its code, or a file of it is
+            damaged; says what to do.
     """
     folder = _folder_of(study, model, paths)
     refuse_unsafe(folder)
@@ -56,8 +58,9 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
         case HubModel() as source:
             return _fetched(source, paths.study)
     folder = paths.finetuned_model(model)
-    if not (folder / "record.json").is_file():
+    if not (folder / RECORD).is_file():
         raise StudyError(f"model {model!r} is not trained yet; run 00_finetuning first")
+    refuse_damaged(folder, made_by="00_finetuning")
     return folder
 
 
@@ -158,12 +161,12 @@ def _not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
 
 def save_model(model, tokenizer, folder: Path, **options) -> None:
     """Write model and tokenizer to a new folder of that name; an old one is replaced whole."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary, **options)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+
+    def fill(temporary: Path) -> None:
+        model.save_pretrained(temporary, **options)
+        tokenizer.save_pretrained(temporary)
+
+    replace_folder(folder, fill)
 
 
 def load_tokenizer(folder: Path, *, enable_thinking: bool | None):

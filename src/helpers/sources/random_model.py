@@ -4,10 +4,9 @@ It speaks nonsense; what it shares with a real model is its architecture, its fi
 layout and its chat format, and at full size its time and memory.
 """
 
-import os
-import shutil
 from pathlib import Path
 
+from helpers.study.cache import kept_folder
 from helpers.study.hashing import canonical_json, sha256_text
 from helpers.study.paths import cache_root
 
@@ -106,18 +105,17 @@ def random_model_folder(family: str, *, size: str, seed: int) -> Path:
     """The model and its tokenizer as a Hub-style folder, made on first use.
 
     A tiny model is in float32, a full-sized one in bfloat16 as it is published.
+
+    Raises:
+        StudyError: the folder is damaged; says what to do.
     """
     changes = {"tiny": {}, "0.6b": QWEN3_06B}[size]
     made_of = sha256_text(canonical_json({**SIZES, **FAMILIES[family], **changes}))[:8]
-    folder = cache_root() / "models" / f"random-{family}-{size}-{seed}-{made_of}"
-    if not folder.is_dir():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        temporary.mkdir(parents=True)
+
+    def fill(folder: Path) -> None:
         model = random_model(family, seed=seed, **changes)
-        (model if size == "tiny" else model.bfloat16()).save_pretrained(temporary)
-        byte_tokenizer().save_pretrained(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            shutil.rmtree(temporary)
-    return folder
+        (model if size == "tiny" else model.bfloat16()).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+
+    name = f"random-{family}-{size}-{seed}-{made_of}"
+    return kept_folder(cache_root() / "models" / name, fill)

@@ -11,7 +11,6 @@ has to come out as it went in.
 
 import argparse
 import contextlib
-import fcntl
 import gzip
 import io
 import json
@@ -25,8 +24,10 @@ from pathlib import Path, PurePosixPath
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.loading import load_study, study_file
+from helpers.study.locking import hold, release
 from helpers.study.names import PATTERN
 from helpers.study.paths import PROJECT, StudyPaths, outputs_root
+from helpers.study.writing import write_atomically
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -52,24 +53,19 @@ def pack(study: str, to: Path | None = None) -> Path:
         hashes = {name: sha256_file(path) for name, path in files.items()}
         about = {"format": FORMAT, "study": paths.study, "files": hashes}
         target = to or outputs_root() / f"{paths.study}.tar.gz"
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            _write(temporary, about, files)
-            temporary.replace(target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_atomically(target, lambda path: _write(path, about, files))
     return target
 
 
 @contextlib.contextmanager
 def _nobody_writing(paths: StudyPaths) -> Iterator[None]:
     """Hold the study's lock, the one a run holds."""
-    with open(outputs_root() / f".{paths.study}.lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise StudyError(f"study {paths.study!r} is being run; wait for it") from None
+    lock = outputs_root() / f".{paths.study}.lock"
+    hold(lock, f"study {paths.study!r} is being run")
+    try:
         yield
+    finally:
+        release(lock)
 
 
 def _results(paths: StudyPaths) -> dict[str, Path]:

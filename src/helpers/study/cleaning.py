@@ -17,11 +17,10 @@ PNG = "image/png"
 PAPERMILL_KEEPS = ("duration", "exception", "parameters", "status", "version")
 
 
-def clean_file(path: Path) -> None:
-    """Clean an executed notebook in place."""
+def cleaned_text(path: Path) -> str:
+    """An executed notebook's file as it is to be kept."""
     cleaned = clean_notebook(json.loads(path.read_text("utf-8")))
-    text = json.dumps(cleaned, indent=1, ensure_ascii=False)
-    path.write_text(text + "\n", encoding="utf-8")
+    return json.dumps(cleaned, indent=1, ensure_ascii=False) + "\n"
 
 
 def clean_notebook(notebook: dict) -> dict:

@@ -6,6 +6,7 @@ however that ended, and its kernel with it.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
@@ -13,14 +14,16 @@ import threading
 import time
 from pathlib import Path
 
-from helpers.study.cleaning import clean_file
-from helpers.study.errors import StudyError
+from helpers.study.cleaning import cleaned_text
+from helpers.study.errors import StudyError, remedy
 from helpers.study.paths import PROJECT
 from helpers.study.plain_text import message
+from helpers.study.writing import write_atomically
 
 PR_SET_PDEATHSIG = 1
 JOB_ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",  # whatever the locale is
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the debugger's start-up warning
     "TOKENIZERS_PARALLELISM": "false",
 }
@@ -85,26 +88,25 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, str]) -> No
     """
     running = output.with_name(f"{output.stem}.running.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
-    for old in (output, running):
-        old.unlink(missing_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
     os.environ.update(JOB_ENVIRONMENT)
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        for old in (output, running):
+            old.unlink(missing_ok=True)
         _execute(notebook, running, parameters)
+        _publish(running, output)
+        failed.unlink(missing_ok=True)
     except Exception as error:
-        if not running.is_file():
-            raise JobFailed(_reason(error)) from error
-        clean_file(running)
-        running.replace(failed)
-        raise JobFailed(f"{_reason(error)}\nsee {_shown(failed)}") from error
-    clean_file(running)
-    running.replace(output)
-    failed.unlink(missing_ok=True)
+        raise JobFailed(_reason(error) + _kept(running, failed)) from error
+    finally:
+        running.unlink(missing_ok=True)
 
 
 def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
     import papermill
 
+    for name in ("asyncio", "traitlets"):  # what they would log, the job says in its own words
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             papermill.execute_notebook(
@@ -124,6 +126,20 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
                 raise
 
 
+def _publish(running: Path, final: Path) -> None:
+    text = cleaned_text(running)
+    write_atomically(final, lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _kept(running: Path, failed: Path) -> str:
+    """Keep the notebook of a failure if that can be done; say where it is."""
+    try:
+        _publish(running, failed)
+    except (OSError, ValueError):  # there is none, or the disk is full
+        return ""
+    return f"\nsee {_shown(failed)}"
+
+
 def _reason(error: Exception) -> str:
     """Why, in one line; the user's own mistakes without the exception's name."""
     from nbclient.exceptions import DeadKernelError
@@ -134,7 +150,8 @@ def _reason(error: Exception) -> str:
     value = str(getattr(error, "evalue", error)).strip()
     if name == StudyError.__name__:
         return value
-    return f"{name}: {value.splitlines()[-1] if value else 'no message'}"
+    told = f"{name}: {value.splitlines()[-1] if value else 'no message'}"
+    return "; ".join(filter(None, (told, remedy(f"{name} {value}"))))
 
 
 def _shown(path: Path) -> Path:

@@ -9,7 +9,7 @@ from traitlets.config import Config
 
 from helpers.study.loading import load_study
 from helpers.study.plain_text import one_line
-from helpers.study.records import write_atomically
+from helpers.study.writing import write_atomically
 
 HIDDEN = "hide-in-report"
 # A page of reading width; a table wider than that scrolls by itself and breaks no name.

@@ -6,7 +6,8 @@ The Snakefile is made of this. Two things decide whether a run is repeated:
   keys. Snakemake compares parameters as a set of values, so that two swapped values
   would go unseen if they were given one by one.
 - `source_files`: the notebook, the helper modules it imports, directly or through
-  others, and the local data it reads.
+  others, and the local data it reads. What they hold counts, not when they were written
+  (`helpers.study.accounts`).
 
 Left out on purpose: modules that only read and check the study file (what they read is
 in `depends_on`), those that only run notebooks, and, for every stage but analysis, the
@@ -44,6 +45,7 @@ HELPERS = Path(__file__).resolve().parents[1]
 PLUMBING = ("errors", "loading", "model_folders", "names", "opening", "paths", "pins", "schema")
 PLUMBING += ("archive", "cleaning", "execution", "export", "grid", "jobs", "workflow")
 PLUMBING += ("yaml_text",)
+PLUMBING += ("accounts", "cluster", "locking", "partial", "terminal")
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in PLUMBING}
 
 

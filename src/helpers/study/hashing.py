@@ -35,17 +35,27 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def sha256_folder(folder: Path) -> str:
-    """Hex digest over the names and contents of all files below a folder.
+def file_digests(folder: Path) -> dict[str, str]:
+    """Hex digest of every file below a folder, by its path in it.
 
     `record.json` and a card (`README.md`) are left out: they tell of the content, and of a
-    run with its times.
+    run with its times. So is what is hidden: locks and unfinished files.
+    """
+    found = {}
+    for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+        inside = path.relative_to(folder)
+        if path.name not in ABOUT and not any(p.startswith(".") for p in inside.parts):
+            found[inside.as_posix()] = sha256_file(path)
+    return found
+
+
+def sha256_folder(folder: Path) -> str:
+    """Hex digest over the names and contents of all files below a folder, as `file_digests`.
 
     Raises:
         FileNotFoundError: the folder holds no file.
     """
-    files = sorted(p for p in Path(folder).rglob("*") if p.is_file() and p.name not in ABOUT)
-    if not files:
+    digests = file_digests(folder)
+    if not digests:
         raise FileNotFoundError(f"{folder} holds no files to hash; run the stage that writes it")
-    digests = {p.relative_to(folder).as_posix(): sha256_file(p) for p in files}
     return sha256_data(digests)

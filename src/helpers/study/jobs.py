@@ -4,55 +4,37 @@ Each job says in one line that it starts, and in one how it ended and how long i
 """
 
 import argparse
-import fcntl
-import os
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
-from helpers.study.errors import StudyError
+from helpers.study.errors import StudyError, remedy
 from helpers.study.execution import JobFailed, die_with_parent, kernel, run_notebook
+from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say
 
 
-def _note(word: str) -> str:
-    """Add a word to the account of this `make study`; return `[ 3/18]` if it keeps one."""
-    account = os.environ.get("STUDY_PROGRESS", "")
-    if not account or not Path(account).is_file():
-        return word
-    with open(account, "a+", encoding="utf-8") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.write(f"{word}\n")
-        stream.flush()
-        stream.seek(0)
-        total, *words = stream.read().split()
-    return f"[{words.count('done'):>{len(total)}}/{total}]" if word == "done" else word
-
-
-def _say(first: str, label: str, rest: str = "") -> None:
-    line = f"{first:<8} {label}  {rest}".rstrip()
-    sys.stderr.write(f"{line}\n")  # one write: jobs share the terminal
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
-def job(label: str, work) -> int:
+def job(label: str, work: Callable[[], None]) -> int:
     """Do the work; say when it starts, and when and how it ends. Returns the exit code."""
     die_with_parent()
-    _say("start", label)
+    say(START, label)
     started = time.monotonic()
     try:
         work()
-    except (JobFailed, StudyError) as error:
-        _say(_note("failed"), label, _duration(time.monotonic() - started))
-        sys.stderr.write("".join(f"         {x}\n" for x in str(error).splitlines()))
+    except (JobFailed, StudyError, OSError) as error:
+        say(FAILED, label, f"{duration(time.monotonic() - started)}\n{_told(error)}")
         return 1
     except KeyboardInterrupt:
+        say(STOPPED, label)
         return 130
-    _say(_note("done"), label, _duration(time.monotonic() - started))
+    say(DONE, label, duration(time.monotonic() - started))
     return 0
+
+
+def _told(error: Exception) -> str:
+    """The message; of a system's error, with what to do about it."""
+    return "; ".join(filter(None, (str(error), isinstance(error, OSError) and remedy(str(error)))))
 
 
 def _label(stage: str, parameters: dict[str, str]) -> str:
@@ -66,6 +48,31 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["kernel"]:
         kernel(arguments[1:])
         return 0
+    if arguments[:1] == ["engine"]:
+        return engine(arguments[1:])
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    given = _parser().parse_args(arguments[:cut])
+    given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
+    try:
+        return _dispatch(given)
+    except (StudyError, OSError) as error:
+        print(_told(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def engine(arguments: list[str]) -> int:
+    """Become Snakemake, which ends without a word on Ctrl-C while it still loads."""
+    try:
+        from snakemake.cli import main as snakemake
+
+        return int(snakemake(arguments) or 0)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.study.jobs", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="read a study file and say what is wrong with it")
@@ -74,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     study.add_argument("study")
     study.add_argument("--cores", type=int, required=True)
     study.add_argument("--job-mb", type=int, default=3000, help="memory set aside for one job")
+    study.add_argument("--executor", default="local", help="where jobs run: a folder of profiles/")
     study.add_argument("--only-report", action="store_true", help="only analysis and export")
+    study.add_argument("--partial", action="store_true", help="report what is complete")
     run = commands.add_parser("run", help="execute one notebook")
     run.add_argument("--notebook", type=Path, required=True)
     run.add_argument("--output", type=Path, required=True)
@@ -83,10 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     export.add_argument("--notebook", type=Path, required=True)
     export.add_argument("--study", required=True)
     export.add_argument("--to", type=Path, required=True)
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
-    given = parser.parse_args(arguments[:cut])
-    given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
-    return _dispatch(given)
+    return parser
 
 
 def _dispatch(given: argparse.Namespace) -> int:
@@ -99,14 +105,26 @@ def _dispatch(given: argparse.Namespace) -> int:
             return workflow.run_study(given)
         case "run":
             parameters = dict(given.parameters)
-            stem = given.notebook.stem
-            label = _label(stem.partition("_")[2] or stem, parameters)
-            output = given.output.absolute()
-            return job(label, lambda: run_notebook(given.notebook, output, parameters))
+            stage = given.notebook.stem.partition("_")[2] or given.notebook.stem
+            return job(_label(stage, parameters), lambda: _run(given, stage, parameters))
     from helpers.study.export import export_report
 
-    label = _label("report", {})
-    return job(label, lambda: export_report(given.notebook, given.study, given.to))
+    return job(_label("report", {}), lambda: export_report(given.notebook, given.study, given.to))
+
+
+def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
+    """Execute the notebook; of a run of the grid, leave an account of what it was made from."""
+    from helpers.study import accounts, grid
+    from helpers.study.opening import open_job
+
+    output, account = given.output.absolute(), nullcontext()
+    if stage in grid.NOTEBOOKS and "partial" not in parameters:
+        named = {key: parameters[key] for key in ("study", "model", "variant") if key in parameters}
+        opened = open_job(**named)
+        run = grid.Run(stage, opened.model, opened.variant)
+        account = accounts.kept(opened.study, opened.paths, run)
+    with account:
+        run_notebook(given.notebook, output, parameters)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
 # What the project itself writes beside them, and so no name for them.
 TAKEN = {
-    "models": {"notebooks", "report", "report_files", "report.md", "report.html"}
+    "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
     | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json"},
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},

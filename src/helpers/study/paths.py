@@ -25,6 +25,11 @@ def vllm_python() -> Path:
     return Path(os.environ.get("STUDY_VLLM", PROJECT / ".venv-vllm")) / "bin" / "python"
 
 
+def inside(path: Path) -> str:
+    """The path from the project's folder if it lies in it: such results can be moved."""
+    return os.path.relpath(path, PROJECT) if path.is_relative_to(PROJECT) else str(path)
+
+
 @dataclass(frozen=True)
 class StudyPaths:
     """The folders of one study under `outputs/<study>/`."""

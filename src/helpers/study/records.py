@@ -6,14 +6,17 @@ import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from helpers.study.checksums import RECORD, checksums
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json
+from helpers.study.locking import hold, release
+from helpers.study.writing import write_atomically
 
 RECORDED_PACKAGES = (
     "torch",
@@ -24,17 +27,6 @@ RECORDED_PACKAGES = (
     "numpy",
     "papermill",
 )
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary neighbour, then rename it to `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -109,22 +101,36 @@ class Record:
     """The account of one job: begun in a notebook's first cells, written by its last.
 
     The record of an earlier run is removed at the beginning, so that a stage which fails
-    halfway is not taken for finished.
+    halfway is not taken for finished. From then until it is written, no other process can
+    begin a record of the same folder.
+
+    Raises:
+        StudyError: another process is writing to the folder.
     """
 
     def __init__(self, folder: Path, *, stage: str, parameters: dict):
         self.folder, self.stage, self.parameters = Path(folder), stage, parameters
         self.inputs: dict[str, str] = {}
+        self._elsewhere: list[Path] = []
         self._started, self._clock = datetime.now(UTC), time.monotonic()
-        (self.folder / "record.json").unlink(missing_ok=True)
+        self._lock = self.folder.with_name(f".{self.folder.name}.lock")
+        hold(self._lock, f"{_shown(self.folder)} is being written")
+        (self.folder / RECORD).unlink(missing_ok=True)
 
     def add_input(self, name: str, digest: str) -> None:
         """Note what the job read, by content hash."""
         self.inputs[name] = digest
 
+    def add_outputs(self, *paths: Path) -> None:
+        """Note files or folders the job wrote elsewhere than in the record's folder."""
+        self._elsewhere += paths
+
     def write(self, results: dict) -> Path:
-        """Write `record.json`, the last thing a job does, and return its path."""
-        path = self.folder / "record.json"
+        """Write `record.json`, the last thing a job does, and return its path.
+
+        It holds a checksum of every file the job wrote.
+        """
+        path = self.folder / RECORD
         machine = {"cpu_count": os.cpu_count(), "architecture": platform.machine()}
         write_json(
             path,
@@ -133,6 +139,7 @@ class Record:
                 "parameters": self.parameters,
                 "inputs": self.inputs,
                 "results": results,
+                "files": checksums(self.folder, self._elsewhere),
                 "started": self._started.isoformat(timespec="seconds"),
                 "duration_s": round(time.monotonic() - self._clock, 3),
                 "peak_memory_bytes": peak_memory_bytes(),
@@ -140,4 +147,5 @@ class Record:
                 "packages": package_versions(),
             },
         )
+        release(self._lock)
         return path

@@ -12,6 +12,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from helpers.study.errors import StudyError
+from helpers.study.execution import die_with_parent
 
 
 def in_turns(names: Sequence[str], rounds: int) -> list[str]:
@@ -42,7 +43,8 @@ def measured_in_turns(
 
 def _alone(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
     try:
-        with ProcessPoolExecutor(1, mp_context=_context(preload)) as process:
+        alone = {"mp_context": _context(preload), "initializer": die_with_parent}
+        with ProcessPoolExecutor(1, **alone) as process:
             return process.submit(task).result()
     except BrokenProcessPool:
         raise StudyError(

@@ -2,25 +2,34 @@
 
 One run at a time writes to a study's outputs. The lock is the operating system's and
 ends with the process that holds it, so that nothing has to be unlocked after a crash.
+All that this starts ends with it, however it ends.
 """
 
 import argparse
-import fcntl
 import os
+import shutil
+import signal
 import subprocess
 import sys
-import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from helpers.study import grid
-from helpers.study.errors import StudyError
-from helpers.study.execution import die_with_parent
+from helpers.study import accounts, cluster, grid, partial, terminal
+from helpers.study.errors import FULL, StudyError
+from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
 from helpers.study.loading import load_study, study_file
-from helpers.study.paths import PROJECT, StudyPaths, outputs_root
+from helpers.study.locking import hold
+from helpers.study.paths import PROJECT, StudyPaths, cache_root, inside, outputs_root
 from helpers.study.pins import hub_sources
+from helpers.study.schema import Study
+from helpers.study.writing import remove_leftovers
 
+LEAST_BYTES = 2**24  # free on a disk, for a run to begin at all
 PLAN_WIDTH = 48  # of a job's name in the Snakefile's dry run
-ACCOUNT = ".snakemake/metadata"  # how each output was made; Snakemake's own
+LOCAL = "local"
+DRY = {"-n", "--dry-run", "--dryrun"}
 
 
 def check(study: str) -> int:
@@ -37,30 +46,32 @@ def check(study: str) -> int:
 
 
 def run_study(given: argparse.Namespace) -> int:
-    """Run what is not current, one run at a time per study. Returns the exit code."""
+    """Run what is not current, one run at a time per study. Returns the exit code.
+
+    Raises:
+        StudyError: the study is being run already, or cannot be run as it was asked for.
+        OSError: the outputs cannot be written.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGTERM, _stop)
     if wrong := check(given.study):
         return wrong
-    paths = StudyPaths(study_file(given.study).stem)
-    outputs_root().mkdir(parents=True, exist_ok=True)
-    with open(outputs_root() / f".{paths.study}.lock", "w", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(
-                f"study {paths.study!r} is being run by another process; wait for it or stop it",
-                file=sys.stderr,
-            )
-            return 2
-        if given.only_report and (stale := _not_current(given, paths)):
-            print(
-                f"the report would show results that are not current ({', '.join(stale)}); "
-                "run make study",
-                file=sys.stderr,
-            )
-            return 2
-        if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
-            return wrong
-        return _run_snakemake(given, paths, lock.fileno())
+    study, paths = load_study(given.study), StudyPaths(study_file(given.study).stem)
+    lock = hold(outputs_root() / f".{paths.study}.lock", f"study {paths.study!r} is being run")
+    if not _is_dry(given):
+        _make_ready(given, paths)
+    if given.partial and (runs := accounts.complete(study, paths)) != set(grid.runs(study)):
+        return _report_of(given, partial.part_of(study, runs), paths)
+    if given.only_report and (waiting := _not_current(given, study, paths)):
+        print(
+            f"the report would show results that are not current ({', '.join(waiting)}); "
+            "run make study, or make report PARTIAL=yes for what is complete",
+            file=sys.stderr,
+        )
+        return 2
+    if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
+        return wrong
+    return _run_snakemake(given, study, paths, lock)
 
 
 def _fetch(study: str) -> int:
@@ -71,78 +82,167 @@ def _fetch(study: str) -> int:
     if not hub_sources(load_study(study)):
         return 0
     command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
-    return subprocess.run(command, cwd=PROJECT, check=False).returncode
+    done = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    return done.returncode
 
 
-def _not_current(given: argparse.Namespace, paths: StudyPaths) -> list[str]:
+def _make_ready(given: argparse.Namespace, paths: StudyPaths) -> None:
+    """Room to write, and nothing left of a run that was killed or of a clock that was ahead.
+
+    Raises:
+        StudyError: a disk is full, or jobs of an earlier run do not end.
+    """
+    for place in (outputs_root(), PROJECT):
+        if (free := shutil.disk_usage(place).free) < LEAST_BYTES:
+            raise StudyError(f"{place}: only {free / 2**20:.1f} MB are free on this disk; {FULL}")
+    for place in (paths.root, cache_root()):
+        remove_leftovers(place)
+    now = time.time()
+    for path in paths.root.rglob("*"):
+        if path.lstat().st_mtime > now:  # the engine refuses results older than what they read
+            os.utime(path, (now, now), follow_symlinks=False)
+    if given.executor == "slurm":
+        cluster.stop_leftover_jobs(paths)
+
+
+def _stop(number: int, _frame) -> None:
+    """On SIGTERM: end at once, and everything that was started with it."""
+    print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _not_current(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
     """Runs before the analysis that would have to be repeated, as a dry run tells them."""
-    whole = argparse.Namespace(**vars(given) | {"only_report": False, "options": ["-n"]})
+    changed = {"only_report": False, "options": ["-n"], "executor": LOCAL}
+    command = _command(argparse.Namespace(**vars(given) | changed), study, paths)
     # Whatever goes wrong here goes wrong, and is told, in the run itself too.
     done = subprocess.run(
-        _command(whole, paths), cwd=PROJECT, capture_output=True, text=True, check=False
+        command, cwd=PROJECT, env=_environment(), capture_output=True, text=True, check=False
     )
     planned = [line[:PLAN_WIDTH].strip() for line in done.stdout.splitlines()]
     return [name for name in planned if name not in ("analysis", "report")]
 
 
-def _run_snakemake(given: argparse.Namespace, paths: StudyPaths, lock: int) -> int:
-    with tempfile.NamedTemporaryFile("w+", suffix=".progress") as progress:
+def _report_of(given: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
+    """Analysis and export of a part of the study, into a folder of their own."""
+    folder = partial.folder(paths, partial="yes")
+    notebook = folder / f"{grid.NOTEBOOKS['analysis']}.ipynb"
+    jobs = [sys.executable, "-m", "helpers.study.jobs"]
+    analysis = [*jobs, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
+    analysis += ["-p", "study", given.study, "-p", "partial", "yes"]
+    export = [*jobs, "export", "--notebook", str(notebook), "--study", given.study]
+    for command in (analysis, [*export, "--to", str(folder)]):
+        done = subprocess.run(command, cwd=PROJECT, env=_environment(), check=False)
+        if done.returncode:
+            return done.returncode
+    print(f"partial: {inside(folder / 'report.html')}", file=sys.stderr)
+    print(f"missing: {', '.join(part.missing)}", file=sys.stderr)
+    return 0
+
+
+def _run_snakemake(given: argparse.Namespace, study: Study, paths: StudyPaths, lock: int) -> int:
+    with _progress(paths) as shared:
+        environment = _environment() | {"STUDY_PROGRESS": str(shared)}
         engine = subprocess.Popen(
-            _command(given, paths),
+            _command(given, study, paths),
             cwd=PROJECT,
-            env=os.environ | {"STUDY_PROGRESS": progress.name},
+            env=environment | cluster.environment(given.executor),
             pass_fds=[lock],  # held as long as the engine lives, whatever happens here
             preexec_fn=die_with_parent,
         )
-        while True:
-            try:
-                code = engine.wait()
-                break
-            except KeyboardInterrupt:  # Ctrl-C reaches the engine too; let it stop its jobs
-                continue
-        words = progress.read().split()
-    return _conclude(code, words, paths, dry=_is_dry(given))
+        try:
+            interrupted = _wait(engine, shared, elsewhere=given.executor != LOCAL)
+        except SystemExit:  # what was started here ends by itself; a cluster has to be told
+            engine.kill()
+            if given.executor == "slurm":
+                cluster.stop_leftover_jobs(paths)
+            raise
+        events = terminal.read(shared)[1]
+    if interrupted or engine.returncode < 0:
+        print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
+        return 130 if interrupted else 128 - engine.returncode
+    if not _is_dry(given):
+        _conclude(engine.returncode, events, paths)
+    return engine.returncode
 
 
-def _command(given: argparse.Namespace, paths: StudyPaths) -> list[str]:
-    command = [sys.executable, "-m", "snakemake", "--snakefile", "Snakefile"]
-    command += ["--cores", str(max(1, given.cores)), "--nolock", "--keep-going"]
-    command += ["--rerun-incomplete", "--scheduler", "greedy"]
-    command += ["--default-resources", f"mem_mb={given.job_mb}"]
-    command += ["--resources", f"mem_mb={max(given.job_mb, _memory_mb())}", "gpu=1"]
+def _wait(engine: subprocess.Popen, shared: Path, *, elsewhere: bool) -> bool:
+    """Wait for the engine; show what jobs say that have no terminal, or note inside.
+
+    Ctrl-C reaches the engine too, and it is left to stop its jobs. Returns whether it was
+    pressed.
+    """
+    interrupted, shown = False, 0
+    while engine.returncode is None:
+        try:
+            engine.wait(timeout=1)
+        except subprocess.TimeoutExpired:
+            pass
+        except KeyboardInterrupt:
+            interrupted = True
+        events = terminal.read(shared)[1]
+        unseen = [e["text"] for e in events[shown:] if elsewhere or e["word"] == terminal.NOTE]
+        sys.stderr.write("".join(unseen))
+        shown = len(events)
+    return interrupted
+
+
+@contextmanager
+def _progress(paths: StudyPaths) -> Iterator[Path]:
+    """The file in which all jobs of this run, wherever they are, say what they do."""
+    shared = outputs_root() / f".{paths.study}.progress"
+    shared.write_text("", encoding="utf-8")
+    try:
+        yield shared
+    finally:
+        shared.unlink(missing_ok=True)
+
+
+def _environment() -> dict[str, str]:
+    return os.environ | JOB_ENVIRONMENT
+
+
+def _command(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
+    command = [sys.executable, "-m", "helpers.study.jobs", "engine", "--snakefile", "Snakefile"]
+    command += ["--nolock", "--keep-going", "--rerun-incomplete", "--scheduler", "greedy"]
+    if given.executor == LOCAL or _is_dry(given):  # a plan is the same wherever jobs run
+        command += ["--cores", str(max(1, given.cores))]
+        command += ["--default-resources", f"mem_mb={given.job_mb}"]
+        command += ["--resources", f"mem_mb={max(given.job_mb, _memory_mb())}", "gpu=1"]
+    else:
+        command += cluster.options(given.executor, paths)
     command += ["--config", f"study={given.study}"]
     command += ["show=plan" if _is_dry(given) else "show=run"]
     if given.only_report:
         command += ["--allowed-rules", "analysis", "export", "--forcerun", "analysis"]
-    elif _account_is_lost(paths):
-        print("how the outputs were made is not on record; all is run anew", file=sys.stderr)
-        command += ["--forceall"]
+    elif stale := accounts.stale(study, paths):
+        command += ["--forcerun", *(inside(run.record(paths)) for run in stale)]
     return [*command, *given.options]
 
 
 def _is_dry(given: argparse.Namespace) -> bool:
-    return bool({"-n", "--dry-run", "--dryrun"} & set(given.options))
-
-
-def _account_is_lost(paths: StudyPaths) -> bool:
-    """Whether there are results, but no account by which a change would be noticed."""
-    has_results = any(paths.root.glob("**/record.json"))
-    return has_results and not (PROJECT / ACCOUNT).is_dir()
+    return bool(DRY & set(given.options))
 
 
 def _memory_mb() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
-def _conclude(code: int, words: list[str], paths: StudyPaths, *, dry: bool) -> int:
-    if code < 0:
-        print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
-        return 128 - code
-    if code == 0 and not dry:
-        report = paths.root / "report.html"
-        shown = report.relative_to(PROJECT) if report.is_relative_to(PROJECT) else Path(report)
-        print(f"current: {shown}", file=sys.stderr)
-    failed = words.count("failed")
-    if failed:
-        print(f"{failed} failed; what is finished is kept, so mend and run again", file=sys.stderr)
-    return code
+def _conclude(code: int, events: list[dict], paths: StudyPaths) -> None:
+    """Say how it ended, and what can be done if it did not end well."""
+    if code == 0:
+        print(f"current: {inside(paths.root / 'report.html')}", file=sys.stderr)
+        return
+    failed = sum(event["word"] == terminal.FAILED for event in events)
+    if killed := terminal.silent(events):
+        print(
+            f"ended without a word: {', '.join(killed)}; a job that is killed was most often "
+            "short of memory, or of time on a cluster",
+            file=sys.stderr,
+        )
+    if failed or killed:
+        print(
+            f"{failed + len(killed)} failed; what is finished is kept, so mend and run again "
+            "(make report PARTIAL=yes reports what is complete)",
+            file=sys.stderr,
+        )

@@ -1,0 +1,105 @@
+"""Writing so that what has its final name is whole, even after a kill or a power cut.
+
+A file or folder is filled under a temporary name beside its own, handed to the disk, and
+renamed; then the rename is handed to the disk. What a killed writer leaves has its
+temporary name, which says who it was, so that it can be told from a living writer's.
+"""
+
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+ENDING = ".tmp"
+
+
+def temporary_name(path: Path) -> Path:
+    """A hidden neighbour of `path` that names this machine and process."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{ENDING}")
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary neighbour, then give it the name `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(path)
+    try:
+        write(temporary)
+        hand_to_disk(temporary)
+        _rename(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Let `fill` make a temporary folder, then give it the name `folder`.
+
+    An old folder of that name is put aside whole before: there is a moment with neither,
+    and none with a mixture or a rest.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(folder)
+    aside = temporary_name(folder.with_name(f"{folder.name}.old"))
+    for path in (temporary, aside):
+        shutil.rmtree(path, ignore_errors=True)
+    try:
+        temporary.mkdir()
+        fill(temporary)
+        _content_to_disk(temporary)
+        if folder.exists():
+            os.replace(folder, aside)
+        _rename(temporary, folder)
+    finally:
+        for path in (temporary, aside):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _content_to_disk(folder: Path) -> None:
+    for below, _, files in os.walk(folder):
+        for name in files:
+            hand_to_disk(Path(below, name))
+        hand_to_disk(Path(below))
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    os.replace(temporary, final)
+    hand_to_disk(final.parent)
+
+
+def hand_to_disk(path: Path) -> None:
+    """Return when a file, or the names in a folder, would survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what writers left below a folder that were killed on this machine.
+
+    What a living process is writing stays, and so does what another machine wrote.
+    """
+    for path in list(_temporary(folder)):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def _temporary(folder: Path) -> Iterator[Path]:
+    here = f".{socket.gethostname()}-"
+    for path in folder.rglob(f".*{ENDING}"):
+        _, at, process = path.name.removesuffix(ENDING).rpartition(here)
+        if at and process.isdigit() and not _is_alive(int(process)):
+            yield path
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is there, and another user's
+        return True
+    return True
