@@ -19,7 +19,7 @@ from helpers.study import grid, terminal
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json, sha256_data, sha256_file, sha256_text
 from helpers.study.opening import Job
-from helpers.study.paths import PROJECT
+from helpers.study.paths import PROJECT, inside
 from helpers.study.records import package_versions
 
 CHECK = 16  # characters of a line's checksum
@@ -160,7 +160,7 @@ def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
         "dataset": dataset,
         "settings": sha256_text(grid.depends_on(job.study, run)),
         "prompts": sha256_data(prompts),
-        "code": sha256_data({path.name: sha256_file(path) for path in modules}),
+        "code": sha256_data({inside(path): sha256_file(path) for path in modules}),
         "packages": sha256_data(package_versions()),
         "device": sha256_data(job.runtime),  # another one may round otherwise
     }
