@@ -1,6 +1,7 @@
 """What the tests share: a folder of their own, one thread, tiny models, one valid study."""
 
 import copy
+import gc
 import json
 import os
 
@@ -66,6 +67,12 @@ statistics:
   primary:
     - {model: base, dataset: arc, baseline: noquant, variant: smoothquant_w8a8}
 """
+
+
+def pytest_collection_finish(session):
+    """What was imported lives on: a collection that looks for freed models may skip it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -18,6 +18,7 @@ from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.random_model import byte_tokenizer, random_model
+from helpers.study.checksums import RECORD, checksums
 from helpers.study.hashing import sha256_folder
 from helpers.study.opening import Job, open_job
 from helpers.study.records import Record, read_json, write_json
@@ -133,6 +134,8 @@ class QuantizedRun:
         owner = {"model": "base", "variant": self.variant}
         checked = {"checkpoint": sha256_folder(self.checkpoint), "passed": True, "gates": []}
         write_json(self.checkpoint.parent / "verification.json", owner | checked)
+        record = self.checkpoint.parent / "quantization" / RECORD
+        write_json(record, {"files": checksums(record.parent, [self.checkpoint])})
 
     @property
     def checkpoint(self) -> Path:

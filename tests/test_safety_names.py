@@ -178,4 +178,5 @@ def test_the_front_door_refuses_too_and_starts_nothing(tmp_path):
     assert told.returncode == 2
     assert told.stderr.startswith("params/...yaml: '..' names no folder; rename the file")
     assert len(told.stderr.splitlines()) == 1
-    assert sorted(p.name for p in folder.iterdir()) == ["Snakefile", "notebooks", "params", "src"]
+    whole = ["Snakefile", "notebooks", "params", "profiles", "src"]
+    assert sorted(p.name for p in folder.iterdir()) == whole

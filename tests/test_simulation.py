@@ -24,7 +24,11 @@ def texts():
 @pytest.mark.parametrize("family", ["qwen2", "gemma3_text", "phi3", "qwen3_moe"])
 @pytest.mark.parametrize("preset", ["w8a8", "o3"])
 def test_logits_are_those_of_the_quantized_model(family, preset):
-    """Biases, fused Linears, norms of (1 + w) and experts included."""
+    """Biases, fused Linears, norms of (1 + w) and experts included.
+
+    A step more or less in the last place tips roundings, which cascade: the two may differ
+    as much as the built model does from itself with embeddings a millionth off.
+    """
     model = lived_in(random_model(family, seed=6))
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     variant = Variant(preset=preset, smooth={"alpha": 0.5, "targets": TARGETS})
@@ -37,7 +41,14 @@ def test_logits_are_those_of_the_quantized_model(family, preset):
         with simulated(model, variant, absmax, alphas):
             found = model(ids).logits
         assert torch.equal(model(ids).logits, plain)
-    changed = (expected - plain).norm()
+        tipped = max((at_millionth(built, ids, k) - expected).norm() for k in range(5))
     if family == "qwen3_moe" and preset == "w8a8":
         return  # its experts' inputs have no batch dimension: the library takes other scales
-    assert (found - expected).norm() < 0.05 * changed
+    assert (found - expected).norm() <= tipped + 1e-5 * (expected - plain).norm()
+
+
+def at_millionth(model, ids, seed: int):
+    """Logits with the embeddings of the tokens a millionth off."""
+    states = model.get_input_embeddings()(ids)
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
+    return model(inputs_embeds=states * (1 + 1e-6 * noise)).logits
