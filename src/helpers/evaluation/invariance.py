@@ -19,7 +19,7 @@ from helpers.study.gates import Gate
 from helpers.study.hashing import sha256_text
 from helpers.study.schema import Study
 
-SAMPLE = 4  # items of each evaluation set
+SAMPLE = 2  # items of each evaluation set
 DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
 ROUNDING = 1e-5  # of stored log-probabilities, with room
 

@@ -11,7 +11,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from helpers.sources.batching import pad, token_budget_batches
+
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
+BATCH_TOKENS = 2048  # read at once, padding counted
 
 
 class Probe:
@@ -38,12 +41,17 @@ class Probe:
 
 @torch.inference_mode()
 def _logprobs(model, texts: list[list[int]]) -> Iterator[Tensor]:
-    """(some tokens, vocabulary) log-probabilities, text after text, a few tokens at a time."""
-    head = model.get_output_embeddings()
-    for tokens in texts:
-        ids = torch.tensor([tokens], device=model.device)
-        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        for rows in hidden.split(HEAD_ROWS):
+    """(some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
+
+    Texts are read side by side, since a simulated Linear rounds its weights at every call.
+    Where activations have one dynamic scale a tensor it is then one for all of a batch.
+    """
+    head, lengths = model.get_output_embeddings(), list(map(len, texts))
+    for batch in token_budget_batches(lengths, batch_tokens=BATCH_TOKENS):
+        tokens = pad([texts[i] for i in batch], value=0, side="right", device=model.device)
+        mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=model.device)
+        read = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        for rows in read.last_hidden_state[mask.bool()].split(HEAD_ROWS):
             yield head(rows).float().log_softmax(-1).cpu()
 
 
