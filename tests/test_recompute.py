@@ -186,3 +186,7 @@ def test_the_published_verdicts_are_made_again_without_torch(study):
     )
     assert done.returncode == 0, done.stderr
     assert "all as published" in done.stdout
+
+
+def test_both_studies_are_published():
+    assert tuple(PUBLISHED) == COMMITTED

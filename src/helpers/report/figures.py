@@ -256,7 +256,7 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, title: str) -> Figure:
         least = min(rows, key=lambda row: row["kl"])
         axes.plot(least["alpha"], least["kl"], "o", color=color, markersize=11, fillstyle="none")
     axes.set(xlabel="α", ylabel="KL [nats / token]", title=_wrapped(title))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(row["kl"] for rows in curves.values() for row in rows))
     axes.legend(frameon=False)
     return figure
 

@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file
 
 from helpers.evaluation.answers import Published
 from helpers.evaluation.comparison import Rules, rules_of
@@ -173,6 +172,8 @@ def _calibrated(job: Job, model: str) -> Calibrated:
 def _tensors(path: Path, *, made_by: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise StudyError(f"{'/'.join(path.parts[-4:])} is missing; run {made_by} first")
+    from safetensors.numpy import load_file  # only here: verdicts are made again without it
+
     return load_file(path)
 
 
