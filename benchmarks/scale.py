@@ -22,6 +22,7 @@ from helpers.study.writing import write_atomically
 
 STUDY, FOLDER = "sizes", "scale"
 MADE = "quantization"  # the stage that makes a checkpoint
+OWN_ACCOUNT = "cost"  # measures in processes of their own, which its job does not see
 # Qwen/Qwen3-8B: 36 layers, hidden 4096, intermediate 12288, 32 heads and 8 key/value heads
 # of 128, 151936 tokens, head not tied.
 LINEARS_8B = 36 * (2 * 4096 * 32 * 128 + 2 * 4096 * 8 * 128 + 3 * 4096 * 12288)
@@ -37,7 +38,7 @@ def main() -> None:
         print(json.dumps(verified(*options.verify)))
         return
     run_alone()
-    table = [measured(run) for run in runs(open_job(STUDY).study)]
+    table = [measured(run) for run in runs(open_job(STUDY).study) if run.stage != OWN_ACCOUNT]
     table += [again(row["model"], row["variant"]) for row in table if row["stage"] == MADE]
     write(sorted(table, key=lambda row: row["weights"]))
 
