@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -178,7 +179,14 @@ def start(folder: Path, *arguments: str, **more) -> subprocess.Popen:
         text=True,
         encoding="utf-8",
         start_new_session=True,
+        preexec_fn=hear_signals,
     )
+
+
+def hear_signals() -> None:
+    """What a shell starts in the background ignores Ctrl-C; a terminal's own does not."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 WHOLE = ("study", "toy", "--cores", "4", "--job-mb", "100")
