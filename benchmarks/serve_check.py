@@ -110,7 +110,7 @@ def kl_difference(job: Job, rows: dict) -> dict:
         confidence=CONFIDENCE,
         **rules_of(job.study).random,
     )
-    return {"mean": found.mean, "low": found.interval[0], "high": found.interval[1]}
+    return {"mean": found.mean, "low": found.interval.low, "high": found.interval.high}
 
 
 @torch.inference_mode()
