@@ -15,6 +15,7 @@ from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources.tensor_files import TensorFiles
 
 VLLM_HALF_RANGE = 127
+TIE = 4 * 2**-24  # float32 roundings of a quotient, relative: by 1 / step, or by the step
 FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
@@ -49,19 +50,27 @@ def largest_difference(
     worst = 0.0
     for name in names:
         x = inputs[parts(name)[0]].flatten(0, -2).float()
-        expected = torch.cat([int8_product(files, part, x) for part in parts(name)], dim=-1)
-        difference = (model.linear(name, x).double() - expected).abs().max()
-        worst = max(worst, (difference / expected.abs().max()).item())
+        made = [int8_product(files, part, x) for part in parts(name)]
+        expected, ties = (torch.cat(each, dim=-1) for each in zip(*made, strict=True))
+        difference = (model.linear(name, x).double() - expected).abs() - ties
+        worst = max(worst, (difference.max() / expected.abs().max()).item())
     return worst
 
 
-def int8_product(files: TensorFiles, name: str, x: Tensor) -> Tensor:
-    """(tokens, out_features) float64 product of int8 activations, in vLLM's steps, and weights."""
+def int8_product(files: TensorFiles, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """(tokens, out_features) float64 product of int8 activations, in vLLM's steps, and weights.
+
+    Beside it how far it may be off because of ties: a value that float32 cannot tell from
+    one half way between two steps may be rounded to either.
+    """
     weight = files[f"{name}.weight"].double()
     weight = weight * files[f"{name}.weight_scale"].double().reshape(-1, 1)
     if f"{name}.input_scale" in files:
         step = files[f"{name}.input_scale"].float().reshape(1, 1)
     else:
         step = x.abs().amax(-1, keepdim=True) / VLLM_HALF_RANGE
-    q = (x / torch.where(step == 0, 1.0, step)).round().clamp(-128, 127)
-    return (q.double() * step.double()) @ weight.T
+    steps = x / torch.where(step == 0, 1.0, step)
+    tie = (steps.abs().frac() - 0.5).abs() <= TIE * steps.abs()
+    step = step.double()
+    product = (steps.round().clamp(-128, 127).double() * step) @ weight.T
+    return product, (tie.double() * step) @ weight.abs().T
