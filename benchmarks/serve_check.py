@@ -195,8 +195,9 @@ LEGEND = f"""
 *Linear by Linear*: the largest difference between what one of vLLM's int8 Linears makes of
 real inputs and the int8 product of the tensors on disk, over its largest output; it has to
 be at most {LAYER_TOLERANCE:g}, float32 rounding, beyond what ties between two steps allow, which
-each side may round its way. *Log-probability*: the largest difference of one token's between vLLM and this project, in nats; in a float32 model at most {FLOAT_TOLERANCE:g}, with
-every choice and every text the same.
+each side may round its way. *Log-probability*: the largest difference of one token's between
+vLLM and this project, in nats; in a float32 model at most {FLOAT_TOLERANCE:g}, with every
+choice and every text the same.
 
 Two int8 engines do not agree token by token, and need not: a last bit tips a value over a
 rounding edge, and after a few layers every rounding is drawn anew; besides, vLLM's dynamic
