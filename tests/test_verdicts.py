@@ -102,15 +102,36 @@ def test_the_test_decides_and_not_the_interval():
     assert found.kind == "undetected"
 
 
-def test_one_answer_to_everything_is_invalid_unless_the_baseline_nearly_does_it_too():
-    """A baseline that says the same 19 times of 20 may lose the one exception to rounding."""
+@pytest.mark.parametrize(
+    ("items", "exceptions", "invalid"),
+    [
+        (20, 0, False),
+        (20, 1, False),
+        (20, 5, False),  # 2 × ½⁵ = 6 %: all lost and none gained may be chance
+        (20, 6, True),  # 2 × ½⁶ = 3 %
+        (20, 20, True),
+        (200, 5, False),
+        (200, 6, True),  # few beside the rest, and still no chance
+        (12, 3, False),
+        (12, 4, True),  # a third of the answers is no exception
+    ],
+)
+def test_one_answer_is_invalid_unless_the_baseline_nearly_gives_it_too(items, exceptions, invalid):
+    golds = [[f"gold {i}"] for i in range(items)]
+    same = [row | {"parsed": "no", "score": 0.0} for row in reading(["wrong"] * items, golds=golds)]
+    others = [row | {"parsed": f"other {i}"} for i, row in enumerate(same[:exceptions])]
+    before = Answers("noquant", [*others, *same[exceptions:]])
+    found = invalid_reason("openmath", before, Answers("variant", same), RULES)
+    assert (found == "it gives the same answer to every question") == invalid
+
+
+def test_one_answer_that_is_not_the_baselines_is_invalid():
     golds = [[f"gold {i}"] for i in range(20)]
-    same = [row | {"parsed": "no", "score": 0.0} for row in reading(["wrong"] * 20, golds=golds)]
-    for others, invalid in ((1, False), (5, False), (6, True), (20, True)):
-        rows = reading(["wrong"] * others, golds=golds[:others])
-        before = Answers("noquant", [*rows, *same[others:]])
-        found = invalid_reason("openmath", before, Answers("variant", same), RULES)
-        assert (found == "it gives the same answer to every question") == invalid, others
+    rows = [row | {"score": 0.0} for row in reading(["wrong"] * 20, golds=golds)]
+    yes, no = ([row | {"parsed": word} for row in rows] for word in ("yes", "no"))
+    sides = Answers("noquant", yes), Answers("variant", no)
+    told = invalid_reason("openmath", *sides, RULES)
+    assert told == "it gives the same answer to every question"
 
 
 def test_a_failed_check_is_invalid_whatever_the_scores_say():

@@ -8,11 +8,11 @@ invalid. So the baseline, held against itself, passes.
 import math
 
 from helpers.evaluation.degenerate import (
+    answer_of,
     best_degenerate,
-    commonest,
     example_answers,
     loops,
-    one_answer,
+    lost_its_answers,
     readable,
 )
 from helpers.evaluation.parsing import normalize_answer
@@ -66,17 +66,14 @@ def format_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
 
 
 def one_answer_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
-    """Questions with different right answers do not all get the same one.
-
-    A baseline that nearly always says the same may lose its few other answers to rounding.
-    """
-    usual = 1 - CONDUCT_MARGIN
+    """Questions with different right answers do not all get the same one."""
+    different = len(set(map(answer_of, predictions)))
     return Gate(
         "answers differ",
-        not one_answer(predictions) or commonest(baseline) >= usual,
-        f"{_percent(commonest(predictions))} of the answers are the same",
-        f"not all, unless {_percent(usual)} of the baseline's are (here "
-        f"{_percent(commonest(baseline))})",
+        not lost_its_answers(predictions, baseline),
+        f"{different} different answers to {len(predictions)} items",
+        "more than one, unless the baseline gives that one but for as few as chance may take "
+        f"(here it gives {len(set(map(answer_of, baseline)))})",
     )
 
 

@@ -15,6 +15,8 @@ from helpers.study.schema import EvaluationSet
 LONGEST_UNIT = 60  # characters; what a loop repeats
 LOOP = 24  # characters a loop has at least
 REPEATS = 4
+MOST_LOST = 5  # answers that all changed one way by chance: 2 × ½⁵ = 6 %, 2 × ½⁶ = 3 %
+MOST_LOST_SHARE = 0.25  # of all answers; more are no exceptions
 
 
 @dataclass(frozen=True)
@@ -68,9 +70,18 @@ def one_answer(predictions: list[dict]) -> bool:
     return len({answer_of(p) for p in predictions}) == 1 and len(golds) > 1
 
 
-def commonest(predictions: list[dict]) -> float:
-    """The share of the items that the most common answer is given to."""
-    return max(Counter(map(answer_of, predictions)).values()) / len(predictions)
+def lost_its_answers(predictions: list[dict], baseline: list[dict]) -> bool:
+    """Whether all answers have become one, and the baseline gave others that count.
+
+    A baseline that nearly always says the same may lose its exceptions to rounding: as many
+    as an exact sign test could not tell from chance, if they are few beside the rest, and if
+    what is left is what the baseline says.
+    """
+    [(usual, times)] = Counter(map(answer_of, baseline)).most_common(1)
+    exceptions = len(baseline) - times
+    may_be_chance = exceptions <= min(MOST_LOST, MOST_LOST_SHARE * len(baseline))
+    same = answer_of(predictions[0]) == usual
+    return one_answer(predictions) and not (may_be_chance and same)
 
 
 def example_answers(wanted: EvaluationSet) -> set[str]:

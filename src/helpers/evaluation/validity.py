@@ -7,8 +7,8 @@ answer, so nothing follows about ability, whatever the variant scores.
 """
 
 from helpers.evaluation.comparison import Answers, Rules, score_interval
-from helpers.evaluation.conduct import CONDUCT_MARGIN, FORMAT_DROP
-from helpers.evaluation.degenerate import best_degenerate, commonest, one_answer, readable
+from helpers.evaluation.conduct import FORMAT_DROP
+from helpers.evaluation.degenerate import best_degenerate, lost_its_answers, one_answer, readable
 
 FEWEST_READABLE = 0.5  # a baseline read less often than this measures the format, not the ability
 
@@ -32,7 +32,7 @@ def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rul
     if readable(before) - readable(after) > FORMAT_DROP:
         shares = f"{_percent(readable(after))} of its answers are readable"
         return f"{shares}, against {_percent(readable(before))} for {baseline.variant}"
-    if one_answer(after) and commonest(before) < 1 - CONDUCT_MARGIN:
+    if lost_its_answers(after, before):
         return "it gives the same answer to every question"
     fixed = best_degenerate(adapter, after)
     if uninformative_reason(adapter, baseline, rules) is None and _score(after) <= fixed.score:
