@@ -173,3 +173,10 @@ class QuantizedRun:
         data = read_json(path, made_by="the test")
         yield data
         write_json(path, data)
+
+
+def at_millionth(model, ids, seed: int):
+    """Logits with the embeddings of the tokens a millionth off."""
+    states = model.get_input_embeddings()(ids)
+    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
+    return model(inputs_embeds=states * (1 + 1e-6 * noise)).logits

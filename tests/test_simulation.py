@@ -11,7 +11,7 @@ from helpers.quantization.simulation import simulated
 from helpers.quantization.smoothing import everywhere, smooth_
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Variant
-from quantized_run import lived_in
+from quantized_run import at_millionth, lived_in
 
 TARGETS = ("attention_input", "mlp_input", "mlp_down")
 
@@ -45,10 +45,3 @@ def test_logits_are_those_of_the_quantized_model(family, preset):
     if family == "qwen3_moe" and preset == "w8a8":
         return  # its experts' inputs have no batch dimension: the library takes other scales
     assert (found - expected).norm() <= tipped + 1e-5 * (expected - plain).norm()
-
-
-def at_millionth(model, ids, seed: int):
-    """Logits with the embeddings of the tokens a millionth off."""
-    states = model.get_input_embeddings()(ids)
-    noise = torch.randn(states.shape, generator=torch.Generator().manual_seed(seed))
-    return model(inputs_embeds=states * (1 + 1e-6 * noise)).logits

@@ -56,7 +56,7 @@ def choose(
         return Choice(everywhere(model.config, smooth.targets, smooth.alpha), [])
     if smooth.alpha == "auto":
         return Choice(_each_group(model, variant, fit_absmax, judges), [])
-    curve = _curve(model, variant, fit_absmax, Probe(model, judges))
+    curve = _curve(model, variant, fit_absmax, Probe(model, judges, variant))
     best = min(curve, key=lambda row: row["kl"])
     return Choice(everywhere(model.config, smooth.targets, best["alpha"]), curve)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.sources.batching import pad, token_budget_batches
+from helpers.study.schema import Variant
 
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
 BATCH_TOKENS = 2048  # read at once, padding counted
@@ -22,37 +23,39 @@ class Probe:
 
     Args:
         model: the float model.
-        texts: token ids; each is read alone.
+        texts: token ids.
+        variant: what will be looked at; one dynamic scale a tensor sees a text at a time.
     """
 
-    def __init__(self, model, texts: list[list[int]]):
-        self.texts = texts
-        self.expected = list(_logprobs(model, texts))
+    def __init__(self, model, texts: list[list[int]], variant: Variant):
+        together = not variant.scheme or variant.scheme[1] != "tensor_dynamic"
+        self.texts, self.batch_tokens = texts, BATCH_TOKENS if together else 1
+        self.expected = list(self._logprobs(model))
 
     def divergence(self, model) -> dict[str, float]:
         """KL(float ‖ model) in nats a token, and the share of tokens with the same top-1."""
         kl, same, tokens = 0.0, 0, 0
-        for expected, found in zip(self.expected, _logprobs(model, self.texts), strict=True):
+        for expected, found in zip(self.expected, self._logprobs(model), strict=True):
             kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
             same += int((expected.argmax(-1) == found.argmax(-1)).sum())
             tokens += len(found)
         return {"kl": kl / tokens, "top1_agreement": same / tokens}
 
+    @torch.inference_mode()
+    def _logprobs(self, model) -> Iterator[Tensor]:
+        """(some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
 
-@torch.inference_mode()
-def _logprobs(model, texts: list[list[int]]) -> Iterator[Tensor]:
-    """(some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
-
-    Texts are read side by side, since a simulated Linear rounds its weights at every call.
-    Where activations have one dynamic scale a tensor it is then one for all of a batch.
-    """
-    head, lengths = model.get_output_embeddings(), list(map(len, texts))
-    for batch in token_budget_batches(lengths, batch_tokens=BATCH_TOKENS):
-        tokens = pad([texts[i] for i in batch], value=0, side="right", device=model.device)
-        mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=model.device)
-        read = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
-        for rows in read.last_hidden_state[mask.bool()].split(HEAD_ROWS):
-            yield head(rows).float().log_softmax(-1).cpu()
+        Texts are read side by side where they may be, since a simulated Linear rounds its
+        weights at every call.
+        """
+        head, device = model.get_output_embeddings(), model.device
+        lengths = list(map(len, self.texts))
+        for batch in token_budget_batches(lengths, batch_tokens=self.batch_tokens):
+            tokens = pad([self.texts[i] for i in batch], value=0, side="right", device=device)
+            mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=device)
+            read = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            for rows in read.last_hidden_state[mask.bool()].split(HEAD_ROWS):
+                yield head(rows).float().log_softmax(-1).cpu()
 
 
 def left_float(model, targets: list[str], absmax: dict[str, Tensor], probe: Probe) -> list[dict]:
