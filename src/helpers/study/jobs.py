@@ -3,6 +3,11 @@
 Each job says in one line that it starts, and in one how it ended and how long it took.
 """
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this loads ends it without a word
+
 import argparse
 import sys
 import time
@@ -45,15 +50,17 @@ def _label(stage: str, parameters: dict[str, str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; see `--help`."""
     arguments = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here on it is told
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments[:1] == ["kernel"]:
         kernel(arguments[1:])
         return 0
     if arguments[:1] == ["engine"]:
         return engine(arguments[1:])
     cut = arguments.index("--") if "--" in arguments else len(arguments)
-    given = _parser().parse_args(arguments[:cut])
-    given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
     try:
+        given = _parser().parse_args(arguments[:cut])
+        given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
         return _dispatch(given)
     except (StudyError, OSError) as error:
         print(_told(error), file=sys.stderr)
