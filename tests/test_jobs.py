@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import nbformat
 import pytest
@@ -15,6 +14,7 @@ import toy_project
 from helpers.study.cleaning import clean_notebook, last_states
 from helpers.study.export import export_report
 from helpers.study.paths import PROJECT
+from process_tree import wait_for
 from toy_project import environment, jobs, notebook, read
 
 RUN = ("run", "--notebook", "notebooks/toy.ipynb", "--output", "outputs/toy/02_x.base.a.ipynb")
@@ -84,20 +84,12 @@ def test_killing_the_runner_leaves_no_kernel(project):
     command = [sys.executable, "-m", "helpers.study.jobs", *RUN, *GIVEN]
     script = f"import subprocess; subprocess.run({command!r})"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=project, env=environment(project))
-    started = [int(pid) for pid in wait_for(lambda: pids.is_file() and pids.read_text().split())]
+    written = wait_for(lambda: pids.is_file() and pids.read_text().split(), seconds=60)
+    started = [int(pid) for pid in written]
     assert all(map(is_alive, started))
     os.kill(parent.pid, signal.SIGKILL)
     parent.wait()
     wait_for(lambda: not any(map(is_alive, started)), seconds=5)
-
-
-def wait_for(condition, seconds: float = 60):
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError(f"not within {seconds} s")
 
 
 def is_alive(pid: int) -> bool:

@@ -16,11 +16,18 @@ from pathlib import Path
 from helpers.study import grid
 from helpers.study.checksums import refuse_damaged
 from helpers.study.grid import Run
-from helpers.study.hashing import canonical_json, sha256_data, sha256_file, sha256_text
-from helpers.study.paths import PROJECT, StudyPaths
+from helpers.study.hashing import (
+    canonical_json,
+    known_digest,
+    sha256_data,
+    sha256_file,
+    sha256_text,
+)
+from helpers.study.paths import StudyPaths, inside
 from helpers.study.records import write_json
 from helpers.study.schema import Study
 
+_inside = cache(inside)  # asked thousands of times of a few files
 MOST_BYTES = 2**25  # a larger file is known by its size and time: weights of local models
 
 
@@ -30,7 +37,7 @@ def account_file(paths: StudyPaths, run: Run) -> Path:
 
 def depends(study: Study, run: Run) -> str:
     """What the run depends on besides the runs before it, as one text: settings and files."""
-    files = {_named(path): _fingerprint(path) for path in grid.source_files(study, run)}
+    files = {_inside(path): _fingerprint(path) for path in grid.source_files(study, run)}
     return canonical_json({"settings": grid.depends_on(study, run), "files": sha256_data(files)})
 
 
@@ -111,18 +118,8 @@ def _results(record: Path) -> str:
     return sha256_data(found["files"]) if "files" in found else sha256_file(record)
 
 
-@cache
-def _named(path: Path) -> str:
-    return str(path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path)
-
-
 def _fingerprint(path: Path) -> str:
     found = path.stat()
     if found.st_size > MOST_BYTES:
         return f"{found.st_size} bytes of {found.st_mtime_ns}"
-    return _digest(path, found.st_size, found.st_mtime_ns)
-
-
-@cache
-def _digest(path: Path, _size: int, _mtime_ns: int) -> str:
-    return sha256_file(path)
+    return known_digest(path, found)

@@ -8,11 +8,10 @@ returned other bytes, or a hand that edited them, is then an error and no findin
 import json
 import os
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 
 from helpers.study.errors import StudyError
-from helpers.study.hashing import file_digests, sha256_file
+from helpers.study.hashing import file_digests, known_digest, sha256_file
 
 RECORD = "record.json"
 
@@ -54,8 +53,7 @@ def refuse_damaged(
             if may_miss is not None and name.startswith(may_miss):
                 continue
             raise StudyError(f"{_shown(path)} is missing, though {made_by} wrote it; {remedy}")
-        found = path.stat()
-        if _digest(path, found.st_size, found.st_mtime_ns, found.st_ino) != digest:
+        if known_digest(path, path.stat()) != digest:
             raise StudyError(
                 f"{_shown(path)} is not what {made_by} wrote (its checksum differs); {remedy}"
             )
@@ -68,12 +66,6 @@ def _written(record: Path, made_by: str, remedy: str) -> dict[str, str]:
         raise StudyError(f"{_shown(record)} is missing; run {made_by} first") from None
     except (ValueError, KeyError, TypeError):
         raise StudyError(f"{_shown(record)} is damaged or holds no checksums; {remedy}") from None
-
-
-@cache
-def _digest(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
-    """The file's hash, computed once a process while the file stays as it is."""
-    return sha256_file(path)
 
 
 def _shown(path: Path) -> str:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,16 @@ def sha256_file(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def known_digest(path: Path, found: os.stat_result) -> str:
+    """The file's `sha256_file`, computed once a process while the file stays as it was found."""
+    return _known(path, found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@cache
+def _known(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
+    return sha256_file(path)
 
 
 def file_digests(folder: Path) -> dict[str, str]:
