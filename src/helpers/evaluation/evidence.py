@@ -101,7 +101,7 @@ def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)
-        chosen = sample([item.id for item in items], seed=study.seed)
+        chosen = sample([item.id for item in items], wanted.ask.protocol, seed=study.seed)
         few = [item for item in items if item.id in chosen]
         limits = study.evaluation.batch
         found[name] = [

@@ -19,14 +19,17 @@ from helpers.study.gates import Gate
 from helpers.study.hashing import sha256_text
 from helpers.study.schema import Study
 
-SAMPLE = 2  # items of each evaluation set
+# Items of each evaluation set. A written answer is dozens of decisions, one after the other,
+# and takes as long alone as ten scored ones.
+SAMPLE = {"loglikelihood": 8, "generate": 2}
 DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
 ROUNDING = 1e-5  # of stored log-probabilities, with room
 
 
-def sample(ids: list[str], *, seed: int) -> set[str]:
+def sample(ids: list[str], protocol: str, *, seed: int) -> set[str]:
     """The ids asked again, the same for every variant."""
-    return set(sorted(ids, key=lambda i: sha256_text(f"{seed}:alone:{i}"))[:SAMPLE])
+    order = sorted(ids, key=lambda i: sha256_text(f"{seed}:alone:{i}"))
+    return set(order[: SAMPLE[protocol]])
 
 
 def invariance_gate(
