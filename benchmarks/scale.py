@@ -14,6 +14,7 @@ import sys
 import time
 
 from benchmarks.machine import features
+from helpers.report.formats import MISSING, markdown_table, signed
 from helpers.study.grid import Run, runs
 from helpers.study.opening import open_job
 from helpers.study.paths import StudyPaths, outputs_root
@@ -133,52 +134,46 @@ def write(table: list[dict]) -> None:
 def as_markdown(account: dict) -> str:
     """The account as a page: what was measured, and the arithmetic of what was not."""
     m, packages = account["machine"], account["packages"]
-    lines = [
-        "# Time and memory by size",
-        "",
-        f"{m['cores']} cores, {m['architecture']}, {m['memory_bytes'] / GIB:.0f} GiB of memory, "
-        f"{', '.join(m['cpu_features']) or 'no vector features known here'}; torch "
-        f"{packages['torch']}, transformers {packages['transformers']}. Float weights in float32, "
-        "four bytes each. Made by `make scale` from `params/sizes.yaml`, one job at a time.",
-        "",
-        "Peak is the most memory the job's process ever held: libraries, files mapped into "
-        "memory and all. A copy is the float weights once.",
-        "",
-        "| model | weights | stage | variant | time [s] | peak [GiB] | copies |",
-        "|---|---:|---|---|---:|---:|---:|",
-    ]
-    for r in account["stages"]:
-        lines.append(
-            f"| {r['model']} | {r['weights'] / 1e9:.3f} B | {r['stage']} | {r['variant'] or '–'} "
-            f"| {r['duration_s']:.0f} | {r['peak_bytes'] / GIB:.2f} "
-            f"| {r['peak_bytes'] / (4 * r['weights']):.2f} |"
-        )
-    checks = [r for r in account["stages"] if "census" in r]
-    lines += ["", "Verification stands alone here, and is part of quantization above. "]
-    lines[-1] += " ".join(
+    checks = [
         f"{r['model']}: {r['gates_passed']} of {r['gates']} checks hold, {r['census']}."
-        for r in checks
-    )
-    return "\n".join([*lines, "", *_beyond(account)]) + "\n"
-
-
-def _beyond(account: dict) -> list[str]:
-    weights = account["weights_8b"]
-    lines = [
-        "## What 8 B weights would need",
-        "",
-        f"Not run. Peak = fixed + bytes per weight × weights, through the two sizes above, at the "
-        f"{weights / 1e9:.2f} B weights of Qwen3-8B ({4 * weights / GIB:.1f} GiB in float32):",
-        "",
-        "| stage | variant | bytes per weight | fixed [GiB] | at 8 B [GiB] |",
-        "|---|---|---:|---:|---:|",
+        for r in account["stages"]
+        if "census" in r
     ]
-    for r in account["at_8b"]:
-        lines.append(
-            f"| {r['stage']} | {r['variant'] or '–'} | {r['bytes_per_weight']:.2f} "
-            f"| {r['fixed_bytes'] / GIB:.2f} | {r['peak_bytes'] / GIB:.0f} |"
-        )
-    return lines
+    weights = account["weights_8b"]
+    return "\n\n".join(
+        [
+            "# Time and memory by size",
+            f"{m['cores']} cores, {m['architecture']}, {m['memory_bytes'] / GIB:.0f} GiB, "
+            f"{', '.join(m['cpu_features']) or 'no vector features known here'}; torch "
+            f"{packages['torch']}, transformers {packages['transformers']}. Float weights in "
+            "float32, four bytes each. Made by `make scale` from `params/sizes.yaml`, one job at "
+            "a time.",
+            "Peak is the most memory the job's process ever held: libraries, files mapped into "
+            "memory and all. A copy is the float weights once.",
+            markdown_table([_measured(r) for r in account["stages"]]).strip(),
+            "Verification stands alone here, and is part of quantization above. "
+            + " ".join(checks),
+            "## What 8 B weights would need",
+            "Not run. Peak = fixed + bytes per weight × weights, through the two sizes above, at "
+            f"the {weights / 1e9:.2f} B weights of Qwen3-8B ({4 * weights / GIB:.1f} GiB in "
+            "float32):",
+            markdown_table([_beyond(r) for r in account["at_8b"]]).strip() + "\n",
+        ]
+    )
+
+
+def _measured(r: dict) -> dict:
+    row = {"model": r["model"], "weights": f"{r['weights'] / 1e9:.3f} B", "stage": r["stage"]}
+    row |= {"variant": r["variant"] or MISSING, "time [s]": f"{r['duration_s']:.0f}"}
+    row["peak [GiB]"] = f"{r['peak_bytes'] / GIB:.2f}"
+    return row | {"copies": f"{r['peak_bytes'] / (4 * r['weights']):.2f}"}
+
+
+def _beyond(r: dict) -> dict:
+    row = {"stage": r["stage"], "variant": r["variant"] or MISSING}
+    row |= {"bytes per weight": f"{r['bytes_per_weight']:.2f}"}
+    row |= {"fixed [GiB]": signed(r["fixed_bytes"] / GIB, 2)}
+    return row | {"at 8 B [GiB]": f"{r['peak_bytes'] / GIB:.0f}"}
 
 
 if __name__ == "__main__":
