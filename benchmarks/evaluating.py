@@ -59,7 +59,7 @@ def growth(material: Material) -> list[Comparison]:
         for name, model in _models(material).items()
         for size in sizes
     }
-    turns = take_turns(ways, rounds=1)
+    turns = take_turns(ways, rounds=material.rounds)
     each = {
         key: [1000 * s / (len(GROWING) * key[1]) for s in seconds]
         for key, seconds in turns.seconds.items()
