@@ -135,4 +135,7 @@ def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be stopped
