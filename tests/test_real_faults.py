@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -156,6 +157,7 @@ def test_a_clone_at_a_path_with_spaces_and_other_letters_in_a_plain_locale(undis
     [packages] = (clone / ".venv").glob("lib/*/site-packages")
     ours = next(path for path in sys.path if path.endswith("site-packages"))
     (packages / "shared.pth").write_text(f"../../../../src\nimport site; site.addsitedir({ours!r})")
+    (clone / ".venv" / "share").symlink_to(Path(sys.prefix) / "share")  # nbconvert's templates
     plain = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "HOME": str(tmp_path)}
     done = subprocess.run(
         ["make", "-o", ".venv/.study-ready", "study", f"STUDY={NAME}"],
