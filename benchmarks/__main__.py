@@ -13,6 +13,7 @@ import torch
 
 from benchmarks import account, answering, evaluating, machine, quantizing, scoring, simulation
 from benchmarks.material import Material
+from helpers.sources.memory import keep_spare
 from helpers.study.paths import outputs_root
 
 COMPARISONS = {
@@ -35,6 +36,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each comparison ({ROUNDS})")
     given = parser.parse_args()
+    keep_spare()
     torch.set_num_threads(given.threads)
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:

@@ -14,7 +14,7 @@ from torch import Tensor
 from helpers.evaluation.attention import packed
 from helpers.evaluation.packing import TRUNK, Segment, cut, logits_at, read, rows
 
-HEAD_ROWS = 64  # positions whose logits over the vocabulary are held at once
+HEAD_ROWS = 128  # positions whose logits over the vocabulary are held at once
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.packing import Segment, read
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
+from helpers.sources.memory import keep_spare
 from helpers.study.architectures import HEAD, linear_names
 from helpers.study.records import peak_memory_bytes
 from helpers.study.schema import Study
@@ -105,6 +106,7 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
         `linear_operations`; `decode_s` and `decode_tokens`; `linear_bytes` held by the
         Linears; `peak_memory_bytes` over what the process held before loading.
     """
+    keep_spare()
     torch.set_num_threads(threads)
     disable_progress_bar()
     before, started = _peak_bytes(), time.perf_counter()
