@@ -2,7 +2,7 @@
 
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
-from helpers.evaluation.invariance import sample
+from helpers.evaluation.invariance import exact, sample
 from helpers.evaluation.predictions import (
     prediction_digests,
     read_passage_rows,
@@ -53,7 +53,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
         asked=asked_now(study, tokenizer),
         seen=seen_items(study, job.model, job.variant),
         alone=alone,
-        again=ask_again(model, tokenizer, study, alone),
+        again=ask_again(model, tokenizer, study, job.variant, alone),
         reference=read_reference(job, model, tokenizer),
         shaken=read_shaken(job, tokenizer),
         loaded=tuple(loaded),
@@ -86,8 +86,13 @@ def worked_examples(study: Study) -> list[Item]:
     return [item for adapter, n in shots for item, _ in EXAMPLES[adapter][:n]]
 
 
-def ask_again(model, tokenizer, study: Study, alone: dict[str, list[dict]]) -> dict:
-    """Predictions of one item of every generated set, asked once more in a batch of its own."""
+def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, list[dict]]) -> dict:
+    """Predictions of one item of every generated set, asked once more in a batch of its own.
+
+    None where an answer is the same in any company: there it was asked twice already.
+    """
+    if exact(study, variant):
+        return {}
     found, limits = {}, study.evaluation.batch
     for name, wanted in study.evaluation.datasets.items():
         if wanted.ask.protocol == "generate":

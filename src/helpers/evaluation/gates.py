@@ -9,7 +9,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from helpers.evaluation.conduct import conduct_gates
-from helpers.evaluation.invariance import invariance_gate, repeat_gate
+from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.range_gates import range_gate
 from helpers.evaluation.reference_gates import (
     options_gate,
@@ -44,7 +44,8 @@ class Evidence:
         asked: the items of every evaluation set, drawn and rendered now.
         seen: items the variant was made from, by use (calibration, training).
         alone: predictions of a few items asked in a batch of one.
-        again: the same of one item of each generated set, asked once more.
+        again: the same of one item of each generated set, asked once more; none where an
+            answer alone has to be the one in the batch, which is asking twice.
         shaken: rows of the shared text read by the float model after one rounding of every
             weight; for float variants.
         reference: rows of the shared text read by the float model now; none for the baseline.
@@ -100,7 +101,7 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         return gates
     generated = wanted.ask.protocol == "generate"
     alone = e.alone.get(name, [])
-    return [
+    gates = [
         *gates,
         owner_gate("answers of this variant", rows, e.model, e.variant),
         prompts_gate(rows, asked),
@@ -111,8 +112,12 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         *conduct_gates(wanted, rows, before),
         leakage_gate([a.item for a in asked], e.seen),
         invariance_gate(e.study, e.variant, rows, before, alone),
-        repeat_gate(alone, e.again.get(name, [])) if generated else options_gate(rows, before),
     ]
+    if not generated:
+        return [*gates, options_gate(rows, before)]
+    if exact(e.study, e.variant):
+        return gates
+    return [*gates, repeat_gate(alone, e.again.get(name, []))]
 
 
 def items_gate(rows: list[dict], asked: list[Asked]) -> Gate:
