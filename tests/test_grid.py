@@ -204,6 +204,17 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
     assert planned(folder) == stale
 
 
+def test_what_all_others_wait_for_goes_first(tmp_path):
+    """One after the other, every baseline and what it needs come before anything else."""
+    folder = toy_project.make(tmp_path / "project", kernels=False)
+    one_core = ("study", "toy", "--cores", "1", "--job-mb", "100")
+    done = toy_project.jobs(folder, *one_core)
+    assert done.returncode == 0, done.stderr
+    started = [line.split()[1:] for line in done.stderr.splitlines() if line.startswith("start")]
+    first = [["evaluation", "base", "noquant"], ["finetuning", "tuned"]]
+    assert sorted(started[:3]) == sorted([*first, ["evaluation", "tuned", "noquant"]])
+
+
 def test_a_wrong_study_is_one_line(tmp_path):
     folder = toy_project.make(tmp_path, kernels=False)
     for study_name in ("none", "toy"):

@@ -215,8 +215,11 @@ def _command(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list
     command += ["show=plan" if _is_dry(given) else "show=run"]
     if given.only_report:
         command += ["--allowed-rules", "analysis", "export", "--forcerun", "analysis"]
-    elif stale := accounts.stale(study, paths):
+        return [*command, *given.options]
+    if stale := accounts.stale(study, paths):
         command += ["--forcerun", *(inside(run.record(paths)) for run in stale)]
+    first = [grid.Run("evaluation", model, study.baseline) for model in study.models]
+    command += ["--prioritize", *(inside(run.record(paths)) for run in first)]  # all wait for it
     return [*command, *given.options]
 
 
