@@ -12,7 +12,7 @@ import os
 import re
 import sys
 
-from helpers.study import accounts, grid
+from helpers.study import accounts, grid, terminal
 from helpers.study.errors import StudyError, in_one_line
 from helpers.study.gpus import may_take_gpu
 from helpers.study.loading import load_study, study_file
@@ -70,6 +70,10 @@ def trouble(message):
     """Jobs speak for themselves; of the engine's own trouble one line is shown."""
     told = ("CalledProcessError", "Exiting because a job", "At least one job did not")
     event, text = getattr(message, "event", None), message.getMessage()
+    if event == LogEvent.JOB_ERROR:
+        for job in workflow.dag.jobs:
+            if workflow.dag.jobid(job) == message.jobid:
+                terminal.lost(job.message)
     if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
         return False
     message.msg, message.args = in_one_line(text), ()

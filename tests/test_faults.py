@@ -133,6 +133,16 @@ def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, to
     assert len(finished(project)) == 5
 
 
+def test_a_job_that_dies_before_its_first_word_is_named(project):
+    module = project / "src/helpers/study/jobs.py"
+    first, dies = "    say(START, label)\n", "    if 'calibration' in label:\n        sys.exit(1)\n"
+    module.write_text(module.read_text("utf-8").replace(first, dies + first), "utf-8")
+    done = toy_project.jobs(project, *toy_project.WHOLE)
+    assert done.returncode == 1
+    assert "ended without a word: calibration base; a job that is killed" in done.stderr
+    assert "1 failed; what is finished is kept" in done.stderr
+
+
 @pytest.mark.parametrize(
     "number",
     [

@@ -14,6 +14,7 @@ from pathlib import Path
 from helpers.study.locking import waiting
 
 START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"
+LOST = "lost"  # said by the engine, of any job that did not end well
 
 
 def say(word: str, label: str, rest: str = "") -> None:
@@ -29,9 +30,21 @@ def say(word: str, label: str, rest: str = "") -> None:
             done = 1 + sum(event["word"] == DONE for event in events)
             first = f"[{done:>{len(total)}}/{total}]"
         text = _lines(first, label, rest)
-        with open(shared, "a", encoding="utf-8") as stream:
-            stream.write(json.dumps({"word": word, "label": label, "text": text}) + "\n")
+        _append(shared, word, label, text)
         sys.stderr.write(text)
+
+
+def lost(label: str) -> None:
+    """Note that a job did not end well; whether it said so itself is seen at the end."""
+    shared = Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
+    if shared.is_file():
+        with waiting(shared):
+            _append(shared, LOST, label, "")
+
+
+def _append(shared: Path, word: str, label: str, text: str) -> None:
+    with open(shared, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"word": word, "label": label, "text": text}) + "\n")
 
 
 def _lines(first: str, label: str, rest: str) -> str:
@@ -53,7 +66,11 @@ def read(shared: Path) -> tuple[str, list[dict]]:
 
 
 def silent(events: list[dict]) -> list[str]:
-    """Names of the jobs that began and never said how they ended: they were killed."""
-    ended = {event["label"] for event in events if event["word"] in (DONE, FAILED, STOPPED)}
-    begun = [event["label"] for event in events if event["word"] == START]
-    return [" ".join(label.split()) for label in begun if label not in ended]
+    """Names of the jobs that never said how they ended: they were killed."""
+    ended = {_name(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
+    begun = dict.fromkeys(_name(event) for event in events if event["word"] in (START, LOST))
+    return [name for name in begun if name not in ended]
+
+
+def _name(event: dict) -> str:
+    return " ".join(event["label"].split())
