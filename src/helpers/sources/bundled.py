@@ -7,6 +7,9 @@ still claims to be quantized, which forbids saving it. Its weights stay on the 4
 grid they came from; its activations are those of the real model.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -58,14 +61,28 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    with _parsed_once():
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     del model.config.quantization_config
     del model.hf_quantizer, model.quantization_method
     model.is_quantized = False
-    tokenizer = AutoTokenizer.from_pretrained(**source)
     tokenizer.eos_token = END_OF_TURN
     tokenizer.pad_token = PADDING
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside, a GGUF file is parsed once: transformers does so anew for each part it takes."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
