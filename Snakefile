@@ -152,6 +152,7 @@ rule calibration:
         depends=depends("calibration"),
     message:
         "calibration {wildcards.model}"
+    priority: 1  # and so do the variants; evaluations, alike in length, fill up the end
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
@@ -170,6 +171,7 @@ rule quantization:
         depends=depends("quantization"),
     message:
         "quantization {wildcards.model} {wildcards.variant}"
+    priority: 1
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
