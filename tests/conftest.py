@@ -173,24 +173,25 @@ def undisturbed(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def sound_runs(tmp_path_factory):
-    """make(family, variant): a sound run of a tiny model, made once a session."""
+    """make(family, variant, **changes of the tiny model): a sound run, made once a session."""
     from quantized_run import QuantizedRun
 
     made = {}
 
-    def make(family: str, variant: str):
-        if (family, variant) not in made:
+    def make(family: str, variant: str, **changes):
+        key = (family, variant, *changes.items())
+        if key not in made:
             import torch
 
             torch.set_num_threads(1)
             root = tmp_path_factory.mktemp(f"{family}-{variant}")
             run = QuantizedRun(root, yaml.safe_load(STUDY), variant)
-            run.save_source(family)
+            run.save_source(family, **changes)
             run.calibrate()
             run.quantize()
             run.note_verified()
-            made[family, variant] = run
-        return made[family, variant]
+            made[key] = run
+        return made[key]
 
     return make
 

@@ -62,9 +62,9 @@ class QuantizedRun:
         self.source_hash = ""
         self.root.mkdir(parents=True, exist_ok=True)
 
-    def save_source(self, family: str) -> None:
+    def save_source(self, family: str, **changes) -> None:
         """A random model whose norms and biases are not all one or zero, as no trained ones are."""
-        model = lived_in(random_model(family, seed=20260419))
+        model = lived_in(random_model(family, seed=20260419, **changes))
         model.save_pretrained(self.root / "source")
         byte_tokenizer().save_pretrained(self.root / "source")
 
