@@ -137,6 +137,13 @@ def test_no_linear_does_more_than_the_bare_product():
     assert 2 * 256 * 256 * 512 / seconds < 1.1 * limit
 
 
+def test_both_libraries_multiply_alike():
+    """What the peak counts as a product is one."""
+    x, weight = torch.randn(33, 40), torch.randn(24, 40)
+    for multiply in peaks._products("float32", "cpu"):
+        torch.testing.assert_close(multiply(x, weight.t()), x @ weight.t())
+
+
 def test_a_device_without_the_product_has_no_limit_in_it(monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such product here")
