@@ -2,8 +2,8 @@
 
 A last bit tips a value over a rounding edge, and after a few layers every rounding is
 drawn anew (NOTES.md). Here a model reads the same texts again and again, its input
-embeddings off by a millionth in other channels each time. Another engine for the same
-checkpoint is one draw more, so its KL has to lie where one more draw would.
+embeddings off by a millionth in other channels each time. Another engine that computes
+the same is one draw more, so its KL has to lie where one more draw would.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from scipy.stats import t as student_t
 
+from helpers.quantization import int8
+
 MILLIONTH = 1e-6  # a few roundings of float32
+VLLM_HALF_RANGE = 127.0  # of the 255 levels that its dynamic step makes of an abs-max
 
 
 @contextmanager
@@ -28,6 +31,17 @@ def off_by_a_millionth(model, *, seed: int) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def vllms_step() -> Iterator[None]:
+    """Inside, a dynamic step is abs-max / 127 as vLLM has it; a static one lies in the file."""
+    ours = int8.HALF_RANGE
+    int8.HALF_RANGE = VLLM_HALF_RANGE
+    try:
+        yield
+    finally:
+        int8.HALF_RANGE = ours
 
 
 def prediction_interval(draws: Sequence[float], *, confidence: float) -> tuple[float, float]:

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from benchmarks.rounding_draws import MILLIONTH, off_by_a_millionth, prediction_interval
+from benchmarks.rounding_draws import (
+    MILLIONTH,
+    off_by_a_millionth,
+    prediction_interval,
+    vllms_step,
+)
+
+from helpers.quantization.int8 import absmax_scale
 
 
 class Embedded(torch.nn.Module):
@@ -35,6 +42,13 @@ def test_other_seeds_are_other_draws():
             found.append(model.embeddings(ids))
     assert torch.equal(found[0], found[2])
     assert not torch.equal(found[0], found[1])
+
+
+def test_vllms_step_holds_only_inside():
+    absmax = torch.tensor([[254.0]])
+    with vllms_step():
+        assert absmax_scale(absmax).item() == 2
+    assert absmax_scale(absmax).item() < 2
 
 
 @pytest.mark.parametrize("confidence", [0.8, 0.95])
