@@ -10,8 +10,8 @@ from smoke_study import Smoke
 
 pytestmark = pytest.mark.long
 
-# One node that keeps no accounts, and no network between it and the one who asks.
-HERE = "--jobs 4 --latency-wait 10 --slurm-init-seconds-before-status-checks 5"
+# One node of two cores that keeps no accounts, and no network between it and the one who asks.
+HERE = "--jobs 4 --latency-wait 10 --slurm-init-seconds-before-status-checks 5 --set-threads cost=2"
 
 
 @pytest.fixture(scope="module")
