@@ -1,17 +1,28 @@
 """The smoke study on a real Slurm: killed, a job lost, run to its end; the same results."""
 
+import re
 import subprocess
 
 import pytest
 
 import slurm_cluster
+from helpers.study import grid
+from helpers.study.loading import load_study
+from helpers.study.paths import StudyPaths
 from process_tree import kill, new_mark, of_role, wait_for
-from smoke_study import Smoke
+from smoke_study import NAME, Smoke
 
 pytestmark = pytest.mark.long
 
 # One node of two cores that keeps no accounts, and no network between it and the one who asks.
 HERE = "--jobs 4 --latency-wait 10 --slurm-init-seconds-before-status-checks 5 --set-threads cost=2"
+PATHS = StudyPaths(NAME)
+NAMES = {  # where a run leaves its record, and how the terminal calls it
+    str(run.record(PATHS).parent.relative_to(PATHS.root)): " ".join(
+        filter(None, (run.stage, run.model, run.variant))
+    )
+    for run in [*grid.runs(load_study(NAME)), grid.Run("analysis")]
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +75,10 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed, tmp_path):
     assert front.returncode == 2  # make's, for a command that failed
     assert "Traceback" not in said
     assert "what is finished is kept" in said
+    # Nothing is gone but what the lost job had begun to make again, and it is named.
+    [told] = re.findall("ended without a word: (.*?); a job that is killed", said)
+    assert {NAMES[record] for record in finished - records(study)} <= {told}
+    assert "1 failed" in said
     assert records(study) - finished, "the others did not go on"
 
     said = study.done("study", "EXECUTOR=slurm", f"ARGS={HERE}")
