@@ -152,7 +152,7 @@ rule calibration:
         depends=depends("calibration"),
     message:
         "calibration {wildcards.model}"
-    priority: 1  # and so do the variants; evaluations, alike in length, fill up the end
+    priority: 1  # variants wait for it; evaluations, alike in length, fill up the end
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
@@ -171,7 +171,7 @@ rule quantization:
         depends=depends("quantization"),
     message:
         "quantization {wildcards.model} {wildcards.variant}"
-    priority: 1
+    priority: 1  # its evaluation waits for it
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,

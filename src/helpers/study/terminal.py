@@ -19,7 +19,7 @@ LOST = "lost"  # said by the engine, of any job that did not end well
 
 def say(word: str, label: str, rest: str = "") -> None:
     """Say what became of a job; `[ 3/18]` stands for `done` where jobs are counted."""
-    shared = Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
+    shared = _shared()
     if not shared.is_file():
         sys.stderr.write(_lines(word, label, rest))  # one write: jobs share the terminal
         return
@@ -36,10 +36,15 @@ def say(word: str, label: str, rest: str = "") -> None:
 
 def lost(label: str) -> None:
     """Note that a job did not end well; whether it said so itself is seen at the end."""
-    shared = Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
+    shared = _shared()
     if shared.is_file():
         with waiting(shared):
             _append(shared, LOST, label, "")
+
+
+def _shared() -> Path:
+    """The file that all jobs of a run share; none outside of one."""
+    return Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
 
 
 def _append(shared: Path, word: str, label: str, text: str) -> None:
