@@ -48,7 +48,7 @@ def compare(material: Material) -> list[Comparison]:
         "float32": partial(our_answers, model, material),
         "INT8": partial(our_answers, int8, material),
     }
-    told = partial(generated, model, box_closes(material.tokenizer))
+    told = partial(generated, material.peers_model(), box_closes(material.tokenizer))
     ways[GENERATE] = partial(peer_answers, material, model, told)
     missing, servers = why_not(), {}
     if not missing:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.language_modeling import passage_tokens
@@ -104,8 +105,12 @@ class Material:
         return self.share(tokens, turn)
 
     def float_model(self, dtype: str = "float32"):
-        """The model as it is."""
+        """The model as a study loads it."""
         return load_model(self.folder, self.study.runtime.model_copy(update={"dtype": dtype}))
+
+    def peers_model(self):
+        """The model in float32 as transformers loads and multiplies it."""
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def int8_model(self):
         """The INT8 variant on our kernels."""

@@ -71,7 +71,7 @@ def one_shot(material: Material, pipeline: str, _turn: int) -> Path:
     rows = [{"input_ids": tokens, "attention_mask": [1] * len(tokens)} for tokens in texts]
     folder = material.scratch / f"oneshot-{pipeline}"
     oneshot(
-        model=material.float_model(),
+        model=material.peers_model(),
         processor=material.tokenizer,
         dataset=Dataset.from_list(rows),
         recipe=[

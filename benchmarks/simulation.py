@@ -21,7 +21,7 @@ MEMORY_GOAL = 1 / 0.27
 
 def compare(material: Material) -> list[Comparison]:
     """Reading the study's shared text, and the memory that the Linears take."""
-    ours, float_model = material.int8_model(), material.float_model()
+    ours, float_model = material.int8_model(), material.peers_model()
     peer = load_reference(material.checkpoint, dtype=torch.float32, device="cpu")
     limit = material.study.evaluation.batch.tokens
     ways = {

@@ -23,6 +23,7 @@ from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
+from helpers.sources.onednn import product
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
@@ -125,7 +126,7 @@ def load_states(path: Path, source: Path, like) -> States:
         raise StudyError(f"{path.name} of the baseline is missing; run 03_evaluation for it first")
     hidden = load_file(path)["hidden"].to(like.device)
     head = load_head(source, dtype=hidden.dtype, device=like.device)
-    return States(hidden, lambda x: torch.nn.functional.linear(x, head).float())
+    return States(hidden, lambda x: product(x, head).float())
 
 
 @torch.inference_mode()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from helpers.quantization.kernels import int8_matmul
 from helpers.sources.batching import token_owners
 from helpers.sources.models import empty_model, load_config
+from helpers.sources.onednn import multiplied_by_onednn
 from helpers.study.errors import StudyError
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -114,7 +115,7 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
         setattr(model.get_submodule(parent), child, linear)
     _load_float_parts_(model, tensors)
     model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
-    return model.to(device).eval()
+    return multiplied_by_onednn(model.to(device)).eval()
 
 
 def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:

@@ -2,8 +2,7 @@
 
 Square products that suit the machine, and the very products of the model's Linears, in
 every arithmetic that a variant can use. The best of all shapes and libraries counts, since a
-limit is asked for and not an average: torch multiplies float32 with MKL, which on some
-processors does half of what oneDNN, the other library that comes with torch, does there.
+limit is asked for and not an average.
 """
 
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from helpers.quantization.kernels import int8_matmul
+from helpers.sources.onednn import product
 
 SQUARE = 2048
 SECONDS_A_SHAPE = 0.06
@@ -61,17 +61,12 @@ def _products(kind: str, device: str) -> list[Callable[[Tensor, Tensor], Tensor]
     if kind == "int8":
         return [int8_matmul]
     both = device == "cpu" and kind == "float32" and torch.backends.mkldnn.is_available()
-    return [torch.matmul, onednn_matmul] if both else [torch.matmul]
+    return [torch.matmul, _as_linears_do] if both else [torch.matmul]
 
 
-def onednn_matmul(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right by oneDNN, for float32 on a CPU.
-
-    Args:
-        left: (rows, inner).
-        right: (inner, outer), the transpose of a contiguous matrix.
-    """
-    return torch.ops.mkldnn._linear_pointwise(left, right.t(), None, "none", [], "")
+@torch.inference_mode()
+def _as_linears_do(left: Tensor, right: Tensor) -> Tensor:
+    return product(left, right.t())
 
 
 def _shortest(multiply: Callable, device: str) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from helpers.quantization.int8 import HALF_RANGE, absmax_scale
 from helpers.quantization.layer_groups import quantized_linears, smoothing_groups
 from helpers.quantization.smoothing import group_scales
+from helpers.sources.onednn import product
 from helpers.study.schema import Variant
 
 
@@ -43,7 +44,7 @@ class Looked:
 
     def exact(self) -> Tensor:
         """(tokens, out_features) x @ Wᵀ."""
-        return self.x @ self.weight.T
+        return product(self.x, self.weight)
 
     def rounded(self, variant: Variant) -> Tensor:
         """(tokens, out_features) what int8 makes of it at the variant's granularities.
@@ -59,7 +60,7 @@ class Looked:
             limit = self.x.abs().amax()
         else:
             limit = self.absmax.max().to(self.x.device)
-        return fake_quantize(self.x, limit) @ fake_quantize(self.weight, top).T
+        return product(fake_quantize(self.x, limit), fake_quantize(self.weight, top))
 
 
 def look(linear: nn.Linear, x: Tensor, absmax: Tensor | None, scales: Scales) -> Looked:
@@ -107,14 +108,17 @@ def simulated(
     """
     scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
     targets = quantized_linears(model, variant.ignore)
+    own = {linear: vars(linear).get("forward") for linear in targets.values()}
     for name, linear in targets.items():
         done = scales.get(name, Scales())
         linear.forward = partial(_answer, linear, variant, act_absmax.get(name), done)
     try:
         yield
     finally:
-        for linear in targets.values():
+        for linear, forward in own.items():
             del linear.forward
+            if forward is not None:
+                linear.forward = forward
 
 
 def _answer(linear: nn.Linear, variant: Variant, absmax, scales: Scales, x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources.devices import placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
+from helpers.sources.onednn import multiplied_by_onednn
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_folder
@@ -84,7 +85,7 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
             module.simulated = module.forward
             module.forward = MethodType(_one_text, module)
     model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
-    return model
+    return multiplied_by_onednn(model)  # the head; what is simulated has a forward of its own
 
 
 def _one_text(module: nn.Module, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from helpers.sources.models import load_config, load_head
+from helpers.sources.onednn import product
 from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
 from helpers.study.paths import vllm_python
@@ -104,7 +105,7 @@ class VllmModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """(rows, vocabulary) float32 logits of states, by the checkpoint's own head."""
-        return torch.nn.functional.linear(hidden, self._head)
+        return product(hidden, self._head)
 
     def linear(self, name: str, inputs: Tensor) -> Tensor:
         """What one of vLLM's Linears makes of inputs, (rows, in_features)."""

@@ -114,10 +114,10 @@ def limit(cost: Cost) -> str:
     """How to read the last table, and what in it cannot be so."""
     told = [
         "How near the limit: the bare product is the best matrix product of this machine in "
-        "the same arithmetic, over the shapes of this model and a square one, by the fastest "
-        "library that comes with torch, which is not always the one its Linears use; a Linear in "
-        "int8 also quantizes its input and scales its output. The bars in the figure are the "
-        "reading speed if Linears ran at that limit and all else took no time."
+        "the same arithmetic, over the shapes of this model and a square one, by the faster "
+        "of the libraries that come with torch; a Linear in int8 also quantizes its input and "
+        "scales its output. The bars in the figure are the reading speed if Linears ran at that "
+        "limit and all else took no time."
     ]
     lacking = [k for k, values in cost.account["peaks"].items() if None in values]
     if lacking:

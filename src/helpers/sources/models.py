@@ -15,6 +15,7 @@ from helpers.sources.bundled import bundled_model_folder
 from helpers.sources.devices import answering_where_asked, placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.hub import cached_model
+from helpers.sources.onednn import multiplied_by_onednn
 from helpers.sources.random_model import random_model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.sources.weights import refuse_unsafe
@@ -105,7 +106,7 @@ def load_model(folder: Path, runtime: Runtime):
         )
     if runtime.device_map:  # the parts are where they belong already
         return answering_where_asked(model).eval()
-    return placed(model, runtime).eval()
+    return multiplied_by_onednn(placed(model, runtime)).eval()
 
 
 def load_config(folder: Path):

@@ -1,0 +1,129 @@
+"""Float32 products by oneDNN: right, the same in any company, and not where they must not be."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import linear
+
+from helpers.sources.batching import FEWEST_ROWS
+from helpers.sources.onednn import multiplied_by_onednn, product
+
+SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
+SMALLEST = torch.finfo(torch.float32).eps
+
+
+def drawn(*shape, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def by_onednn(monkeypatch):
+    """How often oneDNN multiplied: what falls back is right too, and must not pass for it."""
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    calls, multiply = [], torch.ops.mkldnn._linear_pointwise
+
+    def counted(*given):
+        calls.append(given)
+        return multiply(*given)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", counted)
+    return calls
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+@pytest.mark.parametrize("rows", [(1,), (2, 5), (3, 4, 2), ()])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_product_is_that_of_float64_up_to_rounding(by_onednn, inner, outer, rows, biased):
+    x, weight = drawn(*rows, inner), drawn(outer, inner, seed=1)
+    bias = drawn(outer, seed=2) if biased else None
+    with torch.inference_mode():
+        found = product(x, weight, bias)
+    exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
+    size = linear(x.abs().double(), weight.abs().double()) + (0 if bias is None else bias.abs())
+    assert len(by_onednn) == 1
+    assert found.shape == exact.shape
+    assert ((found - exact).abs() <= inner * SMALLEST * size).all()
+
+
+@pytest.mark.parametrize(("inner", "outer"), SHAPES)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_row_is_multiplied_alike_in_any_company(inner, outer, threads):
+    x, weight = drawn(700, inner), drawn(outer, inner, seed=1)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.inference_mode():
+            whole = product(x, weight)
+            for rows in (FEWEST_ROWS, 17, 24, 31, 33, 64, 100, 129, 512, 513):
+                assert torch.equal(product(x[:rows], weight), whole[:rows])
+                assert torch.equal(product(x[-rows:], weight), whole[-rows:])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_rows_that_do_not_lie_one_after_the_other(by_onednn):
+    x, weight = drawn(8, 20), drawn(5, 10, seed=1)
+    with torch.inference_mode():
+        torch.testing.assert_close(product(x[:, ::2], weight), linear(x[:, ::2], weight))
+    assert len(by_onednn) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_go_the_usual_way(by_onednn, dtype):
+    x, weight = drawn(8, 10).to(dtype), drawn(5, 10, seed=1).to(dtype)
+    with torch.inference_mode():
+        assert torch.equal(product(x, weight), linear(x, weight))
+    assert not by_onednn
+
+
+def test_nothing_gives_nothing_and_a_transposed_weight_goes_the_usual_way(by_onednn):
+    with torch.inference_mode():
+        assert product(drawn(0, 10), drawn(5, 10)).shape == (0, 5)
+        across = drawn(10, 5).t()
+        assert torch.equal(product(drawn(8, 10), across), linear(drawn(8, 10), across))
+    assert not by_onednn
+
+
+def test_autocast_still_casts(by_onednn):
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert product(drawn(8, 10), drawn(5, 10)).dtype == torch.bfloat16
+    assert not by_onednn
+
+
+def test_a_model_can_still_be_trained(by_onednn):
+    plain = nn.Sequential(nn.Linear(10, 8), nn.ReLU(), nn.Linear(8, 3))
+    ours, x = multiplied_by_onednn(copy.deepcopy(plain)), drawn(6, 10)
+    for model in (plain, ours):
+        model(x).square().sum().backward()
+    for one, other in zip(plain.parameters(), ours.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+    assert not by_onednn
+
+
+def test_a_model_stays_what_it_was_but_for_its_forward(by_onednn):
+    class Wider(nn.Linear):
+        pass
+
+    taken = nn.Linear(4, 4)
+    taken.forward = lambda x: x
+    model = multiplied_by_onednn(nn.ModuleList([nn.Linear(4, 4), Wider(4, 4), taken]))
+    x = drawn(2, 4)
+    with torch.no_grad():
+        assert [type(m) for m in model] == [nn.Linear, Wider, nn.Linear]
+        assert model[2](x) is x  # what has a forward of its own keeps it
+        model[1](x)
+        assert not by_onednn
+        model[0](x)
+        assert len(by_onednn) == 1
+
+
+def test_a_copy_multiplies_its_own_weights():
+    model = multiplied_by_onednn(nn.Sequential(nn.Linear(4, 4, bias=False)))
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.zero_()
+        assert not other(drawn(2, 4)).any()
+        assert model(drawn(2, 4)).any()
