@@ -1,21 +1,20 @@
 """Float32 products on a CPU by oneDNN, which torch brings along and does not use for Linears.
 
 torch hands float32 to MKL, which on some processors does half of what oneDNN does there
-(docs/performance.md has figures). A Linear multiplied here is still a plain `nn.Linear`:
-only its `forward` is its own, and what needs a gradient goes the usual way.
+(NOTES.md has figures). A Linear multiplied here is still a plain `nn.Linear`, and can be
+trained; only its `forward` is its own.
 """
 
 from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., outer) x @ weightᵀ + bias, by oneDNN where it can.
-
-    It can on a CPU in float32, outside autograd. Everything else is `linear` of torch.
+    """(..., outer) x @ weightᵀ + bias, by oneDNN for float32 on a CPU, else by torch's choice.
 
     Args:
         x: (..., inner).
@@ -24,9 +23,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _by_onednn(x, weight):
         return linear(x, weight, bias)
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    found = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return found.reshape(*x.shape[:-1], len(weight))
+    if torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias)
+    return _multiplied(x, weight, bias)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:
@@ -34,11 +33,37 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
         x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and x.numel() > 0
-        and weight.is_contiguous()
-        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and torch.backends.mkldnn.is_available()
     )
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    weight = weight.contiguous()
+    found = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return found.reshape(*x.shape[:-1], len(weight))
+
+
+class _Product(torch.autograd.Function):
+    """The product with its gradients, which are products too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiplied(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        return (
+            _multiplied(grads, weight.t()).reshape(x.shape) if wanted[0] else None,
+            _multiplied(grads.t(), rows.t()) if wanted[1] else None,
+            grads.sum(0) if wanted[2] else None,
+        )
 
 
 def multiplied_by_onednn(model):
