@@ -77,12 +77,17 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once: transformers does so anew for each part it takes."""
+    """Inside, a GGUF file is parsed once and its names are mapped once.
+
+    transformers parses it anew for each part it takes, and maps the names for each module.
+    """
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = cache(reader)
+    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, made in own.items():
+        setattr(gguf, name, cache(made))
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        for name, made in own.items():
+            setattr(gguf, name, made)
