@@ -7,7 +7,10 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
+from helpers.quantization.int8 import load_int8
+from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import FEWEST_ROWS
+from helpers.sources.models import load_model
 from helpers.sources.onednn import multiplied_by_onednn, product
 
 SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
@@ -144,3 +147,17 @@ def test_a_copy_multiplies_its_own_weights():
         other[0].weight.zero_()
         assert not other(drawn(2, 4)).any()
         assert model(drawn(2, 4)).any()
+
+
+def test_a_study_multiplies_by_it(by_onednn, sound_run):
+    run, tokens = sound_run("llama", "rtn_w8a8"), torch.tensor([[5, 6, 7]])
+    with run.outputs(), torch.inference_mode():
+        model = load_model(run.root / "source", run.job.study.runtime)
+        by_onednn.clear()  # of making the run
+        model(tokens)
+        assert len(by_onednn) == len(linear_layers(model))  # the head among them
+        folder = run.job.paths.checkpoint(run.job.model, run.job.variant)
+        model = load_int8(folder, dtype=torch.float32, device="cpu")
+        by_onednn.clear()
+        model(tokens)
+        assert len(by_onednn) == 1  # the head
