@@ -11,7 +11,7 @@ from helpers.quantization.int8 import load_int8
 from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import FEWEST_ROWS
 from helpers.sources.models import load_model
-from helpers.sources.onednn import multiplied_by_onednn, product
+from helpers.sources.onednn import multiplied_by_onednn, product, simulated_by_onednn
 
 SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
 SMALLEST = torch.finfo(torch.float32).eps
@@ -161,3 +161,15 @@ def test_a_study_multiplies_by_it(by_onednn, sound_run):
         by_onednn.clear()
         model(tokens)
         assert len(by_onednn) == 1  # the head
+
+
+def test_what_is_simulated_is_multiplied_by_it_for_a_while(by_onednn):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[0].forward = lambda x: type(model[0]).forward(model[0], x)  # as compressed-tensors does
+    with torch.no_grad():
+        model(drawn(3, 4))
+        assert not by_onednn
+        with simulated_by_onednn(model):
+            model(drawn(3, 4))
+        assert len(by_onednn) == 2
+        assert {type(m) for m in model} == {nn.Linear}

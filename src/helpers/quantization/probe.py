@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from helpers.sources.batching import pad, token_budget_batches
+from helpers.sources.onednn import simulated_by_onednn
 from helpers.study.schema import Variant
 
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
@@ -75,7 +76,7 @@ def left_float(model, targets: list[str], absmax: dict[str, Tensor], probe: Prob
     choices.append((" and ".join(ruled), ruled))
     rows = []
     for label, names in choices:
-        with _unquantized(model, names):
+        with _unquantized(model, names), simulated_by_onednn(model):
             rows.append({"float": label, "linears": len(names), **probe.divergence(model)})
     return rows
 

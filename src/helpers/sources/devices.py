@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from helpers.sources.memory import keep_spare
+from helpers.sources.memory import keep_spare, pass_over_libraries
 from helpers.study.errors import StudyError
 from helpers.study.opening import Job
 from helpers.study.schema import Runtime
@@ -27,6 +27,7 @@ def prepare(job: Job) -> Job:
     asked = job.study.runtime
     runtime = settled(asked)
     keep_spare()
+    pass_over_libraries()
     torch.set_num_threads(runtime.threads)
     torch.manual_seed(job.study.seed)
     study = job.study.model_copy(update={"runtime": runtime})

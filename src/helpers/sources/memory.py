@@ -33,3 +33,12 @@ def keep_spare() -> None:
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
         set_option(M_TRIM_THRESHOLD, SPARE_BYTES)
+
+
+def pass_over_libraries() -> None:
+    """Have collections of garbage leave alone what is there now: libraries, for the most part.
+
+    Once in a process, since models come and go after that. A collection took a third of a second.
+    """
+    if not gc.get_freeze_count():
+        gc.freeze()

@@ -5,6 +5,8 @@ torch hands float32 to MKL, which on some processors does half of what oneDNN do
 trained; only its `forward` is its own.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import MethodType
 
 import torch
@@ -76,3 +78,24 @@ def multiplied_by_onednn(model):
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
     return product(input, module.weight, module.bias)
+
+
+class _Linear(nn.Linear):
+    forward = _forward
+
+
+@contextmanager
+def simulated_by_onednn(model) -> Iterator[None]:
+    """Inside, what compressed-tensors simulates is multiplied by `product` too.
+
+    It calls the forward of a Linear's class. The class is taken back afterwards, as only what
+    is an `nn.Linear` itself is saved as int8.
+    """
+    taken = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in taken:
+        module.__class__ = _Linear
+    try:
+        yield
+    finally:
+        for module in taken:
+            module.__class__ = nn.Linear
