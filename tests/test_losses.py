@@ -2,6 +2,8 @@
 
 from types import SimpleNamespace
 
+import pytest
+
 from helpers.report import losses
 
 
@@ -31,8 +33,18 @@ def test_the_carrier_is_what_saves_most():
 def test_without_a_carrier_none_is_named():
     rows = [row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)]
     assert losses.carriers(study_of(rows), "base") == [
-        "No single kind of Linear carries the loss of `o3`."
+        "No kind of Linear is seen to carry the loss of `o3` by itself."
     ]
+
+
+def test_what_saves_no_more_than_chance_moves_is_not_named():
+    rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.61)]  # +25 %, −24 %
+    assert losses.by_chance(study_of(rows)) == pytest.approx(0.25)
+    (said,) = losses.carriers(study_of(rows), "base")
+    assert "No kind of Linear" in said
+    assert "as much as 25 %" in losses.loss_chapter(study_of(rows))[0].data
+    rows[2] = row(NAMED, 0.59)  # −26 %
+    assert "3.mlp.down_proj" in losses.carriers(study_of(rows), "base")[0]
 
 
 def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():

@@ -1,7 +1,8 @@
 """Where the loss lies: what leaving Linears float would save, and KL against α.
 
 Measured inside the quantization, on the calibration items that judge, and so apart from
-every number that a verdict rests on.
+every number that a verdict rests on. Every row is one draw of rounding (NOTES.md, 2026-11-23);
+what a draw moves is read off the rows themselves, and nothing smaller is called a cause.
 """
 
 from IPython.display import Markdown
@@ -17,6 +18,8 @@ AS_QUANTIZED = "nothing"
 def loss_chapter(results: Results) -> list[Markdown | Figure]:
     """For every model: a sentence and a table, and a curve for each variant with a grid of α."""
     shown: list[Markdown | Figure] = []
+    if chance := by_chance(results):
+        shown.append(Markdown(how_to_read(chance)))
     for model in results.models:
         rows = left_float(results, model)
         if not rows:
@@ -54,21 +57,46 @@ def left_float(results: Results, model: str) -> Rows:
     ]
 
 
+def by_chance(results: Results) -> float | None:
+    """By how much a KL rises at most, of itself, when Linears are left float; None if not probed.
+
+    A float Linear adds no error, so that a rise is chance: every change draws rounding anew.
+    """
+    rises = [
+        row["kl"] / rows[AS_QUANTIZED]["kl"] - 1
+        for model in results.models
+        for rows in _probed(results, model).values()
+        if rows[AS_QUANTIZED]["kl"] > 0
+        for row in rows.values()
+    ]
+    return max(rises, default=None)
+
+
+def how_to_read(chance: float) -> str:
+    """What the rows below can show, given what chance moves."""
+    return (
+        "A Linear left float adds no error, but every change draws the rounding of all others "
+        "anew: where a row is above the first, that is chance, and it comes to as much as "
+        f"{100 * chance:.0f} % here. What lowers the KL by no more than that is not told from "
+        "chance.\n"
+    )
+
+
 def _in_words(label: str) -> str:
     return label.replace("model.layers.", "").replace("model.decoder.layers.", "")
 
 
 def carriers(results: Results, model: str) -> list[str]:
-    """One sentence a variant: which kind of Linear carries most of its loss."""
-    said = []
+    """One sentence a variant: which kind of Linear carries most of its loss, beyond chance."""
+    said, chance = [], by_chance(results) or 0.0
     for variant, rows in _probed(results, model).items():
         whole = rows[AS_QUANTIZED]["kl"]
         kinds = {label: row for label, row in rows.items() if label != AS_QUANTIZED}
         best = min(kinds, key=lambda label: kinds[label]["kl"])
-        if not whole > 0 or kinds[best]["kl"] >= whole:
-            said.append(f"No single kind of Linear carries the loss of `{variant}`.")
+        share = 100 * (1 - kinds[best]["kl"] / whole) if whole > 0 else 0.0
+        if share <= 100 * chance:
+            said.append(f"No kind of Linear is seen to carry the loss of `{variant}` by itself.")
             continue
-        share = 100 * (1 - kinds[best]["kl"] / whole)
         said.append(
             f"Leaving {_in_words(best)} float would take `{variant}` from a KL of "
             f"{number(whole)} to {number(kinds[best]['kl'])} nats a token ({share:.0f} % of it)."
