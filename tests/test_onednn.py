@@ -53,7 +53,7 @@ def test_a_product_is_that_of_float64_up_to_rounding(by_onednn, inner, outer, ro
 
 @pytest.mark.parametrize(("inner", "outer"), SHAPES)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_row_is_multiplied_alike_in_any_company(inner, outer, threads):
+def test_a_row_is_multiplied_alike_in_any_company(by_onednn, inner, outer, threads):
     x, weight = drawn(700, inner), drawn(outer, inner, seed=1)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -65,6 +65,7 @@ def test_a_row_is_multiplied_alike_in_any_company(inner, outer, threads):
                 assert torch.equal(product(x[-rows:], weight), whole[-rows:])
     finally:
         torch.set_num_threads(before)
+    assert len(by_onednn) == 21
 
 
 def test_what_does_not_lie_in_one_piece(by_onednn):
@@ -173,3 +174,16 @@ def test_what_is_simulated_is_multiplied_by_it_for_a_while(by_onednn):
             model(drawn(3, 4))
         assert len(by_onednn) == 2
         assert {type(m) for m in model} == {nn.Linear}
+
+
+def test_the_class_is_taken_back_after_a_fault_too():
+    model = nn.Sequential(nn.Linear(4, 4))
+
+    def failing() -> None:
+        with simulated_by_onednn(model):
+            assert type(model[0]) is not nn.Linear
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        failing()
+    assert type(model[0]) is nn.Linear

@@ -52,16 +52,15 @@ def _operations_a_second(rows: int, inner: int, outer: int, kind: str, device: s
     )
     if kind != "int8":  # as nn.Linear holds its weight
         right = right.t().contiguous().t()
-    seconds = min(_shortest(partial(f, left, right), device) for f in _products(kind, device))
+    seconds = min(_shortest(partial(f, left, right), device) for f in _products(kind))
     return 2 * rows * inner * outer / seconds
 
 
-def _products(kind: str, device: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
+def _products(kind: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """The ways in which torch can multiply two matrices here."""
     if kind == "int8":
         return [int8_matmul]
-    both = device == "cpu" and kind == "float32" and torch.backends.mkldnn.is_available()
-    return [torch.matmul, _as_linears_do] if both else [torch.matmul]
+    return [torch.matmul, _as_linears_do]
 
 
 @torch.inference_mode()
