@@ -148,6 +148,31 @@ def test_choosing_changes_no_weight(network, fit, texts):
     assert not any(m._forward_pre_hooks for m in network.modules())
 
 
+def overflowing(network):
+    """The network with one value of its last norm past float32's largest."""
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied.model.layers[-1].post_attention_layernorm.weight[0] = float("inf")
+    return copied
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "o3"])
+def test_a_divergence_that_is_not_finite_is_none_and_is_never_chosen(
+    network, fit, texts, preset, monkeypatch
+):
+    recipe = variant(GRID, preset)
+    broken = overflowing(network)
+    assert Probe(network, texts[-1:], recipe).divergence(broken)["kl"] is None
+    with pytest.raises(StudyError, match="at no α of the grid"):
+        alpha.choose(broken, recipe, fit, texts[-1:])
+    with pytest.raises(StudyError, match=r"layers\.1\.mlp\.gate_proj is not finite"):
+        alpha.choose(broken, variant("auto", preset), fit, texts[-1:])
+
+    told = iter([{"kl": None}, {"kl": 0.4}, {"kl": 0.2}])
+    monkeypatch.setattr(Probe, "divergence", lambda *_: next(told))
+    assert set(alpha.choose(network, recipe, fit, texts[-1:]).alphas.values()) == {GRID[2]}
+
+
 def test_leaving_everything_float_leaves_no_loss(network, fit, texts):
     probe = Probe(network, texts[-1:], Variant(preset="o3"))
     copied = copy.deepcopy(network)

@@ -15,7 +15,7 @@ def study_of(left_float: list[dict], curve: list[dict] | None = None):
     return SimpleNamespace(models=["base"], compared_in=lambda _: [found])
 
 
-def row(label: str, kl: float) -> dict:
+def row(label: str, kl: float | None) -> dict:
     return {"float": label, "linears": 1, "kl": kl, "top1_agreement": 0.9}
 
 
@@ -54,6 +54,22 @@ def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
     shown = losses.loss_chapter(study_of(rows, curve))
     assert len(shown) == 2
     assert "α = 0.8 (o3)" in losses.alpha_claim({"o3": curve}, "base")
+
+
+def test_what_is_not_finite_is_said_and_never_the_least():
+    broken = [row("nothing", None), row("every q_proj", 0.7), row(NAMED, None)]
+    (said,) = losses.carriers(study_of(broken), "base")
+    assert "not finite" in said
+    assert losses.by_chance(study_of(broken)) is None
+    partly = [row("nothing", 0.8), row("every q_proj", None), row(NAMED, 0.2)]
+    assert "3.mlp.down_proj" in losses.carriers(study_of(partly), "base")[0]
+    assert losses.left_float(study_of(partly), "base")[1]["`o3`"] == losses.MISSING
+    only = [row("nothing", 0.8), row("every q_proj", None)]
+    assert "No kind of Linear" in losses.carriers(study_of(only), "base")[0]
+    curve = [{"alpha": 0.3, "kl": None}, {"alpha": 0.8, "kl": 0.2}]
+    shown = losses.loss_chapter(study_of(partly, curve))
+    assert len(shown) == 2
+    assert losses.alpha_curves(study_of(partly, curve), "base") == {"o3": curve[1:]}
 
 
 def test_a_record_without_probes_is_passed_over():

@@ -7,6 +7,7 @@ the squared error of each group's own outputs. The scales of the checkpoint then
 from the maxima over all items.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from helpers.quantization.probe import Probe
 from helpers.quantization.simulation import Scales, look, simulated
 from helpers.quantization.smoothing import everywhere, group_scales
 from helpers.sources.experts import every_expert_reads
+from helpers.study.errors import StudyError
 from helpers.study.schema import Variant
 
 AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
@@ -48,6 +50,9 @@ def choose(
         variant: a number, a list or `auto` as its α.
         fit_absmax: Linear name to (in_features,) maxima over the items that do not judge.
         judges: token ids of the items that do.
+
+    Raises:
+        StudyError: no α of the grid gives finite log-probabilities, or `auto` no finite error.
     """
     smooth = variant.smooth
     if smooth is None:
@@ -57,7 +62,13 @@ def choose(
     if smooth.alpha == "auto":
         return Choice(_each_group(model, variant, fit_absmax, judges), [])
     curve = _curve(model, variant, fit_absmax, Probe(model, judges, variant))
-    best = min(curve, key=lambda row: row["kl"])
+    finite = [row for row in curve if row["kl"] is not None]
+    if not finite:
+        raise StudyError(
+            "smooth.alpha: at no α of the grid are the quantized model's log-probabilities "
+            "finite; use dtype float32 or mend the model"
+        )
+    best = min(finite, key=lambda row: row["kl"])
     return Choice(everywhere(model.config, smooth.targets, best["alpha"]), curve)
 
 
@@ -100,4 +111,10 @@ def _each_group(
     finally:
         for handle in handles:
             handle.remove()
+    for name, found in errors.items():
+        if not all(map(math.isfinite, found.values())):
+            raise StudyError(
+                f"smooth.alpha: the quantization error of {name} is not finite; "
+                "use dtype float32 or mend the model"
+            )
     return {name: min(found, key=found.__getitem__) for name, found in errors.items()}

@@ -5,6 +5,7 @@ measured in the evaluation, on other texts. Also answers what the loss would be 
 Linears were left float.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -33,14 +34,18 @@ class Probe:
         self.texts, self.batch_tokens = texts, BATCH_TOKENS if together else 1
         self.expected = list(self._logprobs(model))
 
-    def divergence(self, model) -> dict[str, float]:
-        """KL(float ‖ model) in nats a token, and the share of tokens with the same top-1."""
+    def divergence(self, model) -> dict[str, float | None]:
+        """KL(float ‖ model) in nats a token, and the share of tokens with the same top-1.
+
+        The KL is None where it is not finite; what such a model is worth is the gates' to say.
+        """
         kl, same, tokens = 0.0, 0, 0
         for expected, found in zip(self.expected, self._logprobs(model), strict=True):
             kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
             same += int((expected.argmax(-1) == found.argmax(-1)).sum())
             tokens += len(found)
-        return {"kl": kl / tokens, "top1_agreement": same / tokens}
+        mean = kl / tokens if math.isfinite(kl) else None
+        return {"kl": mean, "top1_agreement": same / tokens}
 
     @torch.inference_mode()
     def _logprobs(self, model) -> Iterator[Tensor]:

@@ -66,8 +66,9 @@ def by_chance(results: Results) -> float | None:
         row["kl"] / rows[AS_QUANTIZED]["kl"] - 1
         for model in results.models
         for rows in _probed(results, model).values()
-        if rows[AS_QUANTIZED]["kl"] > 0
+        if (rows[AS_QUANTIZED]["kl"] or 0) > 0
         for row in rows.values()
+        if row["kl"] is not None
     ]
     return max(rises, default=None)
 
@@ -91,23 +92,34 @@ def carriers(results: Results, model: str) -> list[str]:
     said, chance = [], by_chance(results) or 0.0
     for variant, rows in _probed(results, model).items():
         whole = rows[AS_QUANTIZED]["kl"]
-        kinds = {label: row for label, row in rows.items() if label != AS_QUANTIZED}
-        best = min(kinds, key=lambda label: kinds[label]["kl"])
-        share = 100 * (1 - kinds[best]["kl"] / whole) if whole > 0 else 0.0
+        if whole is None:
+            said.append(f"As quantized, `{variant}` gives probabilities that are not finite.")
+            continue
+        kinds = {
+            label: row["kl"]
+            for label, row in rows.items()
+            if label != AS_QUANTIZED and row["kl"] is not None
+        }
+        best = min(kinds, key=kinds.__getitem__, default=AS_QUANTIZED)
+        saved = whole - kinds.get(best, whole)
+        share = 100 * saved / whole if whole > 0 else 0.0
         if share <= 100 * chance:
             said.append(f"No kind of Linear is seen to carry the loss of `{variant}` by itself.")
             continue
         said.append(
             f"Leaving {_in_words(best)} float would take `{variant}` from a KL of "
-            f"{number(whole)} to {number(kinds[best]['kl'])} nats a token ({share:.0f} % of it)."
+            f"{number(whole)} to {number(kinds[best])} nats a token ({share:.0f} % of it)."
         )
     return said
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
-    """Variant to its KL at every α of its grid."""
+    """Variant to its KL at every α of its grid that has a finite one."""
     found = {
-        e.variant: _losses(e).get("alpha", {}).get("curve") for e in results.compared_in(model)
+        e.variant: [
+            row for row in _losses(e).get("alpha", {}).get("curve") or [] if row["kl"] is not None
+        ]
+        for e in results.compared_in(model)
     }
     return {variant: curve for variant, curve in found.items() if curve}
 
