@@ -4,9 +4,10 @@ import math
 
 import pytest
 
-from helpers.study import loading
+from helpers.study import loading, local_files
 from helpers.study.errors import StudyError
-from helpers.study.loading import load_study, resolve
+from helpers.study.loading import load_study
+from helpers.study.local_files import resolve
 
 JARGON = (
     "traceback",
@@ -440,7 +441,7 @@ def test_a_study_of_the_project_is_named_from_its_root(
 
 
 def test_relative_paths_start_at_the_project(monkeypatch, tmp_path):
-    monkeypatch.setattr(loading, "PROJECT", tmp_path)
+    monkeypatch.setattr(local_files, "PROJECT", tmp_path)
     assert resolve("data/x.jsonl") == tmp_path / "data" / "x.jsonl"
     assert resolve(str(tmp_path / "x")) == tmp_path / "x"
 

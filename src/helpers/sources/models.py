@@ -22,7 +22,7 @@ from helpers.sources.weights import refuse_unsafe
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.checksums import RECORD, refuse_damaged
 from helpers.study.errors import StudyError
-from helpers.study.loading import resolve
+from helpers.study.local_files import resolve
 from helpers.study.paths import StudyPaths
 from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from helpers.sources.hub_rows import cached_rows
 from helpers.study.errors import StudyError
-from helpers.study.loading import files_of
+from helpers.study.local_files import files_of
 from helpers.study.plain_text import one_line
 from helpers.study.schema import DatasetSource, FileDataset, HubDataset, ShippedDataset
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json
-from helpers.study.loading import files_of, resolve
+from helpers.study.local_files import files_of, resolve
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.schema import (
     FileDataset,
