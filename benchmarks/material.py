@@ -21,7 +21,8 @@ from helpers.sources.datasets import calibration_items, evaluation_items, shared
 from helpers.sources.items import Item
 from helpers.sources.models import load_model, load_tokenizer
 from helpers.study.loading import load_study
-from helpers.study.schema import Batch, EvaluationSet, Study, Variant
+from helpers.study.schema import Batch, EvaluationSet, Study
+from helpers.study.variant_settings import Variant
 
 STUDY = "demo"
 VARIANT = "smoothquant_w8a8"

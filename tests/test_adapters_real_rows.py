@@ -19,7 +19,8 @@ from helpers.sources.items import normalized_text
 from helpers.sources.rows import load_rows
 from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT
-from helpers.study.schema import EvaluationSet, FileDataset
+from helpers.study.schema import EvaluationSet
+from helpers.study.source_settings import FileDataset
 from hub_repositories import qwen3_tokenizer
 from hub_standin import Hub
 

@@ -10,7 +10,7 @@ from helpers.quantization.probe import Probe, left_float
 from helpers.quantization.smoothing import smooth_
 from helpers.sources.random_model import random_model
 from helpers.study.errors import StudyError
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 from quantized_run import at_millionth
 
 NORMS = ("attention_input", "mlp_input")

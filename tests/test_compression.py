@@ -10,7 +10,7 @@ from helpers.quantization.int8 import Int8Linear, load_int8, read_tensors
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
 from helpers.quantization.variants import load_reference
 from helpers.study.errors import StudyError
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 SMOOTH = {"alpha": 0.5, "targets": ("attention_input", "mlp_input")}
 VARIANTS = {

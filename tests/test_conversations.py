@@ -18,7 +18,8 @@ from helpers.sources.conversations import (
 from helpers.sources.items import ADAPTERS, Item, normalized_text
 from helpers.sources.numbers import parse_number
 from helpers.sources.rows import load_rows
-from helpers.study.schema import EvaluationSet, ShippedDataset
+from helpers.study.schema import EvaluationSet
+from helpers.study.source_settings import ShippedDataset
 
 SHIPPED = ["arc", "boolq", "squad_v2", "openmath_eval", "openmath_train"]
 ITEMS = {

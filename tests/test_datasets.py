@@ -18,7 +18,7 @@ from helpers.sources.datasets import (
 from helpers.sources.items import ADAPTERS, Item, item_key, normalized_text
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
-from helpers.study.schema import FileDataset, ShippedDataset
+from helpers.study.source_settings import FileDataset, ShippedDataset
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 

@@ -9,7 +9,7 @@ from helpers.quantization.calibration import run_calibration
 from helpers.quantization.error import sqnr_with_and_without
 from helpers.quantization.smoothing import everywhere, smooth_, smoothed_absmax
 from helpers.sources.random_model import random_model
-from helpers.study.schema import Smooth, Variant
+from helpers.study.variant_settings import Smooth, Variant
 from quantized_run import lived_in
 
 TARGETS = ("attention_input", "mlp_input", "mlp_down")

@@ -5,7 +5,8 @@ import torch
 
 from helpers.sources import finetuning
 from helpers.study.errors import StudyError
-from helpers.study.schema import FineTuning, Runtime
+from helpers.study.schema import Runtime
+from helpers.study.source_settings import FineTuning
 
 SETTINGS = {
     "start": "base",

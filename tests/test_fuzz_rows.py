@@ -18,7 +18,7 @@ from helpers.sources.datasets import load_items, shared_passages
 from helpers.sources.items import normalized_text
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
-from helpers.study.schema import FileDataset
+from helpers.study.source_settings import FileDataset
 from test_datasets import ROWS
 from test_report import arc_rows, squad_rows, text_rows
 

@@ -13,7 +13,7 @@ from helpers.study.errors import StudyError
 from helpers.study.opening import open_job
 from helpers.study.paths import outputs_root
 from helpers.study.records import write_json
-from helpers.study.schema import HubModel
+from helpers.study.source_settings import HubModel
 
 SIZES = {"Linears": 4_000_000, "embeddings and head": 1_000_000}
 AFTER = SIZES | {"Linears": 1_000_000}

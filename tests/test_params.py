@@ -8,7 +8,7 @@ from helpers.evaluation.power import detectable_loss, equivalence_power, items_f
 from helpers.study import grid
 from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT
-from helpers.study.schema import FineTunedModel
+from helpers.study.source_settings import FineTunedModel
 
 FILES = sorted((PROJECT / "params").glob("*.yaml"))
 QWEN3 = [path for path in FILES if path.stem.startswith("qwen3")]

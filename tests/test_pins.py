@@ -8,7 +8,7 @@ from helpers.study import pins as p
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, read_study, study_file
 from helpers.study.paths import StudyPaths
-from helpers.study.schema import HubDataset, HubModel
+from helpers.study.source_settings import HubDataset, HubModel
 
 COMMITS = [letter * 40 for letter in "abc"]
 ROWS = {"rows": 5, "of_rows": 9, "pieces": None, "sha256": "0" * 64}

@@ -12,7 +12,8 @@ from helpers.sources.random_model import byte_tokenizer, random_model
 from helpers.sources.weights import refuse_unsafe
 from helpers.study.errors import StudyError
 from helpers.study.paths import StudyPaths
-from helpers.study.schema import FolderModel, Runtime
+from helpers.study.schema import Runtime
+from helpers.study.source_settings import FolderModel
 
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")
 WEIGHTS = "model.safetensors"

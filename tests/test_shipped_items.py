@@ -8,7 +8,7 @@ import pytest
 from helpers.sources.datasets import load_items
 from helpers.sources.items import normalized_text
 from helpers.sources.rows import load_rows
-from helpers.study.schema import ShippedDataset
+from helpers.study.source_settings import ShippedDataset
 
 ADAPTER = {
     "arc": "arc",

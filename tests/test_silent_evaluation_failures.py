@@ -13,7 +13,7 @@ from helpers.evaluation.gates import Evidence, evaluation_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.reference_gates import reference_gates
 from helpers.study.gates import WHOLE_VARIANT, as_record
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 MODEL, VARIANT = "tuned", "smooth_only"
 OWNER = {"model": MODEL, "variant": VARIANT}

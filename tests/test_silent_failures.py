@@ -14,7 +14,7 @@ import torch
 import quantized_run
 from helpers.quantization import calibration, compression, int8, smoothing, verification
 from helpers.sources import datasets
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 from quantized_run import VARIANTS
 
 SMOOTHING = "smoothing as declared"

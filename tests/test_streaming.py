@@ -6,7 +6,7 @@ import pytest
 from pyarrow.parquet import ParquetFile
 
 from helpers.sources import streaming
-from helpers.study.schema import Stream
+from helpers.study.source_settings import Stream
 from hub_repositories import table
 
 SIZES = [230, 95, 410]  # rows of the split's files

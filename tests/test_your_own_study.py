@@ -11,7 +11,7 @@ from helpers.sources.datasets import load_items
 from helpers.sources.items import ADAPTERS
 from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT
-from helpers.study.schema import FileDataset
+from helpers.study.source_settings import FileDataset
 
 GUIDE = PROJECT / "docs" / "your-own-study.md"
 TEXT = GUIDE.read_text("utf-8")

@@ -21,7 +21,8 @@ from helpers.evaluation.degenerate import answer_of
 from helpers.evaluation.reference_gates import kl_a_token, resolution
 from helpers.evaluation.statistics import wilson_interval
 from helpers.study.gates import WHOLE_VARIANT
-from helpers.study.schema import Study, Variant
+from helpers.study.schema import Study
+from helpers.study.variant_settings import Variant
 
 Role = Literal[
     "baseline",

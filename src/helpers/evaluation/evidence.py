@@ -16,7 +16,8 @@ from helpers.sources.items import Item
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import FineTunedModel, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import FineTunedModel
 
 
 def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:

@@ -12,7 +12,7 @@ from collections import Counter
 from itertools import permutations
 
 from helpers.study.gates import Gate
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 # Nats a token that other kernels for the same model may move the loss of a passage by.
 SAME_MODEL = {"float32": 1e-3, "bfloat16": 1e-2}

@@ -19,7 +19,7 @@ from helpers.quantization.simulation import Scales, look, simulated
 from helpers.quantization.smoothing import everywhere, group_scales
 from helpers.sources.experts import every_expert_reads
 from helpers.study.errors import StudyError
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
 

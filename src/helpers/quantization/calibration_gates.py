@@ -11,7 +11,7 @@ from helpers.quantization.probing import first_block_only, input_maxima
 from helpers.sources.datasets import evaluation_items, load_items, training_items
 from helpers.sources.items import Item, normalized_text
 from helpers.study.architectures import HEAD
-from helpers.study.schema import FineTunedModel
+from helpers.study.source_settings import FineTunedModel
 
 CHAIN = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up
 

@@ -16,7 +16,7 @@ from helpers.quantization.seed_recipe import apply_seed_recipe_
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax
 from helpers.sources.models import save_model
 from helpers.study.errors import StudyError
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 
 def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[str]:

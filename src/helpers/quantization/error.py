@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from helpers.quantization.layer_groups import quantized_linears
 from helpers.quantization.simulation import Looked, Scales, linear_scales, look
 from helpers.sources.experts import every_expert_reads
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 
 @dataclass

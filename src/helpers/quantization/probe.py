@@ -14,7 +14,7 @@ from torch import Tensor
 
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.onednn import simulated_by_onednn
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
 BATCH_TOKENS = 2048  # read at once, padding counted

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
 from helpers.quantization.smoothing import smoothing_scales
 from helpers.study.errors import StudyError
-from helpers.study.schema import Smooth
+from helpers.study.variant_settings import Smooth
 
 CLAMP = (1e-2, 1e2)
 

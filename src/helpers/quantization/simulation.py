@@ -17,7 +17,7 @@ from helpers.quantization.int8 import HALF_RANGE, absmax_scale
 from helpers.quantization.layer_groups import quantized_linears, smoothing_groups
 from helpers.quantization.smoothing import group_scales
 from helpers.sources.onednn import product
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 
 @dataclass

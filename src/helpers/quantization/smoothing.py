@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.study.errors import StudyError
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 SMALLEST = 1e-5  # floor of maxima and scales, so that a dead channel divides nothing by zero
 

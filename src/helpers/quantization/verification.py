@@ -10,7 +10,7 @@ from helpers.quantization import calibration_gates, checkpoint_gates, metadata_g
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import Gate
 from helpers.study.opening import Job
-from helpers.study.schema import Variant
+from helpers.study.variant_settings import Variant
 
 # First what needs no model, then what runs the source, then what runs the checkpoint: the
 # evidence holds one model at a time, and in this order each is loaded once or twice.

@@ -24,7 +24,8 @@ from helpers.report.formats import (
 )
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import BundledModel, FineTunedModel, HubModel, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import BundledModel, FineTunedModel, HubModel
 from helpers.study.writing import write_atomically
 
 CARD = "README.md"

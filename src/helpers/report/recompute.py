@@ -24,7 +24,8 @@ from helpers.study.hashing import sha256_file
 from helpers.study.loading import load_study, study_file
 from helpers.study.paths import StudyPaths
 from helpers.study.records import read_json
-from helpers.study.schema import HubDataset, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import HubDataset
 
 TOLERANCE = 1e-9  # of figures made by another version of a library
 

@@ -29,7 +29,8 @@ from helpers.report.evaluated import MAKER, Calibrated, Evaluated
 from helpers.study.errors import StudyError
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Comparison, FineTunedModel, Runtime, Study
+from helpers.study.schema import Comparison, Runtime, Study
+from helpers.study.source_settings import FineTunedModel
 
 
 @dataclass(frozen=True)

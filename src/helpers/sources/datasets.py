@@ -14,7 +14,8 @@ from helpers.sources.numbers import gold_number
 from helpers.sources.rows import load_rows
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
-from helpers.study.schema import DatasetSource, HubDataset, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import DatasetSource, HubDataset
 
 
 def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:

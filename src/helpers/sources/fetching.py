@@ -26,7 +26,8 @@ from helpers.study.pins import (
     read_pins,
     write_pins,
 )
-from helpers.study.schema import HubDataset, HubModel, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import HubDataset, HubModel
 
 Say = Callable[[str], None]
 

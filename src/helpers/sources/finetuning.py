@@ -16,7 +16,8 @@ from tqdm import tqdm
 
 from helpers.sources.batching import pad
 from helpers.study.errors import StudyError
-from helpers.study.schema import FineTunedModel, FineTuning, Runtime, Study
+from helpers.study.schema import Runtime, Study
+from helpers.study.source_settings import FineTunedModel, FineTuning
 
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
 

@@ -12,7 +12,7 @@ from helpers.study.hashing import sha256_data, sha256_file
 from helpers.study.paths import cache_root
 from helpers.study.pins import FETCH, is_commit
 from helpers.study.records import read_jsonl, write_json, write_jsonl
-from helpers.study.schema import HubDataset
+from helpers.study.source_settings import HubDataset
 
 
 def rows_file(source: HubDataset) -> Path:

@@ -25,14 +25,8 @@ from helpers.study.errors import StudyError
 from helpers.study.local_files import resolve
 from helpers.study.paths import StudyPaths
 from helpers.study.pins import FETCH, is_commit
-from helpers.study.schema import (
-    BundledModel,
-    FolderModel,
-    HubModel,
-    RandomModel,
-    Runtime,
-    Study,
-)
+from helpers.study.schema import Runtime, Study
+from helpers.study.source_settings import BundledModel, FolderModel, HubModel, RandomModel
 from helpers.study.writing import replace_folder
 
 

@@ -12,7 +12,7 @@ from helpers.sources.hub_rows import cached_rows
 from helpers.study.errors import StudyError
 from helpers.study.local_files import files_of
 from helpers.study.plain_text import one_line
-from helpers.study.schema import DatasetSource, FileDataset, HubDataset, ShippedDataset
+from helpers.study.source_settings import DatasetSource, FileDataset, HubDataset, ShippedDataset
 
 
 def load_rows(source: DatasetSource) -> list[dict]:

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from helpers.sources.hub import Unreachable, in_words, patiently
 from helpers.study.errors import StudyError
-from helpers.study.schema import HubDataset, Stream
+from helpers.study.source_settings import HubDataset, Stream
 
 RETRIES = 2  # of a read in mid-stream, beside the client's own for each request
 MOST_BYTES = 512 * 2**20  # read for a sample; with larger pieces, fewer of them are

@@ -25,13 +25,8 @@ from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json
 from helpers.study.local_files import files_of, resolve
 from helpers.study.paths import PROJECT, StudyPaths
-from helpers.study.schema import (
-    FileDataset,
-    FineTunedModel,
-    FolderModel,
-    ShippedDataset,
-    Study,
-)
+from helpers.study.schema import Study
+from helpers.study.source_settings import FileDataset, FineTunedModel, FolderModel, ShippedDataset
 
 NOTEBOOKS = {
     "finetuning": "00_finetuning",

@@ -5,7 +5,8 @@ from pathlib import Path
 
 from helpers.study.model_folders import folder_problem
 from helpers.study.paths import PROJECT, vllm_python
-from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import FileDataset, FineTunedModel, FolderModel
 
 NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
 

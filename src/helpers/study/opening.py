@@ -6,7 +6,8 @@ from pathlib import Path
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, study_file
 from helpers.study.paths import StudyPaths
-from helpers.study.schema import Study, Variant
+from helpers.study.schema import Study
+from helpers.study.variant_settings import Variant
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from helpers.study.errors import StudyError
 from helpers.study.grid import Run
 from helpers.study.opening import Job
 from helpers.study.paths import StudyPaths
-from helpers.study.schema import FineTunedModel, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import FineTunedModel
 
 
 @dataclass(frozen=True)

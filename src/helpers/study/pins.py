@@ -16,9 +16,11 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, ValidationError
 
 from helpers.study.errors import StudyError
+from helpers.study.fields import Count, Strict
 from helpers.study.paths import StudyPaths
 from helpers.study.records import read_json, write_json
-from helpers.study.schema import Count, HubDataset, HubModel, Stream, Strict, Study
+from helpers.study.schema import Study
+from helpers.study.source_settings import HubDataset, HubModel, Stream
 
 COMMIT = r"^[0-9a-f]{40}$"
 FETCH = "make fetch"

@@ -7,7 +7,8 @@ from operator import attrgetter
 
 from helpers.study.complaints import unknown
 from helpers.study.names import TAKEN
-from helpers.study.schema import EvaluationSet, FineTunedModel, Study
+from helpers.study.schema import EvaluationSet, Study
+from helpers.study.source_settings import FineTunedModel
 
 PROTOCOLS = {
     "arc": {"loglikelihood", "generate"},
