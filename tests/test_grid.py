@@ -6,7 +6,7 @@ import os
 import pytest
 
 import toy_project
-from helpers.study import grid
+from helpers.study import code_files, grid
 from helpers.study.errors import StudyError
 from helpers.study.grid import Run
 from helpers.study.schema import Study
@@ -144,6 +144,14 @@ def test_a_stage_is_repeated_for_the_modules_it_uses_and_no_others():
     evaluation = modules("evaluation", "base", "rtn")
     assert {"evaluation/engine.py", "evaluation/scoring.py", "data/arc.jsonl"} <= evaluation
     assert not {"evaluation/statistics.py", "report/tables.py", "study/jobs.py"} & evaluation
+
+
+def test_reading_the_study_file_and_running_notebooks_repeat_nothing():
+    for name in code_files.MAKE_NO_NUMBERS:
+        assert code_files.HELPERS.joinpath(*name.split(".")[1:]).with_suffix(".py").is_file(), name
+    for run in [*grid.runs(study()), Run("analysis")]:
+        read = {path.name for path in grid.source_files(study(), run) if path.suffix == ".py"}
+        assert not read & {"schema.py", "variant_settings.py", "complaints.py", "jobs.py"}
 
 
 def test_local_files_are_inputs(tmp_path):

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from helpers.study import grid, terminal
+from helpers.study.code_files import imported_modules
 from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json, sha256_data, sha256_file, sha256_text
 from helpers.study.opening import Job
@@ -153,7 +154,7 @@ def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
     """What predictions belong to: they hold for no other evaluation."""
     run = grid.Run("evaluation", job.model, job.variant)
     notebook = PROJECT / "notebooks" / f"{grid.NOTEBOOKS['evaluation']}.ipynb"
-    modules = sorted(grid.imported_modules(notebook, with_report=False))
+    modules = sorted(imported_modules(notebook, with_report=False))
     return {
         "model": job.model,
         "variant": job.variant,

@@ -8,6 +8,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.report import (
+    comparison_figures,
     controls,
     details,
     executive,
@@ -111,7 +112,7 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     title = (
         f"{model}: worst under {variant}, {name.removeprefix('model.layers.')} at {level:.1f} dB"
     )
-    return [figures.sqnr_by_variant(curves, variants=results.compared, title=title)]
+    return [comparison_figures.sqnr_by_variant(curves, variants=results.compared, title=title)]
 
 
 def base_models(results: Results) -> Shown:
@@ -159,7 +160,7 @@ def _forest(results: Results, model: str) -> Shown:
         return []
     title = sentences.forest_claim(results, model)
     margin = results.rules.margin
-    return [figures.forest(found, variants=results.compared, margin=margin, title=title)]
+    return [comparison_figures.forest(found, variants=results.compared, margin=margin, title=title)]
 
 
 def _token_figure(results: Results, model: str) -> Shown:
@@ -175,7 +176,9 @@ def _token_figure(results: Results, model: str) -> Shown:
     if not rows:
         return []
     title = sentences.token_claim(results, model, [row["variant"] for row in rows])
-    return [figures.token_costs(rows, variants=results.compared, floor=floor, title=title)]
+    return [
+        comparison_figures.token_costs(rows, variants=results.compared, floor=floor, title=title)
+    ]
 
 
 def dataset_chapters(results: Results) -> Shown:

@@ -2,8 +2,9 @@
 
 from matplotlib.figure import Figure
 
+from helpers.report.comparison_figures import variant_looks
 from helpers.report.cost import Cost, Way
-from helpers.report.figures import INK, QUIET, in_house_style, new_figure, variant_looks
+from helpers.report.figures import INK, QUIET, in_house_style, new_figure
 
 PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
 

@@ -8,7 +8,7 @@ what a draw moves is read off the rows themselves, and nothing smaller is called
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from helpers.report import figures
+from helpers.report import comparison_figures
 from helpers.report.formats import MISSING, Rows, code, listed, markdown_table, number
 from helpers.report.results import Evaluated, Results
 
@@ -27,7 +27,7 @@ def loss_chapter(results: Results) -> list[Markdown | Figure]:
         told = f"### Where the loss of `{model}` lies\n\n{' '.join(carriers(results, model))}"
         shown.append(Markdown(f"{told}\n\n{markdown_table(rows)}\n"))
         if curves := alpha_curves(results, model):
-            shown.append(figures.kl_by_alpha(curves, title=alpha_claim(curves, model)))
+            shown.append(comparison_figures.kl_by_alpha(curves, title=alpha_claim(curves, model)))
     return shown
 
 
