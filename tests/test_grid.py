@@ -8,6 +8,7 @@ import pytest
 import toy_project
 from helpers.study import code_files, grid
 from helpers.study.errors import StudyError
+from helpers.study.fields import Strict
 from helpers.study.grid import Run
 from helpers.study.schema import Study
 from toy_project import planned, run_study, write_study
@@ -149,6 +150,9 @@ def test_a_stage_is_repeated_for_the_modules_it_uses_and_no_others():
 def test_reading_the_study_file_and_running_notebooks_repeat_nothing():
     for name in code_files.MAKE_NO_NUMBERS:
         assert code_files.HELPERS.joinpath(*name.split(".")[1:]).with_suffix(".py").is_file(), name
+    described = {kind.__module__ for kind in Strict.__subclasses__()}  # whatever module it is in
+    assert {"helpers.study.schema", "helpers.study.variant_settings"} <= described
+    assert described <= code_files.MAKE_NO_NUMBERS
     for run in [*grid.runs(study()), Run("analysis")]:
         read = {path.name for path in grid.source_files(study(), run) if path.suffix == ".py"}
         assert not read & {"schema.py", "variant_settings.py", "complaints.py", "jobs.py"}

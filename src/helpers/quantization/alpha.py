@@ -52,7 +52,7 @@ def choose(
         judges: token ids of the items that do.
 
     Raises:
-        StudyError: no α of the grid gives finite log-probabilities, or `auto` no finite error.
+        StudyError: no α of the grid gives a finite KL, or of `auto` a finite error.
     """
     smooth = variant.smooth
     if smooth is None:
@@ -62,14 +62,19 @@ def choose(
     if smooth.alpha == "auto":
         return Choice(_each_group(model, variant, fit_absmax, judges), [])
     curve = _curve(model, variant, fit_absmax, Probe(model, judges, variant))
-    finite = [row for row in curve if row["kl"] is not None]
+    best = _least({row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL")
+    return Choice(everywhere(model.config, smooth.targets, best), curve)
+
+
+def _least(losses: dict[float, float | None], *, of: str) -> float:
+    """The α of the least finite loss."""
+    finite = {a: loss for a, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
         raise StudyError(
-            "smooth.alpha: at no α of the grid are the quantized model's log-probabilities "
-            "finite; use dtype float32 or mend the model"
+            f"smooth.alpha: {of} is finite at no α of {', '.join(map(str, losses))}; "
+            "use dtype float32 or mend the model"
         )
-    best = min(finite, key=lambda row: row["kl"])
-    return Choice(everywhere(model.config, smooth.targets, best["alpha"]), curve)
+    return min(finite, key=finite.__getitem__)
 
 
 def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> list[dict]:
@@ -111,10 +116,7 @@ def _each_group(
     finally:
         for handle in handles:
             handle.remove()
-    for name, found in errors.items():
-        if not all(map(math.isfinite, found.values())):
-            raise StudyError(
-                f"smooth.alpha: the quantization error of {name} is not finite; "
-                "use dtype float32 or mend the model"
-            )
-    return {name: min(found, key=found.__getitem__) for name, found in errors.items()}
+    return {
+        name: _least(found, of=f"the quantization error of {name}")
+        for name, found in errors.items()
+    }

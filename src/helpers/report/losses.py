@@ -95,20 +95,15 @@ def carriers(results: Results, model: str) -> list[str]:
         if whole is None:
             said.append(f"As quantized, `{variant}` gives probabilities that are not finite.")
             continue
-        kinds = {
-            label: row["kl"]
-            for label, row in rows.items()
-            if label != AS_QUANTIZED and row["kl"] is not None
-        }
-        best = min(kinds, key=kinds.__getitem__, default=AS_QUANTIZED)
-        saved = whole - kinds.get(best, whole)
-        share = 100 * saved / whole if whole > 0 else 0.0
+        finite = {label: row["kl"] for label, row in rows.items() if row["kl"] is not None}
+        best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
+        share = 100 * (1 - finite[best] / whole) if whole > 0 else 0.0
         if share <= 100 * chance:
             said.append(f"No kind of Linear is seen to carry the loss of `{variant}` by itself.")
             continue
         said.append(
             f"Leaving {_in_words(best)} float would take `{variant}` from a KL of "
-            f"{number(whole)} to {number(kinds[best])} nats a token ({share:.0f} % of it)."
+            f"{number(whole)} to {number(finite[best])} nats a token ({share:.0f} % of it)."
         )
     return said
 
