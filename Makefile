@@ -39,6 +39,22 @@ export PYTHONNOUSERSITE := 1
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+# A run can be kept to what another processor has: torch, oneDNN, MKL, numba and the project's
+# own choice (helpers.sources.processors) each have a variable for it.
+PROCESSOR ?=
+ifneq (,$(PROCESSOR))
+export STUDY_PROCESSOR := $(PROCESSOR)
+endif
+ifeq ($(PROCESSOR),avx2)
+export ATEN_CPU_CAPABILITY := avx2
+export ONEDNN_MAX_CPU_ISA := AVX2
+export MKL_ENABLE_INSTRUCTIONS := AVX2
+export NUMBA_CPU_NAME := haswell
+else ifeq ($(PROCESSOR),vnni)
+export ONEDNN_MAX_CPU_ISA := AVX512_CORE_BF16
+export NUMBA_CPU_NAME := cascadelake
+endif
+
 # `make -n study` shows the jobs that would run, as `make study ARGS=-n` does.
 ifneq (,$(findstring n,$(filter-out --%,$(firstword -$(MAKEFLAGS)))))
 override ARGS += -n
@@ -57,6 +73,7 @@ help: ## list what can be asked
 	@printf '  PARTIAL=yes   with report: what is complete, with what is missing named\n'
 	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test, to bench\n'
 	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
+	@printf '  PROCESSOR=avx2 keep a run to what AVX2 has, or vnni: AVX-512 VNNI without AMX\n'
 	@printf '  PYTHON=path   the Python >= 3.11 that makes the environment (python3)\n'
 
 study: $(READY) $(PLUGINS) ## run what is not current of a study; ARGS=-n only lists it

@@ -9,7 +9,7 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from helpers.evaluation.language_modeling import read_passages
-from helpers.quantization.int8 import Int8Linear
+from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.probing import inputs_of
 from helpers.quantization.variants import load_reference
 

@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import Int8Linear, load_int8
+from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
 from helpers.quantization.probing import inputs_of
 from helpers.quantization.smoothing import everywhere, fold_scales_, held_scales, smooth_

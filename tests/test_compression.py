@@ -6,7 +6,8 @@ import torch
 from helpers.quantization import compression
 from helpers.quantization.alpha import choose
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import Int8Linear, load_int8, read_tensors
+from helpers.quantization.int8 import load_int8, read_tensors
+from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
 from helpers.quantization.variants import load_reference
 from helpers.study.errors import StudyError

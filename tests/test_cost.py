@@ -148,7 +148,7 @@ def test_a_device_without_the_product_has_no_limit_in_it(monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such product here")
 
-    monkeypatch.setattr(peaks, "int8_matmul", refuse)
+    monkeypatch.setattr(peaks.kernels, "multiply", refuse)
     monkeypatch.setattr(peaks, "SECONDS_A_SHAPE", 0)
     monkeypatch.setattr(peaks, "SQUARE", 32)
     found = peaks.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.quantization.int8 import Int8Linear, absmax_scale, quantize_activations
+from helpers.quantization.int8_linear import Int8Linear, absmax_scale, quantize_activations
 
 KINDS = ["token_dynamic", "tensor_dynamic", "tensor_static"]
 

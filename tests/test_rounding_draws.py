@@ -10,7 +10,7 @@ from benchmarks.rounding_draws import (
     vllms_step,
 )
 
-from helpers.quantization.int8 import absmax_scale
+from helpers.quantization.int8_linear import absmax_scale
 
 
 class Embedded(torch.nn.Module):

@@ -12,7 +12,14 @@ import pytest
 import torch
 
 import quantized_run
-from helpers.quantization import calibration, compression, int8, smoothing, verification
+from helpers.quantization import (
+    calibration,
+    compression,
+    fused_passes,
+    int8_linear,
+    smoothing,
+    verification,
+)
 from helpers.sources import datasets
 from helpers.study.variant_settings import Variant
 from quantized_run import VARIANTS
@@ -242,13 +249,17 @@ def activations_left_float_at_run_time(_, patch):
         weight = self.weight_t.float() * self.weight_scale
         return x @ weight.to(x.dtype)
 
-    patch.setattr(int8.Int8Linear, "forward", forward)
+    patch.setattr(int8_linear.Int8Linear, "forward", forward)
 
 
 @failure(ACTIVATIONS, KERNEL)
 def one_scale_for_all_tokens_at_run_time(_, patch):
-    real = int8.absmax_scale
-    patch.setattr(int8.Int8Linear, "scale_of", lambda self, x: real(x.abs().amax().reshape(1)))
+    def one_scale(self, x):
+        rows = x.reshape(-1, self.in_features).float()
+        scale = int8_linear.absmax_scale(rows.abs().amax().reshape(1))
+        return int8_linear.quantize_activations(rows, scale), scale
+
+    patch.setattr(int8_linear.Int8Linear, "_quantize", one_scale)
 
 
 @failure(ACTIVATIONS, KERNEL)
@@ -256,18 +267,23 @@ def activations_cut_off_instead_of_rounded(_, patch):
     def floor(x, scale):
         return torch.div(x, scale).trunc_().clamp_(-128, 127).to(torch.int8)
 
-    patch.setattr(int8, "quantize_activations", floor)
+    def cut_off(x):
+        scale = int8_linear.absmax_scale(x.abs().amax(-1, keepdim=True))
+        return floor(x, scale), scale
+
+    patch.setattr(int8_linear, "quantize_activations", floor)
+    patch.setattr(fused_passes, "quantize_rows", cut_off)
 
 
 @failure(RELOAD)
 def another_answer_at_every_load(_, patch):
-    real = int8.Int8Linear.__init__
+    real = int8_linear.Int8Linear.__init__
 
     def shaken(self, weight, weight_scale, *args, **options):
         noise = 1 + 1e-3 * torch.rand(1)
         real(self, weight, weight_scale * noise, *args, **options)
 
-    patch.setattr(int8.Int8Linear, "__init__", shaken)
+    patch.setattr(int8_linear.Int8Linear, "__init__", shaken)
 
 
 @failure(STATIC, variant="o3")

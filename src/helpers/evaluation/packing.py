@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from helpers.sources.batching import FEWEST_ROWS, owned_by
+from helpers.sources.onednn import widened
 
 TRUNK = 0
 
@@ -102,9 +103,7 @@ class Row:
             )
             mask = segment.allowed(how["window"])
             mixed[:, :, span] = scaled_dot_product_attention(
-                query[:, :, span],
-                keys,
-                values,
+                *widened(query[:, :, span], keys, values),
                 attn_mask=None if mask is None else mask.to(query.device),
                 is_causal=mask is None,
                 scale=how["scaling"],

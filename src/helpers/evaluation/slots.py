@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from helpers.evaluation.packing import Segment
+from helpers.sources.onednn import widened
 
 WIDTH_STEP = 16  # matrix products sum alike at multiples of the vector width
 
@@ -101,7 +102,8 @@ class Slots:
         keys[each, :, at], values[each, :, at] = key[0].transpose(0, 1), value[0].transpose(0, 1)
         beyond_common, beyond_own = self._beyond(how["window"])
         q = (query[0] * how["scaling"]).transpose(0, 1).reshape(rows, groups, -1, dim)
-        scores = q @ keys[:rows, :, :width].transpose(-1, -2)  # (rows, groups, queries, width)
+        q, own_keys, own_values = widened(q, keys[:rows, :, :width], values[:rows, :, :width])
+        scores = q @ own_keys.transpose(-1, -2)  # (rows, groups, queries, width)
         scores.masked_fill_(beyond_own.to(scores.device), float("-inf"))
         if shared:
             common_keys, common_values = self._common_of(layer)
@@ -112,17 +114,20 @@ class Slots:
                 common = common.masked_fill(beyond_common.to(common.device), float("-inf"))
             scores = torch.cat([common, scores], dim=-1)
         precision = torch.promote_types(scores.dtype, torch.float32)
-        weights = scores.softmax(-1, dtype=precision).to(value.dtype)
-        mixed = weights[..., shared:] @ values[:rows, :, :width]
+        weights = scores.softmax(-1, dtype=precision).to(own_values.dtype)
+        mixed = weights[..., shared:] @ own_values
         if shared:
             flat = weights[..., :shared].transpose(0, 1).reshape(groups, -1, shared)
             mixed = mixed + (flat @ common_values).view(groups, rows, -1, dim).transpose(0, 1)
-        return mixed.reshape(rows, heads, dim).transpose(0, 1)[None]
+        return mixed.to(value.dtype).reshape(rows, heads, dim).transpose(0, 1)[None]
 
     def _common_of(self, layer: int) -> tuple[Tensor, Tensor]:
         if layer not in self._common:
             kept = [s.memory[layer] for s in self.shared]
-            self._common[layer] = tuple(
-                torch.cat([pair[part] for pair in kept], dim=2)[0].contiguous() for part in (0, 1)
+            self._common[layer] = widened(
+                *(
+                    torch.cat([pair[part] for pair in kept], dim=2)[0].contiguous()
+                    for part in (0, 1)
+                )
             )
         return self._common[layer]

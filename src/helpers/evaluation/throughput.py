@@ -169,8 +169,10 @@ def _written(model, prompts: list[list[int]], new_tokens: int) -> tuple[int, flo
 def _linear_bytes(model) -> int:
     """Bytes of everything the Linears hold, the head left out."""
     modules = [model.get_submodule(n) for n in linear_names(model.config) if n != HEAD]
-    held = {t.data_ptr(): t.nbytes for m in modules for t in _tensors(m)}
-    return sum(held.values())
+    packed = sum(module.held_bytes() for module in modules if hasattr(module, "held_bytes"))
+    plain = [module for module in modules if not hasattr(module, "held_bytes")]
+    held = {t.data_ptr(): t.nbytes for module in plain for t in _tensors(module)}
+    return packed + sum(held.values())
 
 
 def _tensors(module) -> list[torch.Tensor]:

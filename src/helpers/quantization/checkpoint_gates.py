@@ -5,7 +5,7 @@ from torch import Tensor
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
-from helpers.quantization.int8 import HALF_RANGE
+from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.study.hashing import sha256_folder
 
 EPS32 = torch.finfo(torch.float32).eps

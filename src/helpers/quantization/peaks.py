@@ -12,8 +12,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from helpers.quantization.kernels import int8_matmul
+from helpers.quantization import kernels
 from helpers.sources.onednn import product
+from helpers.sources.processors import has_bfloat16_units
 
 SQUARE = 2048
 SECONDS_A_SHAPE = 0.06
@@ -40,7 +41,7 @@ def gemm_peaks(
 def _best(sizes: list[tuple[int, int, int]], kind: str, device: str) -> float | None:
     try:
         return max(_operations_a_second(*size, kind, device) for size in sizes)
-    except NotImplementedError:  # what kernels.int8_matmul says of a device without the product
+    except NotImplementedError:  # what kernels.multiply says of a device without the product
         return None
 
 
@@ -50,16 +51,19 @@ def _operations_a_second(rows: int, inner: int, outer: int, kind: str, device: s
         torch.randint(-100, 100, shape, device=device).to(dtype)
         for shape in ((rows, inner), (inner, outer))
     )
-    if kind != "int8":  # as nn.Linear holds its weight
-        right = right.t().contiguous().t()
-    seconds = min(_shortest(partial(f, left, right), device) for f in _products(kind))
+    if kind == "int8":
+        packed = kernels.pack(right.t().contiguous())
+        seconds = _shortest(partial(kernels.multiply, left, packed), device)
+    else:
+        right = right.t().contiguous().t()  # as nn.Linear holds its weight
+        seconds = min(_shortest(partial(f, left, right), device) for f in _products(kind))
     return 2 * rows * inner * outer / seconds
 
 
 def _products(kind: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """The ways in which torch can multiply two matrices here."""
-    if kind == "int8":
-        return [int8_matmul]
+    if kind == "bfloat16" and not has_bfloat16_units():
+        return [_as_linears_do]  # torch's own emulation takes seconds for one product
     return [torch.matmul, _as_linears_do]
 
 

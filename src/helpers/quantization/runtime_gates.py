@@ -7,7 +7,7 @@ from torch import Tensor
 
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
-from helpers.quantization.int8 import HALF_RANGE
+from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.quantization.probing import logits_of
 
 CHUNK_ROWS = 8192  # of a weight at a time

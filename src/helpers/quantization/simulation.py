@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from helpers.quantization.int8 import HALF_RANGE, absmax_scale
+from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
 from helpers.quantization.layer_groups import quantized_linears, smoothing_groups
 from helpers.quantization.smoothing import group_scales
 from helpers.sources.onednn import product

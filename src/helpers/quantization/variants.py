@@ -7,8 +7,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from helpers.quantization import fused_passes, kernels
 from helpers.quantization.int8 import declared_activations, load_int8
 from helpers.quantization.vllm_runtime import VllmModel
+from helpers.sources import processors
 from helpers.sources.devices import placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
@@ -53,6 +55,24 @@ def running_type(job: Job) -> Runtime:
     """The study's runtime, in the variant's own float type where it names one."""
     runtime = job.study.runtime
     return runtime.model_copy(update={"dtype": job.recipe.dtype or runtime.dtype})
+
+
+def arithmetic(job: Job) -> dict[str, str]:
+    """How this machine multiplies what the study runs on it, for records.
+
+    No answer depends on the way in which int8 is multiplied; bfloat16 and training do depend on
+    whether the processor has units for them.
+    """
+    if job.study.runtime.device != "cpu":
+        return {}
+    units = "bfloat16" if processors.has_bfloat16_units() else "float32, rounded to bfloat16 once"
+    return {
+        "processor": processors.kind(),
+        "int8_units": "yes" if processors.has_int8_units() else "no",
+        "int8_products": kernels.cpu_way().name,
+        "int8_passes": "fused" if fused_passes.available() else "torch's",
+        "bfloat16_products": units,
+    }
 
 
 def variant_digest(job: Job) -> str:

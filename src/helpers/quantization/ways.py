@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from helpers.quantization.variants import load_variant, variant_digest
+from helpers.quantization.variants import arithmetic, load_variant, variant_digest
 from helpers.sources.models import bytes_by_part, load_config, model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, linear_names
@@ -124,6 +124,7 @@ def account(job: Job, found: dict[str, Way], rounds: dict[str, list[dict]], work
         "threads": job.study.runtime.threads,
         "device": job.runtime["device_name"],
         "memory": memory_is(job.study.runtime.device),
+        "arithmetic": arithmetic(job),
         "work": work,
         "left_out": left_out(job),
         "peaks": {kind: [made[kind] for made in peaks] for kind in peaks[0]},

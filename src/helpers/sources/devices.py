@@ -4,17 +4,20 @@
 why it is not what a reader would expect, goes into the job's record.
 """
 
-import platform
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
+from helpers.sources import processors
 from helpers.sources.memory import keep_spare, pass_over_libraries
 from helpers.study.errors import StudyError
 from helpers.study.opening import Job
 from helpers.study.schema import Runtime
 
+NO_BFLOAT16 = (
+    "the processor has no bfloat16 units: bfloat16 operands are multiplied in float32 and rounded "
+    "once, and training does not cast"
+)
 NO_INT8 = {"mps": "torch has no int8 product there, so int8 is simulated (quantized: reference)"}
 
 
@@ -92,6 +95,8 @@ def account(runtime: Runtime, asked: Runtime) -> dict:
         notes.append(f"{runtime.device}: {NO_INT8[runtime.device]}")
     if asked.device_map and not runtime.device_map:
         notes.append("one device: device_map has nothing to spread over")
+    if runtime.device == "cpu" and not processors.has_bfloat16_units():
+        notes.append(NO_BFLOAT16)
     return {**runtime.model_dump(), "device_name": device_name(runtime.device), "notes": notes}
 
 
@@ -100,15 +105,7 @@ def device_name(device: str) -> str:
     if device == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(names)
-    return processor_name()
-
-
-def processor_name() -> str:
-    """The CPU as it calls itself, or its architecture."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    return processors.name()
 
 
 def placed(model, runtime: Runtime):

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from helpers.sources.batching import pad
+from helpers.sources.processors import has_bfloat16_units
 from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime, Study
 from helpers.study.source_settings import FineTunedModel, FineTuning
@@ -72,6 +73,11 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     return steps
 
 
+def casts(autocast: str, device: str) -> bool:
+    """Whether training multiplies in bfloat16: asked for, and not emulated by the processor."""
+    return autocast == "bfloat16" and (device != "cpu" or has_bfloat16_units())
+
+
 def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[list[Example]]:
     """All examples once, in batches of similar length, the batches in seeded order."""
     rng = random.Random(seed)
@@ -89,7 +95,7 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
     mask = pad(
         [[1] * (len(p) + len(a) - 1) for p, a in batch], value=0, side="right", device=device
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=autocast == "bfloat16"):
+    with torch.autocast(device.type, torch.bfloat16, enabled=casts(autocast, device.type)):
         hidden = model.base_model(
             input_ids=tokens, attention_mask=mask, use_cache=False
         ).last_hidden_state

@@ -1,8 +1,10 @@
-"""Float32 products on a CPU by oneDNN, which torch brings along and does not use for Linears.
+"""The float products of Linears on a CPU, by the library that the processor does them best with.
 
 torch hands float32 to MKL, which on some processors does half of what oneDNN does there
-(NOTES.md has figures). A Linear multiplied here is still a plain `nn.Linear`, and can be
-trained; only its `forward` is its own.
+(NOTES.md has figures); oneDNN comes with torch too. bfloat16 on a processor that has no
+instructions for it is emulated there at a tenth of float32's speed: the operands are multiplied
+in float32 instead, and the sum is rounded to bfloat16 once, as the instructions do. A Linear
+multiplied here is still a plain `nn.Linear`, and can be trained; only its `forward` is its own.
 """
 
 from collections.abc import Iterator
@@ -14,20 +16,35 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 
+from helpers.sources.processors import has_bfloat16_units
+
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(..., outer) x @ weightᵀ + bias, by oneDNN for float32 on a CPU, else by torch's choice.
+    """(..., outer) x @ weightᵀ + bias, by oneDNN on a CPU, else by torch's choice.
 
     Args:
         x: (..., inner).
         weight: (outer, inner).
         bias: (outer,) or None.
     """
+    if x.dtype == weight.dtype == torch.bfloat16 and is_emulated(x):
+        wide = None if bias is None else bias.float()
+        return product(x.float(), weight.float(), wide).to(torch.bfloat16)
     if not _by_onednn(x, weight):
         return linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
     return _multiplied(x, weight, bias)
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU that has no instructions for its products."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not has_bfloat16_units()
+
+
+def widened(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a product as it is computed here: emulated bfloat16 as float32."""
+    return tuple(x.float() if is_emulated(x) else x for x in operands)
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> bool:

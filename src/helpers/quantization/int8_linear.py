@@ -1,0 +1,272 @@
+"""Linears that multiply int8 by int8 exactly (`kernels`), and the MLP between them.
+
+Activations are quantized at the granularity the checkpoint declares, by the rule
+compressed-tensors uses (scale = abs-max / 127.5, round half to even, clamp to [-128, 127]), so
+that the simulated checkpoint and this runtime agree. Weights are held once, as int8, in the
+order the kernel reads. `fused_passes` does the elementwise work where it can; torch's
+operations, which stand here, are the rule, and equal to the bit.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from helpers.quantization import fused_passes, kernels
+from helpers.sources.batching import token_owners
+
+HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
+SMALLEST_SCALE = torch.finfo(torch.float32).eps
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read one tensor
+QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"  # attributes of such a tensor
+
+
+def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
+    """round(x / scale) as int8, clamped; scale broadcasts against x."""
+    return torch.div(x, scale).round_().clamp_(-128, 127).to(torch.int8)
+
+
+def absmax_scale(absmax: Tensor) -> Tensor:
+    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step."""
+    scale = absmax / HALF_RANGE
+    return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
+
+
+def _tensor_absmax(x: Tensor) -> Tensor:
+    """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
+    owners = token_owners()
+    if owners is None:
+        return x.abs().amax().reshape(1)
+    each = x.abs().amax(-1)
+    tops = each.new_zeros(int(owners.max()) + 1).scatter_reduce_(0, owners, each, "amax")
+    return tops[owners][:, None]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was computed from a tensor, for the next Linear that reads the same tensor.
+
+    Attributes:
+        what: the result.
+        why: what it depends on beside the tensor; it holds for whoever has the same.
+    """
+
+    what: object
+    why: tuple
+
+    @classmethod
+    def of(cls, x: Tensor, name: str, why: tuple, make):
+        """The result kept on x under a name, or else made now and kept there."""
+        why = (*why, None if x.is_inference() else x._version)  # torch counts changes in place
+        kept = getattr(x, name, None)
+        if kept is None or not all(map(_same, kept.why, why)):
+            kept = cls(make(), why)
+            setattr(x, name, kept)
+        return kept.what
+
+
+def _same(one, other) -> bool:
+    return one is other or (not isinstance(one, Tensor) and one == other)
+
+
+class Stack:
+    """The weights of Linears that read the same tensor, as one matrix: one product for all.
+
+    Args:
+        linears: of equal in_features, bias or none, and scale of activations.
+    """
+
+    def __init__(self, linears: Sequence["Int8Linear"]):
+        self.linears = list(linears)
+        ends = list(accumulate(linear.out_features for linear in linears))
+        self.columns = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
+        self.packed: tuple[Tensor, ...] = ()
+
+    @torch.inference_mode(False)
+    def pack(self) -> None:
+        """Put the weights in the order of the kernel; the Linears let theirs go."""
+        self.packed = kernels.pack(torch.cat([linear.weight for linear in self.linears]))
+        self.scales = self._joined("weight_scale")[0]
+        self.bias = None if self.linears[0].bias is None else self._joined("bias")
+        for linear in self.linears:
+            linear.weight = None
+
+    def _joined(self, name: str) -> Tensor:
+        """(1, all out_features) or (all out_features,) float32; the Linears' own become views."""
+        parts = [getattr(linear, name) for linear in self.linears]
+        wide = [
+            part.expand(*part.shape[:-1], linear.out_features).float()
+            for part, linear in zip(parts, self.linears, strict=True)
+        ]
+        joined = torch.cat(wide, dim=-1) if len(wide) > 1 else wide[0].contiguous()
+        for part, linear, columns in zip(parts, self.linears, self.columns, strict=True):
+            if part.shape[-1] == linear.out_features and part.dtype == joined.dtype:
+                setattr(linear, name, joined[..., columns])
+        return joined
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """(tokens, all out_features) float32 of x (…, in_features)."""
+        values, scale = self.linears[0].quantized(x)
+        product = kernels.multiply(values, self.packed)
+        if _fused(product):
+            y = fused_passes.rescale_(product, scale, self.scales)
+        else:
+            y = product.float().mul_(scale).mul_(self.scales)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+class Int8Linear(nn.Module):
+    """y = (x_int8 @ w_int8ᵀ) · activation scale · weight scale + bias.
+
+    Linears that are given the same tensor (query, key and value; gate and up) share its int8
+    form, and their product if they are stacked: no layer of transformers changes an input
+    between the Linears that read it.
+
+    Args:
+        weight: (out_features, in_features) int8.
+        weight_scale: (out_features, 1) or (1,) float.
+        bias: (out_features,) or None.
+        activations: `token_dynamic`, `tensor_dynamic` or `tensor_static`.
+        input_scale: (1,) float for `tensor_static`, else None.
+    """
+
+    def __init__(self, weight, weight_scale, bias, *, activations: str, input_scale):
+        super().__init__()
+        if weight.dtype != torch.int8:
+            raise ValueError(f"weight is {weight.dtype}; an INT8 Linear needs torch.int8")
+        if (activations == "tensor_static") != (input_scale is not None):
+            raise ValueError(f"activations = {activations!r} and input_scale do not fit together")
+        self.out_features, self.in_features = weight.shape
+        self.activations = activations
+        self.register_buffer("weight", weight)  # until the first call packs it
+        self.register_buffer("weight_scale", weight_scale.float().reshape(1, -1))
+        self.register_buffer("input_scale", None if input_scale is None else input_scale.float())
+        self.register_buffer("bias", bias)
+        self.stack = Stack([self])
+
+    @property
+    def columns(self) -> slice:
+        """The columns of the stack's product that are this Linear's."""
+        return self.stack.columns[self.stack.linears.index(self)]
+
+    @property
+    def weight_t(self) -> Tensor:
+        """(in_features, out_features) int8, as this Linear multiplies by it."""
+        if not self.stack.packed:
+            return self.weight.t()
+        return kernels.unpack(self.stack.packed)[:, self.columns]
+
+    def held_bytes(self) -> int:
+        """What weights, scales and bias take in memory; packed weights are the stack's first's."""
+        tensors = list(self.buffers())
+        if self.stack.linears[0] is self:
+            tensors += self.stack.packed
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}weight", None)
+        destination[f"{prefix}weight_t"] = self.weight_t.contiguous()
+
+    def scale_of(self, x: Tensor) -> Tensor:
+        """The activation scale of x (tokens, in_features): (tokens, 1) or (1,).
+
+        One dynamic scale a tensor is one a text: what is read beside it has its own.
+        """
+        if self.activations == "token_dynamic":
+            return absmax_scale(x.abs().amax(-1, keepdim=True))
+        if self.activations == "tensor_dynamic":
+            return absmax_scale(_tensor_absmax(x))
+        return self.input_scale.reshape(1)
+
+    def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """((tokens, in_features) int8, scale) of x (…, in_features), made once for all alike."""
+        why = (self.activations, self.input_scale, token_owners())
+        return Kept.of(x, QUANTIZED, why, lambda: self._quantize(x))
+
+    def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, self.in_features).float()
+        if _fused(rows) and self.activations == "token_dynamic":
+            return fused_passes.quantize_rows(rows)
+        scale = self.scale_of(rows)
+        quantize = fused_passes.quantize_by if _fused(rows) else quantize_activations
+        return quantize(rows, scale), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not x.numel():
+            return x.new_zeros(*x.shape[:-1], self.out_features)
+        stack = self.stack
+        if not stack.packed:
+            stack.pack()
+        if len(stack.linears) == 1:
+            y = stack.multiplied(x)
+        else:
+            why = (stack, token_owners())
+            y = Kept.of(x, MULTIPLIED, why, lambda: stack.multiplied(x))[:, self.columns]
+        return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
+
+
+def _fused(x: Tensor) -> bool:
+    return x.device.type == "cpu" and fused_passes.available()
+
+
+def stack_siblings_(model) -> int:
+    """Stack the INT8 Linears that read the same tensor by their place; returns how many stacks."""
+    stacks = 0
+    for module in model.modules():
+        for names in SIBLINGS:
+            siblings = [getattr(module, name, None) for name in names]
+            if all(isinstance(one, Int8Linear) for one in siblings) and _alike(siblings):
+                stack = Stack(siblings)
+                for linear in siblings:
+                    linear.stack = stack
+                stacks += 1
+    return stacks
+
+
+def _alike(linears: list[Int8Linear]) -> bool:
+    """Whether they quantize their input alike, and all or none of them have a bias."""
+    kinds = {(each.in_features, each.activations, each.bias is None) for each in linears}
+    scales = [each.input_scale for each in linears if each.input_scale is not None]
+    return len(kinds) == 1 and all(torch.equal(scale, scales[0]) for scale in scales)
+
+
+class GatedMLP:
+    """down(SiLU(gate(x)) · up(x)), its middle in one pass that also quantizes for `down`."""
+
+    def __init__(self, gate: Int8Linear, up: Int8Linear, down: Int8Linear):
+        self.gate, self.up, self.down = gate, up, down
+
+    def __call__(self, x: Tensor) -> Tensor:
+        gate, up = self.gate(x), self.up(x)
+        if not (_fused(gate) and gate.dtype == torch.float32 and gate.numel()):
+            return self.down(silu(gate) * up)
+        mixed, values, scale = fused_passes.silu_times(gate.flatten(0, -2), up.flatten(0, -2))
+        mixed = mixed.view(gate.shape)
+        why = (self.down.activations, self.down.input_scale, token_owners())
+        Kept.of(mixed, QUANTIZED, why, lambda: (values, scale))
+        return self.down(mixed)
+
+
+@torch.inference_mode()
+def fuse_gated_mlps_(model) -> int:
+    """Give MLPs that compute as `GatedMLP` does its forward; returns how many.
+
+    Which they are is not told by their class: one is taken if its own forward gives the same
+    bits on a random input.
+    """
+    fused = 0
+    for module in model.modules():
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(isinstance(part, Int8Linear) for part in parts):
+            continue
+        if not _fused(parts[0].weight_scale) or parts[2].activations != "token_dynamic":
+            continue
+        gated, generator = GatedMLP(*parts), torch.Generator().manual_seed(0)
+        x = torch.randn(1, 16, parts[0].in_features, generator=generator)
+        if torch.equal(module(x), gated(x.clone())):
+            module.forward, fused = gated, fused + 1
+    return fused
