@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from helpers.sources.batching import pad
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime, Study
 from helpers.study.source_settings import FineTunedModel, FineTuning
@@ -54,7 +54,7 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     warmup = max(1, round(settings.warmup_fraction * len(batches)))
     steps = []
     model.train()
-    for number, batch in enumerate(tqdm(batches, desc="fine-tuning", unit="step"), start=1):
+    for number, batch in enumerate(Bar(batches, desc="fine-tuning", unit="step"), start=1):
         decay = (len(batches) - number + 1) / max(1, len(batches) - warmup)
         rate = settings.learning_rate * min(number / warmup, decay, 1.0)
         optimizer.param_groups[0]["lr"] = rate
