@@ -145,7 +145,8 @@ def passage_rows(
     """
     targets = torch.tensor([t for passage in tokens for t in passage[1:]])
     nll, kl, same = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
-    for start in range(0, len(targets), HEAD_ROWS):
+    starts = range(0, len(targets), HEAD_ROWS)
+    for start in Bar(starts, desc="comparing distributions", unit="part"):
         chunk = slice(start, start + HEAD_ROWS)
         logprobs = states.head(states.hidden[chunk]).log_softmax(-1)  # (chunk, vocabulary)
         wanted = targets[chunk, None].to(logprobs.device)

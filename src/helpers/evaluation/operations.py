@@ -29,7 +29,15 @@ from helpers.sources.batching import FEWEST_ROWS
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import evaluation_items, shared_passages
 from helpers.sources.models import load_tokenizer
-from helpers.sources.operations import Size, folder_to_count, read, size_of, touched, written
+from helpers.sources.operations import (
+    Size,
+    folder_to_count,
+    operations,
+    read,
+    size_of,
+    touched,
+    written,
+)
 from helpers.study import grid
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, study_file
@@ -173,13 +181,14 @@ def of_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Count
     return found
 
 
-def of_job(job: Job, tokenizer, *, stage: str) -> Counter:
-    """What one job takes, for its record."""
-    size = size_of(folder_to_count(job.study, job.model, job.paths))
+def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
+    """Operations of an evaluation, or of measuring cost, by arithmetic."""
+    study, size = job.study, size_of(folder_to_count(job.study, job.model, job.paths))
     if stage == "cost":
-        return cost(job.study, size)
-    sets = {name: asked(job.study, name, tokenizer) for name in job.study.evaluation.datasets}
-    return evaluation(job.study, job.variant, size, sets, shared_text(job.study, tokenizer))
+        return operations(cost(study, size))
+    sets = {name: asked(study, name, tokenizer) for name in study.evaluation.datasets}
+    passages = shared_text(study, tokenizer)
+    return operations(evaluation(study, job.variant, size, sets, passages))
 
 
 def main(study_name: str) -> None:

@@ -16,10 +16,19 @@ from helpers.sources.batching import token_budget_batches
 from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.models import load_tokenizer
-from helpers.sources.operations import Size, folder_to_count, read, size_of, touched, training
+from helpers.sources.operations import (
+    Size,
+    folder_to_count,
+    operations,
+    read,
+    size_of,
+    touched,
+    training,
+)
 from helpers.study import grid
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, study_file
+from helpers.study.opening import Job
 from helpers.study.paths import StudyPaths
 from helpers.study.schema import Study
 from helpers.study.variant_settings import Variant
@@ -71,6 +80,13 @@ def of_run(study: Study, run: grid.Run, size: Size, tokenizer) -> Counter:
         case "calibration":
             return calibration(study, size, tokenizer)
     return quantization(study, study.variants[run.variant], size, tokenizer)
+
+
+def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
+    """Operations of a calibration or quantization by arithmetic."""
+    size = size_of(folder_to_count(job.study, job.model, job.paths))
+    run = grid.Run(stage, job.model, job.variant)
+    return operations(of_run(job.study, run, size, tokenizer))
 
 
 def _dtype(study: Study) -> str:

@@ -105,7 +105,8 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
 def heldout_loss(model, examples: list[Example], *, batch_items: int) -> float:
     """Mean cross-entropy per answer token over examples not trained on, in nats."""
     total = tokens = 0.0
-    for start in range(0, len(examples), batch_items):
+    starts = range(0, len(examples), batch_items)
+    for start in Bar(starts, desc="held-out loss", unit="batch"):
         batch = examples[start : start + batch_items]
         count = sum(len(answer) for _, answer in batch)
         total += answer_loss(model, batch, autocast="none").item() * count

@@ -17,6 +17,7 @@ from helpers.sources.conversations import training_tokens
 from helpers.sources.datasets import training_items
 from helpers.sources.models import empty_model, load_config, model_folder
 from helpers.study.architectures import HEAD
+from helpers.study.opening import Job
 from helpers.study.paths import StudyPaths
 from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
@@ -110,6 +111,12 @@ def operations(counted: Counter) -> dict[str, int]:
         if kind != TOUCHED:
             found[kind.partition(" ")[0]] += number
     return dict(sorted(found.items()))
+
+
+def for_record(job: Job, tokenizer) -> dict[str, int]:
+    """Operations of a fine-tuning by arithmetic."""
+    size = size_of(folder_to_count(job.study, job.model, job.paths))
+    return operations(training(job.study, job.model, size, tokenizer))
 
 
 def training(study: Study, model: str, size: Size, tokenizer) -> Counter:

@@ -28,9 +28,11 @@ LONG_S = 3600  # from here on it is said what would shorten a study
 # Attention, norms and activations, by the time of the same Linears in float32; answers being
 # written look back at all they continue, one token at a time.
 BESIDE = {"reading": 0.4, "writing": 1.0}
-IMPORTS = {"analysis": 2.5, "finetuning": 3.0, "quantization": 4.0, "cost": 3.0}  # in start-ups
-IMPORTS_OF_OTHERS = 3.0  # the runner's, the kernel's, the notebook's; tables and pictures
-PROCESSES_OF_COST = 0.4  # of a start-up each: forked off one that has imported all
+# What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
+# loading and checking a model, tables and pictures.
+STARTS = {"quantization": 2.4, "analysis": 2.4}
+STARTS_OF_OTHERS = 2.0
+MEASUREMENT = 0.35  # of a start-up: a process forked off one that has imported all
 
 
 @dataclass(frozen=True)
@@ -159,11 +161,11 @@ def seconds_of(
 
     The cost stage measures on all cores, in a process of its own for each measurement.
     """
-    starts = IMPORTS.get(run.stage, IMPORTS_OF_OTHERS)
+    starts = STARTS.get(run.stage, STARTS_OF_OTHERS)
     computing = sum(_seconds(kind, number, machine) for kind, number in counted.items())
     if run.stage == "cost":
         quantized = sum(recipe.quantized for recipe in study.variants.values())
-        starts += PROCESSES_OF_COST * 3 * (quantized + 3)
+        starts += MEASUREMENT * 3 * (quantized + 3)
         computing /= side_by_side(study, room)
     return machine.start_s * starts + computing
 
