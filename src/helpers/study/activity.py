@@ -19,6 +19,7 @@ from tqdm import tqdm
 from helpers.study.plain_text import one_line
 
 FILE = "STUDY_ACTIVITY"  # where the job at hand tells it; not set where nobody looks
+OTHERS_BARS = "TQDM_DISABLE"  # libraries draw theirs for nobody there
 SECONDS = 1.0
 LONGEST = 60  # characters of what is shown of a name
 LARGEST = 2**12  # bytes of a file that is read
@@ -57,11 +58,12 @@ def told_by(name: str, shared: Path) -> Iterator[None]:
     if not path.parent.is_dir():
         yield
         return
-    os.environ[FILE] = str(path)
+    os.environ |= {FILE: str(path), OTHERS_BARS: "1"}
     try:
         yield
     finally:
-        os.environ.pop(FILE, None)
+        for name in (FILE, OTHERS_BARS):
+            os.environ.pop(name, None)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
@@ -86,7 +88,7 @@ class Bar(tqdm):
     def __init__(self, *given, **settings):
         self._path = os.environ.get(FILE)
         if self._path:
-            settings |= {"file": io.StringIO(), "mininterval": 0, "miniters": 1}
+            settings |= {"file": io.StringIO(), "mininterval": 0, "miniters": 1, "disable": False}
         self._written = 0.0
         super().__init__(*given, **settings)
 

@@ -193,6 +193,7 @@ def screen(*, draws: bool) -> Iterator[Screen]:
     with Live(
         console=Console(stderr=True),
         auto_refresh=False,
+        transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
     ) as live:
