@@ -277,3 +277,39 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
     assert len(took) == len(found.seconds) + 1  # and the report
     assert 0.5 < sum(found.seconds.values()) / jobs < 2
     assert 0.5 < found.whole_s / whole < 2
+
+
+def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
+    from helpers.report import details
+
+    records = [
+        {"stage": "evaluation", "results": {"operations": {"float32": 2 * 10**12}}},
+        {"stage": "evaluation", "results": {"operations": {"float32": 10**12, "int8": 5 * 10**11}}},
+        {"stage": "cost", "results": {}},  # of an older study
+    ]
+    monkeypatch.setattr(details, "records", lambda _results: records)
+    [row] = details.operations(None)
+    assert row == {
+        "stage": "evaluation",
+        "jobs": "2",
+        "TFLOP": "3.50",
+        "float32": "3.00",
+        "int8": "0.500",
+    }
+    del records[:2]
+    assert details.operations(None) is None
+
+
+def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
+    """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
+    study = only("arc", "squad_v2")
+    found = [
+        operations(job)
+        for _ in range(2)
+        for job in evaluation.of_model(study, "base", SIZE, tokenizer).values()
+    ]
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    for counted in found:
+        assert set(counted) <= {"float32", "bfloat16", "int8"}
+        assert all(isinstance(number, int) and number > 0 for number in counted.values())

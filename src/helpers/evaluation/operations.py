@@ -169,11 +169,13 @@ def _served(study: Study, variant: str) -> bool:
 
 
 def of_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Counter]:
-    """By job: every evaluation of a model, and its cost if that is measured."""
+    """By job: every evaluation of a model but vLLM's, and its cost if that is measured."""
     sets = {name: asked(study, name, tokenizer) for name in study.evaluation.datasets}
     passages = shared_text(study, tokenizer)
     found = {}
     for variant in study.variants:
+        if _served(study, variant):
+            continue
         run = grid.Run("evaluation", model, variant)
         found[run.name] = evaluation(study, variant, size, sets, passages)
     if not isinstance(study.models[model], FineTunedModel):
