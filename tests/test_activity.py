@@ -12,6 +12,7 @@ import toy_project
 from helpers.study import activity, display, estimate, terminal
 from helpers.study.activity import Activity, Bar
 from helpers.study.grid import Run
+from helpers.study.paths import PROJECT
 from hostile_text import HOSTILE
 from toy_project import jobs, notebook, read
 
@@ -175,3 +176,10 @@ def test_a_job_tells_what_it_does_and_its_notebook_has_no_bars(tmp_path):
     assert output["name"] == "stdout"
     assert json.loads("".join(output["text"]))["done"] == 3
     assert list(activity.folder_of(shared).iterdir()) == []
+
+
+def test_every_bar_of_a_job_is_one_that_tells():
+    """A bar of tqdm's own would be seen by nobody. Fetching is no job, and draws its own."""
+    sources = PROJECT / "src" / "helpers"
+    using = {p.name for p in sources.rglob("*.py") if "import tqdm" in p.read_text("utf-8")}
+    assert using == {"activity.py", "streaming.py"}
