@@ -283,9 +283,9 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
     from helpers.report import details
 
     records = [
-        {"stage": "evaluation", "results": {"operations": {"float32": 2 * 10**12}}},
-        {"stage": "evaluation", "results": {"operations": {"float32": 10**12, "int8": 5 * 10**11}}},
-        {"stage": "cost", "results": {}},  # of an older study
+        {"stage": "evaluation", "operations": {"float32": 2 * 10**12}},
+        {"stage": "evaluation", "operations": {"float32": 10**12, "int8": 5 * 10**11}},
+        {"stage": "cost"},  # of an older study
     ]
     monkeypatch.setattr(details, "records", lambda _results: records)
     [row] = details.operations(None)

@@ -190,7 +190,7 @@ def operations(results: Results) -> Rows | None:
     """What every stage computes, in all and by arithmetic; None where no record says it."""
     stages: dict[str, list[dict]] = {}
     for record in records(results):
-        stages.setdefault(record["stage"], []).append(record["results"].get("operations"))
+        stages.setdefault(record["stage"], []).append(record.get("operations"))
     stages = {stage: counts for stage, counts in stages.items() if all(counts)}
     kinds = sorted({kind for counts in stages.values() for c in counts for kind in c})
     rows = []
