@@ -27,7 +27,7 @@ PATIENCE_S = 300  # for counting or measuring
 LONG_S = 3600  # from here on it is said what would shorten a study
 # Attention, norms and activations, by the time of the same Linears in float32; answers being
 # written look back at all they continue, one token at a time.
-BESIDE = {"reading": 0.4, "writing": 1.0}
+BESIDE = {"reading": 0.3, "writing": 0.5}
 # What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
 # loading and checking a model, tables and pictures.
 STARTS = {"quantization": 2.4, "analysis": 2.4}
@@ -171,9 +171,11 @@ def seconds_of(
 
 
 def _seconds(kind: str, number: int, machine: Machine) -> float:
-    how = kind.partition(" ")[2]
+    arithmetic, _, how = kind.partition(" ")
     plain = machine.speeds.get(f"float32 {how}", 0)
     speed = machine.speeds.get(kind) or plain
+    if arithmetic == "bfloat16":  # where there are no units for it, float32 takes its place
+        speed = max(speed, plain)
     if not speed:
         return 0.0
     return number / speed + (number * BESIDE[how] / plain if how in BESIDE and plain else 0.0)
