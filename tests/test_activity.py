@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 import toy_project
-from helpers.study import activity, display, estimate, terminal
+from helpers.study import activity, display, estimate, schedule, terminal
 from helpers.study.activity import Activity, Bar
 from helpers.study.grid import Run
 from helpers.study.paths import PROJECT
@@ -135,7 +135,7 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     """Jobs that took twice their estimate double what the rest is thought to take."""
     shared, now = tmp_path / ".s.progress", 0.0
     runs = [Run("calibration", "base"), Run("evaluation", "base", "noquant")]
-    known = estimate.Estimate(study, estimate.Room(1, 9), dict.fromkeys(runs, 10.0))
+    known = estimate.Estimate(study, schedule.Room(1, 9), dict.fromkeys(runs, 10.0))
     shared.write_text("2\n")
     activity.folder_of(shared).mkdir()
     watch = display.Watch(shared, known, clock=lambda: now)

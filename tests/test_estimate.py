@@ -21,10 +21,11 @@ from helpers.sources.operations import Size, operations, training
 from helpers.sources.random_model import byte_tokenizer, random_model
 from helpers.study import accounts, estimate, grid, workflow
 from helpers.study.errors import StudyError
-from helpers.study.estimate import ANALYSIS, Estimate, Machine, Room, seconds_of, time_of
+from helpers.study.estimate import ANALYSIS, Estimate, Machine, seconds_of
 from helpers.study.loading import load_study
 from helpers.study.paths import StudyPaths
 from helpers.study.records import write_json
+from helpers.study.schedule import Room, time_of
 
 SIZE = Size(linears=1000, head=100, weights=2000)
 MACHINE = Machine({f"float32 {how}": 1e6 for how in ("reading", "writing")}, start_s=0.0)

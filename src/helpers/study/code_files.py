@@ -18,7 +18,7 @@ READ_AND_CHECK += ("names", "opening", "paths", "pins", "references", "schema")
 READ_AND_CHECK += ("source_settings", "variant_settings", "yaml_text")
 RUN_NOTEBOOKS = ("accounts", "activity", "archive", "cleaning", "cluster", "code_files")
 RUN_NOTEBOOKS += ("display", "estimate", "execution", "export", "grid", "jobs", "locking")
-RUN_NOTEBOOKS += ("partial", "terminal", "workflow")
+RUN_NOTEBOOKS += ("partial", "schedule", "terminal", "workflow")
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in READ_AND_CHECK + RUN_NOTEBOOKS}
 
 

@@ -16,9 +16,10 @@ from typing import IO, Protocol
 
 from helpers.study import activity, terminal
 from helpers.study.activity import Activity
-from helpers.study.estimate import Estimate, rough, time_of
+from helpers.study.estimate import Estimate, rough
 from helpers.study.grid import Run
 from helpers.study.plain_text import one_line, visible
+from helpers.study.schedule import time_of
 
 EVERY_S = 25.0  # a plain line; nobody shall wait 30 seconds for one
 LEAST_LEFT = 0.1  # of a job's estimate, as long as it runs

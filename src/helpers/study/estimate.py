@@ -9,16 +9,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from helpers.study import accounts, grid
 from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
-from helpers.study.gpus import may_take_gpu
 from helpers.study.grid import Run
+from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.plain_text import one_line
+from helpers.study.schedule import Room, room_of, side_by_side, time_of
 from helpers.study.schema import Study
 
 ANALYSIS = Run("analysis")
@@ -49,14 +50,6 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Room:
-    """What jobs share: cores, and places for jobs by their memory or a single GPU."""
-
-    cores: int
-    places: int
-
-
-@dataclass(frozen=True)
 class Estimate:
     """Seconds of every job that would run, by run.
 
@@ -81,6 +74,27 @@ def to_run(study: Study, paths: StudyPaths) -> list[Run]:
     current = accounts.complete(study, paths)
     runs = [run for run in grid.runs(study) if run not in current]
     return [*runs, ANALYSIS] if runs or not accounts.is_current(study, paths, ANALYSIS) else []
+
+
+def announced(study_name: str, paths: StudyPaths, **limits: int) -> Estimate | None:
+    """The estimate, told on stderr; None where nothing would run, or none can be made.
+
+    Args:
+        limits: of this run, as `schedule.room_of` takes them.
+    """
+    try:
+        study = load_study(study_name)  # again: what was fetched is pinned now
+        found = estimate(study_name, study, paths, room_of(study, **limits), say=_say)
+        for line in lines(found) if found else ():
+            _say(line)
+    except Exception as error:  # whatever it is, the study can be run without
+        _say(f"none: {one_line(error)}")
+        return None
+    return found
+
+
+def _say(line: str) -> None:
+    print(f"estimate {line}", file=sys.stderr, flush=True)
 
 
 def estimate(
@@ -149,11 +163,6 @@ def _mean_machine(measured: list[dict], *, took_s: float) -> Machine:
     return Machine(speeds, max(0.0, took_s - measuring_s))
 
 
-def side_by_side(study: Study, room: Room) -> int:
-    """How many jobs of a study run at once."""
-    return max(1, min(room.places, room.cores // min(study.runtime.threads, room.cores)))
-
-
 def seconds_of(
     study: Study, run: Run, counted: Mapping[str, int], machine: Machine, room: Room
 ) -> float:
@@ -179,58 +188,6 @@ def _seconds(kind: str, number: int, machine: Machine) -> float:
     if not speed:
         return 0.0
     return number / speed + (number * BESIDE[how] / plain if how in BESIDE and plain else 0.0)
-
-
-def time_of(
-    study: Study, seconds: Mapping[Run, float], room: Room, *, begun: Collection[Run] = ()
-) -> float:
-    """Seconds until the last of some jobs ends, begun in the engine's order as room is free.
-
-    Args:
-        seconds: that each takes, or the rest of it.
-        begun: those that run already.
-    """
-    ended: set[Run] = set()
-    waiting = sorted(_by_priority(study, seconds), key=lambda run: run not in begun)
-    running: dict[Run, float] = {}
-    now = 0.0
-    while waiting or running:
-        for run in list(waiting):
-            if _may_begin(study, run, ended, seconds) and _fits(study, [*running, run], room):
-                waiting.remove(run)
-                running[run] = now + seconds[run]
-        run = min(running, key=running.__getitem__)
-        now = running.pop(run)
-        ended.add(run)
-    return now
-
-
-def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
-    """As the engine begins them: what others wait for first."""
-
-    def rank(run: Run) -> int:
-        if run.stage in ("finetuning", "calibration", "quantization"):
-            return 0
-        return 1 if run.stage == "evaluation" and run.variant == study.baseline else 2
-
-    return sorted(runs, key=rank)
-
-
-def _may_begin(study: Study, run: Run, ended: set[Run], known: Collection[Run]) -> bool:
-    return all(before in ended or before not in known for before in grid.before(study, run))
-
-
-def _fits(study: Study, runs: list[Run], room: Room) -> bool:
-    """Whether jobs can run at once; one alone always can."""
-    threads = min(study.runtime.threads, room.cores)
-    cores = sum({"cost": room.cores, "analysis": 1}.get(run.stage, threads) for run in runs)
-    return len(runs) == 1 or (cores <= room.cores and len(runs) <= room.places)
-
-
-def room_of(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Room:
-    """What a run on this machine has for its jobs."""
-    places = max(1, memory_mb // max(1, job_mb))
-    return Room(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)
 
 
 def lines(found: Estimate) -> list[str]:

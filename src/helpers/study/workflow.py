@@ -24,7 +24,6 @@ from helpers.study.loading import load_study, study_file
 from helpers.study.locking import hold
 from helpers.study.paths import PROJECT, StudyPaths, cache_root, inside, outputs_root
 from helpers.study.pins import hub_sources
-from helpers.study.plain_text import one_line
 from helpers.study.schema import Study
 from helpers.study.writing import remove_leftovers
 
@@ -82,22 +81,8 @@ def _estimate(given: argparse.Namespace, paths: StudyPaths) -> estimates.Estimat
     asked = os.environ.get("STUDY_ESTIMATE", "yes") != "no"
     if given.only_report or given.executor != LOCAL or not asked:
         return None
-    try:
-        study = load_study(given.study)  # again: what was fetched is pinned now
-        room = estimates.room_of(
-            study, cores=given.cores, job_mb=given.job_mb, memory_mb=_memory_mb()
-        )
-        found = estimates.estimate(given.study, study, paths, room, say=_say_estimate)
-        for line in estimates.lines(found) if found else ():
-            _say_estimate(line)
-    except Exception as error:  # whatever it is, the study can be run without
-        _say_estimate(f"none: {one_line(error)}")
-        return None
-    return found
-
-
-def _say_estimate(line: str) -> None:
-    print(f"estimate {line}", file=sys.stderr, flush=True)
+    limits = {"cores": given.cores, "job_mb": given.job_mb, "memory_mb": _memory_mb()}
+    return estimates.announced(given.study, paths, **limits)
 
 
 def _fetch(study: str) -> int:
