@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import random
 import re
 import time
@@ -261,8 +262,14 @@ def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, mon
 
 @pytest.mark.long
 def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
-    """Within a factor of two, in the sum of its jobs and from end to end: a ratio in one run."""
+    """Within a factor of two, in the sum of its jobs and from end to end: a ratio in one run.
+
+    Where other work has the cores, now or later, no estimate of before is about that run.
+    """
     from smoke_study import Smoke
+
+    if os.getloadavg()[0] > 0.75 * os.cpu_count():
+        pytest.skip("other work runs here, and the study would wait for it")
 
     smoke = Smoke(tmp_path)
     for name, value in smoke.environment().items():

@@ -8,7 +8,6 @@ estimate that cannot be made stops nothing.
 import json
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -31,9 +30,9 @@ LONG_S = 3600  # from here on it is said what would shorten a study
 BESIDE = {"reading": 0.3, "writing": 0.5}
 # What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
 # loading and checking a model, tables and pictures.
-STARTS = {"quantization": 2.4, "analysis": 2.4}
-STARTS_OF_OTHERS = 2.0
-MEASUREMENT = 0.35  # of a start-up: a process forked off one that has imported all
+STARTS = {"quantization": 2.8, "analysis": 2.8}
+STARTS_OF_OTHERS = 2.3
+MEASUREMENT = 0.4  # of a start-up: a process forked off one that has imported all
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Machine:
 
     Attributes:
         speeds: operations (or weights touched) per second by kind of work.
-        start_s: seconds a process takes to import what jobs import.
+        start_s: processor seconds that importing takes what jobs import.
     """
 
     speeds: Mapping[str, float]
@@ -120,9 +119,8 @@ def estimate(
     shapes = json.dumps(counted[0]["shapes"])
     beside = max(1, min(len(runs), side_by_side(study, room)))
     say(f"measuring this machine with {_count(beside, 'job')} side by side")
-    began = time.monotonic()
     measured = _answers([["helpers.quantization.speed", study_name, shapes]] * beside)
-    machine = _mean_machine(measured, took_s=time.monotonic() - began)
+    machine = _mean_machine(measured)
     seconds = {run: seconds_of(study, run, jobs.get(run.name, {}), machine, room) for run in runs}
     words = tuple(one_line(f"{name}: {why}") for name, why in about.items())
     return Estimate(study, room, seconds, words)
@@ -155,12 +153,11 @@ def _answers(commands: list[list[str]]) -> list[dict]:
             process.kill()
 
 
-def _mean_machine(measured: list[dict], *, took_s: float) -> Machine:
+def _mean_machine(measured: list[dict]) -> Machine:
     kinds = set.intersection(*(set(found["speeds"]) for found in measured))
     count = len(measured)
     speeds = {kind: sum(found["speeds"][kind] for found in measured) / count for kind in kinds}
-    measuring_s = sum(found["measuring_s"] for found in measured) / count
-    return Machine(speeds, max(0.0, took_s - measuring_s))
+    return Machine(speeds, sum(found["import_s"] for found in measured) / count)
 
 
 def seconds_of(
