@@ -3,8 +3,6 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from tqdm import tqdm
-
 from helpers.evaluation import served
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
@@ -16,6 +14,7 @@ from helpers.sources.chat_template import end_of_turn
 from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.schema import Batch, EvaluationSet, Study
 
@@ -36,7 +35,7 @@ def ask_all(
         rest = [item for item in items if item.id not in kept.rows]
         fresh = evaluate(model, tokenizer, rest, wanted, limits=study.evaluation.batch)
         counted = {"total": len(items), "initial": len(kept.rows), "desc": name, "unit": "item"}
-        found = kept.rows | {p["id"]: p for p in tqdm(kept.appending(fresh), **counted)}
+        found = kept.rows | {p["id"]: p for p in Bar(kept.appending(fresh), **counted)}
         answers[name] = [found[item.id] for item in items]
     return answers
 

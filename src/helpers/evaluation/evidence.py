@@ -13,6 +13,7 @@ from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.sources.conversations import EXAMPLES, tokenize
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
+from helpers.study.activity import Bar, doing
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
@@ -32,6 +33,7 @@ def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     evidence = gather(job, model, tokenizer, loaded=loaded)
+    doing("checks on the answers")
     record = as_record(evaluation_gates(evidence))
     made_of = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
@@ -110,7 +112,10 @@ def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
         chosen = sample([item.id for item in items], wanted.ask.protocol, seed=study.seed)
         few = [item for item in items if item.id in chosen]
         limits = study.evaluation.batch
+        asking = Bar(few, desc=f"{name}, asked alone", unit="item")
         found[name] = [
-            row for item in few for row in evaluate(model, tokenizer, [item], wanted, limits=limits)
+            row
+            for item in asking
+            for row in evaluate(model, tokenizer, [item], wanted, limits=limits)
         ]
     return found

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from helpers.evaluation import served
 from helpers.evaluation.attention import packed
@@ -24,6 +23,7 @@ from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.onednn import product
+from helpers.study.activity import Bar
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
@@ -98,7 +98,7 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Sta
     texts = [Text((), tuple(tokens[:-1])) for tokens in passages]
     leaf = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
     found: dict[int, Tensor] = {}
-    with tqdm(total=len(texts), desc="shared text", unit="passage") as bar, packed(model):
+    with Bar(total=len(texts), desc="shared text", unit="passage") as bar, packed(model):
         for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
             hidden = read(model, segments).split([len(s.tokens) for s in segments])
             found |= dict(zip(indices, hidden, strict=True))
@@ -145,7 +145,8 @@ def passage_rows(
     """
     targets = torch.tensor([t for passage in tokens for t in passage[1:]])
     nll, kl, same = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
-    for start in range(0, len(targets), HEAD_ROWS):
+    starts = range(0, len(targets), HEAD_ROWS)
+    for start in Bar(starts, desc="comparing distributions", unit="part"):
         chunk = slice(start, start + HEAD_ROWS)
         logprobs = states.head(states.hidden[chunk]).log_softmax(-1)  # (chunk, vocabulary)
         wanted = targets[chunk, None].to(logprobs.device)

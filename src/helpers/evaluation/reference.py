@@ -20,6 +20,7 @@ from helpers.evaluation.language_modeling import (
 )
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_model, model_folder
+from helpers.study.activity import doing
 from helpers.study.opening import Job
 
 PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
@@ -48,6 +49,7 @@ def read_shaken(job: Job, tokenizer) -> list[dict]:
     """
     if job.recipe.as_loaded or job.recipe.claim.quantized:
         return []
+    doing("the float model, off by rounding")
     passages, tokens = _first(job, tokenizer)
     runtime = job.study.runtime
     types = {job.recipe.dtype, runtime.dtype}

@@ -18,6 +18,7 @@ from helpers.quantization.probe import Probe
 from helpers.quantization.simulation import Scales, look, simulated
 from helpers.quantization.smoothing import everywhere, group_scales
 from helpers.sources.experts import every_expert_reads
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.variant_settings import Variant
 
@@ -80,7 +81,7 @@ def _least(losses: dict[float, float | None], *, of: str) -> float:
 def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> list[dict]:
     """KL and top-1 agreement of the quantized model at every α of the grid."""
     rows = []
-    for alpha in variant.smooth.alpha:
+    for alpha in Bar(variant.smooth.alpha, desc="choosing α", unit="value"):
         alphas = everywhere(model.config, variant.smooth.targets, alpha)
         with simulated(model, variant, absmax, alphas):
             rows.append({"alpha": alpha, **probe.divergence(model)})
@@ -110,7 +111,7 @@ def _each_group(
     handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in groups]
     try:
         with every_expert_reads(model):
-            for tokens in judges:
+            for tokens in Bar(judges, desc="choosing α", unit="item"):
                 ids = torch.tensor([tokens], device=model.device)
                 model.base_model(input_ids=ids, use_cache=False)
     finally:

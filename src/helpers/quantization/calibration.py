@@ -13,12 +13,12 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.experts import every_expert_reads
 from helpers.sources.memory import trim_heap
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.writing import write_atomically
 
@@ -66,7 +66,7 @@ def run_calibration(
         StudyError: an activation is not finite.
     """
     statistics: dict[str, InputStatistics] = {}
-    with tqdm(total=len(items), desc="calibration", unit="item") as bar:
+    with Bar(total=len(items), desc="calibration", unit="item") as bar:
         for batch in token_budget_batches([len(i) for i in items], batch_tokens=batch_tokens):
             rows = [items[i] for i in batch]
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)

@@ -15,6 +15,7 @@ from helpers.quantization.layer_groups import linear_layers, quantized_linears
 from helpers.quantization.seed_recipe import apply_seed_recipe_
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax
 from helpers.sources.models import save_model
+from helpers.study.activity import doing
 from helpers.study.errors import StudyError
 from helpers.study.variant_settings import Variant
 
@@ -57,6 +58,7 @@ def quantize_variant_(
     model, variant: Variant, act_absmax: dict[str, Tensor], done: list[SmoothedGroup]
 ) -> list[str]:
     """Quantize a smoothed model as the variant says; a float variant quantizes nothing."""
+    doing("quantizing")
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.quantized:
@@ -106,6 +108,7 @@ def scheme(variant: Variant) -> dict:
 
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
     """Write the model as a checkpoint that transformers and vLLM load; replaces the folder."""
+    doing("saving the checkpoint")
     from llmcompressor.transformers.compression.compressed_tensors_utils import (
         modify_save_pretrained,
     )

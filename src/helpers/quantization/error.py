@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from helpers.quantization.layer_groups import quantized_linears
 from helpers.quantization.simulation import Looked, Scales, linear_scales, look
 from helpers.sources.experts import every_expert_reads
+from helpers.study.activity import Bar
 from helpers.study.variant_settings import Variant
 
 
@@ -69,7 +70,7 @@ def sqnr_with_and_without(
     handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
     try:
         with every_expert_reads(model):
-            for tokens in items:
+            for tokens in Bar(items, desc="error of each Linear", unit="item"):
                 ids = torch.tensor([tokens], device=model.device)
                 model.base_model(input_ids=ids, use_cache=False)
     finally:

@@ -14,6 +14,7 @@ from helpers.quantization.gates import gate, named
 from helpers.quantization.variants import load_variant, running_type
 from helpers.sources.models import load_config, model_folder
 from helpers.sources.tensor_files import TensorFiles
+from helpers.study.activity import doing
 from helpers.study.architectures import HEAD
 from helpers.study.gates import Gate
 from helpers.study.hashing import sha256_folder
@@ -23,6 +24,7 @@ from helpers.study.records import read_json
 
 def loaded_gates(job: Job, model) -> list[Gate]:
     """The gates on a model as it is about to be asked as the job's variant."""
+    doing("checks on the loaded model")
     found = [running_gate((job, model)), files_gate((job, model))]
     return [*found, verified_gate(job)] if job.recipe.changes_model else found
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.onednn import simulated_by_onednn
+from helpers.study.activity import Bar
 from helpers.study.variant_settings import Variant
 
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
@@ -80,7 +81,7 @@ def left_float(model, targets: list[str], absmax: dict[str, Tensor], probe: Prob
     ruled = sorted(targets, key=lambda n: -_ruled(absmax[n]))[:2]
     choices.append((" and ".join(ruled), ruled))
     rows = []
-    for label, names in choices:
+    for label, names in Bar(choices, desc="leaving Linears float", unit="probe"):
         with _unquantized(model, names), simulated_by_onednn(model):
             rows.append({"float": label, "linears": len(names), **probe.divergence(model)})
     return rows

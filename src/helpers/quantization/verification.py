@@ -9,6 +9,7 @@ computes) and `calibration_gates`.
 from helpers.quantization import calibration_gates, checkpoint_gates, metadata_gates, runtime_gates
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import Gate
+from helpers.study.activity import Bar
 from helpers.study.opening import Job
 from helpers.study.variant_settings import Variant
 
@@ -49,4 +50,5 @@ def verify(job: Job, *, source_hash: str) -> list[Gate]:
     """
     evidence = Evidence(job, source_hash=source_hash)
     evidence.let_go()  # of what the making of the checkpoint left behind
-    return [check(evidence) for check in checks(job.recipe.claim)]
+    gates = Bar(checks(job.recipe.claim), desc="checks on the checkpoint", unit="check")
+    return [check(evidence) for check in gates]

@@ -231,6 +231,14 @@ def technical_details(results: Results) -> Markdown:
     parts += [
         f"**Jobs**, on {details.machines(results)} ({where}).",
         markdown_table(details.jobs(results)),
+    ]
+    if computed := details.operations(results):
+        about = (
+            "**What the study computes** (TFLOP a stage): 10¹² multiplications and additions of "
+        )
+        about += "products of matrices, counted from items and weights, answers at their longest."
+        parts += [about, markdown_table(computed)]
+    parts += [
         "**Packages.**",
         markdown_table(details.packages(results)),
     ]

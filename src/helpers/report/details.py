@@ -186,6 +186,21 @@ def jobs(results: Results) -> Rows:
     return rows
 
 
+def operations(results: Results) -> Rows | None:
+    """What every stage computes, in all and by arithmetic; None where no record says it."""
+    stages: dict[str, list[dict]] = {}
+    for record in records(results):
+        stages.setdefault(record["stage"], []).append(record.get("operations"))
+    stages = {stage: counts for stage, counts in stages.items() if all(counts)}
+    kinds = sorted({kind for counts in stages.values() for c in counts for kind in c})
+    rows = []
+    for stage, counts in stages.items():
+        sums = [sum(c.get(kind, 0) for c in counts) for kind in kinds]
+        row = {"stage": stage, "jobs": str(len(counts)), "TFLOP": number(sum(sums) / 1e12)}
+        rows.append(row | {k: number(n / 1e12) for k, n in zip(kinds, sums, strict=True)})
+    return rows or None
+
+
 def records(results: Results) -> list[dict]:
     """Every record of the study, stage by stage."""
     evaluated = list(results.evaluations.values())

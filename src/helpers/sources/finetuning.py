@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from helpers.sources.batching import pad
 from helpers.sources.processors import has_bfloat16_units
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime, Study
 from helpers.study.source_settings import FineTunedModel, FineTuning
@@ -55,7 +55,7 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     warmup = max(1, round(settings.warmup_fraction * len(batches)))
     steps = []
     model.train()
-    for number, batch in enumerate(tqdm(batches, desc="fine-tuning", unit="step"), start=1):
+    for number, batch in enumerate(Bar(batches, desc="fine-tuning", unit="step"), start=1):
         decay = (len(batches) - number + 1) / max(1, len(batches) - warmup)
         rate = settings.learning_rate * min(number / warmup, decay, 1.0)
         optimizer.param_groups[0]["lr"] = rate
@@ -111,7 +111,8 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
 def heldout_loss(model, examples: list[Example], *, batch_items: int) -> float:
     """Mean cross-entropy per answer token over examples not trained on, in nats."""
     total = tokens = 0.0
-    for start in range(0, len(examples), batch_items):
+    starts = range(0, len(examples), batch_items)
+    for start in Bar(starts, desc="held-out loss", unit="batch"):
         batch = examples[start : start + batch_items]
         count = sum(len(answer) for _, answer in batch)
         total += answer_loss(model, batch, autocast="none").item() * count

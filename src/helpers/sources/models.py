@@ -19,6 +19,7 @@ from helpers.sources.onednn import multiplied_by_onednn
 from helpers.sources.random_model import random_model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.sources.weights import refuse_unsafe
+from helpers.study.activity import doing
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.checksums import RECORD, refuse_damaged
 from helpers.study.errors import StudyError
@@ -78,6 +79,7 @@ def load_model(folder: Path, runtime: Runtime):
             drawn at random.
     """
     refuse_unsafe(folder)
+    doing("loading a model")
     try:
         with linear_experts(load_config(folder)):
             model, report = AutoModelForCausalLM.from_pretrained(

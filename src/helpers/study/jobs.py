@@ -15,9 +15,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
+from helpers.study.activity import told_by
 from helpers.study.errors import StudyError, remedy
 from helpers.study.execution import JobFailed, die_with_parent, kernel, run_notebook
-from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say
+from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say, shared_file
 
 
 def job(label: str, work: Callable[[], None]) -> int:
@@ -26,7 +27,8 @@ def job(label: str, work: Callable[[], None]) -> int:
     say(START, label)
     started = time.monotonic()
     try:
-        work()
+        with told_by(" ".join(label.split()), shared_file()):
+            work()
     except (JobFailed, StudyError, OSError) as error:
         say(FAILED, label, f"{duration(time.monotonic() - started)}\n{_told(error)}")
         return 1

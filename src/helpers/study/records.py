@@ -112,6 +112,7 @@ class Record:
         self.folder, self.stage, self.parameters = Path(folder), stage, parameters
         self.inputs: dict[str, str] = {}
         self._elsewhere: list[Path] = []
+        self._operations: dict[str, int] = {}
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._lock = self.folder.with_name(f".{self.folder.name}.lock")
         hold(self._lock, f"{_shown(self.folder)} is being written")
@@ -125,12 +126,17 @@ class Record:
         """Note files or folders the job wrote elsewhere than in the record's folder."""
         self._elsewhere += paths
 
+    def add_operations(self, counted: dict[str, int]) -> None:
+        """Note what the job computes: multiplications and additions, by arithmetic."""
+        self._operations |= counted
+
     def write(self, results: dict) -> Path:
         """Write `record.json`, the last thing a job does, and return its path.
 
         It holds a checksum of every file the job wrote.
         """
         path = self.folder / RECORD
+        counted = {"operations": self._operations} if self._operations else {}
         machine = {"cpu_count": os.cpu_count(), "architecture": platform.machine()}
         write_json(
             path,
@@ -139,6 +145,7 @@ class Record:
                 "parameters": self.parameters,
                 "inputs": self.inputs,
                 "results": results,
+                **counted,
                 "files": checksums(self.folder, self._elsewhere),
                 "started": self._started.isoformat(timespec="seconds"),
                 "duration_s": round(time.monotonic() - self._clock, 3),

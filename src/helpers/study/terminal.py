@@ -15,11 +15,12 @@ from helpers.study.locking import waiting
 
 START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"
 LOST = "lost"  # said by the engine, of any job that did not end well
+ENDS = (DONE, FAILED, STOPPED, LOST)
 
 
 def say(word: str, label: str, rest: str = "") -> None:
     """Say what became of a job; `[ 3/18]` stands for `done` where jobs are counted."""
-    shared = _shared()
+    shared = shared_file()
     if not shared.is_file():
         sys.stderr.write(_lines(word, label, rest))  # one write: jobs share the terminal
         return
@@ -36,13 +37,13 @@ def say(word: str, label: str, rest: str = "") -> None:
 
 def lost(label: str) -> None:
     """Note that a job did not end well; whether it said so itself is seen at the end."""
-    shared = _shared()
+    shared = shared_file()
     if shared.is_file():
         with waiting(shared):
             _append(shared, LOST, label, "")
 
 
-def _shared() -> Path:
+def shared_file() -> Path:
     """The file that all jobs of a run share; none outside of one."""
     return Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
 
@@ -72,10 +73,11 @@ def read(shared: Path) -> tuple[str, list[dict]]:
 
 def silent(events: list[dict]) -> list[str]:
     """Names of the jobs that never said how they ended: they were killed."""
-    ended = {_name(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
-    begun = dict.fromkeys(_name(event) for event in events if event["word"] in (START, LOST))
-    return [name for name in begun if name not in ended]
+    ended = {name(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
+    begun = dict.fromkeys(name(event) for event in events if event["word"] in (START, LOST))
+    return [job for job in begun if job not in ended]
 
 
-def _name(event: dict) -> str:
+def name(event: dict) -> str:
+    """The job that said something, as `evaluation base noquant`."""
     return " ".join(event["label"].split())

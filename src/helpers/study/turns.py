@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
+from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
 
@@ -36,7 +37,8 @@ def measured_in_turns(
         StudyError: a process died.
     """
     found: dict[str, list[dict]] = {name: [] for name in tasks}
-    for name in in_turns(list(tasks), rounds):
+    order = Bar(in_turns(list(tasks), rounds), desc="measuring", unit="measurement")
+    for name in order:
         found[name].append(_alone(name, tasks[name], preload))
     return found
 

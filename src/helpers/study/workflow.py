@@ -16,7 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from helpers.study import accounts, cluster, grid, partial, terminal
+from helpers.study import accounts, activity, cluster, display, grid, partial, terminal
+from helpers.study import estimate as estimates
 from helpers.study.errors import FULL, StudyError
 from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
 from helpers.study.loading import load_study, study_file
@@ -27,6 +28,7 @@ from helpers.study.schema import Study
 from helpers.study.writing import remove_leftovers
 
 LEAST_BYTES = 2**24  # free on a disk, for a run to begin at all
+PATIENCE_S = 5  # for the last lines of a run that has ended
 PLAN_WIDTH = 48  # of a job's name in the Snakefile's dry run
 LOCAL = "local"
 DRY = {"-n", "--dry-run", "--dryrun"}
@@ -71,7 +73,16 @@ def run_study(given: argparse.Namespace) -> int:
         return 2
     if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
         return wrong
-    return _run_snakemake(given, study, paths, lock)
+    return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
+
+
+def _estimate(given: argparse.Namespace, paths: StudyPaths) -> estimates.Estimate | None:
+    """Say how long the run will take on this machine; None if that is not known, or not asked."""
+    asked = os.environ.get("STUDY_ESTIMATE", "yes") != "no"
+    if given.only_report or given.executor != LOCAL or not asked:
+        return None
+    limits = {"cores": given.cores, "job_mb": given.job_mb, "memory_mb": _memory_mb()}
+    return estimates.announced(given.study, paths, **limits)
 
 
 def _fetch(study: str) -> int:
@@ -140,23 +151,40 @@ def _report_of(given: argparse.Namespace, part: partial.Part, paths: StudyPaths)
     return 0
 
 
-def _run_snakemake(given: argparse.Namespace, study: Study, paths: StudyPaths, lock: int) -> int:
-    with _progress(paths) as shared:
+def _run_snakemake(
+    given: argparse.Namespace,
+    study: Study,
+    paths: StudyPaths,
+    lock: int,
+    estimate: estimates.Estimate | None,
+) -> int:
+    draws = not _is_dry(given) and display.can_draw()
+    with _progress(paths) as shared, display.screen(draws=draws) as screen:
         environment = _environment() | {"STUDY_PROGRESS": str(shared)}
+        # What is drawn would be torn by others' lines: they come through here.
+        through = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if draws else {}
         engine = subprocess.Popen(
             _command(given, study, paths),
             cwd=PROJECT,
             env=environment | cluster.environment(given.executor),
             pass_fds=[lock],  # held as long as the engine lives, whatever happens here
             preexec_fn=die_with_parent,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            **through,
         )
+        copying = display.copied(engine.stdout, screen.show) if draws else None
+        watch = display.Watch(shared, estimate)
         try:
-            interrupted = _wait(engine, shared, elsewhere=given.executor != LOCAL)
+            interrupted = _wait(engine, watch, screen, elsewhere=given.executor != LOCAL)
         except SystemExit:  # what was started here ends by itself; a cluster has to be told
             engine.kill()
             if given.executor == "slurm":
                 cluster.stop_leftover_jobs(paths)
             raise
+        if copying:
+            copying.join(PATIENCE_S)
         events = terminal.read(shared)[1]
     if interrupted or engine.returncode < 0:
         print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
@@ -166,8 +194,10 @@ def _run_snakemake(given: argparse.Namespace, study: Study, paths: StudyPaths, l
     return engine.returncode
 
 
-def _wait(engine: subprocess.Popen, shared: Path, *, elsewhere: bool) -> bool:
-    """Wait for the engine; show what jobs say that have no terminal, or note inside.
+def _wait(
+    engine: subprocess.Popen, watch: display.Watch, screen: display.Screen, *, elsewhere: bool
+) -> bool:
+    """Wait for the engine; show how far it is, and what jobs say that have no terminal or note.
 
     Ctrl-C reaches the engine too, and it is left to stop its jobs. Returns whether it was
     pressed.
@@ -180,10 +210,11 @@ def _wait(engine: subprocess.Popen, shared: Path, *, elsewhere: bool) -> bool:
             pass
         except KeyboardInterrupt:
             interrupted = True
-        events = terminal.read(shared)[1]
+        events = terminal.read(watch.shared)[1]
         unseen = [e["text"] for e in events[shown:] if elsewhere or e["word"] == terminal.NOTE]
-        sys.stderr.write("".join(unseen))
+        screen.show("".join(unseen))
         shown = len(events)
+        screen.update(watch.status())
     return interrupted
 
 
@@ -192,9 +223,13 @@ def _progress(paths: StudyPaths) -> Iterator[Path]:
     """The file in which all jobs of this run, wherever they are, say what they do."""
     shared = outputs_root() / f".{paths.study}.progress"
     shared.write_text("", encoding="utf-8")
+    told = activity.folder_of(shared)
+    shutil.rmtree(told, ignore_errors=True)
+    told.mkdir()
     try:
         yield shared
     finally:
+        shutil.rmtree(told, ignore_errors=True)
         shared.unlink(missing_ok=True)
 
 

@@ -1,0 +1,185 @@
+"""What jobs tell of their work, and how it is shown: nothing acts, and nothing stands still."""
+
+import io
+import json
+import os
+
+import nbformat
+import pytest
+from rich.console import Console
+
+import toy_project
+from helpers.study import activity, display, estimate, schedule, terminal
+from helpers.study.activity import Activity, Bar
+from helpers.study.grid import Run
+from helpers.study.paths import PROJECT
+from hostile_text import HOSTILE
+from toy_project import jobs, notebook, read
+
+ESCAPES = "\x1b[31mred\x1b[0m\x07\r\u202e[bold]x[/bold]"
+
+
+@pytest.fixture
+def told(tmp_path, monkeypatch):
+    """The file in which the job at hand tells what it does."""
+    path = tmp_path / "a job.json"
+    monkeypatch.setenv(activity.FILE, str(path))
+    return path
+
+
+def test_a_bar_tells_its_place_and_draws_nothing(told, capfd):
+    for number in Bar(range(3), desc="arc", unit="item"):
+        assert activity.read(told).of == 3, number
+    assert activity.read(told) == Activity("arc", 3, 3, "item", 0.0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_bar_that_goes_on_counts_what_was_done_before(told):
+    for _ in Bar(iter("ab"), total=7, initial=5, desc="arc", unit="item"):
+        assert activity.read(told).done >= 5
+    assert activity.read(told).done == 7
+
+
+def test_a_bar_nobody_watches_is_drawn(monkeypatch, capfd):
+    monkeypatch.delenv(activity.FILE, raising=False)
+    list(Bar(range(3), desc="arc", unit="item"))
+    activity.doing("something")
+    assert "3/3" in capfd.readouterr().err
+
+
+def test_a_full_disk_stops_no_job(told, monkeypatch):
+    def full(*_given, **_more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    activity.doing("loading a model")
+    assert list(Bar(range(3), desc="arc")) == [0, 1, 2]
+    assert activity.read(told) is None
+
+
+GOOD = {"doing": "arc", "done": 1, "of": 2, "unit": "item", "left_s": 3.5}
+
+
+def test_what_was_written_is_read(told):
+    told.write_text(json.dumps(GOOD))
+    assert activity.read(told) == Activity(**GOOD)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b'{"doing": "arc", "do',
+        b"[]",
+        b"7",
+        b"\xff\xfe\x00",
+        b"[" * 4000,
+        b"{}",
+        b" " * 10**6 + json.dumps(GOOD).encode(),
+        *(
+            json.dumps(GOOD | {key: value}).encode()
+            for key in ("done", "of", "left_s")
+            for value in (-1, 1e300, float("nan"), float("inf"), True, "3", [3], {})
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_nothing(told, content):
+    told.write_bytes(content)
+    assert activity.read(told) is None
+
+
+def test_nothing_is_read_where_nothing_is(tmp_path):
+    assert activity.read(tmp_path / "none.json") is None
+    (tmp_path / "folder.json").mkdir()
+    assert activity.read(tmp_path / "folder.json") is None
+
+
+@pytest.mark.parametrize("text", [ESCAPES, HOSTILE, "x" * 10**4, "a\nstart    b"])
+def test_no_text_acts_on_the_terminal(told, text):
+    told.write_text(json.dumps(GOOD | {"doing": text, "unit": text}))
+    found = activity.read(told)
+    if found is None:  # too large to be a job's own
+        return
+    job = display.Doing(f"evaluation {display.one_line(text)}"[:200], 3.0, found)
+    status = display.Status(1, "2", 100.0, 50.0, [job])
+    lines, clock = io.StringIO(), iter([0.0, *[1000.0] * 9])
+    display.Lines(lines, clock=lambda: next(clock)).update(status)
+    shown = Console(file=io.StringIO(), width=2000, color_system=None, force_terminal=False)
+    shown.print(display.drawn(status))
+    for said in (lines.getvalue(), shown.file.getvalue()):
+        assert all(c.isprintable() or c == "\n" for c in said)
+        assert ("[bold]" in said) == ("[bold]" in text)  # shown as it is, not obeyed
+    assert lines.getvalue().count("\n") == 1
+
+
+def test_a_line_comes_at_least_every_30_seconds():
+    now, times, lines = 0.0, [0.0], io.StringIO()
+    screen = display.Lines(lines, clock=lambda: now)
+    status = display.Status(0, "5", 0.0, None, [])
+    for _ in range(400):
+        now += 1.0
+        before = lines.tell()
+        screen.update(status)
+        if lines.tell() > before:
+            times.append(now)
+    gaps = [b - a for a, b in zip(times, [*times[1:], now], strict=True)]
+    assert 5 < len(times) < 40
+    assert max(gaps) <= 30
+
+
+def event(word, job):
+    return json.dumps({"word": word, "label": job, "text": ""}) + "\n"
+
+
+def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
+    """Jobs that took twice their estimate double what the rest is thought to take."""
+    shared, now = tmp_path / ".s.progress", 0.0
+    runs = [Run("calibration", "base"), Run("evaluation", "base", "noquant")]
+    known = estimate.Estimate(study, schedule.Room(1, 9), dict.fromkeys(runs, 10.0))
+    shared.write_text("2\n")
+    activity.folder_of(shared).mkdir()
+    watch = display.Watch(shared, known, clock=lambda: now)
+    assert watch.status().left_s == 20
+    shared.write_text("2\n" + event(terminal.START, "calibration  base"))
+    watch.status()
+    now = 20.0
+    assert watch.status().left_s > 20  # it should have ended after ten
+    shared.write_text(shared.read_text() + event(terminal.DONE, "calibration  base"))
+    found = watch.status()
+    assert (found.done, found.total, found.left_s, found.running) == (1, "2", 20.0, [])
+    shared.write_text(shared.read_text() + event(terminal.START, "evaluation base noquant"))
+    place = activity.folder_of(shared) / "evaluation base noquant.json"
+    place.write_text(json.dumps(GOOD | {"left_s": 500.0}))
+    [job] = watch.status().running
+    assert job.activity.done == 1
+    assert watch.status().left_s == 500  # the job itself knows better
+    shared.write_text(shared.read_text() + event(terminal.LOST, "evaluation base noquant"))
+    assert watch.status().running == []
+    assert watch.status().left_s == 0
+
+
+def test_a_job_tells_what_it_does_and_its_notebook_has_no_bars(tmp_path):
+    """Neither this project's bars nor those of libraries are in what is kept for review."""
+    (tmp_path / "project").mkdir()
+    project = toy_project.make(tmp_path / "project", kernels=True)
+    cell = "import os; from helpers.study.activity import Bar; from tqdm import tqdm\n"
+    cell += "for i in Bar(range(3), desc='arc'): list(tqdm(range(9)))\n"
+    cell += "print(open(os.environ['STUDY_ACTIVITY']).read())"
+    nbformat.write(notebook(cell), project / "notebooks" / "toy.ipynb")
+    shared = tmp_path / ".toy.progress"
+    shared.write_text("1\n")
+    activity.folder_of(shared).mkdir()
+    command = ("run", "--notebook", "notebooks/toy.ipynb", "--output", "outputs/x.ipynb")
+    done = jobs(project, *command, "-p", "study", "toy", STUDY_PROGRESS=str(shared))
+    assert done.returncode == 0, done.stderr
+    [output] = read(project / "outputs" / "x.ipynb")["cells"][-1]["outputs"]
+    assert output["name"] == "stdout"
+    assert json.loads("".join(output["text"]))["done"] == 3
+    assert list(activity.folder_of(shared).iterdir()) == []
+
+
+def test_every_bar_of_a_job_is_one_that_tells():
+    """A bar of tqdm's own would be seen by nobody. Fetching is no job, and draws its own."""
+    sources = PROJECT / "src" / "helpers"
+    using = {p.name for p in sources.rglob("*.py") if "import tqdm" in p.read_text("utf-8")}
+    assert using == {"activity.py", "streaming.py"}

@@ -1,0 +1,323 @@
+"""How long a study takes, said beforehand: what is counted, how jobs are laid side by side."""
+
+import argparse
+import json
+import os
+import random
+import re
+import time
+
+import pytest
+from torch import nn
+
+from helpers.evaluation import operations as evaluation
+from helpers.evaluation.engine import ask_all
+from helpers.evaluation.language_modeling import passage_tokens, read_passages
+from helpers.quantization import operations as quantization
+from helpers.quantization.calibration import run_calibration
+from helpers.sources import finetuning
+from helpers.sources.conversations import calibration_tokens, training_tokens
+from helpers.sources.datasets import calibration_items, shared_passages, training_items
+from helpers.sources.operations import Size, operations, training
+from helpers.sources.random_model import byte_tokenizer, random_model
+from helpers.study import accounts, estimate, grid, workflow
+from helpers.study.errors import StudyError
+from helpers.study.estimate import ANALYSIS, Estimate, Machine, seconds_of
+from helpers.study.loading import load_study
+from helpers.study.paths import StudyPaths
+from helpers.study.records import write_json
+from helpers.study.schedule import Room, time_of
+
+SIZE = Size(linears=1000, head=100, weights=2000)
+MACHINE = Machine({f"float32 {how}": 1e6 for how in ("reading", "writing")}, start_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+class Multiplied:
+    """Counts the operations of every Linear of a model but the head, as they happen."""
+
+    def __init__(self, model):
+        self.operations = 0
+        head = model.get_output_embeddings()
+        for module in model.modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                module.register_forward_hook(self._count)
+
+    def _count(self, module, args, _made):
+        self.operations += 2 * module.weight.numel() * args[0].numel() // args[0].shape[-1]
+
+
+@pytest.fixture
+def model():
+    return random_model("llama", seed=3)
+
+
+@pytest.fixture
+def size(model):
+    """As a model's own modules have it, and not its configuration."""
+    head = model.get_output_embeddings()
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head]
+    weights = sum(p.numel() for p in model.parameters())
+    return Size(sum(m.weight.numel() for m in linears), head.weight.numel(), weights)
+
+
+@pytest.fixture
+def only(study_settings, write_study):
+    """A study with some of its evaluation sets, and so many items of each."""
+
+    def make(*names, items=None, **ask):
+        sets = study_settings["evaluation"]["datasets"]
+        study_settings["evaluation"]["datasets"] = {name: sets[name] for name in names}
+        study_settings["statistics"]["primary"] = []
+        for name in names:
+            sets[name]["items"] = items or sets[name]["items"]
+            sets[name]["ask"] |= ask
+        return load_study(write_study(study_settings))
+
+    return make
+
+
+def test_scored_options_are_counted_to_the_token(only, model, size, tokenizer):
+    study = only("arc")
+    multiplied = Multiplied(model)
+    ask_all(model, tokenizer, study)
+    found = evaluation.asked(study, "arc", tokenizer)
+    assert multiplied.operations == 2 * size.linears * (found.together + found.options)
+
+
+def test_answers_are_counted_at_their_longest(only, model, size, tokenizer):
+    study = only("squad_v2", max_new_tokens=5)
+    multiplied = Multiplied(model)
+    ask_all(model, tokenizer, study)
+    found = evaluation.asked(study, "squad_v2", tokenizer)
+    longest = 2 * size.linears * (found.together + found.items * (found.cap - 1))
+    # Blank rows beside few answers are multiplied too; see helpers.evaluation.generation.
+    blank = 2 * size.linears * 16 * found.cap
+    assert 2 * size.linears * found.together < multiplied.operations <= longest + blank
+
+
+def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size, tokenizer):
+    multiplied = Multiplied(model)
+    limit = study.evaluation.shared_text.max_tokens
+    tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
+    read_passages(model, tokens, batch_tokens=128)
+    due = sum(evaluation.shared_text(study, tokenizer))
+    assert multiplied.operations == 2 * size.linears * due
+    multiplied.operations = 0
+    items = calibration_items(study)
+    texts = [calibration_tokens(tokenizer, i, study.calibration.adapter) for i in items]
+    run_calibration(model, texts, batch_tokens=study.calibration.batch_tokens)
+    picture = 2 * size.linears * max(map(len, texts))
+    counted = quantization.calibration(study, size, tokenizer)["float32 reading"]
+    assert multiplied.operations == counted - picture
+
+
+def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
+    """Backward is two products more for each; the head runs where an answer is predicted."""
+    study = load_study("smoke")
+    settings = finetuning.settings_of(study, "finetuned")
+    examples, heldout = (
+        [training_tokens(tokenizer, item) for item in part]
+        for part in training_items(study, "finetuned")
+    )
+    multiplied = Multiplied(model)
+    finetuning.fine_tune_(model, examples, settings, seed=study.seed)
+    head = sum(len(answer) for _, answer in examples)
+    trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
+    found = operations(training(study, "finetuned", size, tokenizer))
+    tokens = sum(len(p) + len(a) for p, a in heldout)
+    apart = sum(found.values()) - trained
+    assert 2 * 2 * size.linears * tokens * 0.9 < apart < 4 * (size.linears + size.head) * tokens * 2
+
+
+def test_twice_the_items_take_about_twice_as_long(only, tokenizer):
+    seconds = []
+    for items in (10, 20):
+        study = only("arc", items=items)
+        sets = {"arc": evaluation.asked(study, "arc", tokenizer)}
+        counted = evaluation.evaluation(study, "noquant", SIZE, sets, [])
+        alone = evaluation._alone(study, "noquant", sets["arc"], SIZE)  # of eight items, always
+        counted.subtract(alone)
+        run = grid.Run("evaluation", "base", "noquant")
+        seconds.append(seconds_of(study, run, counted, MACHINE, Room(2, 9)))
+    assert 1.6 < seconds[1] / seconds[0] < 2.4
+
+
+def test_what_a_machine_lacks_takes_its_float32(study):
+    run, room = grid.Run("evaluation", "base", "noquant"), Room(1, 1)
+    plain = seconds_of(study, run, {"float32 reading": 10**6}, MACHINE, room)
+    assert seconds_of(study, run, {"int8 reading": 10**6}, MACHINE, room) == plain > 1
+
+
+def finish(study, paths, run):
+    """Leave what a run leaves that ended well."""
+    with accounts.kept(study, paths, run):
+        write_json(run.record(paths), {"run": run.name})
+        write_json(run.executed(paths), {})
+
+
+def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    paths, every = StudyPaths("study"), grid.runs(study)
+    assert estimate.to_run(study, paths) == [*every, ANALYSIS]
+    for run in every:  # in the order of the stages, the baseline's evaluation first
+        if run.stage != "evaluation":
+            finish(study, paths, run)
+    for run in sorted(every, key=lambda r: r.variant != study.baseline):
+        if run.stage == "evaluation":
+            finish(study, paths, run)
+    assert estimate.to_run(study, paths) == [ANALYSIS]
+    finish(study, paths, ANALYSIS)
+    assert estimate.to_run(study, paths) == []
+    assert estimate.estimate("study", study, paths, Room(2, 9), say=pytest.fail) is None
+    [made] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
+    made.record(paths).unlink()
+    again = estimate.to_run(study, paths)
+    assert {made, ANALYSIS, grid.Run("evaluation", "base", made.variant)} <= set(again)
+    assert grid.Run("calibration", "base") not in again
+    assert grid.Run("evaluation", "base", study.baseline) not in again
+
+
+def critical_path(study, seconds) -> float:
+    def until(run) -> float:
+        return seconds[run] + max((until(b) for b in grid.before(study, run)), default=0.0)
+
+    return max(map(until, seconds))
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", ["smoke", "demo"])
+def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
+    study, rng = load_study(name), random.Random(seed)
+    seconds = {run: rng.expovariate(0.1) for run in [*grid.runs(study), ANALYSIS]}
+    work = sum(seconds.values())
+    assert time_of(study, seconds, Room(1, 9)) == pytest.approx(work)
+    assert time_of(study, seconds, Room(8, 1)) == pytest.approx(work)  # memory for one only
+    alone = seconds[ANALYSIS] + sum(s for run, s in seconds.items() if run.stage == "cost")
+    for cores in (2, 4, 100):
+        found = time_of(study, seconds, Room(cores, 100))
+        assert critical_path(study, seconds) <= found * (1 + 1e-9)
+        assert alone + (work - alone) / cores <= found * (1 + 1e-9)
+        assert found <= work * (1 + 1e-9)
+
+
+def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings, write_study):
+    study_settings["runtime"]["threads"] = 8
+    study = load_study(write_study(study_settings))
+    seconds = {run: 1.0 for run in grid.runs(study)}
+    assert time_of(study, seconds, Room(2, 9)) == pytest.approx(len(seconds))
+
+
+def test_a_long_study_is_told_what_would_shorten_it(study):
+    run = grid.Run("evaluation", "base", "noquant")
+    long = Estimate(study, Room(2, 9), {run: 2 * estimate.LONG_S})
+    [told] = [line for line in estimate.lines(long) if line.startswith("to shorten it")]
+    assert "evaluation is 100 % of the work" in told
+    assert "max_new_tokens" in told
+    short = Estimate(study, Room(2, 9), {run: 60.0}, ("x: \ufffd",))
+    assert estimate.lines(short)[-1] == "not counted: x: \ufffd"
+
+
+def given(path):
+    return argparse.Namespace(
+        study=str(path), cores=2, job_mb=1000, executor="local", only_report=False, options=[]
+    )
+
+
+@pytest.mark.parametrize("error", [StudyError("no \x1b[31mreason"), KeyError("speeds"), OSError()])
+def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, capsys, error):
+    def fails(*_given):
+        raise error
+
+    monkeypatch.setenv("STUDY_ESTIMATE", "yes")
+    monkeypatch.setattr(estimate, "_answers", fails)
+    assert workflow._estimate(given(study_path), StudyPaths("study")) is None
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("estimate none")
+    assert last.isprintable()
+
+
+def test_a_counter_that_breaks_says_why(monkeypatch):
+    with pytest.raises(StudyError, match="No module named helpers"):
+        estimate._answers([["helpers.nothing"]])
+
+
+def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, monkeypatch, capsys):
+    """The whole way through, with the processes that count and measure."""
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setenv("STUDY_ESTIMATE", "yes")
+    found = workflow._estimate(given(study_path), StudyPaths("study"))
+    told = capsys.readouterr().err
+    assert found is not None, told
+    assert set(found.seconds) == {*grid.runs(found.study), ANALYSIS}
+    assert all(seconds > 0 for seconds in found.seconds.values())
+    stages = {run.stage for run in found.seconds}
+    assert {line.split()[1] for line in told.splitlines() if " job" in line} >= stages
+    assert "in all on 2 cores" in told
+
+
+@pytest.mark.long
+def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
+    """Within a factor of two, in the sum of its jobs and from end to end: a ratio in one run.
+
+    Where other work has the cores, now or later, no estimate of before is about that run.
+    """
+    from smoke_study import Smoke
+
+    if os.getloadavg()[0] > 0.75 * os.cpu_count():
+        pytest.skip("other work runs here, and the study would wait for it")
+
+    smoke = Smoke(tmp_path)
+    for name, value in smoke.environment().items():
+        monkeypatch.setenv(name, value)
+    study, room = load_study(smoke.file), Room(2, 2)
+    found = estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
+    began = time.monotonic()
+    said = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")
+    whole = time.monotonic() - began
+    took = re.findall(r"^\[ *\d+/\d+\] .*?(?:(\d+) min )?(\d+) s$", said, re.M)
+    jobs = sum(60 * int(minutes or 0) + int(seconds) for minutes, seconds in took)
+    print(json.dumps({"jobs": [sum(found.seconds.values()), jobs], "all": [found.whole_s, whole]}))
+    assert len(took) == len(found.seconds) + 1  # and the report
+    assert 0.5 < sum(found.seconds.values()) / jobs < 2
+    assert 0.5 < found.whole_s / whole < 2
+
+
+def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
+    from helpers.report import details
+
+    records = [
+        {"stage": "evaluation", "operations": {"float32": 2 * 10**12}},
+        {"stage": "evaluation", "operations": {"float32": 10**12, "int8": 5 * 10**11}},
+        {"stage": "cost"},  # of an older study
+    ]
+    monkeypatch.setattr(details, "records", lambda _results: records)
+    [row] = details.operations(None)
+    assert row == {
+        "stage": "evaluation",
+        "jobs": "2",
+        "TFLOP": "3.50",
+        "float32": "3.00",
+        "int8": "0.500",
+    }
+    del records[:2]
+    assert details.operations(None) is None
+
+
+def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
+    """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
+    study = only("arc", "squad_v2")
+    found = [
+        operations(job)
+        for _ in range(2)
+        for job in evaluation.of_model(study, "base", SIZE, tokenizer).values()
+    ]
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    for counted in found:
+        assert set(counted) <= {"float32", "bfloat16", "int8"}
+        assert all(isinstance(number, int) and number > 0 for number in counted.values())
