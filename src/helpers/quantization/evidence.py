@@ -51,19 +51,12 @@ class Evidence(HeldModels):
     @cached_property
     def source(self) -> TensorFiles:
         """The source's tensors at the study's dtype; a tied head is its embeddings."""
-        return self._untied(TensorFiles(self.source_folder, dtype=self.dtype))
+        return TensorFiles(self.source_folder, dtype=self.dtype)
 
     @cached_property
     def saved(self) -> TensorFiles:
         """The checkpoint's tensors, as they lie on disk."""
-        return self._untied(TensorFiles(self.folder, dtype=None))
-
-    def _untied(self, tensors: TensorFiles) -> TensorFiles:
-        head, table = f"{HEAD}.weight", f"{architecture(self.config).embeddings[0]}.weight"
-        there = self.config.tie_word_embeddings and head in tensors and table in tensors
-        if there and torch.equal(tensors[head], tensors[table]):
-            tensors.leave_out(head)
-        return tensors
+        return TensorFiles(self.folder, dtype=None)
 
     @property
     def blocks(self) -> str:
