@@ -8,7 +8,7 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import prompt, prompt_tokens
 from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.sources.conversations import EXAMPLES, tokenize
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
@@ -66,7 +66,7 @@ def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        found[name] = [Asked(p.item, p.hash, len(tokenize(tokenizer, p.text))) for p in prompts]
+        found[name] = [Asked(p.item, p.hash, len(prompt_tokens(tokenizer, p))) for p in prompts]
     return found
 
 

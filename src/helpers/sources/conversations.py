@@ -11,6 +11,7 @@ from helpers.sources.items import Item
 from helpers.study.errors import StudyError
 from helpers.study.plain_text import one_line
 
+PROBE = "a text"  # to see what a tokenizer puts around it
 SYSTEM = {
     "openmath": "Solve the problem. Give the answer in a box.",
     "squad_v2": (
@@ -118,6 +119,32 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, without special tokens beyond those written in it."""
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def beginning(tokenizer) -> list[int]:
+    """Token ids that the tokenizer puts before every plain text: mostly one that says so, or none.
+
+    Raises:
+        StudyError: it changes more than the ends of a text.
+    """
+    own = tokenize(tokenizer, PROBE)
+    whole = tokenizer(PROBE).input_ids
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start]
+    raise StudyError(
+        "the model's tokenizer gives a text other tokens where it adds its special ones; mend "
+        "tokenizer.json, or use another model"
+    )
+
+
+def plain_tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of a plain text, which begins as the tokenizer begins it, once.
+
+    What the tokenizer would put after a text is left out: the text goes on.
+    """
+    first, own = beginning(tokenizer), tokenize(tokenizer, text)
+    return own if own[: len(first)] == first else first + own
 
 
 def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:

@@ -144,10 +144,8 @@ def tell_greedy_(model) -> None:
 
 def take_generation_config_(model, folder: Path) -> None:
     """Give a model made from a configuration the folder's own tokens that end a text."""
-    try:
+    if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    except OSError:  # there is none: the model's configuration has told it
-        pass
     tell_greedy_(model)
 
 
