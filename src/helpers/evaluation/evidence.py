@@ -10,7 +10,7 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompts import prompt, prompt_tokens
 from helpers.evaluation.reference import read_reference, read_shaken
-from helpers.sources.conversations import EXAMPLES, tokenize
+from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
 from helpers.study.gates import Gate, as_record

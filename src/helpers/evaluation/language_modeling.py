@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from helpers.evaluation import served
+from helpers.evaluation import alone, served
 from helpers.evaluation.attention import packed
 from helpers.evaluation.loglikelihood import HEAD_ROWS
 from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
@@ -24,6 +24,7 @@ from helpers.sources.conversations import beginning, plain_tokens
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.onednn import product
+from helpers.sources.positions import reads_alone
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
@@ -102,15 +103,21 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Sta
         return States(served.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
-    texts = [Text((), tuple(tokens[:-1])) for tokens in passages]
+    apart = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
+    together = [i for i in range(len(passages)) if i not in apart]
+    texts = [Text((), tuple(passages[i][:-1])) for i in together]
     leaf = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
     found: dict[int, Tensor] = {}
-    with tqdm(total=len(texts), desc="shared text", unit="passage") as bar, packed(model):
-        for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
-            hidden = read(model, segments).split([len(s.tokens) for s in segments])
-            found |= dict(zip(indices, hidden, strict=True))
-            bar.update(len(indices))
-    return States(torch.cat([found[i] for i in range(len(texts))]), partial(logits_at, model))
+    with tqdm(total=len(passages), desc="shared text", unit="passage") as bar:
+        for index in apart:
+            found[index] = alone.states(model, passages[index])[:-1]
+            bar.update()
+        with packed(model):
+            for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
+                hidden = read(model, segments).split([len(s.tokens) for s in segments])
+                found |= {together[i]: h for i, h in zip(indices, hidden, strict=True)}
+                bar.update(len(indices))
+    return States(torch.cat([found[i] for i in range(len(passages))]), partial(logits_at, model))
 
 
 def save_states(path: Path, states: States) -> None:

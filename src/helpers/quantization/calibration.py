@@ -19,6 +19,7 @@ from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.experts import every_expert_reads
 from helpers.sources.memory import trim_heap
+from helpers.sources.positions import batch_tokens_for
 from helpers.study.errors import StudyError
 from helpers.study.writing import write_atomically
 
@@ -66,8 +67,10 @@ def run_calibration(
         StudyError: an activation is not finite.
     """
     statistics: dict[str, InputStatistics] = {}
+    lengths = [len(i) for i in items]
+    budget = batch_tokens_for(model.config, lengths, batch_tokens=batch_tokens)
     with tqdm(total=len(items), desc="calibration", unit="item") as bar:
-        for batch in token_budget_batches([len(i) for i in items], batch_tokens=batch_tokens):
+        for batch in token_budget_batches(lengths, batch_tokens=budget):
             rows = [items[i] for i in batch]
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from helpers.sources.batching import pad
+from helpers.sources.positions import reads_alone
 from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime, Study
 from helpers.study.source_settings import FineTunedModel, FineTuning
@@ -84,6 +85,9 @@ def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[lis
 
 def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
     """Mean cross-entropy over the answer tokens of a batch, in nats a token."""
+    if len(batch) > 1 and reads_alone(model.config, max(len(p) + len(a) for p, a in batch)):
+        losses = [answer_loss(model, [each], autocast=autocast) * len(each[1]) for each in batch]
+        return torch.stack(losses).sum() / sum(len(answer) for _, answer in batch)
     device = model.device
     tokens = pad([p + a[:-1] for p, a in batch], value=0, side="right", device=device)
     mask = pad(
