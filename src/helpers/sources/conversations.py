@@ -107,6 +107,11 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
     Raises:
         StudyError: the model has no chat template, or one that does not take these messages.
     """
+    if not tokenizer.chat_template:
+        raise StudyError(
+            "the model has no chat template, which answers, worked examples and training need; "
+            "ask by protocol: loglikelihood, or set tokenizer.chat_template and save it"
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, OverflowError) as error:
@@ -164,6 +169,12 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
 
 
 def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:
-    """Token ids of one calibration text: the question as asked and, if known, its solution."""
+    """Token ids of one calibration text: the question as asked and, if known, its solution.
+
+    Plain text for a model without a chat template.
+    """
+    if not tokenizer.chat_template:
+        parts = (user_turn(item, adapter), item.solution)
+        return plain_tokens(tokenizer, "\n".join(filter(None, parts)))
     text = render(tokenizer, conversation(item, adapter, shots=0)) + item.solution
     return tokenize(tokenizer, text)

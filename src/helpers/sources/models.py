@@ -179,7 +179,7 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
 
 
 def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
-    """The tokenizer of a folder, its chat template looked at and its thinking switch set.
+    """The tokenizer of a folder, its chat template settled if it has one.
 
     Raises:
         StudyError: it cannot be loaded without code of its own, has no end-of-text token,
