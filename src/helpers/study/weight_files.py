@@ -39,6 +39,12 @@ def missing_shards(names: Iterable[str]) -> list[str]:
     return sorted(shards - names)
 
 
+def is_pointer(path: Path) -> bool:
+    """Whether a file only says where git keeps the large file that belongs there."""
+    with open(path, "rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads a folder's weights from.
 
@@ -53,7 +59,8 @@ def weight_files(folder: Path) -> list[Path]:
     for name in names:
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise StudyError(
-                f"{INDEX} names {name!r}, which is no safetensors file of this folder; {ANEW}"
+                f"has an index ({INDEX}) that names {name!r}, which is no safetensors file of "
+                f"this folder; {ANEW}"
             )
     if lacking := [name for name in names if not (folder / name).is_file()]:
         raise StudyError(
@@ -73,7 +80,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     if not (folder / WHOLE).is_file():
         for name, file in _weight_map(folder).items():
             if name not in stored or stored[name].path.name != file:
-                raise StudyError(f"{INDEX} looks for {name} in {file}, where it is not; {AGAIN}")
+                raise StudyError(f"lacks {name} in {file}, where {INDEX} has it; {AGAIN}")
     return stored
 
 
@@ -84,7 +91,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         names = {}
     if not names:
-        raise StudyError(f"{INDEX} says of no tensor where it lies; {AGAIN}")
+        raise StudyError(f"has an index ({INDEX}) of no tensors; {AGAIN}")
     return names
 
 
@@ -95,26 +102,23 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         StudyError: it is a pointer to the file, is cut short, or is no safetensors file.
     """
     size = path.stat().st_size
+    if is_pointer(path):
+        raise StudyError(
+            f"holds a git-lfs pointer in place of {path.name}; run git lfs pull, or {AGAIN}"
+        )
     with open(path, "rb") as stream:
-        start = stream.read(len(POINTER))
-        if start == POINTER:
-            raise StudyError(
-                f"{path.name} is a git-lfs pointer of {size} bytes, not the weights; run git lfs "
-                f"pull, or {AGAIN}"
-            )
-        length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-            raise StudyError(f"{path.name} is no safetensors file; {AGAIN}")
-        stream.seek(8)
+            raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}")
         text = stream.read(length)
     try:
         rows = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         end = max((v["data_offsets"][1] for v in rows.values()), default=0)
         tensors = {k: StoredTensor(path, tuple(v["shape"]), v["dtype"]) for k, v in rows.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-        raise StudyError(f"{path.name} is no safetensors file; {AGAIN}") from None
+        raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}") from None
     if size != 8 + length + end:
         raise StudyError(
-            f"{path.name} has {size} bytes of the {8 + length + end} its header promises; {AGAIN}"
+            f"holds {size} bytes of {path.name}, whose header promises {8 + length + end}; {AGAIN}"
         )
     return tensors
