@@ -16,7 +16,16 @@ HELPERS = Path(__file__).resolve().parents[1]
 READ_AND_CHECK = ("complaints", "errors", "fields", "loading", "local_files", "model_folders")
 READ_AND_CHECK += ("names", "opening", "paths", "pins", "references", "schema")
 READ_AND_CHECK += ("source_settings", "variant_settings", "yaml_text")
-RUN_NOTEBOOKS = ("accounts", "archive", "cleaning", "cluster", "code_files", "execution", "export")
+RUN_NOTEBOOKS = (
+    "accounts",
+    "archive",
+    "beforehand",
+    "cleaning",
+    "cluster",
+    "code_files",
+    "execution",
+    "export",
+)
 RUN_NOTEBOOKS += ("grid", "jobs", "locking", "partial", "terminal", "workflow")
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in READ_AND_CHECK + RUN_NOTEBOOKS}
 
