@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from helpers.evaluation.loglikelihood import OptionTokens
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
-from helpers.sources.conversations import conversation, plain_tokens, render, tokenize
+from helpers.sources.conversations import conversation, plain_tokens, render, tokenize, with_mark
 from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
 from helpers.study.opening import Job
@@ -37,7 +37,7 @@ class Prompt:
 def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
     """Plain text, as harnesses ask it; options are full texts, yes/no for BoolQ."""
     if adapter == "boolq":
-        text = f"{item.passage}\nQuestion: {item.question}?\nAnswer:"
+        text = f"{item.passage}\nQuestion: {with_mark(item.question)}\nAnswer:"
         return Prompt(item, text, (" Yes", " No"), shared=(item.passage,), plain=True)
     options = tuple(f" {option}" for option in item.options)
     return Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)

@@ -78,9 +78,14 @@ def user_turn(item: Item, adapter: str) -> str:
         )
         return f"Question: {item.question}\n{options}"
     if item.passage:
-        mark = "?" if adapter == "boolq" else ""
-        return f"Passage: {item.passage}\n\nQuestion: {item.question}{mark}"
+        question = with_mark(item.question) if adapter == "boolq" else item.question
+        return f"Passage: {item.passage}\n\nQuestion: {question}"
     return item.question
+
+
+def with_mark(question: str) -> str:
+    """The question with a mark at its end: BoolQ's own have none, others' do."""
+    return question if question.rstrip().endswith("?") else f"{question}?"
 
 
 def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]]:
