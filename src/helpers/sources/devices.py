@@ -92,7 +92,8 @@ def account(runtime: Runtime, asked: Runtime) -> dict:
         notes.append(f"{runtime.device}: {NO_INT8[runtime.device]}")
     if asked.device_map and not runtime.device_map:
         notes.append("one device: device_map has nothing to spread over")
-    return {**runtime.model_dump(), "device_name": device_name(runtime.device), "notes": notes}
+    told = runtime.model_dump(exclude={"cost"})
+    return {**told, "device_name": device_name(runtime.device), "notes": notes}
 
 
 def device_name(device: str) -> str:
