@@ -12,8 +12,9 @@ from helpers.quantization.probing import input_maxima
 from helpers.sources.finetuning import answer_loss
 from helpers.sources.positions import fixed_up_to
 from helpers.sources.random_model import random_model
+from helpers.study.errors import StudyError
 from helpers.study.variant_settings import Variant
-from quantized_run import lived_in
+from quantized_run import QuantizedRun, lived_in
 
 LIMIT = 30  # tokens up to which positions are fixed
 LONGROPE = {
@@ -141,6 +142,22 @@ def test_answers_are_those_of_generate():
         for prompt in prompts
     ]
     assert answers(model, prompts) == due
+
+
+def test_every_check_passes_on_a_checkpoint_of_such_a_model(tmp_path, study_settings):
+    """Probes are whole texts, since a beginning is read otherwise."""
+    family, changes = MODELS["phi3 longrope"]
+    run = QuantizedRun(tmp_path / "run", study_settings, "smoothquant_w8a8")
+    run.save_source(family, original_max_position_embeddings=LIMIT, **changes)
+    run.calibrate()
+    run.quantize()
+    assert run.failed() == set()
+
+
+def test_texts_beyond_the_context_are_refused():
+    model = random_model("llama", seed=1, max_position_embeddings=50)
+    with pytest.raises(StudyError, match="calibration: a text has 60 tokens but the model reads"):
+        run_calibration(model, TEXTS, batch_tokens=64)
 
 
 def test_calibration_sees_each_text_as_it_is_alone():

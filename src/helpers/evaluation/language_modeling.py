@@ -24,7 +24,7 @@ from helpers.sources.conversations import beginning, plain_tokens
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.onednn import product
-from helpers.sources.positions import reads_alone
+from helpers.sources.positions import reads_alone, refuse_beyond_context
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
@@ -60,6 +60,7 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
         refuse_damaged(baseline, made_by="03_evaluation")
     wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
+    refuse_beyond_context("shared text", list(map(len, tokens)), model.config)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
     first, reference = first_scored(tokenizer), None
     if job.variant == job.study.baseline:

@@ -192,7 +192,7 @@ def _texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, st
         else:
             cap, remedy = (
                 wanted.ask.max_new_tokens,
-                "lower max_new_tokens or shots, or leave it out",
+                "lower max_new_tokens or shots, or leave the item out",
             )
             yield key, _answered(tokenizer, asked, cap), remedy
     shared = study.evaluation.shared_text

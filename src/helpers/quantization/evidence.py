@@ -20,6 +20,7 @@ from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.items import Item
 from helpers.sources.models import load_config, load_tokenizer
+from helpers.sources.positions import reads_alone
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.opening import Job
@@ -201,8 +202,11 @@ class Evidence(HeldModels):
 
     @cached_property
     def probes(self) -> list[list[int]]:
-        """The beginnings of a few calibration items."""
-        return [tokens[:PROBE_TOKENS] for tokens in self.tokens[:PROBES]]
+        """The beginnings of a few calibration items, whole where a beginning is read otherwise."""
+        return [
+            tokens if reads_alone(self.config, len(tokens)) else tokens[:PROBE_TOKENS]
+            for tokens in self.tokens[:PROBES]
+        ]
 
     @cached_property
     def captured(self) -> dict[str, Tensor]:

@@ -4,6 +4,22 @@ transformers computes them for the longest text of a forward pass. Beyond a leng
 beside a longer one is then read otherwise than alone; such texts are read one at a time.
 """
 
+from helpers.study.errors import StudyError
+
+
+def refuse_beyond_context(what: str, lengths: list[int], config) -> None:
+    """Positions beyond a model's context were never trained.
+
+    Raises:
+        StudyError: a text is longer than the model reads.
+    """
+    longest, limit = max(lengths, default=0), config.max_position_embeddings
+    if longest > limit:
+        raise StudyError(
+            f"{what}: a text has {longest} tokens but the model reads {limit}; lower max_tokens, "
+            "or leave the text out"
+        )
+
 
 def fixed_up_to(config) -> int | None:
     """The length up to which positions do not depend on it; None if they never do."""
