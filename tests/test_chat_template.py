@@ -1,7 +1,11 @@
 """A chat template that leaves out, misplaces or ignores something is caught; thinking is said."""
 
-import pytest
+import datetime
 
+import pytest
+from transformers.utils import chat_template_utils
+
+from helpers.evaluation.prompts import prompt
 from helpers.sources import chat_template
 from helpers.sources.chat_template import end_of_turn, knows_switch, settle_
 from helpers.sources.conversations import (
@@ -11,6 +15,7 @@ from helpers.sources.conversations import (
     tokenize,
     training_tokens,
 )
+from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
 from helpers.sources.random_model import CHAT_TEMPLATE, byte_tokenizer
 from helpers.study.errors import StudyError
@@ -59,12 +64,10 @@ REFUSES = "{{ raise_exception('no system turns here') }}" + CHAT_TEMPLATE
 NO_ROOM = EACH + TURN + "{% endfor %}"
 WRONG = [
     (SYSTEM_LAST, "renders the turns as user, assistant, user, system"),
-    (SYSTEM_GONE, "renders the system turn 0 times"),
     (SYSTEM_WITH_LAST, "renders the turns as user, assistant, system, user"),
     (TWICE, "renders the system turn 2 times"),
     (REFUSES, "refuses a conversation with a system turn (no system turns here)"),
     (NO_ROOM, "leaves no room for an answer"),
-    ("", "the tokenizer has no chat template"),
 ]
 
 
@@ -143,3 +146,126 @@ def test_without_a_token_of_its_own_a_turn_ends_with_the_text():
     )
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
     assert tokenize(tokenizer, "<|im_end|>") == [tokenizer.eos_token_id]
+
+
+DATED = (
+    "{% set today = strftime_now('%d %b %Y') if strftime_now is defined else 'some day' %}" + EACH
+) + ("{% if m['role'] == 'system' %}Today: {{ today }}\n{% endif %}" + TURN + "{% endfor %}" + ROOM)
+SYSTEM = "{% set s = messages[0]['content'] if messages[0]['role'] == 'system' else '' %}"
+REST = "{% set turns = messages[1:] if s else messages %}"
+SAID = "{{ ' ' + m['content'] + eos_token }}"
+INST = {
+    "first": SYSTEM
+    + REST
+    + "{% for m in turns %}{% if m['role'] == 'user' %}"
+    + "{{ '[INST] ' + (s + '\n\n' if loop.first and s else '') + m['content'] + ' [/INST]' }}"
+    + "{% else %}"
+    + SAID
+    + "{% endif %}{% endfor %}",
+    "last": SYSTEM
+    + REST
+    + "{% for m in turns %}{% if m['role'] == 'user' %}"
+    + "{{ '[INST] ' + (s + '\n\n' if loop.last and s else '') + m['content'] + ' [/INST]' }}"
+    + "{% else %}"
+    + SAID
+    + "{% endif %}{% endfor %}",
+    "none": EACH
+    + "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    + "{{ raise_exception('roles take turns, user first') }}{% endif %}"
+    + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% else %}"
+    + SAID
+    + "{% endif %}{% endfor %}",
+    "dropped": EACH
+    + "{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    + "{% elif m['role'] == 'assistant' %}"
+    + SAID
+    + "{% endif %}{% endfor %}",
+}
+IN_USER_TURN = {"first": "a turn of its own"} | dict.fromkeys(
+    ("last", "none", "dropped"), "in the first user turn"
+)
+
+
+def settled(template: str):
+    tokenizer = with_template(template)
+    settle_(tokenizer, enable_thinking=None, place="x")
+    return tokenizer
+
+
+class Tomorrow:
+    """A clock that is a day on."""
+
+    @staticmethod
+    def now() -> datetime.datetime:
+        return datetime.datetime.now() + datetime.timedelta(days=1)
+
+
+def test_a_template_says_the_same_tomorrow(monkeypatch):
+    """And would not by itself."""
+    turns = conversation(ITEM, "openmath", shots=1)
+
+    def texts():
+        bare = with_template(DATED).apply_chat_template(turns, tokenize=False)
+        return bare, render(settled(DATED), turns)
+
+    today = texts()
+    monkeypatch.setattr(chat_template_utils, "datetime", Tomorrow)
+    tomorrow = texts()
+    assert today[0] != tomorrow[0]
+    assert today[1] == tomorrow[1]
+    assert "Today: 26 Jul 2024" in today[1]
+
+
+def test_the_date_that_a_template_prints_is_on_record():
+    assert chat_template.account(settled(DATED), enable_thinking=None)["clock"] == "2024-07-26"
+    plain = chat_template.account(settled(CHAT_TEMPLATE), enable_thinking=None)
+    assert plain["clock"] == "not read"
+
+
+def test_a_template_that_draws_by_lot_is_refused():
+    drawn = "{{ ['a', 'b', 'c', 'd', 'e', 'f', 'g', 'h'] | random }}" + CHAT_TEMPLATE
+    assert "renders a conversation differently each time" in refusal(with_template(drawn))
+
+
+@pytest.mark.parametrize("shots", [0, 1])
+@pytest.mark.parametrize("where", INST)
+def test_inst_templates_render_every_turn_in_order(where, shots):
+    tokenizer = settled(INST[where])
+    turns = conversation(ITEM, "openmath", shots=shots)
+    text = render(tokenizer, turns)
+    places = [text.index(turn["content"]) for turn in turns]
+    assert places == sorted(places)
+    assert text.startswith("[INST] " + turns[0]["content"])
+    assert text.endswith(turns[-1]["content"] + " [/INST]")
+    account = chat_template.account(tokenizer, enable_thinking=None)
+    assert account["system_turn"] == IN_USER_TURN[where]
+
+
+def test_training_and_calibration_have_the_system_text_too():
+    tokenizer = settled(INST["none"])
+    system, user = (turn["content"] for turn in conversation(ITEM, "openmath", shots=0))
+    begun = f"[INST] {system}\n\n{user} [/INST]"
+    asked, answered = training_tokens(tokenizer, ITEM)
+    assert tokenizer.decode(asked) == begun
+    assert tokenizer.decode(answered) == ITEM.solution + "<|im_end|>"
+    assert tokenizer.decode(calibration_tokens(tokenizer, ITEM, "openmath")) == (
+        begun + ITEM.solution
+    )
+
+
+def test_prompts_share_what_they_did_before(study):
+    """The system's text and the worked examples are read once for all items."""
+    wanted, tokenizer = study.evaluation.datasets["squad_v2"], settled(INST["last"])
+    prompts = [prompt(i, wanted, tokenizer) for i in evaluation_items(study, "squad_v2")]
+    assert all(p.shared and p.text.startswith(p.shared[0]) for p in prompts)
+    assert len({p.shared[0] for p in prompts}) == 1
+
+
+def test_a_base_model_without_a_template_is_read_as_plain_text():
+    tokenizer = settled(None)
+    text = f"{ITEM.question}\n{ITEM.solution}"
+    assert calibration_tokens(tokenizer, ITEM, "openmath") == tokenizer(text).input_ids
+    assert chat_template.account(tokenizer, enable_thinking=None)["sha256"] is None
+    assert end_of_turn(tokenizer) == tokenizer.eos_token_id
+    with pytest.raises(StudyError, match="has no chat template, which answers"):
+        render(tokenizer, conversation(ITEM, "openmath", shots=0))

@@ -142,3 +142,15 @@ def test_the_chapter_needs_no_torch():
     code = "import sys, helpers.report.cost_chapter; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_a_study_that_leaves_cost_out_says_so(make_job):
+    def leave_out(settings):
+        settings["runtime"]["cost"] = False
+
+    results = load_results(make_job(leave_out))
+    report = whole_report(results)
+    assert results.costs == {}
+    assert "Neither speed nor memory was measured: the study leaves it out" in report
+    assert "has the shapes of the model it was trained from" not in report
+    assert "`make study` does it" not in report

@@ -105,8 +105,8 @@ def test_openmath_keeps_the_answer_as_written():
 REQUIRED = {
     "arc": ["id", "question", "choices", "choices/text", "choices/label", "answerKey"],
     "boolq": ["question", "answer", "passage"],
-    "squad_v2": ["id", "title", "context", "question", "answers", "answers/text"],
-    "openmath": ["problem", "generated_solution", "expected_answer"],
+    "squad_v2": ["id", "context", "question", "answers", "answers/text"],
+    "openmath": ["problem", "expected_answer"],
 }
 
 

@@ -44,6 +44,14 @@ def test_runs_of_a_study():
     assert "03_evaluation.base.noquant" in names
 
 
+def test_cost_can_be_left_out_and_nothing_else_is_repeated():
+    without = study(runtime__cost=False)
+    left = [run for run in grid.runs(study()) if run.stage != "cost"]
+    assert grid.runs(without) == left == grid.before(without, Run("analysis"))
+    assert changed(study(), without) == {"04_analysis"}
+    assert changed(study(), study(runtime__cost=True)) == set()
+
+
 def test_alpha_repeats_exactly_its_variant():
     after = study(variants__smooth__smooth={"alpha": 0.7, "targets": ["mlp_input"]})
     assert changed(study(), after) == {

@@ -3,8 +3,10 @@
 import json
 import re
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save_file
 
 from helpers.evaluation.power import detectable_loss, smallest_claimable_margin
 from helpers.sources.datasets import load_items
@@ -28,6 +30,7 @@ def pasted(tmp_path, write_study):
     model.mkdir()
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         (model / name).write_text('{"model_type": "llama"}', encoding="utf-8")
+    save_file({"model.norm.weight": np.ones(4, "float32")}, model / "model.safetensors")
     questions = tmp_path / "my-questions.jsonl"
     questions.write_text(ROWS["openmath"] + "\n", encoding="utf-8")
     text = BLOCKS["yaml"][0]

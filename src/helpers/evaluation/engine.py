@@ -8,10 +8,9 @@ from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
 from helpers.evaluation.progress import Progress, Unkept
-from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt
+from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt, prompt_tokens
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import end_of_turn
-from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
 from helpers.study.activity import Bar
@@ -79,7 +78,7 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> It
 
 
 def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
-    tokens = [tokenize(tokenizer, asked.text) for asked in prompts]
+    tokens = [prompt_tokens(tokenizer, asked) for asked in prompts]
     cap = wanted.ask.max_new_tokens
     _refuse_long(model, prompts, [len(t) + cap for t in tokens])
     generate = served.generate_greedy if served.is_served(model) else generate_greedy

@@ -8,9 +8,9 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import prompt, prompt_tokens
 from helpers.evaluation.reference import read_reference, read_shaken
-from helpers.sources.conversations import EXAMPLES, tokenize
+from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
 from helpers.study.activity import Bar, doing
@@ -68,7 +68,7 @@ def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        found[name] = [Asked(p.item, p.hash, len(tokenize(tokenizer, p.text))) for p in prompts]
+        found[name] = [Asked(p.item, p.hash, len(prompt_tokens(tokenizer, p))) for p in prompts]
     return found
 
 

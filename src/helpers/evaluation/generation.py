@@ -12,10 +12,12 @@ from itertools import count, groupby
 import torch
 from torch import Tensor
 
+from helpers.evaluation.alone import Continued
 from helpers.evaluation.attention import packed
 from helpers.evaluation.packing import Library, Segment, Text, cut, logits_at, read
 from helpers.evaluation.slots import Slots
 from helpers.sources.batching import FEWEST_ROWS, owned_by
+from helpers.sources.positions import reads_alone
 
 REFILL = 8  # slots are given away by so many at a time: a row of one prompt is slow to read
 
@@ -93,13 +95,27 @@ def generate_greedy(
     """
     ends = Ends(max_new_tokens, frozenset(stop_tokens), complete)
     texts = [cut(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
+    apart = {i for i, p in enumerate(prompts) if reads_alone(model.config, len(p) + max_new_tokens)}
+    for index in apart:
+        yield index, _alone(model, prompts[index], ends)
     start = lambda i: texts[i].shared[:1]  # noqa: E731 - what its whole batch begins with
-    for _, group in groupby(sorted(range(len(texts)), key=start), key=start):
+    together = [i for i in range(len(texts)) if i not in apart]
+    for _, group in groupby(sorted(together, key=start), key=start):
         chosen = list(group)
         decoder = Decoder(model, [texts[i] for i in chosen], ends, batch_tokens, batch_rows)
         with packed(model):
             for index, answer in decoder.answers():
                 yield chosen[index], answer
+
+
+def _alone(model, prompt: list[int], ends: Ends) -> Generated:
+    """The answer to a prompt that is read by itself, by the model's own forward pass."""
+    answer, text = Answer(0), Continued(model)
+    while True:
+        logits = logits_at(model, text.last_state(prompt + answer.tokens))[0]
+        finite = bool(logits.isfinite().all())
+        if reason := answer.take(int(logits.argmax()), finite, ends):
+            return Generated(answer.tokens, reason)
 
 
 class Decoder:

@@ -15,14 +15,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.evaluation import served
+from helpers.evaluation import alone, served
 from helpers.evaluation.attention import packed
 from helpers.evaluation.loglikelihood import HEAD_ROWS
 from helpers.evaluation.packing import Segment, Text, logits_at, read, rows
-from helpers.sources.conversations import tokenize
+from helpers.sources.conversations import beginning, plain_tokens
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.onednn import product
+from helpers.sources.positions import reads_alone, refuse_beyond_context
 from helpers.study.activity import Bar
 from helpers.study.checksums import refuse_damaged
 from helpers.study.errors import StudyError
@@ -59,12 +60,15 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
         refuse_damaged(baseline, made_by="03_evaluation")
     wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
+    refuse_beyond_context("shared text", list(map(len, tokens)), model.config)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
+    first, reference = first_scored(tokenizer), None
     if job.variant == job.study.baseline:
         save_states(states_path(job), states)
-        return passage_rows(passages, tokens, states, None)
-    source = model_folder(job.study, job.model, job.paths)
-    return passage_rows(passages, tokens, states, load_states(states_path(job), source, model))
+    else:
+        source = model_folder(job.study, job.model, job.paths)
+        reference = load_states(states_path(job), source, model)
+    return passage_rows(passages, tokens, states, reference, first=first)
 
 
 def states_path(job: Job) -> Path:
@@ -73,15 +77,20 @@ def states_path(job: Job) -> Path:
 
 
 def passage_tokens(tokenizer, passages: list[str], *, max_tokens: int) -> list[list[int]]:
-    """Token ids of each passage, cut at `max_tokens`.
+    """Token ids of each passage as the tokenizer begins a text, cut at `max_tokens`.
 
     Raises:
         StudyError: a passage is too short to predict anything in.
     """
-    found = [tokenize(tokenizer, passage)[:max_tokens] for passage in passages]
-    if (shortest := min(map(len, found))) < 2:
+    found = [plain_tokens(tokenizer, passage)[:max_tokens] for passage in passages]
+    if (shortest := min(map(len, found))) <= first_scored(tokenizer):
         raise StudyError(f"shared text: a passage has {shortest} tokens; give longer ones")
     return found
+
+
+def first_scored(tokenizer) -> int:
+    """Place of the first token of a passage that is predicted: of the text, with one before it."""
+    return max(1, len(beginning(tokenizer)))
 
 
 def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> States:
@@ -95,15 +104,21 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Sta
         return States(served.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
-    texts = [Text((), tuple(tokens[:-1])) for tokens in passages]
+    apart = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
+    together = [i for i in range(len(passages)) if i not in apart]
+    texts = [Text((), tuple(passages[i][:-1])) for i in together]
     leaf = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
     found: dict[int, Tensor] = {}
-    with Bar(total=len(texts), desc="shared text", unit="passage") as bar, packed(model):
-        for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
-            hidden = read(model, segments).split([len(s.tokens) for s in segments])
-            found |= dict(zip(indices, hidden, strict=True))
-            bar.update(len(indices))
-    return States(torch.cat([found[i] for i in range(len(texts))]), partial(logits_at, model))
+    with Bar(total=len(passages), desc="shared text", unit="passage") as bar:
+        for index in apart:
+            found[index] = alone.states(model, passages[index])[:-1]
+            bar.update()
+        with packed(model):
+            for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
+                hidden = read(model, segments).split([len(s.tokens) for s in segments])
+                found |= {together[i]: h for i, h in zip(indices, hidden, strict=True)}
+                bar.update(len(indices))
+    return States(torch.cat([found[i] for i in range(len(passages))]), partial(logits_at, model))
 
 
 def save_states(path: Path, states: States) -> None:
@@ -131,7 +146,12 @@ def load_states(path: Path, source: Path, like) -> States:
 
 @torch.inference_mode()
 def passage_rows(
-    passages: list[str], tokens: list[list[int]], states: States, reference: States | None
+    passages: list[str],
+    tokens: list[list[int]],
+    states: States,
+    reference: States | None,
+    *,
+    first: int = 1,
 ) -> list[dict]:
     """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements.
 
@@ -142,28 +162,40 @@ def passage_rows(
         tokens: their token ids.
         states: the variant's.
         reference: the float model's; None if the variant is that model itself.
+        first: place of the first token of each passage that is scored.
     """
-    targets = torch.tensor([t for passage in tokens for t in passage[1:]])
+    targets = torch.tensor([t for passage in tokens for t in passage[first:]])
+    places = _places(tokens, first)
     nll, kl, same = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
     starts = range(0, len(targets), HEAD_ROWS)
     for start in Bar(starts, desc="comparing distributions", unit="part"):
         chunk = slice(start, start + HEAD_ROWS)
-        logprobs = states.head(states.hidden[chunk]).log_softmax(-1)  # (chunk, vocabulary)
+        at = places[chunk].to(states.hidden.device)
+        logprobs = states.head(states.hidden[at]).log_softmax(-1)  # (chunk, vocabulary)
         wanted = targets[chunk, None].to(logprobs.device)
         nll[chunk] = -logprobs.gather(1, wanted)[:, 0].double().cpu()
         same[chunk] = 1
         if reference is not None:
-            expected = reference.head(reference.hidden[chunk]).log_softmax(-1)
+            expected = reference.head(reference.hidden[at]).log_softmax(-1)
             terms = expected.exp() * (expected - logprobs)
             kl[chunk] = terms.sum(-1, dtype=torch.float64).cpu()
             same[chunk] = (expected.argmax(-1) == logprobs.argmax(-1)).double().cpu()
-    found, lengths = [], [len(passage) - 1 for passage in tokens]
+    found, lengths = [], [len(passage) - first for passage in tokens]
     sums = zip(*(x.split(lengths) for x in (nll, kl, same)), strict=True)
     for passage, length, (n, k, s) in zip(passages, lengths, sums, strict=True):
         row = {"id": sha256_text(passage)[:16], "tokens": length}
         row |= {"nll": _finite(n.sum().item()), "kl": _finite(k.sum().item())}
         found.append(row | {"top1_agreements": int(s.sum().item())})
     return found
+
+
+def _places(tokens: list[list[int]], first: int) -> Tensor:
+    """(scored tokens,) rows of the states that predict them."""
+    found, start = [], 0
+    for passage in tokens:
+        found += range(start + first - 1, start + len(passage) - 1)
+        start += len(passage) - 1
+    return torch.tensor(found)
 
 
 def _finite(value: float) -> float | None:

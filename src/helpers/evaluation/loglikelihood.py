@@ -11,8 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from helpers.evaluation import alone
 from helpers.evaluation.attention import packed
 from helpers.evaluation.packing import TRUNK, Segment, cut, logits_at, read, rows
+from helpers.sources.positions import reads_alone
 
 HEAD_ROWS = 128  # positions whose logits over the vocabulary are held at once
 
@@ -28,6 +30,10 @@ class OptionTokens:
     context: list[int]
     options: list[list[int]]
     cuts: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Tokens of the context and the longest option."""
+        return len(self.context) + max(map(len, self.options))
 
     def __post_init__(self):
         if not self.context or not self.options or not all(self.options):
@@ -72,6 +78,25 @@ def option_loglikelihoods(
         items: contexts and options as token ids.
         batch_tokens: the most tokens of one forward pass.
     """
+    apart = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
+    for index in apart:
+        yield index, [_alone(model, items[index].context, o) for o in items[index].options]
+    together = [i for i in range(len(items)) if i not in set(apart)]
+    packed_items = [items[i] for i in together]
+    for index, sums in _packed(model, packed_items, batch_tokens):
+        yield together[index], sums
+
+
+def _alone(model, context: list[int], option: list[int]) -> float:
+    """The option's summed log-probability by one pass over context and option."""
+    hidden, first = alone.states(model, context + option), len(context) - 1
+    places = list(range(first, first + len(option)))
+    return sum(target_logprobs(model, hidden, places, option).tolist())
+
+
+def _packed(
+    model, items: list[OptionTokens], batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
     texts = [cut(item.context, item.cuts) for item in items]
     make = lambda index, before: branched(items[index], before)  # noqa: E731
     for indices, segments, leaves in rows(texts, make, row_tokens=batch_tokens):

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from helpers.evaluation.loglikelihood import OptionTokens
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
-from helpers.sources.conversations import conversation, render, tokenize
+from helpers.sources.conversations import conversation, plain_tokens, render, tokenize, with_mark
 from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
 from helpers.study.opening import Job
@@ -19,12 +19,14 @@ class Prompt:
 
     Attributes:
         shared: beginnings of the text that other prompts may have too, shortest first.
+        plain: not rendered by a chat template; it begins as the tokenizer begins a text.
     """
 
     item: Item
     text: str
     continuations: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
+    plain: bool = False
 
     @property
     def hash(self) -> str:
@@ -35,10 +37,10 @@ class Prompt:
 def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
     """Plain text, as harnesses ask it; options are full texts, yes/no for BoolQ."""
     if adapter == "boolq":
-        text = f"{item.passage}\nQuestion: {item.question}?\nAnswer:"
-        return Prompt(item, text, (" Yes", " No"), shared=(item.passage,))
+        text = f"{item.passage}\nQuestion: {with_mark(item.question)}\nAnswer:"
+        return Prompt(item, text, (" Yes", " No"), shared=(item.passage,), plain=True)
     options = tuple(f" {option}" for option in item.options)
-    return Prompt(item, f"Question: {item.question}\nAnswer:", options)
+    return Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)
 
 
 def prompt(item: Item, wanted: EvaluationSet, tokenizer) -> Prompt:
@@ -59,19 +61,24 @@ def _beginnings(text: str, question: str, passage: str) -> tuple[str, ...]:
     return (text[:own], text[: own + end]) if end else (text[:own],)
 
 
+def prompt_tokens(tokenizer, asked: Prompt) -> list[int]:
+    """Token ids of the text before the answer."""
+    return (plain_tokens if asked.plain else tokenize)(tokenizer, asked.text)
+
+
 def cuts(tokenizer, asked: Prompt, tokens: list[int]) -> tuple[int, ...]:
     """How many of the prompt's tokens lie in each of its shared beginnings."""
     found = []
     for beginning in asked.shared:
-        alone = _tokens_of(tokenizer, beginning)
+        alone = _tokens_of(tokenizer, beginning, asked.plain)
         pairs = enumerate(zip(alone, tokens, strict=False))
         found.append(next((i for i, (a, b) in pairs if a != b), min(len(alone), len(tokens))))
     return tuple(found)
 
 
 @lru_cache(maxsize=64)  # the worked examples come before every item
-def _tokens_of(tokenizer, text: str) -> tuple[int, ...]:
-    return tuple(tokenize(tokenizer, text))
+def _tokens_of(tokenizer, text: str, plain: bool) -> tuple[int, ...]:
+    return tuple((plain_tokens if plain else tokenize)(tokenizer, text))
 
 
 def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
@@ -80,8 +87,8 @@ def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
     Tokenizing the whole and cutting at the context's length is what
     lm-evaluation-harness does, so that the two score the same tokens.
     """
-    context = tokenize(tokenizer, asked.text)
-    wholes = [tokenize(tokenizer, asked.text + c) for c in asked.continuations]
+    context = plain_tokens(tokenizer, asked.text)
+    wholes = [plain_tokens(tokenizer, asked.text + c) for c in asked.continuations]
     options = [whole[len(context) :] for whole in wholes]
     return OptionTokens(context, options, cuts(tokenizer, asked, context))
 

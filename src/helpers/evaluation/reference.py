@@ -12,6 +12,7 @@ import torch
 
 from helpers.evaluation.language_modeling import (
     States,
+    first_scored,
     load_states,
     passage_rows,
     passage_tokens,
@@ -39,7 +40,8 @@ def read_reference(job: Job, model, tokenizer) -> list[dict]:
     if job.variant == job.study.baseline:
         return []
     passages, tokens = _first(job, tokenizer)
-    return passage_rows(passages, tokens, _kept(job, model, tokens), None)
+    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
+    return passage_rows(passages, tokens, kept, None, first=first)
 
 
 def read_shaken(job: Job, tokenizer) -> list[dict]:
@@ -57,7 +59,8 @@ def read_shaken(job: Job, tokenizer) -> list[dict]:
     model = load_model(model_folder(job.study, job.model, job.paths), runtime)
     shake_(model, dtype=coarsest)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-    return passage_rows(passages, tokens, states, _kept(job, model, tokens))
+    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
+    return passage_rows(passages, tokens, states, kept, first=first)
 
 
 def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:

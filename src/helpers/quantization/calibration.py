@@ -18,6 +18,7 @@ from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.experts import every_expert_reads
 from helpers.sources.memory import trim_heap
+from helpers.sources.positions import batch_tokens_for, refuse_beyond_context
 from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
 from helpers.study.writing import write_atomically
@@ -63,11 +64,14 @@ def run_calibration(
         batch_tokens: rows × longest row of one forward pass at most.
 
     Raises:
-        StudyError: an activation is not finite.
+        StudyError: an activation is not finite, or an item longer than the model's context.
     """
     statistics: dict[str, InputStatistics] = {}
+    lengths = [len(i) for i in items]
+    refuse_beyond_context("calibration", lengths, model.config)
+    budget = batch_tokens_for(model.config, lengths, batch_tokens=batch_tokens)
     with Bar(total=len(items), desc="calibration", unit="item") as bar:
-        for batch in token_budget_batches([len(i) for i in items], batch_tokens=batch_tokens):
+        for batch in token_budget_batches(lengths, batch_tokens=budget):
             rows = [items[i] for i in batch]
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)

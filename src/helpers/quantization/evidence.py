@@ -20,6 +20,7 @@ from helpers.sources.conversations import calibration_tokens
 from helpers.sources.datasets import calibration_items
 from helpers.sources.items import Item
 from helpers.sources.models import load_config, load_tokenizer
+from helpers.sources.positions import reads_alone
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.opening import Job
@@ -51,19 +52,12 @@ class Evidence(HeldModels):
     @cached_property
     def source(self) -> TensorFiles:
         """The source's tensors at the study's dtype; a tied head is its embeddings."""
-        return self._untied(TensorFiles(self.source_folder, dtype=self.dtype))
+        return TensorFiles(self.source_folder, dtype=self.dtype)
 
     @cached_property
     def saved(self) -> TensorFiles:
         """The checkpoint's tensors, as they lie on disk."""
-        return self._untied(TensorFiles(self.folder, dtype=None))
-
-    def _untied(self, tensors: TensorFiles) -> TensorFiles:
-        head, table = f"{HEAD}.weight", f"{architecture(self.config).embeddings[0]}.weight"
-        there = self.config.tie_word_embeddings and head in tensors and table in tensors
-        if there and torch.equal(tensors[head], tensors[table]):
-            tensors.leave_out(head)
-        return tensors
+        return TensorFiles(self.folder, dtype=None)
 
     @property
     def blocks(self) -> str:
@@ -208,8 +202,11 @@ class Evidence(HeldModels):
 
     @cached_property
     def probes(self) -> list[list[int]]:
-        """The beginnings of a few calibration items."""
-        return [tokens[:PROBE_TOKENS] for tokens in self.tokens[:PROBES]]
+        """The beginnings of a few calibration items, whole where a beginning is read otherwise."""
+        return [
+            tokens if reads_alone(self.config, len(tokens)) else tokens[:PROBE_TOKENS]
+            for tokens in self.tokens[:PROBES]
+        ]
 
     @cached_property
     def captured(self) -> dict[str, Tensor]:

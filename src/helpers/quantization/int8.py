@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from helpers.quantization.int8_linear import Int8Linear, fuse_gated_mlps_, stack_siblings_
-from helpers.sources.models import empty_model, load_config
+from helpers.sources.models import empty_model, load_config, take_generation_config_
 from helpers.sources.onednn import multiplied_by_onednn
+from helpers.sources.tensor_files import TensorFiles
+from helpers.study.architectures import HEAD
 from helpers.study.errors import StudyError
 
 
@@ -24,6 +25,7 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
     activations = declared_activations(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    config.tie_word_embeddings = f"{HEAD}.weight" not in tensors
     model = empty_model(config, dtype=dtype)  # all of it comes from the file; checked below
     for name in [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]:
         linear = Int8Linear(
@@ -38,6 +40,7 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
     _load_float_parts_(model, tensors)
     stack_siblings_(model)
     fuse_gated_mlps_(model)
+    take_generation_config_(model, folder)
     model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
     return multiplied_by_onednn(model.to(device)).eval()
 
@@ -46,8 +49,7 @@ def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
     int8_names = {n for n, m in model.named_modules() if isinstance(m, Int8Linear)}
     expected = {k for k in model.state_dict() if k.rpartition(".")[0] not in int8_names}
     if model.config.tie_word_embeddings:
-        expected.discard("lm_head.weight")
-        tensors.pop("lm_head.weight", None)
+        expected.discard(f"{HEAD}.weight")
     if expected != set(tensors):
         odd = sorted(expected ^ set(tensors))
         raise StudyError(
@@ -58,13 +60,8 @@ def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, as they lie in its safetensors files."""
-    tensors: dict[str, Tensor] = {}
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        tensors.update(load_file(path))
-    if not tensors:
-        raise StudyError(f"{Path(folder).name} holds no safetensors; run 02_quantization first")
-    return tensors
+    """The checkpoint's tensors, one copy of each; the head is missing if it is the embeddings."""
+    return dict(TensorFiles(folder, dtype=None))
 
 
 def declared_activations(folder: Path) -> str:

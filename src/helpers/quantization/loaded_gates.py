@@ -12,7 +12,7 @@ from torch import nn
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
 from helpers.quantization.variants import load_variant, running_type
-from helpers.sources.models import load_config, model_folder
+from helpers.sources.models import model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.activity import doing
 from helpers.study.architectures import HEAD
@@ -53,11 +53,16 @@ def is_int8(linear: nn.Module) -> bool:
 
 @gate("the files announced")
 def files_gate(asked):
-    """Every tensor in memory is what the variant's own files give when they are loaded again."""
+    """Every tensor in memory is what the variant's own files hold.
+
+    Float tensors are read from the files one at a time; of a quantized Linear, whose tensors
+    each runtime keeps in its own way, they are those that loading gives once more.
+    """
     job, model = asked
     again, found = _from_files(job), model.state_dict()
-    if model.config.tie_word_embeddings:  # it is the embeddings, and compared as those
-        del found[f"{HEAD}.weight"]
+    head, table = f"{HEAD}.weight", model.get_input_embeddings().weight
+    if head not in again and head in found and torch.equal(found[head].cpu(), table.cpu()):
+        del found[head]  # it is the embeddings, and compared as those
     odd = sorted(found.keys() ^ again.keys())
     odd += [k for k in sorted(found.keys() & again.keys()) if not _same(found[k], again[k])]
     return (
@@ -68,18 +73,17 @@ def files_gate(asked):
 
 
 def _from_files(job: Job) -> Mapping[str, torch.Tensor]:
-    """What the variant's files hold: of a float model one tensor at a time, as it lies there."""
-    if job.recipe.quantized:
-        again = load_variant(job)[0]
-        tensors, tied = again.state_dict(), again.config.tie_word_embeddings
-        return {k: t for k, t in tensors.items() if not (tied and k == f"{HEAD}.weight")}
+    """What the variant's files hold, under the names that the loaded model has."""
     folder = model_folder(job.study, job.model, job.paths)
     if job.recipe.changes_model:
         folder = job.paths.checkpoint(job.model, job.variant)
     files = TensorFiles(folder, dtype=getattr(torch, running_type(job).dtype))
-    if load_config(folder).tie_word_embeddings:
-        files.leave_out(f"{HEAD}.weight")
-    return files
+    if not job.recipe.quantized:
+        return files
+    again = load_variant(job)[0].state_dict()
+    of_linears = tuple(f"{name}." for name in Evidence(job, source_hash="").targets)
+    floats = {name: files[name] for name in files if not name.startswith(of_linears)}
+    return floats | {name: t for name, t in again.items() if name.startswith(of_linears)}
 
 
 @gate("the checkpoint that was verified")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers.sources.batching import pad, token_budget_batches
 from helpers.sources.onednn import simulated_by_onednn
+from helpers.sources.positions import batch_tokens_for
 from helpers.study.activity import Bar
 from helpers.study.variant_settings import Variant
 
@@ -32,7 +33,8 @@ class Probe:
 
     def __init__(self, model, texts: list[list[int]], variant: Variant):
         together = not variant.scheme or variant.scheme[1] != "tensor_dynamic"
-        self.texts, self.batch_tokens = texts, BATCH_TOKENS if together else 1
+        budget = batch_tokens_for(model.config, list(map(len, texts)), batch_tokens=BATCH_TOKENS)
+        self.texts, self.batch_tokens = texts, budget if together else 1
         self.expected = list(self._logprobs(model))
 
     def divergence(self, model) -> dict[str, float | None]:

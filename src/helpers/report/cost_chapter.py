@@ -9,10 +9,15 @@ from helpers.report.formats import code, count, escape, listed, markdown_table, 
 from helpers.report.results import Results
 
 Shown = list[Markdown | Figure]
+NOT_MEASURED = (
+    "Neither speed nor memory was measured: the study leaves it out (`runtime: {cost: no}`)."
+)
 
 
 def cost_chapter(results: Results) -> Shown:
     """What was measured of every model, or that it was not."""
+    if not results.study.runtime.cost:
+        return [Markdown(f"{NOT_MEASURED}\n")]
     found: Shown = []
     for model, cost in results.costs.items():
         if cost is None:

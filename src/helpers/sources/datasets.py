@@ -11,6 +11,7 @@ from functools import lru_cache
 
 from helpers.sources.items import ADAPTERS, Item, item_key, text_of
 from helpers.sources.numbers import gold_number
+from helpers.sources.row_shapes import PASSAGE, WANTED, shape
 from helpers.sources.rows import load_rows
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_text
@@ -43,10 +44,10 @@ def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
         try:
             item = ADAPTERS[adapter](row)
         except (KeyError, TypeError, ValueError) as error:
-            reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
             raise StudyError(
-                f"{_shown(source)}: row {number} is no {adapter} item ({reason}); "
-                "give the Hub's schema or another adapter"
+                f"{_shown(source)}: row {number} is no {adapter} item ({_reason(error)}): it is "
+                f"{shape(row)}, wanted is {WANTED[adapter]}; give the Hub's schema or another "
+                "adapter"
             ) from None
         known = items.setdefault(item_key(item), item)
         if known is item and item.id in ids:
@@ -58,6 +59,15 @@ def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
     if not items:
         raise StudyError(f"{_shown(source)}: holds no rows; give a source with items")
     return tuple(items.values()), len(rows)
+
+
+def _reason(error: Exception) -> str:
+    match error:
+        case KeyError():
+            return f"it has no {error}"
+        case TypeError():  # a list or a text where a mapping belongs
+            return "a part of it has another shape"
+    return str(error)
 
 
 _read_once = lru_cache(maxsize=8)(_adapt)
@@ -181,6 +191,6 @@ def _passage(source: DatasetSource, number: int, row: dict) -> str:
         return text_of(row["context"])
     except (KeyError, TypeError, ValueError):
         raise StudyError(
-            f"{_shown(source)}: row {number} has no 'context' to read; "
-            "give a source in SQuAD's schema"
+            f"{_shown(source)}: row {number} has no 'context' to read: it is {shape(row)}, wanted "
+            f"is {PASSAGE}; give a source in SQuAD's schema"
         ) from None

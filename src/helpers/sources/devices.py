@@ -97,7 +97,8 @@ def account(runtime: Runtime, asked: Runtime) -> dict:
         notes.append("one device: device_map has nothing to spread over")
     if runtime.device == "cpu" and not processors.has_bfloat16_units():
         notes.append(NO_BFLOAT16)
-    return {**runtime.model_dump(), "device_name": device_name(runtime.device), "notes": notes}
+    told = runtime.model_dump(exclude={"cost"})
+    return {**told, "device_name": device_name(runtime.device), "notes": notes}
 
 
 def device_name(device: str) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from helpers.sources.batching import pad
+from helpers.sources.positions import reads_alone
 from helpers.sources.processors import has_bfloat16_units
 from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
@@ -90,6 +91,9 @@ def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[lis
 
 def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
     """Mean cross-entropy over the answer tokens of a batch, in nats a token."""
+    if len(batch) > 1 and reads_alone(model.config, max(len(p) + len(a) for p, a in batch)):
+        losses = [answer_loss(model, [each], autocast=autocast) * len(each[1]) for each in batch]
+        return torch.stack(losses).sum() / sum(len(answer) for _, answer in batch)
     device = model.device
     tokens = pad([p + a[:-1] for p, a in batch], value=0, side="right", device=device)
     mask = pad(

@@ -7,7 +7,8 @@ fetched, and never code.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
@@ -28,6 +29,7 @@ from huggingface_hub.errors import (
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.model_folders import config_problem, missing_files
+from helpers.study.weight_files import weight_files
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Copies in other programs' layouts, and whatever lies in folders.
@@ -152,7 +154,13 @@ def cached_model(name: str, commit: str) -> Path | None:
         folder = Path(_snapshot(name, commit, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    return None if missing_files(p.name for p in folder.iterdir()) else folder
+    if missing_files(p.name for p in folder.iterdir()):
+        return None
+    try:
+        weight_files(folder)
+    except StudyError:  # a shard is missing
+        return None
+    return folder
 
 
 def fetch_model(name: str, commit: str) -> Path:
@@ -164,8 +172,9 @@ def fetch_model(name: str, commit: str) -> Path:
     """
     api = HfApi(library_name="smoothquant-study")
     tree = patiently(lambda: list(api.list_repo_tree(name, revision=commit)))
-    if lacking := missing_files(entry.path for entry in tree):
-        raise StudyError(lacking)
+    names = [entry.path for entry in tree]
+    if lacking := missing_files(_fetched_names(names)):
+        raise StudyError(missing_files(names) or lacking)
     config = patiently(lambda: hf_hub_download(name, "config.json", revision=commit))
     if unfit := config_problem(Path(config).read_bytes()):
         raise StudyError(unfit)
@@ -177,6 +186,11 @@ def fetch_model(name: str, commit: str) -> Path:
             path.unlink(missing_ok=True)
             raise StudyError(f"{entry.path} arrived damaged and was removed; run again")
     return folder
+
+
+def _fetched_names(paths: Iterable[str]) -> list[str]:
+    """The files of a repository that matter: copies in other layouts, and adapters, do not."""
+    return [p for p in paths if not any(fnmatch(p, pattern) for pattern in NOT_MODEL_FILES)]
 
 
 def _snapshot(name: str, commit: str, **options) -> str:

@@ -134,7 +134,7 @@ def adapt_squad_v2(row: dict) -> Item:
         passage=text_of(row["context"]),
         golds=tuple(dict.fromkeys(_texts(row["answers"]["text"]))),
         cluster=sha256_text(row["context"])[:16],
-        title=_whole(row["title"]),
+        title=_whole(row.get("title")),
     )
 
 
@@ -146,7 +146,7 @@ def adapt_openmath(row: dict) -> Item:
         question=row["problem"],
         golds=(row["expected_answer"],),
         cluster=identifier,
-        solution=_whole(row["generated_solution"]),
+        solution=_whole(row.get("generated_solution")),
     )
 
 

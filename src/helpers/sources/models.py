@@ -4,14 +4,16 @@ A folder is the one form the later stages know: config, safetensors, tokenizer. 
 code is never run and pickled weights are never read.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
 from helpers.sources import chat_template
 from helpers.sources.bundled import bundled_model_folder
+from helpers.sources.configurations import load_config, not_loaded
 from helpers.sources.devices import answering_where_asked, placed
 from helpers.sources.experts import linear_experts
 from helpers.sources.hub import cached_model
@@ -29,6 +31,8 @@ from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import Runtime, Study
 from helpers.study.source_settings import BundledModel, FolderModel, HubModel, RandomModel
 from helpers.study.writing import replace_folder
+
+GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
@@ -73,10 +77,12 @@ def _fetched(source: HubModel, study: str) -> Path:
 def load_model(folder: Path, runtime: Runtime):
     """The float model of a folder in evaluation mode, at the settled dtype and device.
 
+    Its configuration says what is true of the tensors: whether the head is the embeddings.
+
     Raises:
         StudyError: the folder holds no readable safetensors model of a known family, only one
-            that comes with code of its own, or not all of one: what is missing would be
-            drawn at random.
+            that comes with code of its own, not all of one (what is missing would be drawn at
+            random), or more than one (what has no place would go unread).
     """
     refuse_unsafe(folder)
     doing("loading a model")
@@ -94,32 +100,55 @@ def load_model(folder: Path, runtime: Runtime):
     except StudyError:
         raise
     except Exception as error:  # of many kinds; each means that the folder is at fault
-        raise _not_loaded(folder, "model", error) from None
-    if lacking := sorted(report["missing_keys"]):
-        raise StudyError(
-            f"{folder.name}: {lacking[0]} is not in its files ({len(lacking)} tensors in all); "
-            "save the whole model with model.save_pretrained"
-        )
+        raise not_loaded(folder, "model", error) from None
+    if problem := tensor_problem(report["missing_keys"], report["unexpected_keys"]):
+        raise StudyError(f"{folder.name}: {problem}")
+    tell_tied_(model)
+    tell_greedy_(model)
     if runtime.device_map:  # the parts are where they belong already
         return answering_where_asked(model).eval()
     return multiplied_by_onednn(placed(model, runtime)).eval()
 
 
-def load_config(folder: Path):
-    """The configuration of a folder's model.
+def tensor_problem(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
+    """What to say of tensors that the files lack, or that no module reads; None if neither."""
+    if lacking := sorted(missing):
+        return (
+            f"{lacking[0]} is not in its files ({len(lacking)} tensors in all); save the whole "
+            "model with model.save_pretrained"
+        )
+    if odd := sorted(unexpected):
+        return (
+            f"{odd[0]} is in its files ({len(odd)} tensors in all), but config.json describes a "
+            "model that has no such tensor; correct config.json, or save the model anew"
+        )
+    return None
 
-    Raises:
-        StudyError: there is none, or its family is not known.
+
+def tell_tied_(model) -> None:
+    """Make the configuration say whether the head is the embeddings, as the tensors are."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    model.config.tie_word_embeddings = head.weight is table.weight
+
+
+def tell_greedy_(model) -> None:
+    """Leave out settings of sampling that contradict `do_sample`; answers are greedy anyway.
+
+    transformers reads such a file and refuses to save it again.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if "trust_remote_code" in str(error):
-            raise _not_loaded(folder, "model", error) from None
-        reason = str(error).strip().splitlines()[0]
-        raise StudyError(f"{folder.name}: its config.json cannot be used ({reason})") from None
-    architecture(config)
-    return config
+        model.generation_config.validate(strict=True)
+    except ValueError:
+        told = model.generation_config
+        ids = {name: getattr(told, name) for name in GENERATION_IDS}
+        model.generation_config = GenerationConfig(**ids)
+
+
+def take_generation_config_(model, folder: Path) -> None:
+    """Give a model made from a configuration the folder's own tokens that end a text."""
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    tell_greedy_(model)
 
 
 def empty_model(config, *, dtype: torch.dtype):
@@ -134,26 +163,11 @@ def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
     Raises:
         StudyError: the folder holds neither.
     """
-    from safetensors import safe_open
-
-    for ending in ("lm_head.weight", "embed_tokens.weight"):
-        for path in sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 - the reader is not iterable itself
-                    if name.endswith(ending):
-                        return tensors.get_tensor(name).to(device, dtype)
-    raise StudyError(f"{folder.name} holds neither a head nor embeddings; name a language model")
-
-
-def _not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
-    """Why, in one line; code that would have to be run is named as that."""
-    if "trust_remote_code" in str(error):
-        return StudyError(
-            f"{folder.name}: the {what} comes with code of its own, which is never run here; "
-            "give one that transformers itself knows"
-        )
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return StudyError(f"{folder.name}: no {what} can be loaded from it ({reason})")
+    files, table = TensorFiles(folder, dtype=None), architecture(load_config(folder)).embeddings[0]
+    name = f"{table if files.tied else HEAD}.weight"
+    if name not in files:
+        raise StudyError(f"{folder.name}: {name} is not in its files; name a language model")
+    return files[name].to(device, dtype)
 
 
 def save_model(model, tokenizer, folder: Path, **options) -> None:
@@ -167,7 +181,7 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
 
 
 def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
-    """The tokenizer of a folder, its chat template looked at and its thinking switch set.
+    """The tokenizer of a folder, its chat template settled if it has one.
 
     Raises:
         StudyError: it cannot be loaded without code of its own, has no end-of-text token,
@@ -180,7 +194,7 @@ def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of many kinds; each means that the folder is at fault
-        raise _not_loaded(folder, "tokenizer", error) from None
+        raise not_loaded(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(
             f"{folder.name}: the tokenizer has no eos token; set eos_token in tokenizer_config.json"

@@ -1,6 +1,9 @@
 """The tensors of a model's folder, read from its safetensors files one at a time.
 
-A model's weights need not be in memory twice for two of its files to be compared.
+They are those that transformers gives the model, under the model's names: what it passes
+over is not among them, and the head is one of them only if it is not the embeddings.
+Whether it is, the tensors decide, not the configuration. A model's weights need not be in
+memory twice for two of its files to be compared.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from helpers.sources.configurations import load_config
+from helpers.sources.skeleton import Skeleton, skeleton
 from helpers.study.errors import StudyError
+from helpers.study.weight_files import StoredTensor, stored_tensors
 
 DTYPES = {
     "F64": torch.float64,
@@ -19,64 +25,101 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+COMPARED_ROWS = 8192  # of two tables at a time
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensor name to tensor, as the files of a folder have them.
+    """Tensor name to tensor, as a model loaded from the folder has them.
 
     Args:
-        folder: holds one or more safetensors files.
+        folder: `model.safetensors` or its shards, and the configuration beside them.
         dtype: what tensors are given in, or None for their own dtype.
 
+    Attributes:
+        tied: whether the head is the embeddings: it is not in the files where the
+            configuration says that it is tied, or it equals them there.
+
     Raises:
-        StudyError: there is no safetensors file.
+        StudyError: the weights are not there, or not whole.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None):
-        self.folder, self.dtype = Path(folder), dtype
-        self._places: dict[str, Path] = {}
-        self._looks: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - the reader is not iterable itself
-                    look = file.get_slice(name)
-                    self._places[name] = path
-                    self._looks[name] = (tuple(look.get_shape()), DTYPES[look.get_dtype()])
-        if not self._places:
-            raise StudyError(f"{self.folder.name} holds no safetensors; make it again")
+        self.folder, self.dtype, self.tied = Path(folder), dtype, False
+        try:
+            stored = stored_tensors(self.folder)
+        except StudyError as error:
+            raise StudyError(f"{self.folder.name}: {error}") from None
+        for name, tensor in stored.items():
+            if tensor.dtype not in DTYPES:
+                raise StudyError(
+                    f"{self.folder.name}: {name} is {tensor.dtype}, which is not read here; give "
+                    f"a model in {', '.join(DTYPES)}"
+                )
+        self._tensors: dict[str, StoredTensor] = stored
+        self._stored_names = {name: name for name in stored}
+        if (self.folder / "config.json").is_file():
+            config = load_config(self.folder)
+            self._take_as_the_model_does(skeleton(config), says_tied=config.tie_word_embeddings)
 
-    def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._places[name], framework="pt") as file:
-            tensor = file.get_tensor(name)
+    def _take_as_the_model_does(self, model: Skeleton, *, says_tied: bool) -> None:
+        read = {n: t for n, t in self._tensors.items() if not model.passes_over(n)}
+        self._stored_names = {model.name_of(name): name for name in read}
+        self._tensors = {name: read[stored] for name, stored in self._stored_names.items()}
+        head, table = model.head in self._tensors, model.table in self._tensors
+        if not says_tied:
+            return
+        if head and not table:  # either of the two will do
+            self._stored_names[model.table] = self._stored_names[model.head]
+            self._tensors[model.table] = self._tensors[model.head]
+        self.tied = not (head and table) or self._equal(model.head, model.table)
+        if self.tied:
+            self._tensors.pop(model.head, None)
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two tensors are the same, as they are given; read a part at a time."""
+        if self.shape(one) != self.shape(other):
+            return False
+        if self.stored_dtype(one) != self.stored_dtype(other) and self.dtype is None:
+            return False
+        for start in range(0, self.shape(one)[0], COMPARED_ROWS):
+            parts = (self._rows(n, start, start + COMPARED_ROWS) for n in (one, other))
+            if not torch.equal(*parts):
+                return False
+        return True
+
+    def _rows(self, name: str, start: int, end: int) -> Tensor:
+        with safe_open(self._tensors[name].path, framework="pt") as file:
+            return self._given(file.get_slice(self._stored_names[name])[start:end])
+
+    def _given(self, tensor: Tensor) -> Tensor:
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
+    def __getitem__(self, name: str) -> Tensor:
+        with safe_open(self._tensors[name].path, framework="pt") as file:
+            return self._given(file.get_tensor(self._stored_names[name]))
+
     def __iter__(self) -> Iterator[str]:
-        return iter(self._places)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._places  # Mapping's own would read the tensor
+        return name in self._tensors  # Mapping's own would read the tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
-        return self._looks[name][0]
+        return self._tensors[name].shape
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype in the file, without reading the tensor."""
-        return self._looks[name][1]
+        return DTYPES[self._tensors[name].dtype]
 
     def size_bytes(self, name: str) -> int:
         """How many bytes the tensor takes in the file."""
-        shape, dtype = self._looks[name]
-        return torch.Size(shape).numel() * dtype.itemsize
-
-    def leave_out(self, name: str) -> None:
-        """Do as if the tensor were not there, if it is."""
-        self._places.pop(name, None)
-        self._looks.pop(name, None)
+        return torch.Size(self.shape(name)).numel() * self.stored_dtype(name).itemsize

@@ -11,8 +11,8 @@ from typing import Any
 
 from helpers.study.errors import StudyError
 from helpers.study.model_folders import TOKENIZERS, weights_problem
+from helpers.study.weight_files import INDEX
 
-INDEX = "model.safetensors.index.json"
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 

@@ -16,9 +16,9 @@ HELPERS = Path(__file__).resolve().parents[1]
 READ_AND_CHECK = ("complaints", "errors", "fields", "loading", "local_files", "model_folders")
 READ_AND_CHECK += ("names", "opening", "paths", "pins", "references", "schema")
 READ_AND_CHECK += ("source_settings", "variant_settings", "yaml_text")
-RUN_NOTEBOOKS = ("accounts", "activity", "archive", "cleaning", "cluster", "code_files")
-RUN_NOTEBOOKS += ("display", "estimate", "execution", "export", "grid", "jobs", "locking")
-RUN_NOTEBOOKS += ("partial", "schedule", "terminal", "workflow")
+RUN_NOTEBOOKS = ("accounts", "activity", "archive", "beforehand", "cleaning", "cluster")
+RUN_NOTEBOOKS += ("code_files", "display", "estimate", "execution", "export", "grid", "jobs")
+RUN_NOTEBOOKS += ("locking", "partial", "schedule", "terminal", "workflow")
 MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in READ_AND_CHECK + RUN_NOTEBOOKS}
 
 

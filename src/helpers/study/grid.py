@@ -88,7 +88,9 @@ def runs(study: Study) -> list[Run]:
 
 
 def timed_models(study: Study) -> list[str]:
-    """The models whose cost is measured: one trained here costs what its start costs."""
+    """The models whose cost is measured, if it is: one trained here costs what its start costs."""
+    if not study.runtime.cost:
+        return []
     return [m for m in study.models if not _is_trained(study, m)]
 
 
@@ -122,10 +124,11 @@ def before(study: Study, run: Run) -> list[Run]:
 def depends_on(study: Study, run: Run) -> str:
     """All the study file says that this run's result depends on, as one text."""
     if run.stage == "analysis":
-        return canonical_json(study.model_dump(mode="json"))
+        measured = {"runtime": {"cost"}} if study.runtime.cost else None  # as it always was
+        return canonical_json(study.model_dump(mode="json", exclude=measured))
     uses: dict[str, Any] = {
         "seed": study.seed,
-        "runtime": study.runtime.model_dump(),
+        "runtime": study.runtime.model_dump(exclude={"cost"}),  # of no number but its own
         "model": _model(study, run.model),
     }
     if run.stage in ("finetuning", "calibration"):

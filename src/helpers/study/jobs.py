@@ -109,7 +109,7 @@ def _dispatch(given: argparse.Namespace) -> int:
 
     match given.command:
         case "check":
-            return workflow.check(given.study)
+            return workflow.check(given.study) or workflow.check_beforehand(given.study, dry=True)
         case "study":
             return workflow.run_study(given)
         case "run":

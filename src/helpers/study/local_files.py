@@ -42,7 +42,7 @@ def missing_files(study: Study) -> list[str]:
         problems.append(
             "runtime.quantized = 'vllm' but vLLM is not set up; run make .venv-vllm/.study-ready"
         )
-    for key, source in _sources(study):
+    for key, source in sources_of(study):
         if isinstance(source, FileDataset) and not files_of(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
         if isinstance(source, FolderModel) and (wrong := _folder_problem(source)):
@@ -56,7 +56,8 @@ def _folder_problem(source: FolderModel) -> str | None:
     return folder_problem(resolve(source.folder))
 
 
-def _sources(study: Study) -> list[tuple[str, object]]:
+def sources_of(study: Study) -> list[tuple[str, object]]:
+    """(key, source) of every model and every set of rows that a study names."""
     found: list[tuple[str, object]] = []
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):

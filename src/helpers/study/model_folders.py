@@ -5,25 +5,49 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.study.architectures import unknown_family
+from helpers.study.errors import StudyError
 from helpers.study.plain_text import one_line
+from helpers.study.weight_files import (
+    AGAIN,
+    ANEW,
+    INDEX,
+    WHOLE,
+    is_pointer,
+    missing_shards,
+    stored_tensors,
+)
 
 # A pickle can run anything while it is loaded, so none is ever opened.
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model")  # read only through a library not used here
+ADAPTER = "adapter_config.json"
 SAVE = "give one with safetensors (save_pretrained of a model you trust writes them)"
 
 
 def weights_problem(names: Iterable[str]) -> str | None:
     """Why files of these names hold no weights to read, with the remedy; None if they do."""
     names = sorted(names)
-    if "adapter_config.json" in names:
+    whole = WHOLE in names or INDEX in names
+    if ADAPTER in names and whole:
         return (
-            "holds an adapter (adapter_config.json), not a whole model; merge it into its model "
-            "and save that"
+            f"holds an adapter ({ADAPTER}) beside a whole model, and transformers would apply it "
+            "once more; remove the adapter's files (adapter_*)"
         )
-    if any(name.endswith(".safetensors") for name in names):
+    if ADAPTER in names:
+        return (
+            f"holds an adapter ({ADAPTER}), not a whole model; merge it into its model (PEFT's "
+            "merge_and_unload) and save that"
+        )
+    if WHOLE in names:
         return None
+    if whole and (lacking := missing_shards(names)):
+        return f"lacks {lacking[0]} ({len(lacking)} of its shards in all); download it again"
+    if whole:
+        return None
+    if stray := [name for name in names if name.endswith(".safetensors")]:
+        return f"holds {stray[0]}, but neither {WHOLE} nor {INDEX}; {ANEW}, or {AGAIN}"
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return f"holds only {pickles[0]}, a pickle, which may run anything; {SAVE}"
     if others := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
@@ -38,15 +62,31 @@ def missing_files(names: Iterable[str]) -> str | None:
         return lacking
     if "config.json" not in names:
         return "has no config.json; name what model.save_pretrained wrote"
-    if not names & set(TOKENIZERS):
+    if not names & {*TOKENIZERS, *SENTENCEPIECE}:
         return "has no tokenizer; save it beside the model (tokenizer.save_pretrained)"
+    if not names & set(TOKENIZERS):
+        return (
+            f"has {min(names & set(SENTENCEPIECE))} as its tokenizer, which is not read here; add "
+            "tokenizer.json (where sentencepiece is installed, save_pretrained of the tokenizer "
+            "writes it)"
+        )
     return None
 
 
 def folder_problem(folder: Path) -> str | None:
-    """The same for a local folder, its configuration read too."""
-    lacking = missing_files(path.name for path in folder.iterdir())
-    return lacking or config_problem((folder / "config.json").read_bytes())
+    """The same for a local folder, its configuration and the headers of its weights read too."""
+    if lacking := missing_files(path.name for path in folder.iterdir()):
+        return lacking
+    if unfit := config_problem((folder / "config.json").read_bytes()):
+        return unfit
+    for name in TOKENIZERS:
+        if (folder / name).is_file() and is_pointer(folder / name):
+            return f"holds a git-lfs pointer in place of {name}; run git lfs pull, or {AGAIN}"
+    try:
+        stored_tensors(folder)
+    except StudyError as error:
+        return str(error)
+    return None
 
 
 def config_problem(content: bytes) -> str | None:

@@ -23,6 +23,7 @@ class Runtime(Strict):
     `device_map: auto` spreads a model over all its GPUs. `quantized` is what quantized
     variants are evaluated on: this project's int8 runtime, the simulation of
     compressed-tensors, or vLLM in an environment of its own (`make .venv-vllm/.study-ready`).
+    `cost: no` leaves out the measurement of speed and memory; the report says so.
     """
 
     device: Literal["auto", "cpu", "cuda", "mps"]
@@ -30,6 +31,7 @@ class Runtime(Strict):
     threads: Count
     quantized: Literal["int8", "reference", "vllm"]
     device_map: Literal["auto"] | None = None
+    cost: Annotated[bool, Field(strict=True)] = True
 
 
 class LogLikelihood(Strict):

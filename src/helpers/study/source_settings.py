@@ -2,13 +2,27 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from helpers.study.architectures import ARCHITECTURES
 from helpers.study.fields import Count, Fraction, Name, Number, Strict, Whole, sole_key
 
 HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
+
+
+OTHER_ROWS = {
+    "csv": "a table in CSV",
+    "tsv": "a table in TSV",
+    "xlsx": "a spreadsheet",
+    "json": "one JSON document, or JSON lines by another name (.jsonl)",
+    "arrow": "an Arrow file",
+}
+ROWS = (
+    "wanted is JSON lines, one object a line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
+    "orient='records', lines=True) writes them"
+)
 
 
 class ShippedDataset(Strict):
@@ -35,13 +49,22 @@ class HubDataset(Strict):
     stream: Stream | None = None
 
 
+def _rows_file(file: str) -> str:
+    """The name, if its ending is that of a format that is read."""
+    kind = file.rpartition(".")[2].lower()
+    if kind in ("jsonl", "parquet"):
+        return file
+    seen = OTHER_ROWS.get(kind, "neither JSON lines (.jsonl) nor parquet")
+    raise PydanticCustomError("rows", "is {seen}; {wanted}", {"seen": seen, "wanted": ROWS})
+
+
 class FileDataset(Strict):
     """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
 
     Relative paths start at the project.
     """
 
-    file: Annotated[str, Field(pattern=r"\.(jsonl|parquet)$")]
+    file: Annotated[str, AfterValidator(_rows_file)]
 
 
 DatasetSource = Annotated[

@@ -7,6 +7,7 @@ what that measurement needs, so that its peak of memory says something.
 """
 
 import multiprocessing
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -45,7 +46,7 @@ def measured_in_turns(
 
 def _alone(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
     try:
-        alone = {"mp_context": _context(preload), "initializer": die_with_parent}
+        alone = {"mp_context": _context(preload), "initializer": _end_with_all}
         with ProcessPoolExecutor(1, **alone) as process:
             return process.submit(task).result()
     except BrokenProcessPool:
@@ -54,10 +55,19 @@ def _alone(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
         ) from None
 
 
+def _end_with_all() -> None:
+    """End this process with the server it was forked off, which ends with who asked for it."""
+    die_with_parent()
+    asking = multiprocessing.parent_process()
+    if asking is not None and not asking.is_alive():  # it ended before the line above
+        os._exit(1)
+
+
 def _context(preload: Sequence[str]):
     """Processes forked off one that has imported all and computed nothing, where there is fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(preload))
+    os.environ["STUDY_MEASURING_PARENT"] = str(os.getpid())
+    context.set_forkserver_preload(["helpers.study.with_parent", *preload])
     return context

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from helpers.study import accounts, activity, cluster, display, grid, partial, terminal
 from helpers.study import estimate as estimates
+from helpers.study.beforehand import check_sources
 from helpers.study.errors import FULL, StudyError
 from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
 from helpers.study.loading import load_study, study_file
@@ -73,6 +74,8 @@ def run_study(given: argparse.Namespace) -> int:
         return 2
     if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
         return wrong
+    if not given.only_report and (wrong := check_beforehand(given.study, dry=_is_dry(given))):
+        return wrong
     return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
 
 
@@ -95,6 +98,14 @@ def _fetch(study: str) -> int:
     command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
     done = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
     return done.returncode
+
+
+def check_beforehand(study: str, *, dry: bool) -> int:
+    """Say on stderr what jobs would fail on; 0 if nothing is found, else 2.
+
+    The study is loaded again, at the commits that fetching has pinned.
+    """
+    return check_sources(study, load_study(study), dry=dry)
 
 
 def _make_ready(given: argparse.Namespace, paths: StudyPaths) -> None:

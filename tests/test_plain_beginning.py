@@ -1,0 +1,113 @@
+"""A plain text begins as the tokenizer begins it, once, wherever it is scored or read."""
+
+import pytest
+import torch
+from tokenizers.processors import TemplateProcessing
+
+from helpers.evaluation.engine import evaluate
+from helpers.evaluation.language_modeling import (
+    first_scored,
+    passage_rows,
+    passage_tokens,
+    read_passages,
+)
+from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.sources.conversations import beginning, conversation, plain_tokens, render, tokenize
+from helpers.sources.datasets import evaluation_items, shared_passages
+from helpers.sources.random_model import byte_tokenizer
+from helpers.study.schema import Batch
+
+FIRST, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+POST = {  # what is put around a text, and how many tokens come before it
+    "nothing": ("$A", 0),
+    "a first token": (f"{FIRST} $A", 1),
+    "a first token, and a last": (f"{FIRST} $A {END}", 1),
+    "two first tokens": (f"{FIRST} {START} $A", 2),
+}
+
+
+def tokenizer_with(post: str):
+    tokenizer = byte_tokenizer()
+    core = tokenizer.backend_tokenizer
+    special = [(name, core.token_to_id(name)) for name in (FIRST, START, END)]
+    core.post_processor = TemplateProcessing(single=POST[post][0], special_tokens=special)
+    return tokenizer
+
+
+@pytest.fixture(params=POST)
+def tokenizer(request):
+    return tokenizer_with(request.param)
+
+
+def as_transformers(tokenizer, text: str) -> list[int]:
+    """What the tokenizer itself makes of a text, without the token it may end it with."""
+    ids = tokenizer(text).input_ids
+    return ids[:-1] if ids[-1] == tokenizer.convert_tokens_to_ids(END) else ids
+
+
+@pytest.mark.parametrize("text", ["Question: how?\nAnswer:", " ", "ä", "a text"])
+def test_plain_tokens_are_the_tokenizers_own(tokenizer, text):
+    assert plain_tokens(tokenizer, text) == as_transformers(tokenizer, text)
+
+
+@pytest.mark.parametrize("post", POST)
+def test_the_beginning_is_there_once(post):
+    tokenizer = tokenizer_with(post)
+    assert len(beginning(tokenizer)) == POST[post][1]
+    already = tokenizer.decode(beginning(tokenizer)) + "a text"
+    assert plain_tokens(tokenizer, already) == plain_tokens(tokenizer, "a text")
+
+
+def test_a_rendered_chat_gets_nothing_before_it(study, tokenizer):
+    """Its template has written what belongs there."""
+    item = evaluation_items(study, "squad_v2")[0]
+    text = render(tokenizer, conversation(item, "squad_v2", shots=1))
+    assert tokenizer.decode(tokenize(tokenizer, text)) == text
+
+
+@torch.inference_mode()
+def plain_logprobs(model, ids: list[int]) -> torch.Tensor:
+    """(tokens - 1,) float64 log-probability of every token after the first."""
+    logprobs = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+    return logprobs[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+
+
+def test_options_are_scored_as_transformers_scores_them(exact_model, study, tokenizer):
+    wanted, items = study.evaluation.datasets["arc"], evaluation_items(study, "arc")
+    limits = Batch(tokens=512, rows=16)
+    found = {p["id"]: p for p in evaluate(exact_model, tokenizer, items, wanted, limits=limits)}
+    for item in items:
+        asked = prompt(item, wanted, tokenizer)
+        context = as_transformers(tokenizer, asked.text)
+        due = []
+        for continuation in asked.continuations:
+            whole = as_transformers(tokenizer, asked.text + continuation)
+            assert whole[: len(context)] == context
+            scores = plain_logprobs(exact_model, whole)
+            due.append(scores[len(context) - 1 :].sum().item())
+        assert found[item.id]["logprobs"] == pytest.approx(due, abs=1e-4)
+        assert found[item.id]["prompt_tokens"] == len(context)
+
+
+def test_what_prompts_share_is_counted_with_the_beginning(study_settings, study, tokenizer):
+    wanted = study.evaluation.datasets["arc"].model_copy(update={"adapter": "boolq"})
+    item = evaluation_items(study, "squad_v2")[0]
+    tokens = option_tokens(tokenizer, prompt(item, wanted, tokenizer))
+    shared = as_transformers(tokenizer, item.passage)
+    assert tokens.cuts == (len(shared),)
+    assert tokens.context[: len(shared)] == shared
+
+
+def test_the_shared_text_is_read_as_transformers_reads_it(exact_model, study, tokenizer):
+    """Every token of the text is predicted that has one before it, and none of the beginning."""
+    passages = shared_passages(study)
+    tokens = passage_tokens(tokenizer, passages, max_tokens=64)
+    states = read_passages(exact_model, tokens, batch_tokens=512)
+    first = first_scored(tokenizer)
+    rows = passage_rows(passages, tokens, states, states, first=first)
+    for row, passage in zip(rows, passages, strict=True):
+        ids = as_transformers(tokenizer, passage)[:64]
+        scores = plain_logprobs(exact_model, ids)[max(1, len(beginning(tokenizer))) - 1 :]
+        assert row["tokens"] == len(scores) == row["top1_agreements"]
+        assert row["nll"] == pytest.approx(-scores.sum().item(), abs=1e-3)
+        assert row["kl"] == pytest.approx(0, abs=1e-9)
