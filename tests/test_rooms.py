@@ -29,6 +29,7 @@ LIGHT_EVALUATION = {
     "invariance",
     "reference_gates",
     "range_gates",
+    "passage_gates",
     "controls",
     "answers",
     "old_rules",

@@ -1,6 +1,7 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
 from helpers.evaluation.engine import evaluate
+from helpers.evaluation.full_logits import Recomputed
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import exact, sample
 from helpers.evaluation.predictions import (
@@ -20,24 +21,25 @@ from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
 
 
-def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:
+def check(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> dict:
     """The record `gates.json`: every gate, and which files it was held against.
 
     Args:
         model: the variant, as it was asked.
         loaded: gates on the model, made when it was loaded.
+        recomputed: figures of the shared text computed a second time.
 
     Raises:
         StudyError: the baseline has not been evaluated yet.
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
-    evidence = gather(job, model, tokenizer, loaded=loaded)
+    evidence = gather(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
     record = as_record(evaluation_gates(evidence))
     made_of = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
 
 
-def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
+def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> Evidence:
     """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
@@ -58,6 +60,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
         reference=read_reference(job, model, tokenizer),
         shaken=read_shaken(job, tokenizer),
         loaded=tuple(loaded),
+        recomputed=recomputed,
     )
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
+from helpers.evaluation.passage_gates import recomputed_gates
 from helpers.evaluation.range_gates import range_gate
 from helpers.evaluation.reference_gates import (
     options_gate,
@@ -50,6 +51,8 @@ class Evidence:
             weight; for float variants.
         reference: rows of the shared text read by the float model now; none for the baseline.
         loaded: gates on the model that was asked, made where it was loaded.
+        recomputed: rows and token counts of the shared text computed a second time, by
+            `full_logits`; None if they were not.
     """
 
     study: Study
@@ -67,6 +70,7 @@ class Evidence:
     shaken: list[dict] = field(default_factory=list)
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
+    recomputed: object = None
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -87,6 +91,7 @@ def shared_gates(e: Evidence) -> list[Gate]:
         owner_gate("shared text of this variant", e.passages, e.model, e.variant),
         passages_gate(e.passages, e.baseline_passages),
         range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
+        *recomputed_gates(e.passages, e.metrics["shared_text"], e.recomputed, is_baseline=not held),
         *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
         *reference_gates(e.study.variants[e.variant], e.passages, e.shaken),
     ]
