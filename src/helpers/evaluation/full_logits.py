@@ -5,7 +5,8 @@ loaded anew from its folder, its tokenizer too, and reads each passage by transf
 forward pass. A variant is not run again: the last states of the passes that its evaluation
 made are kept by a hook, so that its figures are those of the path that was evaluated (two
 correct int8 paths end in different logits). How much rounding matters is measured on the
-baseline alone, by reading each passage with two of transformers' implementations of attention.
+baseline alone: each passage is read with two of transformers' implementations of attention,
+and its softmax over the vocabulary is taken in float32 too.
 """
 
 from dataclasses import dataclass, field
@@ -154,6 +155,8 @@ def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | 
     targets = torch.tensor(tokens[1:])[:, None]
     losses = [-matrix.gather(1, targets).sum().item() for matrix in found]
     divergences = [(p.exp() * (p - q)).sum().item() for p, q in zip(references, found, strict=True)]
+    single = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
+    double = -references[0].gather(1, targets).sum().item()
     same = references[0].argmax(-1) == found[0].argmax(-1)
     blur = (first - second).abs().amax(-1)  # (tokens - 1,)
     return {
@@ -161,7 +164,7 @@ def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | 
         "nll": losses[0],
         "kl": divergences[0],
         "top1_agreements": int(same.sum()),
-        "nll_blur": abs(losses[0] - losses[1]),
+        "nll_blur": abs(losses[0] - losses[1]) + abs(single - double),
         "kl_blur": abs(divergences[0] - divergences[1]),
         "ties": int((_undecided(first, blur) | _undecided(found[0], blur)).sum()),
     }
