@@ -30,6 +30,8 @@ LIGHT_EVALUATION = {
     "reference_gates",
     "range_gates",
     "passage_gates",
+    "recomputed_statistics",
+    "recomputed_comparisons",
     "controls",
     "answers",
     "old_rules",
