@@ -32,6 +32,8 @@ LIGHT_EVALUATION = {
     "passage_gates",
     "recomputed_statistics",
     "recomputed_comparisons",
+    "recomputed_scores",
+    "recomputed_verdicts",
     "controls",
     "answers",
     "old_rules",
