@@ -107,7 +107,8 @@ def computed_again(tiny, study):
             logits = tiny[0](input_ids=torch.tensor([tokens[:-1]])).logits[0].double()
         counts[sha256_text(text)[:16]] = len(tokens) - 1
         rows.append({"id": sha256_text(text)[:16], **compared(tokens, logits, logits, logits)})
-    return Recomputed([rows[0], rows[-1]], counts)
+    texts = {sha256_text(t)[:16]: t[1:64] for t in shared_passages(study)}
+    return Recomputed([rows[0], rows[-1]], counts, texts)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import quantized_run
-from helpers.quantization import calibration, compression, int8, smoothing, verification
+from helpers.quantization import alpha, calibration, compression, int8, smoothing, verification
 from helpers.sources import datasets
 from helpers.study.variant_settings import Variant
 from quantized_run import VARIANTS
@@ -32,6 +32,7 @@ SOURCE = "source model untouched"
 ITEMS = "calibration items as asked"
 LEAK = "calibration apart from evaluation and training"
 STATISTICS = "calibration statistics over real tokens"
+CHOICE = "alpha chosen at the least loss"
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
@@ -70,6 +71,25 @@ def weights_divided_in_a_float_variant(run, patch):
 @failure(SMOOTHING)
 def smoothing_skipped_without_a_word(run, patch):
     patch.setattr(smoothing, "smooth_", lambda *_: [])
+    run.quantize()
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def the_worst_alpha_of_a_grid(run, patch):
+    """The checkpoint is what it says it is; only the choice was the wrong way round."""
+    patch.setattr(alpha, "_least", lambda losses, of: max(losses, key=losses.get))
+    run.quantize()
+
+
+@failure(CHOICE, variant="o3_auto")
+def the_worst_alpha_of_every_group(run, patch):
+    the_worst_alpha_of_a_grid(run, patch)
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def a_grid_that_was_not_tried_to_its_end(run, patch):
+    true = alpha._curve
+    patch.setattr(alpha, "_curve", lambda *arguments: true(*arguments)[:1])
     run.quantize()
 
 

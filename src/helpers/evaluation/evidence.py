@@ -61,7 +61,16 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         shaken=read_shaken(job, tokenizer),
         loaded=tuple(loaded),
         recomputed=recomputed,
+        training=training_results(job),
     )
+
+
+def training_results(job: Job) -> dict | None:
+    """Results of the record of the model's fine-tuning; None where the study trained none."""
+    if not isinstance(job.study.models[job.model], FineTunedModel):
+        return None
+    record = job.paths.finetuned_model(job.model) / "record.json"
+    return read_json(record, made_by="00_finetuning")["results"]
 
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:

@@ -33,10 +33,12 @@ class Recomputed:
         rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, and how far
             rounding moves them: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
         token_counts: predicted tokens of every passage, by its id.
+        texts: the part of every passage that is predicted, by its id.
     """
 
     rows: list[dict] = field(default_factory=list)
     token_counts: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 class Passes:
@@ -92,7 +94,11 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
         row = compared(tokens[place], first, second, logits)
         rows.append({"id": ids[place], **row})
     counts = {key: len(found) - 1 for key, found in zip(ids, tokens, strict=True)}
-    return Recomputed(rows, counts)
+    read = {
+        key: tokenizer.decode(found[1:], skip_special_tokens=True)
+        for key, found in zip(ids, tokens, strict=True)
+    }
+    return Recomputed(rows, counts, read)
 
 
 def transformers_model(folder: Path, runtime: Runtime):

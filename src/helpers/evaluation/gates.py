@@ -8,6 +8,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from helpers.evaluation.absolute_gates import plain_text_gate, training_gate
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.passage_gates import recomputed_gates
@@ -53,6 +54,7 @@ class Evidence:
         loaded: gates on the model that was asked, made where it was loaded.
         recomputed: rows and token counts of the shared text computed a second time, by
             `full_logits`; None if they were not.
+        training: results of the record of the model's fine-tuning; None if there was none.
     """
 
     study: Study
@@ -71,6 +73,7 @@ class Evidence:
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
     recomputed: object = None
+    training: dict | None = None
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -94,7 +97,15 @@ def shared_gates(e: Evidence) -> list[Gate]:
         *recomputed_gates(e.passages, e.metrics["shared_text"], e.recomputed, is_baseline=not held),
         *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
         *reference_gates(e.study.variants[e.variant], e.passages, e.shaken),
+        *([] if held else absolute_gates(e)),
     ]
+
+
+def absolute_gates(e: Evidence) -> list[Gate]:
+    """The gates on the baseline that are held to limits of their own."""
+    texts = e.recomputed.texts if e.recomputed else {}
+    gates = [plain_text_gate(e.study, e.model, e.passages, texts)]
+    return [*gates, training_gate(e.training)] if e.training else gates
 
 
 def dataset_gates(e: Evidence, name: str) -> list[Gate]:

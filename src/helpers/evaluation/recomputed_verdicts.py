@@ -7,7 +7,7 @@ asked of `validity`; whether its baseline beats a fixed answer is computed again
 from collections.abc import Mapping
 
 from helpers.evaluation.comparison import Answers, rules_of
-from helpers.evaluation.degenerate import answer_of, best_degenerate
+from helpers.evaluation.degenerate import answer_of, best_degenerate, loops
 from helpers.evaluation.recomputed_comparisons import drawing_of
 from helpers.evaluation.recomputed_scores import score_figure
 from helpers.evaluation.recomputed_statistics import (
@@ -18,7 +18,12 @@ from helpers.evaluation.recomputed_statistics import (
     holm,
     recount,
 )
-from helpers.evaluation.validity import FEWEST_READABLE, invalid_reason, uninformative_reason
+from helpers.evaluation.validity import (
+    FEWEST_READABLE,
+    MOST_BROKEN,
+    invalid_reason,
+    uninformative_reason,
+)
 from helpers.study.schema import Comparison, Study
 
 EXACT = "exact McNemar, Tango interval"
@@ -109,7 +114,10 @@ def informative(adapter: str, rows: list[dict], drawing: Drawing) -> bool:
     several = len({answer_of(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
     low = score_figure(rows, drawing)[1]
     beaten = low is not None and low > best_degenerate(adapter, rows).score
-    return readable >= FEWEST_READABLE and several and beaten
+    cut = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
+    looped = sum(loops(row.get("output", "")) for row in rows) / len(rows)
+    whole = max(cut, looped) <= MOST_BROKEN
+    return readable >= FEWEST_READABLE and several and beaten and whole
 
 
 def _detectable(study: Study, again: Recount, *, declared: bool) -> float | None:
