@@ -30,6 +30,7 @@ LIGHT_EVALUATION = {
     "reference_gates",
     "range_gates",
     "passage_gates",
+    "item_gates",
     "absolute_gates",
     "recomputed_statistics",
     "recomputed_comparisons",

@@ -12,6 +12,7 @@ from helpers.evaluation.evidence import ask_again, ask_alone, asked_now, seen_it
 from helpers.evaluation.gates import Evidence, evaluation_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.reference_gates import reference_gates
+from helpers.sources.raw_rows import raw_digests
 from helpers.study.gates import WHOLE_VARIANT, as_record
 from helpers.study.variant_settings import Variant
 
@@ -136,6 +137,10 @@ def sound(tiny, settled) -> Evidence:
         shaken=shaken_in(tiny, settled, "float32"),
         reference=passages,
         recomputed=computed_again(tiny, settled),
+        raw={
+            name: raw_digests(wanted.source, adapter=wanted.adapter)
+            for name, wanted in settled.evaluation.datasets.items()
+        },
     )
 
 

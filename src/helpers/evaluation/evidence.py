@@ -14,6 +14,7 @@ from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.sources.conversations import EXAMPLES, tokenize
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
+from helpers.sources.raw_rows import raw_digests
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
@@ -62,6 +63,10 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         loaded=tuple(loaded),
         recomputed=recomputed,
         training=training_results(job),
+        raw={
+            name: raw_digests(wanted.source, adapter=wanted.adapter)
+            for name, wanted in study.evaluation.datasets.items()
+        },
     )
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from helpers.evaluation.absolute_gates import plain_text_gate, training_gate
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
+from helpers.evaluation.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.passage_gates import recomputed_gates
 from helpers.evaluation.range_gates import range_gate
 from helpers.evaluation.reference_gates import (
@@ -19,7 +20,7 @@ from helpers.evaluation.reference_gates import (
     same_reference_gate,
 )
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.items import Item, item_key
+from helpers.sources.items import Item
 from helpers.study.gates import WHOLE_VARIANT, Gate, none_of
 from helpers.study.schema import EvaluationSet, Study
 
@@ -55,6 +56,7 @@ class Evidence:
         recomputed: rows and token counts of the shared text computed a second time, by
             `full_logits`; None if they were not.
         training: results of the record of the model's fine-tuning; None if there was none.
+        raw: by set and item id, hashes of the raw rows, taken before any adapter.
     """
 
     study: Study
@@ -74,6 +76,7 @@ class Evidence:
     loaded: tuple[Gate, ...] = ()
     recomputed: object = None
     training: dict | None = None
+    raw: dict[str, dict[str, set[str]]] = field(default_factory=dict)
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -116,7 +119,7 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
     if not rows or not before:
         return gates
     generated = wanted.ask.protocol == "generate"
-    alone = e.alone.get(name, [])
+    alone, items = e.alone.get(name, []), [a.item for a in asked]
     gates = [
         *gates,
         owner_gate("answers of this variant", rows, e.model, e.variant),
@@ -126,7 +129,9 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         rescored_gate(wanted, rows, asked),
         range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
         *conduct_gates(wanted, rows, before),
-        leakage_gate([a.item for a in asked], e.seen),
+        raw_rows_gate(rows, items, e.raw.get(name, {})),
+        clusters_gate(rows, items),
+        leakage_gate(items, e.seen),
         invariance_gate(e.study, e.variant, rows, before, alone),
     ]
     if not generated:
@@ -229,23 +234,4 @@ def passages_gate(rows: list[dict], baseline: list[dict]) -> Gate:
         bool(found) and found == due,
         f"{len(found)} passages, {tokens[0]} tokens",
         f"the baseline's {len(due)} passages, {tokens[1]} tokens, in its order",
-    )
-
-
-def leakage_gate(items: list[Item], seen: dict[str, list[Item]]) -> Gate:
-    """No question, by its normalised text, was used to make the variant."""
-    keys = {item_key(i): i.id for i in items}
-    odd = [
-        f"{keys[item_key(other)]} in {use}"
-        for use, others in seen.items()
-        for other in others
-        if item_key(other) in keys
-    ]
-    used = " and ".join(f"{len(others)} {use} items" for use, others in seen.items())
-    return Gate(
-        "no leakage",
-        not odd,
-        f"{len(odd)} of {len(items)} items among {used or 'no other items'}"
-        + (f" ({odd[0]})" if odd else ""),
-        "none",
     )

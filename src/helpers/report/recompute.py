@@ -26,6 +26,7 @@ from helpers.report.recomputed_summary import (
 )
 from helpers.report.recomputed_tables import NAMES, Recomputed, wrong_cells, wrong_verdict_words
 from helpers.sources.datasets import load_items
+from helpers.sources.near_duplicates import clustered
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.loading import load_study, study_file
@@ -48,7 +49,9 @@ def recompute(study: str) -> tuple[str, list[str]]:
     published = read_json(folder / "summary.json", made_by="04_analysis")
     differing = _changed_files(folder / ANSWERS, published.get(ANSWERS, {}))
     found = read_answers(folder / ANSWERS, loaded)
-    differing += [f for name in loaded.evaluation.datasets for f in _misread(found, name)]
+    joined = "clusters" in published  # before, near-duplicates counted as independent items
+    for name in loaded.evaluation.datasets:
+        differing += _misread(found, name, joined)
     rows = comparison_rows(loaded, found.answers, _published_p(published["comparisons"]))
     figures = Recomputed(found, rows, published)
     differing += wrong_comparisons(rows, published["comparisons"])
@@ -100,13 +103,20 @@ def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
     ]
 
 
-def _misread(found: Published, dataset: str) -> list[str]:
-    """Answers whose text does not give what is stored of it; none if the items are on a Hub."""
+def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
+    """Answers whose text does not give what is stored of it; none if the items are on a Hub.
+
+    Args:
+        joined: whether near-duplicates have one cluster.
+    """
     wanted = found.study.evaluation.datasets[dataset]
     if isinstance(wanted.source, HubDataset):
         return []
     items = {item.id: item for item in load_items(wanted.source, adapter=wanted.adapter)}
     told = []
+    first = next(iter(found.asked.values())).predictions[dataset]
+    answered = [items[row["id"]] for row in first if row["id"] in items]
+    items |= {item.id: item for item in clustered(answered)} if joined else {}
     for (model, variant), asked in found.asked.items():
         at = f"{model}/{variant}: {NAMES.get(dataset, dataset)} item"
         for row in asked.predictions[dataset]:
