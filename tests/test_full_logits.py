@@ -146,3 +146,14 @@ def test_the_hook_is_taken_off_again(evaluated, study_path):
     assert model.base_model._forward_hooks
     passes.end()
     assert not model.base_model._forward_hooks
+
+
+def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkeypatch):
+    """The passage has as many tokens as it has to, and they are others."""
+    from test_silent_evaluation_failures import swapped
+
+    turned = swapped(language_modeling.tokenize, "ez")
+    monkeypatch.setattr(language_modeling, "tokenize", turned)
+    found = failed(evaluated("noquant")[1])
+    assert "passages read token by token" in found
+    assert "token counts of the passages" not in found

@@ -596,3 +596,28 @@ def test_a_loop_is_told_from_a_long_answer():
 def test_the_best_fixed_answer_to_a_passage_may_be_a_text():
     golds = [{"golds": x} for x in (["The Mill"], ["the mill"], [], ["Denby"])]
     assert best_degenerate("squad_v2", golds).answer == "answering “mill”"
+
+
+def swapped(tokenize, letters: str = "qz"):
+    """A tokenizer's call that exchanges two ids, as two rows of a vocabulary exchanged would."""
+
+    def call(tokenizer, text: str) -> list[int]:
+        one, other = tokenize(tokenizer, letters)
+        turn = {one: other, other: one}
+        return [turn.get(t, t) for t in tokenize(tokenizer, text)]
+
+    return call
+
+
+def test_two_token_ids_exchanged_for_one_variant(tiny, settled, sound, monkeypatch):
+    """The words are the baseline's, and so is their number; only what is handed over is not."""
+    from helpers.evaluation import prompts
+    from helpers.evaluation.engine import ask_all
+
+    monkeypatch.setattr(prompts, "tokenize", swapped(prompts.tokenize))
+    found = {name: each(**OWNER)(rows) for name, rows in ask_all(*tiny, settled).items()}
+    names = failed(replace(sound, predictions=found))
+    for dataset in settled.evaluation.datasets:
+        assert (dataset, "prompts of the baseline") in names
+        assert (dataset, "prompts as rendered now") in names
+        assert (dataset, "prompts not cut short") not in names

@@ -33,6 +33,7 @@ ITEMS = "calibration items as asked"
 LEAK = "calibration apart from evaluation and training"
 STATISTICS = "calibration statistics over real tokens"
 CHOICE = "alpha chosen at the least loss"
+TOKENIZER = "the source's tokenizer beside the checkpoint"
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
@@ -46,6 +47,42 @@ def failure(*gates: str, variant: str = "smoothquant_w8a8"):
         return break_
 
     return enter
+
+
+# What is saved beside the weights
+
+
+def saved_tokenizer(run, edit) -> None:
+    """The checkpoint's tokenizer.json, changed in place by `edit`."""
+    with run.edited_json(run.checkpoint / "tokenizer.json") as data:
+        edit(data)
+
+
+@failure(TOKENIZER)
+def two_tokens_exchanged_in_the_saved_tokenizer(run, _):
+    def exchange(data):
+        vocabulary = data["model"]["vocab"]
+        one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    saved_tokenizer(run, exchange)
+
+
+@failure(TOKENIZER)
+def a_saved_tokenizer_that_folds_capitals(run, _):
+    saved_tokenizer(run, lambda data: data.update(normalizer={"type": "Lowercase"}))
+
+
+@failure(TOKENIZER)
+def another_end_of_text_saved_with_the_tokenizer(run, _):
+    with run.edited_json(run.checkpoint / "tokenizer_config.json") as data:
+        data["eos_token"] = "<|im_start|>"
+
+
+@failure(TOKENIZER)
+def another_chat_format_saved_with_the_tokenizer(run, _):
+    path = run.checkpoint / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("assistant", "helper").replace("\\n", " "))
 
 
 # Smoothing

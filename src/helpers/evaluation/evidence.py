@@ -9,9 +9,9 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
-from helpers.sources.conversations import EXAMPLES, tokenize
+from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
 from helpers.sources.raw_rows import raw_digests
@@ -83,7 +83,11 @@ def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        found[name] = [Asked(p.item, p.hash, len(tokenize(tokenizer, p.text))) for p in prompts]
+        tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
+        found[name] = [
+            Asked(p.item, asked_hash(p, t), len(t.context))
+            for p, t in zip(prompts, tokens, strict=True)
+        ]
     return found
 
 

@@ -34,11 +34,13 @@ class Recomputed:
             rounding moves them: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
         token_counts: predicted tokens of every passage, by its id.
         texts: the part of every passage that is predicted, by its id.
+        unread: ids of the passages whose own tokens stand in none of the model's passes.
     """
 
     rows: list[dict] = field(default_factory=list)
     token_counts: dict[str, int] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
 class Passes:
@@ -98,7 +100,9 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
         key: tokenizer.decode(found[1:], skip_special_tokens=True)
         for key, found in zip(ids, tokens, strict=True)
     }
-    return Recomputed(rows, counts, read)
+    places = zip(ids, tokens, strict=True)
+    unread = [key for key, found in places if _states_of(found[:-1], passes.read, model) is None]
+    return Recomputed(rows, counts, read, unread)
 
 
 def transformers_model(folder: Path, runtime: Runtime):

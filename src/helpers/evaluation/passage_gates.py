@@ -25,6 +25,7 @@ def recomputed_gates(rows: list[dict], means: dict, again, *, is_baseline: bool)
     gates = [
         logits_gate(rows, recomputed),
         token_counts_gate(rows, counts),
+        tokens_gate(rows, again.unread if again else ["any of them"]),
         means_gate(rows, means),
     ]
     return [*gates, itself_gate(rows)] if is_baseline else gates
@@ -78,6 +79,11 @@ def token_counts_gate(rows: list[dict], counts: dict[str, int]) -> Gate:
     odd += sorted(counts.keys() - {row["id"] for row in rows})
     odd += [] if counts else ["no passage was tokenized again"]
     return none_of("token counts of the passages", odd, len(rows), "passages have other counts")
+
+
+def tokens_gate(rows: list[dict], unread: list[str]) -> Gate:
+    """Every passage was read as the tokens that the source's own tokenizer makes of it."""
+    return none_of("passages read token by token", unread, len(rows), "were read otherwise")
 
 
 def means_gate(rows: list[dict], means: dict) -> Gate:

@@ -42,6 +42,9 @@ def token_figure(rows: list[dict], key: str, drawing: Drawing) -> Figure:
 def loss_change(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Figure:
     """Change of the loss per token, paired by passage."""
     before = {row["id"]: row for row in baseline}
+    lengths = [{row["id"]: row["tokens"] for row in rows} for rows in (baseline, variant)]
+    if lengths[0] != lengths[1]:
+        return None, None, None, 0
     pairs = sorted(((row["id"], row, before[row["id"]]) for row in variant), key=lambda x: x[0])
     tokens = [row["tokens"] for _, row, _ in pairs]
     if any(None in (a["nll"], b["nll"]) for _, a, b in pairs):

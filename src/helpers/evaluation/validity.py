@@ -37,6 +37,10 @@ def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rul
         if any(p["finish_reason"] == "nonfinite" for p in side.predictions):
             return f"{side.variant} computed logits that are not finite"
     before, after = baseline.predictions, variant.predictions
+    hashes = {p["id"]: p["prompt_hash"] for p in before}
+    if other := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
+        told = f"{len(other)} of its items were asked in other words or tokens"
+        return f"{told} ({min(other)})"
     if readable(before) - readable(after) > FORMAT_DROP:
         shares = f"{_percent(readable(after))} of its answers are readable"
         return f"{shares}, against {_percent(readable(before))} for {baseline.variant}"

@@ -12,6 +12,7 @@ from helpers.quantization import (
     checkpoint_gates,
     metadata_gates,
     runtime_gates,
+    tokenizer_gates,
 )
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import Gate
@@ -26,6 +27,7 @@ ON_FILES = (
     checkpoint_gates.source_gate,
     calibration_gates.items_gate,
     calibration_gates.leak_gate,
+    tokenizer_gates.tokenizer_gate,
 )
 ON_INT8_FILES = (
     checkpoint_gates.grid_gate,
