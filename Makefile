@@ -99,7 +99,7 @@ again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-f
 export: $(READY) ## write a study's results in lm-evaluation-harness's format
 	@$(PY) -m helpers.report.harness $(STUDY) $(ARGS)
 
-verdicts: $(READY) ## make every verdict again from the answers, and hold it to what is published
+verdicts: $(READY) ## make every verdict and number again from the answers, and hold them to what is published
 	@$(PY) -m helpers.report.recompute $(STUDY)
 
 lab: $(READY) ## open the notebooks in JupyterLab

@@ -75,11 +75,16 @@ def test_the_jobs_ask_no_hub_and_run_no_code_of_it(ran):
     assert not ran[3].exists()
 
 
+# The models of this Hub are random, and the study file cannot know that.
+NO_LANGUAGE = "plain text read as a language model reads it"
+
+
 def test_every_gate_holds(ran):
     found = [*ran[0].glob("*/*/verification.json"), *ran[0].glob("*/*/evaluation/gates.json")]
     assert len(found) == 2 * (len(KEPT) - 1) + 2 * len(KEPT)
     for path in found:
-        assert [g for g in json.loads(path.read_text())["gates"] if not g["passed"]] == [], path
+        failed = {g["name"] for g in json.loads(path.read_text())["gates"] if not g["passed"]}
+        assert failed == ({NO_LANGUAGE} if path.parts[-3] == "noquant" else set()), path
 
 
 def test_the_report_is_whole(ran):

@@ -12,6 +12,7 @@ from helpers.evaluation.evidence import ask_again, ask_alone, asked_now, seen_it
 from helpers.evaluation.gates import Evidence, evaluation_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.reference_gates import reference_gates
+from helpers.sources.raw_rows import raw_digests
 from helpers.study.gates import WHOLE_VARIANT, as_record
 from helpers.study.variant_settings import Variant
 
@@ -92,6 +93,25 @@ def shaken_in(tiny, settled, dtype: str) -> list[dict]:
     return shared_text(settled, model, *tiny)
 
 
+def computed_again(tiny, study):
+    """The figures of the shared text by `full_logits`, the tiny model held against itself."""
+    import torch
+
+    from helpers.evaluation.full_logits import Recomputed, compared
+    from helpers.sources.datasets import shared_passages
+    from helpers.study.hashing import sha256_text
+
+    rows, counts = [], {}
+    for text in shared_passages(study):
+        tokens = tiny[1](text).input_ids[:64]
+        with torch.inference_mode():
+            logits = tiny[0](input_ids=torch.tensor([tokens[:-1]])).logits[0].double()
+        counts[sha256_text(text)[:16]] = len(tokens) - 1
+        rows.append({"id": sha256_text(text)[:16], **compared(tokens, logits, logits, logits)})
+    texts = {sha256_text(t)[:16]: t[1:64] for t in shared_passages(study)}
+    return Recomputed([rows[0], rows[-1]], counts, texts)
+
+
 @pytest.fixture(scope="module")
 def sound(tiny, settled) -> Evidence:
     """A float variant that equals its baseline, as it must: asked once, in earnest."""
@@ -116,6 +136,11 @@ def sound(tiny, settled) -> Evidence:
         again=ask_again(model, tokenizer, settled, VARIANT, alone),
         shaken=shaken_in(tiny, settled, "float32"),
         reference=passages,
+        recomputed=computed_again(tiny, settled),
+        raw={
+            name: raw_digests(wanted.source, adapter=wanted.adapter)
+            for name, wanted in settled.evaluation.datasets.items()
+        },
     )
 
 
@@ -291,7 +316,10 @@ def test_a_float_variant_that_is_further_away_than_rounding(tiny, settled, sound
     moved = each(**OWNER)(shared_text(settled, in_bfloat16(tiny), *tiny))
     shared = shared_text_metrics(moved)
     evidence = replace(sound, passages=moved, metrics=sound.metrics | {"shared_text": shared})
-    assert failed(evidence) == {(WHOLE_VARIANT, "apart by rounding alone")}
+    assert failed(evidence) == {
+        (WHOLE_VARIANT, "apart by rounding alone"),
+        (WHOLE_VARIANT, "shared text computed again"),
+    }
 
 
 def test_the_noise_floor_is_rounding_of_its_own_type_and_no_more(tiny, settled):
@@ -338,13 +366,18 @@ def test_a_fraction_shown_as_a_percent(sound, dataset):
 def test_a_top1_agreement_in_percent(sound):
     shared = sound.metrics["shared_text"] | {"top1_agreement": 93.0}
     evidence = replace(sound, metrics=sound.metrics | {"shared_text": shared})
-    assert failed(evidence) == {(WHOLE_VARIANT, "shared text in its range")}
+    assert failed(evidence) == {
+        (WHOLE_VARIANT, "shared text in its range"),
+        (WHOLE_VARIANT, "means of the passages"),
+    }
 
 
 def test_a_shared_text_cut_elsewhere_or_of_another_variant(sound):
     shorter = [row | {"tokens": row["tokens"] - 1} for row in sound.passages]
     assert failed(replace(sound, passages=shorter)) == {
-        (WHOLE_VARIANT, "shared text of the baseline")
+        (WHOLE_VARIANT, "shared text of the baseline"),
+        (WHOLE_VARIANT, "token counts of the passages"),
+        (WHOLE_VARIANT, "means of the passages"),
     }
     assert failed(replace(sound, passages=each(variant="noquant")(sound.passages))) == {
         (WHOLE_VARIANT, "shared text of this variant")
@@ -563,3 +596,28 @@ def test_a_loop_is_told_from_a_long_answer():
 def test_the_best_fixed_answer_to_a_passage_may_be_a_text():
     golds = [{"golds": x} for x in (["The Mill"], ["the mill"], [], ["Denby"])]
     assert best_degenerate("squad_v2", golds).answer == "answering “mill”"
+
+
+def swapped(tokenize, letters: str = "qz"):
+    """A tokenizer's call that exchanges two ids, as two rows of a vocabulary exchanged would."""
+
+    def call(tokenizer, text: str) -> list[int]:
+        one, other = tokenize(tokenizer, letters)
+        turn = {one: other, other: one}
+        return [turn.get(t, t) for t in tokenize(tokenizer, text)]
+
+    return call
+
+
+def test_two_token_ids_exchanged_for_one_variant(tiny, settled, sound, monkeypatch):
+    """The words are the baseline's, and so is their number; only what is handed over is not."""
+    from helpers.evaluation import prompts
+    from helpers.evaluation.engine import ask_all
+
+    monkeypatch.setattr(prompts, "tokenize", swapped(prompts.tokenize))
+    found = {name: each(**OWNER)(rows) for name, rows in ask_all(*tiny, settled).items()}
+    names = failed(replace(sound, predictions=found))
+    for dataset in settled.evaluation.datasets:
+        assert (dataset, "prompts of the baseline") in names
+        assert (dataset, "prompts as rendered now") in names
+        assert (dataset, "prompts not cut short") not in names

@@ -13,6 +13,7 @@ import torch
 
 import quantized_run
 from helpers.quantization import (
+    alpha,
     calibration,
     compression,
     fused_passes,
@@ -39,6 +40,8 @@ SOURCE = "source model untouched"
 ITEMS = "calibration items as asked"
 LEAK = "calibration apart from evaluation and training"
 STATISTICS = "calibration statistics over real tokens"
+CHOICE = "alpha chosen at the least loss"
+TOKENIZER = "the source's tokenizer beside the checkpoint"
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
@@ -52,6 +55,42 @@ def failure(*gates: str, variant: str = "smoothquant_w8a8"):
         return break_
 
     return enter
+
+
+# What is saved beside the weights
+
+
+def saved_tokenizer(run, edit) -> None:
+    """The checkpoint's tokenizer.json, changed in place by `edit`."""
+    with run.edited_json(run.checkpoint / "tokenizer.json") as data:
+        edit(data)
+
+
+@failure(TOKENIZER)
+def two_tokens_exchanged_in_the_saved_tokenizer(run, _):
+    def exchange(data):
+        vocabulary = data["model"]["vocab"]
+        one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    saved_tokenizer(run, exchange)
+
+
+@failure(TOKENIZER)
+def a_saved_tokenizer_that_folds_capitals(run, _):
+    saved_tokenizer(run, lambda data: data.update(normalizer={"type": "Lowercase"}))
+
+
+@failure(TOKENIZER)
+def another_end_of_text_saved_with_the_tokenizer(run, _):
+    with run.edited_json(run.checkpoint / "tokenizer_config.json") as data:
+        data["eos_token"] = "<|im_start|>"
+
+
+@failure(TOKENIZER)
+def another_chat_format_saved_with_the_tokenizer(run, _):
+    path = run.checkpoint / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("assistant", "helper").replace("\\n", " "))
 
 
 # Smoothing
@@ -77,6 +116,25 @@ def weights_divided_in_a_float_variant(run, patch):
 @failure(SMOOTHING)
 def smoothing_skipped_without_a_word(run, patch):
     patch.setattr(smoothing, "smooth_", lambda *_: [])
+    run.quantize()
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def the_worst_alpha_of_a_grid(run, patch):
+    """The checkpoint is what it says it is; only the choice was the wrong way round."""
+    patch.setattr(alpha, "_least", lambda losses, of: max(losses, key=losses.get))
+    run.quantize()
+
+
+@failure(CHOICE, variant="o3_auto")
+def the_worst_alpha_of_every_group(run, patch):
+    the_worst_alpha_of_a_grid(run, patch)
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def a_grid_that_was_not_tried_to_its_end(run, patch):
+    true = alpha._curve
+    patch.setattr(alpha, "_curve", lambda *arguments: true(*arguments)[:1])
     run.quantize()
 
 

@@ -14,6 +14,7 @@ from quantized_run import VARIANTS, QuantizedRun
 
 SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
 APPLY_TO_FLOAT = {
+    "the source's tokenizer beside the checkpoint",
     "smoothing keeps the function",
     "smoothing as declared",
     "everything else bit-identical",

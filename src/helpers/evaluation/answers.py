@@ -113,27 +113,21 @@ def _owner(at: tuple[str, str]) -> str:
 def _side_by_side(asked: By, name: str) -> list[dict]:
     """One row an item, in the first variant's order: its own keys, then by model, by variant.
 
-    Raises:
-        StudyError: two variants of one model were asked an item otherwise.
+    What a variant was asked otherwise than the first one stands beside its own answer.
     """
     rows: dict[str, dict] = {}
     for (model, variant), found in asked.items():
         for row in found.passages if name == SHARED_TEXT else found.predictions[name]:
             item = rows.setdefault(row["id"], _only(row, OF_ITEM) | {"models": {}})
             of_model = item["models"].setdefault(model, _only(row, OF_MODEL) | {"answers": {}})
-            if not (_agrees(item, row, OF_ITEM) and _agrees(of_model, row, OF_MODEL)):
-                raise StudyError(f"{name}: {model}/{variant} was asked {row['id']} otherwise")
-            own = {k: v for k, v in row.items() if k not in (*OF_ITEM, *OF_MODEL, *OWNER)}
+            common = {k: v for k, v in (item | of_model).items() if row.get(k) == v}
+            own = {k: v for k, v in row.items() if k not in common and k not in OWNER}
             of_model["answers"][variant] = own
     return list(rows.values())
 
 
 def _only(row: dict, keys: tuple[str, ...]) -> dict:
     return {key: row[key] for key in keys if key in row}
-
-
-def _agrees(stored: dict, row: dict, keys: tuple[str, ...]) -> bool:
-    return _only(stored, keys) == _only(row, keys)
 
 
 def _of_owner(folder: Path, name: str, rows: list[dict], at: tuple[str, str]) -> list[dict]:

@@ -108,13 +108,11 @@ def fixed_answer_gate(wanted: EvaluationSet, predictions: list[dict], baseline: 
 
 
 def _more_often(name: str, said: str, found: float, before: float) -> Gate:
-    limit = before + CONDUCT_MARGIN
-    return Gate(
-        name,
-        found <= limit,
-        f"{_percent(found)} {said}",
-        f"at most {_points(CONDUCT_MARGIN)} points above {_percent(before)}",
-    )
+    limit, measured = before + CONDUCT_MARGIN, f"{_percent(found)} {said}"
+    if limit >= 1:  # no share is above it; `validity` calls such a set uninformative
+        return Gate(name, True, measured, f"none: the baseline itself has {_percent(before)}")
+    told = f"at most {_points(CONDUCT_MARGIN)} points above {_percent(before)}"
+    return Gate(name, found <= limit, measured, told)
 
 
 def _share(values) -> float:

@@ -64,6 +64,16 @@ def readable(predictions: list[dict]) -> float:
     return sum(p["status"] != "unparsed" for p in predictions) / len(predictions)
 
 
+def capped(predictions: list[dict]) -> float:
+    """Share of answers that the cap on new tokens stopped."""
+    return sum(p["finish_reason"] == "length" for p in predictions) / len(predictions)
+
+
+def looping(predictions: list[dict]) -> float:
+    """Share of answers that end in a loop."""
+    return sum(loops(p.get("output", "")) for p in predictions) / len(predictions)
+
+
 def one_answer(predictions: list[dict]) -> bool:
     """Whether questions with different right answers all got the same one."""
     golds = {tuple(p["golds"]) for p in predictions}

@@ -8,7 +8,7 @@ from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
 from helpers.evaluation.progress import Progress, Unkept
-from helpers.evaluation.prompts import Prompt, cuts, option_tokens, prompt, prompt_tokens
+from helpers.evaluation.prompts import Prompt, asked_hash, asked_tokens, prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.datasets import evaluation_items
@@ -29,7 +29,8 @@ def ask_all(
     answers = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)
-        asked = {item.id: prompt(item, wanted, tokenizer).hash for item in items}
+        prompts = [prompt(item, wanted, tokenizer) for item in items]
+        asked = {p.item.id: asked_hash(p, asked_tokens(tokenizer, p)) for p in prompts}
         kept = progress.of(name, asked) if progress else Unkept()
         rest = [item for item in items if item.id not in kept.rows]
         fresh = evaluate(model, tokenizer, rest, wanted, limits=study.evaluation.batch)
@@ -64,7 +65,7 @@ def evaluate(
 
 
 def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
-    tokens = [option_tokens(tokenizer, asked) for asked in prompts]
+    tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
     score = served.option_loglikelihoods if served.is_served(model) else option_loglikelihoods
@@ -73,23 +74,25 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> It
         made = score_options(
             asked.item, logprobs, asked.continuations, normalize=wanted.ask.normalize
         )
-        made |= {"prompt_hash": asked.hash, "prompt_tokens": len(tokens[index].context)}
+        made |= {"prompt_hash": asked_hash(asked, tokens[index])}
+        made |= {"prompt_tokens": len(tokens[index].context)}
         yield made | {"output_tokens": sum(map(len, tokens[index].options))}
 
 
 def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
-    tokens = [prompt_tokens(tokenizer, asked) for asked in prompts]
+    tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
+    contexts = [t.context for t in tokens]
     cap = wanted.ask.max_new_tokens
-    _refuse_long(model, prompts, [len(t) + cap for t in tokens])
+    _refuse_long(model, prompts, [len(context) + cap for context in contexts])
     generate = served.generate_greedy if served.is_served(model) else generate_greedy
     answers = generate(
         model,
-        tokens,
+        contexts,
         max_new_tokens=cap,
         stop_tokens=stop_tokens(model, tokenizer),
         batch_tokens=limits.tokens,
         batch_rows=limits.rows,
-        cuts=[cuts(tokenizer, p, t) for p, t in zip(prompts, tokens, strict=True)],
+        cuts=[t.cuts for t in tokens],
         complete=box_closes(tokenizer) if wanted.ask.stop == "answer" else None,
     )
     for index, answer in answers:
@@ -97,7 +100,8 @@ def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) ->
         made = score_text(
             asked.item, wanted.adapter, text, answer=wanted.ask.answer, finish=answer.finish_reason
         )
-        made |= {"prompt_hash": asked.hash, "prompt_tokens": len(tokens[index])}
+        made |= {"prompt_hash": asked_hash(asked, tokens[index])}
+        made |= {"prompt_tokens": len(contexts[index])}
         yield made | {"output_tokens": len(answer.tokens)}
 
 

@@ -1,6 +1,7 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
 from helpers.evaluation.engine import evaluate
+from helpers.evaluation.full_logits import Recomputed
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import exact, sample
 from helpers.evaluation.predictions import (
@@ -8,11 +9,12 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import prompt, prompt_tokens
+from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import calibration_items, evaluation_items, training_items
 from helpers.sources.items import Item
+from helpers.sources.raw_rows import raw_digests
 from helpers.study.activity import Bar, doing
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
@@ -21,25 +23,26 @@ from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
 
 
-def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:
+def check(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> dict:
     """The record `gates.json`: every gate, and which files it was held against.
 
     Args:
         model: the variant, as it was asked.
         loaded: gates on the model, made when it was loaded.
+        recomputed: figures of the shared text computed a second time.
 
     Raises:
         StudyError: the baseline has not been evaluated yet.
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
-    evidence = gather(job, model, tokenizer, loaded=loaded)
+    evidence = gather(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
     doing("checks on the answers")
     record = as_record(evaluation_gates(evidence))
     made_of = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
 
 
-def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
+def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> Evidence:
     """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
@@ -60,7 +63,21 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
         reference=read_reference(job, model, tokenizer),
         shaken=read_shaken(job, tokenizer),
         loaded=tuple(loaded),
+        recomputed=recomputed,
+        training=training_results(job),
+        raw={
+            name: raw_digests(wanted.source, adapter=wanted.adapter)
+            for name, wanted in study.evaluation.datasets.items()
+        },
     )
+
+
+def training_results(job: Job) -> dict | None:
+    """Results of the record of the model's fine-tuning; None where the study trained none."""
+    if not isinstance(job.study.models[job.model], FineTunedModel):
+        return None
+    record = job.paths.finetuned_model(job.model) / "record.json"
+    return read_json(record, made_by="00_finetuning")["results"]
 
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
@@ -68,7 +85,11 @@ def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        found[name] = [Asked(p.item, p.hash, len(prompt_tokens(tokenizer, p))) for p in prompts]
+        tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
+        found[name] = [
+            Asked(p.item, asked_hash(p, t), len(t.context))
+            for p, t in zip(prompts, tokens, strict=True)
+        ]
     return found
 
 

@@ -8,8 +8,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
+from helpers.evaluation.absolute_gates import plain_text_gate, training_gate
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
+from helpers.evaluation.item_gates import clusters_gate, leakage_gate, raw_rows_gate
+from helpers.evaluation.passage_gates import recomputed_gates
 from helpers.evaluation.range_gates import range_gate
 from helpers.evaluation.reference_gates import (
     options_gate,
@@ -17,7 +20,7 @@ from helpers.evaluation.reference_gates import (
     same_reference_gate,
 )
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.items import Item, item_key
+from helpers.sources.items import Item
 from helpers.study.gates import WHOLE_VARIANT, Gate, none_of
 from helpers.study.schema import EvaluationSet, Study
 
@@ -50,6 +53,10 @@ class Evidence:
             weight; for float variants.
         reference: rows of the shared text read by the float model now; none for the baseline.
         loaded: gates on the model that was asked, made where it was loaded.
+        recomputed: rows and token counts of the shared text computed a second time, by
+            `full_logits`; None if they were not.
+        training: results of the record of the model's fine-tuning; None if there was none.
+        raw: by set and item id, hashes of the raw rows, taken before any adapter.
     """
 
     study: Study
@@ -67,6 +74,9 @@ class Evidence:
     shaken: list[dict] = field(default_factory=list)
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
+    recomputed: object = None
+    training: dict | None = None
+    raw: dict[str, dict[str, set[str]]] = field(default_factory=dict)
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -87,9 +97,18 @@ def shared_gates(e: Evidence) -> list[Gate]:
         owner_gate("shared text of this variant", e.passages, e.model, e.variant),
         passages_gate(e.passages, e.baseline_passages),
         range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
+        *recomputed_gates(e.passages, e.metrics["shared_text"], e.recomputed, is_baseline=not held),
         *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
         *reference_gates(e.study.variants[e.variant], e.passages, e.shaken),
+        *([] if held else absolute_gates(e)),
     ]
+
+
+def absolute_gates(e: Evidence) -> list[Gate]:
+    """The gates on the baseline that are held to limits of their own."""
+    texts = e.recomputed.texts if e.recomputed else {}
+    gates = [plain_text_gate(e.study, e.model, e.passages, texts)]
+    return [*gates, training_gate(e.training)] if e.training else gates
 
 
 def dataset_gates(e: Evidence, name: str) -> list[Gate]:
@@ -100,7 +119,7 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
     if not rows or not before:
         return gates
     generated = wanted.ask.protocol == "generate"
-    alone = e.alone.get(name, [])
+    alone, items = e.alone.get(name, []), [a.item for a in asked]
     gates = [
         *gates,
         owner_gate("answers of this variant", rows, e.model, e.variant),
@@ -110,7 +129,9 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         rescored_gate(wanted, rows, asked),
         range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
         *conduct_gates(wanted, rows, before),
-        leakage_gate([a.item for a in asked], e.seen),
+        raw_rows_gate(rows, items, e.raw.get(name, {})),
+        clusters_gate(rows, items),
+        leakage_gate(items, e.seen),
         invariance_gate(e.study, e.variant, rows, before, alone),
     ]
     if not generated:
@@ -213,23 +234,4 @@ def passages_gate(rows: list[dict], baseline: list[dict]) -> Gate:
         bool(found) and found == due,
         f"{len(found)} passages, {tokens[0]} tokens",
         f"the baseline's {len(due)} passages, {tokens[1]} tokens, in its order",
-    )
-
-
-def leakage_gate(items: list[Item], seen: dict[str, list[Item]]) -> Gate:
-    """No question, by its normalised text, was used to make the variant."""
-    keys = {item_key(i): i.id for i in items}
-    odd = [
-        f"{keys[item_key(other)]} in {use}"
-        for use, others in seen.items()
-        for other in others
-        if item_key(other) in keys
-    ]
-    used = " and ".join(f"{len(others)} {use} items" for use, others in seen.items())
-    return Gate(
-        "no leakage",
-        not odd,
-        f"{len(odd)} of {len(items)} items among {used or 'no other items'}"
-        + (f" ({odd[0]})" if odd else ""),
-        "none",
     )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from helpers.evaluation.invariance import SAMPLE, exact
 from helpers.evaluation.language_modeling import passage_tokens
 from helpers.evaluation.packing import Text, cut
-from helpers.evaluation.prompts import cuts, option_tokens, prompt
+from helpers.evaluation.prompts import cuts, option_tokens, prompt, prompt_tokens
 from helpers.evaluation.reference import PASSAGES
 from helpers.evaluation.throughput import (
     NEW_TOKENS,
@@ -26,7 +26,6 @@ from helpers.evaluation.throughput import (
     WARM_TOKENS,
 )
 from helpers.sources.batching import FEWEST_ROWS
-from helpers.sources.conversations import tokenize
 from helpers.sources.datasets import evaluation_items, shared_passages
 from helpers.sources.models import load_tokenizer
 from helpers.sources.operations import (
@@ -80,7 +79,7 @@ def asked(study: Study, name: str, tokenizer) -> Asked:
         texts = [cut(t.context, t.cuts) for t in tokens]
         options = sum(len(option) - 1 for t in tokens for option in t.options)
         return _asked(texts, options, options + len(texts), 0)
-    ids = [tokenize(tokenizer, p.text) for p in prompts]
+    ids = [prompt_tokens(tokenizer, p) for p in prompts]
     texts = [cut(t, cuts(tokenizer, p, t)) for p, t in zip(prompts, ids, strict=True)]
     return _asked(texts, 0, len(texts), wanted.ask.max_new_tokens)
 

@@ -6,6 +6,7 @@ in another format, where neither the items nor the model are at hand. Reading it
 torch; a line proves itself, since its hash is in every prediction.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.study.errors import StudyError
@@ -15,9 +16,23 @@ from helpers.study.records import read_jsonl
 FOLDER = "prompts"
 
 
-def prompt_digest(text: str, continuations: tuple[str, ...] | list[str]) -> str:
-    """Equal for two variants if and only if they were asked the same thing."""
-    return sha256_data([text, list(continuations)])[:16]
+def prompt_digest(
+    text: str,
+    continuations: Sequence[str],
+    tokens: Sequence[int] | None = None,
+    options: Sequence[Sequence[int]] = (),
+) -> str:
+    """Equal for two variants if and only if they were asked the same thing.
+
+    Args:
+        text, continuations: the words.
+        tokens, options: their token ids, as they are handed to the model; without them the
+            hash is of the words alone, as it was in older records.
+    """
+    words = [text, list(continuations)]
+    if tokens is None:
+        return sha256_data(words)[:16]
+    return sha256_data([*words, list(tokens), [list(option) for option in options]])[:16]
 
 
 def read_prompts(folder: Path, dataset: str) -> dict[str, dict]:
@@ -35,7 +50,9 @@ def read_prompts(folder: Path, dataset: str) -> dict[str, dict]:
     found = {}
     for number, row in enumerate(read_jsonl(path, made_by="03_evaluation"), start=1):
         try:
-            whole = prompt_digest(row["prompt"], row["continuations"]) == row["prompt_hash"]
+            ids = row.get("tokens"), row.get("continuation_tokens", ())
+            asked = prompt_digest(row["prompt"], row["continuations"], *ids)
+            whole = asked == row["prompt_hash"]
             found[row["id"]] = row
         except (KeyError, TypeError, ValueError):
             whole = False

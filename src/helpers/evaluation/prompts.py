@@ -30,7 +30,7 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Equal for two variants if and only if they were asked the same thing."""
+        """Of the words alone; what the model is handed is in `asked_hash`."""
         return prompt_digest(self.text, self.continuations)
 
 
@@ -93,6 +93,28 @@ def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
     return OptionTokens(context, options, cuts(tokenizer, asked, context))
 
 
+@dataclass(frozen=True)
+class PromptTokens:
+    """A prompt to be answered in writing, as token ids; see `OptionTokens`."""
+
+    context: list[int]
+    cuts: tuple[int, ...]
+    options: tuple[()] = ()
+
+
+def asked_tokens(tokenizer, asked: Prompt) -> OptionTokens | PromptTokens:
+    """Token ids of the prompt and its continuations, as they are handed to the model."""
+    if asked.continuations:
+        return option_tokens(tokenizer, asked)
+    context = prompt_tokens(tokenizer, asked)
+    return PromptTokens(context, cuts(tokenizer, asked, context))
+
+
+def asked_hash(asked: Prompt, tokens: OptionTokens | PromptTokens) -> str:
+    """Equal for two variants if and only if they were handed the same token ids."""
+    return prompt_digest(asked.text, asked.continuations, tokens.context, tokens.options)
+
+
 def record_prompts(job: Job, tokenizer) -> None:
     """Write `prompts/<dataset>.jsonl` of the baseline; other variants are asked the same."""
     if job.variant != job.study.baseline:
@@ -100,12 +122,14 @@ def record_prompts(job: Job, tokenizer) -> None:
     folder = job.paths.evaluation(job.model, job.variant) / FOLDER
     for name, wanted in job.study.evaluation.datasets.items():
         asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(job.study, name)]
-        write_jsonl(folder / f"{name}.jsonl", map(_as_row, asked))
+        rows = (_as_row(p, asked_tokens(tokenizer, p)) for p in asked)
+        write_jsonl(folder / f"{name}.jsonl", rows)
 
 
-def _as_row(asked: Prompt) -> dict:
+def _as_row(asked: Prompt, tokens: OptionTokens | PromptTokens) -> dict:
     item = asked.item
     row = {"id": item.id, "question": item.question, "passage": item.passage}
     row |= {"options": list(item.options), "labels": list(item.labels)}
     row |= {"prompt": asked.text, "continuations": list(asked.continuations)}
-    return row | {"prompt_hash": asked.hash}
+    row |= {"tokens": tokens.context, "continuation_tokens": list(tokens.options)}
+    return row | {"prompt_hash": asked_hash(asked, tokens)}

@@ -47,7 +47,8 @@ def read_reference(job: Job, model, tokenizer) -> list[dict]:
 def read_shaken(job: Job, tokenizer) -> list[dict]:
     """The same by the float model with every weight off by one rounding, held against itself.
 
-    Only for a variant that stays float and is not the model as it was loaded.
+    It is read anew before that too: a baseline that was evaluated wrongly would widen the
+    limit it gives. Only for a variant that stays float and is not the model as it was loaded.
     """
     if job.recipe.as_loaded or job.recipe.claim.quantized:
         return []
@@ -57,10 +58,12 @@ def read_shaken(job: Job, tokenizer) -> list[dict]:
     types = {job.recipe.dtype, runtime.dtype}
     coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
     model = load_model(model_folder(job.study, job.model, job.paths), runtime)
+    limit = {"batch_tokens": job.study.evaluation.batch.tokens}
+    hidden = read_passages(model, tokens, **limit).hidden
+    head = _kept(job, model, tokens).head  # of the files: the model's own is shaken too
     shake_(model, dtype=coarsest)
-    states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
-    return passage_rows(passages, tokens, states, kept, first=first)
+    shaken, first = read_passages(model, tokens, **limit), first_scored(tokenizer)
+    return passage_rows(passages, tokens, shaken, States(hidden, head), first=first)
 
 
 def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:

@@ -8,8 +8,16 @@ answer, so nothing follows about ability, whatever the variant scores.
 
 from helpers.evaluation.comparison import Answers, Rules, score_interval
 from helpers.evaluation.conduct import FORMAT_DROP
-from helpers.evaluation.degenerate import best_degenerate, lost_its_answers, one_answer, readable
+from helpers.evaluation.degenerate import (
+    best_degenerate,
+    capped,
+    looping,
+    lost_its_answers,
+    one_answer,
+    readable,
+)
 
+MOST_BROKEN = 0.5  # of a baseline's answers: cut off by the cap, or running in a loop
 FEWEST_READABLE = 0.5  # a baseline read less often than this measures the format, not the ability
 
 
@@ -29,6 +37,10 @@ def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rul
         if any(p["finish_reason"] == "nonfinite" for p in side.predictions):
             return f"{side.variant} computed logits that are not finite"
     before, after = baseline.predictions, variant.predictions
+    hashes = {p["id"]: p["prompt_hash"] for p in before}
+    if other := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
+        told = f"{len(other)} of its items were asked in other words or tokens"
+        return f"{told} ({min(other)})"
     if readable(before) - readable(after) > FORMAT_DROP:
         shares = f"{_percent(readable(after))} of its answers are readable"
         return f"{shares}, against {_percent(readable(before))} for {baseline.variant}"
@@ -52,8 +64,12 @@ def uninformative_reason(adapter: str, baseline: Answers, rules: Rules) -> str |
     if one_answer(asked):
         return f"{name} itself gives the same answer to every question"
     fixed, score = best_degenerate(adapter, asked), _score(asked)
-    if score_interval(asked, rules).low > fixed.score:
-        return None
-    clearly = "clearly " if score > fixed.score else ""
-    shares = f"{_percent(score)} against {_percent(fixed.score)}"
-    return f"{name} itself does not {clearly}beat always {fixed.answer} ({shares})"
+    if score_interval(asked, rules).low <= fixed.score:
+        clearly = "clearly " if score > fixed.score else ""
+        shares = f"{_percent(score)} against {_percent(fixed.score)}"
+        return f"{name} itself does not {clearly}beat always {fixed.answer} ({shares})"
+    if (share := capped(asked)) > MOST_BROKEN:
+        return f"{_percent(share)} of {name}'s own answers are stopped by the cap"
+    if (share := looping(asked)) > MOST_BROKEN:
+        return f"{_percent(share)} of {name}'s own answers end in a loop"
+    return None

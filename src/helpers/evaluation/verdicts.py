@@ -10,6 +10,7 @@ that are invalid, and verdicts on comparisons nobody declared beforehand.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 from helpers.evaluation.comparison import Answers, Paired, Rules, compare, rules_of
@@ -34,7 +35,9 @@ class Verdict:
 
 
 def study_verdicts(
-    study: Study, answers: Mapping[tuple[str, str, str], Answers]
+    study: Study,
+    answers: Mapping[tuple[str, str, str], Answers],
+    disagreeing: Mapping[Comparison, str] = MappingProxyType({}),
 ) -> dict[Comparison, Verdict]:
     """Every variant against the study's baseline, and every declared comparison.
 
@@ -44,6 +47,8 @@ def study_verdicts(
 
     Args:
         answers: by (model, dataset, variant).
+        disagreeing: comparisons whose figures do not follow from the answers, with the reason:
+            they are invalid.
     """
     rules, primary = rules_of(study), study.statistics.primary
     wanted = [*primary, *_against_baseline(study)]
@@ -56,7 +61,7 @@ def study_verdicts(
         alpha = rules.alpha / rules.family if c in primary else rules.alpha
         paired = compare(*sides, rules, alpha=alpha)
         reasons = (
-            invalid_reason(adapter, *sides, rules),
+            disagreeing.get(c) or invalid_reason(adapter, *sides, rules),
             uninformative_reason(adapter, sides[0], rules),
         )
         judged[c] = paired, reasons

@@ -8,7 +8,7 @@ from the maxima over all items.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -31,14 +31,17 @@ class Choice:
 
     Attributes:
         curve: for a grid, α with its KL and top-1 agreement on the judging items.
+        errors: for `auto`, group and α with the squared error of the group's outputs.
     """
 
     alphas: dict[str, float]
     curve: list[dict]
+    errors: list[dict] = field(default_factory=list)
 
     @property
     def record(self) -> dict:
-        return {"alphas": self.alphas, "curve": self.curve}
+        kept = {"alphas": self.alphas, "curve": self.curve}
+        return kept | ({"errors": self.errors} if self.errors else {})
 
 
 def choose(
@@ -61,7 +64,7 @@ def choose(
     if isinstance(smooth.alpha, float):
         return Choice(everywhere(model.config, smooth.targets, smooth.alpha), [])
     if smooth.alpha == "auto":
-        return Choice(_each_group(model, variant, fit_absmax, judges), [])
+        return _each_group(model, variant, fit_absmax, judges)
     curve = _curve(model, variant, fit_absmax, Probe(model, judges, variant))
     best = _least({row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL")
     return Choice(everywhere(model.config, smooth.targets, best), curve)
@@ -91,7 +94,7 @@ def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> 
 @torch.inference_mode()
 def _each_group(
     model, variant: Variant, absmax: dict[str, Tensor], judges: list[list[int]]
-) -> dict[str, float]:
+) -> Choice:
     """For every group the α at which its own int8 outputs are nearest to the float ones."""
     groups = {g.consumers[0]: g for g in smoothing_groups(model.config, variant.smooth.targets)}
     errors: dict[str, dict[float, float]] = {name: dict.fromkeys(AUTO, 0.0) for name in groups}
@@ -117,7 +120,13 @@ def _each_group(
     finally:
         for handle in handles:
             handle.remove()
-    return {
+    chosen = {
         name: _least(found, of=f"the quantization error of {name}")
         for name, found in errors.items()
     }
+    rows = [
+        {"group": name, "alpha": alpha, "error": error if math.isfinite(error) else None}
+        for name, found in errors.items()
+        for alpha, error in found.items()
+    ]
+    return Choice(chosen, [], rows)

@@ -6,7 +6,14 @@ compression would vouch for itself there. The gates lie in `checkpoint_gates` (t
 computes) and `calibration_gates`.
 """
 
-from helpers.quantization import calibration_gates, checkpoint_gates, metadata_gates, runtime_gates
+from helpers.quantization import (
+    alpha_gates,
+    calibration_gates,
+    checkpoint_gates,
+    metadata_gates,
+    runtime_gates,
+    tokenizer_gates,
+)
 from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import Gate
 from helpers.study.activity import Bar
@@ -21,6 +28,7 @@ ON_FILES = (
     checkpoint_gates.source_gate,
     calibration_gates.items_gate,
     calibration_gates.leak_gate,
+    tokenizer_gates.tokenizer_gate,
 )
 ON_INT8_FILES = (
     checkpoint_gates.grid_gate,
@@ -35,6 +43,9 @@ ON_INT8_LAYERS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 def checks(claim: Variant) -> tuple:
     """The gates that apply to what a variant claims to be."""
     running = (*ON_THE_SOURCE, *ON_THE_CHECKPOINT)
+    chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
+    if chosen:
+        running = (alpha_gates.choice_gate, *running)
     if not claim.quantized:
         return (*ON_FILES, checkpoint_gates.float_weights_gate, *running)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()

@@ -1,33 +1,41 @@
-"""Makes every verdict of a study again from its answers, and holds it to what was published.
+"""Makes every number of a study again from its answers, and holds it to what was published.
 
     python -m helpers.report.recompute demo
 
-reads params/demo.yaml, outputs/demo/answers/ and outputs/demo/summary.json: no model, no
-tokenizer, no torch. Every answer is read and scored again from its raw text (where its
-items are at hand), every comparison paired, tested and judged again, every control looked
-at again. Whatever differs is named, and the exit code is 1.
+reads params/demo.yaml and of outputs/demo the answers, summary.json, summary.csv and
+report.md: no model, no tokenizer, no torch. Every answer is read and scored again from its
+raw text (where its items are at hand), every figure, comparison and correction computed by
+statistics of its own (`evaluation.recomputed_*`), every control looked at again, and the
+numbers in the report's tables compared. Whatever differs is named with its place, what was
+published and what came out, and the exit code is 1. None of the code that makes the report
+is used.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
 from helpers.evaluation.answers import Published, read_answers
 from helpers.evaluation.gates import rescored
-from helpers.evaluation.verdicts import study_verdicts
-from helpers.report.formats import dataset_name, p_value, points
-from helpers.report.summary import ANSWERS, comparison_row, control_row
+from helpers.evaluation.recomputed_verdicts import comparison_rows
+from helpers.report.recomputed_summary import (
+    edited_tables,
+    wrong_comparisons,
+    wrong_headlines,
+    wrong_lines,
+)
+from helpers.report.recomputed_tables import NAMES, Recomputed, wrong_cells, wrong_verdict_words
 from helpers.sources.datasets import load_items
+from helpers.sources.near_duplicates import clustered
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.loading import load_study, study_file
 from helpers.study.paths import StudyPaths
 from helpers.study.records import read_json
-from helpers.study.schema import Study
+from helpers.study.schema import Comparison, Study
 from helpers.study.source_settings import HubDataset
 
-TOLERANCE = 1e-9  # of figures made by another version of a library
+ANSWERS = "answers"  # the folder, and the key of summary.json
 
 
 def recompute(study: str) -> tuple[str, list[str]]:
@@ -36,17 +44,52 @@ def recompute(study: str) -> tuple[str, list[str]]:
     Raises:
         StudyError: the study, its answers or its summary cannot be read.
     """
-    loaded, folder = load_study(study), StudyPaths(study_file(study).stem).root
+    loaded, paths = load_study(study), StudyPaths(study_file(study).stem)
+    folder = paths.root
     published = read_json(folder / "summary.json", made_by="04_analysis")
     differing = _changed_files(folder / ANSWERS, published.get(ANSWERS, {}))
     found = read_answers(folder / ANSWERS, loaded)
-    differing += [f for name in loaded.evaluation.datasets for f in _misread(found, name)]
-    verdicts = study_verdicts(loaded, found.answers)
-    rows = [comparison_row(loaded, c, verdict) for c, verdict in verdicts.items()]
-    controls = [control_row(at, duty) for at, duty in found.duties.items()]
-    differing += _differences(rows, published["comparisons"], _at_comparison)
-    differing += _differences(controls, published["controls"], _at_control)
-    return _table(loaded, rows), differing
+    joined = "clusters" in published  # before, near-duplicates counted as independent items
+    for name in loaded.evaluation.datasets:
+        differing += _misread(found, name, joined)
+    rows = comparison_rows(loaded, found.answers, _published_p(published["comparisons"]))
+    figures = Recomputed(found, rows, published)
+    differing += wrong_comparisons(rows, published["comparisons"])
+    differing += _wrong_controls(found, published["controls"])
+    differing += wrong_headlines(published, figures)
+    differing += wrong_lines(folder / "summary.csv", figures)
+    differing += _wrong_report(paths, figures)
+    return _table(loaded, list(rows.values())), differing
+
+
+def _published_p(comparisons: list[dict]) -> dict[Comparison, float | None]:
+    keys = Comparison.model_fields
+    return {Comparison(**{k: row[k] for k in keys}): row["p"] for row in comparisons}
+
+
+def _wrong_report(paths: StudyPaths, figures: Recomputed) -> list[str]:
+    """Cells of report.md that are not made again; none where no report was exported."""
+    path = paths.root / "report.md"
+    if not path.is_file():
+        return []
+    text = path.read_text("utf-8")
+    told = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
+    return told + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
+
+
+def _wrong_controls(found: Published, published: list[dict]) -> list[str]:
+    """Controls of summary.json that did otherwise by the answers and checks."""
+    after = {f"{m}: control {v}": vars(duty) for (m, v), duty in found.duties.items()}
+    before = {f"{row['model']}: control {row['variant']}": row for row in published}
+    told = [f"{name} was published and is none of the study's" for name in before - after.keys()]
+    told += [f"{name} was not published" for name in after - before.keys()]
+    for name in (n for n in after if n in before):
+        told += [
+            f"summary.json, {name}: {key} is {value!r}, published {before[name].get(key)!r}"
+            for key, value in after[name].items()
+            if before[name].get(key) != value
+        ]
+    return told
 
 
 def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
@@ -60,15 +103,22 @@ def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
     ]
 
 
-def _misread(found: Published, dataset: str) -> list[str]:
-    """Answers whose text does not give what is stored of it; none if the items are on a Hub."""
+def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
+    """Answers whose text does not give what is stored of it; none if the items are on a Hub.
+
+    Args:
+        joined: whether near-duplicates have one cluster.
+    """
     wanted = found.study.evaluation.datasets[dataset]
     if isinstance(wanted.source, HubDataset):
         return []
     items = {item.id: item for item in load_items(wanted.source, adapter=wanted.adapter)}
     told = []
+    first = next(iter(found.asked.values())).predictions[dataset]
+    answered = [items[row["id"]] for row in first if row["id"] in items]
+    items |= {item.id: item for item in clustered(answered)} if joined else {}
     for (model, variant), asked in found.asked.items():
-        at = f"{model}/{variant}: {dataset_name(dataset)} item"
+        at = f"{model}/{variant}: {NAMES.get(dataset, dataset)} item"
         for row in asked.predictions[dataset]:
             if (item := items.get(row["id"])) is None:
                 told.append(f"{at} {row['id']} is none of the set's")
@@ -79,42 +129,19 @@ def _misread(found: Published, dataset: str) -> list[str]:
     return told
 
 
-def _at_comparison(row: dict) -> str:
-    against = f"{row['variant']} against {row['baseline']}"
-    return f"{row['model']}: {dataset_name(row['dataset'])}, {against}"
-
-
-def _at_control(row: dict) -> str:
-    return f"{row['model']}: control {row['variant']}"
-
-
-def _differences(rows: list[dict], published: list[dict], at) -> list[str]:
-    before = {at(row): row for row in published}
-    after = {at(row): row for row in rows}
-    told = [f"{name} was published and is none of the study's" for name in before - after.keys()]
-    told += [f"{name} was not published" for name in after - before.keys()]
-    for name in (n for n in after if n in before):
-        for key in dict.fromkeys([*after[name], *before[name]]):
-            now, then = after[name].get(key), before[name].get(key)
-            if not _same(now, then):
-                told.append(f"{name}: {key} is {now!r}, published {then!r}")
-    return told
-
-
-def _same(now, then) -> bool:
-    if isinstance(now, float) and isinstance(then, float):
-        return math.isclose(now, then, rel_tol=TOLERANCE, abs_tol=TOLERANCE)
-    return now == then
-
-
 def _table(study: Study, rows: list[dict]) -> str:
     """One line a comparison, the declared ones first, as they are in the summary."""
     cells = [("model", "dataset", "variant", "lost", "gained", "points", "Holm p", "verdict")]
     for row in rows:
         against = "" if row["baseline"] == study.baseline else f" vs {row['baseline']}"
-        place = row["model"], dataset_name(row["dataset"]), f"{row['variant']}{against}"
-        counts = str(row["losses"]), str(row["gains"]), points(row["delta"])
-        cells.append((*place, *counts, p_value(row["holm_p"]), row["verdict"]))
+        place = (
+            row["model"],
+            NAMES.get(row["dataset"], row["dataset"]),
+            f"{row['variant']}{against}",
+        )
+        counts = str(row["losses"]), str(row["gains"]), f"{100 * row['delta']:+.1f}"
+        p = "–" if row["holm_p"] is None else f"{row['holm_p']:.3f}"
+        cells.append((*place, *counts, p, row["verdict"]))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     lines = ("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells)
     return "\n".join(line.rstrip() for line in lines)
@@ -135,7 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nNOT AS PUBLISHED, in {len(differing)} places:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in differing), file=sys.stderr)
         return 1
-    print(f"\n{table.count(chr(10))} verdicts made again from the answers: all as published")
+    made = f"{table.count(chr(10))} verdicts and every table made again from the answers"
+    print(f"\n{made}: all as published")
     return 0
 
 

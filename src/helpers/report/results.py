@@ -22,7 +22,8 @@ from helpers.evaluation.predictions import (
     read_predictions,
 )
 from helpers.evaluation.prompt_records import read_prompts
-from helpers.evaluation.verdicts import Verdict, study_verdicts
+from helpers.evaluation.recomputed_comparisons import checked_verdicts
+from helpers.evaluation.verdicts import Verdict
 from helpers.report.chain import refuse_broken_chain
 from helpers.report.cost import Cost, read_costs, refuse_other_files
 from helpers.report.evaluated import MAKER, Calibrated, Evaluated
@@ -65,7 +66,7 @@ class Results:
     @cached_property
     def verdicts(self) -> dict[Comparison, Verdict]:
         """Primary comparisons first, then every other variant against the baseline."""
-        return study_verdicts(self.study, self.published.answers)
+        return checked_verdicts(self.study, self.published.answers)
 
     @cached_property
     def duties(self) -> dict[tuple[str, str], Duty]:

@@ -23,6 +23,7 @@ from helpers.study.writing import write_atomically
 
 COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
 SHARED = "shared_text"
+CLUSTERS = "items on one passage, and near-duplicates"
 ANSWERS = "answers"
 
 
@@ -54,6 +55,7 @@ def summary(results: Results) -> dict:
             "resamples": s.resamples,
             "primary_comparisons": len(s.primary),
         },
+        "clusters": CLUSTERS,
         "best_fixed_answers": {
             name: {"answer": best.answer, "score": best.score}
             for name, best in overview.best_fixed(results).items()

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from helpers.sources.items import ADAPTERS, Item, item_key, text_of
+from helpers.sources.near_duplicates import clustered, keys_near
 from helpers.sources.numbers import gold_number
 from helpers.sources.row_shapes import PASSAGE, WANTED, shape
 from helpers.sources.rows import load_rows
@@ -90,7 +91,8 @@ def draw(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], 
     if len(free) < count:
         raise StudyError(
             f"{what}: {count} items asked for but {len(free)} to draw from "
-            f"({len(items) - len(free)} left out as used elsewhere); ask for at most {len(free)}"
+            f"({len(items) - len(free)} left out as used elsewhere, or nearly so); ask for at "
+            f"most {len(free)}"
         )
     free.sort(key=lambda item: sha256_text(f"{seed}:{item_key(item)}"))
     rounds: dict[str, int] = {}
@@ -103,13 +105,16 @@ def draw(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], 
 
 
 def evaluation_items(study: Study, dataset: str) -> list[Item]:
-    """The items of one evaluation set, the same for every model and variant."""
+    """The items of one evaluation set, the same for every model and variant.
+
+    Near-duplicates among them have one cluster: they are no independent questions.
+    """
     wanted = study.evaluation.datasets[dataset]
     items = load_items(wanted.source, adapter=wanted.adapter)
     if wanted.keep == "numeric_answers":
         items = [item for item in items if is_numeric(item)]
     what = f"evaluation.datasets.{dataset}"
-    return draw(items, wanted.items, seed=study.seed, excluding=(), what=what)
+    return clustered(draw(items, wanted.items, seed=study.seed, excluding=(), what=what))
 
 
 def item_ids(items: Iterable[Item]) -> list[str]:
@@ -139,33 +144,34 @@ def pools(study: Study) -> dict[str, dict[str, int]]:
 
 
 def calibration_items(study: Study) -> list[Item]:
-    """The calibration items; no question among them is an evaluation item."""
+    """The calibration items; no question among them is an evaluation item, or nearly one."""
     wanted = study.calibration
     items = load_items(wanted.dataset, adapter=wanted.adapter)
-    barred = _evaluation_keys(study)
+    barred = _evaluation_keys(study, items)
     return draw(items, wanted.items, seed=study.seed, excluding=barred, what="calibration")
 
 
 def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:
     """(training, held-out) items of a fine-tuning.
 
-    No question is shared with calibration or evaluation, or between the two.
+    No question is shared with calibration or evaluation, or between the two; none is an
+    evaluation item in other words.
     """
     wanted = study.models[model].finetune
     items = load_items(wanted.dataset, adapter="openmath")
-    barred = _evaluation_keys(study) | {item_key(item) for item in calibration_items(study)}
+    barred = _evaluation_keys(study, items) | {item_key(item) for item in calibration_items(study)}
     count = wanted.items + wanted.heldout_items
     what = f"models.{model}.finetune"
     drawn = draw(items, count, seed=study.seed, excluding=barred, what=what)
     return drawn[: wanted.items], drawn[wanted.items :]
 
 
-def _evaluation_keys(study: Study) -> set[str]:
-    return {
-        item_key(item)
-        for dataset in study.evaluation.datasets
-        for item in evaluation_items(study, dataset)
-    }
+def _evaluation_keys(study: Study, pool: list[Item]) -> set[str]:
+    """Keys of the evaluation items, and of the items of a pool that are nearly one of them."""
+    asked = tuple(
+        item for dataset in study.evaluation.datasets for item in evaluation_items(study, dataset)
+    )
+    return {item_key(item) for item in asked} | keys_near(tuple(pool), asked)
 
 
 def shared_passages(study: Study) -> list[str]:

@@ -1,0 +1,187 @@
+"""Loss, KL and top-1 agreement of a few passages, from two full float64 logit matrices.
+
+The second opinion on `language_modeling`, of whose code nothing is used here. The baseline is
+loaded anew from its folder, its tokenizer too, and reads each passage by transformers' own
+forward pass. A variant is not run again: the last states of the passes that its evaluation
+made are kept by a hook, so that its figures are those of the path that was evaluated (two
+correct int8 paths end in different logits). How much rounding matters is measured on the
+baseline alone: each passage is read with two of transformers' implementations of attention,
+and its softmax over the vocabulary is taken in float32 too.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from helpers.sources.datasets import shared_passages
+from helpers.sources.models import model_folder
+from helpers.study.hashing import sha256_text
+from helpers.study.opening import Job
+from helpers.study.schema import Runtime
+
+ATTENTION = ("sdpa", "eager")  # two ways that transformers itself has
+
+
+@dataclass(frozen=True)
+class Recomputed:
+    """What `recompute` found.
+
+    Attributes:
+        rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, and how far
+            rounding moves them: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
+        token_counts: predicted tokens of every passage, by its id.
+        texts: the part of every passage that is predicted, by its id.
+        unread: ids of the passages whose own tokens stand in none of the model's passes.
+    """
+
+    rows: list[dict] = field(default_factory=list)
+    token_counts: dict[str, int] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+
+class Passes:
+    """What the decoder of a model reads from now on: token ids and last states of every pass.
+
+    Attributes:
+        read: a (token ids, (tokens, hidden) last states) for every row of every pass.
+    """
+
+    def __init__(self, model):
+        self.read: list[tuple[list[int], Tensor]] = []
+        self._hook = None
+        if isinstance(model, torch.nn.Module):  # else another engine runs it
+            self._hook = model.base_model.register_forward_hook(self._record, with_kwargs=True)
+
+    def _record(self, _module, _args, options, output) -> None:
+        ids, states = options["input_ids"], output.last_hidden_state
+        self.read += [(i.tolist(), s.detach()) for i, s in zip(ids, states, strict=True)]
+
+    def end(self) -> None:
+        """Record no more."""
+        if self._hook is not None:
+            self._hook.remove()
+
+
+def recompute(job: Job, model, passes: Passes) -> Recomputed:
+    """The figures of the first and the last passage, and the token counts of all.
+
+    Args:
+        job: the variant at hand.
+        model: that variant; asked again only where another engine runs it.
+        passes: what its evaluation read; ended here.
+    """
+    passes.end()
+    folder, texts = model_folder(job.study, job.model, job.paths), shared_passages(job.study)
+    limit = job.study.evaluation.shared_text.max_tokens
+    tokenizer = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
+    tokens = [tokenizer(text).input_ids[:limit] for text in texts]
+    ids = [sha256_text(text)[:16] for text in texts]
+    baseline = transformers_model(folder, job.study.runtime)
+    dtype = getattr(torch, job.recipe.dtype or job.study.runtime.dtype)
+    rows = []
+    for place in sorted({0, len(texts) - 1}):
+        first, second = (_own_logits(baseline, tokens[place], way) for way in ATTENTION)
+        logits = None
+        if job.variant != job.study.baseline:
+            states = _states_of(tokens[place][:-1], passes.read, model)
+            logits = None if states is None else _head(baseline, states, dtype)
+            if logits is None:
+                continue  # no pass read it: the gate misses its row
+        row = compared(tokens[place], first, second, logits)
+        rows.append({"id": ids[place], **row})
+    counts = {key: len(found) - 1 for key, found in zip(ids, tokens, strict=True)}
+    read = {
+        key: tokenizer.decode(found[1:], skip_special_tokens=True)
+        for key, found in zip(ids, tokens, strict=True)
+    }
+    places = zip(ids, tokens, strict=True)
+    unread = [key for key, found in places if _states_of(found[:-1], passes.read, model) is None]
+    return Recomputed(rows, counts, read, unread)
+
+
+def transformers_model(folder: Path, runtime: Runtime):
+    """The model of a folder as transformers loads and runs it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=getattr(torch, runtime.dtype),
+        device_map=runtime.device_map,
+        use_safetensors=True,
+        local_files_only=True,
+        trust_remote_code=False,
+    )
+    return (model if runtime.device_map else model.to(runtime.device)).eval()
+
+
+@torch.inference_mode()
+def _own_logits(model, tokens: list[int], attention: str) -> Tensor:
+    """(tokens - 1, vocabulary) float64 logits of the next tokens, by the model's own forward."""
+    model.set_attn_implementation(attention)
+    ids = torch.tensor([tokens[:-1]], device=model.device)
+    return model(input_ids=ids, use_cache=False).logits[0].double().cpu()
+
+
+def _states_of(tokens: list[int], passes: list, model) -> Tensor | None:
+    """(tokens, hidden) states of a passage, where it stands in a recorded pass; None nowhere."""
+    if not isinstance(model, torch.nn.Module):
+        return model.states(tokens)
+    for read, states in passes:
+        for start in range(len(read) - len(tokens) + 1):
+            if read[start : start + len(tokens)] == tokens:
+                return states[start : start + len(tokens)]
+    return None
+
+
+@torch.inference_mode()
+def _head(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tokens, vocabulary) logits: the product in float64, rounded once to the type announced.
+
+    No variant changes the head, so it is the baseline's.
+    """
+    head = baseline.get_output_embeddings()
+    weight = head.weight.to(dtype).double().cpu()
+    logits = states.double().cpu() @ weight.T
+    if getattr(head, "bias", None) is not None:
+        logits = logits + head.bias.to(dtype).double().cpu()
+    return logits.to(dtype).double()
+
+
+def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | None) -> dict:
+    """The row of one passage.
+
+    Args:
+        tokens: token ids; the rows of the matrices predict all but the first one.
+        first: (tokens - 1, vocabulary) the baseline's logits, which are compared with.
+        second: the same by another implementation of attention: their distance is rounding.
+        logits: the variant's; None where it is the baseline itself.
+    """
+    references = [matrix.log_softmax(-1) for matrix in (first, second)]
+    found = references if logits is None else [logits.log_softmax(-1)] * 2
+    targets = torch.tensor(tokens[1:])[:, None]
+    losses = [-matrix.gather(1, targets).sum().item() for matrix in found]
+    divergences = [(p.exp() * (p - q)).sum().item() for p, q in zip(references, found, strict=True)]
+    single = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
+    double = -references[0].gather(1, targets).sum().item()
+    same = references[0].argmax(-1) == found[0].argmax(-1)
+    blur = (first - second).abs().amax(-1)  # (tokens - 1,)
+    return {
+        "tokens": len(tokens) - 1,
+        "nll": losses[0],
+        "kl": divergences[0],
+        "top1_agreements": int(same.sum()),
+        "nll_blur": abs(losses[0] - losses[1]) + abs(single - double),
+        "kl_blur": abs(divergences[0] - divergences[1]),
+        "ties": int((_undecided(first, blur) | _undecided(found[0], blur)).sum()),
+    }
+
+
+def _undecided(logits: Tensor, blur: Tensor) -> Tensor:
+    """(tokens,) bool: whether rounding may change which token is the most likely one."""
+    best = logits.topk(2, dim=-1).values
+    size = best[:, 0].abs() * torch.finfo(torch.float32).eps
+    return best[:, 0] - best[:, 1] <= 2 * (blur + size)

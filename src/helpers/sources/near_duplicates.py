@@ -1,0 +1,79 @@
+"""Items that are one question in other words: they share half of their four-word sequences.
+
+The same measure tells which items of a set are not independent, and which items of another
+use must not be drawn. Sequences are of normalized words; what is shared is counted against
+the shorter item, so that a text with something put before or after it stays the same one.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+from helpers.sources.items import Item, item_key, normalized_text
+
+WORDS = 4  # of a sequence
+SHARE = 0.5  # of the sequences of the shorter item
+
+Sequences = frozenset[tuple[str, ...]]
+
+
+def sequences(item: Item) -> Sequences:
+    """All runs of four words of question, passage and options; of a shorter text itself."""
+    words = normalized_text("\n".join((item.question, item.passage, *item.options))).split()
+    if len(words) <= WORDS:
+        return frozenset({tuple(words)})
+    return frozenset(tuple(words[i : i + WORDS]) for i in range(len(words) - WORDS + 1))
+
+
+class Index:
+    """Items by their sequences, to find the near-duplicates of others among them."""
+
+    def __init__(self, items: Sequence[Item]):
+        self._sizes: list[int] = []
+        self._places: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        for place, item in enumerate(items):
+            found = sequences(item)
+            self._sizes.append(len(found))
+            for sequence in found:
+                self._places[sequence].append(place)
+
+    def near(self, item: Item) -> list[int]:
+        """Places of the items that share enough with this one; its own too, if it is there."""
+        own = sequences(item)
+        shared = Counter(place for s in own for place in self._places.get(s, ()))
+        return [p for p, n in shared.items() if n >= SHARE * min(len(own), self._sizes[p])]
+
+
+@lru_cache(maxsize=8)
+def keys_near(pool: tuple[Item, ...], others: tuple[Item, ...]) -> frozenset[str]:
+    """Keys of the items of a pool that are near-duplicates of others."""
+    index = Index(others)
+    return frozenset(item_key(item) for item in pool if index.near(item))
+
+
+def clustered(items: Iterable[Item]) -> list[Item]:
+    """The items, near-duplicates and what shares a passage with them in one cluster."""
+    return list(_clustered(tuple(items)))
+
+
+@lru_cache(maxsize=16)
+def _clustered(items: tuple[Item, ...]) -> tuple[Item, ...]:
+    index, parent = Index(items), {}
+    names = [item.cluster or item.id for item in items]
+
+    def root(name: str) -> str:
+        while (above := parent.get(name, name)) != name:
+            name = above
+        return name
+
+    for item, name in zip(items, names, strict=True):
+        for place in index.near(item):
+            one, other = sorted((root(name), root(names[place])))
+            if one != other:
+                parent[other] = one
+    found = (root(name) for name in names)
+    return tuple(
+        item if cluster == name else replace(item, cluster=cluster)
+        for item, name, cluster in zip(items, names, found, strict=True)
+    )

@@ -1,0 +1,57 @@
+"""What the raw rows of a source say, read apart from the adapters and hashed.
+
+A gate holds every item to it: golds that an adapter took from the row before, or texts that
+were exchanged on the way, have other hashes. Of each row only its fields are known here.
+"""
+
+from collections.abc import Iterable
+
+from helpers.sources.items import Item
+from helpers.sources.rows import load_rows
+from helpers.study.hashing import sha256_data
+from helpers.study.source_settings import DatasetSource
+
+
+def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
+    """Item id → hashes of the rows that have it."""
+    found: dict[str, set[str]] = {}
+    for row in load_rows(source):
+        try:
+            identifier, parts = READERS[adapter](row)
+        except (KeyError, TypeError, ValueError, AttributeError):
+            continue  # no item comes of it either; the adapter says why
+        found.setdefault(identifier, set()).add(_digest(parts))
+    return found
+
+
+def item_digest(item: Item, golds: Iterable[str]) -> str:
+    """The hash of an item's texts with these golds, to be among those of its row."""
+    return _digest([item.question, item.passage, *item.options, *item.labels, *golds])
+
+
+def _digest(parts: Iterable) -> str:
+    """Of the texts, whatever their spaces."""
+    return sha256_data([" ".join(str(part).split()) for part in parts])
+
+
+def _arc(row: dict) -> tuple[str, list]:
+    choices = row["choices"]
+    return row["id"], [row["question"], "", *choices["text"], *choices["label"], row["answerKey"]]
+
+
+def _boolq(row: dict) -> tuple[str, list]:
+    said, labels = {True: "yes", False: "no"}[row["answer"]], ("yes", "no")
+    identifier = sha256_data([row["question"], row["passage"]])[:16]
+    return identifier, [row["question"], row["passage"], *labels, *labels, said]
+
+
+def _squad_v2(row: dict) -> tuple[str, list]:
+    return row["id"], [row["question"], row["context"], *dict.fromkeys(row["answers"]["text"])]
+
+
+def _openmath(row: dict) -> tuple[str, list]:
+    identifier = sha256_data([row["problem"], row["expected_answer"]])[:16]
+    return identifier, [row["problem"], "", row["expected_answer"]]
+
+
+READERS = {"arc": _arc, "boolq": _boolq, "squad_v2": _squad_v2, "openmath": _openmath}

@@ -1,0 +1,146 @@
+"""Limits that do not move with a broken baseline."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from helpers.evaluation import language_modeling, reference
+from helpers.evaluation.absolute_gates import (
+    compressed_bytes,
+    is_random,
+    plain_text_gate,
+    training_gate,
+)
+from helpers.evaluation.comparison import Answers, rules_of
+from helpers.evaluation.conduct import end_gate, loop_gate
+from helpers.evaluation.reference_gates import reference_gates
+from helpers.evaluation.validity import uninformative_reason
+from helpers.sources.datasets import shared_passages
+from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.study.hashing import sha256_text
+from helpers.study.opening import open_job
+from helpers.study.source_settings import FolderModel
+from helpers.study.variant_settings import Variant
+
+
+def rows_of(texts: dict[str, str], bits: float) -> list[dict]:
+    """Rows of passages whose loss is so many bits a byte."""
+    sizes = {key: len(text.encode()) for key, text in texts.items()}
+    return [{"id": k, "tokens": 50, "nll": bits * math.log(2) * n} for k, n in sizes.items()]
+
+
+@pytest.fixture
+def texts(study) -> dict[str, str]:
+    return {sha256_text(t)[:16]: t[:600] for t in shared_passages(study)}
+
+
+@pytest.fixture
+def trained(study):
+    """The study with a model of trained weights."""
+    models = study.models | {"base": FolderModel(folder="somewhere")}
+    return study.model_copy(update={"models": models})
+
+
+@pytest.mark.parametrize(("bits", "passes"), [(0.8, True), (2.0, True), (6.0, False), (9.0, False)])
+def test_a_baseline_that_knows_no_language_is_caught(trained, texts, bits, passes):
+    """2 bits a byte is a poor model; a loss on other tokens takes any model far above."""
+    for model in ("base", "tuned"):
+        assert plain_text_gate(trained, model, rows_of(texts, bits), texts).passed == passes
+
+
+def test_random_weights_are_asked_nothing_and_a_missing_text_holds_nothing(study, trained, texts):
+    assert [is_random(study, model) for model in ("base", "tuned")] == [True, True]
+    assert [is_random(trained, model) for model in ("base", "tuned")] == [False, False]
+    assert plain_text_gate(study, "tuned", rows_of(texts, 9.0), texts).passed
+    assert not plain_text_gate(trained, "base", rows_of(texts, 1.0), {}).passed
+    assert not plain_text_gate(trained, "base", [], texts).passed
+
+
+def test_text_of_a_language_takes_three_to_five_bits_a_byte_without_one(texts):
+    share = sum(map(compressed_bytes, texts.values())) / sum(
+        len(t.encode()) for t in texts.values()
+    )
+    assert 3 < 8 * share < 5
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "passes"),
+    [(2.5, 1.5, True), (1.5, 1.6, True), (2.5, 2.5, False), (2.5, 2.50001, False),
+     (2.5, math.nan, False)],
+)  # fmt: skip
+def test_training_that_changed_no_more_than_rounding_is_caught(before, after, passes):
+    results = {"heldout_loss_before": before, "heldout_loss_after": after}
+    assert training_gate(results).passed == passes
+
+
+def answers(n: int, **changes) -> list[dict]:
+    """Right answers of an able baseline, with these values in six of ten."""
+    rows = []
+    for i in range(n):
+        row = {"id": f"{i}", "cluster": f"{i}", "golds": [f"{i}"], "parsed": f"{i}"}
+        row |= {"output": f"So it is {i}", "status": "answered", "finish_reason": "stop"}
+        rows.append(row | {"score": 1.0} | (changes if i % 10 < 6 else {}))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [({"finish_reason": "length"}, "60.0 % of noquant's own answers are stopped by the cap"),
+     ({"output": "4 + 4 " + "+ 4 " * 30}, "60.0 % of noquant's own answers end in a loop"),
+     ({"status": "unparsed"}, "only 40.0 % of noquant's own answers are readable")],
+)  # fmt: skip
+def test_a_baseline_whose_own_answers_are_broken_says_nothing(study, changes, told):
+    """However right they are: no variant could be seen to do worse."""
+    rules = rules_of(study)
+    assert uninformative_reason("openmath", Answers("noquant", answers(40)), rules) is None
+    asked = Answers("noquant", answers(40, **changes))
+    assert uninformative_reason("openmath", asked, rules) == told
+
+
+def test_no_limit_lies_above_all_there_is():
+    """It once read: at most 25 points above 100 %."""
+    capped = answers(10, finish_reason="length", output="a" * 30)
+    for gate in (end_gate(capped[:6], capped[:6]), loop_gate(capped[:6], capped[:6])):
+        assert gate.passed
+        assert gate.limit == "none: the baseline itself has 100.0 %"
+    assert not end_gate(capped, answers(10)).passed
+
+
+@pytest.fixture
+def smoothed(study_path, study_settings, write_study, monkeypatch, tmp_path):
+    """(job, tokenizer, model) of a variant that only smooths; the baseline's states are kept."""
+    study_settings["variants"]["smooth_only"] = {
+        "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]}
+    }
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    torch.set_num_threads(1)
+    path = write_study(study_settings)
+    job = open_job(path, model="base", variant="noquant")
+    folder = model_folder(job.study, "base", job.paths)
+    tokenizer = load_tokenizer(folder, enable_thinking=None)
+    model = load_model(folder, job.study.runtime)
+    language_modeling.read_shared_text(job, model, tokenizer)
+    return replace(job, variant="smooth_only"), tokenizer, model
+
+
+def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
+    """Kept states that are off once made the limit as wide as what they were off by."""
+    job, tokenizer, model = smoothed
+    sound = reference.read_shaken(job, tokenizer)
+    path = language_modeling.states_path(job)
+    states = language_modeling.load_file(path)["hidden"]
+    off = language_modeling.States(states + 0.01 * torch.randn_like(states), None)
+    language_modeling.save_states(path, off)
+    assert [r["kl"] for r in reference.read_shaken(job, tokenizer)] == [r["kl"] for r in sound]
+    monkeypatch.setattr(language_modeling, "refuse_damaged", lambda *_, **__: None)
+    rows = language_modeling.read_shared_text(job, model, tokenizer)
+    (gate,) = reference_gates(job.recipe, rows, reference.read_shaken(job, tokenizer))
+    assert not gate.passed
+
+
+def test_what_is_far_away_is_no_rounding_whatever_was_measured():
+    far = [{"id": "a", "tokens": 10, "kl": 9.0, "nll": 20.0, "top1_agreements": 3}]
+    gates = reference_gates(Variant(dtype="bfloat16"), far, far)
+    assert [g.name for g in gates if not g.passed] == ["apart by rounding alone"]

@@ -1,0 +1,168 @@
+"""An edited number in a published summary or report is named: place, published, recomputed."""
+
+import ast
+import json
+import shutil
+
+import pytest
+
+from helpers.evaluation import comparison
+from helpers.evaluation.verdicts import study_verdicts
+from helpers.report import published_numbers, summary
+from helpers.report.published_numbers import differs, numbers, shows, tables
+from helpers.report.recompute import recompute
+from helpers.report.results import Results, load_results
+from helpers.study.paths import PROJECT
+from test_report import make_job  # noqa: F401 - a fixture
+
+DEMO = PROJECT / "outputs" / "demo"
+OWN = {"published_numbers", "recomputed_summary", "recomputed_tables"}
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A copy of the published demo, to edit; its texts are read again in another test."""
+    from helpers.report import recompute as module
+
+    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    copy = tmp_path / "outputs" / "demo"
+    shutil.copytree(DEMO / "answers", copy / "answers")
+    for name in ("summary.json", "summary.csv", "report.md", "notebooks/04_analysis.ipynb"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DEMO / name, copy / name)
+    return copy
+
+
+def edit(path, row: str, before: str, after: str) -> None:
+    """Put one text in place of another in the first line that begins so."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith(row) and before in line)
+    lines[at] = lines[at].replace(before, after, 1)
+    path.write_text("".join(lines), "utf-8")
+
+
+def test_edited_numbers_in_the_tables_are_named(demo):
+    """One in every kind of table that answers give, one that only the analysis gives."""
+    report = demo / "report.md"
+    edit(report, "| `base` | `rtn_w8a8` | 84", "59.72", "58.72")
+    edit(report, "| ARC | `rtn_w8a8`", "| 7 |", "| 8 |")
+    edit(report, "| ARC | `smoothquant_w8a8`", "| 13.8 |", "| 12.8 |")
+    edit(report, "| `rtn_w8a8` | 59.72", "+0.0", "+0.1")
+    edit(report, "| `base` | `noquant` | 75 |", "length 13", "length 12")
+    edit(report, "| `base` | `noquant_bf16` | 8.0", "[4.1", "[4.3")
+    edit(report, "| `11.mlp.down_proj` | 1229", "3,065", "3,565")
+    edit(report, "| every q_proj", "0.0577", "0.0177")
+    told = "\n".join(recompute("demo")[1])
+    for row, column, published, recomputed in (
+        ("base / rtn_w8a8", "perplexity", "58.72", "59.7"),
+        ("ARC / rtn_w8a8", "gained", "8", "7"),
+        ("ARC / smoothquant_w8a8", "detectable loss", "12.8", "13.8"),
+        ("rtn_w8a8 / 59.72", "Δ loss [nats/token]", "+0.1", "0.03"),
+        ("base / noquant", "ended by", "length 12", "13"),
+        ("base / noquant_bf16", "accuracy", "[4.3", "4.1"),
+        ("11.mlp.down_proj / 1229", "largest", "3,565", "3064"),
+        ("every q_proj", "rtn_w8a8", "0.0177", "0.0577"),
+    ):
+        lines = [x for x in told.splitlines() if f"row {row}, column {column}:" in x]
+        assert lines, (row, column)
+        assert any(published in x and recomputed in x.split("published")[1] for x in lines), lines
+
+
+def test_edited_summaries_are_named(demo):
+    edit(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy", "0.55", "0.56")
+    edit(demo / "summary.csv", "finetuned,noquant,squad_v2,f1", "0.", "0.9")
+    path = demo / "summary.json"
+    told = json.loads(path.read_text("utf-8"))
+    told["models"]["base"]["variants"]["rtn_w8a8"]["datasets"]["boolq"]["macro_f1"]["value"] += 0.01
+    told["models"]["base"]["variants"]["rtn_w8a8"]["passed"] = False
+    told["models"]["base"]["largest_outliers"][0]["largest"] *= 1.1
+    told["best_fixed_answers"]["boolq"]["score"] = 0.55
+    told["statistics"]["margin"] = 0.1
+    told["comparisons"][0]["holm_p"] = 0.01
+    told["comparisons"][1]["reason"] = told["comparisons"][1]["reason"].replace("6.7", "5.7")
+    path.write_text(json.dumps(told), "utf-8")
+    named = "\n".join(recompute("demo")[1])
+    for place in (
+        "summary.csv, row base / rtn_w8a8 / arc / accuracy, column value: published '0.56",
+        "summary.csv, row finetuned / noquant / squad_v2 / f1, column value",
+        "summary.json, base/rtn_w8a8, datasets, boolq, macro_f1, value: published",
+        "summary.json, base/rtn_w8a8, passed: published False, recomputed True",
+        "row 11.mlp.down_proj / 1229, column largest: published '3,065', recomputed 3371",
+        "summary.json, best_fixed_answers, boolq, score: published 0.55, recomputed 0.65",
+        "summary.json, statistics, margin: published 0.1, recomputed 0.05",
+        "summary.json, base: ARC, smoothquant_w8a8 against noquant: holm_p is",
+        "summary.json, base: SQuAD v2, smoothquant_w8a8 against noquant: reason is",
+    ):
+        assert place in named, place
+
+
+def test_lines_taken_out_or_put_in_are_named(demo):
+    path = demo / "summary.csv"
+    lines = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join([*lines[:4], *lines[5:], lines[5], "base,x,arc,accuracy,1,,,1"]))
+    named = "\n".join(recompute("demo")[1])
+    assert "summary.csv has no row" in named
+    assert "row base / x / arc / accuracy is none of the study's" in named
+    assert "summary.csv has a row twice" in named
+
+
+def test_verdicts_in_other_words_are_named(demo):
+    report = demo / "report.md"
+    edit(report, "| `smoothquant_w8a8` | `base` |", "no detectable difference", "better")
+    edit(report, "| ARC | `smoothquant_w8a8`", "no detectable difference", "worse")
+    named = "\n".join(recompute("demo")[1])
+    assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in named
+    assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in named
+
+
+def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  # noqa: F811
+    """Nothing of the report's statistics is used to make its numbers again."""
+    from helpers.report import recompute as module
+
+    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    job, true = make_job(), comparison.bootstrap_mean
+
+    def quadrupled(values, clusters, **options):
+        names = [f"{c} {k}" for k in range(4) for c in clusters]
+        return true(list(values) * 4, names, **options)
+
+    def unchecked(results):
+        return study_verdicts(results.study, results.published.answers)
+
+    monkeypatch.setattr(comparison, "bootstrap_mean", quadrupled)
+    monkeypatch.setattr(Results, "verdicts", property(unchecked))
+    summary.write_summary(load_results(job), job.paths.root)
+    named = recompute(str(job.paths.root.parents[1] / "study.yaml"))[1]
+    assert any("smoothquant_w8a8 against noquant: low is" in line for line in named)
+    assert any("summary.csv" in line and "column low" in line for line in named)
+
+
+def test_none_of_the_reports_code_makes_its_numbers_again():
+    for name in (*OWN, "recompute"):
+        tree = ast.parse((PROJECT / "src/helpers/report" / f"{name}.py").read_text("utf-8"))
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
+        assert report <= OWN, name
+        made = {"helpers.evaluation." + m for m in ("statistics", "bootstrap", "power", "verdicts")}
+        assert not imported & (made | {"helpers.evaluation.metrics"}), name
+
+
+def test_a_cell_shows_numbers_to_its_decimals():
+    assert shows("0.0418", 0.04184)
+    assert not shows("0.0418", 0.04186)
+    assert shows("3065", 3064.8)
+    assert shows("1.3e-05", 1.26e-5)
+    assert numbers("`o3` **x**: 6.7\u00a0% [1.7,\u00a014.8] and 3,940 −2.0 +1") == [
+        *("6.7", "1.7", "14.8", "3940", "-2.0", "+1")
+    ]
+    assert differs("51.0 %", [51.0, 41.3])
+    assert not differs("–", [None])
+    assert differs("–", [1.0])
+
+
+def test_tables_are_read_with_their_headings():
+    text = "### Scores\n\n| a | `b` |\n| :--- | ---: |\n| x | 1 |\n\ntext\n"
+    (table,) = tables(text)
+    assert (table.heading, table.columns, table.rows) == ("Scores", ("a", "b"), (("x", "1"),))
+    assert published_numbers.plain("<code>1 &#42; 2</code>") == "1 * 2"
