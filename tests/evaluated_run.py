@@ -9,10 +9,13 @@ from types import MethodType
 import torch
 from torch.nn.functional import linear
 
+from helpers.evaluation import language_modeling
 from helpers.evaluation.call_gates import call_gates, call_recorder
 from helpers.evaluation.calls import PACKED, SHARED_TEXT
 from helpers.evaluation.engine import ask_all
+from helpers.evaluation.evidence import ask_alone, opinions
 from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
+from helpers.evaluation.second_opinion import second_opinion
 from helpers.quantization.int8 import Int8Linear
 from helpers.quantization.variants import load_variant
 from helpers.sources.datasets import shared_passages
@@ -38,6 +41,26 @@ def asked(run, change=None, *, resumed=None):
             states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
             rows = passage_rows(passages, tokens, states, None)
         return call_gates(job, calls, predictions, rows, resumed or {})
+
+
+def looked_at(run, change=None):
+    """The gates that transformers' own forward pass gives on answers, as (what, Gate).
+
+    Args:
+        change: what is done to the model after it is loaded.
+    """
+    with run.outputs():
+        job = run.job
+        model, tokenizer = load_variant(job)
+        if change:
+            change(model)
+        wanted, passages = job.study.evaluation, shared_passages(job.study)
+        tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
+        states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
+        rows = language_modeling.passage_rows(passages, tokens, states, None)
+        opinion = second_opinion(job, model, tokenizer)
+        ask_alone(model, tokenizer, job.study, opinion)
+        return opinions(job, model, tokenizer, opinion, rows)
 
 
 def failed(gates) -> set[str]:

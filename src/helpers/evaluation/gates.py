@@ -50,6 +50,7 @@ class Evidence:
             weight; for float variants.
         reference: rows of the shared text read by the float model now; none for the baseline.
         loaded: gates on the model that was asked, made where it was loaded.
+        opinions: gates on its answers by transformers' own forward pass, with what they guard.
     """
 
     study: Study
@@ -67,6 +68,7 @@ class Evidence:
     shaken: list[dict] = field(default_factory=list)
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
+    opinions: tuple[tuple[str, Gate], ...] = ()
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -74,7 +76,7 @@ def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
     found = [(WHOLE_VARIANT, gate) for gate in shared_gates(e)]
     for name in e.study.evaluation.datasets:
         found += [(name, gate) for gate in dataset_gates(e, name)]
-    return found
+    return [*found, *e.opinions]
 
 
 def shared_gates(e: Evidence) -> list[Gate]:
