@@ -1,9 +1,13 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
+from contextlib import nullcontext
+from functools import partial
+
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.full_logits import Recomputed
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import exact, sample
+from helpers.evaluation.language_modeling import passage_tokens, read_passages
 from helpers.evaluation.predictions import (
     prediction_digests,
     read_passage_rows,
@@ -11,8 +15,14 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
+from helpers.evaluation.second_opinion import LOOKED_AT, TEXT, SecondOpinion, second_opinion
 from helpers.sources.conversations import EXAMPLES
-from helpers.sources.datasets import calibration_items, evaluation_items, training_items
+from helpers.sources.datasets import (
+    calibration_items,
+    evaluation_items,
+    shared_passages,
+    training_items,
+)
 from helpers.sources.items import Item
 from helpers.sources.raw_rows import raw_digests
 from helpers.study.activity import Bar, doing
@@ -46,13 +56,15 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
     """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
-    alone = ask_alone(model, tokenizer, study)
+    opinion = second_opinion(job, model, tokenizer)
+    alone = ask_alone(model, tokenizer, study, opinion)
+    passages = read_passage_rows(folder)
     return Evidence(
         study=study,
         model=job.model,
         variant=job.variant,
         predictions=read_predictions(folder, study),
-        passages=read_passage_rows(folder),
+        passages=passages,
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
         baseline=read_predictions(baseline, study),
         baseline_passages=read_passage_rows(baseline),
@@ -69,6 +81,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
             name: raw_digests(wanted.source, adapter=wanted.adapter)
             for name, wanted in study.evaluation.datasets.items()
         },
+        opinions=opinions(job, model, tokenizer, opinion, passages),
     )
 
 
@@ -78,6 +91,24 @@ def training_results(job: Job) -> dict | None:
         return None
     record = job.paths.finetuned_model(job.model) / "record.json"
     return read_json(record, made_by="00_finetuning")["results"]
+
+
+def opinions(
+    job: Job, model, tokenizer, opinion: SecondOpinion | None, passages: list[dict]
+) -> tuple[tuple[str, Gate], ...]:
+    """What transformers' own forward pass says of the items asked alone and of a few passages.
+
+    Args:
+        opinion: has looked on while the items were asked.
+        passages: rows of the shared text.
+    """
+    if opinion is None:
+        return ()
+    few, wanted = shared_passages(job.study)[: LOOKED_AT[TEXT]], job.study.evaluation
+    tokens = passage_tokens(tokenizer, few, max_tokens=wanted.shared_text.max_tokens)
+    read = partial(read_passages, model, batch_tokens=wanted.batch.tokens)
+    opinion.passages(tokens, passages[: len(tokens)], read)
+    return tuple(opinion.gates())
 
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
@@ -125,18 +156,23 @@ def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, lis
     return found
 
 
-def ask_alone(model, tokenizer, study: Study) -> dict[str, list[dict]]:
-    """Predictions of a few items of every set, each asked in a batch of its own."""
+def ask_alone(
+    model, tokenizer, study: Study, opinion: SecondOpinion | None = None
+) -> dict[str, list[dict]]:
+    """Predictions of a few items of every set, each asked in a batch of its own.
+
+    Args:
+        opinion: looks on.
+    """
     found = {}
     for name, wanted in study.evaluation.datasets.items():
         items = evaluation_items(study, name)
         chosen = sample([item.id for item in items], wanted.ask.protocol, seed=study.seed)
         few = [item for item in items if item.id in chosen]
         limits = study.evaluation.batch
-        asking = Bar(few, desc=f"{name}, asked alone", unit="item")
-        found[name] = [
-            row
-            for item in asking
-            for row in evaluate(model, tokenizer, [item], wanted, limits=limits)
-        ]
+        found[name] = []
+        for item in Bar(few, desc=f"{name}, asked alone", unit="item"):
+            with opinion.of(name, item) if opinion else nullcontext([]) as rows:
+                rows += evaluate(model, tokenizer, [item], wanted, limits=limits)
+            found[name] += rows
     return found

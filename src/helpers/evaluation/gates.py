@@ -57,6 +57,7 @@ class Evidence:
             `full_logits`; None if they were not.
         training: results of the record of the model's fine-tuning; None if there was none.
         raw: by set and item id, hashes of the raw rows, taken before any adapter.
+        opinions: gates on its answers by transformers' own forward pass, with what they guard.
     """
 
     study: Study
@@ -77,6 +78,7 @@ class Evidence:
     recomputed: object = None
     training: dict | None = None
     raw: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    opinions: tuple[tuple[str, Gate], ...] = ()
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -84,7 +86,7 @@ def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
     found = [(WHOLE_VARIANT, gate) for gate in shared_gates(e)]
     for name in e.study.evaluation.datasets:
         found += [(name, gate) for gate in dataset_gates(e, name)]
-    return found
+    return [*found, *e.opinions]
 
 
 def shared_gates(e: Evidence) -> list[Gate]:

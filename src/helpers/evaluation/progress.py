@@ -33,10 +33,14 @@ class Progress:
     Args:
         job: the model and variant at hand.
         files: content hash of the files they are loaded from.
+
+    Attributes:
+        resumed: ids of the items that an earlier run had answered, by set.
     """
 
     def __init__(self, job: Job, *, files: str):
         self._job, self._files = job, files
+        self.resumed: dict[str, set[str]] = {}
         self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
 
     def of(self, dataset: str, prompts: dict[str, str]) -> "Kept":
@@ -51,6 +55,7 @@ class Progress:
         job, path = self._job, self._folder / f"{dataset}.jsonl"
         owner = _owner(job, dataset, prompts) | {"files": self._files}
         rows, whole, other = read_kept(path, owner, prompts)
+        self.resumed[dataset] = set(rows)
         label = f"evaluation {job.model} {job.variant}"
         if other:
             told = f"{dataset}: discarded answers of another run ({', '.join(other)} differ)"

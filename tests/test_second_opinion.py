@@ -1,0 +1,260 @@
+"""transformers' own forward pass, one sequence at a time, sees what the engine gets wrong.
+
+Each lapse is put into the running engine, which asks in earnest and asks alone with it.
+"""
+
+import pytest
+import torch
+import yaml
+
+from conftest import STUDY
+from evaluated_run import looked_at
+from helpers.evaluation import generation, language_modeling, loglikelihood, packing, slots
+from helpers.evaluation.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
+from quantized_run import VARIANTS, QuantizedRun
+
+BOOLQ = {
+    "adapter": "boolq",
+    "source": {"shipped": "boolq"},
+    "items": 3,
+    "ask": {"protocol": "loglikelihood", "normalize": "none"},
+}
+FLOATS = ("noquant", "smooth_only")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """make(family, variant, dtype): a sound run whose items share beginnings."""
+    kept = {}
+
+    def make(family: str, variant: str, dtype: str = "float32"):
+        key = (family, variant, dtype)
+        if key not in kept:
+            torch.set_num_threads(1)
+            settings = yaml.safe_load(STUDY)
+            settings["runtime"]["dtype"] = dtype
+            settings["evaluation"]["datasets"]["boolq"] = BOOLQ
+            run = QuantizedRun(tmp_path_factory.mktemp("run"), settings, variant)
+            run.save_source(family, **({} if family == "gemma3_text" else {"num_hidden_layers": 3}))
+            if VARIANTS[variant]:
+                run.calibrate()
+                run.quantize()
+            kept[key] = run
+        return kept[key]
+
+    return make
+
+
+def failed(gates) -> set[str]:
+    return {gate.name for _, gate in gates if not gate.passed}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8", "o2", "o3", "smooth_only"])
+def test_a_sound_engine_agrees(runs, family, variant):
+    gates = looked_at(runs(family, variant))
+    assert [gate for _, gate in gates if not gate.passed] == []
+    assert {gate.name for _, gate in gates} == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert {what for what, _ in gates} == {"whole variant", "arc", "squad_v2", "boolq"}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8", "o2"])
+def test_a_sound_engine_agrees_in_bfloat16(runs, family, variant):
+    assert failed(looked_at(runs(family, variant, "bfloat16"))) == set()
+
+
+@pytest.mark.parametrize("family", ["opt", "gemma3_text", "phi3", "qwen3_moe", "mistral"])
+def test_other_families_agree(runs, family):
+    assert [g for _, g in looked_at(runs(family, "rtn_w8a8")) if not g.passed] == []
+    assert [g for _, g in looked_at(runs(family, "noquant")) if not g.passed] == []
+
+
+def positions_off_by_one(patch):
+    """After a beginning that others share."""
+    whole = packing.Segment.__post_init__
+
+    def late(self):
+        whole(self)
+        if self.before:
+            self.positions = [p + 1 for p in self.positions]
+
+    patch.setattr(packing.Segment, "__post_init__", late)
+
+
+def options_see_ahead(patch):
+    def mask(self, window):
+        size = len(self.tokens)
+        branch = torch.tensor(self.branches or [packing.TRUNK] * size)
+        own = torch.ones(size, size, dtype=torch.bool).tril() | (branch[:, None] == branch) & (
+            branch > packing.TRUNK
+        )
+        own &= (branch[:, None] == branch) | (branch == packing.TRUNK)
+        return torch.cat([torch.ones(size, self.start, dtype=torch.bool), own], dim=1)
+
+    patch.setattr(packing.Segment, "_mask", mask)
+
+
+def options_see_each_other(patch):
+    def mask(self, window):
+        size = len(self.tokens)
+        own = torch.ones(size, size, dtype=torch.bool).tril()
+        return torch.cat([torch.ones(size, self.start, dtype=torch.bool), own], dim=1)
+
+    patch.setattr(packing.Segment, "_mask", mask)
+
+
+def a_key_too_many(patch):
+    beyond = slots.Slots._beyond
+
+    def one_more(self, window):
+        common, own = beyond(self, window)
+        places = torch.arange(self._width)
+        return common, own & (places > self._at[:, None] + 1)[:, None, None]
+
+    patch.setattr(slots.Slots, "_beyond", one_more)
+
+
+def attention_in_bfloat16(patch):
+    whole = packing.scaled_dot_product_attention
+
+    def coarse(*parts, **how):
+        return whole(*(x.bfloat16() for x in parts), **how).to(parts[0].dtype)
+
+    patch.setattr(packing, "scaled_dot_product_attention", coarse)
+
+
+def decoding_in_bfloat16(patch):
+    attend = slots.Slots.attend
+
+    def coarse(self, layer, query, key, value, **how):
+        return attend(self, layer, query, key, value, **how).bfloat16().to(query.dtype)
+
+    patch.setattr(slots.Slots, "attend", coarse)
+
+
+def scores_scaled_otherwise(patch):
+    attend = packing.Row.attend
+
+    def warm(self, layer, query, key, value, **how):
+        return attend(self, layer, query * 0.97, key, value, **how)
+
+    patch.setattr(packing.Row, "attend", warm)
+
+
+def positions_of_decoding(patch):
+    step = slots.Slots.step
+    patch.setattr(slots.Slots, "step", lambda self, *args: step(self, *args) + 1)
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize(
+    ("lapse", "names"),
+    [
+        (positions_off_by_one, {LAYERS}),
+        (options_see_ahead, {LAYERS}),
+        (options_see_each_other, {LAYERS}),
+        (a_key_too_many, {LAYERS}),
+        (attention_in_bfloat16, {LAYERS}),
+        (decoding_in_bfloat16, {LAYERS}),
+        (scores_scaled_otherwise, {LAYERS}),
+        (positions_of_decoding, {LAYERS}),
+    ],
+)
+def test_how_a_text_is_read(runs, monkeypatch, lapse, names, variant):
+    lapse(monkeypatch)
+    assert names <= failed(looked_at(runs("llama", variant)))
+
+
+@pytest.mark.parametrize("lapse", [positions_off_by_one, options_see_ahead, options_see_each_other])
+def test_log_probabilities_of_the_baseline(runs, monkeypatch, lapse):
+    """Read whole, by a model that transformers loads."""
+    lapse(monkeypatch)
+    assert LOGPROBS in failed(looked_at(runs("llama", "noquant")))
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
+    """The model is sound; the token before the right one is looked up."""
+    whole = loglikelihood.targets
+
+    def shifted(item, branches):
+        return [(max(0, at - 1), token, k) for at, token, k in whole(item, branches)]
+
+    monkeypatch.setattr(loglikelihood, "targets", shifted)
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_an_option_without_its_last_token(runs, monkeypatch, variant):
+    whole = loglikelihood.targets
+    monkeypatch.setattr(loglikelihood, "targets", lambda *args: whole(*args)[:-1])
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_the_second_likeliest_token(runs, monkeypatch, variant):
+    take = generation.Decoder._take
+
+    def second(self, first, logits):
+        if first == 0 and self.alive and len(self.alive[0].tokens) == 2:
+            logits = logits.clone().scatter_(1, logits.argmax(1)[:, None], -50.0)
+        yield from take(self, first, logits)
+
+    monkeypatch.setattr(generation.Decoder, "_take", second)
+    assert failed(looked_at(runs("llama", variant))) == {TOKENS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_an_answer_cut_short(runs, monkeypatch, variant):
+    """The text is the beginning of what the model says, and its end was made up."""
+    take = generation.Answer.take
+
+    def early(self, token, finite, ends):
+        return take(self, token, finite, ends) or ("stop" if len(self.tokens) == 4 else None)
+
+    monkeypatch.setattr(generation.Answer, "take", early)
+    assert failed(looked_at(runs("llama", variant))) == {TOKENS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_the_loss_on_the_wrong_token(runs, monkeypatch, variant):
+    whole = language_modeling.passage_rows
+
+    def shifted(passages, tokens, states, reference):
+        moved = [[*t[:1], *t[:-1]] for t in tokens]
+        return whole(passages, moved, states, reference)
+
+    monkeypatch.setattr(language_modeling, "passage_rows", shifted)
+    assert failed(looked_at(runs("llama", variant))) == {TEXT}
+
+
+def a_layer_that_is_skipped(model):
+    model.model.layers[1].forward = lambda hidden_states, *_args, **_kwargs: hidden_states
+
+
+def another_rope(model):
+    model.model.rotary_emb.inv_freq *= 1.05
+
+
+def another_activation(model):
+    for layer in model.model.layers:
+        layer.mlp.act_fn = torch.nn.GELU()
+
+
+@torch.no_grad()
+def embeddings_moved(model):
+    model.model.embed_tokens.weight += 1e-3
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize(
+    "change", [a_layer_that_is_skipped, another_rope, another_activation, embeddings_moved]
+)
+def test_another_model_than_that_of_the_files(runs, variant, change):
+    assert LAYERS in failed(looked_at(runs("llama", variant), change))
+
+
+def test_a_look_that_fails_is_a_gate_that_fails(runs, monkeypatch):
+    monkeypatch.setattr("helpers.evaluation.traces.Trace.rows_of", lambda *_: None)
+    gates = looked_at(runs("llama", "rtn_w8a8"))
+    assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert any("did not read this text" in gate.measured for _, gate in gates)
