@@ -11,7 +11,16 @@ os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"
 
 import torch
 
-from benchmarks import account, answering, evaluating, machine, quantizing, scoring, simulation
+from benchmarks import (
+    account,
+    answering,
+    evaluating,
+    machine,
+    processors,
+    quantizing,
+    scoring,
+    simulation,
+)
 from benchmarks.material import Material
 from helpers.sources.memory import keep_spare
 from helpers.study.paths import outputs_root
@@ -23,6 +32,7 @@ COMPARISONS = {
     "evaluating": evaluating.compare,
     "quantizing": quantizing.compare,
     "growth": evaluating.growth,
+    "processors": processors.compare,
 }
 ROUNDS = 2
 QUICK_ITEMS = 10
@@ -51,6 +61,8 @@ def main() -> None:
             print(f"{name}:", flush=True)
             rows += COMPARISONS[name](material)
     whole = not given.quick and given.only == list(COMPARISONS)
+    if not rows:
+        return
     folder = outputs_root() / ("bench" if whole else "bench-try")
     account.write(folder, described, rows, took_s=time.monotonic() - started)
     print(f"written: {folder.name}/report.md")

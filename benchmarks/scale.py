@@ -117,7 +117,7 @@ def machine() -> dict:
         "cores": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "cpu_features": features(),
+        "cpu_features": list(features()),
     }
 
 

@@ -37,12 +37,29 @@ def measured(cost: Cost) -> Shown:
     """One model: what is gained, as ratios and amounts, and how near the limit."""
     model = code(cost.account["model"])
     return [
-        Markdown(f"### Model {model}\n\n{gains(cost)}\n\n{how(cost)}\n"),
+        Markdown(f"### Model {model}\n\n{arithmetic(cost)}{gains(cost)}\n\n{how(cost)}\n"),
         Markdown(markdown_table(cost_tables.relative(cost))),
         cost_figures.throughput(cost, title=claim(cost)),
         Markdown(markdown_table(cost_tables.absolute(cost))),
         Markdown(f"{limit(cost)}\n\n{markdown_table(cost_tables.near_the_limit(cost))}"),
     ]
+
+
+def arithmetic(cost: Cost) -> str:
+    """How the processor multiplies int8 and bfloat16; nothing where that is not on record."""
+    record = cost.account.get("arithmetic")
+    if not record:
+        return ""
+    int8 = f"int8 products are computed as {record['int8_products']}, exactly"
+    if record["int8_units"] == "no":
+        told = f"**This processor has no int8 units: int8 saves memory here, not time**; {int8}."
+    else:
+        told = f"This processor has int8 units ({escape(record['processor'])}); {int8}."
+    if record["bfloat16_products"] != "bfloat16":
+        told += (
+            f" It has no bfloat16 units: bfloat16 is multiplied in {record['bfloat16_products']}."
+        )
+    return f"{told}\n\n"
 
 
 def gains(cost: Cost) -> str:

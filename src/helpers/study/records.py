@@ -113,6 +113,7 @@ class Record:
         self.inputs: dict[str, str] = {}
         self._elsewhere: list[Path] = []
         self._operations: dict[str, int] = {}
+        self._machine: dict[str, str] = {}
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._lock = self.folder.with_name(f".{self.folder.name}.lock")
         hold(self._lock, f"{_shown(self.folder)} is being written")
@@ -130,6 +131,10 @@ class Record:
         """Note what the job computes: multiplications and additions, by arithmetic."""
         self._operations |= counted
 
+    def add_machine(self, arithmetic: dict[str, str]) -> None:
+        """Note how this machine multiplies; it is no result, and may differ from run to run."""
+        self._machine |= arithmetic
+
     def write(self, results: dict) -> Path:
         """Write `record.json`, the last thing a job does, and return its path.
 
@@ -138,6 +143,7 @@ class Record:
         path = self.folder / RECORD
         counted = {"operations": self._operations} if self._operations else {}
         machine = {"cpu_count": os.cpu_count(), "architecture": platform.machine()}
+        machine |= self._machine
         write_json(
             path,
             {

@@ -1,0 +1,50 @@
+"""A whole study on a machine that is kept to AVX2: the stand-in for a processor without more."""
+
+import json
+
+import pytest
+from smoke_study import Smoke
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def kept_to_avx2(tmp_path_factory):
+    study = Smoke(tmp_path_factory.mktemp("avx2") / "study")
+    study.said = study.done("study", "PROCESSOR=avx2")
+    return study
+
+
+def gates(study: Smoke) -> dict[str, list[dict]]:
+    found = [*study.outputs.rglob("gates.json"), *study.outputs.rglob("verification.json")]
+    return {str(path): json.loads(path.read_text("utf-8"))["gates"] for path in found}
+
+
+def test_every_gate_holds(kept_to_avx2):
+    checked = gates(kept_to_avx2)
+    assert len(checked) == 20  # two models: six evaluations and four checkpoints each
+    assert not [g for each in checked.values() for g in each if not g["passed"]]
+
+
+def test_the_records_and_the_report_say_what_the_processor_lacks(kept_to_avx2):
+    records = [*kept_to_avx2.outputs.rglob("evaluation/record.json")]
+    machines = [json.loads(path.read_text("utf-8"))["machine"] for path in records]
+    assert {m["int8_products"] for m in machines} == {"float32 in blocks"}
+    assert {m["processor"] for m in machines} == {"AVX2"}
+    report = (kept_to_avx2.outputs / "report.md").read_text("utf-8")
+    assert "This processor has no int8 units: int8 saves memory here, not time" in report
+    assert "bfloat16 is multiplied in float32, rounded to bfloat16 once" in report
+
+
+def test_whole_numbers_are_the_same_on_both(kept_to_avx2, undisturbed):
+    """What no product touches: items and prompts, and what they are hashed to."""
+    for name in ("arc", "squad_v2", "openmath", "boolq"):
+        place = f"base/noquant/evaluation/{name}.jsonl"
+        rows = [
+            [json.loads(line) for line in (study.outputs / place).read_text("utf-8").splitlines()]
+            for study in (kept_to_avx2, undisturbed)
+        ]
+        kept = [
+            [(row["id"], row["prompt_hash"], row["prompt_tokens"]) for row in each] for each in rows
+        ]
+        assert kept[0] == kept[1]
