@@ -48,12 +48,16 @@ def compare(material: Material) -> list[Comparison]:
     rows = json.loads(path.read_text("utf-8")) if path.is_file() else []
     key = (row["kind"], row["kept_to"])
     rows = [other for other in rows if (other["kind"], other["kept_to"]) != key] + [row]
-    rows.sort(key=lambda each: (KINDS.index(each["kind"]), each["kept_to"]))
+    rows.sort(key=lambda each: (each["kind"] not in KINDS, _place(each["kind"]), each["kept_to"]))
     write_json(path, rows)
     text = markdown(rows)
     write_atomically(path.with_suffix(".md"), lambda p: p.write_text(text, encoding="utf-8"))
     print(f"written: {path.parent.name}/processors.md", flush=True)
     return []
+
+
+def _place(kind: str) -> int:
+    return KINDS.index(kind) if kind in KINDS else 0
 
 
 def _rounds(material: Material) -> dict[str, list[dict]]:

@@ -71,6 +71,21 @@ def test_what_was_not_measured_is_named_with_its_reason(costs):
     assert "- `x` runs in float; it was not measured." in told
 
 
+def test_a_processor_without_units_is_said_to_save_memory_only(costs):
+    def multiplies(units: str, products: str):
+        how = {"processor": "AVX2", "int8_units": units, "bfloat16_products": products}
+        return lambda told: told.update(arithmetic=how | {"int8_products": "float32 in blocks"})
+
+    lacking = cost_chapter.arithmetic(costs(multiplies("no", "float32, rounded to bfloat16 once")))
+    assert "no int8 units: int8 saves memory here, not time" in lacking
+    assert "int8 products are computed as float32 in blocks, exactly" in lacking
+    assert "no bfloat16 units: bfloat16 is multiplied in float32" in lacking
+    whole = cost_chapter.arithmetic(costs(multiplies("yes", "bfloat16")))
+    assert "has int8 units" in whole
+    assert "no " not in whole
+    assert cost_chapter.arithmetic(costs()) == ""  # records from before it was noted
+
+
 def test_a_simulation_is_called_one(costs):
     changes = {"simulated": True, "arithmetic": "float32"}
     cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(changes))

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+
 from smoke_study import Smoke
 
 pytestmark = pytest.mark.long
@@ -39,7 +40,7 @@ def test_the_records_and_the_report_say_what_the_processor_lacks(kept_to_avx2):
 def test_whole_numbers_are_the_same_on_both(kept_to_avx2, undisturbed):
     """What no product touches: items and prompts, and what they are hashed to."""
     for name in ("arc", "squad_v2", "openmath", "boolq"):
-        place = f"base/noquant/evaluation/{name}.jsonl"
+        place = f"base/noquant/evaluation/predictions/{name}.jsonl"
         rows = [
             [json.loads(line) for line in (study.outputs / place).read_text("utf-8").splitlines()]
             for study in (kept_to_avx2, undisturbed)
