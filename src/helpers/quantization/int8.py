@@ -61,7 +61,7 @@ def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors, one copy of each; the head is missing if it is the embeddings."""
-    return dict(TensorFiles(folder, dtype=None))
+    return TensorFiles(folder, dtype=None).all_at_once()
 
 
 def declared_activations(folder: Path) -> str:

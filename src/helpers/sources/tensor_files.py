@@ -103,6 +103,16 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(self._tensors[name].path, framework="pt") as file:
             return self._given(file.get_tensor(self._stored_names[name]))
 
+    def all_at_once(self) -> dict[str, Tensor]:
+        """Every tensor by name, each file opened once."""
+        tensors: dict[str, Tensor] = {}
+        for path in sorted({tensor.path for tensor in self._tensors.values()}):
+            with safe_open(path, framework="pt") as file:
+                for name, tensor in self._tensors.items():
+                    if tensor.path == path:
+                        tensors[name] = self._given(file.get_tensor(self._stored_names[name]))
+        return tensors
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
 
