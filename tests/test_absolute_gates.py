@@ -11,6 +11,7 @@ from helpers.evaluation.absolute_gates import (
     compressed_bytes,
     is_random,
     plain_text_gate,
+    trained_on_gate,
     training_gate,
 )
 from helpers.evaluation.comparison import Answers, rules_of
@@ -73,6 +74,14 @@ def test_text_of_a_language_takes_three_to_five_bits_a_byte_without_one(texts):
 def test_training_that_changed_no_more_than_rounding_is_caught(before, after, passes):
     results = {"heldout_loss_before": before, "heldout_loss_after": after}
     assert training_gate(results).passed == passes
+
+
+def test_training_on_other_items_than_those_drawn_is_caught():
+    """What is looked through for leaks has to be what was trained on."""
+    record = {"items": {"training": ["a", "b"], "heldout": ["c"]}}
+    assert trained_on_gate(record, ["a", "b", "c"]).passed
+    for drawn in (["a", "b", "d"], ["a", "b"], ["b", "a", "c"], []):
+        assert not trained_on_gate(record, drawn).passed
 
 
 def answers(n: int, **changes) -> list[dict]:

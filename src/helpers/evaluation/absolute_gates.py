@@ -74,3 +74,21 @@ def training_gate(results: dict) -> Gate:
         f"from {before:.6g} to {after:.6g} nats a token",
         f"by more than {LEAST_CHANGE:g} of it",
     )
+
+
+def trained_on_gate(results: dict, drawn: list[str]) -> Gate:
+    """The record of the training names the items that the study draws for it now.
+
+    Args:
+        results: of the record of the fine-tuning.
+        drawn: ids of the training items, then of the held-out ones.
+    """
+    items = results.get("items", {})
+    found = [*items.get("training", []), *items.get("heldout", [])]
+    others = len(set(found) ^ set(drawn))
+    return Gate(
+        "trained on the items drawn",
+        bool(drawn) and found == drawn,
+        f"{len(found)} items on record, {others} of them others",
+        f"the {len(drawn)} drawn, in their order",
+    )

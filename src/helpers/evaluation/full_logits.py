@@ -9,6 +9,7 @@ baseline alone: each passage is read with two of transformers' implementations o
 and its softmax over the vocabulary is taken in float32 too.
 """
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from helpers.study.opening import Job
 from helpers.study.schema import Runtime
 
 ATTENTION = ("sdpa", "eager")  # two ways that transformers itself has
+ROWS, COLUMNS = 64, 16384  # of a matrix that are in float64 at once
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,10 @@ def transformers_model(folder: Path, runtime: Runtime):
 
 @torch.inference_mode()
 def _own_logits(model, tokens: list[int], attention: str) -> Tensor:
-    """(tokens - 1, vocabulary) float64 logits of the next tokens, by the model's own forward."""
+    """(tokens - 1, vocabulary) logits of the next tokens, by the model's own forward."""
     model.set_attn_implementation(attention)
     ids = torch.tensor([tokens[:-1]], device=model.device)
-    return model(input_ids=ids, use_cache=False).logits[0].double().cpu()
+    return model(input_ids=ids, use_cache=False).logits[0].cpu()
 
 
 def _states_of(tokens: list[int], passes: list, model) -> Tensor | None:
@@ -143,12 +145,15 @@ def _head(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
 
     No variant changes the head, so it is the baseline's.
     """
-    head = baseline.get_output_embeddings()
-    weight = head.weight.to(dtype).double().cpu()
-    logits = states.double().cpu() @ weight.T
-    if getattr(head, "bias", None) is not None:
-        logits = logits + head.bias.to(dtype).double().cpu()
-    return logits.to(dtype).double()
+    head, parts = baseline.get_output_embeddings(), []
+    x, bias = states.double().cpu(), getattr(head, "bias", None)
+    for start in range(0, len(head.weight), COLUMNS):
+        chosen = slice(start, start + COLUMNS)
+        logits = x @ head.weight[chosen].to(dtype).double().cpu().T
+        if bias is not None:
+            logits += bias[chosen].to(dtype).double().cpu()
+        parts.append(logits.to(dtype))
+    return torch.cat(parts, dim=1)
 
 
 def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | None) -> dict:
@@ -160,28 +165,53 @@ def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | 
         second: the same by another implementation of attention: their distance is rounding.
         logits: the variant's; None where it is the baseline itself.
     """
-    references = [matrix.log_softmax(-1) for matrix in (first, second)]
-    found = references if logits is None else [logits.log_softmax(-1)] * 2
-    targets = torch.tensor(tokens[1:])[:, None]
-    losses = [-matrix.gather(1, targets).sum().item() for matrix in found]
-    divergences = [(p.exp() * (p - q)).sum().item() for p, q in zip(references, found, strict=True)]
-    single = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
-    double = -references[0].gather(1, targets).sum().item()
-    same = references[0].argmax(-1) == found[0].argmax(-1)
-    blur = (first - second).abs().amax(-1)  # (tokens - 1,)
+    total: Counter[str] = Counter()
+    for start in range(0, len(first), ROWS):
+        rows = slice(start, start + ROWS)
+        targets = torch.tensor(tokens[1:])[rows, None]
+        own = None if logits is None else logits[rows].double()
+        total.update(_sums(first[rows].double(), second[rows].double(), own, targets))
     return {
         "tokens": len(tokens) - 1,
+        "nll": total["nll"],
+        "kl": total["kl"],
+        "top1_agreements": total["same"],
+        "nll_blur": abs(total["nll"] - total["other_nll"]) + abs(total["softmax"]),
+        "kl_blur": abs(total["kl"] - total["other_kl"]),
+        "ties": total["ties"],
+    }
+
+
+def _sums(first: Tensor, second: Tensor, logits: Tensor | None, targets: Tensor) -> dict:
+    """Sums over some tokens, of float64 logits (tokens, vocabulary) and (tokens, 1) targets.
+
+    The KL, and the baseline's own loss, are from both readings of the baseline; `softmax` is
+    what float32 loses in its loss.
+    """
+    references = [matrix.log_softmax(-1) for matrix in (first, second)]
+    found = references if logits is None else [logits.log_softmax(-1)] * 2
+    losses = [-matrix.gather(1, targets).sum().item() for matrix in (*found, references[0])]
+    single = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
+    terms = [p.exp() * (p - q) for p, q in zip(references, found, strict=True)]
+    chosen, blur = first if logits is None else logits, (first - second).abs().amax(-1)
+    return {
         "nll": losses[0],
-        "kl": divergences[0],
-        "top1_agreements": int(same.sum()),
-        "nll_blur": abs(losses[0] - losses[1]) + abs(single - double),
-        "kl_blur": abs(divergences[0] - divergences[1]),
-        "ties": int((_undecided(first, blur) | _undecided(found[0], blur)).sum()),
+        "other_nll": losses[1],
+        "softmax": single - losses[2],
+        "kl": terms[0].sum().item(),
+        "other_kl": terms[1].sum().item(),
+        "same": int((first.argmax(-1) == chosen.argmax(-1)).sum()),
+        "ties": int((_undecided(first, blur) | _undecided(chosen, blur)).sum()),
     }
 
 
 def _undecided(logits: Tensor, blur: Tensor) -> Tensor:
-    """(tokens,) bool: whether rounding may change which token is the most likely one."""
+    """(tokens,) bool: whether rounding may change which token is the most likely one.
+
+    Args:
+        logits: (tokens, vocabulary).
+        blur: (tokens,) how far rounding moves them.
+    """
     best = logits.topk(2, dim=-1).values
     size = best[:, 0].abs() * torch.finfo(torch.float32).eps
     return best[:, 0] - best[:, 1] <= 2 * (blur + size)

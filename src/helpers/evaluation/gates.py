@@ -8,7 +8,11 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-from helpers.evaluation.absolute_gates import plain_text_gate, training_gate
+from helpers.evaluation.absolute_gates import (
+    plain_text_gate,
+    trained_on_gate,
+    training_gate,
+)
 from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.item_gates import clusters_gate, leakage_gate, raw_rows_gate
@@ -110,7 +114,10 @@ def absolute_gates(e: Evidence) -> list[Gate]:
     """The gates on the baseline that are held to limits of their own."""
     texts = e.recomputed.texts if e.recomputed else {}
     gates = [plain_text_gate(e.study, e.model, e.passages, texts)]
-    return [*gates, training_gate(e.training)] if e.training else gates
+    if not e.training:
+        return gates
+    drawn = [item.id for item in e.seen.get("training", [])]
+    return [*gates, training_gate(e.training), trained_on_gate(e.training, drawn)]
 
 
 def dataset_gates(e: Evidence, name: str) -> list[Gate]:

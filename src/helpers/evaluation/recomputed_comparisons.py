@@ -84,8 +84,10 @@ def differences(paired, again: Recount) -> list[str]:
         if not abs(value - other) <= room
     ]
     half = (paired.interval.high - paired.interval.low) / 2
-    enough = again.losses + again.gains >= FEWEST_FLIPS and again.jackknife > 0
-    if enough and not NARROWEST <= half / again.jackknife <= WIDEST:
+    flips = again.losses + again.gains
+    # Where nearly all items flip, a score interval is far from a normal one.
+    comparable = FEWEST_FLIPS <= flips <= again.n / 2 and again.jackknife > 0
+    if comparable and not NARROWEST <= half / again.jackknife <= WIDEST:
         told.append(f"half-width {half:.4g}, {again.jackknife:.4g} by a jackknife")
     return told
 

@@ -71,7 +71,8 @@ def recount(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Reco
         ValueError: the two have different items, or one has an item twice.
     """
     before, after = ({row["id"]: row for row in rows} for rows in (baseline, variant))
-    if before.keys() != after.keys() or len(before) != len(baseline) != len(variant):
+    counts = {len(before), len(after), len(baseline), len(variant)}
+    if before.keys() != after.keys() or len(counts) > 1:
         raise ValueError("they have different items")
     ids = sorted(before)
     changes = [after[i]["score"] - before[i]["score"] for i in ids]
