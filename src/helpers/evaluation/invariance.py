@@ -1,7 +1,8 @@
 """Whether an answer depends on the other items of its batch.
 
 A few items are asked again in a batch of one. In float32 on a CPU a model has to answer
-the same, quantized or not: the engine reads every text at the shape it has alone. On
+the same, quantized or not, and give every option the same log-probability: the engine reads
+every text at the shape it has alone. On
 other runtimes, and in bfloat16, it need not: a last bit that differs tips values over a
 rounding edge, and after a few layers every rounding is drawn anew (NOTES.md). There the
 share of changed answers is recorded as the variant's own noise floor. Its
@@ -41,8 +42,7 @@ def invariance_gate(
     changed = [b["id"] for b, a in pairs if _said(a) != _said(b)]
     told = f"{len(changed)} of {len(pairs)} answers change"
     if exact(study, variant):
-        passed = bool(pairs) and not changed
-        return Gate("same answer alone", passed, told, "none changes")
+        return _exactly_alone(pairs, changed, told)
     if any("logprobs" in row for row in alone) and variant != study.baseline:
         return _options_alone(pairs, {row["id"]: row for row in baseline}, told)
     finite = not any(a["finish_reason"] == "nonfinite" for _, a in pairs)
@@ -52,6 +52,19 @@ def invariance_gate(
         bool(pairs) and finite and own >= others,
         f"{told}; words in common {own:.2f}, with other items' answers {others:.2f}",
         "each is more like its own answer in the batch than like others'; logits are finite",
+    )
+
+
+def _exactly_alone(pairs: list[tuple[dict, dict]], changed: list[str], told: str) -> Gate:
+    """No answer changes, and no option's log-probability by more than it is stored to."""
+    if not any("logprobs" in row for pair in pairs for row in pair):
+        return Gate("same answer alone", bool(pairs) and not changed, told, "none changes")
+    moved = _largest_change(pairs)
+    return Gate(
+        "same answer alone",
+        bool(pairs) and not changed and moved <= ROUNDING,
+        f"{told}; log-probabilities of options by {moved:.2g} at most",
+        f"none changes; log-probabilities by {ROUNDING:g}",
     )
 
 
@@ -107,6 +120,16 @@ def _likeness(pairs: list[tuple[dict, dict]], rows: list[dict]) -> tuple[float, 
     ]
     mean = [math.fsum(found) / len(found) if found else 0.0 for found in (own, others)]
     return mean[0], mean[1]
+
+
+def _largest_change(pairs: list[tuple[dict, dict]]) -> float:
+    """The largest change of an option's log-probability; infinite where one has none."""
+    changes = [0.0]
+    for one, other in pairs:
+        before, after = one.get("logprobs", ()), other.get("logprobs", ())
+        changes += [abs(x - y) for x, y in zip(before, after, strict=False)]
+        changes += [math.inf] * (len(before) != len(after))
+    return max(changes)
 
 
 def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:

@@ -170,7 +170,6 @@ class SecondOpinion:
             states = self._states(trace, found, text, where)
             if self.whole:
                 self._pending.append((compared, where, text, places, option, row["logprobs"][k]))
-                continue
             self._scored(compared, where, self._head(states, places), option, row["logprobs"][k])
 
     def _head(self, states: Finals, places: list[int]) -> Finals:
@@ -180,15 +179,22 @@ class SecondOpinion:
 
     def _scored(self, compared, where: str, logits: Finals, targets, said: float) -> None:
         """What the engine said of some tokens together, by logits as `_head` gives them."""
-        exact, rounded = (_each(side, targets) for side in logits)
-        off = _rms(exact - rounded)
-        limit = self._sum_limit(off, logits[0], len(targets))
-        compared.add(abs(said - float(exact.sum())), limit, where)
+        exact, rounded = logits
+        limit = self._sum_limit(_rms(exact - rounded), exact, len(targets))
+        compared.add(abs(said - float(_each(exact, targets).sum())), limit, where)
 
     def _sum_limit(self, off: float, logits: Tensor, count: int) -> float:
-        """How far a sum of log-probabilities may be off, of which one is off by so much."""
-        eps = torch.finfo(self.files.dtype).eps
-        return count**0.5 * (ROUNDINGS * off + eps * float(logits.abs().max())) + STORED
+        """How far a sum of log-probabilities may be off, of which one is off by so much.
+
+        Args:
+            off: root mean square change of a logit by rounding, all of the vocabulary.
+
+        Their roundings fall either way, but for those of a softmax in float32, which a large
+        vocabulary pulls to one side.
+        """
+        eps, size = torch.finfo(self.files.dtype).eps, float(logits.abs().max())
+        one_sided = 16 * torch.finfo(torch.float32).eps * size
+        return count**0.5 * (ROUNDINGS * off + eps * size) + count * one_sided + STORED
 
     def _margin(self, off: float, logits: Tensor) -> float:
         """How far behind the likeliest a token may lie that is as likely, but for rounding."""
@@ -204,7 +210,6 @@ class SecondOpinion:
         places = list(range(len(asked) - 1, len(text)))
         if self.whole:
             self._pending.append((compared, where, text, places, None, row))
-            return
         exact, rounded = self._head(states, places)
         margin = self._margin(float((exact - rounded).abs().max()), exact)
         self._decoded(compared, where, exact, margin, text[len(asked) :], row)
@@ -248,11 +253,9 @@ class SecondOpinion:
     def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
         text, targets = passage[:-1], passage[1:]
         states = self._states(trace, trace.rows_of(text), text, "shared text")
-        if self.whole:
-            places = list(range(len(text)))
-            self._pending.append((self.text, row["id"], text, places, targets, -row["nll"]))
-            return
         places = list(range(len(text)))
+        if self.whole:
+            self._pending.append((self.text, row["id"], text, places, targets, -row["nll"]))
         self._scored(self.text, row["id"], self._head(states, places), targets, -row["nll"])
 
     def gates(self) -> list[tuple[str, Gate]]:
@@ -285,8 +288,7 @@ class SecondOpinion:
             shaken = fresh.logits(text, places)
             by_logit = max(by_logit, float((shaken - logits[index]).abs().max()))
             if targets is not None:
-                off = _rms(_each(shaken, targets) - _each(logits[index], targets))
-                by_token = max(by_token, off)
+                by_token = max(by_token, _rms(shaken - logits[index]))
         for (compared, where, text, _, targets, said), found in zip(
             self._pending, logits, strict=True
         ):
