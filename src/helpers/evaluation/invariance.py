@@ -22,7 +22,7 @@ from helpers.study.schema import Study
 
 # Items of each evaluation set. A written answer is dozens of decisions, one after the other,
 # and takes as long alone as ten scored ones.
-SAMPLE = {"loglikelihood": 8, "generate": 2}
+SAMPLE = {"loglikelihood": 4, "generate": 1}
 DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
 ROUNDING = 1e-5  # of stored log-probabilities, with room
 
