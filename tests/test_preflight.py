@@ -1,5 +1,6 @@
 """What would stop a job is said before the first one: one line, naming the key to mend."""
 
+import shutil
 import subprocess
 import sys
 
@@ -29,6 +30,7 @@ def check(sound, study_settings, write_study, tmp_path):
     """check(change to the folder, change to the settings): the problems found."""
 
     def found(change=None, settings=None) -> list[str]:
+        shutil.rmtree(tmp_path / "model", ignore_errors=True)
         folder = copied(sound, tmp_path / "model", *filter(None, [change]))
         study_settings["models"]["base"] = {"folder": str(folder)}
         if settings:
@@ -163,6 +165,19 @@ def test_rows_are_read_and_items_drawn(check, write_rows):
     (line,) = check(None, own_rows)
     assert line.startswith("evaluation.datasets.arc: ")
     assert "row 2 is no boolq item" in line
+
+
+def test_what_is_not_fetched_yet_is_passed_over(check):
+    """A dry run looks at what is here; the run itself fetches first."""
+
+    def from_a_hub(settings):
+        hub = {"hub": "someone/rows", "config": None, "split": "test", "revision": "main"}
+        settings["evaluation"]["datasets"]["arc"]["source"] = hub
+        settings["models"]["other"] = {"hub": "someone/model", "revision": "main"}
+
+    assert check(None, from_a_hub) == []
+    (line,) = check(no_eos, from_a_hub)
+    assert "no eos token" in line
 
 
 def test_too_few_rows_are_told_once(check):

@@ -8,7 +8,7 @@ usage: python -m helpers.evaluation.preflight STUDY [--dry]
 """
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 
 from transformers.utils import logging
 
@@ -25,9 +25,9 @@ from helpers.sources.datasets import (
     training_items,
 )
 from helpers.sources.hub import cached_model
-from helpers.sources.hub_rows import account
 from helpers.sources.models import load_tokenizer, model_folder, tensor_problem
 from helpers.sources.positions import fixed_up_to
+from helpers.sources.row_problems import row_problems, rows_are_here
 from helpers.sources.skeleton import skeleton
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.errors import StudyError
@@ -38,7 +38,6 @@ from helpers.study.schema import Study
 from helpers.study.source_settings import (
     BundledModel,
     FineTunedModel,
-    HubDataset,
     HubModel,
     ModelSource,
 )
@@ -53,12 +52,13 @@ def problems(study: Study, paths: StudyPaths, *, dry: bool) -> Iterator[str]:
     Args:
         dry: what is not on this machine is passed over.
     """
-    wrong = list(_row_problems(study))
+    wrong = list(row_problems(study))
     yield from wrong
+    with_texts = not wrong and rows_are_here(study)
     for model, source in study.models.items():
         passed_over = isinstance(source, FineTunedModel) or (dry and not _is_here(source))
         if not passed_over:
-            yield from _model_problems(study, model, paths, with_texts=not wrong)
+            yield from _model_problems(study, model, paths, with_texts=with_texts)
 
 
 def _is_here(source: ModelSource) -> bool:
@@ -68,34 +68,6 @@ def _is_here(source: ModelSource) -> bool:
         case BundledModel():
             return bundled_model_is_here()
     return True
-
-
-def _row_problems(study: Study) -> Iterator[str]:
-    """Rows that are no items, and sets that are too small to draw from."""
-    draws: list[tuple[str, list, Callable]] = []
-    for name, wanted in study.evaluation.datasets.items():
-        draw = lambda name=name: evaluation_items(study, name)  # noqa: E731
-        draws.append((f"evaluation.datasets.{name}", [wanted.source], draw))
-    sets = [source for _, sources, _ in draws for source in sources]
-    calibration = [study.calibration.dataset, *sets]
-    text = study.evaluation.shared_text.dataset
-    draws.append(("evaluation.shared_text", [text], lambda: shared_passages(study)))
-    draws.append(("calibration", calibration, lambda: calibration_items(study)))
-    for name, model in study.models.items():
-        if isinstance(model, FineTunedModel):
-            draw = lambda name=name: training_items(study, name)  # noqa: E731
-            sources = [model.finetune.dataset, *calibration]
-            draws.append((f"models.{name}.finetune", sources, draw))
-    told: set[str] = set()
-    for key, sources, draw in draws:
-        if not all(account(s) for s in sources if isinstance(s, HubDataset)):
-            continue  # not fetched yet
-        try:
-            draw()
-        except StudyError as error:
-            if str(error) not in told:  # all draw around the evaluation sets
-                told.add(str(error))
-                yield str(error) if str(error).startswith(key) else f"{key}: {error}"
 
 
 def _model_problems(study: Study, model: str, paths: StudyPaths, *, with_texts: bool):

@@ -1,0 +1,52 @@
+"""Rows that are no items, and sets too small to draw from: a line for each, before any job."""
+
+from collections.abc import Callable, Iterator
+
+from helpers.sources.datasets import (
+    calibration_items,
+    evaluation_items,
+    shared_passages,
+    training_items,
+)
+from helpers.sources.hub_rows import account
+from helpers.study.errors import StudyError
+from helpers.study.local_files import sources_of
+from helpers.study.schema import Study
+from helpers.study.source_settings import FineTunedModel, HubDataset
+
+
+def row_problems(study: Study) -> Iterator[str]:
+    """Rows that are no items, and sets that are too small to draw from."""
+    draws: list[tuple[str, list, Callable]] = []
+    for name, wanted in study.evaluation.datasets.items():
+        draw = lambda name=name: evaluation_items(study, name)  # noqa: E731
+        draws.append((f"evaluation.datasets.{name}", [wanted.source], draw))
+    sets = [source for _, sources, _ in draws for source in sources]
+    calibration = [study.calibration.dataset, *sets]
+    text = study.evaluation.shared_text.dataset
+    draws.append(("evaluation.shared_text", [text], lambda: shared_passages(study)))
+    draws.append(("calibration", calibration, lambda: calibration_items(study)))
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            draw = lambda name=name: training_items(study, name)  # noqa: E731
+            sources = [model.finetune.dataset, *calibration]
+            draws.append((f"models.{name}.finetune", sources, draw))
+    told: set[str] = set()
+    for key, sources, draw in draws:
+        if not _are_here(sources):
+            continue
+        try:
+            draw()
+        except StudyError as error:
+            if str(error) not in told:  # all draw around the evaluation sets
+                told.add(str(error))
+                yield str(error) if str(error).startswith(key) else f"{key}: {error}"
+
+
+def rows_are_here(study: Study) -> bool:
+    """Whether all rows that a study names on a Hub have been fetched."""
+    return _are_here([source for _, source in sources_of(study)])
+
+
+def _are_here(sources: list) -> bool:
+    return all(account(source) for source in sources if isinstance(source, HubDataset))
