@@ -44,6 +44,7 @@ from helpers.study.opening import Job
 from helpers.study.paths import StudyPaths
 from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
+from helpers.study.variant_settings import one_a_scheme
 
 LOADED = 6  # times an evaluation's weights are loaded, hashed and compared
 ROUNDS = 3  # of 03_cost
@@ -138,7 +139,7 @@ def _alone(study: Study, variant: str, wanted: Asked, size: Size) -> Counter:
 
 def cost(study: Study, size: Size) -> Counter:
     """Every way of running a model, each round: one row read, one batch of answers written."""
-    quantized = [v for v in study.variants if study.variants[v].quantized]
+    quantized = one_a_scheme(study.variants).values()
     ways = [("float32", "float32"), ("bfloat16", "bfloat16")]
     ways += [(arithmetic(study, v), _floats(study, v)) for v in quantized if not _served(study, v)]
     row = min(ROW_TOKENS, study.evaluation.batch.tokens)

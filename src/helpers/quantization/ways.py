@@ -11,7 +11,7 @@ from helpers.sources.models import bytes_by_part, load_config, model_folder
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, linear_names
 from helpers.study.opening import Job
-from helpers.study.variant_settings import Variant
+from helpers.study.variant_settings import one_a_scheme, runs_as
 
 FLOATS = ("float32", "bfloat16")
 PEAKS = "peaks"  # beside the ways, the bare matrix products
@@ -50,25 +50,15 @@ def ways(job: Job) -> dict[str, Way]:
 
 def left_out(job: Job) -> dict[str, str]:
     """Why, by variant, for those whose measurement would say nothing or cannot be made here."""
-    found, measured = {}, _one_a_scheme(job)
+    found, measured = {}, one_a_scheme(job.study.variants)
     for name, recipe in job.study.variants.items():
         if not recipe.quantized and name != job.study.baseline:
             found[name] = "runs in float as the baseline does"
         elif recipe.quantized and job.study.runtime.quantized == "vllm":
             found[name] = "is answered by vLLM, in a process that cannot be watched from here"
         elif recipe.quantized and name not in measured.values():
-            found[name] = f"multiplies and scales as {measured[_kind(recipe)]} does"
+            found[name] = f"multiplies and scales as {measured[runs_as(recipe)]} does"
     return found
-
-
-def _one_a_scheme(job: Job) -> dict[tuple, str]:
-    """Of the quantized variants that run alike the one to measure, the last of them."""
-    return {_kind(recipe): name for name, recipe in job.study.variants.items() if recipe.quantized}
-
-
-def _kind(recipe: Variant) -> tuple:
-    """What decides the speed and the bytes of a quantized variant."""
-    return (*recipe.scheme, tuple(recipe.ignore), recipe.dtype)
 
 
 def _with_dtype(job: Job, dtype: str) -> Job:

@@ -1,5 +1,6 @@
 """What a study may do to a model: smoothing, a granularity of int8, another float type."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -126,3 +127,13 @@ class Variant(Strict):
             return self
         claimed = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
         return self.model_copy(update=claimed)
+
+
+def runs_as(variant: Variant) -> tuple:
+    """What decides the speed and the bytes of a quantized variant."""
+    return (*variant.scheme, tuple(variant.ignore), variant.dtype)
+
+
+def one_a_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:
+    """Of the quantized variants that run alike the one to measure, the last of them."""
+    return {runs_as(recipe): name for name, recipe in variants.items() if recipe.quantized}
