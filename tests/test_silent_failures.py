@@ -443,7 +443,7 @@ def calibration_overlapping_evaluation(run, patch):
             "max_new_tokens": 4,
         },
     }
-    patch.setattr(datasets, "_evaluation_keys", lambda _study: set())
+    patch.setattr(datasets, "_evaluation_keys", lambda *_: set())
     run.calibrate()
     run.quantize()
 
