@@ -1,6 +1,5 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
-from contextlib import nullcontext
 from functools import partial
 
 from helpers.evaluation.engine import evaluate
@@ -14,7 +13,13 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompts import prompt
 from helpers.evaluation.reference import read_reference, read_shaken
-from helpers.evaluation.second_opinion import LOOKED_AT, TEXT, SecondOpinion, second_opinion
+from helpers.evaluation.second_opinion import (
+    LOOKED_AT,
+    TEXT,
+    NoOpinion,
+    SecondOpinion,
+    second_opinion,
+)
 from helpers.sources.conversations import EXAMPLES, tokenize
 from helpers.sources.datasets import (
     calibration_items,
@@ -28,6 +33,8 @@ from helpers.study.opening import Job
 from helpers.study.records import read_json
 from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
+
+NOBODY = NoOpinion()
 
 
 def check(job: Job, model, tokenizer, *, loaded: list[Gate]) -> dict:
@@ -53,12 +60,12 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
     baseline = job.paths.evaluation(job.model, study.baseline)
     opinion = second_opinion(job, model, tokenizer)
     alone = ask_alone(model, tokenizer, study, opinion)
-    passages = read_passage_rows(folder)
+    predictions, passages = read_predictions(folder, study), read_passage_rows(folder)
     return Evidence(
         study=study,
         model=job.model,
         variant=job.variant,
-        predictions=read_predictions(folder, study),
+        predictions=predictions,
         passages=passages,
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
         baseline=read_predictions(baseline, study),
@@ -70,26 +77,29 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate]) -> Evidence:
         reference=read_reference(job, model, tokenizer),
         shaken=read_shaken(job, tokenizer),
         loaded=tuple(loaded),
-        opinions=opinions(job, model, tokenizer, opinion, passages),
+        opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
     )
 
 
 def opinions(
-    job: Job, model, tokenizer, opinion: SecondOpinion | None, passages: list[dict]
+    job: Job,
+    model,
+    tokenizer,
+    opinion: SecondOpinion | NoOpinion,
+    predictions: dict[str, list[dict]],
+    passages: list[dict],
 ) -> tuple[tuple[str, Gate], ...]:
     """What transformers' own forward pass says of the items asked alone and of a few passages.
 
     Args:
         opinion: has looked on while the items were asked.
-        passages: rows of the shared text.
+        predictions, passages: what the evaluation stored.
     """
-    if opinion is None:
-        return ()
     few, wanted = shared_passages(job.study)[: LOOKED_AT[TEXT]], job.study.evaluation
     tokens = passage_tokens(tokenizer, few, max_tokens=wanted.shared_text.max_tokens)
     read = partial(read_passages, model, batch_tokens=wanted.batch.tokens)
     opinion.passages(tokens, passages[: len(tokens)], read)
-    return tuple(opinion.gates())
+    return tuple(opinion.gates(predictions))
 
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
@@ -134,7 +144,7 @@ def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, lis
 
 
 def ask_alone(
-    model, tokenizer, study: Study, opinion: SecondOpinion | None = None
+    model, tokenizer, study: Study, opinion: SecondOpinion | NoOpinion = NOBODY
 ) -> dict[str, list[dict]]:
     """Predictions of a few items of every set, each asked in a batch of its own.
 
@@ -149,7 +159,7 @@ def ask_alone(
         limits = study.evaluation.batch
         found[name] = []
         for item in few:
-            with opinion.of(name, item) if opinion else nullcontext([]) as rows:
+            with opinion.of(name, item) as rows:
                 rows += evaluate(model, tokenizer, [item], wanted, limits=limits)
             found[name] += rows
     return found
