@@ -58,9 +58,10 @@ def looked_at(run, change=None):
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
         rows = language_modeling.passage_rows(passages, tokens, states, None)
+        predictions = ask_all(model, tokenizer, job.study)
         opinion = second_opinion(job, model, tokenizer)
         ask_alone(model, tokenizer, job.study, opinion)
-        return opinions(job, model, tokenizer, opinion, rows)
+        return opinions(job, model, tokenizer, opinion, predictions, rows)
 
 
 def failed(gates) -> set[str]:

@@ -475,6 +475,18 @@ def test_log_probabilities_have_a_limit_even_where_rounding_cascades(sound):
     assert ("arc", "same answer alone") in failed(far)
 
 
+def test_log_probabilities_alone_are_those_of_the_batch_where_nothing_is_rounded_anew(sound):
+    """The answers stay the same; an option's log-probability is a thousandth off."""
+    evidence = with_rows(sound, "arc", each(**OWNER, logprobs=moved_by(1e-3)), side="alone")
+    assert failed(evidence) == {("arc", "same answer alone")}
+    fewer = each(logprobs=lambda row: row["logprobs"][:-1])
+    assert ("arc", "same answer alone") in failed(with_rows(sound, "arc", fewer, side="alone"))
+
+
+def moved_by(shift: float):
+    return lambda row: [x + shift for x in row["logprobs"]]
+
+
 def rotated(rows: list[dict]) -> list[dict]:
     """Each row with the log-probabilities of the next option, chosen and scored accordingly."""
     return [

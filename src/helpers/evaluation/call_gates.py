@@ -1,7 +1,9 @@
 """Gates on what a model computed while it was asked, against the tensors on disk.
 
 The gates of a checkpoint look at a model that is loaded for them. Here it is the calls of the
-evaluation itself: every call of every Linear in one row, a few calls in more of them.
+evaluation itself: every call of every Linear in one row, a few calls in more of them. An
+evaluation that goes on after a crash makes fewer calls, and its record has to be the same: a
+gate that holds says so without counting them.
 """
 
 from collections import Counter
@@ -24,7 +26,16 @@ Measured = tuple[bool, str, str]
 
 
 class NoCalls:
-    """Stands for the recorder of a model that another engine runs: its calls are not seen."""
+    """Stands for a recorder where calls are not seen.
+
+    Args:
+        reason: why not, if that is a failure; a model that another engine runs has none.
+    """
+
+    summary = "calls are not recorded"
+
+    def __init__(self, reason: str = ""):
+        self.reason = reason
 
     def of(self, _phase: str, ask: Callable, *args):
         return ask(*args)
@@ -34,10 +45,13 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
     """What records the calls of a job's variant."""
     if is_served(model):
         return NoCalls()
-    config = load_config(model_folder(job.study, job.model, job.paths))
-    linears = linear_names(config)
-    experts = [n for n in linears if ".experts." in n] if architecture(config).experts else []
-    return CallRecorder(model, linear_files(job), linears, experts=experts)
+    try:
+        config = load_config(model_folder(job.study, job.model, job.paths))
+        linears = linear_names(config)
+        experts = [n for n in linears if ".experts." in n] if architecture(config).experts else []
+        return CallRecorder(model, linear_files(job), linears, experts=experts)
+    except Exception as error:  # an evaluation goes on, and its gate fails
+        return NoCalls(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
 def linear_files(job: Job) -> LinearFiles:
@@ -72,7 +86,8 @@ def call_gates(
         resumed: ids of the items that an earlier run had answered, by set.
     """
     if isinstance(calls, NoCalls):
-        return []
+        measured = f"could not be checked: {calls.reason}"
+        return [Gate(WHOLE, False, measured, "can be checked")] if calls.reason else []
     fresh = {
         name: [row for row in rows if row["id"] not in resumed.get(name, set())]
         for name, rows in predictions.items()
@@ -106,18 +121,14 @@ def _whole(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
     read = {kind: calls.tokens[kind] for kind in due}
     lacking = [kind for kind in due if read[kind] < due[kind]]
     extra = read[SHARED_TEXT] != due[SHARED_TEXT]
-    listed = ", ".join(f"{n:,} in {kind}" for kind, n in read.items())
-    example = f" ({odd[0]})" if odd else ""
-    return (
-        not (odd or lacking or extra or calls.errors),
-        f"{listed}; {len(odd)} of {len(calls.linears)} Linears had other calls{example}"
-        + (f"; {calls.errors[0]}" if calls.errors else ""),
-        ", ".join(
-            f"{'' if kind == SHARED_TEXT else 'at least '}{n:,} in {kind}"
-            for kind, n in due.items()
-        )
-        + "; none",
-    )
+    passed = not (odd or lacking or extra or calls.errors)
+    measured = f"all {len(calls.linears)} Linears in every pass; every token was read"
+    if not passed:
+        tokens = ", ".join(f"{read[kind]:,} of {n:,} tokens in {kind}" for kind, n in due.items())
+        example = f" ({odd[0]})" if odd else ""
+        measured = f"{tokens}; {len(odd)} Linears were called for others{example}"
+        measured += f"; {calls.errors[0]}" if calls.errors else ""
+    return passed, measured, "every Linear for every token, as many as the answers need"
 
 
 def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]]) -> dict[str, int]:
@@ -142,14 +153,15 @@ def _quantized(calls: CallRecorder) -> Measured:
     total = sum(sum(linear.calls.values()) for linear in chosen)
     number, worst, where = _kept_calls(calls, chosen)
     granularity = calls.files.activations.replace("_", " ")
-    return (
-        total > 0 and arithmetic["announced"] == total and worst <= 1,
-        f"{total:,} calls of {len(chosen)} Linears: {arithmetic['announced']:,} int8 "
-        f"{granularity}, {arithmetic['float']:,} float, {arithmetic['neither']:,} neither; "
-        f"{number:,} calls kept, the furthest{where} {worst:.2g} roundings from the integer "
-        "product of the files",
-        "all int8; at most 1 rounding",
-    )
+    passed = arithmetic["announced"] == total > 0 and worst <= 1
+    measured = f"every call of {len(chosen)} Linears is int8, {granularity}"
+    if not passed:
+        measured = (
+            f"{total:,} calls of {len(chosen)} Linears: {arithmetic['announced']:,} int8 "
+            f"{granularity}, {arithmetic['float']:,} float, {arithmetic['neither']:,} neither; of "
+            f"{number:,} calls kept, the furthest{where} is {worst:.2g} roundings off"
+        )
+    return passed, measured, "every call the integer product of the files, but for rounding"
 
 
 def _float(job: Job, calls: CallRecorder) -> Measured:
@@ -162,14 +174,16 @@ def _float(job: Job, calls: CallRecorder) -> Measured:
     dtype = str(calls.files.dtype).removeprefix("torch.")
     unseen = [c.name for c in [*chosen, *calls.norms.values()] if not c.calls]
     unseen = [name for name in unseen if name not in calls.experts]
-    return (
-        arithmetic["announced"] == total and max(worst, worst_norm) <= 1 and not unseen,
-        f"{arithmetic['announced']:,} of {total:,} calls of {len(chosen)} float Linears and the "
-        f"head in {dtype}; {number:,} calls kept, the furthest{where} {worst:.2g} roundings from "
-        f"float64; {norms:,} of {len(calls.norms)} norms, the furthest{at} {worst_norm:.2g}"
-        + (f"; {unseen[0]} was never called" if unseen else ""),
-        f"all in {dtype}; at most 1 rounding",
-    )
+    passed = arithmetic["announced"] == total and max(worst, worst_norm) <= 1 and not unseen
+    measured = f"every call of {len(chosen)} float Linears and {len(calls.norms)} norms in {dtype}"
+    if not passed:
+        measured = (
+            f"{arithmetic['announced']:,} of {total:,} calls of {len(chosen)} float Linears in "
+            f"{dtype}; of {number:,} calls kept, the furthest{where} is {worst:.2g} roundings "
+            f"off; of {norms:,} calls of norms, the furthest{at} is {worst_norm:.2g} off"
+        )
+        measured += f"; {unseen[0]} was never called" if unseen else ""
+    return passed, measured, "every call what float64 makes of the files, but for rounding"
 
 
 def _kept_calls(calls: CallRecorder, chosen: list[LinearCalls]) -> tuple[int, float, str]:

@@ -151,6 +151,13 @@ class CallRecorder:
     def _read(self, calls: LinearCalls) -> None:
         calls.file = self.files.of(calls.name, calls.checked)
 
+    @property
+    def summary(self) -> str:
+        """How much was recorded, in words."""
+        calls = sum(sum(linear.calls.values()) for linear in self.linears.values())
+        passes = ", ".join(f"{n:,} of {kind}" for kind, n in self.passes.items())
+        return f"{calls:,} calls of {len(self.linears)} Linears in these passes: {passes}"
+
     def of(self, phase: str, ask: Callable, *args):
         """What `ask` returns for its arguments, its calls of the model recorded."""
         with self.during(phase):
@@ -164,7 +171,7 @@ class CallRecorder:
             phase: PACKED while questions are asked, or SHARED_TEXT.
         """
         self._phase = self._kind = phase
-        hooks = [self.model.base_model.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        hooks = [self.model.base_model.register_forward_pre_hook(self._pass, with_kwargs=True)]
         for name, calls in self.linears.items():
             hooks.append(self.model.get_submodule(name).register_forward_hook(self._of(calls)))
         for name, calls in self.norms.items():
@@ -177,7 +184,10 @@ class CallRecorder:
             for calls in self.linears.values():
                 self._guarded(calls.compare)
 
-    def _begin(self, _module, args: tuple, kwargs: dict) -> None:
+    def _pass(self, _module, args: tuple, kwargs: dict) -> None:
+        self._guarded(self._begin, args, kwargs)
+
+    def _begin(self, args: tuple, kwargs: dict) -> None:
         """Note a forward pass of the decoder, and where its texts begin."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         positions = kwargs.get("position_ids")

@@ -1,6 +1,5 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
-from contextlib import nullcontext
 from functools import partial
 
 from helpers.evaluation.engine import evaluate
@@ -15,7 +14,13 @@ from helpers.evaluation.predictions import (
 )
 from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
-from helpers.evaluation.second_opinion import LOOKED_AT, TEXT, SecondOpinion, second_opinion
+from helpers.evaluation.second_opinion import (
+    LOOKED_AT,
+    TEXT,
+    NoOpinion,
+    SecondOpinion,
+    second_opinion,
+)
 from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import (
     calibration_items,
@@ -31,6 +36,8 @@ from helpers.study.opening import Job
 from helpers.study.records import read_json
 from helpers.study.schema import Study
 from helpers.study.source_settings import FineTunedModel
+
+NOBODY = NoOpinion()
 
 
 def check(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> dict:
@@ -58,12 +65,12 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
     baseline = job.paths.evaluation(job.model, study.baseline)
     opinion = second_opinion(job, model, tokenizer)
     alone = ask_alone(model, tokenizer, study, opinion)
-    passages = read_passage_rows(folder)
+    predictions, passages = read_predictions(folder, study), read_passage_rows(folder)
     return Evidence(
         study=study,
         model=job.model,
         variant=job.variant,
-        predictions=read_predictions(folder, study),
+        predictions=predictions,
         passages=passages,
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
         baseline=read_predictions(baseline, study),
@@ -81,7 +88,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
             name: raw_digests(wanted.source, adapter=wanted.adapter)
             for name, wanted in study.evaluation.datasets.items()
         },
-        opinions=opinions(job, model, tokenizer, opinion, passages),
+        opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
     )
 
 
@@ -94,21 +101,24 @@ def training_results(job: Job) -> dict | None:
 
 
 def opinions(
-    job: Job, model, tokenizer, opinion: SecondOpinion | None, passages: list[dict]
+    job: Job,
+    model,
+    tokenizer,
+    opinion: SecondOpinion | NoOpinion,
+    predictions: dict[str, list[dict]],
+    passages: list[dict],
 ) -> tuple[tuple[str, Gate], ...]:
     """What transformers' own forward pass says of the items asked alone and of a few passages.
 
     Args:
         opinion: has looked on while the items were asked.
-        passages: rows of the shared text.
+        predictions, passages: what the evaluation stored.
     """
-    if opinion is None:
-        return ()
     few, wanted = shared_passages(job.study)[: LOOKED_AT[TEXT]], job.study.evaluation
     tokens = passage_tokens(tokenizer, few, max_tokens=wanted.shared_text.max_tokens)
     read = partial(read_passages, model, batch_tokens=wanted.batch.tokens)
     opinion.passages(tokens, passages[: len(tokens)], read)
-    return tuple(opinion.gates())
+    return tuple(opinion.gates(predictions))
 
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
@@ -157,7 +167,7 @@ def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, lis
 
 
 def ask_alone(
-    model, tokenizer, study: Study, opinion: SecondOpinion | None = None
+    model, tokenizer, study: Study, opinion: SecondOpinion | NoOpinion = NOBODY
 ) -> dict[str, list[dict]]:
     """Predictions of a few items of every set, each asked in a batch of its own.
 
@@ -172,7 +182,7 @@ def ask_alone(
         limits = study.evaluation.batch
         found[name] = []
         for item in Bar(few, desc=f"{name}, asked alone", unit="item"):
-            with opinion.of(name, item) if opinion else nullcontext([]) as rows:
+            with opinion.of(name, item) as rows:
                 rows += evaluate(model, tokenizer, [item], wanted, limits=limits)
             found[name] += rows
     return found

@@ -9,17 +9,27 @@ or with weights that are off by one rounding.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from helpers.evaluation.call_gates import linear_files
-from helpers.evaluation.fresh_model import FreshModel
+from helpers.evaluation.fresh_model import Reading, read_whole
 from helpers.evaluation.playback import Playback
 from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.roundings import (
+    FEWEST_EPS,
+    ROUNDINGS,
+    Comparison,
+    each_logprob,
+    furthest_row,
+    rms,
+    sum_limit,
+    tie_margin,
+)
 from helpers.evaluation.served import is_served
 from helpers.evaluation.traces import FINAL, OUTPUT, Trace, traced
 from helpers.sources.chat_template import end_of_turn
@@ -33,52 +43,34 @@ LOGPROBS = "log-probabilities as transformers computes them"
 TOKENS = "generated tokens as transformers decodes them"
 TEXT = "shared text as transformers reads it"
 LOOKED_AT = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
-TRACE_BYTES = 48 * 2**20  # of one item's states
-ROUNDINGS = 6.0  # how often the rounding that transformers shows itself
-FEWEST_EPS = 8.0  # no limit lies below so many spacings of the announced type
-STORED = 2e-6  # log-probabilities are stored with six decimals
+TRACE_BYTES = 48 * 2**20  # of one text's states
+
+Both = tuple[Tensor, Tensor]  # in float64, and in the announced type
 
 
-Finals = tuple[Tensor, Tensor]  # in float64, and in the announced type
+class NoOpinion:
+    """Stands for a second opinion that cannot be had.
 
-
-@dataclass
-class Comparison:
-    """Differences of one kind, in parts of what is allowed.
-
-    Attributes:
-        number: of values compared.
-        worst: the largest difference, in parts of its limit.
-        where: of what.
-        words: that difference and its limit.
-        errors: why something could not be compared.
+    Args:
+        gates: why not, if that is a failure.
     """
 
-    number: int = 0
-    worst: float = 0.0
-    where: str = ""
-    words: str = ""
-    errors: list[str] = field(default_factory=list)
+    def __init__(self, gates: Sequence[Gate] = ()):
+        self._gates = gates
 
-    def add(self, difference: float, limit: float, where: str) -> None:
-        self.number += 1
-        part = difference / limit if math.isfinite(difference) else math.inf
-        if not part <= self.worst:
-            self.worst, self.where = part, where
-            self.words = f"{difference:.2g}, at most {limit:.2g}"
+    @contextmanager
+    def of(self, _dataset: str, _item: Item) -> Iterator[list[dict]]:
+        yield []
 
-    def gate(self, name: str, what: str, measured_in: str) -> Gate:
-        passed = self.number > 0 and self.worst <= 1 and not self.errors
-        told = f"{self.number:,} {what}"
-        if self.words:
-            told += f"; the furthest from transformers' ({self.where}) {self.words} {measured_in}"
-        if self.errors:
-            told += f"; {len(self.errors)} not compared: {self.errors[0]}"
-        return Gate(name, passed, told, "within rounding, all of them")
+    def passages(self, *_args) -> None:
+        """None is read again."""
+
+    def gates(self, _predictions) -> list[tuple[str, Gate]]:
+        return [(WHOLE_VARIANT, gate) for gate in self._gates]
 
 
 class SecondOpinion:
-    """Looks on while a model is asked, and compares afterwards, item by item.
+    """Looks on while a model is asked, and compares afterwards, text by text.
 
     Args:
         job: the variant at hand.
@@ -89,153 +81,37 @@ class SecondOpinion:
     def __init__(self, job: Job, model, tokenizer):
         self.job, self.model, self.tokenizer = job, model, tokenizer
         self.files = linear_files(job)
-        self.whole = not self.files.quantized
         self.exact = Playback(self.files, torch.float64)
         self.rounded = Playback(self.files, self.files.dtype)
         self.layers = self.exact.layers
         self.by_layer, self.text = Comparison(), Comparison()
         self.answers: dict[str, Comparison] = {}
-        self._next, self._pending = 0, []
-        self._looked: dict[str, int] = {}
+        self._readings: list[Reading] = []
+        self._looked_at: dict[str, int] = {}
+        self._next_layer = 0
 
     @contextmanager
     def of(self, dataset: str, item: Item) -> Iterator[list[dict]]:
         """Inside, one item is asked alone; its prediction is put into the list."""
-        wanted, rows = self.job.study.evaluation.datasets[dataset], []
-        number = self._looked.get(dataset, 0)
-        if number >= LOOKED_AT[wanted.ask.protocol]:
+        asking, rows = self.job.study.evaluation.datasets[dataset], []
+        number = self._looked_at.get(dataset, 0)
+        if number >= LOOKED_AT[asking.ask.protocol]:
             yield rows
             return
-        self._looked[dataset] = number + 1
-        asked = prompt(item, wanted, self.tokenizer)
+        self._looked_at[dataset] = number + 1
         compared = self.answers.setdefault(dataset, Comparison())
-        if wanted.ask.protocol == "loglikelihood":
-            tokens = option_tokens(self.tokenizer, asked)
+        asked = prompt(item, asking, self.tokenizer)
+        if asking.ask.protocol == "loglikelihood":
+            tokens, look = option_tokens(self.tokenizer, asked), self._options
             length = len(tokens.context) + sum(map(len, tokens.options))
-            with traced(self.model, self.layers, self._chosen(length)) as trace:
-                yield rows
-            self._look(compared, item.id, self._options, trace, tokens, rows, item.id, compared)
-            return
-        tokens = tokenize(self.tokenizer, asked.text)
-        with traced(
-            self.model, self.layers, self._chosen(len(tokens) + wanted.ask.max_new_tokens)
-        ) as trace:
-            yield rows
-        self._look(compared, item.id, self._written, trace, tokens, rows, item.id, compared)
-
-    def _look(self, compared: Comparison, where: str, look, *args) -> None:
-        """Compare; one that cannot be compared is a failure, and stops nothing."""
-        try:
-            look(*args)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            compared.errors.append(f"{where}: {type(error).__name__}: {reason}")
-
-    def _chosen(self, tokens: int) -> list[int]:
-        """The layers to look into for a text of so many tokens; over all texts, all of them."""
-        count, size = len(self.layers.blocks), torch.finfo(self.files.dtype).bits // 8
-        config = self.model.config
-        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 0)
-        each = tokens * size * (10 * config.hidden_size + 4 * inner)
-        chosen = max(1, min(count, TRACE_BYTES // max(1, each)))
-        first, self._next = self._next, (self._next + chosen) % count
-        return sorted({(first + i) % count for i in range(chosen)})
-
-    def _states(self, trace: Trace, rows: list[int] | None, ids: list[int], where: str) -> Finals:
-        """States before the head, by transformers; layers are compared on the way.
-
-        Raises:
-            LookupError: the engine read no such text.
-        """
-        if rows is None:
-            raise LookupError("the engine did not read this text as it is")
-        engine = {key: part[rows] for key, part in trace.states.items()}
-        exact = self.exact.states(ids, engine, trace.layers)
-        rounded = self.rounded.states(ids, engine, trace.layers)
-        eps = torch.finfo(self.files.dtype).eps
-        for key, reference in exact.items():
-            own = _furthest(rounded[key], reference)
-            limit = ROUNDINGS * own + FEWEST_EPS * eps
-            self.by_layer.add(_furthest(engine[key], reference), limit, f"{where} {key[0]}")
-        return exact[FINAL, OUTPUT], rounded[FINAL, OUTPUT]
-
-    def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
-        """The log-probability of every option, summed over its tokens."""
-        [row] = rows
-        if len(row.get("logprobs", ())) != len(tokens.options):
-            raise LookupError("the item has no log-probabilities")
-        for k, option in enumerate(tokens.options):
-            text, places = [*tokens.context, *option[:-1]], _before(tokens.context, option)
-            found = trace.rows_of_option(tokens.context, tokens.options, k)
-            states = self._states(trace, found, text, where)
-            if self.whole:
-                self._pending.append((compared, where, text, places, option, row["logprobs"][k]))
-            self._scored(compared, where, self._head(states, places), option, row["logprobs"][k])
-
-    def _head(self, states: Finals, places: list[int]) -> Finals:
-        """(places, vocabulary) logits in float64, and with the announced type's roundings."""
-        exact, rounded = states
-        return self.exact.logits(exact[places]), self.rounded.logits(rounded[places])
-
-    def _scored(self, compared, where: str, logits: Finals, targets, said: float) -> None:
-        """What the engine said of some tokens together, by logits as `_head` gives them."""
-        exact, rounded = logits
-        limit = self._sum_limit(_rms(exact - rounded), exact, len(targets))
-        compared.add(abs(said - float(_each(exact, targets).sum())), limit, where)
-
-    def _sum_limit(self, off: float, logits: Tensor, count: int) -> float:
-        """How far a sum of log-probabilities may be off, of which one is off by so much.
-
-        Args:
-            off: root mean square change of a logit by rounding, all of the vocabulary.
-
-        Their roundings fall either way, but for those of a softmax in float32, which a large
-        vocabulary pulls to one side.
-        """
-        eps, size = torch.finfo(self.files.dtype).eps, float(logits.abs().max())
-        one_sided = 16 * torch.finfo(torch.float32).eps * size
-        return count**0.5 * (ROUNDINGS * off + eps * size) + count * one_sided + STORED
-
-    def _margin(self, off: float, logits: Tensor) -> float:
-        """How far behind the likeliest a token may lie that is as likely, but for rounding."""
-        return 3 * off + torch.finfo(self.files.dtype).eps * float(logits.abs().max())
-
-    def _written(self, trace: Trace, asked: list[int], rows: list[dict], where, compared) -> None:
-        """Every generated token is the likeliest, but for ties."""
-        [row] = rows
-        written = trace.written()
-        text = [*asked, *(trace.ids[i] for i in written)]
-        begin = trace.rows_of(asked)
-        states = self._states(trace, None if begin is None else begin + written, text, where)
-        places = list(range(len(asked) - 1, len(text)))
-        if self.whole:
-            self._pending.append((compared, where, text, places, None, row))
-        exact, rounded = self._head(states, places)
-        margin = self._margin(float((exact - rounded).abs().max()), exact)
-        self._decoded(compared, where, exact, margin, text[len(asked) :], row)
-
-    def _decoded(self, compared, where: str, logits: Tensor, margin: float, fed, row: dict) -> None:
-        """The tokens fed back were the likeliest, and so was what the answer ended with."""
-        best = logits.amax(1)
-        for place, token in enumerate(fed):
-            behind = float(best[place] - logits[place, token])
-            compared.add(behind, margin, f"{where}, token {place + 1}")
-        likely = (logits[-1] >= best[-1] - margin).nonzero()[:, 0].tolist()
-        if row["finish_reason"] == "stop":
-            ends, texts = self._ends() & set(likely), {self._text(fed)}
-            agrees = bool(ends) and row["output"] in texts
         else:
-            agrees = row["output"] in {self._text([*fed, token]) for token in likely}
-            agrees &= row["output_tokens"] == len(fed) + 1
-        compared.add(0.0 if agrees else math.inf, 1.0, f"{where}, how it ends")
-
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
-
-    def _ends(self) -> set[int]:
-        declared = self.model.generation_config.eos_token_id
-        listed = declared if isinstance(declared, list) else [declared]
-        return {*listed, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)} - {None}
+            tokens, look = tokenize(self.tokenizer, asked.text), self._written
+            length = len(tokens) + asking.ask.max_new_tokens
+        with ExitStack() as stack:
+            trace = self._guarded(compared, item.id, self._trace, stack, length)
+            yield rows
+        if trace:
+            self._guarded(compared, item.id, look, trace, tokens, rows, item.id, compared)
 
     def passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
         """Have passages read once more, and hold what was stored of them to transformers.
@@ -246,88 +122,169 @@ class SecondOpinion:
             read: has the engine read a list of passages.
         """
         for passage, row in zip(tokens, rows, strict=True):
-            with traced(self.model, self.layers, self._chosen(len(passage))) as trace:
+            with ExitStack() as stack:
+                args = self.text, row["id"], self._trace, stack, len(passage)
+                trace = self._guarded(*args)
                 read([passage])
-            self._look(self.text, row["id"], self._passage, passage, trace, row)
+            if trace:
+                self._guarded(self.text, row["id"], self._passage, passage, trace, row)
 
-    def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
-        text, targets = passage[:-1], passage[1:]
-        states = self._states(trace, trace.rows_of(text), text, "shared text")
-        places = list(range(len(text)))
-        if self.whole:
-            self._pending.append((self.text, row["id"], text, places, targets, -row["nll"]))
-        self._scored(self.text, row["id"], self._head(states, places), targets, -row["nll"])
+    def gates(self, predictions: Mapping[str, list[dict]]) -> list[tuple[str, Gate]]:
+        """Every gate with what it invalidates.
 
-    def gates(self) -> list[tuple[str, Gate]]:
-        """Every gate with what it invalidates."""
-        if self._pending:
-            everything = Comparison()
-            self._look(everything, "transformers' model", self._read_whole)
-            for compared in [self.text, *self.answers.values()]:
-                compared.errors += everything.errors
-        found = [
-            (WHOLE_VARIANT, self.by_layer.gate(LAYERS, "states of layers and Linears", "of a row")),
+        Args:
+            predictions: what the evaluation stored, by set.
+        """
+        if not self.files.quantized and self._readings:
+            self._guarded(self.by_layer, "as a whole", self._read_whole, predictions)
+        gates = [
+            (WHOLE_VARIANT, self.by_layer.gate(LAYERS, "states", "of a row")),
             (WHOLE_VARIANT, self.text.gate(TEXT, "passages", "nats")),
         ]
         for dataset, compared in self.answers.items():
-            ask = self.job.study.evaluation.datasets[dataset].ask
-            scored = ask.protocol == "loglikelihood"
+            scored = self.job.study.evaluation.datasets[dataset].ask.protocol == "loglikelihood"
             name, what = (LOGPROBS, "options") if scored else (TOKENS, "tokens")
-            found.append((dataset, compared.gate(name, what, "nats")))
-        return found
+            gates.append((dataset, compared.gate(name, what, "nats")))
+        return gates
 
-    def _read_whole(self) -> None:
-        """Read what was put off by transformers' own model, then once more with shaken weights."""
-        fresh, logits = FreshModel(self.files, self.model.device), []
-        for _, _, text, places, _, _ in self._pending:
-            logits.append(fresh.logits(text, places))
-        fresh.shake_()
-        by_token = by_logit = 0.0
-        for index in self._subset():
-            _, _, text, places, targets, _ = self._pending[index]
-            shaken = fresh.logits(text, places)
-            by_logit = max(by_logit, float((shaken - logits[index]).abs().max()))
-            if targets is not None:
-                by_token = max(by_token, _rms(shaken - logits[index]))
-        for (compared, where, text, _, targets, said), found in zip(
-            self._pending, logits, strict=True
-        ):
-            if targets is None:
-                fed = text[len(text) - len(found) + 1 :]
-                self._decoded(compared, where, found, self._margin(by_logit, found), fed, said)
+    def _guarded(self, compared: Comparison, where: str, step: Callable, *args):
+        """What a step returns; one that cannot be made is a failure, and stops nothing."""
+        try:
+            return step(*args)
+        except Exception as error:
+            compared.cannot(where, error)
+            return None
+
+    def _trace(self, stack: ExitStack, length: int) -> Trace:
+        return stack.enter_context(traced(self.model, self.layers, self._chosen(length)))
+
+    def _chosen(self, tokens: int) -> list[int]:
+        """The layers to look into for a text of so many tokens; over all texts, all of them."""
+        count, size = len(self.layers.blocks), torch.finfo(self.files.dtype).bits // 8
+        config = self.model.config
+        inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 0)
+        each = tokens * size * (10 * config.hidden_size + 4 * inner)
+        chosen = max(1, min(count, TRACE_BYTES // max(1, each)))
+        first, self._next_layer = self._next_layer, (self._next_layer + chosen) % count
+        return sorted({(first + i) % count for i in range(chosen)})
+
+    def _states(self, trace: Trace, rows: list[int] | None, text: list[int], where: str) -> Both:
+        """(tokens, hidden) states before the head, by transformers; layers compared on the way.
+
+        Raises:
+            LookupError: the engine read no such text.
+        """
+        if trace.errors:
+            raise LookupError(trace.errors[0])
+        if rows is None:
+            raise LookupError("the engine did not read this text as it is")
+        engine = {key: part[rows] for key, part in trace.states.items()}
+        exact = self.exact.states(text, engine, trace.layers)
+        rounded = self.rounded.states(text, engine, trace.layers)
+        least = FEWEST_EPS * torch.finfo(self.files.dtype).eps
+        for key, reference in exact.items():
+            limit = ROUNDINGS * furthest_row(rounded[key], reference) + least
+            self.by_layer.add(furthest_row(engine[key], reference), limit, f"{where} {key[0]}")
+        return exact[FINAL, OUTPUT], rounded[FINAL, OUTPUT]
+
+    def _head(self, states: Both, places: list[int]) -> Both:
+        """(places, vocabulary) logits of what follows these places."""
+        exact, rounded = states
+        return self.exact.logits(exact[places]), self.rounded.logits(rounded[places])
+
+    def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
+        """The log-probability of every option, summed over its tokens."""
+        [row] = rows
+        if len(row.get("logprobs", ())) != len(tokens.options):
+            raise LookupError("the item has no log-probabilities")
+        first = len(tokens.context) - 1
+        for k, (option, logprob) in enumerate(zip(tokens.options, row["logprobs"], strict=True)):
+            text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
+            found = trace.rows_of_option(tokens.context, tokens.options, k)
+            states = self._states(trace, found, text, where)
+            self._scored(Reading(compared, where, text, places, option, logprob, k), states)
+
+    def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
+        """The loss on a passage."""
+        text, targets = passage[:-1], passage[1:]
+        states = self._states(trace, trace.rows_of(text), text, "shared text")
+        places = list(range(len(text)))
+        self._scored(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)
+
+    def _scored(self, reading: Reading, states: Both) -> None:
+        """Hold the log-probability of some tokens to the states before the head."""
+        self._readings.append(reading)
+        exact, rounded = self._head(states, reading.places)
+        self._sum(reading, exact, rms(exact - rounded))
+
+    def _sum(self, reading: Reading, logits: Tensor, change: float) -> None:
+        difference = abs(reading.engine - float(each_logprob(logits, reading.targets).sum()))
+        limit = sum_limit(change, logits, len(reading.targets), self.files.dtype)
+        reading.compared.add(difference, limit, reading.where)
+
+    def _written(self, trace: Trace, asked: list[int], rows: list[dict], where, compared) -> None:
+        """Every generated token is the likeliest, but for ties."""
+        [row], written = rows, trace.written()
+        text = [*asked, *(trace.ids[i] for i in written)]
+        begin = trace.rows_of(asked)
+        states = self._states(trace, None if begin is None else begin + written, text, where)
+        places = list(range(len(asked) - 1, len(text)))
+        reading = Reading(compared, where, text, places, None, row)
+        self._readings.append(reading)
+        exact, rounded = self._head(states, places)
+        self._decoded(reading, exact, float((exact - rounded).abs().max()))
+
+    def _decoded(self, reading: Reading, logits: Tensor, change: float) -> None:
+        """The tokens fed back were the likeliest, and so was what the answer ended with."""
+        margin, row = tie_margin(change, logits, self.files.dtype), reading.engine
+        fed, best = reading.text[reading.places[0] + 1 :], logits.amax(1)
+        for place, token in enumerate(fed):
+            behind = float(best[place] - logits[place, token])
+            reading.compared.add(behind, margin, f"{reading.where}, token {place + 1}")
+        likely = (logits[-1] >= best[-1] - margin).nonzero()[:, 0].tolist()
+        if row["finish_reason"] == "stop":
+            agrees = bool(self._ends() & set(likely)) and row["output"] == self._text(fed)
+        else:
+            agrees = row["output"] in {self._text([*fed, token]) for token in likely}
+            agrees &= row["output_tokens"] == len(fed) + 1
+        difference = 0.0 if agrees else math.inf
+        reading.compared.add(difference, 1.0, f"{reading.where}, how it ends")
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+
+    def _ends(self) -> set[int]:
+        """Ids that end an answer."""
+        declared = self.model.generation_config.eos_token_id
+        listed = declared if isinstance(declared, list) else [declared]
+        return {*listed, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)} - {None}
+
+    def _read_whole(self, predictions: Mapping[str, list[dict]]) -> None:
+        """Hold what the engine said, alone and in company, to a model that transformers loads."""
+        logits, mean, most = read_whole(self._readings, self.files, self.model.device)
+        stored = {
+            (id(self.answers[name]), row["id"]): row["logprobs"]
+            for name, rows in predictions.items()
+            for row in rows
+            if name in self.answers and "logprobs" in row
+        }
+        for reading, found in zip(self._readings, logits, strict=True):
+            if reading.targets is None:
+                self._decoded(reading, found, most)
                 continue
-            limit = self._sum_limit(by_token, found, len(targets))
-            compared.add(abs(said - float(_each(found, targets).sum())), limit, where)
-
-    def _subset(self) -> list[int]:
-        """The first text of every comparison: enough to see how far rounding goes."""
-        first: dict[int, int] = {}
-        for index, (compared, *_) in enumerate(self._pending):
-            first.setdefault(id(compared), index)
-        return list(first.values())
+            self._sum(reading, found, mean)
+            if reading.option is not None:
+                said = stored[id(reading.compared), reading.where][reading.option]
+                self._sum(replace(reading, engine=said), found, mean)
 
 
-def _before(context: list[int], option: list[int]) -> list[int]:
-    """Places of the tokens that predict an option's."""
-    return list(range(len(context) - 1, len(context) + len(option) - 1))
-
-
-def _each(logits: Tensor, targets: Sequence[int]) -> Tensor:
-    """(rows,) log-probability of each target."""
-    return logits.double().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
-
-
-def _rms(values: Tensor) -> float:
-    return float(values.double().square().mean().sqrt())
-
-
-def _furthest(found: Tensor, reference: Tensor) -> float:
-    """The largest difference of a row, in parts of the row's own size."""
-    size = reference.double().norm(dim=1).clamp(min=1e-30)
-    parts = (found.double() - reference.double()).norm(dim=1) / size
-    return float(parts.nan_to_num(torch.inf).max())
-
-
-def second_opinion(job: Job, model, tokenizer) -> SecondOpinion | None:
-    """Who looks on while a few items are asked alone; None where an engine runs elsewhere."""
-    return None if is_served(model) else SecondOpinion(job, model, tokenizer)
+def second_opinion(job: Job, model, tokenizer) -> SecondOpinion | NoOpinion:
+    """Who looks on while a few items are asked alone; nobody, where an engine runs elsewhere."""
+    if is_served(model):
+        return NoOpinion()
+    try:
+        return SecondOpinion(job, model, tokenizer)
+    except Exception as error:
+        compared = Comparison()
+        compared.cannot("the variant's files", error)
+        return NoOpinion([compared.gate(LAYERS, "states", "of a row")])

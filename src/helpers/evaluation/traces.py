@@ -4,10 +4,10 @@ Hooks copy what goes into a few decoder layers and into and out of each of their
 rows of a text are then looked for by its token ids, wherever the engine computed them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +50,14 @@ class Trace:
         ids: token of each row.
         decoding: whether a row continues what earlier passes read.
         states: (module, INPUT or OUTPUT) → (rows, features).
+        errors: why something could not be kept.
     """
 
     layers: list[int]
     ids: list[int] = field(default_factory=list)
     decoding: list[bool] = field(default_factory=list)
     parts: dict[tuple[str, str], list[Tensor]] = field(default_factory=dict)
+    errors: list[str] = field(default_factory=list)
 
     @cached_property
     def states(self) -> dict[tuple[str, str], Tensor]:
@@ -96,6 +98,15 @@ def traced(model: nn.Module, layers: Layers, chosen: Sequence[int]) -> Iterator[
     trace = Trace(list(chosen))
     one_row = [False]
 
+    def guarded(step) -> Callable:
+        def hook(*args) -> None:
+            try:
+                step(*args)
+            except Exception as error:  # whoever looks on stops nothing
+                trace.errors.append(f"{type(error).__name__}: {error}")
+
+        return hook
+
     def begin(_module, args, kwargs) -> None:
         ids = kwargs.get("input_ids", args[0] if args else None).reshape(-1)
         slots = "packed" in kwargs and not hasattr(kwargs["packed"], "spans")
@@ -109,25 +120,26 @@ def traced(model: nn.Module, layers: Layers, chosen: Sequence[int]) -> Iterator[
         rows = rows[:1] if one_row[0] else rows
         trace.parts.setdefault(key, []).append(rows.to("cpu", copy=True))
 
-    def watch(name: str, sides: Sequence[str]) -> list:
-        module, hooks = model.get_submodule(name), []
-        if INPUT in sides:
-            given = lambda _m, a, k: keep((name, INPUT), a[0] if a else k["hidden_states"])  # noqa: E731
-            hooks.append(module.register_forward_pre_hook(given, with_kwargs=True))
-        if OUTPUT in sides:
-            gave = lambda _m, _a, y: keep((name, OUTPUT), y[0] if isinstance(y, tuple) else y)  # noqa: E731
-            hooks.append(module.register_forward_hook(gave))
-        return hooks
+    def given(name: str, _module, args, kwargs) -> None:
+        keep((name, INPUT), args[0] if args else kwargs["hidden_states"])
 
-    final = lambda _m, _a, y: keep((FINAL, OUTPUT), y.last_hidden_state)  # noqa: E731
-    hooks = [model.base_model.register_forward_pre_hook(begin, with_kwargs=True)]
-    hooks.append(model.base_model.register_forward_hook(final))
-    for index in chosen:
-        hooks += watch(layers.blocks[index], (INPUT, OUTPUT))
-        for name in layers.played[index]:
-            hooks += watch(name, (INPUT, OUTPUT))
-    if len(layers.blocks) - 1 not in chosen:
-        hooks += watch(layers.blocks[-1], (OUTPUT,))
+    def gave(name: str, _module, _args, output) -> None:
+        keep((name, OUTPUT), output[0] if isinstance(output, tuple) else output)
+
+    def final(_module, _args, output) -> None:
+        keep((FINAL, OUTPUT), output.last_hidden_state)
+
+    hooks = [
+        model.base_model.register_forward_pre_hook(guarded(begin), with_kwargs=True),
+        model.base_model.register_forward_hook(guarded(final)),
+    ]
+    looked_into = [n for i in chosen for n in (layers.blocks[i], *layers.played[i])]
+    for name in looked_into:
+        module = model.get_submodule(name)
+        hook = guarded(partial(given, name))
+        hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+    for name in dict.fromkeys([*looked_into, layers.blocks[-1]]):
+        hooks.append(model.get_submodule(name).register_forward_hook(guarded(partial(gave, name))))
     try:
         yield trace
     finally:
