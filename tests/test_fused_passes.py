@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 from helpers.evaluation.language_modeling import read_passages
 from helpers.quantization import fused_passes, int8_linear, kernels
 from helpers.quantization.int8 import load_int8
-from helpers.quantization.int8_linear import GatedMLP, Int8Linear, Stack, absmax_scale
+from helpers.quantization.int8_linear import Int8Linear, Stack, absmax_scale
 from helpers.sources import processors
 
 KINDS = ["token_dynamic", "tensor_dynamic", "tensor_static"]
@@ -150,24 +150,40 @@ def test_texts_of_another_packing_are_quantized_anew():
     assert torch.equal(layer(x), layer(x.clone()))
 
 
+class MLP(torch.nn.Module):
+    """As Llama's."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_proj, self.up_proj = (linear("token_dynamic", 64, 128, seed=s) for s in (1, 2))
+        self.down_proj, self.act_fn = linear("token_dynamic", 128, 64, seed=3), torch.nn.SiLU()
+
+    def forward(self, x):
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
 @needs_numba
 def test_a_gated_mlp_is_its_parts_to_the_bit(by_torch):
-    gate, up = (linear("token_dynamic", 64, 128, seed=s) for s in (1, 2))
-    down = linear("token_dynamic", 128, 64, seed=3)
-    mlp, x = GatedMLP(gate, up, down), torch.randn(2, 17, 64)
-    expected = by_torch(lambda: down(silu(gate(x.clone())) * up(x.clone())))
-    assert torch.equal(mlp(x), expected)
+    mlp, x = MLP(), torch.randn(2, 16, 64)
+    expected = by_torch(lambda: mlp(x.clone()))
+    assert int8_linear.fuse_gated_mlps_(mlp) == 1
+    assert torch.equal(mlp(x.clone()), expected)
+
+
+@needs_numba
+@pytest.mark.parametrize("name", ["act_fn", "up_proj"])
+def test_a_part_that_is_exchanged_later_is_used(name):
+    mlp, x = MLP(), torch.randn(2, 16, 64)
+    int8_linear.fuse_gated_mlps_(mlp)
+    before = mlp(x.clone())
+    part = torch.nn.ReLU() if name == "act_fn" else linear("token_dynamic", 64, 128, seed=9)
+    setattr(mlp, name, part)
+    assert not torch.equal(mlp(x.clone()), before)
+    assert torch.equal(mlp(x.clone()), MLP.forward(mlp, x.clone()))
 
 
 def test_an_mlp_of_another_function_keeps_its_own_forward():
-    class Squared(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.gate_proj, self.up_proj = (
-                linear("token_dynamic", 64, 128, seed=s) for s in (1, 2)
-            )
-            self.down_proj = linear("token_dynamic", 128, 64, seed=3)
-
+    class Squared(MLP):
         def forward(self, x):
             return self.down_proj(self.gate_proj(x).relu().square() * self.up_proj(x))
 

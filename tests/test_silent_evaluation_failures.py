@@ -626,7 +626,8 @@ def test_two_token_ids_exchanged_for_one_variant(tiny, settled, sound, monkeypat
     from helpers.evaluation import prompts
     from helpers.evaluation.engine import ask_all
 
-    monkeypatch.setattr(prompts, "tokenize", swapped(prompts.tokenize))
+    for name in ("tokenize", "plain_tokens"):
+        monkeypatch.setattr(prompts, name, swapped(getattr(prompts, name)))
     found = {name: each(**OWNER)(rows) for name, rows in ask_all(*tiny, settled).items()}
     names = failed(replace(sound, predictions=found))
     for dataset in settled.evaluation.datasets:

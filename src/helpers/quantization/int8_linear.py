@@ -237,10 +237,15 @@ def _alike(linears: list[Int8Linear]) -> bool:
 class GatedMLP:
     """down(SiLU(gate(x)) · up(x)), its middle in one pass that also quantizes for `down`."""
 
-    def __init__(self, gate: Int8Linear, up: Int8Linear, down: Int8Linear):
-        self.gate, self.up, self.down = gate, up, down
+    def __init__(self, module: nn.Module):
+        self.module, self.activation = module, getattr(module, "act_fn", None)
+        self.gate, self.up, self.down = module.gate_proj, module.up_proj, module.down_proj
 
     def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        parts = (module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
+        if parts != (self.gate, self.up, self.down, self.activation):  # exchanged since
+            return type(module).forward(module, x)
         gate, up = self.gate(x), self.up(x)
         if not (_fused(gate) and gate.dtype == torch.float32 and gate.numel()):
             return self.down(silu(gate) * up)
@@ -265,7 +270,9 @@ def fuse_gated_mlps_(model) -> int:
             continue
         if not _fused(parts[0].weight_scale) or parts[2].activations != "token_dynamic":
             continue
-        gated, generator = GatedMLP(*parts), torch.Generator().manual_seed(0)
+        if not hasattr(module, "act_fn"):
+            continue
+        gated, generator = GatedMLP(module), torch.Generator().manual_seed(0)
         x = torch.randn(1, 16, parts[0].in_features, generator=generator)
         if torch.equal(module(x), gated(x.clone())):
             module.forward, fused = gated, fused + 1
