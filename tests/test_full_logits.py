@@ -67,19 +67,19 @@ def test_sound_figures_agree(evaluated, variant):
     assert (sum(row["kl"] for row in rows) > 1) == (variant != "noquant")
 
 
-def wrong_way_round(passages, tokens, states, reference):
-    rows = passage_rows(passages, tokens, states, reference)
-    turned = passage_rows(passages, tokens, reference, states)
+def wrong_way_round(passages, tokens, states, reference, **options):
+    rows = passage_rows(passages, tokens, states, reference, **options)
+    turned = passage_rows(passages, tokens, reference, states, **options)
     return [row | {"kl": other["kl"]} for row, other in zip(rows, turned, strict=True)]
 
 
-def loss_on_the_token_before(passages, tokens, states, reference):
+def loss_on_the_token_before(passages, tokens, states, reference, **options):
     shifted = [[t[0], *t[:-1]] for t in tokens]
-    return passage_rows(passages, shifted, states, reference)
+    return passage_rows(passages, shifted, states, reference, **options)
 
 
-def agreements_of_half(passages, tokens, states, reference):
-    rows = passage_rows(passages, tokens, states, reference)
+def agreements_of_half(passages, tokens, states, reference, **options):
+    rows = passage_rows(passages, tokens, states, reference, **options)
     return [row | {"top1_agreements": row["top1_agreements"] // 2} for row in rows]
 
 
@@ -152,8 +152,8 @@ def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkey
     """The passage has as many tokens as it has to, and they are others."""
     from test_silent_evaluation_failures import swapped
 
-    turned = swapped(language_modeling.tokenize, "ez")
-    monkeypatch.setattr(language_modeling, "tokenize", turned)
+    turned = swapped(language_modeling.plain_tokens, "ez")
+    monkeypatch.setattr(language_modeling, "plain_tokens", turned)
     found = failed(evaluated("noquant")[1])
     assert "passages read token by token" in found
     assert "token counts of the passages" not in found

@@ -1,5 +1,7 @@
 """The compiled passes are torch's to the bit, and an answer is the same by every way."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import silu
@@ -127,6 +129,16 @@ def test_stacked_linears_compute_what_they_do_alone(kind, bias):
             assert torch.equal(one(x.clone()), other(x))
             assert torch.equal(one.weight_t, other.weight_t)
             assert {*one.state_dict()} == {*other.state_dict()}
+
+
+def test_a_copy_of_a_model_has_linears_of_its_own():
+    mlp, x = MLP(), torch.randn(2, 16, 64)
+    int8_linear.stack_siblings_(mlp)
+    expected = mlp(x.clone())
+    twin = copy.deepcopy(mlp)
+    assert twin.gate_proj.stack is twin.up_proj.stack
+    assert twin.gate_proj.stack is not mlp.gate_proj.stack
+    assert torch.equal(twin(x.clone()), expected)
 
 
 def test_a_changed_input_is_quantized_anew():

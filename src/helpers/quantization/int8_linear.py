@@ -8,6 +8,7 @@ operations, which stand here, are the rule, and equal to the bit.
 """
 
 from collections.abc import Sequence
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -84,6 +85,12 @@ class Stack:
         ends = list(accumulate(linear.out_features for linear in linears))
         self.columns = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         self.packed: tuple[Tensor, ...] = ()
+
+    def __deepcopy__(self, memo: dict) -> "Stack":
+        """A stack of the copied Linears; packed weights are never changed, and so are shared."""
+        memo[id(self)] = twin = copy(self)
+        twin.linears = deepcopy(self.linears, memo)
+        return twin
 
     @torch.inference_mode(False)
     def pack(self) -> None:
