@@ -114,7 +114,8 @@ longtest: $(READY) ## run the tests too long for that: whole studies under fault
 
 # Without vLLM its rows say so.
 bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench
-	@$(MAKE) --no-print-directory $(VLLM_READY) || echo 'make: vLLM does not install here' >&2
+	@$(if $(findstring --only processors,$(ARGS)),,$(MAKE) --no-print-directory $(VLLM_READY) \
+	  || echo 'make: vLLM does not install here' >&2)
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
 
 scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights, into outputs/scale

@@ -1,7 +1,9 @@
 """An edited number in a published summary or report is named: place, published, recomputed."""
 
 import ast
+import html
 import json
+import re
 import shutil
 
 import pytest
@@ -34,63 +36,84 @@ def demo(tmp_path, monkeypatch):
     return copy
 
 
-def edit(path, row: str, before: str, after: str) -> None:
-    """Put one text in place of another in the first line that begins so."""
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    at = next(i for i, line in enumerate(lines) if line.startswith(row) and before in line)
-    lines[at] = lines[at].replace(before, after, 1)
-    path.write_text("".join(lines), "utf-8")
+def bumped(text: str) -> str:
+    """The text with the last digit of its first number changed."""
+    number = re.search(r"\d[\d,]*(?:\.\d+)?", text)
+    digit = "8" if number[0][-1] == "9" else str(int(number[0][-1]) + 1)
+    return f"{text[: number.end() - 1]}{digit}{text[number.end() :]}"
 
 
-def test_edited_numbers_in_the_tables_are_named(demo):
+def edit_cell(report, row: str, column: str, change=bumped) -> tuple[str, str]:
+    """Change a cell of the first table that has both; returns (published then, before)."""
+    lines, header = report.read_text("utf-8").splitlines(), []
+    for at, line in enumerate(lines):
+        cells = [cell.strip() for cell in line.split("|")]
+        if at + 1 < len(lines) and lines[at + 1].startswith("| :--"):
+            header = [html.unescape(cell) for cell in cells]
+        elif line.startswith(row) and column in header:
+            place = header.index(column)
+            before, cells[place] = cells[place], change(cells[place])
+            lines[at] = " | ".join(cells).strip() + " "
+            report.write_text("\n".join(lines) + "\n", "utf-8")
+            return cells[place], before
+    raise LookupError(f"no table has the row {row!r} and the column {column!r}")
+
+
+CELLS = [
+    ("| `base` | `rtn_w8a8` |", "perplexity"),
+    ("| ARC | `rtn_w8a8`", "gained"),
+    ("| ARC | `smoothquant_w8a8`", "detectable loss"),
+    ("| `rtn_w8a8` |", "Δ loss [nats/token]"),
+    ("| `base` | `noquant` |", "ended by"),
+    ("| `base` | `noquant_bf16` |", "accuracy"),
+    ("| `11.mlp.down_proj` |", "largest"),
+    ("| every q_proj", "`rtn_w8a8`"),
+]
+
+
+@pytest.mark.parametrize(("row", "column"), CELLS)
+def test_an_edited_number_in_a_table_is_named(demo, row, column):
     """One in every kind of table that answers give, one that only the analysis gives."""
-    report = demo / "report.md"
-    edit(report, "| `base` | `rtn_w8a8` | 84", "59.72", "58.72")
-    edit(report, "| ARC | `rtn_w8a8`", "| 7 |", "| 8 |")
-    edit(report, "| ARC | `smoothquant_w8a8`", "| 13.8 |", "| 12.8 |")
-    edit(report, "| `rtn_w8a8` | 59.72", "+0.0", "+0.1")
-    edit(report, "| `base` | `noquant` | 75 |", "length 13", "length 12")
-    edit(report, "| `base` | `noquant_bf16` | 8.0", "[4.1", "[4.3")
-    edit(report, "| `11.mlp.down_proj` | 1229", "3,065", "3,565")
-    edit(report, "| every q_proj", "0.0577", "0.0177")
-    told = "\n".join(recompute("demo")[1])
-    for row, column, published, recomputed in (
-        ("base / rtn_w8a8", "perplexity", "58.72", "59.7"),
-        ("ARC / rtn_w8a8", "gained", "8", "7"),
-        ("ARC / smoothquant_w8a8", "detectable loss", "12.8", "13.8"),
-        ("rtn_w8a8 / 59.72", "Δ loss [nats/token]", "+0.1", "0.03"),
-        ("base / noquant", "ended by", "length 12", "13"),
-        ("base / noquant_bf16", "accuracy", "[4.3", "4.1"),
-        ("11.mlp.down_proj / 1229", "largest", "3,565", "3064"),
-        ("every q_proj", "rtn_w8a8", "0.0177", "0.0577"),
-    ):
-        lines = [x for x in told.splitlines() if f"row {row}, column {column}:" in x]
-        assert lines, (row, column)
-        assert any(published in x and recomputed in x.split("published")[1] for x in lines), lines
+    published, before = edit_cell(demo / "report.md", row, column)
+    assert published != before
+    named = [line for line in recompute("demo")[1] if f"column {column.strip('`')}:" in line]
+    assert named, (row, column)
+    assert any(numbers(published)[0] in line.replace(",", "") for line in named), named
+
+
+def edit_value(path, row: str) -> str:
+    """Change the value of a line of summary.csv; returns it as published then."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith(row))
+    cells = lines[at].split(",")
+    cells[4] = f"{float(cells[4]) + 0.011:.4f}"
+    lines[at] = ",".join(cells)
+    path.write_text("".join(lines), "utf-8")
+    return cells[4]
 
 
 def test_edited_summaries_are_named(demo):
-    edit(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy", "0.55", "0.56")
-    edit(demo / "summary.csv", "finetuned,noquant,squad_v2,f1", "0.", "0.9")
+    accuracy = edit_value(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy")
+    edit_value(demo / "summary.csv", "finetuned,noquant,squad_v2,f1")
     path = demo / "summary.json"
     told = json.loads(path.read_text("utf-8"))
     told["models"]["base"]["variants"]["rtn_w8a8"]["datasets"]["boolq"]["macro_f1"]["value"] += 0.01
-    told["models"]["base"]["variants"]["rtn_w8a8"]["passed"] = False
+    told["models"]["base"]["variants"]["rtn_w8a8"]["passed"] ^= True
     told["models"]["base"]["largest_outliers"][0]["largest"] *= 1.1
-    told["best_fixed_answers"]["boolq"]["score"] = 0.55
-    told["statistics"]["margin"] = 0.1
-    told["comparisons"][0]["holm_p"] = 0.01
-    told["comparisons"][1]["reason"] = told["comparisons"][1]["reason"].replace("6.7", "5.7")
+    told["best_fixed_answers"]["boolq"]["score"] -= 0.1
+    told["statistics"]["margin"] *= 2
+    told["comparisons"][0]["holm_p"] = 0.0123
+    told["comparisons"][1]["reason"] = bumped(told["comparisons"][1]["reason"])
     path.write_text(json.dumps(told), "utf-8")
     named = "\n".join(recompute("demo")[1])
     for place in (
-        "summary.csv, row base / rtn_w8a8 / arc / accuracy, column value: published '0.56",
+        f"summary.csv, row base / rtn_w8a8 / arc / accuracy, column value: published '{accuracy}",
         "summary.csv, row finetuned / noquant / squad_v2 / f1, column value",
         "summary.json, base/rtn_w8a8, datasets, boolq, macro_f1, value: published",
-        "summary.json, base/rtn_w8a8, passed: published False, recomputed True",
-        "row 11.mlp.down_proj / 1229, column largest: published '3,065', recomputed 3371",
-        "summary.json, best_fixed_answers, boolq, score: published 0.55, recomputed 0.65",
-        "summary.json, statistics, margin: published 0.1, recomputed 0.05",
+        "summary.json, base/rtn_w8a8, passed: published",
+        "row 11.mlp.down_proj / 1229, column largest: published",
+        "summary.json, best_fixed_answers, boolq, score: published",
+        "summary.json, statistics, margin: published",
         "summary.json, base: ARC, smoothquant_w8a8 against noquant: holm_p is",
         "summary.json, base: SQuAD v2, smoothquant_w8a8 against noquant: reason is",
     ):
@@ -109,8 +132,8 @@ def test_lines_taken_out_or_put_in_are_named(demo):
 
 def test_verdicts_in_other_words_are_named(demo):
     report = demo / "report.md"
-    edit(report, "| `smoothquant_w8a8` | `base` |", "no detectable difference", "better")
-    edit(report, "| ARC | `smoothquant_w8a8`", "no detectable difference", "worse")
+    edit_cell(report, "| `smoothquant_w8a8` | `base` |", "ARC", lambda _: "better")
+    edit_cell(report, "| ARC | `smoothquant_w8a8`", "verdict", lambda _: "worse")
     named = "\n".join(recompute("demo")[1])
     assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in named
     assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in named
