@@ -282,3 +282,16 @@ def test_one_differing_cluster_is_as_likely_either_way():
         [0, 0, 1, 0, 0], list("abcde"), confidence=0.95, resamples=200, seed=1
     )
     assert found.p == 1.0
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-9])
+def test_last_bits_of_a_few_clusters_change_nothing(size):
+    """Two in nine resamples of three clusters are the sample in another order: they tie."""
+    clusters, chance = ["a", "a", "b", "b", "c", "c"], np.random.default_rng(3)
+    for seed in range(40):
+        scores = size * chance.normal(1, 0.5, 6)
+        shaken = scores * (1 + chance.choice([-1, 0, 1], 6) * 2.0**-52)
+        settings = {"confidence": 0.95, "resamples": 200, "seed": seed}
+        first, second = (bootstrap_mean(x, clusters, **settings) for x in (scores, shaken))
+        ends = [(x.interval.low / size, x.interval.high / size) for x in (first, second)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-9)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.sources import devices
+from helpers.sources import devices, processors
 from helpers.sources.devices import account, placed, prepare, settled
 from helpers.sources.random_model import random_model
 from helpers.study import gpus
@@ -82,7 +82,8 @@ def test_a_job_is_prepared_for_this_machine(machine, study_settings, write_study
     assert words(job.study.runtime) == ("cpu", "float32", "int8", None)
     assert job.runtime["device"] == "cpu"
     assert job.runtime["device_name"]
-    assert job.runtime["notes"] == []
+    expected = [] if processors.has_bfloat16_units() else [devices.NO_BFLOAT16]
+    assert job.runtime["notes"] == expected
 
 
 def test_a_spread_model_computes_what_a_whole_one_does():

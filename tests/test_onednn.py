@@ -76,7 +76,9 @@ def test_what_does_not_lie_in_one_piece(by_onednn):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_types_go_the_usual_way(by_onednn, dtype):
+def test_other_types_go_the_usual_way(by_onednn, dtype, monkeypatch):
+    """bfloat16 where the processor has units for it; elsewhere see test_processors."""
+    monkeypatch.setattr("helpers.sources.onednn.has_bfloat16_units", lambda: True)
     x, weight = drawn(8, 10).to(dtype), drawn(5, 10, seed=1).to(dtype)
     with torch.inference_mode():
         assert torch.equal(product(x, weight), linear(x, weight))

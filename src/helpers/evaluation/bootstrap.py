@@ -24,6 +24,7 @@ from helpers.evaluation.statistics import Interval, require_count, require_fract
 
 BATCH_ELEMENTS = 500_000  # resampled values held at once: 4 MB an array
 ROUNDING = 1e-12  # relative; a smaller spread is floating-point noise
+KEPT_BITS = 2.0**40
 
 
 @dataclass(frozen=True)
@@ -189,7 +190,13 @@ def _estimate(
 
 
 def _ratio_of_sums(sums: NDArray, sizes: NDArray, axis: int = -1) -> NDArray:
-    return sums.sum(axis=axis) / sizes.sum(axis=axis)
+    """The mean over items, to 40 bits.
+
+    BCa counts how many resamples lie below the sample. With few clusters many are the sample in
+    another order, whose sum differs in its last bits; they have to tie.
+    """
+    mantissa, exponent = np.frexp(sums.sum(axis=axis) / sizes.sum(axis=axis))
+    return np.ldexp(np.round(mantissa * KEPT_BITS) / KEPT_BITS, exponent)
 
 
 def _bca_limits(

@@ -203,8 +203,12 @@ def clustered_mean(
 
 
 def _bca(sums, sizes, drawing: Drawing, confidence: float) -> tuple[float, float]:
+    scale = abs(sums).sum() / sizes.sum()
+
     def mean(s, k, axis=-1):
-        return s.sum(axis=axis) / k.sum(axis=axis)
+        """Means that differ by less than rounding are one and the same."""
+        means = s.sum(axis=axis) / k.sum(axis=axis)
+        return np.round(means / scale, 12) * scale
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
