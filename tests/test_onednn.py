@@ -12,6 +12,7 @@ from helpers.quantization.layer_groups import linear_layers
 from helpers.sources.batching import FEWEST_ROWS
 from helpers.sources.models import load_model
 from helpers.sources.onednn import multiplied_by_onednn, product, simulated_by_onednn
+from helpers.sources.random_model import random_model
 
 SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
 SMALLEST = torch.finfo(torch.float32).eps
@@ -189,3 +190,30 @@ def test_the_class_is_taken_back_after_a_fault_too():
     with pytest.raises(KeyError):
         failing()
     assert type(model[0]) is nn.Linear
+
+
+class Router(nn.Module):
+    """As mixtures have it: a matrix, and no Linear."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(drawn(4, 32))
+
+    def forward(self, x):
+        return linear(x, self.weight).softmax(-1)
+
+
+def test_a_router_is_multiplied_by_it_and_a_row_alike_in_any_company(by_onednn):
+    router, x = multiplied_by_onednn(Router()), drawn(70, 32)
+    with torch.inference_mode():
+        whole = router(x)
+        assert len(by_onednn) == 1
+        for rows in range(2, 70):
+            assert torch.equal(router(x[:rows]), whole[:rows])
+
+
+def test_a_mixture_has_its_router_multiplied_by_it():
+    model = multiplied_by_onednn(random_model("qwen3_moe", seed=1))
+    routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
+    assert routers
+    assert all("forward" in vars(router) for router in routers)

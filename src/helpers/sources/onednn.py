@@ -15,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
 
 from helpers.sources.processors import has_bfloat16_units
+
+OTHERS = (nn.Linear, nn.Embedding)  # hold a matrix, and multiply otherwise or not at all
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -86,11 +89,36 @@ class _Product(torch.autograd.Function):
 
 
 def multiplied_by_onednn(model):
-    """The model, its Linears multiplied by `product` unless they have a forward of their own."""
+    """The model, its Linears multiplied by `product` unless they have a forward of their own.
+
+    So are the products of modules that hold a matrix and are no Linears, as routers of mixtures
+    are: by MKL with AVX2 a row of theirs depends on how many rows there are.
+    """
     for module in model.modules():
-        if type(module) is nn.Linear and "forward" not in vars(module):
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear:
             module.forward = MethodType(_forward, module)
+        elif _holds_a_matrix(module):
+            module.forward = MethodType(_with_products, module)
     return model
+
+
+def _holds_a_matrix(module: nn.Module) -> bool:
+    matrix = module._parameters.get("weight")
+    return matrix is not None and matrix.ndim == 2 and not isinstance(module, OTHERS)
+
+
+class _Products(TorchFunctionMode):
+    """Inside, `torch.nn.functional.linear` is `product`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (product if function is linear else function)(*args, **(kwargs or {}))
+
+
+def _with_products(module: nn.Module, *args, **kwargs):
+    with _Products():
+        return type(module).forward(module, *args, **kwargs)
 
 
 def _forward(module: nn.Linear, input: Tensor) -> Tensor:
