@@ -68,10 +68,10 @@ def number(value: float | None, digits: int = 3) -> str:
         return "0"
     if abs(value) >= 10 ** (digits - 1):
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.2e}"
-    value = float(f"{value:.{digits - 1}e}")
-    if abs(value) < 1e-4:
-        return f"{value:.1e}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = float(f"{value:.{digits - 1}e}")
+    if abs(rounded) < 1e-4:
+        return f"{value:.1e}"  # of the value itself: rounding twice can be off by a digit
+    decimals = digits - 1 - math.floor(math.log10(abs(rounded)))
     return f"{value:.{decimals}f}"
 
 
