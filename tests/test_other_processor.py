@@ -17,7 +17,10 @@ def kept_to_avx2(tmp_path_factory):
 
 
 def gates(study: Smoke) -> dict[str, list[dict]]:
-    found = [*study.outputs.rglob("evaluation/gates.json"), *study.outputs.rglob("verification.json")]
+    found = [
+        *study.outputs.rglob("evaluation/gates.json"),
+        *study.outputs.rglob("verification.json"),
+    ]
     return {str(path): json.loads(path.read_text("utf-8"))["gates"] for path in found}
 
 
