@@ -61,7 +61,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bench scale serve-check lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -111,6 +111,10 @@ test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quic
 
 longtest: $(READY) ## run the tests too long for that: whole studies under faults, a cluster
 	@$(PY) -m pytest -m long $(ARGS)
+
+# Its processes have one thread each.
+bank: $(READY) ## put every known silent failure in, and write what catches it, into outputs/bank
+	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.bank $(ARGS)
 
 # Without vLLM its rows say so.
 bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench

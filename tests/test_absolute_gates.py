@@ -76,6 +76,9 @@ def test_training_that_changed_no_more_than_rounding_is_caught(before, after, pa
     assert training_gate(results).passed == passes
 
 
+@pytest.mark.bank(
+    "model", "training on other items than those drawn", at="the record of the training"
+)
 def test_training_on_other_items_than_those_drawn_is_caught():
     """What is looked through for leaks has to be what was trained on."""
     record = {"items": {"training": ["a", "b"], "heldout": ["c"]}}
@@ -100,6 +103,12 @@ def answers(n: int, **changes) -> list[dict]:
      ({"output": "4 + 4 " + "+ 4 " * 30}, "60.0 % of noquant's own answers end in a loop"),
      ({"status": "unparsed"}, "only 40.0 % of noquant's own answers are readable")],
 )  # fmt: skip
+@pytest.mark.bank(
+    "limits",
+    "every answer of every variant capped",
+    "a baseline that can tell",
+    at="rows of the answers",
+)
 def test_a_baseline_whose_own_answers_are_broken_says_nothing(study, changes, told):
     """However right they are: no variant could be seen to do worse."""
     rules = rules_of(study)
@@ -108,6 +117,9 @@ def test_a_baseline_whose_own_answers_are_broken_says_nothing(study, changes, to
     assert uninformative_reason("openmath", asked, rules) == told
 
 
+@pytest.mark.bank(
+    "answers", "every answer of a variant capped, or in a loop", at="rows of the answers"
+)
 def test_no_limit_lies_above_all_there_is():
     """It once read: at most 25 points above 100 %."""
     capped = answers(10, finish_reason="length", output="a" * 30)
@@ -134,6 +146,9 @@ def smoothed(study_path, study_settings, write_study, monkeypatch, tmp_path):
     return replace(job, variant="smooth_only"), tokenizer, model
 
 
+@pytest.mark.bank(
+    "limits", "a wrong baseline raises its own limit", at="the baseline's kept states"
+)
 def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     """Kept states that are off once made the limit as wide as what they were off by."""
     job, tokenizer, model = smoothed
@@ -149,6 +164,9 @@ def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     assert not gate.passed
 
 
+@pytest.mark.bank(
+    "limits", "a float variant as far away as its measured noise", at="rows of the passages"
+)
 def test_what_is_far_away_is_no_rounding_whatever_was_measured():
     far = [{"id": "a", "tokens": 10, "kl": 9.0, "nll": 20.0, "top1_agreements": 3}]
     gates = reference_gates(Variant(dtype="bfloat16"), far, far)

@@ -32,6 +32,8 @@ def readers(patch, read) -> None:
         patch.setattr(module, "read", read)
 
 
+LOADED = "the loaded model"
+FORWARD = "quantization.int8_linear.Int8Linear.forward"
 SOUND = [("llama", "noquant"), ("qwen3", "rtn_w8a8"), ("llama", "o2"), ("qwen3", "o3")]
 SOUND += [("llama", "down_float"), ("qwen3", "smooth_only")]
 
@@ -62,6 +64,7 @@ def test_other_families_pass(sound_runs, family, variant):
     assert failed(asked(sound_runs(family, variant))) == set()
 
 
+@pytest.mark.bank("int8", "packed rows run every Linear in float")
 def test_packed_rows_multiplied_in_float(sound_runs, monkeypatch):
     """Decoding stays int8, and the checkpoint's own gates see nothing."""
     read = packing.read
@@ -83,6 +86,7 @@ def test_packed_rows_multiplied_in_float(sound_runs, monkeypatch):
     assert ", 0 float" not in gate.measured
 
 
+@pytest.mark.bank("int8", "packed rows read by a float copy of the model", WHOLE)
 def test_packed_rows_read_by_a_float_copy(sound_runs, monkeypatch):
     """No call of an int8 Linear is wrong; there are too few of them."""
     import copy
@@ -118,12 +122,27 @@ def sevens(module, x):
     return multiplied(module, x, x.float().abs().amax(-1, keepdim=True) / 127)
 
 
-@pytest.mark.parametrize("forward", [one_scale_a_text, truncated, sevens, dequantized])
+ARITHMETICS = {
+    one_scale_a_text: "one scale a text instead of a token in packed rows",
+    truncated: "activations truncated in the evaluation alone",
+    sevens: "scales of 1/127 instead of 1/127.5 of the largest value",
+    dequantized: "every Linear with float activations",
+}
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        pytest.param(f, marks=pytest.mark.bank("int8", w, at=FORWARD))
+        for f, w in ARITHMETICS.items()
+    ],
+)
 def test_another_arithmetic(sound_runs, forward):
     gates = asked(sound_runs("llama", "rtn_w8a8"), lambda model: each_int8(model, forward))
     assert failed(gates) == {QUANTIZED}
 
 
+@pytest.mark.bank("int8", "one scale a packed row instead of a text", at=FORWARD)
 def test_one_scale_a_row_instead_of_a_text(sound_runs):
     """Texts packed into one row share a scale that each ought to have by itself."""
     whole = lambda module, x: multiplied(module, x, x.abs().amax() / 127.5)  # noqa: E731
@@ -131,6 +150,7 @@ def test_one_scale_a_row_instead_of_a_text(sound_runs):
     assert failed(gates) == {QUANTIZED}
 
 
+@pytest.mark.bank("int8", "a static scale made anew for each token", at=FORWARD)
 def test_a_static_scale_made_anew(sound_runs):
     own = lambda module, x: multiplied(module, x, scale_of_each_token(x))  # noqa: E731
     gates = asked(sound_runs("llama", "o3"), lambda model: each_int8(model, own))
@@ -138,7 +158,7 @@ def test_a_static_scale_made_anew(sound_runs):
 
 
 @torch.no_grad()
-def double_steps(model):
+def weight_scales_doubled_at_load_in_the_evaluation_alone(model):
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.weight_scale *= 2
@@ -150,11 +170,15 @@ def one_linear_float(model):
     )
 
 
-@pytest.mark.parametrize("change", [double_steps, one_linear_float])
+@pytest.mark.bank("int8", "{change}", at=LOADED)
+@pytest.mark.parametrize(
+    "change", [weight_scales_doubled_at_load_in_the_evaluation_alone, one_linear_float]
+)
 def test_weights_other_than_on_disk(sound_runs, change):
     assert failed(asked(sound_runs("llama", "rtn_w8a8"), change)) == {QUANTIZED}
 
 
+@pytest.mark.bank("int8", "one call in float after some in int8", at=FORWARD)
 def test_float_from_the_second_half_on(sound_runs):
     """Early calls are sound; every call is looked at."""
 
@@ -195,16 +219,19 @@ def another_epsilon(model):
     model.model.layers[0].input_layernorm.variance_epsilon = 1e-3
 
 
+@pytest.mark.bank("float", "{change} for quantized variants alone", at=LOADED)
 @pytest.mark.parametrize("change", [head_in_bfloat16, norm_in_bfloat16, another_epsilon])
 def test_float_parts_of_a_quantized_variant(sound_runs, change):
     assert failed(asked(sound_runs("llama", "rtn_w8a8"), change)) == {FLOAT}
 
 
+@pytest.mark.bank("float", "the baseline's {change}", at=LOADED)
 @pytest.mark.parametrize("change", [products_in_bfloat16, head_in_bfloat16, norm_in_bfloat16])
 def test_float_parts_of_the_baseline(sound_runs, change):
     assert failed(asked(sound_runs("llama", "noquant"), change)) == {FLOAT}
 
 
+@pytest.mark.bank("float", "logits by a function of their own, the head never called", FLOAT)
 def test_a_head_that_is_not_the_models(sound_runs, monkeypatch):
     """Logits made by a function of their own: the head is never called."""
 

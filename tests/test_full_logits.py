@@ -67,7 +67,7 @@ def test_sound_figures_agree(evaluated, variant):
     assert (sum(row["kl"] for row in rows) > 1) == (variant != "noquant")
 
 
-def wrong_way_round(passages, tokens, states, reference, **options):
+def kl_the_wrong_way_round(passages, tokens, states, reference, **options):
     rows = passage_rows(passages, tokens, states, reference, **options)
     turned = passage_rows(passages, tokens, reference, states, **options)
     return [row | {"kl": other["kl"]} for row, other in zip(rows, turned, strict=True)]
@@ -83,18 +83,29 @@ def agreements_of_half(passages, tokens, states, reference, **options):
     return [row | {"top1_agreements": row["top1_agreements"] // 2} for row in rows]
 
 
-@pytest.mark.parametrize("wrong", [wrong_way_round, loss_on_the_token_before, agreements_of_half])
+WRONG = {
+    kl_the_wrong_way_round: "KL the wrong way round",
+    loss_on_the_token_before: "loss on the wrong token",
+    agreements_of_half: "half of the top-1 agreements",
+}
+
+
+@pytest.mark.parametrize(
+    "wrong", [pytest.param(f, marks=pytest.mark.bank("text", w, AGAIN)) for f, w in WRONG.items()]
+)
 def test_figures_made_wrongly_are_caught(evaluated, monkeypatch, wrong):
     monkeypatch.setattr(language_modeling, "passage_rows", wrong)
     _, gates = evaluated()
     assert AGAIN in failed(gates)
 
 
+@pytest.mark.bank("text", "loss on the wrong token", AGAIN)
 def test_the_baselines_loss_on_the_wrong_token_is_caught(evaluated, monkeypatch):
     monkeypatch.setattr(language_modeling, "passage_rows", loss_on_the_token_before)
     assert failed(evaluated("noquant")[1]) == {AGAIN}
 
 
+@pytest.mark.bank("text", "reference shifted by one for quantized variants", AGAIN)
 def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
     load = language_modeling.load_states
 
@@ -106,6 +117,7 @@ def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
     assert AGAIN in failed(evaluated()[1])
 
 
+@pytest.mark.bank("text", "passages cut short by a token", "token counts of the passages")
 def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
     cut = language_modeling.passage_tokens
     monkeypatch.setattr(
@@ -116,6 +128,7 @@ def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
     assert "token counts of the passages" in failed(evaluated("noquant")[1])
 
 
+@pytest.mark.bank("text", "states of two passages exchanged", AGAIN)
 def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
     """The rows of two passages were exchanged on their way from the model to the figures."""
     read = language_modeling.read_passages
@@ -128,6 +141,12 @@ def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
     assert AGAIN in failed(evaluated()[1])
 
 
+@pytest.mark.bank(
+    "text", "a baseline apart from itself", "the baseline against itself", at="rows of the passages"
+)
+@pytest.mark.bank(
+    "text", "means over passages instead of tokens", "means of the passages", at="metrics"
+)
 def test_a_baseline_apart_from_itself_and_wrong_means_are_caught(evaluated):
     rows, _ = evaluated("noquant")
     apart = [row | {"kl": 1e-3} for row in rows]
@@ -148,6 +167,9 @@ def test_the_hook_is_taken_off_again(evaluated, study_path):
     assert not model.base_model._forward_hooks
 
 
+@pytest.mark.bank(
+    "tokens", "two token ids swapped in the shared text", "passages read token by token"
+)
 def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkeypatch):
     """The passage has as many tokens as it has to, and they are others."""
     from test_silent_evaluation_failures import swapped

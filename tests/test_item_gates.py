@@ -88,6 +88,7 @@ def test_four_wordings_of_a_question_are_one_cluster(reworded):
     assert clusters_gate(as_rows(items), items).passed
 
 
+@pytest.mark.bank("items", "25 items in four wordings counted as 100")
 def test_wordings_counted_as_independent_items_are_caught(reworded, monkeypatch):
     monkeypatch.setattr(datasets, "clustered", list)
     items = evaluation_items(reworded, "mine")
@@ -108,6 +109,9 @@ def test_shipped_questions_are_in_words_of_their_own(name):
     assert [i.cluster for i in clustered(items)] == [i.cluster for i in items]
 
 
+@pytest.mark.bank(
+    "items", "questions on one passage counted as independent", at="rows of the answers"
+)
 def test_two_passages_cut_apart_into_clusters_are_caught():
     items = load_items(ShippedDataset(shipped="squad_v2"), adapter="squad_v2")[:6]
     assert clusters_gate(as_rows(items), items).passed
@@ -157,6 +161,7 @@ def test_evaluation_items_in_other_words_are_not_drawn(training_reworded):
 
 
 @pytest.mark.parametrize("use", ["training", "calibration"])
+@pytest.mark.bank("items", "{use} on reworded evaluation items")
 def test_drawing_them_all_the_same_is_named_and_counted(training_reworded, monkeypatch, use):
     study, reworded_ids = training_reworded
     monkeypatch.setattr(datasets, "keys_near", lambda *_: frozenset())
@@ -193,6 +198,7 @@ def shifted(adapter: str):
 
 
 @pytest.mark.parametrize("adapter", SHIPPED)
+@pytest.mark.bank("items", "golds shifted by a row in the adapter", at="sources.items.ADAPTERS")
 def test_golds_shifted_by_a_row_in_the_adapter_are_caught(adapter, monkeypatch):
     """Questions and golds are all there, scores follow from them, and nothing else notices."""
     source = ShippedDataset(shipped=SHIPPED[adapter])
@@ -202,6 +208,9 @@ def test_golds_shifted_by_a_row_in_the_adapter_are_caught(adapter, monkeypatch):
     assert not raw_rows_gate(as_rows(items), items, digests).passed
 
 
+@pytest.mark.bank(
+    "items", "options turned round, or golds edited in the answers", at="rows of the answers"
+)
 def test_texts_exchanged_or_golds_edited_in_the_answers_are_caught():
     source = ShippedDataset(shipped="arc")
     items = load_items(source, adapter="arc")[:10]

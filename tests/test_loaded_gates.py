@@ -69,6 +69,7 @@ def test_the_simulated_runtime_passes_too(study_settings, tmp_path):
     assert failed(run, the_float_source) == {ARITHMETIC, FILES}
 
 
+@pytest.mark.bank("model", "{asked} is asked in the variant's place", at="the loaded model")
 @pytest.mark.parametrize(
     ("asked", "names"),
     [
@@ -82,6 +83,7 @@ def test_another_model_in_its_place_is_caught(sound_run, family, asked, names):
     assert failed(sound_run(family, "smoothquant_w8a8"), asked) == names
 
 
+@pytest.mark.bank("model", "the checkpoint of another variant is asked", at="the loaded model")
 def test_the_checkpoint_of_another_variant_is_caught(sound_run, sound_runs, family):
     """Same layers, same granularity: only the tensors tell."""
     other = sound_runs(family, "rtn_w8a8").checkpoint
@@ -90,6 +92,9 @@ def test_the_checkpoint_of_another_variant_is_caught(sound_run, sound_runs, fami
     assert failed(run, lambda _: load_int8(other, **place)) == {FILES}
 
 
+@pytest.mark.bank(
+    "model", "another checkpoint put in place of the verified one", at="the checkpoint's folder"
+)
 def test_a_checkpoint_put_in_place_of_the_verified_one_is_caught(sound_run, sound_runs, family):
     """Between verification and evaluation; all that is loaded agrees with what lies there."""
     run, other = sound_run(family, "smoothquant_w8a8"), sound_runs(family, "rtn_w8a8").checkpoint
@@ -98,12 +103,14 @@ def test_a_checkpoint_put_in_place_of_the_verified_one_is_caught(sound_run, soun
     assert failed(run) == {VERIFIED}
 
 
+@pytest.mark.bank("model", "the verification of another variant", at="verification.json")
 def test_the_verification_of_another_variant_is_caught(sound_run, sound_runs, family):
     run, other = sound_run(family, "smoothquant_w8a8"), sound_runs(family, "rtn_w8a8").checkpoint
     shutil.copy(other.parent / "verification.json", run.checkpoint.parent)
     assert failed(run) == {VERIFIED}
 
 
+@pytest.mark.bank("model", "a float variant asked in another type", at="the loaded model")
 def test_a_float_variant_in_another_type_is_caught(sound_run):
     assert failed(sound_run("llama", "noquant"), another_float_type) == {ARITHMETIC, FILES}
 

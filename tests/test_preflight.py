@@ -145,6 +145,7 @@ PROBLEMS = [
 ]
 
 
+@pytest.mark.bank("brought", "a model with {case}", at="the model's folder")
 @pytest.mark.parametrize(("case", "settings", "begun"), PROBLEMS)
 def test_each_problem_is_a_line_with_its_key(check, case, settings, begun):
     lines = check(case, settings)
@@ -155,6 +156,7 @@ def test_each_problem_is_a_line_with_its_key(check, case, settings, begun):
         assert len(line.splitlines()) == 1
 
 
+@pytest.mark.bank("brought", "a row that is none of its set's", at="rows of a data set")
 def test_rows_are_read_and_items_drawn(check, write_rows):
     rows = write_rows([{"question": "q?", "answer": True, "passage": "p"}, {"question": "r"}])
 

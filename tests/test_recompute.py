@@ -74,6 +74,7 @@ def test_answers_come_back_as_the_evaluation_had_them(published):
     assert again.duties == results.duties
 
 
+@pytest.mark.bank("report", "an edited answer", "make verdicts", at="answers/arc.jsonl")
 def test_a_tampered_prediction_is_caught(published, capsys):
     """Right made wrong in one answer: the file, the verdict's counts and its p differ."""
     job, folder = published
@@ -85,6 +86,9 @@ def test_a_tampered_prediction_is_caught(published, capsys):
     assert "base: ARC, smoothquant_w8a8 against noquant: losses is" in told
 
 
+@pytest.mark.bank(
+    "report", "an edited answer and its hash", "make verdicts", at="answers/arc.jsonl, summary.json"
+)
 def test_a_prediction_tampered_together_with_its_hash_is_caught_by_its_verdict(published):
     job, folder = published
     rewrite(folder / "arc.jsonl", lambda row: answer(row).update(parsed="E", score=0.0))
@@ -98,6 +102,7 @@ def test_a_prediction_tampered_together_with_its_hash_is_caught_by_its_verdict(p
     assert not [line for line in differing if "is not the file" in line]
 
 
+@pytest.mark.bank("report", "an edited verdict", "make verdicts", at="summary.json")
 def test_a_verdict_edited_in_the_summary_is_caught(published):
     job, _ = published
     path = job.paths.root / "summary.json"
@@ -110,6 +115,9 @@ def test_a_verdict_edited_in_the_summary_is_caught(published):
     assert any("control noquant: done is" in line for line in differing)
 
 
+@pytest.mark.bank(
+    "report", "a failed check edited to have passed", "make verdicts", at="answers/gates.json"
+)
 def test_a_failed_check_taken_out_of_the_gates_is_caught(make_job, monkeypatch):  # noqa: F811
     from helpers.report import recompute as module
 

@@ -72,6 +72,7 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("row", "column"), CELLS)
+@pytest.mark.bank("report", "an edited number in a table of the report", at="report.md")
 def test_an_edited_number_in_a_table_is_named(demo, row, column):
     """One in every kind of table that answers give, one that only the analysis gives."""
     published, before = edit_cell(demo / "report.md", row, column)
@@ -92,6 +93,7 @@ def edit_value(path, row: str) -> str:
     return cells[4]
 
 
+@pytest.mark.bank("report", "edited numbers in the summaries", at="summary.csv, summary.json")
 def test_edited_summaries_are_named(demo):
     accuracy = edit_value(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy")
     edit_value(demo / "summary.csv", "finetuned,noquant,squad_v2,f1")
@@ -120,6 +122,7 @@ def test_edited_summaries_are_named(demo):
         assert place in named, place
 
 
+@pytest.mark.bank("report", "lines taken out of the summary or put in", at="summary.csv")
 def test_lines_taken_out_or_put_in_are_named(demo):
     path = demo / "summary.csv"
     lines = path.read_text("utf-8").splitlines()
@@ -130,6 +133,7 @@ def test_lines_taken_out_or_put_in_are_named(demo):
     assert "summary.csv has a row twice" in named
 
 
+@pytest.mark.bank("report", "verdicts edited in the report", at="report.md")
 def test_verdicts_in_other_words_are_named(demo):
     report = demo / "report.md"
     edit_cell(report, "| `smoothquant_w8a8` | `base` |", "ARC", lambda _: "better")
@@ -139,6 +143,7 @@ def test_verdicts_in_other_words_are_named(demo):
     assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in named
 
 
+@pytest.mark.bank("report", "a summary made by wrong statistics", "make verdicts")
 def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  # noqa: F811
     """Nothing of the report's statistics is used to make its numbers again."""
     from helpers.report import recompute as module

@@ -109,7 +109,7 @@ def test_the_jackknife_of_independent_items_is_the_standard_error():
 # Failures: each leaves a plausible report.
 
 
-def four_times_the_items(patch):
+def bootstrap_of_four_times_the_items(patch):
     """A bootstrap that resamples four times as many passages as there are."""
     true = comparison.bootstrap_mean
 
@@ -120,7 +120,7 @@ def four_times_the_items(patch):
     patch.setattr(comparison, "bootstrap_mean", quadrupled)
 
 
-def sorted_rows(patch):
+def sorted_rows_paired(patch):
     """Right answers paired with right answers: nearly all differences vanish."""
 
     def pair(baseline, variant):
@@ -157,8 +157,8 @@ def items_taken_for_independent(patch):
 
 
 FAILURES = {
-    four_times_the_items: "low",
-    sorted_rows: "losses",
+    bootstrap_of_four_times_the_items: "low",
+    sorted_rows_paired: "losses",
     paired_by_position: "losses",
     wrong_discordant_counts: "p ",
     another_quantile: "low",
@@ -166,6 +166,7 @@ FAILURES = {
 }
 
 
+@pytest.mark.bank("statistics", "{break_}", "figures that follow from the answers")
 @pytest.mark.parametrize("break_", FAILURES, ids=lambda f: f.__name__)
 def test_wrong_statistics_make_the_comparison_invalid(judged, monkeypatch, break_):
     break_(monkeypatch)
@@ -174,6 +175,7 @@ def test_wrong_statistics_make_the_comparison_invalid(judged, monkeypatch, break
     assert any(FAILURES[break_] in reason for reason in reasons)
 
 
+@pytest.mark.bank("statistics", "Holm over the valid comparisons only")
 def test_holm_over_the_valid_comparisons_only(judged, monkeypatch):
     """A variant that fails a check must not ease the tests of the others."""
     study, answers = judged
@@ -194,9 +196,10 @@ def test_holm_over_the_valid_comparisons_only(judged, monkeypatch):
     assert all("over all 4 declared" in reason for reason in reasons)
 
 
+@pytest.mark.bank("statistics", "a bootstrap and its check wrong alike")
 def test_a_bootstrap_and_its_check_wrong_alike_differ_from_the_jackknife(judged, monkeypatch):
     """The one assumption they share: that scipy is handed the passages once."""
-    four_times_the_items(monkeypatch)
+    bootstrap_of_four_times_the_items(monkeypatch)
     true = again._bca
 
     def quadrupled(sums, sizes, *options):

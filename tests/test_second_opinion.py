@@ -82,7 +82,7 @@ def test_the_simulated_runtime_agrees(runs, variant):
     ] == []
 
 
-def positions_off_by_one(patch):
+def positions_off_by_one_after_a_shared_beginning(patch):
     """After a beginning that others share."""
     whole = packing.Segment.__post_init__
 
@@ -94,7 +94,7 @@ def positions_off_by_one(patch):
     patch.setattr(packing.Segment, "__post_init__", late)
 
 
-def options_see_ahead(patch):
+def options_that_see_the_next_token(patch):
     def mask(self, window):
         size = len(self.tokens)
         branch = torch.tensor(self.branches or [packing.TRUNK] * size)
@@ -107,7 +107,7 @@ def options_see_ahead(patch):
     patch.setattr(packing.Segment, "_mask", mask)
 
 
-def options_see_each_other(patch):
+def options_that_see_each_other(patch):
     def mask(self, window):
         size = len(self.tokens)
         own = torch.ones(size, size, dtype=torch.bool).tril()
@@ -116,7 +116,7 @@ def options_see_each_other(patch):
     patch.setattr(packing.Segment, "_mask", mask)
 
 
-def a_key_too_many(patch):
+def a_key_too_many_in_a_slot(patch):
     beyond = slots.Slots._beyond
 
     def one_more(self, window):
@@ -154,23 +154,27 @@ def scores_scaled_otherwise(patch):
     patch.setattr(packing.Row, "attend", warm)
 
 
-def positions_of_decoding(patch):
+def positions_of_decoding_off_by_one(patch):
     step = slots.Slots.step
     patch.setattr(slots.Slots, "step", lambda self, *args: step(self, *args) + 1)
 
 
+IN_BFLOAT16 = pytest.mark.bank("float", "attention in bfloat16 for quantized variants alone")
+
+
+@pytest.mark.bank("reading", "{lapse}", LAYERS)
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.parametrize(
     ("lapse", "names"),
     [
-        (positions_off_by_one, {LAYERS}),
-        (options_see_ahead, {LAYERS}),
-        (options_see_each_other, {LAYERS}),
-        (a_key_too_many, {LAYERS}),
-        (attention_in_bfloat16, {LAYERS}),
+        (positions_off_by_one_after_a_shared_beginning, {LAYERS}),
+        (options_that_see_the_next_token, {LAYERS}),
+        (options_that_see_each_other, {LAYERS}),
+        (a_key_too_many_in_a_slot, {LAYERS}),
+        pytest.param(attention_in_bfloat16, {LAYERS}, marks=IN_BFLOAT16),
         (decoding_in_bfloat16, {LAYERS}),
         (scores_scaled_otherwise, {LAYERS}),
-        (positions_of_decoding, {LAYERS}),
+        (positions_of_decoding_off_by_one, {LAYERS}),
     ],
 )
 def test_how_a_text_is_read(runs, monkeypatch, lapse, names, variant):
@@ -178,7 +182,15 @@ def test_how_a_text_is_read(runs, monkeypatch, lapse, names, variant):
     assert names <= failed(looked_at(runs("llama", variant)))
 
 
-@pytest.mark.parametrize("lapse", [positions_off_by_one, options_see_ahead, options_see_each_other])
+@pytest.mark.bank("reading", "{lapse}", LOGPROBS)
+@pytest.mark.parametrize(
+    "lapse",
+    [
+        positions_off_by_one_after_a_shared_beginning,
+        options_that_see_the_next_token,
+        options_that_see_each_other,
+    ],
+)
 def test_log_probabilities_of_the_baseline(runs, monkeypatch, lapse):
     """Read whole, by a model that transformers loads."""
     lapse(monkeypatch)
@@ -186,6 +198,7 @@ def test_log_probabilities_of_the_baseline(runs, monkeypatch, lapse):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "log-probabilities of the token before")
 def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
     """The model is sound; the token before the right one is looked up."""
     whole = loglikelihood.targets
@@ -198,6 +211,7 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "an option scored without its last token")
 def test_an_option_without_its_last_token(runs, monkeypatch, variant):
     whole = loglikelihood.targets
     monkeypatch.setattr(loglikelihood, "targets", lambda *args: whole(*args)[:-1])
@@ -205,6 +219,7 @@ def test_an_option_without_its_last_token(runs, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "the second likeliest token is taken")
 def test_the_second_likeliest_token(runs, monkeypatch, variant):
     take = generation.Decoder._take
 
@@ -218,6 +233,7 @@ def test_the_second_likeliest_token(runs, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "answers cut short, as if they had ended")
 def test_an_answer_cut_short(runs, monkeypatch, variant):
     """The text is the beginning of what the model says, and its end was made up."""
     take = generation.Answer.take
@@ -230,6 +246,7 @@ def test_an_answer_cut_short(runs, monkeypatch, variant):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("text", "loss on the wrong token")
 def test_the_loss_on_the_wrong_token(runs, monkeypatch, variant):
     whole = language_modeling.passage_rows
 
@@ -259,6 +276,7 @@ def embeddings_moved(model):
     model.model.embed_tokens.weight += 1e-3
 
 
+@pytest.mark.bank("reading", "{change}", LAYERS, at="the loaded model")
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.parametrize(
     "change", [a_layer_that_is_skipped, another_rope, another_activation, embeddings_moved]
@@ -267,6 +285,12 @@ def test_another_model_than_that_of_the_files(runs, variant, change):
     assert LAYERS in failed(looked_at(runs("llama", variant), change))
 
 
+@pytest.mark.bank(
+    "rope",
+    "positions that depend on the longest text beside",
+    LOGPROBS,
+    at="the model's rotary embedding",
+)
 def test_positions_that_depend_on_the_longest_text_beside(runs):
     """Alone a short text is read well; in company its rope is that of long ones."""
 

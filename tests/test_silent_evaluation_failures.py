@@ -16,6 +16,7 @@ from helpers.sources.raw_rows import raw_digests
 from helpers.study.gates import WHOLE_VARIANT, as_record
 from helpers.study.variant_settings import Variant
 
+ROWS, PASSAGES = "rows of the answers", "rows of the passages"
 MODEL, VARIANT = "tuned", "smooth_only"
 OWNER = {"model": MODEL, "variant": VARIANT}
 SETTINGS = """
@@ -242,6 +243,7 @@ ARC_ROWS = {
 }  # fmt: skip
 
 
+@pytest.mark.bank("answers", "answers of a set: {case}", at=ROWS)
 @pytest.mark.parametrize("case", ARC_ROWS)
 def test_rows_that_are_not_the_variants_own(sound, case):
     edit, names = ARC_ROWS[case]
@@ -256,6 +258,7 @@ def test_a_prediction_file_of_another_variant_is_told_by_name(sound):
     assert gate.measured == "12 of tuned/rtn_w8a8"
 
 
+@pytest.mark.bank("tokens", "another chat template for one variant", at="the tokenizer")
 def test_another_chat_template_for_one_variant(tiny, settled, sound):
     """Every item is asked, in other words than the baseline's."""
     import copy
@@ -271,11 +274,15 @@ def test_another_chat_template_for_one_variant(tiny, settled, sound):
     }
 
 
+@pytest.mark.bank("answers", "an announced set is missing", at=ROWS)
 def test_an_announced_set_that_is_missing(sound):
     without = {k: v for k, v in sound.predictions.items() if k != "squad_v2"}
     assert failed(replace(sound, predictions=without)) == {("squad_v2", "every item answered once")}
 
 
+@pytest.mark.bank(
+    "reading", "a weight that is not a number", "finite logits", at="the loaded model"
+)
 def test_logits_that_are_not_finite(tiny, settled, sound):
     """A model with one NaN weight, really asked: no gate raises, and the figures are missing."""
     import copy
@@ -311,6 +318,12 @@ def in_bfloat16(tiny):
     return copy.deepcopy(tiny[0]).to(torch.bfloat16)
 
 
+@pytest.mark.bank(
+    "float",
+    "a float variant computed in another type",
+    "apart by rounding alone",
+    at="the loaded model",
+)
 def test_a_float_variant_that_is_further_away_than_rounding(tiny, settled, sound):
     """A smoothed model asked in bfloat16 is no longer the function it has to be."""
     moved = each(**OWNER)(shared_text(settled, in_bfloat16(tiny), *tiny))
@@ -332,6 +345,7 @@ def test_the_noise_floor_is_rounding_of_its_own_type_and_no_more(tiny, settled):
 
 
 @pytest.mark.parametrize("recipe", [{"dtype": "bfloat16"}, {"preset": "w8a8"}])
+@pytest.mark.bank("model", "the float model is asked in a variant's place", at="the loaded model")
 def test_a_variant_that_answers_as_the_float_model_to_the_bit_was_not_asked(
     tiny, settled, sound, recipe
 ):
@@ -356,6 +370,7 @@ def test_gates_made_where_the_model_was_loaded_count(sound):
 
 
 @pytest.mark.parametrize("dataset", ["arc", "squad_v2"])
+@pytest.mark.bank("answers", "a fraction filed as a percent", at="metrics")
 def test_a_fraction_shown_as_a_percent(sound, dataset):
     metrics = sound.metrics["datasets"]
     edited = metrics[dataset] | {"format_success": 50.0}
@@ -363,6 +378,7 @@ def test_a_fraction_shown_as_a_percent(sound, dataset):
     assert failed(evidence) == {(dataset, "scores in their range")}
 
 
+@pytest.mark.bank("text", "a top-1 agreement in percent", at="metrics")
 def test_a_top1_agreement_in_percent(sound):
     shared = sound.metrics["shared_text"] | {"top1_agreement": 93.0}
     evidence = replace(sound, metrics=sound.metrics | {"shared_text": shared})
@@ -372,6 +388,7 @@ def test_a_top1_agreement_in_percent(sound):
     }
 
 
+@pytest.mark.bank("text", "the shared text cut elsewhere, or of another variant", at=PASSAGES)
 def test_a_shared_text_cut_elsewhere_or_of_another_variant(sound):
     shorter = [row | {"tokens": row["tokens"] - 1} for row in sound.passages]
     assert failed(replace(sound, passages=shorter)) == {
@@ -384,6 +401,9 @@ def test_a_shared_text_cut_elsewhere_or_of_another_variant(sound):
     }
 
 
+@pytest.mark.bank(
+    "answers", "one answer to every question", "answers differ", "beats fixed answers", at=ROWS
+)
 def test_a_model_that_repeats_one_answer(sound):
     found = failed(saying(sound, r"\boxed{12345}"))
     assert {("openmath", "answers differ"), ("openmath", "beats fixed answers")} <= found
@@ -408,22 +428,37 @@ def test_a_model_that_nearly_always_said_so_may_lose_its_one_exception(sound):
 @pytest.mark.parametrize(
     ("dataset", "text"), [("openmath", r"\boxed{24}"), ("squad_v2", r"\boxed{Rosa Field}")]
 )
+@pytest.mark.bank(
+    "answers", "the worked example's answer given to every question", "examples not echoed", at=ROWS
+)
 def test_a_model_that_echoes_the_example(sound, dataset, text):
     assert (dataset, "examples not echoed") in failed(saying(sound, text, dataset=dataset))
 
 
+@pytest.mark.bank(
+    "answers",
+    "answers that never end",
+    "answers end",
+    "answers do not loop",
+    "format kept",
+    at=ROWS,
+)
 def test_a_model_that_never_stops(sound):
     found = failed(saying(sound, "and so on and so on and so on and so on and so on", "length"))
     names = {"answers end", "answers do not loop", "format kept"}
     assert {("openmath", name) for name in names} <= found
 
 
+@pytest.mark.bank(
+    "answers", "abstaining from every question", "answers differ", "beats fixed answers", at=ROWS
+)
 def test_a_model_that_always_abstains(sound):
     found = failed(saying(sound, r"\boxed{unanswerable}", dataset="squad_v2"))
     assert {("squad_v2", "answers differ"), ("squad_v2", "beats fixed answers")} <= found
 
 
 @pytest.mark.parametrize("use", ["calibration", "training"])
+@pytest.mark.bank("items", "an evaluation item in {use}", at="items of calibration and training")
 def test_items_the_variant_was_made_from(sound, use):
     """Found by its normalised text: another id, other case and punctuation."""
     item = sound.asked["openmath"][3].item
@@ -445,6 +480,12 @@ def crowd_dependent(model):
     return wrapped
 
 
+@pytest.mark.bank(
+    "reading",
+    "answers that depend on their batch mates",
+    "same answer alone",
+    at="the loaded model",
+)
 def test_an_answer_that_depends_on_its_batch_mates(tiny, settled, sound):
     from helpers.evaluation.engine import ask_all
 
@@ -475,6 +516,9 @@ def test_log_probabilities_have_a_limit_even_where_rounding_cascades(sound):
     assert ("arc", "same answer alone") in failed(far)
 
 
+@pytest.mark.bank(
+    "reading", "log-probabilities in a batch a thousandth off", "same answer alone", at=ROWS
+)
 def test_log_probabilities_alone_are_those_of_the_batch_where_nothing_is_rounded_anew(sound):
     """The answers stay the same; an option's log-probability is a thousandth off."""
     evidence = with_rows(sound, "arc", each(**OWNER, logprobs=moved_by(1e-3)), side="alone")
@@ -508,6 +552,9 @@ def as_scored(evidence: Evidence, edit):
     return lambda rows: [score(row) for row in edit(rows)]
 
 
+@pytest.mark.bank(
+    "reading", "log-probabilities of the next option", "options in the baseline's order", at=ROWS
+)
 def test_options_whose_probabilities_belong_to_others(sound):
     """Of every item, alone too: only the baseline's order tells."""
     evidence = with_rows(sound, "arc", as_scored(sound, rotated))
@@ -517,6 +564,7 @@ def test_options_whose_probabilities_belong_to_others(sound):
     assert ("arc", "scores follow from the answers") not in found
 
 
+@pytest.mark.bank("limits", "a batch mixed up widens its own limit", "same answer alone", at=ROWS)
 def test_a_batch_mixed_up_does_not_widen_its_own_limit(sound):
     """Far from the baseline because of the mix-up, near it when asked alone."""
     evidence = with_rows(sound, "arc", as_scored(sound, rotated))
@@ -546,6 +594,9 @@ def texts(*words: str):
     ]
 
 
+@pytest.mark.bank(
+    "answers", "generated answers filed under other items", "same answer alone", at=ROWS
+)
 def test_generated_answers_filed_under_other_items(sound):
     """Rounding rewords an answer; it does not make it another item's."""
     from helpers.evaluation.invariance import invariance_gate
@@ -560,12 +611,14 @@ def test_generated_answers_filed_under_other_items(sound):
     assert not found.passed
 
 
+@pytest.mark.bank("reading", "answers drawn by lot", at=ROWS)
 def test_answers_drawn_by_lot(sound):
     """A sampled answer is another one when the item is asked once more, alone."""
     drawn = with_rows(sound, "openmath", each(output="another"), side="alone")
     assert failed(drawn) == {("openmath", "same answer alone")}
 
 
+@pytest.mark.bank("reading", "answers drawn by lot in bfloat16", "same answer again", at=ROWS)
 def test_answers_drawn_by_lot_where_company_may_change_them(sound):
     """In bfloat16 an answer alone may be another than in the batch; asked again it may not."""
     first = {name: rows[:1] for name, rows in sound.alone.items() if name != "arc"}
@@ -579,6 +632,12 @@ def test_answers_drawn_by_lot_where_company_may_change_them(sound):
     assert found == [set(), {"openmath"}, {"openmath", "squad_v2"}]
 
 
+@pytest.mark.bank(
+    "text",
+    "KL against another model than the baseline",
+    "held against the baseline",
+    at="states of the baseline",
+)
 def test_a_variant_held_against_another_model_than_the_baseline(tiny, settled, sound):
     """Its KL would be the distance of two models, and look like the price of rounding."""
     from helpers.sources.random_model import random_model
@@ -591,6 +650,7 @@ def test_a_variant_held_against_another_model_than_the_baseline(tiny, settled, s
     assert (WHOLE_VARIANT, "held against the baseline") in failed(replace(sound, reference=[]))
 
 
+@pytest.mark.bank("items", "a worked example that is an evaluation item", at="worked examples")
 def test_an_example_of_the_prompt_that_is_an_item(sound):
     item = sound.asked["openmath"][3].item
     seen = sound.seen | {"worked-example": [*sound.seen["worked-example"], item]}
@@ -621,6 +681,8 @@ def swapped(tokenize, letters: str = "qz"):
     return call
 
 
+@pytest.mark.bank("tokens", "two token ids swapped for one variant")
+@pytest.mark.bank("tokens", "other tokens under the same words of a prompt")
 def test_two_token_ids_exchanged_for_one_variant(tiny, settled, sound, monkeypatch):
     """The words are the baseline's, and so is their number; only what is handed over is not."""
     from helpers.evaluation import prompts

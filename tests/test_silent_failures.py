@@ -47,11 +47,23 @@ Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
 
 
-def failure(*gates: str, variant: str = "smoothquant_w8a8"):
-    """Enter a way to break a run, the gates that must catch it, and the variant it is tried on."""
+def failure(
+    *gates: str,
+    variant: str = "smoothquant_w8a8",
+    kind: str = "checkpoint",
+    at: str = "",
+    words: str = "{break_}",
+):
+    """Enter a way to break a run, the gates that must catch it, and the variant it is tried on.
+
+    Args:
+        kind, at, words: of the bank's table; where no code is patched, `at` names a file.
+    """
 
     def enter(break_):
-        BANK.append(pytest.param(break_, set(gates), variant, id=break_.__name__))
+        marks = pytest.mark.bank(kind, words, at=at)
+        entry = pytest.param(break_, set(gates), variant, id=break_.__name__, marks=marks)
+        BANK.append(entry)
         return break_
 
     return enter
@@ -66,7 +78,12 @@ def saved_tokenizer(run, edit) -> None:
         edit(data)
 
 
-@failure(TOKENIZER)
+@failure(
+    TOKENIZER,
+    kind="tokens",
+    at="tokenizer.json",
+    words="a wrong tokenizer saved with the checkpoint",
+)
 def two_tokens_exchanged_in_the_saved_tokenizer(run, _):
     def exchange(data):
         vocabulary = data["model"]["vocab"]
@@ -76,18 +93,18 @@ def two_tokens_exchanged_in_the_saved_tokenizer(run, _):
     saved_tokenizer(run, exchange)
 
 
-@failure(TOKENIZER)
+@failure(TOKENIZER, kind="tokens", at="tokenizer.json")
 def a_saved_tokenizer_that_folds_capitals(run, _):
     saved_tokenizer(run, lambda data: data.update(normalizer={"type": "Lowercase"}))
 
 
-@failure(TOKENIZER)
+@failure(TOKENIZER, kind="tokens", at="tokenizer_config.json")
 def another_end_of_text_saved_with_the_tokenizer(run, _):
     with run.edited_json(run.checkpoint / "tokenizer_config.json") as data:
         data["eos_token"] = "<|im_start|>"
 
 
-@failure(TOKENIZER)
+@failure(TOKENIZER, kind="tokens", at="chat_template.jinja")
 def another_chat_format_saved_with_the_tokenizer(run, _):
     path = run.checkpoint / "chat_template.jinja"
     path.write_text(path.read_text("utf-8").replace("assistant", "helper").replace("\\n", " "))
@@ -164,7 +181,7 @@ def the_wrong_norm_folded(run, patch):
     run.quantize()
 
 
-@failure(SMOOTHING, FUNCTION)
+@failure(SMOOTHING, FUNCTION, at="model.safetensors")
 def norms_left_undivided(run, _):
     with run.edited() as saved, run.edited(run.root / "source") as source:
         saved["model.layers.1.input_layernorm.weight"] = source[
@@ -172,14 +189,14 @@ def norms_left_undivided(run, _):
         ]
 
 
-@failure(SMOOTHING, FUNCTION)
+@failure(SMOOTHING, FUNCTION, at="model.safetensors")
 def norms_swapped_between_two_layers(run, _):
     a, b = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
     with run.edited() as saved:
         saved[a], saved[b] = saved[b], saved[a]
 
 
-@failure(SMOOTHING)
+@failure(SMOOTHING, at="the variant's recipe")
 def alpha_other_than_declared(run, patch):
     recipe = {"preset": "w8a8", "smooth": {"alpha": 0.55, "targets": quantized_run.NORMS}}
     with patch.context() as other:
@@ -197,7 +214,7 @@ def weight_maxima_off_by_a_tenth(run, patch):
 # Weights
 
 
-@failure(GRID)
+@failure(GRID, at="model.safetensors")
 def per_tensor_weights_labelled_per_channel(run, _):
     with run.edited() as saved:
         weight = saved[f"{Q0}.weight"] * saved[f"{Q0}.weight_scale"]
@@ -206,7 +223,7 @@ def per_tensor_weights_labelled_per_channel(run, _):
         saved[f"{Q0}.weight_scale"] = step.expand_as(saved[f"{Q0}.weight_scale"]).clone()
 
 
-@failure(GRID, METADATA)
+@failure(GRID, METADATA, at="model.safetensors")
 def four_bit_weights_labelled_eight(run, _):
     with run.edited() as saved:
         for key in [k for k in saved if k.endswith(".weight_scale")]:
@@ -215,33 +232,33 @@ def four_bit_weights_labelled_eight(run, _):
             saved[key] = saved[key] * 17.0
 
 
-@failure(GRID)
+@failure(GRID, at="model.safetensors")
 def weight_scales_swapped_between_two_layers(run, _):
     with run.edited() as saved:
         a, b = f"{Q0}.weight_scale", f"{Q1}.weight_scale"
         saved[a], saved[b] = saved[b], saved[a]
 
 
-@failure(GRID, variant="o1")
+@failure(GRID, variant="o1", at="model.safetensors")
 def weight_scales_of_q_and_k_swapped_in_one_layer(run, _):
     with run.edited() as saved:
         a, b = f"{Q0}.weight_scale", f"{Q0.replace('q_proj', 'k_proj')}.weight_scale"
         saved[a], saved[b] = saved[b], saved[a]
 
 
-@failure(GRID, RELOAD)
+@failure(GRID, RELOAD, at="model.safetensors")
 def a_nan_in_a_saved_scale(run, _):
     with run.edited() as saved:
         saved[f"{Q0}.weight_scale"][3] = float("nan")
 
 
-@failure(GRID, FUNCTION)
+@failure(GRID, FUNCTION, at="model.safetensors")
 def zero_weights_in_one_linear(run, _):
     with run.edited() as saved:
         saved["model.layers.1.mlp.down_proj.weight"].zero_()
 
 
-@failure(GRID, FUNCTION)
+@failure(GRID, FUNCTION, at="model.safetensors")
 def one_row_of_one_linear_negated(run, _):
     with run.edited() as saved:
         row = saved["model.layers.1.mlp.up_proj.weight"][5]
@@ -259,25 +276,25 @@ def one_linear_left_out(run, patch):
     run.quantize()
 
 
-@failure(KEPT)
+@failure(KEPT, kind="tied", at="model.safetensors")
 def tied_embeddings_altered(run, _):
     with run.edited() as saved:
         saved["model.embed_tokens.weight"].mul_(1.001)
 
 
-@failure(KEPT)
+@failure(KEPT, kind="tied", at="model.safetensors")
 def a_head_of_its_own_beside_tied_embeddings(run, _):
     with run.edited() as saved:
         saved["lm_head.weight"] = saved["model.embed_tokens.weight"].round(decimals=2)
 
 
-@failure(KEPT, FUNCTION)
+@failure(KEPT, FUNCTION, at="model.safetensors")
 def a_norm_nobody_should_fold_altered(run, _):
     with run.edited() as saved:
         saved["model.norm.weight"].mul_(1.01)
 
 
-@failure(KEPT, variant="rtn_w8a8")
+@failure(KEPT, variant="rtn_w8a8", at="the variant's recipe")
 def smoothing_in_a_variant_without(run, patch):
     smooth = {"preset": "w8a8", "smooth": quantized_run.SMOOTH}
     with patch.context() as other:
@@ -285,13 +302,13 @@ def smoothing_in_a_variant_without(run, patch):
         run.quantize()
 
 
-@failure(METADATA)
+@failure(METADATA, at="config.json")
 def a_config_that_forgets_the_kept_head(run, _):
     with run.edited_json(run.checkpoint / "config.json") as config:
         config["quantization_config"]["ignore"] = []
 
 
-@failure(METADATA, ACTIVATIONS)
+@failure(METADATA, ACTIVATIONS, at="config.json")
 def a_config_of_another_granularity(run, _):
     with run.edited_json(run.checkpoint / "config.json") as config:
         (group,) = config["quantization_config"]["config_groups"].values()
@@ -301,7 +318,7 @@ def a_config_of_another_granularity(run, _):
 # Run time
 
 
-@failure(ACTIVATIONS, KERNEL)
+@failure(ACTIVATIONS, KERNEL, kind="int8")
 def activations_left_float_at_run_time(_, patch):
     def forward(self, x):
         weight = self.weight_t.float() * self.weight_scale
@@ -310,7 +327,7 @@ def activations_left_float_at_run_time(_, patch):
     patch.setattr(int8_linear.Int8Linear, "forward", forward)
 
 
-@failure(ACTIVATIONS, KERNEL)
+@failure(ACTIVATIONS, KERNEL, kind="int8")
 def one_scale_for_all_tokens_at_run_time(_, patch):
     def one_scale(self, x):
         rows = x.reshape(-1, self.in_features).float()
@@ -320,7 +337,7 @@ def one_scale_for_all_tokens_at_run_time(_, patch):
     patch.setattr(int8_linear.Int8Linear, "_quantize", one_scale)
 
 
-@failure(ACTIVATIONS, KERNEL)
+@failure(ACTIVATIONS, KERNEL, kind="int8")
 def activations_cut_off_instead_of_rounded(_, patch):
     def floor(x, scale):
         return torch.div(x, scale).trunc_().clamp_(-128, 127).to(torch.int8)
@@ -333,7 +350,7 @@ def activations_cut_off_instead_of_rounded(_, patch):
     patch.setattr(fused_passes, "quantize_rows", cut_off)
 
 
-@failure(RELOAD)
+@failure(RELOAD, kind="int8")
 def another_answer_at_every_load(_, patch):
     real = int8_linear.Int8Linear.__init__
 
@@ -344,7 +361,7 @@ def another_answer_at_every_load(_, patch):
     patch.setattr(int8_linear.Int8Linear, "__init__", shaken)
 
 
-@failure(STATIC, variant="o3")
+@failure(STATIC, variant="o3", at="model.safetensors")
 def a_static_scale_from_the_wrong_layer(run, _):
     with run.edited() as saved:
         a, b = f"{Q0}.input_scale", f"{Q1}.input_scale"
@@ -360,20 +377,20 @@ def static_scales_from_before_smoothing(run, patch):
 # Source and calibration
 
 
-@failure(SOURCE)
+@failure(SOURCE, kind="calibration", at="the source's model.safetensors")
 def the_source_model_edited_in_place(run, _):
     with run.edited(run.root / "source") as source:
         source[f"{Q0}.weight"][0, 0] += 1e-3
 
 
-@failure(SOURCE)
+@failure(SOURCE, kind="calibration", at="the source's model.safetensors")
 def the_source_model_changed_after_calibration(run, _):
     with run.edited(run.root / "source") as source:
         source[f"{Q0}.weight"][0, 0] += 1e-3
     run.quantize()
 
 
-@failure(ITEMS)
+@failure(ITEMS, kind="calibration")
 def calibration_polluted_by_padding(run, patch):
     """Padding that is quieter than the text changes no maximum, but it is counted."""
     real = calibration._observed
@@ -388,14 +405,14 @@ def calibration_polluted_by_padding(run, patch):
     run.quantize()
 
 
-@failure(STATISTICS, ITEMS)
+@failure(STATISTICS, ITEMS, kind="calibration", at="the source's model.safetensors")
 def calibration_polluted_by_loud_padding(run, patch):
     with run.edited(run.root / "source") as source:
         source["model.embed_tokens.weight"][0] = torch.eye(64)[7]  # all in one channel
     calibration_polluted_by_padding(run, patch)
 
 
-@failure(STATISTICS)
+@failure(STATISTICS, kind="calibration", at="activations.safetensors")
 def calibration_maxima_of_another_layer(run, _):
     with run.edited(run.calibration, "activations.safetensors") as found:
         for name in ("q_proj", "k_proj", "v_proj"):
@@ -414,21 +431,21 @@ def calibrated_with_louder_norms(run) -> dict:
     return kept
 
 
-@failure(STATISTICS)
+@failure(STATISTICS, kind="calibration", at="the source's model.safetensors")
 def maxima_of_the_other_model_of_the_study(run, _):
     for path, content in calibrated_with_louder_norms(run).items():
         path.write_bytes(content)
     run.quantize()
 
 
-@failure(STATISTICS, SOURCE)
+@failure(STATISTICS, SOURCE, kind="calibration", at="the source's model.safetensors")
 def the_whole_calibration_of_the_other_model(run, _):
     model, _record = calibrated_with_louder_norms(run).items()
     model[0].write_bytes(model[1])
     run.quantize()
 
 
-@failure(LEAK)
+@failure(LEAK, kind="calibration")
 def calibration_overlapping_evaluation(run, patch):
     run.settings = copy.deepcopy(run.settings)
     run.settings["evaluation"]["datasets"]["openmath"] = {
@@ -448,7 +465,7 @@ def calibration_overlapping_evaluation(run, patch):
     run.quantize()
 
 
-@failure(ITEMS, STATISTICS)
+@failure(ITEMS, STATISTICS, kind="calibration", at="the number of calibration items")
 def calibration_with_fewer_items(run, _):
     asked = run.settings
     run.settings = copy.deepcopy(asked)
@@ -458,7 +475,7 @@ def calibration_with_fewer_items(run, _):
     run.quantize()
 
 
-@failure(ITEMS)
+@failure(ITEMS, kind="calibration")
 def calibration_items_cut_short(run, patch):
     real = quantized_run.calibration_tokens
     patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[:60])

@@ -107,6 +107,7 @@ def test_the_saved_configuration_tells_the_truth(tmp_path, study_settings):
         assert config.tie_word_embeddings == tied
 
 
+@pytest.mark.bank("tied", "a checkpoint with a head of its own read as tied", at="the loaded model")
 def test_a_model_asked_with_the_embeddings_as_its_head_is_caught(tmp_path, study_settings):
     run = quantized(tmp_path, study_settings, "rtn_w8a8", "own_head")
     with run.outputs():
@@ -116,6 +117,12 @@ def test_a_model_asked_with_the_embeddings_as_its_head_is_caught(tmp_path, study
     assert failed == {"the files announced"}
 
 
+@pytest.mark.bank(
+    "tied",
+    "a head of its own lost in the checkpoint",
+    "everything else bit-identical",
+    at="model.safetensors",
+)
 def test_a_checkpoint_that_lost_its_head_is_caught(tmp_path, study_settings):
     run = quantized(tmp_path, study_settings, "rtn_w8a8", "own_head")
     with run.edited() as saved:
@@ -163,6 +170,7 @@ def unexpected(tensors):
     tensors["model.layers.0.self_attn.q_proj.bias"] = torch.ones(64)
 
 
+@pytest.mark.bank("brought", "a tensor {change} in a model's files", at="the model's folder")
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -143,8 +143,8 @@ class SecondOpinion:
         ]
         for dataset, compared in self.answers.items():
             scored = self.job.study.evaluation.datasets[dataset].ask.protocol == "loglikelihood"
-            name, what = (LOGPROBS, "options") if scored else (TOKENS, "tokens")
-            gates.append((dataset, compared.gate(name, what, "nats")))
+            name = LOGPROBS if scored else TOKENS
+            gates.append((dataset, compared.gate(name, "options" if scored else "tokens", "nats")))
         return gates
 
     def _guarded(self, compared: Comparison, where: str, step: Callable, *args):

@@ -1,0 +1,135 @@
+"""pytest's plugin for the bank of silent failures: where each is put in, and what catches it.
+
+A member is a test marked `bank(kind, failure, *gates)`. While it runs, every gate that fails and
+every place of the project that is patched are noted. `failure` may name parameters of the test,
+as in "{change} in every Linear": a function stands for its own name. The gates given have to
+fail; without any, whatever failed has caught it. `at` tells where a failure is put in that no
+patch shows.
+"""
+
+from collections.abc import Callable
+from functools import wraps
+
+import pytest
+
+COMPARISONS = "figures that follow from the answers"
+VERDICTS = "make verdicts"
+BASELINE = "a baseline that can tell"
+BEFOREHAND = "sources looked at before the first job"
+REFUSED = "refused in one line"
+CHECKS = {
+    COMPARISONS: "evaluation.recomputed_comparisons",
+    VERDICTS: "report.recompute",
+    BASELINE: "evaluation.validity",
+    BEFOREHAND: "evaluation.preflight",
+    REFUSED: "study.errors",
+}
+"""What catches a failure and is no gate, and its module."""
+
+
+class Notes:
+    """What is noted of the member that runs."""
+
+    def __init__(self):
+        self.begin()
+
+    def begin(self) -> None:
+        self.caught: dict[str, None] = {}  # in the order they failed
+        self.places: dict[str, None] = {}
+
+    def failed(self, name: str, fails) -> None:
+        if fails:
+            self.caught[name] = None
+
+
+NOTES = Notes()
+
+
+def pytest_configure(config) -> None:
+    """Watch gates and checks before a test imports them."""
+    from helpers.evaluation import preflight, recomputed_comparisons, validity
+    from helpers.report import recompute
+    from helpers.study.errors import StudyError
+    from helpers.study.gates import Gate
+
+    made, refused = Gate.__init__, StudyError.__init__
+
+    def gate(self, name, passed, measured, limit):
+        made(self, name, passed, measured, limit)
+        NOTES.failed(name, not passed)
+
+    def error(self, text):
+        refused(self, text)
+        NOTES.failed(REFUSED, True)
+
+    Gate.__init__, StudyError.__init__ = gate, error
+    _watch(recomputed_comparisons, "disagreements", COMPARISONS)
+    _watch(recompute, "recompute", VERDICTS, lambda found: found[1])
+    _watch(validity, "uninformative_reason", BASELINE)
+    true = preflight.problems
+
+    def problems(*args, **options):
+        for line in true(*args, **options):
+            NOTES.failed(BEFOREHAND, True)
+            yield line
+
+    preflight.problems = problems
+    for name in ("setattr", "setitem"):
+        setattr(pytest.MonkeyPatch, name, _noting_places(getattr(pytest.MonkeyPatch, name)))
+
+
+def _watch(module, name: str, check: str, fails: Callable = bool) -> None:
+    true = getattr(module, name)
+
+    @wraps(true)
+    def watched(*args, **options):
+        found = true(*args, **options)
+        NOTES.failed(check, fails(found))
+        return found
+
+    setattr(module, name, watched)
+
+
+def _noting_places(patch: Callable) -> Callable:
+    @wraps(patch)
+    def noted(self, target, name, *args, **options):
+        place = target if isinstance(target, str) else _place(target, name)
+        if place.startswith("helpers."):
+            NOTES.places[place.removeprefix("helpers.")] = None
+        return patch(self, target, name, *args, **options)
+
+    return noted
+
+
+def _place(target, name) -> str:
+    """`helpers.evaluation.packing.Segment._mask`; nothing for what has no name."""
+    module = getattr(target, "__module__", "") if isinstance(target, type) else ""
+    return ".".join(filter(None, (module, getattr(target, "__qualname__", ""), name)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Note what happens in a member, for its report."""
+    NOTES.begin()
+    try:
+        return (yield)
+    finally:
+        for marker in item.iter_markers("bank"):
+            item.user_properties.append(("bank", _row(item, marker)))
+
+
+def _row(item, marker) -> dict:
+    kind, failure, *gates = marker.args
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return {
+        "kind": kind,
+        "failure": failure.format(**{k: _words(v) for k, v in parameters.items()}),
+        "at": marker.kwargs.get("at") or ", ".join(NOTES.places),
+        "gates": list(gates or NOTES.caught),
+        "missed": [gate for gate in gates if gate not in NOTES.caught],
+        "test": f"{item.path.name}::{item.originalname}",
+    }
+
+
+def _words(value) -> str:
+    return getattr(value, "__name__", str(value)).replace("_", " ").strip()
