@@ -15,8 +15,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from benchmarks.bank_recorder import CHECKS
-from benchmarks.gate_names import gate_names
+from benchmarks.gate_names import CHECKS, gate_names
 from helpers.sources.processors import kind as processor_kind
 from helpers.sources.processors import name as processor_name
 from helpers.study.paths import PROJECT
@@ -123,7 +122,10 @@ def table(rows: list[dict], *, date: str, seconds: float) -> dict:
         "minutes": round(seconds / 60, 1),
         "members": bank,
         "examples": {name: _tests_of(name, bank) for name in EXAMPLES},
-        "gates": {g: [m["failure"] for m in bank if g in m["gates"]] for g in all_gates()},
+        "checks": [
+            {"name": name, "module": module, "failures": _failures_of(name, bank)}
+            for name, module in sorted(all_gates().items())
+        ],
     }
 
 
@@ -131,10 +133,14 @@ def _tests_of(failure: str, bank: list[dict]) -> list[str]:
     return [test for member in bank if member["failure"] == failure for test in member["tests"]]
 
 
+def _failures_of(check: str, bank: list[dict]) -> list[str]:
+    return [member["failure"] for member in bank if check in member["gates"]]
+
+
 def lacking(found: dict) -> list[str]:
     """Examples and gates without a member, and what no gate is."""
     told = [f"no member is the example {e!r}" for e, by in found["examples"].items() if not by]
-    told += [f"no member makes {g!r} fail" for g, named in found["gates"].items() if not named]
+    told += [f"no member makes {c['name']!r} fail" for c in found["checks"] if not c["failures"]]
     caught = {gate for member in found["members"] for gate in member["gates"]}
     return told + [f"{g!r} catches one and is no gate" for g in sorted(caught - set(all_gates()))]
 
@@ -147,8 +153,8 @@ def markdown(found: dict) -> str:
         "",
         f"{len(found['members'])} failures, put into the running code or into files one at a time "
         f"({count} cases, {found['minutes']:g} minutes, {found['processor']}, code of "
-        f"{found['commit_date']}). None raises an error by itself: without its check, each ends as "
-        "a number in a report. `make bank` makes this table.",
+        f"{found['commit_date']}). Without its check, each ends as a number in a report. "
+        "`make bank` makes this table from what happened.",
     ]
     for kind, heading in KINDS.items():
         chosen = [member for member in found["members"] if member["kind"] == kind]
@@ -160,8 +166,7 @@ def markdown(found: dict) -> str:
     lines += ["", "## Failures that once passed every check", ""]
     lines += _table(["failure", "shown by"], [[e, _code(t)] for e, t in found["examples"].items()])
     lines += ["", "## Every check, and failures that it catches", ""]
-    modules = all_gates()
-    cells = [[g, _code([modules[g]]), "; ".join(f)] for g, f in sorted(found["gates"].items())]
+    cells = [[c["name"], _code([c["module"]]), "; ".join(c["failures"])] for c in found["checks"]]
     return "\n".join([*lines, *_table(["check", "module", "failures"], cells), ""])
 
 

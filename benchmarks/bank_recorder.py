@@ -12,19 +12,7 @@ from functools import wraps
 
 import pytest
 
-COMPARISONS = "figures that follow from the answers"
-VERDICTS = "make verdicts"
-BASELINE = "a baseline that can tell"
-BEFOREHAND = "sources looked at before the first job"
-REFUSED = "refused in one line"
-CHECKS = {
-    COMPARISONS: "evaluation.recomputed_comparisons",
-    VERDICTS: "report.recompute",
-    BASELINE: "evaluation.validity",
-    BEFOREHAND: "evaluation.preflight",
-    REFUSED: "study.errors",
-}
-"""What catches a failure and is no gate, and its module."""
+from benchmarks.gate_names import BASELINE, BEFOREHAND, COMPARISONS, REFUSED, VERDICTS
 
 
 class Notes:
@@ -102,9 +90,11 @@ def _noting_places(patch: Callable) -> Callable:
 
 
 def _place(target, name) -> str:
-    """`helpers.evaluation.packing.Segment._mask`; nothing for what has no name."""
-    module = getattr(target, "__module__", "") if isinstance(target, type) else ""
-    return ".".join(filter(None, (module, getattr(target, "__qualname__", ""), name)))
+    """`helpers.evaluation.packing.Segment._mask`, of a module or a class."""
+    parts = [getattr(target, "__name__", ""), name]
+    if isinstance(target, type):
+        parts = [target.__module__, target.__qualname__, name]
+    return ".".join(str(part) for part in parts if part)
 
 
 @pytest.hookimpl(wrapper=True)

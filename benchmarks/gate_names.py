@@ -12,6 +12,18 @@ from pathlib import Path
 from helpers.study.paths import PROJECT
 
 SOURCE = PROJECT / "src" / "helpers"
+COMPARISONS = "figures that follow from the answers"
+VERDICTS = "make verdicts"
+BASELINE = "a baseline that can tell"
+BEFOREHAND = "sources looked at before the first job"
+REFUSED = "refused in one line"
+CHECKS = {  # what catches a failure and is no gate
+    COMPARISONS: "evaluation.recomputed_comparisons",
+    VERDICTS: "report.recompute",
+    BASELINE: "evaluation.validity",
+    BEFOREHAND: "evaluation.preflight",
+    REFUSED: "study.errors",
+}
 Functions = dict[str, list[str]]  # parameters of functions that are given a gate's name
 
 

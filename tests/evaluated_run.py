@@ -39,7 +39,8 @@ def asked(run, change=None, *, resumed=None):
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
         with calls.during(SHARED_TEXT):
             states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-            rows = passage_rows(passages, tokens, states, None)
+            first = language_modeling.first_scored(tokenizer)
+            rows = passage_rows(passages, tokens, states, None, first=first)
         return call_gates(job, calls, predictions, rows, resumed or {})
 
 
@@ -57,7 +58,8 @@ def looked_at(run, change=None):
         wanted, passages = job.study.evaluation, shared_passages(job.study)
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
-        rows = language_modeling.passage_rows(passages, tokens, states, None)
+        first = language_modeling.first_scored(tokenizer)
+        rows = language_modeling.passage_rows(passages, tokens, states, None, first=first)
         predictions = ask_all(model, tokenizer, job.study)
         opinion = second_opinion(job, model, tokenizer)
         ask_alone(model, tokenizer, job.study, opinion)

@@ -25,6 +25,8 @@ from helpers.study.opening import open_job
 from helpers.study.source_settings import FolderModel
 from helpers.study.variant_settings import Variant
 
+PASSAGES, TRAINING = "rows of the passages", "the record of the training"
+
 
 def rows_of(texts: dict[str, str], bits: float) -> list[dict]:
     """Rows of passages whose loss is so many bits a byte."""
@@ -44,7 +46,13 @@ def trained(study):
     return study.model_copy(update={"models": models})
 
 
-@pytest.mark.parametrize(("bits", "passes"), [(0.8, True), (2.0, True), (6.0, False), (9.0, False)])
+KNOWS_NOTHING = pytest.mark.bank("limits", "a baseline that knows no language", at=PASSAGES)
+
+
+@pytest.mark.parametrize(
+    ("bits", "passes"),
+    [(0.8, True), (2.0, True), *(pytest.param(b, False, marks=KNOWS_NOTHING) for b in (6.0, 9.0))],
+)
 def test_a_baseline_that_knows_no_language_is_caught(trained, texts, bits, passes):
     """2 bits a byte is a poor model; a loss on other tokens takes any model far above."""
     for model in ("base", "tuned"):
@@ -66,19 +74,23 @@ def test_text_of_a_language_takes_three_to_five_bits_a_byte_without_one(texts):
     assert 3 < 8 * share < 5
 
 
+NOT_TRAINED = pytest.mark.bank("model", "a training that changed nothing", at=TRAINING)
+
+
 @pytest.mark.parametrize(
     ("before", "after", "passes"),
-    [(2.5, 1.5, True), (1.5, 1.6, True), (2.5, 2.5, False), (2.5, 2.50001, False),
-     (2.5, math.nan, False)],
-)  # fmt: skip
+    [
+        (2.5, 1.5, True),
+        (1.5, 1.6, True),
+        *(pytest.param(2.5, x, False, marks=NOT_TRAINED) for x in (2.5, 2.50001, math.nan)),
+    ],
+)
 def test_training_that_changed_no_more_than_rounding_is_caught(before, after, passes):
     results = {"heldout_loss_before": before, "heldout_loss_after": after}
     assert training_gate(results).passed == passes
 
 
-@pytest.mark.bank(
-    "model", "training on other items than those drawn", at="the record of the training"
-)
+@pytest.mark.bank("model", "training on other items than those drawn", at=TRAINING)
 def test_training_on_other_items_than_those_drawn_is_caught():
     """What is looked through for leaks has to be what was trained on."""
     record = {"items": {"training": ["a", "b"], "heldout": ["c"]}}
@@ -164,9 +176,7 @@ def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     assert not gate.passed
 
 
-@pytest.mark.bank(
-    "limits", "a float variant as far away as its measured noise", at="rows of the passages"
-)
+@pytest.mark.bank("limits", "a float variant as far away as its measured noise", at=PASSAGES)
 def test_what_is_far_away_is_no_rounding_whatever_was_measured():
     far = [{"id": "a", "tokens": 10, "kl": 9.0, "nll": 20.0, "top1_agreements": 3}]
     gates = reference_gates(Variant(dtype="bfloat16"), far, far)

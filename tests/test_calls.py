@@ -24,6 +24,7 @@ from helpers.sources.batching import token_owners
 from helpers.sources.random_model import random_model
 from helpers.study.architectures import HEAD
 from quantized_run import QuantizedRun
+from test_plain_beginning import tokenizer_with
 
 
 def readers(patch, read) -> None:
@@ -62,6 +63,18 @@ def test_a_sound_evaluation_in_bfloat16_passes(variant, tmp_path):
                                                  ("qwen3_moe", "o2")])  # fmt: skip
 def test_other_families_pass(sound_runs, family, variant):
     assert failed(asked(sound_runs(family, variant))) == set()
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_texts_that_begin_with_two_tokens_pass(tmp_path, variant):
+    """One more token a passage is read than is predicted."""
+    run = QuantizedRun(tmp_path, yaml.safe_load(STUDY), variant)
+    run.save_source("llama")
+    tokenizer_with("two first tokens").save_pretrained(tmp_path / "source")
+    if variant != "noquant":
+        run.calibrate()
+        run.quantize()
+    assert failed(asked(run)) == set()
 
 
 @pytest.mark.bank("int8", "packed rows run every Linear in float")

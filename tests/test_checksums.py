@@ -130,6 +130,12 @@ kept_folder(Path({str(tmp_path / "folder")!r}), fill)
     assert kept_folder(tmp_path / "folder", None).joinpath("made").is_file()
 
 
+@pytest.mark.bank(
+    "checkpoint",
+    "a checkpoint with one weight changed after its verification",
+    "refused in one line",
+    at="a file of the checkpoint",
+)
 def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(sound_run):
     run = sound_run("llama", "rtn_w8a8")
     with run.outputs():
@@ -146,6 +152,9 @@ def test_a_damaged_checkpoint_is_refused_before_it_is_evaluated(sound_run):
             variant_digest(job)
 
 
+@pytest.mark.bank(
+    "model", "a trained model with one byte changed", "refused in one line", at="model.safetensors"
+)
 def test_a_damaged_trained_model_is_refused(study_path, tmp_path, monkeypatch):
     from helpers.sources.models import model_folder
 

@@ -4,17 +4,26 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from helpers.evaluation import language_modeling, prompts
 from helpers.evaluation.engine import evaluate
+from helpers.evaluation.evidence import asked_now
+from helpers.evaluation.full_logits import Passes, recompute
+from helpers.evaluation.gates import length_gate, prompts_gate
 from helpers.evaluation.language_modeling import (
     first_scored,
     passage_rows,
     passage_tokens,
     read_passages,
+    read_shared_text,
 )
+from helpers.evaluation.metrics import shared_text_metrics
+from helpers.evaluation.passage_gates import recomputed_gates
 from helpers.evaluation.prompts import option_tokens, prompt
 from helpers.sources.conversations import beginning, conversation, plain_tokens, render, tokenize
 from helpers.sources.datasets import evaluation_items, shared_passages
-from helpers.sources.random_model import byte_tokenizer
+from helpers.sources.models import load_model, load_tokenizer
+from helpers.sources.random_model import byte_tokenizer, random_model
+from helpers.study.opening import open_job
 from helpers.study.schema import Batch
 
 FIRST, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -111,3 +120,49 @@ def test_the_shared_text_is_read_as_transformers_reads_it(exact_model, study, to
         assert row["tokens"] == len(scores) == row["top1_agreements"]
         assert row["nll"] == pytest.approx(-scores.sum().item(), abs=1e-3)
         assert row["kl"] == pytest.approx(0, abs=1e-9)
+
+
+BEGUN = [post for post, (_, before) in POST.items() if before]
+LOST = "plain text without the first token that the tokenizer puts there"
+
+
+@pytest.mark.bank("beginnings", LOST)
+@pytest.mark.parametrize("post", BEGUN)
+def test_options_asked_without_their_beginning_are_caught(model, study, monkeypatch, post):
+    """For baseline and variants alike, so that only the tokenizer itself tells."""
+    tokenizer, wanted = tokenizer_with(post), study.evaluation.datasets["arc"]
+    items, limits = evaluation_items(study, "arc"), Batch(tokens=512, rows=16)
+    asked = asked_now(study, tokenizer, tokenizer)["arc"]
+
+    def gates():
+        rows = list(evaluate(model, tokenizer, items, wanted, limits=limits))
+        return [prompts_gate(rows, asked), length_gate(rows, asked)]
+
+    assert all(gate.passed for gate in gates())
+    monkeypatch.setattr(prompts, "plain_tokens", tokenize)
+    assert not any(gate.passed for gate in gates())
+
+
+@pytest.mark.bank("beginnings", LOST)
+@pytest.mark.parametrize("post", BEGUN)
+def test_a_shared_text_without_its_beginning_is_caught(
+    study_settings, write_study, tmp_path, monkeypatch, post
+):
+    random_model("llama", seed=3).save_pretrained(tmp_path / "model")
+    tokenizer_with(post).save_pretrained(tmp_path / "model")
+    study_settings["models"]["base"] = {"folder": str(tmp_path / "model")}
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    job = open_job(write_study(study_settings), model="base", variant="noquant")
+    tokenizer = load_tokenizer(tmp_path / "model", enable_thinking=None)
+    model = load_model(tmp_path / "model", job.study.runtime)
+
+    def failed() -> set[str]:
+        passes = Passes(model)
+        rows = read_shared_text(job, model, tokenizer)
+        again = recompute(job, model, passes)
+        gates = recomputed_gates(rows, shared_text_metrics(rows), again, is_baseline=True)
+        return {gate.name for gate in gates if not gate.passed}
+
+    assert failed() == set()
+    monkeypatch.setattr(language_modeling, "plain_tokens", tokenize)
+    assert "passages read token by token" in failed()

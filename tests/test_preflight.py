@@ -145,7 +145,7 @@ PROBLEMS = [
 ]
 
 
-@pytest.mark.bank("brought", "a model with {case}", at="the model's folder")
+@pytest.mark.bank("brought", "a model that people bring: {case}", at="the model's folder")
 @pytest.mark.parametrize(("case", "settings", "begun"), PROBLEMS)
 def test_each_problem_is_a_line_with_its_key(check, case, settings, begun):
     lines = check(case, settings)

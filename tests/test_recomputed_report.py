@@ -72,7 +72,9 @@ CELLS = [
 
 
 @pytest.mark.parametrize(("row", "column"), CELLS)
-@pytest.mark.bank("report", "an edited number in a table of the report", at="report.md")
+@pytest.mark.bank(
+    "report", "an edited number in a table of the report", "make verdicts", at="report.md"
+)
 def test_an_edited_number_in_a_table_is_named(demo, row, column):
     """One in every kind of table that answers give, one that only the analysis gives."""
     published, before = edit_cell(demo / "report.md", row, column)
@@ -93,7 +95,9 @@ def edit_value(path, row: str) -> str:
     return cells[4]
 
 
-@pytest.mark.bank("report", "edited numbers in the summaries", at="summary.csv, summary.json")
+@pytest.mark.bank(
+    "report", "edited numbers in the summaries", "make verdicts", at="summary.csv, summary.json"
+)
 def test_edited_summaries_are_named(demo):
     accuracy = edit_value(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy")
     edit_value(demo / "summary.csv", "finetuned,noquant,squad_v2,f1")
@@ -122,7 +126,9 @@ def test_edited_summaries_are_named(demo):
         assert place in named, place
 
 
-@pytest.mark.bank("report", "lines taken out of the summary or put in", at="summary.csv")
+@pytest.mark.bank(
+    "report", "lines taken out of the summary or put in", "make verdicts", at="summary.csv"
+)
 def test_lines_taken_out_or_put_in_are_named(demo):
     path = demo / "summary.csv"
     lines = path.read_text("utf-8").splitlines()
@@ -133,7 +139,7 @@ def test_lines_taken_out_or_put_in_are_named(demo):
     assert "summary.csv has a row twice" in named
 
 
-@pytest.mark.bank("report", "verdicts edited in the report", at="report.md")
+@pytest.mark.bank("report", "verdicts edited in the report", "make verdicts", at="report.md")
 def test_verdicts_in_other_words_are_named(demo):
     report = demo / "report.md"
     edit_cell(report, "| `smoothquant_w8a8` | `base` |", "ARC", lambda _: "better")

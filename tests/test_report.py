@@ -404,6 +404,9 @@ def test_an_announced_set_without_predictions_names_the_notebook(make_job):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report", "metrics edited after the answers", "refused in one line", at="metrics.json"
+)
 def test_metrics_that_do_not_follow_from_the_predictions_are_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "metrics.json"
@@ -414,6 +417,9 @@ def test_metrics_that_do_not_follow_from_the_predictions_are_refused(make_job):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report", "an answer taken out", "refused in one line", at="predictions/arc.jsonl"
+)
 def test_fewer_predictions_than_items_are_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "predictions" / "arc.jsonl"
@@ -430,6 +436,9 @@ def test_fewer_predictions_than_items_are_refused(make_job):
         ("evaluation", "variant", "01_calibration and 03_evaluation"),
     ],
 )
+@pytest.mark.bank(
+    "report", "a record of other files ({stage}, {key})", "refused in one line", at="record.json"
+)
 def test_results_of_other_files_are_refused(make_job, stage, key, remedy):
     """The hashes in the records lead from stage to stage, or nothing is reported."""
     job = make_job()
@@ -442,6 +451,12 @@ def test_results_of_other_files_are_refused(make_job, stage, key, remedy):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report",
+    "another checkpoint evaluated than verified",
+    "refused in one line",
+    at="verification.json",
+)
 def test_a_checkpoint_other_than_the_verified_one_is_refused(make_job):
     job = make_job()
     path = job.paths.variant("base", "static") / "verification.json"
@@ -458,6 +473,12 @@ def test_the_verification_of_another_variant_is_refused(make_job):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report",
+    "a KL against other states than the baseline's",
+    "refused in one line",
+    at="record.json",
+)
 def test_a_kl_against_other_states_than_the_baselines_is_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "record.json"
@@ -468,6 +489,12 @@ def test_a_kl_against_other_states_than_the_baselines_is_refused(make_job):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report",
+    "a fine-tuned model that reads as its start does",
+    "refused in one line",
+    at="predictions/shared_text.jsonl",
+)
 def test_a_training_that_changed_nothing_is_refused(make_job):
     """The same losses on every passage, to the last bit: the start was saved, not the result."""
     job = make_job()
@@ -492,6 +519,12 @@ def test_durations_are_no_finding(make_job):
     assert summary.summary(load_results(job)) == before
 
 
+@pytest.mark.bank(
+    "report",
+    "a checkpoint changed after its evaluation",
+    "refused in one line",
+    at="checkpoint/config.json",
+)
 def test_answers_of_another_checkpoint_are_refused(make_job):
     job = make_job()
     write_json(job.paths.checkpoint("base", "static") / "config.json", {"made": "later"})
@@ -499,6 +532,9 @@ def test_answers_of_another_checkpoint_are_refused(make_job):
         load_results(job)
 
 
+@pytest.mark.bank(
+    "report", "a model trained from other files", "refused in one line", at="record.json"
+)
 def test_a_model_trained_from_other_files_is_refused(make_job):
     job = make_job()
     path = job.paths.finetuned_model("tuned") / "record.json"
@@ -538,6 +574,12 @@ def test_a_failed_gate_on_the_variant_invalidates_all_its_sets(make_job):
     assert kinds == {"invalid"}
 
 
+@pytest.mark.bank(
+    "report",
+    "answers changed after their checks",
+    "refused in one line",
+    at="predictions/arc.jsonl",
+)
 def test_answers_changed_after_their_checks_are_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "predictions" / "arc.jsonl"
@@ -546,6 +588,7 @@ def test_answers_changed_after_their_checks_are_refused(make_job):
         load_results(job)
 
 
+@pytest.mark.bank("report", "the gates of another variant", "refused in one line", at="gates.json")
 def test_gates_of_another_variant_are_refused(make_job):
     job = make_job()
     other = job.paths.evaluation("base", "noquant") / "gates.json"

@@ -12,6 +12,7 @@ from evaluated_run import looked_at
 from helpers.evaluation import generation, language_modeling, loglikelihood, packing, slots
 from helpers.evaluation.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
 from quantized_run import VARIANTS, QuantizedRun
+from test_plain_beginning import tokenizer_with
 
 BOOLQ = {
     "adapter": "boolq",
@@ -80,6 +81,18 @@ def test_the_simulated_runtime_agrees(runs, variant):
     assert [
         g for _, g in looked_at(runs("llama", variant, "float32", "reference")) if not g.passed
     ] == []
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_a_text_that_begins_with_two_tokens_agrees(tmp_path, variant):
+    """The second one is as little predicted as the first."""
+    run = QuantizedRun(tmp_path, yaml.safe_load(STUDY), variant)
+    run.save_source("llama")
+    tokenizer_with("two first tokens").save_pretrained(tmp_path / "source")
+    if VARIANTS[variant]:
+        run.calibrate()
+        run.quantize()
+    assert failed(looked_at(run)) == set()
 
 
 def positions_off_by_one_after_a_shared_beginning(patch):
@@ -159,9 +172,6 @@ def positions_of_decoding_off_by_one(patch):
     patch.setattr(slots.Slots, "step", lambda self, *args: step(self, *args) + 1)
 
 
-IN_BFLOAT16 = pytest.mark.bank("float", "attention in bfloat16 for quantized variants alone")
-
-
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.parametrize(
@@ -171,7 +181,7 @@ IN_BFLOAT16 = pytest.mark.bank("float", "attention in bfloat16 for quantized var
         (options_that_see_the_next_token, {LAYERS}),
         (options_that_see_each_other, {LAYERS}),
         (a_key_too_many_in_a_slot, {LAYERS}),
-        pytest.param(attention_in_bfloat16, {LAYERS}, marks=IN_BFLOAT16),
+        (attention_in_bfloat16, {LAYERS}),
         (decoding_in_bfloat16, {LAYERS}),
         (scores_scaled_otherwise, {LAYERS}),
         (positions_of_decoding_off_by_one, {LAYERS}),
@@ -180,6 +190,13 @@ IN_BFLOAT16 = pytest.mark.bank("float", "attention in bfloat16 for quantized var
 def test_how_a_text_is_read(runs, monkeypatch, lapse, names, variant):
     lapse(monkeypatch)
     assert names <= failed(looked_at(runs("llama", variant)))
+
+
+@pytest.mark.bank("float", "attention in bfloat16 for quantized variants alone", LAYERS)
+def test_attention_of_a_quantized_variant(runs, monkeypatch):
+    assert failed(looked_at(runs("llama", "rtn_w8a8"))) == set()
+    attention_in_bfloat16(monkeypatch)
+    assert LAYERS in failed(looked_at(runs("llama", "rtn_w8a8")))
 
 
 @pytest.mark.bank("reading", "{lapse}", LOGPROBS)
@@ -250,9 +267,9 @@ def test_an_answer_cut_short(runs, monkeypatch, variant):
 def test_the_loss_on_the_wrong_token(runs, monkeypatch, variant):
     whole = language_modeling.passage_rows
 
-    def shifted(passages, tokens, states, reference):
+    def shifted(passages, tokens, states, reference, **options):
         moved = [[*t[:1], *t[:-1]] for t in tokens]
-        return whole(passages, moved, states, reference)
+        return whole(passages, moved, states, reference, **options)
 
     monkeypatch.setattr(language_modeling, "passage_rows", shifted)
     assert failed(looked_at(runs("llama", variant))) == {TEXT}

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from helpers.evaluation.calls import DECODING, PACKED, SHARED_TEXT, CallRecorder, LinearCalls
 from helpers.evaluation.linear_files import LinearFiles
+from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.evaluation.served import is_served
 from helpers.sources.models import load_config, model_folder
 from helpers.study.architectures import HEAD, architecture, linear_names
@@ -117,7 +118,7 @@ def _whole(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
         if name != HEAD and name not in calls.experts
         if (linear.calls, linear.rows) != (calls.passes, calls.tokens)
     ]
-    due = _fewest_tokens(job, fresh) | {SHARED_TEXT: sum(row["tokens"] for row in passages)}
+    due = _fewest_tokens(job, fresh) | {SHARED_TEXT: _passage_tokens(job, passages)}
     read = {kind: calls.tokens[kind] for kind in due}
     lacking = [kind for kind in due if read[kind] < due[kind]]
     extra = read[SHARED_TEXT] != due[SHARED_TEXT]
@@ -144,6 +145,12 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]]) -> dict[str, int]:
                 1 + row["output_tokens"] - n for row, n in zip(rows, options, strict=True)
             )
     return {PACKED: packed, DECODING: decoding}
+
+
+def _passage_tokens(job: Job, passages: list[dict]) -> int:
+    """How many tokens of the shared text are read: all that are predicted, and its beginnings."""
+    before = own_tokens(own_tokenizer(job), passages[0]["id"], plain=True)[1] if passages else 0
+    return sum(row["tokens"] for row in passages) + max(0, before - 1) * len(passages)
 
 
 def _quantized(calls: CallRecorder) -> Measured:

@@ -1,18 +1,21 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
+import json
 from functools import partial
+from hashlib import sha256
 
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.full_logits import Recomputed
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import exact, sample
 from helpers.evaluation.language_modeling import passage_tokens, read_passages
+from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.evaluation.predictions import (
     prediction_digests,
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
+from helpers.evaluation.prompts import Prompt, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.evaluation.second_opinion import (
     LOOKED_AT,
@@ -75,7 +78,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
         baseline=read_predictions(baseline, study),
         baseline_passages=read_passage_rows(baseline),
-        asked=asked_now(study, tokenizer),
+        asked=asked_now(study, tokenizer, own_tokenizer(job)),
         seen=seen_items(study, job.model, job.variant),
         alone=alone,
         again=ask_again(model, tokenizer, study, job.variant, alone),
@@ -121,17 +124,30 @@ def opinions(
     return tuple(opinion.gates(predictions))
 
 
-def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
-    """The items of every set, drawn again, with the prompts the study gives them now."""
-    found = {}
-    for name, wanted in study.evaluation.datasets.items():
-        prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
-        found[name] = [
-            Asked(p.item, asked_hash(p, t), len(t.context))
-            for p, t in zip(prompts, tokens, strict=True)
-        ]
-    return found
+def asked_now(study: Study, tokenizer, own) -> dict[str, list[Asked]]:
+    """The items of every set, drawn again, with the prompts the study gives them now.
+
+    Args:
+        tokenizer: renders them.
+        own: the source's tokenizer as transformers loads it, which makes tokens of them.
+    """
+    return {
+        name: [asked_of(own, prompt(i, wanted, tokenizer)) for i in evaluation_items(study, name)]
+        for name, wanted in study.evaluation.datasets.items()
+    }
+
+
+def asked_of(tokenizer, asked: Prompt) -> Asked:
+    """A prompt with its tokens, and the digest of both that a prediction has to have stored.
+
+    The digest is written out again, so that one of the words alone is seen.
+    """
+    texts = [asked.text, *(asked.text + c for c in asked.continuations)]
+    context, *wholes = (own_tokens(tokenizer, text, plain=asked.plain)[0] for text in texts)
+    options = [whole[len(context) :] for whole in wholes]
+    told = [asked.text, list(asked.continuations), context, options]
+    text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
+    return Asked(asked.item, sha256(text.encode()).hexdigest()[:16], len(context))
 
 
 def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:

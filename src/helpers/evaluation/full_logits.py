@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import model_folder
 from helpers.study.hashing import sha256_text
@@ -79,10 +80,10 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
     passes.end()
     folder, texts = model_folder(job.study, job.model, job.paths), shared_passages(job.study)
     limit = job.study.evaluation.shared_text.max_tokens
-    tokenizer = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    tokens = [tokenizer(text).input_ids[:limit] for text in texts]
+    tokenizer = own_tokenizer(job)
+    begun = [own_tokens(tokenizer, text, plain=True) for text in texts]
+    tokens = [found[:limit] for found, _ in begun]
+    starts = [max(1, before) for _, before in begun]  # of what is predicted
     ids = [sha256_text(text)[:16] for text in texts]
     baseline = transformers_model(folder, job.study.runtime)
     dtype = getattr(torch, job.recipe.dtype or job.study.runtime.dtype)
@@ -95,13 +96,13 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
             logits = None if states is None else _head(baseline, states, dtype)
             if logits is None:
                 continue  # no pass read it: the gate misses its row
-        row = compared(tokens[place], first, second, logits)
+        begin = slice(starts[place] - 1, None)
+        logits = None if logits is None else logits[begin]
+        row = compared(tokens[place][begin], first[begin], second[begin], logits)
         rows.append({"id": ids[place], **row})
-    counts = {key: len(found) - 1 for key, found in zip(ids, tokens, strict=True)}
-    read = {
-        key: tokenizer.decode(found[1:], skip_special_tokens=True)
-        for key, found in zip(ids, tokens, strict=True)
-    }
+    predicted = {k: t[start:] for k, t, start in zip(ids, tokens, starts, strict=True)}
+    counts = {key: len(found) for key, found in predicted.items()}
+    read = {k: tokenizer.decode(found, skip_special_tokens=True) for k, found in predicted.items()}
     places = zip(ids, tokens, strict=True)
     unread = [key for key, found in places if _states_of(found[:-1], passes.read, model) is None]
     return Recomputed(rows, counts, read, unread)

@@ -205,10 +205,10 @@ class SecondOpinion:
             self._scored(Reading(compared, where, text, places, option, logprob, k), states)
 
     def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
-        """The loss on a passage."""
-        text, targets = passage[:-1], passage[1:]
+        """The loss on a passage, but for what is not predicted of its beginning."""
+        text, first = passage[:-1], max(0, len(passage) - 1 - row["tokens"])
         states = self._states(trace, trace.rows_of(text), text, "shared text")
-        places = list(range(len(text)))
+        places, targets = list(range(first, len(text))), passage[1 + first :]
         self._scored(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)
 
     def _scored(self, reading: Reading, states: Both) -> None:

@@ -1,0 +1,107 @@
+"""The bank's table names every gate and every known failure; `make bank` makes it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from benchmarks.bank import EXAMPLES, FOLDER, all_gates, lacking, markdown, table
+from benchmarks.gate_names import gate_names
+
+from helpers.study.paths import PROJECT
+
+BANK = json.loads((FOLDER / "bank.json").read_text("utf-8"))
+PUBLISHED = sorted((PROJECT / "outputs").glob("*/answers/gates.json"))
+
+
+def test_every_check_has_been_seen_to_fail():
+    """Mark a test that breaks what the gate guards, then run make bank."""
+    seen = {check["name"] for check in BANK["checks"] if check["failures"]}
+    assert all_gates().keys() - seen == set()
+    assert seen - all_gates().keys() == set()
+
+
+def test_every_failure_that_once_passed_is_a_member():
+    assert lacking(BANK) == []
+    assert list(BANK["examples"]) == list(EXAMPLES)
+
+
+def test_tests_that_show_a_failure_are_there():
+    for member in BANK["members"]:
+        for test in member["tests"]:
+            file, name = test.split("::")
+            assert f"def {name}(" in (PROJECT / "tests" / file).read_text("utf-8"), test
+
+
+def test_the_table_is_made_of_its_data():
+    assert (FOLDER / "bank.md").read_text("utf-8") == markdown(BANK)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.parts[-3])
+def test_gates_on_record_are_found_in_the_source(path):
+    gates = [gate for found in json.loads(path.read_text("utf-8")).values() for gate in found]
+    assert gates
+    assert {gate["name"] for gate in gates} <= gate_names().keys()
+
+
+def row(failure: str, *gates: str) -> dict:
+    told = {"kind": "text", "failure": failure, "at": "metrics", "gates": list(gates)}
+    return told | {"missed": [], "test": "test_full_logits.py::test_sound_figures_agree"}
+
+
+def test_what_is_missing_is_named():
+    found = table([row("some failure", "means of the passages", "no gate")], date="", seconds=1)
+    told = lacking(found)
+    assert "no member is the example 'KL the wrong way round'" in told
+    assert "no member makes 'format kept' fail" in told
+    assert "no member makes 'means of the passages' fail" not in told
+    assert "'no gate' catches one and is no gate" in told
+
+
+def test_cases_of_one_failure_are_one_member():
+    rows = [row("a", "format kept"), row("b", "answers end"), row("a", "answers end")]
+    found = table(rows, date="", seconds=1)
+    assert [m["gates"] for m in found["members"]] == [
+        ["format kept", "answers end"],
+        ["answers end"],
+    ]
+    assert found["members"][0]["cases"] == 2
+
+
+MODULE = """
+from helpers.study.gates import Gate, none_of
+from helpers.evaluation.names import KEPT
+HERE = "a constant"
+
+def one(scored) -> Gate:
+    name = HERE if scored else KEPT
+    return Gate(name, True, "", "")
+
+def through(name: str) -> Gate:
+    return Gate(name, True, "", "")
+
+def two():
+    return [through("a caller's"), none_of(name="a keyword's", odd=[], n=1, said="")]
+"""
+
+
+def source(folder: Path, **modules: str) -> Path:
+    (folder / "study").mkdir()
+    (folder / "study" / "gates.py").write_text(
+        "class Gate: pass\ndef none_of(name, odd, n, said) -> Gate: return Gate(name, 1, 2, 3)\n"
+    )
+    (folder / "evaluation").mkdir()
+    for name, text in modules.items():
+        (folder / "evaluation" / f"{name}.py").write_text(text)
+    return folder
+
+
+def test_names_are_read_wherever_they_are_given(tmp_path):
+    found = gate_names(source(tmp_path, gates=MODULE, names="KEPT = 'another module\\'s'\n"))
+    assert set(found) == {"a constant", "another module's", "a caller's", "a keyword's"}
+    assert set(found.values()) == {"evaluation.gates"}
+
+
+def test_a_name_that_cannot_be_read_is_an_error(tmp_path):
+    text = "from helpers.study.gates import Gate\n\ndef one(x):\n    return Gate(x.name, 1, 2, 3)\n"
+    with pytest.raises(ValueError, match=r"evaluation\.gates, line 4: 'x\.name'"):
+        gate_names(source(tmp_path, gates=text))
