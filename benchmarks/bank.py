@@ -101,7 +101,7 @@ def members(rows: Iterable[dict]) -> list[dict]:
         member = found.setdefault(key, {"kind": key[0], "failure": key[1], "cases": 0} | {
             name: [] for name in ("at", "gates", "tests")})  # fmt: skip
         member["cases"] += 1
-        values = {"at": [row["at"]], "gates": row["gates"], "tests": [row["test"]]}
+        values = {"at": row["at"], "gates": row["gates"], "tests": [row["test"]]}
         for name, new in values.items():
             member[name] += [v for v in new if v and v not in member[name]]
     order = {name: place for place, name in enumerate(KINDS)}

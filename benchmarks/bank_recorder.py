@@ -114,7 +114,7 @@ def _row(item, marker) -> dict:
     return {
         "kind": kind,
         "failure": failure.format(**{k: _words(v) for k, v in parameters.items()}),
-        "at": marker.kwargs.get("at") or ", ".join(NOTES.places),
+        "at": list(filter(None, [marker.kwargs.get("at")])) or list(NOTES.places),
         "gates": list(gates or NOTES.caught),
         "missed": [gate for gate in gates if gate not in NOTES.caught],
         "test": f"{item.path.name}::{item.originalname}",

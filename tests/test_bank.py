@@ -44,7 +44,7 @@ def test_gates_on_record_are_found_in_the_source(path):
 
 
 def row(failure: str, *gates: str) -> dict:
-    told = {"kind": "text", "failure": failure, "at": "metrics", "gates": list(gates)}
+    told = {"kind": "text", "failure": failure, "at": ["metrics"], "gates": list(gates)}
     return told | {"missed": [], "test": "test_full_logits.py::test_sound_figures_agree"}
 
 

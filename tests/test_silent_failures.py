@@ -21,7 +21,7 @@ from helpers.quantization import (
     smoothing,
     verification,
 )
-from helpers.sources import datasets
+from helpers.sources import conversations, datasets
 from helpers.study.variant_settings import Variant
 from quantized_run import VARIANTS
 
@@ -479,6 +479,25 @@ def calibration_with_fewer_items(run, _):
 def calibration_items_cut_short(run, patch):
     real = quantized_run.calibration_tokens
     patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[:60])
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration")
+def calibration_texts_cut_short_wherever_they_are_made(run, patch):
+    """The check reads as many tokens as the calibration, if it makes them in the same way."""
+    true = conversations.tokenize
+    patch.setattr(conversations, "tokenize", lambda *args: true(*args)[:60])
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration")
+def calibration_texts_without_the_turn_of_the_answer(run, patch):
+    def render(tokenizer, messages):
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    patch.setattr(conversations, "render", render)
     run.calibrate()
     run.quantize()
 

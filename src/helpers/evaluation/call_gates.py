@@ -14,9 +14,9 @@ from torch import Tensor
 
 from helpers.evaluation.calls import DECODING, PACKED, SHARED_TEXT, CallRecorder, LinearCalls
 from helpers.evaluation.linear_files import LinearFiles
-from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.evaluation.served import is_served
 from helpers.sources.models import load_config, model_folder
+from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.study.architectures import HEAD, architecture, linear_names
 from helpers.study.gates import Gate
 from helpers.study.opening import Job

@@ -9,7 +9,6 @@ from helpers.evaluation.full_logits import Recomputed
 from helpers.evaluation.gates import Asked, Evidence, evaluation_gates
 from helpers.evaluation.invariance import exact, sample
 from helpers.evaluation.language_modeling import passage_tokens, read_passages
-from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.evaluation.predictions import (
     prediction_digests,
     read_passage_rows,
@@ -32,6 +31,7 @@ from helpers.sources.datasets import (
     training_items,
 )
 from helpers.sources.items import Item
+from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.sources.raw_rows import raw_digests
 from helpers.study.activity import Bar, doing
 from helpers.study.gates import Gate, as_record

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from helpers.evaluation.own_tokens import own_tokenizer, own_tokens
 from helpers.sources.datasets import shared_passages
 from helpers.sources.models import model_folder
+from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.study.hashing import sha256_text
 from helpers.study.opening import Job
 from helpers.study.schema import Runtime

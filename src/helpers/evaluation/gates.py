@@ -4,7 +4,6 @@ Data in, gates out; no model and no torch is needed. How the variant answers is 
 against the baseline in `conduct`; whether an answer depends on its batch in `invariance`.
 """
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
@@ -18,17 +17,15 @@ from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.passage_gates import recomputed_gates
 from helpers.evaluation.range_gates import range_gate
+from helpers.evaluation.recomputed_answers import rescored
 from helpers.evaluation.reference_gates import (
     options_gate,
     reference_gates,
     same_reference_gate,
 )
-from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.items import Item
 from helpers.study.gates import WHOLE_VARIANT, Gate, none_of
 from helpers.study.schema import EvaluationSet, Study
-
-ROUNDING = 1e-6  # of stored log-probabilities; a tie within it goes to the stored answer
 
 
 @dataclass(frozen=True)
@@ -196,7 +193,7 @@ def length_gate(rows: list[dict], asked: list[Asked]) -> Gate:
 
 
 def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -> Gate:
-    """Parsing and scoring the stored output again gives the stored score, status and golds."""
+    """Read and scored by code of its own, the output gives the stored score, status and golds."""
     items = {a.item.id: a.item for a in asked}
     odd = []
     for row in (r for r in rows if r["id"] in items):
@@ -204,21 +201,6 @@ def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -
         if any(row.get(key) != value for key, value in again.items()):
             odd.append(row["id"])
     return none_of("scores follow from the answers", odd, len(rows), "rows score otherwise")
-
-
-def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
-    """The prediction made again from a row's raw output, or from its log-probabilities."""
-    if wanted.ask.protocol == "generate":
-        how = {"answer": wanted.ask.answer, "finish": row["finish_reason"]}
-        return score_text(item, wanted.adapter, row["output"], **how)
-    stored = row.get("logprobs", [])
-    if len(stored) != len(item.labels):
-        stored = [math.nan] * len(item.labels)  # as one that was not finite
-    pairs = zip(stored, item.labels, strict=True)
-    nudged = [s + ROUNDING * (label == row["parsed"]) for s, label in pairs]
-    # Continuations are as long as the options: they only begin with a space or a capital.
-    again = score_options(item, nudged, item.options, normalize=wanted.ask.normalize)
-    return {key: value for key, value in again.items() if key != "logprobs"}
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:

@@ -16,10 +16,11 @@ from helpers.quantization.calibration import load_absmax
 from helpers.quantization.held_models import HeldModels, on_own_kernels
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.probing import inputs_of
-from helpers.sources.conversations import calibration_tokens
+from helpers.sources.conversations import conversation
 from helpers.sources.datasets import calibration_items
 from helpers.sources.items import Item
 from helpers.sources.models import load_config, load_tokenizer
+from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.sources.positions import reads_alone
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.architectures import HEAD, architecture, linear_names
@@ -197,8 +198,17 @@ class Evidence(HeldModels):
 
     @cached_property
     def tokens(self) -> list[list[int]]:
-        adapter = self.job.study.calibration.adapter
-        return [calibration_tokens(self.tokenizer, item, adapter) for item in self.items]
+        """The calibration's texts by the source's own tokenizer and template."""
+        own = own_tokenizer(self.job)
+        return [own_tokens(own, *self._text(item))[0] for item in self.items]
+
+    def _text(self, item: Item) -> tuple[str, bool]:
+        """(what calibration reads of an item, whether it is plain text)."""
+        turns = conversation(item, self.job.study.calibration.adapter, shots=0)
+        if not self.tokenizer.chat_template:
+            return "\n".join(t for t in (turns[-1]["content"], item.solution) if t), True
+        how = {"tokenize": False, "add_generation_prompt": True}
+        return self.tokenizer.apply_chat_template(turns, **how) + item.solution, False
 
     @cached_property
     def probes(self) -> list[list[int]]:

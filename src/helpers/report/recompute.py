@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 from helpers.evaluation.answers import Published, read_answers
-from helpers.evaluation.gates import rescored
+from helpers.evaluation.recomputed_answers import rescored
 from helpers.evaluation.recomputed_verdicts import comparison_rows
 from helpers.report.recomputed_summary import (
     edited_tables,

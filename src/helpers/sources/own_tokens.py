@@ -15,7 +15,7 @@ def own_tokenizer(job: Job):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def own_tokens(tokenizer, text: str, *, plain: bool) -> tuple[list[int], int]:
+def own_tokens(tokenizer, text: str, plain: bool) -> tuple[list[int], int]:
     """(token ids of a text that goes on, how many of them the tokenizer puts before it).
 
     Args:
