@@ -11,7 +11,7 @@ from helpers.evaluation.item_gates import (
     near_pairs,
     raw_rows_gate,
 )
-from helpers.sources import datasets
+from helpers.sources import datasets, rows
 from helpers.sources.datasets import (
     calibration_items,
     evaluation_items,
@@ -202,9 +202,25 @@ def shifted(adapter: str):
 def test_golds_shifted_by_a_row_in_the_adapter_are_caught(adapter, monkeypatch):
     """Questions and golds are all there, scores follow from them, and nothing else notices."""
     source = ShippedDataset(shipped=SHIPPED[adapter])
-    digests = raw_digests(source, adapter=adapter)
     monkeypatch.setitem(ADAPTERS, adapter, shifted(adapter))
-    items = load_items(source, adapter=adapter)
+    items, digests = load_items(source, adapter=adapter), raw_digests(source, adapter=adapter)
+    assert not raw_rows_gate(as_rows(items), items, digests).passed
+
+
+@pytest.mark.bank("items", "golds shifted by a row as rows are read")
+def test_golds_shifted_by_a_row_before_the_adapter_are_caught(monkeypatch):
+    true = rows._json_lines
+
+    def shifted_rows(data, place):
+        found = true(data, place)
+        golds = [row["answer"] for row in found]
+        return [
+            row | {"answer": gold} for row, gold in zip(found, golds[-1:] + golds[:-1], strict=True)
+        ]
+
+    monkeypatch.setattr(rows, "_json_lines", shifted_rows)
+    source = ShippedDataset(shipped="boolq")
+    items, digests = load_items(source, adapter="boolq"), raw_digests(source, adapter="boolq")
     assert not raw_rows_gate(as_rows(items), items, digests).passed
 
 

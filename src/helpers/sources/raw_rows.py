@@ -4,24 +4,42 @@ A gate holds every item to it: golds that an adapter took from the row before, o
 were exchanged on the way, have other hashes. Of each row only its fields are known here.
 """
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from helpers.sources.items import Item
 from helpers.sources.rows import load_rows
 from helpers.study.hashing import sha256_data
-from helpers.study.source_settings import DatasetSource
+from helpers.study.local_files import files_of
+from helpers.study.source_settings import DatasetSource, FileDataset, ShippedDataset
 
 
 def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
     """Item id → hashes of the rows that have it."""
     found: dict[str, set[str]] = {}
-    for row in load_rows(source):
+    for row in _rows_of(source):
         try:
             identifier, parts = READERS[adapter](row)
         except (KeyError, TypeError, ValueError, AttributeError):
             continue  # no item comes of it either; the adapter says why
         found.setdefault(identifier, set()).add(_digest(parts))
     return found
+
+
+def _rows_of(source: DatasetSource) -> Iterator[dict]:
+    """The rows of JSON lines, read here; of other files, as they are read elsewhere."""
+    paths = []
+    if isinstance(source, ShippedDataset):
+        paths = [Path(__file__).parent / "data" / f"{source.shipped}.jsonl"]
+    elif isinstance(source, FileDataset):
+        paths = files_of(source)
+    if not paths or any(path.suffix == ".parquet" for path in paths):
+        yield from load_rows(source)
+        return
+    for path in paths:
+        lines = path.read_bytes().decode("utf-8-sig").split("\n")
+        yield from (json.loads(line) for line in lines if line.strip())
 
 
 def item_digest(item: Item, golds: Iterable[str]) -> str:
