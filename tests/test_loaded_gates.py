@@ -69,7 +69,7 @@ def test_the_simulated_runtime_passes_too(study_settings, tmp_path):
     assert failed(run, the_float_source) == {ARITHMETIC, FILES}
 
 
-@pytest.mark.bank("model", "{asked} is asked in the variant's place", at="the loaded model")
+@pytest.mark.bank("model", "in the variant's place: {asked}", at="the loaded model")
 @pytest.mark.parametrize(
     ("asked", "names"),
     [

@@ -174,7 +174,9 @@ def test_wrong_scoring_of_numbers(study, monkeypatch, break_):
     assert not gate.passed
 
 
-@pytest.mark.bank("answers", "scoring: options divided by nothing", at="scoring.score_options")
+@pytest.mark.bank(
+    "answers", "scoring: options divided by nothing", at="evaluation.scoring.score_options"
+)
 def test_options_scored_by_another_length(study):
     item = Item("i", "q", ("B",), "", options=("a", "longer words"), labels=("A", "B"))
     row = score_options(item, [-2.0, -8.0], (" a", " longer words"), normalize="none")

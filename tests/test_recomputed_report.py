@@ -149,7 +149,12 @@ def test_verdicts_in_other_words_are_named(demo):
     assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in named
 
 
-@pytest.mark.bank("report", "a summary made by wrong statistics", "make verdicts")
+@pytest.mark.bank(
+    "report",
+    "a summary made by wrong statistics",
+    "make verdicts",
+    at="evaluation.comparison.bootstrap_mean, report.results.Results.verdicts",
+)
 def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  # noqa: F811
     """Nothing of the report's statistics is used to make its numbers again."""
     from helpers.report import recompute as module

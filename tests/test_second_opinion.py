@@ -10,9 +10,14 @@ import yaml
 from conftest import STUDY
 from evaluated_run import looked_at
 from helpers.evaluation import generation, language_modeling, loglikelihood, packing, slots
+from helpers.evaluation.engine import ask_all
+from helpers.evaluation.evidence import ask_alone
+from helpers.evaluation.invariance import invariance_gate
 from helpers.evaluation.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
+from helpers.quantization.variants import load_variant
 from quantized_run import VARIANTS, QuantizedRun
 from test_plain_beginning import tokenizer_with
+from test_positions import LONGROPE
 
 BOOLQ = {
     "adapter": "boolq",
@@ -323,6 +328,27 @@ def test_positions_that_depend_on_the_longest_text_beside(runs):
 
     gates = looked_at(runs("llama", "noquant"), change)
     assert ("arc", LOGPROBS) in {(what, g.name) for what, g in gates if not g.passed}
+
+
+@pytest.mark.bank("rope", "long texts packed though their positions depend on their length")
+def test_texts_packed_whose_positions_depend_on_their_length(tmp_path, monkeypatch):
+    """Half of the questions are beyond the limit, and the others are read beside them."""
+    run, limit = QuantizedRun(tmp_path, yaml.safe_load(STUDY), "noquant"), 120
+    rope = LONGROPE | {"original_max_position_embeddings": limit}
+    changes = {"rope_parameters": rope, "original_max_position_embeddings": limit}
+    run.save_source("phi3", sliding_window=None, **changes)
+
+    def gate():
+        with run.outputs():
+            job = run.job
+            engine = (*load_variant(job), job.study)
+            rows, apart = ask_all(*engine)["arc"], ask_alone(*engine)["arc"]
+        return invariance_gate(job.study, "noquant", rows, rows, apart)
+
+    assert gate().passed
+    for module in (generation, language_modeling, loglikelihood):
+        monkeypatch.setattr(module, "reads_alone", lambda *_: False)
+    assert not gate().passed
 
 
 def test_a_look_that_fails_is_a_gate_that_fails(runs, monkeypatch):

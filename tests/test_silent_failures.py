@@ -475,7 +475,7 @@ def calibration_with_fewer_items(run, _):
     run.quantize()
 
 
-@failure(ITEMS, kind="calibration")
+@failure(ITEMS, kind="calibration", at="tokens of the calibration")
 def calibration_items_cut_short(run, patch):
     real = quantized_run.calibration_tokens
     patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[:60])

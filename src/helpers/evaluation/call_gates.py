@@ -118,7 +118,7 @@ def _whole(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
         if name != HEAD and name not in calls.experts
         if (linear.calls, linear.rows) != (calls.passes, calls.tokens)
     ]
-    due = _fewest_tokens(job, fresh) | {SHARED_TEXT: _passage_tokens(job, passages)}
+    due = _fewest_tokens(job, fresh, passages)
     read = {kind: calls.tokens[kind] for kind in due}
     lacking = [kind for kind in due if read[kind] < due[kind]]
     extra = read[SHARED_TEXT] != due[SHARED_TEXT]
@@ -132,7 +132,7 @@ def _whole(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
     return passed, measured, "every Linear for every token, as many as the answers need"
 
 
-def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]]) -> dict[str, int]:
+def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[str, int]:
     """How many tokens have to be read for these answers, whatever is shared among them."""
     packed = decoding = 0
     for name, rows in fresh.items():
@@ -144,13 +144,9 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]]) -> dict[str, int]:
             packed += sum(
                 1 + row["output_tokens"] - n for row, n in zip(rows, options, strict=True)
             )
-    return {PACKED: packed, DECODING: decoding}
-
-
-def _passage_tokens(job: Job, passages: list[dict]) -> int:
-    """How many tokens of the shared text are read: all that are predicted, and its beginnings."""
-    before = own_tokens(own_tokenizer(job), passages[0]["id"], plain=True)[1] if passages else 0
-    return sum(row["tokens"] for row in passages) + max(0, before - 1) * len(passages)
+    before = own_tokens(own_tokenizer(job), "a text", plain=True)[1]  # the first of them is read
+    shared = sum(row["tokens"] + max(0, before - 1) for row in passages)
+    return {PACKED: packed, DECODING: decoding, SHARED_TEXT: shared}
 
 
 def _quantized(calls: CallRecorder) -> Measured:
