@@ -144,7 +144,9 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[
             packed += sum(
                 1 + row["output_tokens"] - n for row, n in zip(rows, options, strict=True)
             )
-    before = own_tokens(own_tokenizer(job), "a text", plain=True)[1]  # the first of them is read
+    before = own_tokens(own_tokenizer(job), "a text", plain=True)[
+        1
+    ]  # all but one are read and not predicted
     shared = sum(row["tokens"] + max(0, before - 1) for row in passages)
     return {PACKED: packed, DECODING: decoding, SHARED_TEXT: shared}
 
