@@ -24,7 +24,8 @@ CHECKS = {  # what catches a failure and is no gate
     BEFOREHAND: "evaluation.preflight",
     REFUSED: "study.errors",
 }
-Functions = dict[str, list[str]]  # parameters of functions that are given a gate's name
+PASSED_ON = [ast.Constant("")]  # a parameter: its names are those of the callers
+Functions = dict[str, list[str]]  # positional parameters of functions that are given a gate's name
 
 
 def gate_names(folder: Path = SOURCE) -> dict[str, str]:
@@ -67,7 +68,8 @@ def _functions(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
         parameters = [a.arg for a in node.args.args if a.arg != "self"]
         gives = ast.unparse(node.returns) if node.returns else ""
         decorates = node.name == "gate" and gives == "Callable"
-        if "name" in parameters and (gives == "Gate" or decorates):
+        named = {*parameters, *(a.arg for a in node.args.kwonlyargs)}
+        if "name" in named and (gives == "Gate" or decorates):
             yield node.name, parameters
 
 
@@ -90,25 +92,27 @@ def _names(tree: ast.AST, known: Functions, constants: dict, module: str) -> Ite
 
     def visit(node: ast.AST, parameters: frozenset[str], local: dict) -> Iterator[str]:
         if isinstance(node, ast.FunctionDef):
-            parameters = parameters | {a.arg for a in node.args.args}
+            parameters = parameters | {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
             local = local | _assigned(node.body)
         argument = _argument(node, known) if isinstance(node, ast.Call) else None
-        if argument is not None and getattr(argument, "id", None) not in parameters:
-            yield from resolved(argument, local)
+        if argument is not None:
+            yield from resolved(argument, local | dict.fromkeys(parameters, PASSED_ON))
         for child in ast.iter_child_nodes(node):
             yield from visit(child, parameters, local)
 
     def resolved(value: ast.expr, local: dict) -> Iterator[str]:
         given = [value.body, value.orelse] if isinstance(value, ast.IfExp) else []
+        if isinstance(value, ast.BoolOp):
+            given = value.values
         if isinstance(value, ast.Name):
             given = local.get(value.id, constants.get(value.id, []))
         if isinstance(value, ast.Constant) and isinstance(value.value, str):
-            yield value.value
+            yield from filter(None, [value.value])
         elif not given:
             told = f"{module}, line {value.lineno}: {ast.unparse(value)!r}"
             raise ValueError(f"no name of a gate can be read from {told}")
         for one in given:
-            yield from resolved(one, {})
+            yield from resolved(one, local if isinstance(value, ast.BoolOp) else {})
 
     yield from visit(tree, frozenset(), {})
 
@@ -118,5 +122,5 @@ def _argument(call: ast.Call, known: Functions) -> ast.expr | None:
     called = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if called not in known:
         return None
-    place, named = known[called].index("name"), {k.arg: k.value for k in call.keywords}
-    return call.args[place] if len(call.args) > place else named.get("name")
+    given = dict(zip(known[called], call.args, strict=False))
+    return (given | {k.arg: k.value for k in call.keywords}).get("name")

@@ -76,11 +76,11 @@ def one(scored) -> Gate:
     name = HERE if scored else KEPT
     return Gate(name, True, "", "")
 
-def through(name: str) -> Gate:
-    return Gate(name, True, "", "")
+def through(*, name: str = "") -> Gate:
+    return Gate(name or "a default", True, "", "")
 
 def two():
-    return [through("a caller's"), none_of(name="a keyword's", odd=[], n=1, said="")]
+    return [through(name="a caller's"), none_of(name="a keyword's", odd=[], n=1, said="")]
 """
 
 
@@ -97,7 +97,13 @@ def source(folder: Path, **modules: str) -> Path:
 
 def test_names_are_read_wherever_they_are_given(tmp_path):
     found = gate_names(source(tmp_path, gates=MODULE, names="KEPT = 'another module\\'s'\n"))
-    assert set(found) == {"a constant", "another module's", "a caller's", "a keyword's"}
+    assert set(found) == {
+        "a constant",
+        "another module's",
+        "a caller's",
+        "a keyword's",
+        "a default",
+    }
     assert set(found.values()) == {"evaluation.gates"}
 
 
