@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from helpers.quantization import fused_passes, kernels
+from helpers.quantization import cuda_products, fused_passes, kernels
 from helpers.sources.batching import token_owners
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -31,8 +31,12 @@ def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step."""
-    scale = absmax / HALF_RANGE
+    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step.
+
+    By a number torch does not divide on CUDA: it multiplies by the rounded inverse, which is
+    another step than a CPU's now and then. By a tensor it divides.
+    """
+    scale = absmax / torch.full_like(absmax, HALF_RANGE)
     return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
 
 
@@ -115,8 +119,11 @@ class Stack:
         return joined
 
     def multiplied(self, x: Tensor) -> Tensor:
-        """(tokens, all out_features) float32 of x (…, in_features)."""
+        """(tokens, all out_features) float32, or x's dtype, of x (…, in_features)."""
         values, scale = self.linears[0].quantized(x)
+        if cuda_products.fused(values.device):
+            given = self.packed[0], scale, self.scales, self.bias
+            return cuda_products.rescaled_product(values, *given, x.dtype)
         product = kernels.multiply(values, self.packed)
         if _fused(product):
             y = fused_passes.rescale_(product, scale, self.scales)
@@ -195,7 +202,10 @@ class Int8Linear(nn.Module):
         return Kept.of(x, QUANTIZED, why, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, self.in_features).float()
+        rows = x.reshape(-1, self.in_features)
+        if self.activations == "token_dynamic" and cuda_products.fused(rows.device):
+            return cuda_products.quantize_rows(rows)
+        rows = rows.float()
         if _fused(rows) and self.activations == "token_dynamic":
             return fused_passes.quantize_rows(rows)
         scale = self.scale_of(rows)
