@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +38,23 @@ class Part:
         os.replace(temporary, self.file)
         newest = value[-1] if isinstance(value, list) and value else value
         print(f"  {name}: {json.dumps(newest)[:SHOWN]}", flush=True)
+
+    def of(self, part: str, name: str):
+        """A number of a part that ran before; None if it is not there."""
+        file = self.file.with_name("gpu.json")
+        known = json.loads(file.read_text("utf-8")) if file.is_file() else {"parts": {}}
+        return known["parts"].get(part, {}).get(name)
+
+    @contextmanager
+    def stage(self, rows: list[dict], name: str, **more):
+        """Time and peak memory of what is done inside, as a row of a table."""
+        self.forget_peak()
+        began = time.perf_counter()
+        yield
+        self.settle()
+        row = {"stage": name, "seconds": round(time.perf_counter() - began, 2)}
+        rows.append(row | {"peak [GiB]": self.peak_gib()} | more)
+        self.note("stages", rows)
 
     def left(self) -> float:
         """Seconds until this part has to end."""

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
 ROWS = 17  # the fewest that cuBLASLt takes
 CAPABILITY = (8, 0)  # the first with int8 units that Triton multiplies by
-TORCH, FUSED = "torch's passes around cuBLASLt", "fused in Triton"
+TORCH, FUSED = "int8 × int8 by cuBLASLt", "int8 × int8, fused in Triton"
 HALF_RANGE = 127.5
 LEAST = torch.finfo(torch.float32).eps
 
