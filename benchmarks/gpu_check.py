@@ -82,7 +82,7 @@ def run_all(options: argparse.Namespace) -> int:
         save(account, options.out)
         write_page(account, options.out / PAGE)
     write_page(account, options.out / PAGE)
-    print((options.out / PAGE).read_text("utf-8"), flush=True)
+    print(f"written: {options.out / PAGE}", flush=True)
     return sum(not account["parts"].get(name, {}).get("complete") for name in names)
 
 

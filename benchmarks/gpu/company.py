@@ -35,10 +35,10 @@ def run(part: Part) -> None:
 
 
 def _model(kind: str, sizes: dict):
-    model = random_model("qwen3", seed=5, **sizes)
+    model = random_model("qwen3", seed=5, **sizes).to(getattr(torch, kind.split()[-1]))
     if kind.startswith("int8"):
         quantized_by_rounding_(model)
-    return model.to(getattr(torch, kind.split()[-1]))
+    return model
 
 
 @torch.no_grad()

@@ -34,8 +34,6 @@ def run(part: Part) -> None:
     """Every way at every shape and number of rows; then what is equal, and the sums."""
     has_triton = part.device == "cuda" and not cuda_products.why_not_fused(torch.device("cuda", 0))
     part.note("scaled_mm of int8", _scaled_mm(part.device))
-    if has_triton:
-        part.note("tiles that do not compile", tiles.compile_all())
     part.note("int8 peak, operations a second", _peak(part))
     shapes, table = DRY_SHAPES if part.dry else SHAPES, []
     for rows in DRY_ROWS if part.dry else ROWS:

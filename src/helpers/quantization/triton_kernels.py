@@ -6,11 +6,13 @@ half to even. Imported only where Triton is there (`cuda_products`).
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all bits of a float32 but its sign
 HALF_RANGE = tl.constexpr(127.5)
@@ -28,6 +30,8 @@ class Tile:
         rows, outer, inner: of the blocks.
         group: row blocks that share their weights in the cache.
         warps, stages: of the program and of its pipeline.
+        bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
+            makes one tile after the other.
     """
 
     rows: int
@@ -36,6 +40,7 @@ class Tile:
     group: int
     warps: int
     stages: int
+    bulk: bool = False
 
 
 # For up to so many rows; the last for all more.
@@ -119,6 +124,40 @@ def rescale_kernel(
     tl.store(y_ptr + row * outer + at, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _place(tile, rows, outer, ROWS: tl.constexpr, OUTER: tl.constexpr, GROUP: tl.constexpr):
+    """Row block and column block of a tile, in an order in which neighbours share operands."""
+    down, across = tl.cdiv(rows, ROWS), tl.cdiv(outer, OUTER)
+    first = tile // (GROUP * across) * GROUP
+    height = tl.minimum(down - first, GROUP)
+    return first + tile % (GROUP * across) % height, tile % (GROUP * across) // height
+
+
+@triton.jit
+def _finish(
+    total,
+    i,
+    j,
+    scale_ptr,
+    columns_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    outer,
+    scale_stride: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+):
+    """Both scales and the bias, rounded once to the type of the result."""
+    in_rows, in_outer = i < rows, j < outer
+    scale = tl.load(scale_ptr + i * scale_stride, mask=in_rows, other=0.0)
+    columns = tl.load(columns_ptr + j, mask=in_outer, other=0.0)
+    y = total.to(tl.float32) * scale[:, None] * columns[None, :]
+    if HAS_BIAS:
+        y = y + tl.load(bias_ptr + j, mask=in_outer, other=0.0)[None, :]
+    place = y_ptr + i.to(tl.int64)[:, None] * outer + j[None, :]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_outer[None, :])
+
+
 @triton.jit(do_not_specialize=["rows"])
 def product_kernel(
     a_ptr,
@@ -143,13 +182,9 @@ def product_kernel(
 
     Both operands lie along the inner size, whose padded length is a multiple of 16.
     """
-    program = tl.program_id(0)
-    down, across = tl.cdiv(rows, ROWS), tl.cdiv(outer, OUTER)
-    first = program // (GROUP * across) * GROUP
-    height = tl.minimum(down - first, GROUP)
-    block = first + program % (GROUP * across) % height
+    block, part = _place(tl.program_id(0), rows, outer, ROWS, OUTER, GROUP)
     i = block * ROWS + tl.arange(0, ROWS)
-    j = program % (GROUP * across) // height * OUTER + tl.arange(0, OUTER)
+    j = part * OUTER + tl.arange(0, OUTER)
     k = tl.arange(0, INNER)
     a_at = a_ptr + (i % rows).to(tl.int64)[:, None] * a_stride + k[None, :]
     weight_at = weight_ptr + (j % outer).to(tl.int64)[None, :] * weight_stride + k[:, None]
@@ -159,14 +194,54 @@ def product_kernel(
         a = tl.load(a_at + start, mask=inside[None, :], other=0)
         weight = tl.load(weight_at + start, mask=inside[:, None], other=0)
         total = tl.dot(a, weight, total, out_dtype=tl.int32)
-    in_rows, in_outer = i < rows, j < outer
-    scale = tl.load(scale_ptr + i * scale_stride, mask=in_rows, other=0.0)
-    columns = tl.load(columns_ptr + j, mask=in_outer, other=0.0)
-    y = total.to(tl.float32) * scale[:, None] * columns[None, :]
-    if HAS_BIAS:
-        y = y + tl.load(bias_ptr + j, mask=in_outer, other=0.0)[None, :]
-    place = y_ptr + i.to(tl.int64)[:, None] * outer + j[None, :]
-    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_outer[None, :])
+    _finish(
+        total, i, j, scale_ptr, columns_ptr, bias_ptr, y_ptr, rows, outer, scale_stride, HAS_BIAS
+    )
+
+
+@triton.jit(do_not_specialize=["rows"])
+def bulk_product_kernel(
+    a_blocks,
+    weight_blocks,
+    scale_ptr,
+    columns_ptr,
+    bias_ptr,
+    y_ptr,
+    rows,
+    outer,
+    inner,
+    scale_stride: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr,
+    OUTER: tl.constexpr,
+    INNER: tl.constexpr,
+    GROUP: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+):
+    """The same, its operands as blocks by the bulk copy engine, tile after tile."""
+    tiles = tl.cdiv(rows, ROWS) * tl.cdiv(outer, OUTER)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+        block, part = _place(tile, rows, outer, ROWS, OUTER, GROUP)
+        total = tl.zeros((ROWS, OUTER), tl.int32)
+        for start in range(0, inner, INNER):
+            a = a_blocks.load([block * ROWS, start])
+            weight = weight_blocks.load([part * OUTER, start])
+            total = tl.dot(a, weight.T, total, out_dtype=tl.int32)
+        i = block * ROWS + tl.arange(0, ROWS)
+        j = part * OUTER + tl.arange(0, OUTER)
+        _finish(
+            total,
+            i,
+            j,
+            scale_ptr,
+            columns_ptr,
+            bias_ptr,
+            y_ptr,
+            rows,
+            outer,
+            scale_stride,
+            HAS_BIAS,
+        )
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -233,27 +308,31 @@ def product(
     if a.stride(1) != 1 or a.stride(0) % 16 or a.stride(0) < inner:
         a = torch.nn.functional.pad(a, (0, inner - a.shape[1])).contiguous()
     y = torch.empty(rows, outer, dtype=dtype, device=a.device)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outer, tile.outer),)
-    product_kernel[grid](
-        a,
-        weight,
-        scale,
-        columns,
-        columns if bias is None else bias,
-        y,
-        rows,
-        outer,
-        inner,
-        a.stride(0),
-        weight.stride(0),
-        0 if scale.numel() == 1 else 1,
-        bias is not None,
-        tile.rows,
-        tile.outer,
-        tile.inner,
-        tile.group,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        enable_fp_fusion=False,
-    )
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outer, tile.outer)
+    rest = scale, columns, columns if bias is None else bias, y, rows, outer, inner
+    flags = 0 if scale.numel() == 1 else 1, bias is not None
+    sizes = tile.rows, tile.outer, tile.inner, tile.group
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    if tile.bulk:
+        blocks = _blocks(a, (rows, inner), tile.rows, tile.inner)
+        weights = _blocks(weight, (outer, inner), tile.outer, tile.inner)
+        most = _multiprocessors(a.device)
+        bulk_product_kernel[(min(tiles, most),)](
+            blocks, weights, *rest, *flags, *sizes, most, **how
+        )
+    else:
+        strides = a.stride(0), weight.stride(0)
+        product_kernel[(tiles,)](a, weight, *rest, *strides, *flags, *sizes, **how)
     return y
+
+
+def _blocks(x: Tensor, shape: tuple[int, int], rows: int, inner: int) -> TensorDescriptor:
+    """An int8 operand as blocks for the bulk copy engine; what is beyond its shape is 0."""
+    return TensorDescriptor(x, list(shape), [x.stride(0), 1], [rows, inner])
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # in Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
