@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from benchmarks import gpu_check
-from benchmarks.gpu import page
+from benchmarks.gpu import page, published
 
 from helpers.study.paths import PROJECT
 
@@ -85,6 +85,11 @@ def test_the_page_shows_every_number(tmp_path):
     assert "- pair: x 1; y –" in text
     assert "TRITON" in text
     assert "dry run" in text
+
+
+def test_the_published_table_is_made_of_the_accounts():
+    text = published.PAGE.read_text("utf-8")
+    assert published.with_table(text) == text
 
 
 def dry(folder, only=""):
