@@ -61,7 +61,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check gpu-check gpu-wheels lint format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -127,6 +127,13 @@ scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights, into ou
 
 serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(PY) -m benchmarks.serve_check $(STUDY) $(ARGS)
+
+gpu-check: $(READY) ## show on a card what is claimed of CUDA, in eight minutes, into outputs/gpu
+	@$(PY) -m benchmarks.gpu_check $(ARGS)
+
+# For a machine with Python 3.12, torch with CUDA and transformers but no network.
+gpu-wheels: $(READY) ## bring what gpu-check needs besides those as wheels into .gpu-wheels
+	@$(PY) -m benchmarks.gpu.wheels
 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)

@@ -69,13 +69,17 @@ def finished(project) -> dict[str, str]:
     return {str(p.relative_to(project)): p.read_text() for p in project.rglob("*record.json")}
 
 
-@pytest.fixture
-def begun(project):
-    """(project, mark, front door) of a run whose calibration has begun and waits."""
+@pytest.fixture(params=["started", pytest.param("forked", marks=long)])
+def begun(project, request):
+    """(project, mark, front door) of a run whose calibration has begun and waits.
+
+    Jobs are processes of their own, or forks of one that has loaded what they need.
+    """
+    forks = {"STUDY_FORKS": "yes" if request.param == "forked" else "no"}
     add_cell(project, "calibration", WAITS)
     (project / "wait").write_text("")
     mark = new_mark()
-    front = start(project, *toy_project.WHOLE, **mark)
+    front = start(project, *toy_project.WHOLE, **mark, **forks)
     wait_for(lambda: began(project), seconds=60)
     yield project, mark, front
     for process in processes(mark):

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from helpers.evaluation.language_modeling import read_passages
-from helpers.quantization import fused_passes, int8_linear, kernels
+from helpers.quantization import fused_passes, gated_mlp, int8_linear, kernels
 from helpers.quantization.int8 import load_int8
 from helpers.quantization.int8_linear import Int8Linear, Stack, absmax_scale
 from helpers.sources import processors
@@ -24,7 +24,7 @@ def by_torch(monkeypatch):
 
     def call(function):
         with monkeypatch.context() as patch:
-            patch.setattr(int8_linear, "_fused", lambda _x: False)
+            patch.setattr(int8_linear, "is_fused", lambda _x: False)
             return function()
 
     return call
@@ -178,7 +178,7 @@ class MLP(torch.nn.Module):
 def test_a_gated_mlp_is_its_parts_to_the_bit(by_torch):
     mlp, x = MLP(), torch.randn(2, 16, 64)
     expected = by_torch(lambda: mlp(x.clone()))
-    assert int8_linear.fuse_gated_mlps_(mlp) == 1
+    assert gated_mlp.fuse_gated_mlps_(mlp) == 1
     assert torch.equal(mlp(x.clone()), expected)
 
 
@@ -186,7 +186,7 @@ def test_a_gated_mlp_is_its_parts_to_the_bit(by_torch):
 @pytest.mark.parametrize("name", ["act_fn", "up_proj"])
 def test_a_part_that_is_exchanged_later_is_used(name):
     mlp, x = MLP(), torch.randn(2, 16, 64)
-    int8_linear.fuse_gated_mlps_(mlp)
+    gated_mlp.fuse_gated_mlps_(mlp)
     before = mlp(x.clone())
     part = torch.nn.ReLU() if name == "act_fn" else linear("token_dynamic", 64, 128, seed=9)
     setattr(mlp, name, part)
@@ -200,7 +200,7 @@ def test_an_mlp_of_another_function_keeps_its_own_forward():
             return self.down_proj(self.gate_proj(x).relu().square() * self.up_proj(x))
 
     model = Squared()
-    assert int8_linear.fuse_gated_mlps_(model) == 0
+    assert gated_mlp.fuse_gated_mlps_(model) == 0
     assert "forward" not in vars(model)
 
 

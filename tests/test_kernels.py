@@ -1,8 +1,4 @@
-"""Integer products against plain integer arithmetic, under what each device demands.
-
-No GPU is needed: the CUDA path runs on CPU tensors, over a stand-in for `torch._int_mm`
-that refuses what cuBLASLt refuses.
-"""
+"""Integer products on a CPU against plain integer arithmetic (CUDA's: test_cuda_products)."""
 
 import dataclasses
 
@@ -22,24 +18,6 @@ def operands(rows, inner, outer):
         return torch.randint(-128, 128, shape, generator=generator).to(torch.int8)
 
     return draw(rows, inner), draw(inner, outer)
-
-
-@pytest.fixture
-def cublas(monkeypatch):
-    """`torch._int_mm` with cuBLASLt's demands; what it was asked for is kept."""
-    asked = []
-
-    def strict(a, b):
-        assert a.shape[0] > 16, "self.size(0) needs to be greater than 16"
-        assert a.shape[1] % 8 == 0, "self.size(1) needs to be a multiple of 8"
-        assert b.shape[1] % 8 == 0, "mat2.size(1) needs to be a multiple of 8"
-        assert a.is_contiguous()
-        assert b.is_contiguous()
-        asked.append(a.shape[0])
-        return (a.double() @ b.double()).to(torch.int32)  # exact on any processor
-
-    monkeypatch.setattr(torch, "_int_mm", strict)
-    return asked
 
 
 WORST = [(1, 1, 1), (2, 1023, 5), (3, 1024, 8), (3, 1025, 7), (2, 2049, 3), (4, 14336, 6)]
@@ -119,42 +97,6 @@ def test_a_processor_without_int8_units_multiplies_in_float32(monkeypatch):
 
 def test_a_block_holds_every_partial_sum():
     assert kernels.BLOCK * 128 * 128 <= 2**24
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_the_cuda_product_pads_rows_and_returns_only_ours(cublas, shape):
-    a, b = operands(*shape)
-    found = kernels.cuda_matmul(a, b)
-    assert torch.equal(found.long(), a.long() @ b.long())
-    assert cublas == [max(17, len(a))]
-
-
-@pytest.mark.parametrize("shape", [(20, 7, 16), (20, 16, 13)])
-def test_sizes_cublas_does_not_take_are_exact_without_it(cublas, shape):
-    a, b = operands(*shape)
-    assert torch.equal(kernels.cuda_matmul(a, b).long(), a.long() @ b.long())
-    assert cublas == []
-    assert "is no multiple of 8" in kernels.slow_on_cuda(*b.shape)
-
-
-def test_the_stand_in_refuses_what_the_device_would(cublas):
-    """Else the tests above would pass without any padding."""
-    a, b = operands(16, 64, 24)
-    with pytest.raises(AssertionError, match="greater than 16"):
-        torch._int_mm(a, b)
-
-
-def test_operands_that_are_not_contiguous_are_made_so(cublas):
-    a, b = operands(40, 64, 24)
-    a, b = a.t().contiguous().t(), b.t().contiguous().t()
-    assert torch.equal(kernels.cuda_matmul(a, b).long(), a.long() @ b.long())
-
-
-def test_float64_holds_the_largest_sum():
-    """2^14 a product, exact up to 2^53: far beyond any Linear's width."""
-    a = torch.full((1, 999), -128, dtype=torch.int8)
-    b = torch.full((999, 1), -128, dtype=torch.int8)
-    assert kernels.cuda_matmul(a, b).item() == 999 * 2**14
 
 
 def test_a_device_without_the_product_says_so():

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from helpers.evaluation import served
 from helpers.evaluation.generation import generate_greedy
@@ -9,6 +10,7 @@ from helpers.evaluation.loglikelihood import option_loglikelihoods
 from helpers.evaluation.parsing import last_boxed
 from helpers.evaluation.progress import Progress, Unkept
 from helpers.evaluation.prompts import Prompt, asked_hash, asked_tokens, prompt
+from helpers.evaluation.room import halving
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.datasets import evaluation_items
@@ -52,7 +54,7 @@ def evaluate(
         limits: the most tokens and the most answers of one forward pass.
 
     Raises:
-        StudyError: a prompt does not fit the model's context.
+        StudyError: a prompt does not fit the model's context, or half a batch the card.
     """
     prompts = [prompt(item, wanted, tokenizer) for item in items]
     scope = getattr(model, "scale_scope", "token")
@@ -61,10 +63,10 @@ def evaluate(
     if scope == "pass":
         limits = Batch(tokens=1, rows=1)
     ask = _score if wanted.ask.protocol == "loglikelihood" else _generate
-    yield from ask(model, tokenizer, prompts, wanted, limits)
+    yield from halving(partial(ask, model, tokenizer, wanted), prompts, limits)
 
 
-def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
+def _score(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) -> Iterator[dict]:
     tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
@@ -79,7 +81,7 @@ def _score(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> It
         yield made | {"output_tokens": sum(map(len, tokens[index].options))}
 
 
-def _generate(model, tokenizer, prompts: list[Prompt], wanted, limits: Batch) -> Iterator[dict]:
+def _generate(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) -> Iterator[dict]:
     tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
     contexts = [t.context for t in tokens]
     cap = wanted.ask.max_new_tokens

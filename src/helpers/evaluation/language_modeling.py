@@ -179,7 +179,7 @@ def passage_rows(
             expected = reference.head(reference.hidden[at]).log_softmax(-1)
             terms = expected.exp() * (expected - logprobs)
             kl[chunk] = terms.sum(-1, dtype=torch.float64).cpu()
-            same[chunk] = (expected.argmax(-1) == logprobs.argmax(-1)).double().cpu()
+            same[chunk] = (expected.max(-1).indices == logprobs.max(-1).indices).double().cpu()
     found, lengths = [], [len(passage) - first for passage in tokens]
     sums = zip(*(x.split(lengths) for x in (nll, kl, same)), strict=True)
     for passage, length, (n, k, s) in zip(passages, lengths, sums, strict=True):

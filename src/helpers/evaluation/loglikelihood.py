@@ -138,7 +138,8 @@ def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int])
     found = torch.empty(len(places), dtype=torch.float64)
     for start in range(0, len(used), HEAD_ROWS):
         chunk = used[start : start + HEAD_ROWS].to(hidden.device)
-        logprobs = logits_at(model, hidden[chunk]).log_softmax(-1).cpu()
+        logprobs = logits_at(model, hidden[chunk]).log_softmax(-1)
         here = order[(inverse[order] >= start) & (inverse[order] < start + HEAD_ROWS)]
-        found[here] = logprobs[inverse[here] - start, targets[here]].double()
+        rows, columns = (x.to(logprobs.device) for x in (inverse[here] - start, targets[here]))
+        found[here] = logprobs[rows, columns].cpu().double()
     return found

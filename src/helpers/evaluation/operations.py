@@ -22,6 +22,7 @@ from helpers.evaluation.throughput import (
     NEW_TOKENS,
     PROMPT_TOKENS,
     PROMPTS,
+    ROUNDS,
     ROW_TOKENS,
     WARM_TOKENS,
 )
@@ -47,7 +48,6 @@ from helpers.study.source_settings import FineTunedModel
 from helpers.study.variant_settings import one_a_scheme
 
 LOADED = 6  # times an evaluation's weights are loaded, hashed and compared
-ROUNDS = 3  # of 03_cost
 
 
 @dataclass(frozen=True)

@@ -40,25 +40,27 @@ class Segment:
     positions: list[int] | None = None
     kept: bool = False
     memory: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    _masks: dict[tuple, Tensor | None] = field(default_factory=dict)
 
     def __post_init__(self):
         self.start = sum(len(segment.tokens) for segment in self.before)
         if self.positions is None:
             self.positions = list(range(self.start, self.start + len(self.tokens)))
 
-    def allowed(self, window: int | None) -> Tensor | None:
+    def allowed(self, window: int | None, device="cpu") -> Tensor | None:
         """(tokens, before + tokens) bool: who may look at whom; None if plainly causal.
 
         Args:
             window: how many positions back a layer looks at most; None for all.
+            device: of the mask, copied there once for all layers.
         """
         if window is not None and max(self.positions) < window:
             window = None
-        if window not in self._masks:
-            plain = window is None and self.branches is None and not self.before
-            self._masks[window] = None if plain else self._mask(window)
-        return self._masks[window]
+        if window is None and self.branches is None and not self.before:
+            return None
+        if (window, device) not in self._masks:
+            self._masks[window, device] = self._mask(window).to(device)
+        return self._masks[window, device]
 
     def _mask(self, window: int | None) -> Tensor:
         size = len(self.tokens)
@@ -101,10 +103,10 @@ class Row:
                 torch.cat(parts, dim=2) if earlier else parts[0]
                 for parts in zip(*earlier, own, strict=True)
             )
-            mask = segment.allowed(how["window"])
+            mask = segment.allowed(how["window"], query.device)
             mixed[:, :, span] = scaled_dot_product_attention(
                 *widened(query[:, :, span], keys, values),
-                attn_mask=None if mask is None else mask.to(query.device),
+                attn_mask=mask,
                 is_causal=mask is None,
                 scale=how["scaling"],
                 enable_gqa=query.shape[1] != key.shape[1],

@@ -25,7 +25,8 @@ from helpers.study.records import peak_memory_bytes
 from helpers.study.schema import Study
 
 PROMPTS, PROMPT_TOKENS = 32, 8
-NEW_TOKENS = 15  # the first comes with reading the prompt: 14 steps are timed
+NEW_TOKENS = 9  # the first comes with reading the prompt: 8 steps are timed
+ROUNDS = 2  # each of everything, one after the other
 WARM_TOKENS = 32
 ROW_TOKENS = 1024  # at most; longer rows read no faster and take longer to measure
 

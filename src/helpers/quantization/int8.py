@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helpers.quantization.int8_linear import Int8Linear, fuse_gated_mlps_, stack_siblings_
+from helpers.quantization.gated_mlp import fuse_gated_mlps_
+from helpers.quantization.int8_linear import Int8Linear, stack_siblings_
 from helpers.sources.models import empty_model, load_config, take_generation_config_
 from helpers.sources.onednn import multiplied_by_onednn
 from helpers.sources.tensor_files import TensorFiles
@@ -39,10 +40,10 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
         setattr(model.get_submodule(parent), child, linear)
     _load_float_parts_(model, tensors)
     stack_siblings_(model)
-    fuse_gated_mlps_(model)
+    fuse_gated_mlps_(model.to(device))
     take_generation_config_(model, folder)
     model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
-    return multiplied_by_onednn(model.to(device)).eval()
+    return multiplied_by_onednn(model).eval()
 
 
 def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""Linears that multiply int8 by int8 exactly (`kernels`), and the MLP between them.
+"""Linears that multiply int8 by int8 exactly (`kernels`), alone and stacked.
 
 Activations are quantized at the granularity the checkpoint declares, by the rule
 compressed-tensors uses (scale = abs-max / 127.5, round half to even, clamp to [-128, 127]), so
@@ -14,9 +14,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-from helpers.quantization import fused_passes, kernels
+from helpers.quantization import cuda_products, fused_passes, kernels
 from helpers.sources.batching import token_owners
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -31,8 +30,12 @@ def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step."""
-    scale = absmax / HALF_RANGE
+    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step.
+
+    By a number torch does not divide on CUDA: it multiplies by the rounded inverse, which is
+    another step than a CPU's now and then. By a tensor it divides.
+    """
+    scale = absmax / torch.full_like(absmax, HALF_RANGE)
     return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
 
 
@@ -101,6 +104,15 @@ class Stack:
         for linear in self.linears:
             linear.weight = None
 
+    @torch.inference_mode(False)
+    def unpack(self) -> None:
+        """Give the Linears their weights back; the next product packs them anew."""
+        if self.packed:
+            weight_t = kernels.unpack(self.packed)
+            for linear, columns in zip(self.linears, self.columns, strict=True):
+                linear.weight = weight_t[:, columns].t().contiguous()
+            self.packed = ()
+
     def _joined(self, name: str) -> Tensor:
         """(1, all out_features) or (all out_features,) float32; the Linears' own become views."""
         parts = [getattr(linear, name) for linear in self.linears]
@@ -115,10 +127,13 @@ class Stack:
         return joined
 
     def multiplied(self, x: Tensor) -> Tensor:
-        """(tokens, all out_features) float32 of x (…, in_features)."""
+        """(tokens, all out_features) float32, or x's dtype, of x (…, in_features)."""
         values, scale = self.linears[0].quantized(x)
+        if cuda_products.fused(values.device):
+            given = self.packed[0], scale, self.scales, self.bias
+            return cuda_products.rescaled_product(values, *given, x.dtype)
         product = kernels.multiply(values, self.packed)
-        if _fused(product):
+        if is_fused(product):
             y = fused_passes.rescale_(product, scale, self.scales)
         else:
             y = product.float().mul_(scale).mul_(self.scales)
@@ -173,6 +188,12 @@ class Int8Linear(nn.Module):
             tensors += self.stack.packed
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
+    def _apply(self, fn, recurse=True):
+        """Weights are packed for the device they lie on: what is moved is unpacked first."""
+        if fn(self.weight_scale[:0]).device != self.weight_scale.device:
+            self.stack.unpack()
+        return super()._apply(fn, recurse)
+
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}weight", None)
@@ -195,11 +216,14 @@ class Int8Linear(nn.Module):
         return Kept.of(x, QUANTIZED, why, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, self.in_features).float()
-        if _fused(rows) and self.activations == "token_dynamic":
+        rows = x.reshape(-1, self.in_features)
+        if self.activations == "token_dynamic" and cuda_products.fused(rows.device):
+            return cuda_products.quantize_rows(rows)
+        rows = rows.float()
+        if is_fused(rows) and self.activations == "token_dynamic":
             return fused_passes.quantize_rows(rows)
         scale = self.scale_of(rows)
-        quantize = fused_passes.quantize_by if _fused(rows) else quantize_activations
+        quantize = fused_passes.quantize_by if is_fused(rows) else quantize_activations
         return quantize(rows, scale), scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -216,7 +240,7 @@ class Int8Linear(nn.Module):
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def _fused(x: Tensor) -> bool:
+def is_fused(x: Tensor) -> bool:
     return x.device.type == "cpu" and fused_passes.available()
 
 
@@ -234,53 +258,15 @@ def stack_siblings_(model) -> int:
     return stacks
 
 
+def unpack_stacks_(model) -> None:
+    """Undo all packing, for a model that is about to be spread over other devices."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.stack.unpack()
+
+
 def _alike(linears: list[Int8Linear]) -> bool:
     """Whether they quantize their input alike, and all or none of them have a bias."""
     kinds = {(each.in_features, each.activations, each.bias is None) for each in linears}
     scales = [each.input_scale for each in linears if each.input_scale is not None]
     return len(kinds) == 1 and all(torch.equal(scale, scales[0]) for scale in scales)
-
-
-class GatedMLP:
-    """down(SiLU(gate(x)) · up(x)), its middle in one pass that also quantizes for `down`."""
-
-    def __init__(self, module: nn.Module):
-        self.module, self.activation = module, getattr(module, "act_fn", None)
-        self.gate, self.up, self.down = module.gate_proj, module.up_proj, module.down_proj
-
-    def __call__(self, x: Tensor) -> Tensor:
-        module = self.module
-        parts = (module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
-        if parts != (self.gate, self.up, self.down, self.activation):  # exchanged since
-            return type(module).forward(module, x)
-        gate, up = self.gate(x), self.up(x)
-        if not (_fused(gate) and gate.dtype == torch.float32 and gate.numel()):
-            return self.down(silu(gate) * up)
-        mixed, values, scale = fused_passes.silu_times(gate.flatten(0, -2), up.flatten(0, -2))
-        mixed = mixed.view(gate.shape)
-        why = (self.down.activations, self.down.input_scale, token_owners())
-        Kept.of(mixed, QUANTIZED, why, lambda: (values, scale))
-        return self.down(mixed)
-
-
-@torch.inference_mode()
-def fuse_gated_mlps_(model) -> int:
-    """Give MLPs that compute as `GatedMLP` does its forward; returns how many.
-
-    Which they are is not told by their class: one is taken if its own forward gives the same
-    bits on a random input.
-    """
-    fused = 0
-    for module in model.modules():
-        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-        if not all(isinstance(part, Int8Linear) for part in parts):
-            continue
-        if not _fused(parts[0].weight_scale) or parts[2].activations != "token_dynamic":
-            continue
-        if not hasattr(module, "act_fn"):
-            continue
-        gated, generator = GatedMLP(module), torch.Generator().manual_seed(0)
-        x = torch.randn(1, 16, parts[0].in_features, generator=generator)
-        if torch.equal(module(x), gated(x.clone())):
-            module.forward, fused = gated, fused + 1
-    return fused

@@ -15,8 +15,7 @@ All of them give the same whole numbers, so no answer depends on the choice. A p
 once: of the ways that the processor's instructions promise to be fast, those that it has just
 seen to be exact, on operands that include the largest sums, are timed, and the fastest is taken.
 
-On CUDA cuBLASLt wants more than 16 rows, sizes that are multiples of 8 and contiguous operands;
-a Linear of other sizes is multiplied in float64, slowly. MPS has no integer product
+`cuda_products` has the ways of CUDA devices. MPS has no integer product
 (`helpers.sources.devices` has int8 simulated there).
 """
 
@@ -28,11 +27,10 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from helpers.quantization import cuda_products
 from helpers.sources import processors
 
 BLOCK = 1024  # 2¹⁴ × 1,024 = 2²⁴, up to which float32 holds every whole number
-CUDA_ROWS = 17  # the fewest that cuBLASLt takes
-CUDA_MULTIPLE = 8
 TRIED = (256, 576, 1536)  # rows, inner, outer of the products that are timed
 ROUNDS, ROUND_S = 5, 0.008  # each way is timed in turns with the others, so often and so long
 CLEARLY = 0.9  # of the time of the way before it: less is left to chance
@@ -158,13 +156,17 @@ def _seconds(way: Way) -> float:
 
 def pack(weight: Tensor) -> tuple[Tensor, ...]:
     """The (outer, inner) int8 weight as its device multiplies by it best."""
-    return cpu_way().pack(weight) if weight.device.type == "cpu" else (weight.t().contiguous(),)
+    if weight.device.type == "cpu":
+        return cpu_way().pack(weight)
+    return cuda_products.pack(weight)
 
 
 def unpack(packed: tuple[Tensor, ...]) -> Tensor:
     """(inner, outer) int8: the weight again, read off the product where its order is hidden."""
     weight = packed[0]
-    if weight.device.type != "cpu" or cpu_way() is BLOCKS:
+    if weight.device.type != "cpu":
+        return weight.t()
+    if cpu_way() is BLOCKS:
         return weight
     if cpu_way() is not TILES:
         return weight.t()
@@ -186,25 +188,7 @@ def multiply(a: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
         case "cpu":
             return cpu_way().multiply(a, *packed)
         case "cuda":
-            return cuda_matmul(a, packed[0])
+            return cuda_products.multiply(a, packed[0])
     raise NotImplementedError(
         f"torch has no int8 product on {a.device.type}; set runtime.quantized to reference"
     )
-
-
-def cuda_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """The int32 product within what cuBLASLt takes; float64 where it takes no padding of rows."""
-    if slow_on_cuda(*b.shape):
-        return (a.double() @ b.double()).to(torch.int32)
-    rows, missing = len(a), CUDA_ROWS - len(a)
-    if missing > 0:
-        a = torch.cat([a, a.new_zeros(missing, a.shape[1])])
-    return torch._int_mm(a.contiguous(), b.contiguous())[:rows]
-
-
-def slow_on_cuda(inner: int, outer: int) -> str | None:
-    """Why a Linear of these sizes has no integer kernel on a CUDA device; None if it has."""
-    odd = [size for size in (inner, outer) if size % CUDA_MULTIPLE or not size]
-    if not odd:
-        return None
-    return f"{odd[0]} is no multiple of {CUDA_MULTIPLE}: computed exactly in float64"

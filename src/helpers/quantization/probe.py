@@ -45,7 +45,7 @@ class Probe:
         kl, same, tokens = 0.0, 0, 0
         for expected, found in zip(self.expected, self._logprobs(model), strict=True):
             kl += (expected.exp() * (expected - found)).sum(dtype=torch.float64).item()
-            same += int((expected.argmax(-1) == found.argmax(-1)).sum())
+            same += int((expected.max(-1).indices == found.max(-1).indices).sum())
             tokens += len(found)
         mean = kl / tokens if math.isfinite(kl) else None
         return {"kl": mean, "top1_agreement": same / tokens}

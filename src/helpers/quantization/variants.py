@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization import fused_passes, kernels
+from helpers.quantization import cuda_products, fused_passes, kernels
 from helpers.quantization.int8 import declared_activations, load_int8
+from helpers.quantization.int8_linear import unpack_stacks_
 from helpers.quantization.vllm_runtime import VllmModel
 from helpers.sources import processors
 from helpers.sources.devices import placed
@@ -48,6 +49,8 @@ def load_as(load, folder: Path, runtime: Runtime):
     """A quantized checkpoint by one of the two ways of loading it, where the study runs it."""
     start = "cpu" if runtime.device_map else runtime.device  # whence it is spread
     model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
+    if runtime.device_map:
+        unpack_stacks_(model)
     return placed(model, runtime)
 
 
@@ -63,6 +66,12 @@ def arithmetic(job: Job) -> dict[str, str]:
     No answer depends on the way in which int8 is multiplied; bfloat16 and training do depend on
     whether the processor has units for them.
     """
+    if job.study.runtime.device == "cuda":
+        capability = torch.cuda.get_device_capability(0)
+        return {
+            "compute_capability": ".".join(map(str, capability)),
+            "int8_products": cuda_products.way(0),
+        }
     if job.study.runtime.device != "cpu":
         return {}
     units = "bfloat16" if processors.has_bfloat16_units() else "float32, rounded to bfloat16 once"

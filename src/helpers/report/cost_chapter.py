@@ -46,11 +46,13 @@ def measured(cost: Cost) -> Shown:
 
 
 def arithmetic(cost: Cost) -> str:
-    """How the processor multiplies int8 and bfloat16; nothing where that is not on record."""
+    """How processor or card multiplies int8 and bfloat16; nothing where that is not on record."""
     record = cost.account.get("arithmetic")
     if not record:
         return ""
     int8 = f"int8 products are computed as {record['int8_products']}, exactly"
+    if "compute_capability" in record:
+        return f"This card has compute capability {record['compute_capability']}; {int8}.\n\n"
     if record["int8_units"] == "no":
         told = f"**This processor has no int8 units: int8 saves memory here, not time**; {int8}."
     else:

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from helpers.study import accounts, grid
+from helpers.study import accounts, grid, warm
 from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
 from helpers.study.grid import Run
@@ -27,12 +27,15 @@ PATIENCE_S = 300  # for counting or measuring
 LONG_S = 3600  # from here on it is said what would shorten a study
 # Attention, norms and activations, by the time of the same Linears in float32; answers being
 # written look back at all they continue, one token at a time.
-BESIDE = {"reading": 0.3, "writing": 0.5}
+BESIDE = {"reading": 0.7, "writing": 0.9}
 # What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
 # loading and checking a model, tables and pictures.
 STARTS = {"quantization": 2.8, "analysis": 2.8}
 STARTS_OF_OTHERS = 2.3
 MEASUREMENT = 0.4  # of a start-up: a process forked off one that has imported all
+# Where jobs are forks of a process that has imported the packages, what is measured is the import
+# of a few modules of this project; so many times that is what stands for a start-up.
+FORKED_START = 10
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,10 @@ def estimate(
 
 def _answers(commands: list[list[str]]) -> list[dict]:
     """What some modules print as JSON, run side by side."""
+    answer = [sys.executable, "-m", "helpers.study.jobs", "answer"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", *command],
+            [*answer, *command],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -157,7 +161,8 @@ def _mean_machine(measured: list[dict]) -> Machine:
     kinds = set.intersection(*(set(found["speeds"]) for found in measured))
     count = len(measured)
     speeds = {kind: sum(found["speeds"][kind] for found in measured) / count for kind in kinds}
-    return Machine(speeds, sum(found["import_s"] for found in measured) / count)
+    start_s = sum(found["import_s"] for found in measured) / count
+    return Machine(speeds, start_s * (FORKED_START if warm.is_there() else 1))
 
 
 def seconds_of(

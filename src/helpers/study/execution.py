@@ -118,6 +118,7 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
                 language="python",
                 progress_bar=False,
                 kernel_manager_class=_kernel_manager_class(),
+                shutdown_kernel="immediate",  # all is written; asked politely, some take seconds
             )
             return
         except RuntimeError as error:

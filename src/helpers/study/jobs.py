@@ -9,6 +9,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this loads ends it without a word
 
 import argparse
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from helpers.study.activity import told_by
 from helpers.study.errors import StudyError, remedy
 from helpers.study.execution import JobFailed, die_with_parent, kernel, run_notebook
 from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say, shared_file
+from helpers.study.warm import done_by_a_fork
 
 
 def job(label: str, work: Callable[[], None]) -> int:
@@ -59,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if arguments[:1] == ["engine"]:
         return engine(arguments[1:])
+    if arguments[:1] == ["answer"]:
+        importlib.import_module(arguments[1]).main(*arguments[2:])
+        return 0
     cut = arguments.index("--") if "--" in arguments else len(arguments)
     try:
         given = _parser().parse_args(arguments[:cut])
@@ -138,6 +143,7 @@ def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> N
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        code = done_by_a_fork(sys.argv[1:])
+        sys.exit(main() if code is None else code)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be stopped

@@ -13,14 +13,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from helpers.study import accounts, activity, cluster, display, grid, partial, terminal
+from helpers.study import accounts, activity, cluster, display, grid, partial, terminal, warm
 from helpers.study import estimate as estimates
 from helpers.study.beforehand import check_sources
 from helpers.study.errors import FULL, StudyError
 from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
+from helpers.study.gpus import may_take_gpu
 from helpers.study.loading import load_study, study_file
 from helpers.study.locking import hold
 from helpers.study.paths import PROJECT, StudyPaths, cache_root, inside, outputs_root
@@ -76,7 +77,8 @@ def run_study(given: argparse.Namespace) -> int:
         return wrong
     if not given.only_report and (wrong := check_beforehand(given.study, dry=_is_dry(given))):
         return wrong
-    return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
+    with _warm_process(given, study):
+        return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
 
 
 def _estimate(given: argparse.Namespace, paths: StudyPaths) -> estimates.Estimate | None:
@@ -203,6 +205,13 @@ def _run_snakemake(
     if not _is_dry(given):
         _conclude(engine.returncode, events, paths)
     return engine.returncode
+
+
+def _warm_process(given: argparse.Namespace, study: Study) -> AbstractContextManager:
+    """What jobs are forked off, where they can be; nothing for a report alone."""
+    here = given.executor == LOCAL and not given.only_report
+    possible = here and warm.is_possible(gpu=may_take_gpu(study.runtime.device))
+    return warm.beside() if possible else nullcontext()
 
 
 def _wait(

@@ -1,0 +1,1 @@
+"""The parts of `make gpu-check`, each run in a process of its own."""

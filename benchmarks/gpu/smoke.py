@@ -1,0 +1,199 @@
+"""Part 5: the smoke study, stage by stage, on the card and on the CPU beside it.
+
+Items, prompts, how texts are parsed and what is made of predictions must not differ by a byte;
+log-probabilities and KL may, by how sums are ordered, and are shown with how far.
+"""
+
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.gpu.part import Part
+from helpers.evaluation.engine import ask_all
+from helpers.evaluation.language_modeling import read_shared_text
+from helpers.evaluation.metrics import all_metrics, shared_text_metrics
+from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
+from helpers.evaluation.scoring import score_text
+from helpers.quantization import alpha, calibration, compression, smoothing
+from helpers.quantization.variants import load_variant
+from helpers.quantization.verification import verify
+from helpers.sources.conversations import calibration_tokens
+from helpers.sources.datasets import calibration_items, evaluation_items, item_ids
+from helpers.sources.devices import prepare
+from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.study.hashing import sha256_folder
+from helpers.study.opening import open_job
+from helpers.study.paths import PROJECT
+from helpers.study.records import Record, write_json
+
+STUDY, MODEL = "smoke", "base"
+VARIANTS = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "smoothquant_o3", "noquant_bf16")
+DRY_VARIANTS = ("noquant", "smoothquant_w8a8")
+VERIFIED = "smoothquant_w8a8"
+FLOAT32_TOLERANCE = 1e-3  # of a summed log-probability
+
+
+def run(part: Part) -> None:
+    """Both runs, then what they agree in."""
+    compression.quiet_llmcompressor()
+    with tempfile.TemporaryDirectory() as scratch:
+        os.environ |= {"STUDY_OUTPUTS": scratch, "STUDY_CACHE": f"{scratch}/cache"}
+        runs = {device: Run(device, Path(scratch)) for device in ("cpu", part.device)}
+        seconds: dict = {}
+        for one in runs.values():
+            began = time.monotonic()
+            one.calibrate()
+            for variant in _variants(part):
+                one.quantize(variant)
+                one.evaluate(variant)
+            seconds[one.device] = round(time.monotonic() - began, 1)
+        part.note("seconds of calibration, quantization and evaluation", seconds)
+        here, there = runs["cpu"], runs[part.device]
+        part.note("calibrated maxima, largest relative difference", here.maxima_off(there))
+        rows = [compared(here, there, variant) for variant in _variants(part)]
+        part.note("card and CPU", rows)
+        part.note("what must not differ does not", all(row["must not differ"] for row in rows))
+        if not part.over(need=8):
+            part.note(f"gates of {VERIFIED} on the device", there.verified())
+
+
+def _variants(part: Part) -> tuple[str, ...]:
+    return DRY_VARIANTS if part.dry else VARIANTS
+
+
+class Run:
+    """The study on one device, its outputs under a name of its own."""
+
+    def __init__(self, device: str, scratch: Path):
+        self.device, self.predictions, self.shared = device, {}, {}
+        text = (PROJECT / "params" / f"{STUDY}.yaml").read_text("utf-8")
+        text = text.replace("device: cpu", f"device: {device}")
+        self.file = scratch / f"{STUDY}-{device}.yaml"
+        self.file.write_text(text, "utf-8")
+
+    def job(self, variant: str = ""):
+        return prepare(open_job(self.file, model=MODEL, variant=variant))
+
+    def calibrate(self) -> None:
+        job = self.job()
+        source = model_folder(job.study, MODEL, job.paths)
+        tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
+        wanted = job.study.calibration
+        items = calibration_items(job.study)
+        tokens = [calibration_tokens(tokenizer, item, wanted.adapter) for item in items]
+        network = load_model(source, job.study.runtime)
+        found = calibration.run_calibration(network, tokens, batch_tokens=wanted.batch_tokens)
+        self.absmax = {name: each.absmax for name, each in found.items()}
+        self.judges = tokens[calibration.first_judge(len(tokens)) :]
+        self.fit = {name: each.fit_absmax for name, each in found.items()}
+        self.source = sha256_folder(source)
+        folder = job.paths.calibration(MODEL)
+        record = Record(folder, stage="calibration", parameters=job.parameters)
+        calibration.save_calibration(folder / "activations.safetensors", found)
+        record.add_input("model", self.source)
+        counted = {"tokens": sum(map(len, tokens)), "truncated_items": 0}
+        record.write({"items": item_ids(items), **counted})
+
+    def quantize(self, variant: str) -> None:
+        job = self.job(variant)
+        if not job.recipe.changes_model:
+            return
+        source = model_folder(job.study, MODEL, job.paths)
+        tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
+        network = load_model(source, job.study.runtime)
+        folder = job.paths.quantization(MODEL, variant)
+        record = Record(folder, stage="quantization", parameters=job.parameters)
+        chosen = alpha.choose(network, job.recipe, self.fit, self.judges)
+        write_json(folder / "alpha.json", chosen.record)
+        done = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
+        compression.quantize_variant_(network, job.recipe, self.absmax, done)
+        checkpoint = job.paths.checkpoint(MODEL, variant)
+        compression.save_checkpoint(network, tokenizer, checkpoint)
+        record.add_input("model", self.source)
+        record.add_outputs(checkpoint)
+        record.write({})
+
+    def evaluate(self, variant: str) -> None:
+        job = self.job(variant)
+        record = Record(
+            job.paths.evaluation(MODEL, variant), stage="evaluation", parameters=job.parameters
+        )
+        network, self.tokenizer = load_variant(job)
+        self.study = job.study
+        self.predictions[variant] = ask_all(network, self.tokenizer, job.study)
+        self.shared[variant] = shared_text_metrics(read_shared_text(job, network, self.tokenizer))
+        record.write({})
+
+    def verified(self) -> dict:
+        """The gates of a checkpoint made and run here, and the names of those that fail."""
+        gates = verify(self.job(VERIFIED), source_hash=self.source)
+        failed = [f"{gate.name}: {gate.measured}" for gate in gates if not gate.passed]
+        return {"gates": len(gates), "passed": len(gates) - len(failed), "failed": failed}
+
+    def maxima_off(self, other: "Run") -> float:
+        pairs = [(self.absmax[name], other.absmax[name]) for name in self.absmax]
+        return max(float(((a - b).abs() / a.clamp(min=1e-9)).max()) for a, b in pairs)
+
+    def prompts(self) -> dict[str, str]:
+        """Hash of every prompt by its item, made from the study anew."""
+        found = {}
+        for name, wanted in self.study.evaluation.datasets.items():
+            for item in evaluation_items(self.study, name):
+                asked = prompt(item, wanted, self.tokenizer)
+                found[item.id] = asked_hash(asked, asked_tokens(self.tokenizer, asked))
+        return found
+
+    def scored_anew(self, name: str, row: dict) -> dict:
+        """The prediction that a row's own text leads to; a scored option has no text."""
+        wanted = self.study.evaluation.datasets[name]
+        if wanted.ask.protocol == "loglikelihood":
+            return row
+        item = next(i for i in evaluation_items(self.study, name) if i.id == row["id"])
+        made = score_text(
+            item,
+            wanted.adapter,
+            row["output"],
+            answer=wanted.ask.answer,
+            finish=row["finish_reason"],
+        )
+        return row | made
+
+
+def compared(here: Run, there: Run, variant: str) -> dict:
+    """What of two runs' predictions is equal, and how far the rest is apart."""
+    own, other = here.predictions[variant], there.predictions[variant]
+    flat = [(n, a, b) for n in own for a, b in zip(own[n], other[n], strict=True)]
+    prompts = here.prompts()
+    fixed = {
+        "items": all(a["id"] == b["id"] and a["golds"] == b["golds"] for _, a, b in flat),
+        "prompts": all(
+            a["prompt_hash"] == b["prompt_hash"] == prompts[a["id"]] for _, a, b in flat
+        ),
+        "parsing": all(_same(here.scored_anew(n, b), b) for n, _, b in flat),
+        "metrics": _same(
+            all_metrics(here.study, json.loads(json.dumps(other))), all_metrics(there.study, other)
+        ),
+    }
+    scores = [
+        abs(x - y)
+        for _, a, b in flat
+        for x, y in zip(a.get("logprobs", ()), b.get("logprobs", ()), strict=True)
+    ]
+    found = {"variant": variant, **fixed, "must not differ": all(fixed.values())}
+    found |= {"log-probability off by": max(scores, default=0.0)}
+    found |= {"answers alike": sum(a["output"] == b["output"] for _, a, b in flat), "of": len(flat)}
+    for key in ("kl", "perplexity"):
+        if key in here.shared[variant]:
+            found |= {
+                f"{key} CPU": here.shared[variant][key],
+                f"{key} card": there.shared[variant][key],
+            }
+    if variant == "noquant":
+        found["must not differ"] &= found["log-probability off by"] <= FLOAT32_TOLERANCE
+    return found
+
+
+def _same(one: dict, other: dict) -> bool:
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)

@@ -1,0 +1,122 @@
+"""`make gpu-check` without a card: its dry mode, what it keeps, what it runs again."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from benchmarks import gpu_check
+from benchmarks.gpu import page, published
+
+from helpers.study.paths import PROJECT
+
+
+def options(folder, *more):
+    return gpu_check._options(["--out", str(folder), "--commit", "abc", "--dry", *more])
+
+
+@pytest.fixture
+def parts(monkeypatch, tmp_path):
+    """Two parts that say which of them ran; what `fails` names breaks off."""
+    ran, fails = [], set()
+
+    def started(name, seconds, _options):
+        ran.append(name)
+        return {"number": 7, "seconds": 1.0, "complete": name not in fails}
+
+    monkeypatch.setattr(gpu_check, "PARTS", {"one": 20, "two": 30})
+    monkeypatch.setattr(gpu_check, "started", started)
+    return ran, fails
+
+
+def test_a_complete_part_is_not_run_again(parts, tmp_path):
+    ran, fails = parts
+    fails.add("two")
+    assert gpu_check.run_all(options(tmp_path)) == 1
+    fails.clear()
+    assert gpu_check.run_all(options(tmp_path)) == 0
+    assert ran == ["one", "two", "two"]
+    assert gpu_check.run_all(options(tmp_path, "--again")) == 0
+    assert ran[3:] == ["one", "two"]
+
+
+def test_numbers_of_another_commit_are_not_kept(parts, tmp_path):
+    ran, _ = parts
+    gpu_check.run_all(options(tmp_path))
+    gpu_check.run_all(options(tmp_path, "--commit", "def"))
+    assert ran == ["one", "two"] * 2
+    assert json.loads((tmp_path / "gpu.json").read_text("utf-8"))["commit"] == "def"
+
+
+def test_no_part_begins_after_the_limit(parts, tmp_path):
+    ran, _ = parts
+    assert gpu_check.run_all(options(tmp_path, "--limit", "5")) == 2
+    assert ran == []
+
+
+def test_the_parts_fit_the_limit():
+    assert sum(gpu_check.PARTS.values()) <= gpu_check.LIMIT_S
+
+
+def test_what_a_part_found_before_it_broke_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0)
+    fake = tmp_path / "python"
+    fake.write_text(
+        '#!/bin/sh\necho \'{"found": 1}\' > "$6/running.json"\nexec sleep 60\n', "utf-8"
+    )
+    fake.chmod(0o755)
+    monkeypatch.setattr(gpu_check.sys, "executable", str(fake))
+    found = gpu_check.started("card", 1, options(tmp_path))
+    assert (found["found"], found["complete"]) == (1, False)
+    assert found["ended"] == "stopped after 1 s"
+
+
+def test_without_a_card_it_says_so(tmp_path, capsys):
+    assert gpu_check.main(["--out", str(tmp_path), "--commit", "abc"]) == 1
+    assert "no CUDA device here; --dry" in capsys.readouterr().err
+
+
+def test_the_page_shows_every_number(tmp_path):
+    part = {"rows": [{"a": 1.5, "b": True}, {"a": 2}], "pair": {"x": 1, "y": None}, "way": "TRITON"}
+    account = {"commit": "abc", "dry": True, "date": "2026-11-27"}
+    account["parts"] = {"linears": part | {"complete": True, "seconds": 3.0}}
+    text = page.as_markdown(account)
+    assert "| a | b |\n| --- | --- |\n| 1.5 | yes |\n| 2 | – |" in text
+    assert "- pair: x 1; y –" in text
+    assert "TRITON" in text
+    assert "dry run" in text
+
+
+def test_the_published_table_is_made_of_the_accounts():
+    text = published.PAGE.read_text("utf-8")
+    assert published.with_table(text) == text
+
+
+def dry(folder, only=""):
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--out", str(folder)]
+    command += ["--commit", "abc", "--only", only]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "gpu.json").read_text("utf-8"))["parts"]
+
+
+def test_a_dry_run_of_the_first_parts(tmp_path):
+    found = dry(tmp_path, "card,parity")
+    assert found["parity"]["products"]["off"] == []
+    assert found["parity"]["linears alike"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "report.md"]
+
+
+@pytest.mark.long
+def test_a_whole_dry_run(tmp_path):
+    """The same code as on a card; what holds of a CPU is asserted."""
+    found = dry(tmp_path)
+    assert list(found) == list(gpu_check.PARTS)
+    rows = found["company"]["among others and alone"]
+    assert {
+        row["log-probabilities that differ"] for row in rows if "float32" in row["runs in"]
+    } == {0}
+    assert found["smoke"]["what must not differ does not"]
+    assert found["smoke"]["gates of smoothquant_w8a8 on the device"]["failed"] == []
+    assert found["memory"]["room for half a batch"]["outcome"] == "24 of 24 items answered"
+    assert "set evaluation.batch to" in found["memory"]["too little room"]["outcome"]
