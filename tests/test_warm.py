@@ -162,5 +162,8 @@ def test_jobs_of_a_gpu_or_elsewhere_are_not_forked(monkeypatch):
     monkeypatch.delenv("STUDY_FORKS", raising=False)
     assert warm.is_possible(gpu=False)
     assert not warm.is_possible(gpu=True)
+    with monkeypatch.context() as refused:
+        refused.setattr(os, "pidfd_open", lambda _: (_ for _ in ()).throw(OSError))
+        assert not warm.is_possible(gpu=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not warm.is_possible(gpu=False)

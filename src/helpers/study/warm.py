@@ -56,7 +56,13 @@ PACKAGES = (
 
 def is_possible(*, gpu: bool) -> bool:
     """Whether jobs on this machine can be forks: a driver of a GPU does not outlive a fork."""
-    return sys.platform == "linux" and not gpu and os.environ.get("STUDY_FORKS", "yes") != "no"
+    if sys.platform != "linux" or gpu or os.environ.get("STUDY_FORKS", "yes") == "no":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # a kernel before 5.3, or a sandbox
+        return False
+    return True
 
 
 def is_there() -> bool:
@@ -149,7 +155,7 @@ class CurrentStderr:
 def _load(packages: tuple[str, ...]) -> None:
     sys.stderr = CurrentStderr()
     for package in packages:
-        with contextlib.suppress(ImportError):  # a fork that needs it says so
+        with contextlib.suppress(Exception):  # a fork that needs it says so
             importlib.import_module(package)
     sys.stderr = sys.__stderr__
     gc.freeze()  # pages that no collection touches stay shared
