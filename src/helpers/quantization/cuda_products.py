@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from helpers.quantization import product_choice
+
 MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
 ROWS = 17  # the fewest that cuBLASLt takes
 CAPABILITY = (8, 0)  # the first with int8 units that Triton multiplies by
@@ -76,8 +78,9 @@ def rescaled_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype) -> 
         return torch.empty(0, len(weight), dtype=dtype, device=a.device)
     operands = a, weight, scale, columns, bias, dtype
     with torch.cuda.device_of(a):
-        tile = _choice().choose(around_cublas, *operands)
-        return _triton().product(*operands, tile=tile) if tile else around_cublas(*operands)
+        product = _triton().product
+        tile = product_choice.choose(product, around_cublas, *operands)
+        return product(*operands, tile=tile) if tile else around_cublas(*operands)
 
 
 def around_cublas(a: Tensor, weight: Tensor, *rest) -> Tensor:
@@ -124,10 +127,6 @@ def proof(device: torch.device) -> dict[str, bool]:
 
 def _triton():
     return import_module("helpers.quantization.triton_passes")
-
-
-def _choice():
-    return import_module("helpers.quantization.product_choice")
 
 
 def _checks(device: torch.device) -> dict:
@@ -193,7 +192,7 @@ def _same_integers(generator, shape: tuple[int, int, int], device: torch.device)
 
 def _in_one_kernel(a: Tensor, *rest) -> Tensor:
     """By a plain tile; what else is chosen is compared with `around_cublas` when it is."""
-    return _triton().product(a, *rest, tile=_choice().plain_tile(len(a)))
+    return _triton().product(a, *rest, tile=product_choice.plain_tile(len(a)))
 
 
 def _same_rescaled(generator, device: torch.device) -> bool:

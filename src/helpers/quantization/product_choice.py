@@ -7,12 +7,39 @@ left out; all ways give the same bits, so a choice changes time alone.
 """
 
 from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from helpers.quantization import triton_passes
-from helpers.quantization.triton_passes import Tile
+BULK_CAPABILITY = (9, 0)  # the first with a bulk copy engine
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a product computes, and how.
+
+    Attributes:
+        rows, outer, inner: of the blocks.
+        group: row blocks that share their weights in the cache.
+        warps, stages: of the program and of its pipeline.
+        bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
+            makes one tile after the other.
+    """
+
+    rows: int
+    outer: int
+    inner: int
+    group: int
+    warps: int
+    stages: int
+    bulk: bool = False
+
+    def sizes(self) -> tuple:
+        """Its fields, in order."""
+        return astuple(self)
+
 
 # For up to so many rows, the last for all more. `make gpu-check` times these and others.
 CANDIDATES = (
@@ -62,10 +89,13 @@ def plain_tile(rows: int) -> Tile:
     return next(tile for tile in candidates(rows)[1] if not tile.bulk)
 
 
-def choose(around_cublas: Callable[..., Tensor], *operands) -> Tile | None:
+def choose(
+    product: Callable[..., Tensor], around_cublas: Callable[..., Tensor], *operands
+) -> Tile | None:
     """The tile of the fastest product for such operands; None if it is cuBLASLt's.
 
     Args:
+        product: by a tile, which it is given by name.
         around_cublas: the product by cuBLASLt with one pass after it.
         operands: a, weight, scale, columns, bias and dtype, as `cuda_products` has them.
     """
@@ -77,7 +107,7 @@ def choose(around_cublas: Callable[..., Tensor], *operands) -> Tile | None:
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
             return None
-        _chosen[key] = _measured(around_cublas, _first_rows(operands), tiles)
+        _chosen[key] = _measured(product, around_cublas, _first_rows(operands), tiles)
     return _chosen[key]
 
 
@@ -96,18 +126,20 @@ def _first_rows(operands: tuple) -> tuple:
     return a[:MOST_ROWS], weight, scale, *rest
 
 
-def _measured(around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
+def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
     expected = around_cublas(*operands)
     fastest, shortest = None, _seconds(lambda: around_cublas(*operands))
     for tile in tiles:
-        if tile.bulk and not triton_passes.has_bulk_copies(expected.device):
+        if tile.bulk and not _has_bulk_copies(expected.device):
             continue
-        product = lambda tile=tile: triton_passes.product(*operands, tile=tile)  # noqa: E731
+        by_tile = lambda tile=tile: product(*operands, tile=tile)  # noqa: E731
         try:
-            exact = torch.equal(product(), expected)
+            is_exact = torch.equal(by_tile(), expected)
         except Exception:  # of many kinds: it does not fit the card, or does not compile
             continue
-        seconds = _seconds(product) if exact else shortest
+        if not is_exact:
+            continue
+        seconds = _seconds(by_tile)
         if seconds < CLEARLY * shortest:
             fastest, shortest = tile, seconds
     return fastest
@@ -125,3 +157,9 @@ def _seconds(call: Callable[[], Tensor]) -> float:
         end.synchronize()
         found.append(start.elapsed_time(end) / 1000 / CALLS)
     return min(found)
+
+
+@cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    """Whether a device has a bulk copy engine."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BULK_CAPABILITY

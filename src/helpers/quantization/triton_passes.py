@@ -3,7 +3,6 @@
 Imported only where Triton is there (`cuda_products`).
 """
 
-from dataclasses import astuple, dataclass
 from functools import cache
 
 import torch
@@ -11,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from helpers.quantization.product_choice import Tile
 from helpers.quantization.triton_kernels import (
     bulk_product_kernel,
     product_kernel,
@@ -19,32 +19,6 @@ from helpers.quantization.triton_kernels import (
 )
 
 ROW_VALUES = 16384  # of a row that one program holds at once
-BULK_CAPABILITY = (9, 0)
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What one program of a product computes, and how.
-
-    Attributes:
-        rows, outer, inner: of the blocks.
-        group: row blocks that share their weights in the cache.
-        warps, stages: of the program and of its pipeline.
-        bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
-            makes one tile after the other.
-    """
-
-    rows: int
-    outer: int
-    inner: int
-    group: int
-    warps: int
-    stages: int
-    bulk: bool = False
-
-    def sizes(self) -> tuple:
-        """Its fields, in order."""
-        return astuple(self)
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -140,9 +114,3 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 4  # in Triton's interpreter
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@cache
-def has_bulk_copies(device: torch.device) -> bool:
-    """Whether a device has a bulk copy engine."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BULK_CAPABILITY
