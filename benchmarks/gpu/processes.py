@@ -9,6 +9,7 @@ import contextlib
 import gc
 import importlib
 import multiprocessing
+import os
 import subprocess
 import sys
 import traceback
@@ -24,17 +25,20 @@ LOADED = (
     "compressed_tensors",
     "accelerate",
 )
+BY_NVML = "PYTORCH_NVML_BASED_CUDA_CHECK"  # torch asks for cards without calling CUDA
 PROBE_S = 60
 
 
 def load(parts: list[str]) -> list[str]:
     """Import what parts need; returns what cannot be imported, and why."""
     missing = []
+    os.environ[BY_NVML] = "1"
     for name in (*LOADED, *(f"benchmarks.gpu.{part}" for part in parts)):
         try:
             importlib.import_module(name)
         except Exception as error:  # the parts that need it will say so, too
             missing.append(f"{name}: {type(error).__name__}: {str(error)[:200]}")
+    del os.environ[BY_NVML]
     gc.freeze()  # pages that no collection touches stay shared
     return missing
 
