@@ -80,3 +80,15 @@ def test_many_rows_are_tried_in_part():
     assert (len(tried[0]), len(tried[2])) == (product_choice.MOST_ROWS,) * 2
     one = product_choice._first_rows((a, weight, torch.ones(1), None, None, None))
     assert one[2].numel() == 1
+
+
+def test_small_products_are_not_tried():
+    """Nothing is called; few rows are multiplied in one kernel, since cuBLASLt needs more."""
+    weight = torch.ones(8, 16)
+
+    def choose(rows):
+        operands = torch.ones(rows, 16), weight, torch.ones(rows, 1), None, None, torch.float32
+        return product_choice.choose(None, None, *operands)
+
+    assert choose(5) == product_choice.plain_tile(5)
+    assert choose(40) is None

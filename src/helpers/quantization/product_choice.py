@@ -72,6 +72,8 @@ CANDIDATES = (
         ),
     ),
 )
+FEWEST_WEIGHTS = 2**18  # with fewer, a choice gains less than it takes
+FEW_ROWS = 16  # so few that cuBLASLt needs more
 MOST_ROWS = 4096  # of the operands that are tried
 CALLS, ROUNDS = 8, 3
 CLEARLY = 0.97  # a way replaces an earlier one that takes longer than this share allows
@@ -101,8 +103,8 @@ def choose(
     """
     a, weight, scale, _, bias, dtype = operands
     most, tiles = candidates(len(a))
-    if a.device.type != "cuda":  # Triton's interpreter, in tests
-        return plain_tile(len(a))
+    if weight.numel() < FEWEST_WEIGHTS or a.device.type != "cuda":
+        return plain_tile(len(a)) if len(a) <= FEW_ROWS else None
     key = a.device, most, *weight.shape, dtype, bias is None, scale.numel() == 1
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
