@@ -121,6 +121,12 @@ from helpers.quantization import cuda_products
 skipped = {"values and scales of bfloat16", "both scales and a bias"}
 for name, check in cuda_products._checks(torch.device("cpu")).items():
     assert name in skipped or check(), name
+# The product that a card would choose from, as `rescaled_product` reaches it.
+for rows in (5, 40):
+    a, weight = torch.randint(-128, 128, (rows, 77)), torch.randint(-128, 128, (13, 77))
+    packed = cuda_products.pack(weight.to(torch.int8))[0]
+    given = a.to(torch.int8), packed, torch.ones(rows, 1), torch.ones(13), None, torch.float32
+    assert torch.equal(cuda_products.rescaled_product(*given), (a @ weight.t()).float())
 """
 
 

@@ -1,12 +1,15 @@
 """`make gpu-check` without a card: its dry mode, what it keeps, what it runs again."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from benchmarks import gpu_check
-from benchmarks.gpu import page, published
+from benchmarks.gpu import page, processes, published
 
 from helpers.study.paths import PROJECT
 
@@ -20,12 +23,13 @@ def parts(monkeypatch, tmp_path):
     """Two parts that say which of them ran; what `fails` names breaks off."""
     ran, fails = [], set()
 
-    def started(name, seconds, _options):
+    def started(name, seconds, _options, _forks):
         ran.append(name)
         return {"number": 7, "seconds": 1.0, "complete": name not in fails}
 
     monkeypatch.setattr(gpu_check, "PARTS", {"one": 20, "two": 30})
     monkeypatch.setattr(gpu_check, "started", started)
+    monkeypatch.setattr(gpu_check, "_loaded", lambda names, _options: True)
     return ran, fails
 
 
@@ -66,9 +70,58 @@ def test_what_a_part_found_before_it_broke_is_kept(tmp_path, monkeypatch):
     )
     fake.chmod(0o755)
     monkeypatch.setattr(gpu_check.sys, "executable", str(fake))
-    found = gpu_check.started("card", 1, options(tmp_path))
+    found = gpu_check.started("card", 1, options(tmp_path), False)
     assert (found["found"], found["complete"]) == (1, False)
     assert found["ended"] == "stopped after 1 s"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parts are forks on Linux alone")
+@pytest.mark.parametrize(
+    ("breaks", "ended"),
+    [
+        (lambda: time.sleep(60), "stopped after 1 s"),
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "exit status -9"),
+        (lambda: 1 / 0, "exit status 1"),
+    ],
+)
+def test_a_fork_that_hangs_or_breaks_ends_alone_and_leaves_its_numbers(
+    breaks, ended, tmp_path, monkeypatch
+):
+    def run_part(given):
+        (given.out / gpu_check.RUNNING).write_text('{"found": 1}', "utf-8")
+        breaks()
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "GRACE_S", 0)
+    found = gpu_check.started("card", 1, options(tmp_path), True)
+    assert (found["found"], found["complete"], found["ended"]) == (1, False, ended)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="parts are forks on Linux alone")
+def test_a_device_that_does_not_work_in_forks_is_seen(monkeypatch):
+    assert processes.forks_work("cpu")
+    monkeypatch.setattr(processes, "_compute", lambda device: 1 / 0)
+    assert not processes.forks_work("cuda")
+
+
+def test_loading_the_parts_does_not_call_cuda():
+    """A driver that is called before a fork does not work in the fork."""
+    done = subprocess.run([sys.executable, "-c", LOADING], cwd=PROJECT, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+LOADING = """
+import torch
+from benchmarks import gpu_check
+
+def called(*_given):
+    raise SystemExit("CUDA is called while the parts are loaded")
+
+for name in dir(torch._C):
+    if name.startswith("_cuda_getDevice") or name == "_cuda_init":
+        setattr(torch._C, name, called)
+assert gpu_check.processes.load(list(gpu_check.PARTS)) == []
+"""
 
 
 def test_without_a_card_it_says_so(tmp_path, capsys):

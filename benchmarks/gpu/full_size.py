@@ -15,7 +15,7 @@ from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.evaluation.prompts import asked_tokens, prompt
-from helpers.quantization import compression
+from helpers.quantization import compression, product_choice
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import load_int8
 from helpers.quantization.smoothing import everywhere, smooth_variant_
@@ -43,8 +43,9 @@ def scratch() -> Path:
 
 
 def float_folder(part: Part) -> Path:
-    """The model as a folder, made on first use."""
-    return random_model_folder("qwen3", size="tiny" if part.dry else "0.6b", seed=SEED)
+    """The model as a folder, made on first use; its weights are drawn on the device."""
+    with torch.device(part.device):
+        return random_model_folder("qwen3", size="tiny" if part.dry else "0.6b", seed=SEED)
 
 
 def checkpoint_folder(part: Part) -> Path:
@@ -71,9 +72,11 @@ def run(part: Part) -> None:
             sums = dict(option_loglikelihoods(model, items, batch_tokens=BATCH))
         assert len(sums) == len(items)
         part.note(f"evaluation under {GOAL_S} s, {kind}", stages[-1]["seconds"] < GOAL_S)
-        if kind == "int8" and not part.over(need=40):
-            whole_bytes(part, stages, study, model, folder)
+        if kind == "int8":
+            part.note("products chosen by the library", product_choice.choices())
         del model
+    if not part.over(need=12):
+        whole_bytes(part, stages, study, load(part, "int8"), folder)
 
 
 def load(part: Part, kind: str):

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from benchmarks.gpu import tiles
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds, eager_seconds
-from helpers.quantization import cuda_products
+from helpers.quantization import cuda_products, product_choice
 from helpers.quantization.int8_linear import absmax_scale, quantize_activations
 
 # (in_features, out_features) of Llama-3.1-8B's, those that read one tensor stacked.
@@ -20,13 +20,14 @@ SHAPES = {
     "o": (4096, 4096),
 }
 DRY_SHAPES = {"down": (96, 64), "qkv": (64, 96)}
-ROWS, DRY_ROWS = (4096, 16, 256, 1), (32, 1)
+ROWS, DRY_ROWS = (4096, 1, 16, 256), (32, 1)
 CACHED = 2**28  # bytes of weights to go round in, so that no cache holds them
 MOST_COPIES, FEW_COPIES = 8, 2
 SQUARE = 8192
 FLOAT, ALONE = "bfloat16", "int8 product alone"
 TORCH, CUBLAS, TRITON = "torch's passes", "fused around cuBLASLt", "fused in Triton"
-QUANTIZE = "fused quantization alone"
+LIBRARY, QUANTIZE = "as the library chooses", "fused quantization alone"
+WHOLE = (TORCH, CUBLAS, TRITON, LIBRARY)  # ways of a whole Linear
 CHECKED_ROWS = 512  # of float64 products at a time
 
 
@@ -41,8 +42,11 @@ def run(part: Part) -> None:
             if part.over(need=4):
                 return
             case = Case(part, rows, inner, outer)
-            table.append({"Linear": name, "rows": rows, **case.measured(has_triton)})
-            part.note("microseconds", table)
+            row = {"Linear": name, "rows": rows}
+            table.append(row)
+            case.measure(row, has_triton, lambda: part.note("microseconds", table))
+            del case
+        part.note("chosen by the library", product_choice.choices())
         part.note(f"together at {rows} rows", _together(part, table, rows, shapes))
 
 
@@ -75,47 +79,54 @@ class Case:
         self.columns = torch.rand(outer, device=part.device) / 100
         self.x = torch.randn(rows, inner, device=part.device).bfloat16()
 
-    def measured(self, has_triton: bool) -> dict:
-        """Microseconds by way, the best tile, and whether the integers are float64's."""
-        found = {way: self._us(call) for way, call in self._torch_ways().items()}
-        if not has_triton:
-            return found
-        from helpers.quantization import triton_kernels as kernels
+    def measure(self, row: dict, has_triton: bool, keep) -> None:
+        """Add to a row microseconds by way, the best tile, and whether its integers are float64's.
 
-        values, scale = kernels.quantize_rows(self.x)
-        found[QUANTIZE] = self._us(lambda _w: kernels.quantize_rows(self.x))
-        found[CUBLAS] = self._us(partial(self._around_cublas, kernels))
-        best, by_tile = None, {}
+        Args:
+            keep: is called when there are new numbers.
+        """
+        row |= {way: self._us(call) for way, call in self._torch_ways().items()}
+        if not has_triton:
+            return keep()
+        from helpers.quantization import triton_passes as passes
+
+        row[QUANTIZE] = self._us(lambda _w: passes.quantize_rows(self.x))
+        row[CUBLAS] = self._us(partial(self._by_library, cuda_products.around_cublas))
+        library = partial(self._by_library, cuda_products.rescaled_product)
+        row[LIBRARY] = self._us(library)
+        row[f"launched, {LIBRARY}"] = self._us(library, eager_seconds)
+        keep()
+        by_tile = self._by_tile(passes)
+        row["by tile"] = "; ".join(f"{k}: {_short(v)}" for k, v in by_tile.items())
+        timed = {k: v for k, v in by_tile.items() if isinstance(v, float)}
+        if not timed:
+            return keep()
+        best = min(timed, key=timed.get)
+        tile = product_choice.Tile(*best)
+        row |= {"tile": str(best), "Triton product alone": timed[best]}
+        row[TRITON] = self._us(partial(self._by_library, partial(passes.product, tile=tile)))
+        row["exact"] = self._is_exact(passes, tile)
+        keep()
+
+    def _by_tile(self, passes) -> dict[tuple, float | str]:
+        """Microseconds of a product by each tile that is tried, or why there are none."""
+        (values, scale), found = passes.quantize_rows(self.x), {}
         for sizes in tiles.tried_for(self.rows):
             if self.part.left() < 6:
                 break
-            tile = kernels.Tile(*sizes)
-            try:
-                by_tile[sizes] = self._us(
-                    lambda w, tile=tile: kernels.product(
-                        values, w, scale, self.columns, None, torch.bfloat16, tile=tile
-                    )
-                )
-            except Exception as error:  # it does not fit the card
-                by_tile[sizes] = f"{type(error).__name__}: {str(error)[:60]}"
-        timed = {k: v for k, v in by_tile.items() if isinstance(v, float)}
-        if timed:
-            best = min(timed, key=timed.get)
-            whole = partial(self._in_triton, kernels, kernels.Tile(*best))
-            found[TRITON] = self._us(whole)
-            found["Triton product alone"] = timed[best]
-            found["exact"] = self._is_exact(kernels, kernels.Tile(*best))
-            found["launched, fused in Triton"] = self._us(whole, eager_seconds)
-        found["tile"] = str(best)
-        found["by tile"] = "; ".join(f"{k}: {_short(v)}" for k, v in by_tile.items())
+            given = scale, self.columns, None, torch.bfloat16
+            product = partial(passes.product, tile=product_choice.Tile(*sizes))
+            found[sizes] = self._us(
+                lambda w, product=product, given=given: product(values, w, *given)
+            )
         return found
 
     def _us(self, call, clock=device_seconds) -> float | str:
         calls = [partial(call, weight) for weight in self.weights]
         try:
             return round(1e6 * clock(calls, self.part.device), 2)
-        except RuntimeError as error:
-            return str(error)[:80]
+        except Exception as error:  # of many kinds: a tile does not fit the card
+            return f"{type(error).__name__}: {str(error)[:80]}"
 
     def _torch_ways(self) -> dict:
         floats = [weight.bfloat16() / 64 for weight in self.weights]
@@ -134,27 +145,39 @@ class Case:
         product = cuda_products.multiply(quantize_activations(rows, scale), weight)
         return product.float().mul_(scale).mul_(self.columns).to(self.x.dtype)
 
-    def _around_cublas(self, kernels, weight: Tensor) -> Tensor:
-        values, scale = kernels.quantize_rows(self.x)
-        product = cuda_products.multiply(values, weight)
-        return kernels.rescale(product, scale, self.columns, None, self.x.dtype)
+    def _by_library(self, product, weight: Tensor) -> Tensor:
+        values, scale = cuda_products.quantize_rows(self.x)
+        return product(values, weight, scale, self.columns, None, self.x.dtype)
 
-    def _in_triton(self, kernels, tile, weight: Tensor) -> Tensor:
-        values, scale = kernels.quantize_rows(self.x)
-        return kernels.product(values, weight, scale, self.columns, None, self.x.dtype, tile=tile)
+    def _is_exact(self, passes, tile) -> bool | str:
+        """Whether products by a tile are float64's, rounded once to bfloat16.
 
-    def _is_exact(self, kernels, tile) -> bool:
-        """Whether a product with scales of 1 is float64's, on the card and in part on the CPU."""
-        values, weight = kernels.quantize_rows(self.x)[0], self.weights[0]
-        rows, ones = len(values), torch.ones_like(self.columns)
-        scale = torch.ones(rows, 1, device=self.part.device)
-        y = kernels.product(values, weight, scale, ones, None, torch.float32, tile=tile)
-        few = values[:8].cpu().double() @ weight[:512].cpu().double().t()
-        if not torch.equal(y[:8, :512].cpu(), few.float()):
+        Of operands as they are, and of a few ones among zeros, whose sums bfloat16 holds whole.
+        """
+        values, weight = passes.quantize_rows(self.x)[0], self.weights[0]
+        sparse = [_ones_among_zeros(*pair) for pair in ((values, 1 / 4), (weight, 1 / 16))]
+        try:
+            return all(self._same(passes, tile, *pair) for pair in ((values, weight), sparse))
+        except Exception as error:
+            return f"{type(error).__name__}: {str(error)[:80]}"
+
+    def _same(self, passes, tile, values: Tensor, weight: Tensor) -> bool:
+        ones = torch.ones(len(values) + len(weight), device=self.part.device)
+        scales = ones[: len(values), None], ones[len(values) :]
+        weight = cuda_products.pack(weight)[0]
+        y = passes.product(values, weight, *scales, None, torch.bfloat16, tile=tile)
+        few = (values[:8].cpu().double() @ weight[:512].cpu().double().t()).float().bfloat16()
+        if not torch.equal(y[:8, :512].cpu(), few):
             return False
         wide = weight.double().t()
         parts = zip(values.split(CHECKED_ROWS), y.split(CHECKED_ROWS), strict=True)
-        return all(torch.equal((a.double() @ wide).float(), b) for a, b in parts)
+        return all(torch.equal((a.double() @ wide).float().bfloat16(), b) for a, b in parts)
+
+
+def _ones_among_zeros(like: Tensor, share: float) -> Tensor:
+    """±1 in so large a share of the places, else 0."""
+    draw = torch.rand(like.shape, device=like.device)
+    return (draw < share).to(torch.int8) - 2 * (draw < share / 2).to(torch.int8)
 
 
 def _short(value) -> str:
@@ -166,16 +189,15 @@ def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
     mine = [row for row in table if row["rows"] == rows]
     operations = sum(2 * rows * inner * outer for inner, outer in shapes.values())
     found = {}
-    for way in (FLOAT, TORCH, CUBLAS, TRITON, ALONE):
+    for way in (FLOAT, *WHOLE, ALONE):
         if all(isinstance(row.get(way), float) for row in mine):
             found[way] = sum(row[way] for row in mine)
-    best = [
-        min(row[way] for way in (TORCH, CUBLAS, TRITON) if isinstance(row.get(way), float))
-        for row in mine
-    ]
+    best = [min(row[way] for way in WHOLE if isinstance(row.get(way), float)) for row in mine]
     found["best int8"] = sum(best)
-    if FLOAT in found:
-        found["best int8, times as fast as bfloat16"] = found[FLOAT] / found["best int8"]
     peak = part.found["int8 peak, operations a second"]
-    found["best int8, share of the int8 peak"] = operations / (found["best int8"] * 1e-6) / peak
+    for way in ("best int8", LIBRARY):
+        if way in found:
+            found[f"{way}, share of the int8 peak"] = operations / (found[way] * 1e-6) / peak
+            if FLOAT in found:
+                found[f"{way}, times as fast as bfloat16"] = found[FLOAT] / found[way]
     return found

@@ -24,6 +24,8 @@ NAMES = (
     "multiprocess",
     "pydantic",
     "pydantic_core",
+    "typing-extensions",  # newer than such a machine may have
+    "typing-inspection",
 )
 PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (17, 24, 27, 28)] + ["manylinux2014_x86_64"]
 

@@ -6,7 +6,7 @@ of 16 behind both sizes, and a left operand gets such zeros, too: they change no
 
 The passes around the product (abs-max, scale, rounding before; both scales and bias after) are
 one Triton kernel each where torch brings Triton, and the last is part of a Triton product where
-that is the faster one (`triton_kernels`). A process proves them first: they have to give the
+that is the faster one (`product_choice`). A process proves them first: they have to give the
 same bits as torch's operations and the same integers as float64 (`proof`). Elsewhere torch's
 operations are used.
 """
@@ -18,6 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from helpers.quantization import product_choice
 
 MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
 ROWS = 17  # the fewest that cuBLASLt takes
@@ -72,13 +74,18 @@ def rescaled_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype) -> 
         bias: (outer,) float32 or None.
         dtype: of the result, rounded to once, from float32.
     """
-    kernels = _triton()
     if not len(a):
         return torch.empty(0, len(weight), dtype=dtype, device=a.device)
+    operands = a, weight, scale, columns, bias, dtype
     with torch.cuda.device_of(a):
-        if kernels.multiplies_well(len(a), *weight.shape):
-            return kernels.product(a, weight, scale, columns, bias, dtype)
-        return kernels.rescale(multiply(a, weight), scale, columns, bias, dtype)
+        product = _triton().product
+        tile = product_choice.choose(product, around_cublas, *operands)
+        return product(*operands, tile=tile) if tile else around_cublas(*operands)
+
+
+def around_cublas(a: Tensor, weight: Tensor, *rest) -> Tensor:
+    """The same by cuBLASLt's product and one pass after it."""
+    return _triton().rescale(multiply(a, weight), *rest)
 
 
 def fused(device: torch.device) -> bool:
@@ -119,7 +126,7 @@ def proof(device: torch.device) -> dict[str, bool]:
 
 
 def _triton():
-    return import_module("helpers.quantization.triton_kernels")
+    return import_module("helpers.quantization.triton_passes")
 
 
 def _checks(device: torch.device) -> dict:
@@ -178,13 +185,14 @@ def _same_integers(generator, shape: tuple[int, int, int], device: torch.device)
     scale, columns = ones[: len(a), None], ones[len(a) :]
     found = [
         make(a.to(device), packed, scale, columns, None, torch.float32)
-        for make in (_triton().product, _around_cublas, rescaled_product)
+        for make in (_in_one_kernel, around_cublas)
     ]
     return all(torch.equal(each.cpu(), expected) for each in found)
 
 
-def _around_cublas(a: Tensor, weight: Tensor, *rest) -> Tensor:
-    return _triton().rescale(multiply(a, weight), *rest)
+def _in_one_kernel(a: Tensor, *rest) -> Tensor:
+    """By a plain tile; what else is chosen is compared with `around_cublas` when it is."""
+    return _triton().product(a, *rest, tile=product_choice.plain_tile(len(a)))
 
 
 def _same_rescaled(generator, device: torch.device) -> bool:
@@ -196,7 +204,7 @@ def _same_rescaled(generator, device: torch.device) -> bool:
     a, (packed,) = a.to(device), pack(weight.to(device))
     for dtype in (torch.float32, torch.bfloat16):
         expected = (product.float().to(device) * given[0] * given[1] + given[2]).to(dtype)
-        for make in (_triton().product, _around_cublas):
+        for make in (_in_one_kernel, around_cublas):
             if not torch.equal(make(a, packed, *given, dtype), expected):
                 return False
     return True

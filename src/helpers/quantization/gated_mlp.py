@@ -5,7 +5,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from helpers.quantization import fused_passes, int8_linear
-from helpers.quantization.int8_linear import QUANTIZED, Int8Linear, Kept
+from helpers.quantization.int8_linear import Int8Linear
+from helpers.quantization.kept import QUANTIZED, Kept
 from helpers.sources.batching import token_owners
 
 

@@ -9,19 +9,18 @@ operations, which stand here, are the rule, and equal to the bit.
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
-from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
 from helpers.quantization import cuda_products, fused_passes, kernels
+from helpers.quantization.kept import MULTIPLIED, QUANTIZED, Kept
 from helpers.sources.batching import token_owners
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read one tensor
-QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"  # attributes of such a tensor
 
 
 def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
@@ -47,33 +46,6 @@ def _tensor_absmax(x: Tensor) -> Tensor:
     each = x.abs().amax(-1)
     tops = each.new_zeros(int(owners.max()) + 1).scatter_reduce_(0, owners, each, "amax")
     return tops[owners][:, None]
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What was computed from a tensor, for the next Linear that reads the same tensor.
-
-    Attributes:
-        what: the result.
-        why: what it depends on beside the tensor; it holds for whoever has the same.
-    """
-
-    what: object
-    why: tuple
-
-    @classmethod
-    def of(cls, x: Tensor, name: str, why: tuple, make):
-        """The result kept on x under a name, or else made now and kept there."""
-        why = (*why, None if x.is_inference() else x._version)  # torch counts changes in place
-        kept = getattr(x, name, None)
-        if kept is None or not all(map(_same, kept.why, why)):
-            kept = cls(make(), why)
-            setattr(x, name, kept)
-        return kept.what
-
-
-def _same(one, other) -> bool:
-    return one is other or (not isinstance(one, Tensor) and one == other)
 
 
 class Stack:

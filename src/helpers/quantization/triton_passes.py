@@ -1,0 +1,116 @@
+"""Launches of the Triton kernels: quantized rows, rescaled products, products by tile.
+
+Imported only where Triton is there (`cuda_products`).
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from helpers.quantization.product_choice import Tile
+from helpers.quantization.triton_kernels import (
+    bulk_product_kernel,
+    product_kernel,
+    quantize_kernel,
+    rescale_kernel,
+)
+
+ROW_VALUES = 16384  # of a row that one program holds at once
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """((rows, features) int8, (rows, 1) float32) of (rows, features) x in any float type.
+
+    The int8 rows lie in a matrix padded with zeros, as a weight does.
+    """
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    rows, length = x.shape
+    width = -(-length // 16) * 16
+    values = torch.empty(rows, width, dtype=torch.int8, device=x.device)
+    scales = torch.empty(rows, 1, device=x.device)
+    block = min(ROW_VALUES, triton.next_power_of_2(max(16, width)))
+    warps = 4 if block <= 4096 else 8
+    quantize_kernel[(rows,)](
+        x,
+        values,
+        scales,
+        length,
+        x.stride(0),
+        width,
+        block,
+        num_warps=warps,
+        enable_fp_fusion=False,
+    )
+    return values[:, :length], scales
+
+
+def rescale(product: Tensor, scale, columns: Tensor, bias: Tensor | None, dtype) -> Tensor:
+    """(rows, outer) product · scale · columns + bias, rounded once to `dtype`.
+
+    Args:
+        product: (rows, outer) int32, its rows as far apart as they like.
+        scale: (rows, 1) or (1,) float32.
+        columns: (outer,) float32; bias: (outer,) float32 or None.
+    """
+    rows, outer = product.shape
+    y = torch.empty(rows, outer, dtype=dtype, device=product.device)
+    block = min(4096, triton.next_power_of_2(outer))
+    rescale_kernel[(triton.cdiv(outer, block), rows)](
+        product,
+        scale,
+        columns,
+        columns if bias is None else bias,
+        y,
+        outer,
+        product.stride(0),
+        0 if scale.numel() == 1 else 1,
+        bias is not None,
+        block,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return y
+
+
+def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Tile) -> Tensor:
+    """(rows, outer) a @ weightᵀ · scale · columns + bias; operands as `cuda_products` has them.
+
+    Raises:
+        triton.runtime.errors.OutOfResources: the tile does not fit the card.
+    """
+    rows, (outer, inner) = len(a), weight.shape
+    inner += -inner % 16  # behind the weight are zeros
+    if a.stride(1) != 1 or a.stride(0) % 16 or a.stride(0) < inner:
+        a = torch.nn.functional.pad(a, (0, inner - a.shape[1])).contiguous()
+    y = torch.empty(rows, outer, dtype=dtype, device=a.device)
+    tiles = triton.cdiv(rows, tile.rows) * triton.cdiv(outer, tile.outer)
+    rest = scale, columns, columns if bias is None else bias, y, rows, outer, inner
+    flags = 0 if scale.numel() == 1 else 1, bias is not None
+    sizes = tile.rows, tile.outer, tile.inner, tile.group
+    how = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    if tile.bulk:
+        blocks = _blocks(a, (rows, inner), tile.rows, tile.inner)
+        weights = _blocks(weight, (outer, inner), tile.outer, tile.inner)
+        most = _multiprocessors(a.device)
+        bulk_product_kernel[(min(tiles, most),)](
+            blocks, weights, *rest, *flags, *sizes, most, **how
+        )
+    else:
+        strides = a.stride(0), weight.stride(0)
+        product_kernel[(tiles,)](a, weight, *rest, *strides, *flags, *sizes, **how)
+    return y
+
+
+def _blocks(x: Tensor, shape: tuple[int, int], rows: int, inner: int) -> TensorDescriptor:
+    """An int8 operand as blocks for the bulk copy engine; what is beyond its shape is 0."""
+    return TensorDescriptor(x, list(shape), [x.stride(0), 1], [rows, inner])
+
+
+@cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 4  # in Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count
