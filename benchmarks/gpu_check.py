@@ -28,10 +28,10 @@ from benchmarks.gpu.page import write_page
 PARTS = {
     "card": 20,
     "parity": 45,
-    "linears": 120,
+    "linears": 95,
     "full_size": 85,
     "smoke": 60,
-    "tokens": 50,
+    "tokens": 75,
     "company": 45,
     "memory": 25,
 }

@@ -127,6 +127,23 @@ for rows in (5, 40):
     packed = cuda_products.pack(weight.to(torch.int8))[0]
     given = a.to(torch.int8), packed, torch.ones(rows, 1), torch.ones(13), None, torch.float32
     assert torch.equal(cuda_products.rescaled_product(*given), (a @ weight.t()).float())
+# Blocks of the bulk copy engine, results that leave by it, sizes that no block divides.
+passes, Tile = cuda_products._triton(), cuda_products.product_choice.Tile
+a, weight = torch.randint(-128, 128, (37, 200)), torch.randint(-128, 128, (52, 200))
+packed = cuda_products.pack(weight.to(torch.int8))[0]
+scale, columns, bias = torch.rand(37, 1), torch.rand(52), torch.randn(52)
+given = a.to(torch.int8), packed, scale, columns, bias, torch.float32
+expected = (a @ weight.t()).float() * scale * columns + bias
+for stores in (False, True):
+    tile = Tile(16, 32, 64, 2, 4, 3, bulk=True, stores=stores)
+    assert torch.equal(passes.product(*given, tile=tile), expected), stores
+# A row in one piece and in parts, of every size that is taken anywhere.
+x = torch.randn(3, 4400) * torch.tensor([[1.0], [1e-30], [1e30]])
+whole = passes.quantize_rows(x, block=8192, warps=16)
+for rows, width in ((1, 4400), (4096, 4400)):
+    block, warps = passes._row_sizes(rows, width)
+    assert all(map(torch.equal, whole, passes.quantize_rows(x, block=block, warps=warps)))
+assert passes._row_sizes(1, 4400)[0] > 4400 > passes._row_sizes(4096, 4400)[0]
 """
 
 

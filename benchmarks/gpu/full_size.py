@@ -15,7 +15,7 @@ from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.evaluation.prompts import asked_tokens, prompt
-from helpers.quantization import compression, product_choice
+from helpers.quantization import compression, cuda_products, product_choice
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import load_int8
 from helpers.quantization.smoothing import everywhere, smooth_variant_
@@ -63,6 +63,9 @@ def run(part: Part) -> None:
     quantized(part, stages, study, folder)
     items = asked_items(study, folder, DRY_ITEMS if part.dry else ITEMS)
     part.note("tokens asked", sum(len(i.context) + sum(map(len, i.options)) for i in items))
+    if part.device == "cuda":
+        with part.stage(stages, "proving and compiling the fused kernels, once a process"):
+            cuda_products.way(0)
     for kind in ("int8", "bfloat16", "float32"):
         if part.over(need=6):
             return
@@ -74,6 +77,8 @@ def run(part: Part) -> None:
         part.note(f"evaluation under {GOAL_S} s, {kind}", stages[-1]["seconds"] < GOAL_S)
         if kind == "int8":
             part.note("products chosen by the library", product_choice.choices())
+            with part.stage(stages, f"evaluating them again, every choice made, {kind}"):
+                dict(option_loglikelihoods(model, items, batch_tokens=BATCH))
         del model
     if not part.over(need=12):
         whole_bytes(part, stages, study, load(part, "int8"), folder)

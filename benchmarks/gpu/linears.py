@@ -28,6 +28,8 @@ FLOAT, ALONE = "bfloat16", "int8 product alone"
 TORCH, CUBLAS, TRITON = "torch's passes", "fused around cuBLASLt", "fused in Triton"
 LIBRARY, QUANTIZE = "as the library chooses", "fused quantization alone"
 WHOLE = (TORCH, CUBLAS, TRITON, LIBRARY)  # ways of a whole Linear
+# int8 operations a second without sparsity, as a card's data sheet has them.
+DATA_SHEET = {"NVIDIA H100 80GB HBM3": 1.979e15, "NVIDIA H200": 1.979e15}
 CHECKED_ROWS = 512  # of float64 products at a time
 
 
@@ -91,6 +93,7 @@ class Case:
         from helpers.quantization import triton_passes as passes
 
         row[QUANTIZE] = self._us(lambda _w: passes.quantize_rows(self.x))
+        row["quantization by size"] = self._by_size(passes)
         row[CUBLAS] = self._us(partial(self._by_library, cuda_products.around_cublas))
         library = partial(self._by_library, cuda_products.rescaled_product)
         row[LIBRARY] = self._us(library)
@@ -107,6 +110,18 @@ class Case:
         row[TRITON] = self._us(partial(self._by_library, partial(passes.product, tile=tile)))
         row["exact"] = self._is_exact(passes, tile)
         keep()
+
+    def _by_size(self, passes) -> str:
+        """Microseconds of the quantization of wide rows by each size that is tried."""
+        if self.sizes[0] <= passes.ONE_PIECE:
+            return ""
+        by = {
+            (block, warps): partial(passes.quantize_rows, self.x, block=block, warps=warps)
+            for block, warps in tiles.QUANTIZED_BY
+        }
+        return "; ".join(
+            f"{k}: {_short(self._us(lambda _w, call=call: call()))}" for k, call in by.items()
+        )
 
     def _by_tile(self, passes) -> dict[tuple, float | str]:
         """Microseconds of a product by each tile that is tried, or why there are none."""
@@ -184,6 +199,10 @@ def _short(value) -> str:
     return f"{value:.0f}" if isinstance(value, float) else str(value)
 
 
+def _card_name(part: Part) -> str:
+    return torch.cuda.get_device_name() if part.device == "cuda" else ""
+
+
 def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
     """All Linears of a layer, one after the other: the best int8 way against bfloat16."""
     mine = [row for row in table if row["rows"] == rows]
@@ -195,9 +214,13 @@ def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
     best = [min(row[way] for way in WHOLE if isinstance(row.get(way), float)) for row in mine]
     found["best int8"] = sum(best)
     peak = part.found["int8 peak, operations a second"]
+    sheet = DATA_SHEET.get(_card_name(part))
     for way in ("best int8", LIBRARY):
         if way in found:
-            found[f"{way}, share of the int8 peak"] = operations / (found[way] * 1e-6) / peak
+            done = operations / (found[way] * 1e-6)
+            found[f"{way}, share of the int8 peak"] = done / peak
+            if sheet:
+                found[f"{way}, share of the data sheet's peak"] = done / sheet
             if FLOAT in found:
                 found[f"{way}, times as fast as bfloat16"] = found[FLOAT] / found[way]
     return found

@@ -14,7 +14,7 @@ from helpers.evaluation.packing import Segment, read
 from helpers.study.architectures import HEAD, linear_names
 
 TEXTS, LENGTH = 8, 512
-ANSWERS, PROMPT, NEW = 64, 32, 48
+ANSWERS, PROMPT, NEW = 64, 32, 32
 DRY = {"texts": 2, "length": 16, "answers": 4, "prompt": 8, "new": 4}
 
 

@@ -125,6 +125,7 @@ def proof(device: torch.device) -> dict[str, bool]:
         return {f"{type(error).__name__}: {str(error)[:200]}": False}
 
 
+@cache
 def _triton():
     return import_module("helpers.quantization.triton_passes")
 

@@ -26,6 +26,7 @@ class Tile:
         warps, stages: of the program and of its pipeline.
         bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
             makes one tile after the other.
+        stores: results leave by that engine, too.
     """
 
     rows: int
@@ -35,6 +36,7 @@ class Tile:
     warps: int
     stages: int
     bulk: bool = False
+    stores: bool = False
 
     def sizes(self) -> tuple:
         """Its fields, in order."""
@@ -46,29 +48,26 @@ CANDIDATES = (
     (
         16,
         (
-            Tile(16, 32, 256, 1, 4, 4),
             Tile(16, 64, 256, 1, 4, 4),
             Tile(16, 32, 512, 1, 4, 3),
             Tile(16, 64, 256, 1, 4, 5, bulk=True),
         ),
     ),
-    (64, (Tile(64, 64, 128, 1, 4, 4), Tile(64, 128, 128, 8, 4, 5, bulk=True))),
+    (64, (Tile(64, 64, 128, 1, 4, 4),)),
     (
         512,
         (
-            Tile(128, 128, 128, 8, 8, 3),
-            Tile(64, 64, 256, 8, 4, 3),
-            Tile(64, 128, 128, 8, 4, 5, bulk=True),
-            Tile(128, 128, 128, 8, 8, 4, bulk=True),
+            Tile(64, 64, 128, 8, 4, 5),
+            Tile(64, 128, 128, 8, 4, 4),
+            Tile(128, 256, 128, 8, 8, 3),
         ),
     ),
     (
         2**31,
         (
             Tile(128, 256, 128, 8, 8, 3),
-            Tile(128, 128, 128, 8, 8, 4, bulk=True),
             Tile(128, 256, 128, 8, 8, 3, bulk=True),
-            Tile(128, 256, 128, 8, 8, 4, bulk=True),
+            Tile(128, 256, 128, 8, 8, 3, bulk=True, stores=True),
         ),
     ),
 )
@@ -76,6 +75,8 @@ FEWEST_WEIGHTS = 2**18  # with fewer, a choice gains less than it takes
 FEW_ROWS = 16  # so few that cuBLASLt needs more
 MOST_ROWS = 4096  # of the operands that are tried
 CALLS, ROUNDS = 8, 3
+LAUNCHED_ROWS = 64  # so few that launching takes longer than the work: the time of both counts
+AHEAD = 2**22  # cycles of a card in which CALLS are launched: 2 ms
 CLEARLY = 0.97  # a way replaces an earlier one that takes longer than this share allows
 
 _chosen: dict[tuple, Tile | None] = {}
@@ -102,9 +103,9 @@ def choose(
         operands: a, weight, scale, columns, bias and dtype, as `cuda_products` has them.
     """
     a, weight, scale, _, bias, dtype = operands
-    most, tiles = candidates(len(a))
-    if weight.numel() < FEWEST_WEIGHTS or a.device.type != "cuda":
+    if weight.numel() < FEWEST_WEIGHTS or not a.is_cuda:
         return plain_tile(len(a)) if len(a) <= FEW_ROWS else None
+    most, tiles = candidates(len(a))
     key = a.device, most, *weight.shape, dtype, bias is None, scale.numel() == 1
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
@@ -130,7 +131,8 @@ def _first_rows(operands: tuple) -> tuple:
 
 def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
     expected = around_cublas(*operands)
-    fastest, shortest = None, _seconds(lambda: around_cublas(*operands))
+    ahead = 0 if len(expected) <= LAUNCHED_ROWS else AHEAD
+    fastest, shortest = None, _seconds(lambda: around_cublas(*operands), ahead)
     for tile in tiles:
         if tile.bulk and not _has_bulk_copies(expected.device):
             continue
@@ -141,17 +143,24 @@ def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) 
             continue
         if not is_exact:
             continue
-        seconds = _seconds(by_tile)
+        seconds = _seconds(by_tile, ahead)
         if seconds < CLEARLY * shortest:
             fastest, shortest = tile, seconds
     return fastest
 
 
-def _seconds(call: Callable[[], Tensor]) -> float:
-    """Seconds of one call among others, the time to launch it included if that is longer."""
+def _seconds(call: Callable[[], Tensor], ahead: int) -> float:
+    """Seconds of one call among others.
+
+    Args:
+        ahead: cycles for which the card waits while the calls are launched; with 0, the time to
+            launch a call counts if it is the longer.
+    """
     found = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(ahead)
         start.record()
         for _ in range(CALLS):
             call()

@@ -88,28 +88,34 @@ def _place(tile, rows, outer, ROWS: tl.constexpr, OUTER: tl.constexpr, GROUP: tl
 
 
 @triton.jit
-def _finish(
+def _rescaled(
     total,
     i,
     j,
     scale_ptr,
     columns_ptr,
     bias_ptr,
-    y_ptr,
     rows,
     outer,
     scale_stride: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    """Both scales and the bias, rounded once to the type of the result."""
-    in_rows, in_outer = i < rows, j < outer
-    scale = tl.load(scale_ptr + i * scale_stride, mask=in_rows, other=0.0)
+    """Both scales and the bias, in float32."""
+    in_outer = j < outer
+    scale = tl.load(scale_ptr + i * scale_stride, mask=i < rows, other=0.0)
     columns = tl.load(columns_ptr + j, mask=in_outer, other=0.0)
     y = total.to(tl.float32) * scale[:, None] * columns[None, :]
     if HAS_BIAS:
         y = y + tl.load(bias_ptr + j, mask=in_outer, other=0.0)[None, :]
+    return y
+
+
+@triton.jit
+def _store(y, i, j, y_ptr, rows, outer):
+    """A tile of the result, rounded once to its type."""
     place = y_ptr + i.to(tl.int64)[:, None] * outer + j[None, :]
-    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=in_rows[:, None] & in_outer[None, :])
+    inside = (i < rows)[:, None] & (j < outer)[None, :]
+    tl.store(place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -148,9 +154,10 @@ def product_kernel(
         a = tl.load(a_at + start, mask=inside[None, :], other=0)
         weight = tl.load(weight_at + start, mask=inside[:, None], other=0)
         total = tl.dot(a, weight, total, out_dtype=tl.int32)
-    _finish(
-        total, i, j, scale_ptr, columns_ptr, bias_ptr, y_ptr, rows, outer, scale_stride, HAS_BIAS
+    y = _rescaled(
+        total, i, j, scale_ptr, columns_ptr, bias_ptr, rows, outer, scale_stride, HAS_BIAS
     )
+    _store(y, i, j, y_ptr, rows, outer)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -171,8 +178,12 @@ def bulk_product_kernel(
     INNER: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    STORES: tl.constexpr,
 ):
-    """The same, its operands as blocks by the bulk copy engine, tile after tile."""
+    """The same, its operands as blocks by the bulk copy engine, tile after tile.
+
+    With `STORES`, `y_ptr` is a matrix of blocks, too: a tile leaves while the next one begins.
+    """
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(outer, OUTER)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
         block, part = _place(tile, rows, outer, ROWS, OUTER, GROUP)
@@ -183,16 +194,10 @@ def bulk_product_kernel(
             total = tl.dot(a, weight.T, total, out_dtype=tl.int32)
         i = block * ROWS + tl.arange(0, ROWS)
         j = part * OUTER + tl.arange(0, OUTER)
-        _finish(
-            total,
-            i,
-            j,
-            scale_ptr,
-            columns_ptr,
-            bias_ptr,
-            y_ptr,
-            rows,
-            outer,
-            scale_stride,
-            HAS_BIAS,
+        y = _rescaled(
+            total, i, j, scale_ptr, columns_ptr, bias_ptr, rows, outer, scale_stride, HAS_BIAS
         )
+        if STORES:
+            y_ptr.store([block * ROWS, part * OUTER], y.to(y_ptr.dtype))
+        else:
+            _store(y, i, j, y_ptr, rows, outer)

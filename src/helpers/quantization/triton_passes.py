@@ -19,20 +19,30 @@ from helpers.quantization.triton_kernels import (
 )
 
 ROW_VALUES = 16384  # of a row that one program holds at once
+# Wider rows, where there are many, are read twice in parts, the second time from a cache: in one
+# piece they would take so many registers that too few of them are under way at once.
+ONE_PIECE, PART, MANY_ROWS = 4096, 2048, 512
+VALUES_A_WARP, MOST_WARPS = 512, 32
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows(
+    x: Tensor, *, block: int | None = None, warps: int | None = None
+) -> tuple[Tensor, Tensor]:
     """((rows, features) int8, (rows, 1) float32) of (rows, features) x in any float type.
 
     The int8 rows lie in a matrix padded with zeros, as a weight does.
+
+    Args:
+        block: values that a program holds at once, a power of 2; it changes time alone.
+        warps: of a program.
     """
     x = x if x.stride(-1) == 1 else x.contiguous()
     rows, length = x.shape
     width = -(-length // 16) * 16
     values = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, 1, device=x.device)
-    block = min(ROW_VALUES, triton.next_power_of_2(max(16, width)))
-    warps = 4 if block <= 4096 else 8
+    if block is None:
+        block, warps = _row_sizes(rows, width)
     quantize_kernel[(rows,)](
         x,
         values,
@@ -45,6 +55,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
         enable_fp_fusion=False,
     )
     return values[:, :length], scales
+
+
+@cache
+def _row_sizes(rows: int, width: int) -> tuple[int, int]:
+    """How many values of a row a program holds at once, and by how many warps."""
+    block = min(ROW_VALUES, triton.next_power_of_2(max(16, width)))
+    if block <= ONE_PIECE:
+        return block, 4
+    return (PART, 8) if rows > MANY_ROWS else (block, min(MOST_WARPS, block // VALUES_A_WARP))
 
 
 def rescale(product: Tensor, scale, columns: Tensor, bias: Tensor | None, dtype) -> Tensor:
@@ -94,9 +113,12 @@ def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Til
     if tile.bulk:
         blocks = _blocks(a, (rows, inner), tile.rows, tile.inner)
         weights = _blocks(weight, (outer, inner), tile.outer, tile.inner)
-        most = _multiprocessors(a.device)
+        into, most = y, _multiprocessors(a.device)
+        if stores := tile.stores and outer * y.element_size() % 16 == 0:
+            into = TensorDescriptor(y, [rows, outer], [outer, 1], [tile.rows, tile.outer])
+        rest = *rest[:3], into, *rest[4:]
         bulk_product_kernel[(min(tiles, most),)](
-            blocks, weights, *rest, *flags, *sizes, most, **how
+            blocks, weights, *rest, *flags, *sizes, most, stores, **how
         )
     else:
         strides = a.stride(0), weight.stride(0)
