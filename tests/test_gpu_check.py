@@ -143,6 +143,27 @@ def test_the_page_shows_every_number(tmp_path):
 def test_the_published_table_is_made_of_the_accounts():
     text = published.PAGE.read_text("utf-8")
     assert published.with_table(text) == text
+    text = published.README.read_text("utf-8")
+    assert published.with_line(text) == text
+
+
+def test_a_part_that_was_complete_is_published_whatever_failed_later(tmp_path, monkeypatch):
+    def kept(date, **parts):
+        card = {"card": {"name": "a card"}, "complete": True}
+        account = {"commit": date, "dry": False, "date": date, "parts": {"card": card} | parts}
+        (tmp_path / f"{date}.json").write_text(json.dumps(account), "utf-8")
+
+    monkeypatch.setattr(published, "FOLDER", tmp_path)
+    kept("1", memory={"complete": True}, smoke={"complete": False}, company={"complete": False})
+    kept("2", memory={"complete": False}, smoke={"complete": False}, company={"complete": True})
+    kept("3", company={"complete": False})
+    shown = {row["part"]: (row["commit"], row["complete"]) for row in published.rows()}
+    assert shown == {
+        "card": ("3", "yes"),
+        "memory": ("1", "yes"),
+        "smoke": ("2", "no"),
+        "company": ("2", "yes"),
+    }
 
 
 def dry(folder, only=""):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import tiles
+from benchmarks.gpu import cards, tiles
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds, eager_seconds
 from helpers.quantization import cuda_products, product_choice
@@ -28,8 +28,6 @@ FLOAT, ALONE = "bfloat16", "int8 product alone"
 TORCH, CUBLAS, TRITON = "torch's passes", "fused around cuBLASLt", "fused in Triton"
 LIBRARY, QUANTIZE = "as the library chooses", "fused quantization alone"
 WHOLE = (TORCH, CUBLAS, TRITON, LIBRARY)  # ways of a whole Linear
-# int8 operations a second without sparsity, as a card's data sheet has them.
-DATA_SHEET = {"NVIDIA H100 80GB HBM3": 1.979e15, "NVIDIA H200": 1.979e15}
 CHECKED_ROWS = 512  # of float64 products at a time
 
 
@@ -214,7 +212,7 @@ def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
     best = [min(row[way] for way in WHOLE if isinstance(row.get(way), float)) for row in mine]
     found["best int8"] = sum(best)
     peak = part.found["int8 peak, operations a second"]
-    sheet = DATA_SHEET.get(_card_name(part))
+    sheet = cards.INT8.get(_card_name(part))
     for way in ("best int8", LIBRARY):
         if way in found:
             done = operations / (found[way] * 1e-6)

@@ -1,36 +1,81 @@
-"""The table of what ran on which card, in docs/scaling.md, from outputs/gpu/*.json.
+"""What ran on which card: a table in docs/scaling.md, a line in README.md, from outputs/gpu/*.json.
 
 python -m benchmarks.gpu.published
 """
 
 import json
 
+from benchmarks.gpu.cards import INT8
 from helpers.report.formats import MISSING, markdown_table
 from helpers.study.errors import StudyError
 from helpers.study.paths import PROJECT
 
-PAGE = PROJECT / "docs" / "scaling.md"
+FOLDER = PROJECT / "outputs" / "gpu"
+PAGE, README = PROJECT / "docs" / "scaling.md", PROJECT / "README.md"
 BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 NOTHING = "No card has been at hand yet.\n"
 
 
-def rows() -> list[dict]:
-    """One row a part of every account of a card; dry runs are left out."""
-    found = []
-    for file in sorted((PROJECT / "outputs" / "gpu").glob("*.json")):
-        account = json.loads(file.read_text("utf-8"))
-        if account["dry"]:
-            continue
-        card = account["parts"].get("card", {}).get("card", {}).get("name", MISSING)
+def accounts() -> list[dict]:
+    """What `make gpu-check` left of cards, the oldest first; dry runs are left out."""
+    known = [(file.name, json.loads(file.read_text("utf-8"))) for file in FOLDER.glob("*.json")]
+    known.sort(key=lambda each: (each[1]["date"], each[0]))
+    return [account for _, account in known if not account["dry"]]
+
+
+def newest() -> dict[tuple[str, str], tuple[dict, dict]]:
+    """By card and part, the newest account that has it complete, or else the newest; and the part."""
+    found: dict = {}
+    for account in accounts():
         for name, part in account["parts"].items():
-            row = {"part": name.replace("_", " "), "card": card, "date": account["date"]}
-            row |= {"commit": account["commit"][:10] or MISSING}
-            row["complete"] = "yes" if part["complete"] else "no"
-            found.append(row | {"found": headline(name, part) or MISSING})
+            key = _card(account), name
+            if part["complete"] or key not in found or not found[key][1]["complete"]:
+                found[key] = account, part
     return found
 
 
-def headline(name: str, part: dict) -> str:
+def _card(account: dict) -> str:
+    return account["parts"].get("card", {}).get("card", {}).get("name", MISSING)
+
+
+def rows() -> list[dict]:
+    """One row a part of every card."""
+    found = []
+    for (card, name), (account, part) in newest().items():
+        row = {"part": name.replace("_", " "), "card": card, "date": account["date"]}
+        row |= {"commit": account["commit"][:10] or MISSING}
+        row["complete"] = "yes" if part["complete"] else "no"
+        found.append(row | {"found": headline(name, part, card) or MISSING})
+    return found
+
+
+def line() -> str:
+    """How fast int8 Linears are on the cards there were, in a sentence each."""
+    told = [
+        f"On {card.removeprefix('NVIDIA ')} ({account['date']}), Linears of an 8 B model: "
+        f"{_linears(part, card)}."
+        for (card, name), (account, part) in newest().items()
+        if name == "linears" and _linears(part, card)
+    ]
+    return "".join(f"{each}\n" for each in told) or NOTHING
+
+
+def _linears(part: dict, card: str) -> str:
+    """As the library chooses its products, at the most rows."""
+    told = part.get("together at 4096 rows", {})
+    share = told.get("as the library chooses, share of the int8 peak")
+    times = told.get("as the library chooses, times as fast as bfloat16")
+    if share is None or times is None:
+        return ""
+    peak = part["int8 peak, operations a second"]
+    said = f"4,096 rows in int8 take 1/{times:.2f} of bfloat16's time"
+    said += f", {share:.2f} of the rate of cuBLASLt's product"
+    if sheet := INT8.get(card):
+        said += f", {share * peak / sheet:.0%} of the data sheet's {sheet / 1e12:,.0f} T/s"
+    return said
+
+
+def headline(name: str, part: dict, card: str) -> str:
     """A part's most telling numbers in a few words."""
     match name:
         case "card":
@@ -45,12 +90,7 @@ def headline(name: str, part: dict) -> str:
             alike = "as on the CPU" if part.get("linears alike") else "not as on the CPU"
             return f"{made.get('exact')} of {made.get('made')} products exact, Linears {alike}"
         case "linears":
-            told = part.get("together at 4096 rows", {})
-            share = told.get("best int8, share of the int8 peak")
-            times = told.get("best int8, times as fast as bfloat16")
-            if share is None or times is None:
-                return ""
-            return f"4,096 rows: int8 {times:.2f}× bfloat16, {share:.0%} of the int8 peak"
+            return _linears(part, card)
         case "company":
             rows = part.get("among others and alone", [])
             return ", ".join(f"{r['runs in']} off by {r['by at most']:.2g}" for r in rows)
@@ -62,15 +102,26 @@ def headline(name: str, part: dict) -> str:
             return ", ".join(f"{s['stage']}: {s['seconds']} s" for s in stages)
         case "tokens":
             rows = part.get("tokens a second", [])
-            told = [f"{r['runs in']} ({r['whose']}) {r['read']:,.0f}" for r in rows]
-            return "tokens read a second: " + ", ".join(told) if told else ""
+            told = [f"{r['runs in']} ({r['whose']}) {r['read']:,.0f} / {r['written']:,.0f}" for r in rows]
+            return "tokens read / written a second: " + ", ".join(told) if told else ""
         case "memory":
             return str(part.get("room for half a batch", {}).get("outcome", ""))
     return ""
 
 
 def with_table(text: str) -> str:
-    """The page with the table between its markers.
+    """docs/scaling.md with the table between its markers."""
+    found = rows()
+    return _between(text, markdown_table(found).strip() + "\n" if found else NOTHING, PAGE.name)
+
+
+def with_line(text: str) -> str:
+    """README.md with the line between its markers."""
+    return _between(text, line(), README.name)
+
+
+def _between(text: str, new: str, name: str) -> str:
+    """A page with something new between its markers.
 
     Raises:
         StudyError: a marker is missing.
@@ -78,11 +129,10 @@ def with_table(text: str) -> str:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise StudyError(f"{PAGE.name} lacks {BEGIN} or {END}; put them back")
-    found = rows()
-    table = markdown_table(found).strip() + "\n" if found else NOTHING
-    return f"{before}{begin}\n{table}{end}{after}"
+        raise StudyError(f"{name} lacks {BEGIN} or {END}; put them back")
+    return f"{before}{begin}\n{new}{end}{after}"
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_table(PAGE.read_text("utf-8")), "utf-8")
+    for page, made in ((PAGE, with_table), (README, with_line)):
+        page.write_text(made(page.read_text("utf-8")), "utf-8")
