@@ -24,7 +24,7 @@ def accounts() -> list[dict]:
 
 
 def newest() -> dict[tuple[str, str], tuple[dict, dict]]:
-    """By card and part, the newest account that has it complete, or else the newest; and the part."""
+    """By card and part: the newest account that has it complete, or else the newest; the part."""
     found: dict = {}
     for account in accounts():
         for name, part in account["parts"].items():
@@ -102,7 +102,10 @@ def headline(name: str, part: dict, card: str) -> str:
             return ", ".join(f"{s['stage']}: {s['seconds']} s" for s in stages)
         case "tokens":
             rows = part.get("tokens a second", [])
-            told = [f"{r['runs in']} ({r['whose']}) {r['read']:,.0f} / {r['written']:,.0f}" for r in rows]
+            told = [
+                f"{r['runs in']} ({r['whose']}) {r['read']:,.0f} / {r['written']:,.0f}"
+                for r in rows
+            ]
             return "tokens read / written a second: " + ", ".join(told) if told else ""
         case "memory":
             return str(part.get("room for half a batch", {}).get("outcome", ""))

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from helpers.quantization.launching import launch
 from helpers.quantization.product_choice import Tile
 from helpers.quantization.triton_kernels import (
     bulk_product_kernel,
@@ -43,17 +44,9 @@ def quantize_rows(
     scales = torch.empty(rows, 1, device=x.device)
     if block is None:
         block, warps = _row_sizes(rows, width)
-    quantize_kernel[(rows,)](
-        x,
-        values,
-        scales,
-        length,
-        x.stride(0),
-        width,
-        block,
-        num_warps=warps,
-        enable_fp_fusion=False,
-    )
+    given = x, values, scales, length, x.stride(0), width, block
+    key = x.dtype, x.device, *given[3:], warps
+    launch(quantize_kernel, rows, key, given, num_warps=warps)
     return values[:, :length], scales
 
 
@@ -109,7 +102,7 @@ def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Til
     rest = scale, columns, columns if bias is None else bias, y, rows, outer, inner
     flags = 0 if scale.numel() == 1 else 1, bias is not None
     sizes = tile.rows, tile.outer, tile.inner, tile.group
-    how = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": False}
+    how = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.bulk:
         blocks = _blocks(a, (rows, inner), tile.rows, tile.inner)
         weights = _blocks(weight, (outer, inner), tile.outer, tile.inner)
@@ -118,11 +111,12 @@ def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Til
             into = TensorDescriptor(y, [rows, outer], [outer, 1], [tile.rows, tile.outer])
         rest = *rest[:3], into, *rest[4:]
         bulk_product_kernel[(min(tiles, most),)](
-            blocks, weights, *rest, *flags, *sizes, most, stores, **how
+            blocks, weights, *rest, *flags, *sizes, most, stores, **how, enable_fp_fusion=False
         )
     else:
         strides = a.stride(0), weight.stride(0)
-        product_kernel[(tiles,)](a, weight, *rest, *strides, *flags, *sizes, **how)
+        key = tile, dtype, a.device, outer, inner, *strides, *flags
+        launch(product_kernel, tiles, key, (a, weight, *rest, *strides, *flags, *sizes), **how)
     return y
 
 

@@ -1,0 +1,40 @@
+"""Launches of Triton kernels that were compiled before, without Triton's look-up of which one.
+
+Triton looks at every argument of every launch to find the kernel that was compiled for such
+arguments, which takes longer than the work of a few rows. Here a caller says what the kernel
+depends on beside where its tensors lie.
+"""
+
+from torch import Tensor
+
+ALIGNED = 16  # bytes; kernels are compiled for pointers that are multiples of it, or are not
+MOST = 4096  # compiled kernels that are kept
+
+_compiled: dict[tuple, object] = {}
+_direct = [True]  # whether this Triton's compiled kernels take what its kernels take
+
+
+def launch(kernel, programs: int, key: tuple, arguments: tuple, **options) -> None:
+    """Launch a kernel on one axis of programs.
+
+    Args:
+        kernel: of `triton.jit`.
+        programs: how many.
+        key: all that a compiled kernel depends on (sizes, constants, options, device) but its
+            tensors' types and alignment; an argument that it leaves out is not specialized.
+        arguments: in the kernel's order, its constants included.
+        options: `num_warps`, `num_stages`.
+    """
+    tensors = [a for a in arguments if isinstance(a, Tensor)]
+    aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor in tensors)
+    key = kernel, *key, *(tensor.dtype for tensor in tensors)
+    known = _compiled.get(key) if aligned and _direct[0] else None
+    if known is not None:
+        try:
+            known[programs, 1, 1](*arguments)
+            return
+        except TypeError:  # raised before anything is launched
+            _direct[0] = False
+    made = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+    if aligned and made is not None and len(_compiled) < MOST:  # the interpreter makes nothing
+        _compiled[key] = made
