@@ -11,7 +11,9 @@ from benchmarks.gpu.timing import eager_seconds
 from helpers.evaluation.attention import packed
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.packing import Segment, read
+from helpers.quantization import compression
 from helpers.study.architectures import HEAD, linear_names
+from helpers.study.loading import load_study
 
 TEXTS, LENGTH = 8, 512
 ANSWERS, PROMPT, NEW = 64, 32, 32
@@ -22,9 +24,9 @@ def run(part: Part) -> None:
     """int8 and bfloat16 first, then float32; ours beside transformers' own."""
     full_size.scratch()
     part.note("vLLM", "imports" if find_spec("vllm") else "is not installed here; not compared")
-    if not full_size.checkpoint_folder(part).is_dir():
-        part.note("stopped", "the part full_size makes the models")
-        return
+    if not full_size.checkpoint_folder(part).is_dir():  # full_size did not run here
+        compression.quiet_llmcompressor()
+        full_size.quantized(part, [], load_study(full_size.STUDY), full_size.float_folder(part))
     rows: list[dict] = []
     for kind in ("int8", "bfloat16", "float32"):
         for whose in ("ours", "transformers"):
