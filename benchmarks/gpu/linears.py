@@ -110,12 +110,11 @@ class Case:
         keep()
 
     def _by_size(self, passes) -> str:
-        """Microseconds of the quantization of wide rows by each size that is tried."""
-        if self.sizes[0] <= passes.ONE_PIECE:
-            return ""
+        """Microseconds of the quantization by each size that is tried."""
         by = {
             (block, warps): partial(passes.quantize_rows, self.x, block=block, warps=warps)
             for block, warps in tiles.QUANTIZED_BY
+            if block < 2 * self.sizes[0]
         }
         return "; ".join(
             f"{k}: {_short(self._us(lambda _w, call=call: call()))}" for k, call in by.items()
