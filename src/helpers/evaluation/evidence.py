@@ -12,6 +12,7 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
+from helpers.evaluation.prompt_gates import Shown, answer_opening, order_gate
 from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.evaluation.second_opinion import (
@@ -21,20 +22,26 @@ from helpers.evaluation.second_opinion import (
     SecondOpinion,
     second_opinion,
 )
+from helpers.evaluation.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import (
     calibration_items,
     evaluation_items,
+    load_items,
     shared_passages,
     training_items,
 )
+from helpers.sources.finetuning import settings_of
 from helpers.sources.items import Item
+from helpers.sources.models import model_folder
+from helpers.sources.numbers import gold_number
 from helpers.sources.raw_rows import raw_digests
+from helpers.sources.rows import load_rows
 from helpers.study.activity import Bar, doing
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Study
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.source_settings import FineTunedModel
 
 NOBODY = NoOpinion()
@@ -84,12 +91,22 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         loaded=tuple(loaded),
         recomputed=recomputed,
         training=training_results(job),
+        trained=trained_gates(job, tokenizer),
         raw={
             name: raw_digests(wanted.source, adapter=wanted.adapter)
             for name, wanted in study.evaluation.datasets.items()
         },
+        texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
+        pools={name: pool_of(wanted) for name, wanted in study.evaluation.datasets.items()},
         opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
     )
+
+
+def pool_of(wanted: EvaluationSet) -> list[Item]:
+    """The items that a set may be drawn from, as its settings say."""
+    items = load_items(wanted.source, adapter=wanted.adapter)
+    numeric = wanted.keep == "numeric_answers"
+    return [item for item in items if not numeric or gold_number(item.golds[0]) is not None]
 
 
 def training_results(job: Job) -> dict | None:
@@ -98,6 +115,22 @@ def training_results(job: Job) -> dict | None:
         return None
     record = job.paths.finetuned_model(job.model) / "record.json"
     return read_json(record, made_by="00_finetuning")["results"]
+
+
+def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
+    """Gates on the fine-tuning of the job's model; asked once, with the baseline."""
+    results = training_results(job)
+    if results is None or job.variant != job.study.baseline:
+        return ()
+    settings, (drawn, heldout) = (f(job.study, job.model) for f in (settings_of, training_items))
+    folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
+    start = model_folder(job.study, settings.start, job.paths)
+    return (
+        order_gate("training items as the seed draws them", drawn, seed=job.study.seed),
+        steps_gate(settings, results),
+        weights_gate(start, folder, settings, results, dtype=dtype),
+        loss_gate(folder, tokenizer, heldout, results, dtype=dtype),
+    )
 
 
 def opinions(
@@ -123,12 +156,17 @@ def opinions(
 
 def asked_now(study: Study, tokenizer) -> dict[str, list[Asked]]:
     """The items of every set, drawn again, with the prompts the study gives them now."""
-    found = {}
+    found, opening = {}, answer_opening(tokenizer)
+
+    def shown(asked, tokens: int) -> Shown:
+        whole = len(tokenizer(asked.text, add_special_tokens=False).input_ids)
+        return Shown(asked.item, asked.text, tuple(asked.continuations), opening, tokens, whole)
+
     for name, wanted in study.evaluation.datasets.items():
         prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
         tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
         found[name] = [
-            Asked(p.item, asked_hash(p, t), len(t.context))
+            Asked(p.item, asked_hash(p, t), len(t.context), shown(p, len(t.context)))
             for p, t in zip(prompts, tokens, strict=True)
         ]
     return found
