@@ -30,7 +30,6 @@ ON_FILES = (
     calibration_gates.items_gate,
     calibration_gates.texts_gate,
     calibration_gates.order_gate,
-    calibration_gates.picture_gate,
     calibration_gates.leak_gate,
     tokenizer_gates.tokenizer_gate,
 )
@@ -68,6 +67,7 @@ def verify(job: Job, *, source_hash: str, made: dict | None = None) -> list[Gate
     evidence.let_go()  # of what the making of the checkpoint left behind
     asked = checks(job.recipe.claim)
     if made:  # those on the record run the source, and so come first
-        asked = (*record_gates.on_record(job.recipe.claim), *asked)
+        record = (calibration_gates.picture_gate, *record_gates.on_record(job.recipe.claim))
+        asked = (*record, *asked)
     gates = Bar(asked, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]

@@ -21,6 +21,7 @@ from helpers.evaluation.recomputed_verdicts import comparison_rows
 from helpers.evaluation.second_scoring import misread
 from helpers.report.recomputed_chapters import wrong_chapters
 from helpers.report.recomputed_costs import wrong_costs
+from helpers.report.recomputed_records import wrong_records
 from helpers.report.recomputed_sentences import wrong_sentences
 from helpers.report.recomputed_summary import (
     edited_tables,
@@ -79,6 +80,7 @@ def _wrong_report(paths: StudyPaths, figures: Recomputed) -> list[str]:
     text = path.read_text("utf-8")
     told = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
     told += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
+    told += wrong_records(text, figures, paths.notebooks)
     return told + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 
 

@@ -35,8 +35,8 @@ def _jobs(found: list[Table]) -> Iterator[str]:
             total, longest, jobs = (
                 float(numbers(row[c])[0]) for c in ("time of all", "longest job", "jobs")
             )
-            least = longest + (1 if jobs > 2 and longest > jobs else 0)
-            if not least <= total + 1 or total > jobs * longest + jobs:
+            alone = jobs > 1 and longest >= 10 and total <= longest  # no other took a second
+            if alone or total < longest - 1 or total > jobs * longest + jobs:
                 yield f"jobs, {plain(row['stage'])}: {total:g} s in all, the longest {longest:g} s"
 
 
