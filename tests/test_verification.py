@@ -21,8 +21,6 @@ APPLY_TO_FLOAT = {
     "reload gives the same logits",
     "source model untouched",
     "calibration items as asked",
-    "calibration items in the seed's order",
-    "calibration reads questions and solutions whole",
     "calibration apart from evaluation and training",
     "calibration statistics over real tokens",
     "float weights times the scales",

@@ -28,10 +28,13 @@ ON_FILES = (
     checkpoint_gates.kept_gate,
     checkpoint_gates.source_gate,
     calibration_gates.items_gate,
-    calibration_gates.texts_gate,
-    calibration_gates.order_gate,
     calibration_gates.leak_gate,
     tokenizer_gates.tokenizer_gate,
+)
+ON_RECORDS = (  # what a calibration alone has left, and the making of the checkpoint told
+    calibration_gates.texts_gate,
+    calibration_gates.order_gate,
+    calibration_gates.picture_gate,
 )
 ON_INT8_FILES = (
     checkpoint_gates.grid_gate,
@@ -67,7 +70,6 @@ def verify(job: Job, *, source_hash: str, made: dict | None = None) -> list[Gate
     evidence.let_go()  # of what the making of the checkpoint left behind
     asked = checks(job.recipe.claim)
     if made:  # those on the record run the source, and so come first
-        record = (calibration_gates.picture_gate, *record_gates.on_record(job.recipe.claim))
-        asked = (*record, *asked)
+        asked = (*ON_RECORDS, *record_gates.on_record(job.recipe.claim), *asked)
     gates = Bar(asked, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]
