@@ -70,8 +70,10 @@ def _costs(found: list[Table]) -> Iterator[str]:
 
 
 def _ends(cell: str) -> tuple[float, float]:
-    values = [float(n) for n in numbers(cell)]
-    return min(values), max(values)
+    """The least and the largest value that a cell may have been rounded from."""
+    halves = [(float(n), 0.5 * 10.0 ** -len(n.partition(".")[2])) for n in numbers(cell)]
+    low, high = min(v - half for v, half in halves), max(v + half for v, half in halves)
+    return max(low, 1e-9), high
 
 
 def _cost_sentences(markdown: str, found: list[Table]) -> Iterator[str]:
