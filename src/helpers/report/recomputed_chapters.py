@@ -36,11 +36,11 @@ def _due_mark(figures: Recomputed, at: tuple[str, str], name: str) -> str:
     for c, row in figures.rows.items():
         if (c.model, c.variant, c.dataset, c.baseline) == (*at, name, figures.study.baseline):
             return {"invalid": "✗", "uninformative": "○"}.get(row["verdict"], "")
-    if _failing(figures, at, (WHOLE_VARIANT, name)):
-        return "✗"
     adapter = figures.study.evaluation.datasets[name].adapter
     rows = figures.asked[at].predictions[name]
-    return "" if informative(adapter, rows, figures.drawing) else "○"
+    if not informative(adapter, rows, figures.drawing):
+        return "○"
+    return "✗" if _failing(figures, at, (WHOLE_VARIANT, name)) else ""
 
 
 def _marks(found: list[Table], figures: Recomputed) -> Iterator[str]:
