@@ -38,6 +38,7 @@ KINDS = {
     "beginnings": "Beginnings of plain text",
     "checkpoint": "Checkpoints: smoothing, weights, scales, metadata",
     "calibration": "Calibration and the source model",
+    "training": "Fine-tuning: its items, loss and steps",
     "model": "The model that is asked",
     "answers": "Answers: given, filed, scored",
     "report": "Files, and numbers of the report",

@@ -12,7 +12,7 @@ from functools import wraps
 
 import pytest
 
-from benchmarks.gate_names import BASELINE, BEFOREHAND, COMPARISONS, REFUSED, VERDICTS
+from benchmarks import gate_names as names
 
 
 class Notes:
@@ -48,17 +48,21 @@ def pytest_configure(config) -> None:
 
     def error(self, text):
         refused(self, text)
-        NOTES.failed(REFUSED, True)
+        NOTES.failed(names.REFUSED, True)
 
     Gate.__init__, StudyError.__init__ = gate, error
-    _watch(recomputed_comparisons, "disagreements", COMPARISONS)
-    _watch(recompute, "recompute", VERDICTS, lambda found: found[1])
-    _watch(validity, "uninformative_reason", BASELINE)
+    _watch(recomputed_comparisons, "disagreements", names.COMPARISONS)
+    _watch(recompute, "recompute", names.VERDICTS, lambda found: found[1])
+    _watch(recompute, "wrong_sentences", names.SENTENCES)
+    _watch(recompute, "wrong_chapters", names.CHAPTERS)
+    _watch(recompute, "wrong_costs", names.COSTS)
+    _watch(recompute, "wrong_records", names.RECORDS)
+    _watch(validity, "uninformative_reason", names.BASELINE)
     true = preflight.problems
 
     def problems(*args, **options):
         for line in true(*args, **options):
-            NOTES.failed(BEFOREHAND, True)
+            NOTES.failed(names.BEFOREHAND, True)
             yield line
 
     preflight.problems = problems

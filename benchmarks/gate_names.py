@@ -14,12 +14,20 @@ from helpers.study.paths import PROJECT
 SOURCE = PROJECT / "src" / "helpers"
 COMPARISONS = "figures that follow from the answers"
 VERDICTS = "make verdicts"
+SENTENCES = "sentences of the report made again"
+CHAPTERS = "chapters of the report made again"
+COSTS = "costs of the report made again"
+RECORDS = "what a report prints of its notebooks"
 BASELINE = "a baseline that can tell"
 BEFOREHAND = "sources looked at before the first job"
 REFUSED = "refused in one line"
 CHECKS = {  # what catches a failure and is no gate
     COMPARISONS: "evaluation.recomputed_comparisons",
     VERDICTS: "report.recompute",
+    SENTENCES: "report.recomputed_sentences",
+    CHAPTERS: "report.recomputed_chapters",
+    COSTS: "report.recomputed_costs",
+    RECORDS: "report.recomputed_records",
     BASELINE: "evaluation.validity",
     BEFOREHAND: "evaluation.preflight",
     REFUSED: "study.errors",

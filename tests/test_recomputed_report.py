@@ -18,7 +18,15 @@ from helpers.study.paths import PROJECT
 from test_report import make_job  # noqa: F401 - a fixture
 
 DEMO = PROJECT / "outputs" / "demo"
-OWN = {"published_numbers", "recomputed_summary", "recomputed_tables"}
+OWN = {
+    "published_numbers",
+    "recomputed_summary",
+    "recomputed_tables",
+    "recomputed_sentences",
+    "recomputed_chapters",
+    "recomputed_costs",
+    "recomputed_records",
+}
 
 
 @pytest.fixture

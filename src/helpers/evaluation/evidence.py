@@ -14,7 +14,8 @@ from helpers.evaluation.predictions import (
     read_passage_rows,
     read_predictions,
 )
-from helpers.evaluation.prompts import Prompt, prompt
+from helpers.evaluation.prompt_gates import Shown, answer_opening, order_gate
+from helpers.evaluation.prompts import Prompt, asked_tokens, prompt
 from helpers.evaluation.reference import read_reference, read_shaken
 from helpers.evaluation.second_opinion import (
     LOOKED_AT,
@@ -23,21 +24,27 @@ from helpers.evaluation.second_opinion import (
     SecondOpinion,
     second_opinion,
 )
+from helpers.evaluation.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.sources.conversations import EXAMPLES
 from helpers.sources.datasets import (
     calibration_items,
     evaluation_items,
+    load_items,
     shared_passages,
     training_items,
 )
+from helpers.sources.finetuning import settings_of
 from helpers.sources.items import Item
+from helpers.sources.models import model_folder
+from helpers.sources.numbers import gold_number
 from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.sources.raw_rows import raw_digests
+from helpers.sources.rows import load_rows
 from helpers.study.activity import Bar, doing
 from helpers.study.gates import Gate, as_record
 from helpers.study.opening import Job
 from helpers.study.records import read_json
-from helpers.study.schema import Study
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.source_settings import FineTunedModel
 
 NOBODY = NoOpinion()
@@ -87,12 +94,22 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         loaded=tuple(loaded),
         recomputed=recomputed,
         training=training_results(job),
+        trained=trained_gates(job, tokenizer),
         raw={
             name: raw_digests(wanted.source, adapter=wanted.adapter)
             for name, wanted in study.evaluation.datasets.items()
         },
+        texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
+        pools={name: pool_of(wanted) for name, wanted in study.evaluation.datasets.items()},
         opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
     )
+
+
+def pool_of(wanted: EvaluationSet) -> list[Item]:
+    """The items that a set may be drawn from, as its settings say."""
+    items = load_items(wanted.source, adapter=wanted.adapter)
+    numeric = wanted.keep == "numeric_answers"
+    return [item for item in items if not numeric or gold_number(item.golds[0]) is not None]
 
 
 def training_results(job: Job) -> dict | None:
@@ -101,6 +118,22 @@ def training_results(job: Job) -> dict | None:
         return None
     record = job.paths.finetuned_model(job.model) / "record.json"
     return read_json(record, made_by="00_finetuning")["results"]
+
+
+def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
+    """Gates on the fine-tuning of the job's model; asked once, with the baseline."""
+    results = training_results(job)
+    if results is None or job.variant != job.study.baseline:
+        return ()
+    settings, (drawn, heldout) = (f(job.study, job.model) for f in (settings_of, training_items))
+    folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
+    start = model_folder(job.study, settings.start, job.paths)
+    return (
+        order_gate("training items as the seed draws them", drawn, seed=job.study.seed),
+        steps_gate(settings, results),
+        weights_gate(start, folder, settings, results, dtype=dtype),
+        loss_gate(folder, tokenizer, heldout, results, dtype=dtype),
+    )
 
 
 def opinions(
@@ -131,13 +164,21 @@ def asked_now(study: Study, tokenizer, own) -> dict[str, list[Asked]]:
         tokenizer: renders them.
         own: the source's tokenizer as transformers loads it, which makes tokens of them.
     """
+    opening = answer_opening(tokenizer)
+
+    def told(asked: Prompt) -> Asked:
+        handed = len(asked_tokens(tokenizer, asked).context)
+        whole = len(own(asked.text, add_special_tokens=False).input_ids)
+        texts = asked.text, tuple(asked.continuations)
+        return asked_of(own, asked, Shown(asked.item, *texts, opening, handed, whole))
+
     return {
-        name: [asked_of(own, prompt(i, wanted, tokenizer)) for i in evaluation_items(study, name)]
+        name: [told(prompt(item, wanted, tokenizer)) for item in evaluation_items(study, name)]
         for name, wanted in study.evaluation.datasets.items()
     }
 
 
-def asked_of(tokenizer, asked: Prompt) -> Asked:
+def asked_of(tokenizer, asked: Prompt, shown: Shown) -> Asked:
     """A prompt with its tokens, and the digest of both that a prediction has to have stored.
 
     The digest is written out again, so that one of the words alone is seen.
@@ -147,7 +188,7 @@ def asked_of(tokenizer, asked: Prompt) -> Asked:
     options = [whole[len(context) :] for whole in wholes]
     told = [asked.text, list(asked.continuations), context, options]
     text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-    return Asked(asked.item, sha256(text.encode()).hexdigest()[:16], len(context))
+    return Asked(asked.item, sha256(text.encode()).hexdigest()[:16], len(context), shown)
 
 
 def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:

@@ -7,6 +7,7 @@ against the baseline in `conduct`; whether an answer depends on its batch in `in
 from collections import Counter
 from dataclasses import dataclass, field
 
+from helpers.evaluation import prompt_gates
 from helpers.evaluation.absolute_gates import (
     plain_text_gate,
     trained_on_gate,
@@ -16,6 +17,7 @@ from helpers.evaluation.conduct import conduct_gates
 from helpers.evaluation.invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.passage_gates import recomputed_gates
+from helpers.evaluation.prompt_gates import Shown, contents_gate, draw_gate
 from helpers.evaluation.range_gates import range_gate
 from helpers.evaluation.recomputed_answers import rescored
 from helpers.evaluation.reference_gates import (
@@ -23,6 +25,7 @@ from helpers.evaluation.reference_gates import (
     reference_gates,
     same_reference_gate,
 )
+from helpers.evaluation.second_scoring import second_reading_gate
 from helpers.sources.items import Item
 from helpers.study.gates import WHOLE_VARIANT, Gate, none_of
 from helpers.study.schema import EvaluationSet, Study
@@ -35,6 +38,7 @@ class Asked:
     item: Item
     hash: str
     tokens: int
+    shown: Shown | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,9 @@ class Evidence:
             `full_logits`; None if they were not.
         training: results of the record of the model's fine-tuning; None if there was none.
         raw: by set and item id, hashes of the raw rows, taken before any adapter.
+        pools: by set, the items it is drawn from.
+        texts: raw passages of the shared text's source.
+        trained: gates on the fine-tuning, made with the trained model's files.
         opinions: gates on its answers by transformers' own forward pass, with what they guard.
     """
 
@@ -80,6 +87,9 @@ class Evidence:
     training: dict | None = None
     raw: dict[str, dict[str, set[str]]] = field(default_factory=dict)
     opinions: tuple[tuple[str, Gate], ...] = ()
+    pools: dict[str, list[Item]] = field(default_factory=dict)
+    trained: tuple[Gate, ...] = ()
+    texts: set[str] = field(default_factory=set)
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -99,6 +109,7 @@ def shared_gates(e: Evidence) -> list[Gate]:
         finite_gate(e.predictions, e.metrics["shared_text"]),
         owner_gate("shared text of this variant", e.passages, e.model, e.variant),
         passages_gate(e.passages, e.baseline_passages),
+        prompt_gates.passages_gate(e.passages, e.texts, seed=e.study.seed),
         range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
         *recomputed_gates(e.passages, e.metrics["shared_text"], e.recomputed, is_baseline=not held),
         *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
@@ -114,7 +125,7 @@ def absolute_gates(e: Evidence) -> list[Gate]:
     if not e.training:
         return gates
     drawn = [item.id for item in e.seen.get("training", [])]
-    return [*gates, training_gate(e.training), trained_on_gate(e.training, drawn)]
+    return [*gates, training_gate(e.training), trained_on_gate(e.training, drawn), *e.trained]
 
 
 def dataset_gates(e: Evidence, name: str) -> list[Gate]:
@@ -132,7 +143,10 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
         prompts_gate(rows, asked),
         same_prompts_gate(rows, before),
         length_gate(rows, asked),
+        contents_gate(wanted, [a.shown for a in asked if a.shown]),
+        draw_gate(items, e.pools.get(name, []), seed=e.study.seed),
         rescored_gate(wanted, rows, asked),
+        second_reading_gate(wanted, rows),
         range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
         *conduct_gates(wanted, rows, before),
         raw_rows_gate(rows, items, e.raw.get(name, {})),

@@ -108,3 +108,25 @@ def _macro_f1(rows: list[dict]) -> float:
     said = Counter(row["parsed"] for row in rows)
     hits = Counter(row["parsed"] for row in rows if row["parsed"] == row["golds"][0])
     return math.fsum(2 * hits[c] / (said[c] + due[c]) for c in due) / len(due)
+
+
+def best_fixed_score(adapter: str, rows: list[dict]) -> float:
+    """What the best fixed answer scores: one label, one text, or always abstaining.
+
+    Of word problems only golds in the same words or digits are taken for one answer.
+    """
+    golds = [[_bare(gold, adapter) for gold in row["golds"]] for row in rows]
+    due = Counter(text for texts in golds for text in set(texts))
+    best = max(due.values(), default=0)
+    if adapter == "squad_v2":
+        best = max(best, sum(not texts for texts in golds))
+    return best / len(rows)
+
+
+def _bare(gold: str, adapter: str) -> str:
+    if adapter == "arc" and gold.isdigit():
+        return chr(ord("A") + int(gold) - 1)
+    if adapter == "squad_v2":
+        words = "".join(c for c in gold.lower() if c.isalnum() or c.isspace()).split()
+        return " ".join(word for word in words if word not in ("a", "an", "the"))
+    return gold.strip().removeprefix("$").replace(",", "").removesuffix(".0")

@@ -1,6 +1,8 @@
 """Gates on the calibration: whose texts it read, all of them, and nothing but them."""
 
 import math
+from hashlib import sha256
+from itertools import pairwise
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -9,7 +11,8 @@ from helpers.quantization.evidence import Evidence
 from helpers.quantization.gates import gate, named
 from helpers.quantization.probing import first_block_only, input_maxima
 from helpers.sources.datasets import evaluation_items, load_items, training_items
-from helpers.sources.items import Item, normalized_text
+from helpers.sources.items import Item, item_key, normalized_text
+from helpers.sources.rows import load_rows
 from helpers.study.architectures import HEAD
 from helpers.study.source_settings import FineTunedModel
 
@@ -38,6 +41,48 @@ def items_gate(evidence: Evidence):
         f"the statistics; {results['truncated_items']} truncated",
         f"{asked.items} items, {tokens} tokens in both, none truncated",
     )
+
+
+@gate("calibration reads questions and solutions whole")
+def texts_gate(evidence: Evidence):
+    """The tokens of every item, as text again, hold what its raw row says.
+
+    Spaces are left out, since a tokenizer may write them otherwise.
+    """
+    asked, odd = evidence.job.study.calibration, []
+    raw = load_rows(asked.dataset)
+    rows = {_bare(row.get("problem") or row.get("question")): row for row in raw}
+    for item, tokens in zip(evidence.items, evidence.tokens, strict=True):
+        row = rows.get(_bare(item.question), {})
+        text = _bare(evidence.tokenizer.decode(tokens))
+        question, solution = _bare(item.question), _bare(row.get("generated_solution") or "")
+        passage = _bare(row.get("context") or row.get("passage") or "")
+        if not row or question not in text or passage not in text or not text.endswith(solution):
+            odd.append(item.id)
+    return not odd, f"{len(odd)} of {len(evidence.items)} lack a part{named(odd)}", "none"
+
+
+@gate("calibration items in the seed's order")
+def order_gate(evidence: Evidence):
+    """Whatever was left out of the draw, the others lie in the order of the seed."""
+    seed = evidence.job.study.seed
+    lots = [sha256(f"{seed}:{item_key(i)}".encode()).hexdigest() for i in evidence.items]
+    titled = any(item.title for item in evidence.items)  # drawn title by title
+    odd = 0 if titled else sum(a > b for a, b in pairwise(lots))
+    return not odd, f"{odd} of {len(lots)} lie before one that the seed draws first", "none"
+
+
+@gate("the pictured input is the largest")
+def picture_gate(evidence: Evidence):
+    """The item of the outlier picture has the largest value that its Linear was given."""
+    [(name, seen)] = load_file(evidence.calibration_folder / "surface.safetensors").items()
+    top, due = seen.max().item(), evidence.absmax[name].max().item()
+    room = CHAIN * evidence.config.num_hidden_layers * evidence.rounding(evidence.widest)
+    return math.isclose(top, due, rel_tol=room), f"{name}: {top:.6g}", f"{due:.6g}"
+
+
+def _bare(text: str) -> str:
+    return "".join(text.split())
 
 
 @gate("calibration apart from evaluation and training")

@@ -37,11 +37,12 @@ class Evidence(HeldModels):
     Args:
         job: the model and variant at hand.
         source_hash: content hash of the source's folder before the run touched anything.
+        made: what the record of the quantization will say.
     """
 
-    def __init__(self, job: Job, *, source_hash: str):
+    def __init__(self, job: Job, *, source_hash: str, made: dict | None = None):
         super().__init__(on_own_kernels(job))
-        self.source_hash, self.claim = source_hash, job.recipe.claim
+        self.source_hash, self.claim, self.made = source_hash, job.recipe.claim, made
         self.dtype = getattr(torch, job.study.runtime.dtype)
         self.calibration_folder = job.paths.calibration(job.model)
         self._declared: dict[SmoothingGroup, Tensor] = {}

@@ -11,6 +11,7 @@ from helpers.quantization import (
     calibration_gates,
     checkpoint_gates,
     metadata_gates,
+    record_gates,
     runtime_gates,
     tokenizer_gates,
 )
@@ -29,6 +30,11 @@ ON_FILES = (
     calibration_gates.items_gate,
     calibration_gates.leak_gate,
     tokenizer_gates.tokenizer_gate,
+)
+ON_RECORDS = (  # what a calibration alone has left, and the making of the checkpoint told
+    calibration_gates.texts_gate,
+    calibration_gates.order_gate,
+    calibration_gates.picture_gate,
 )
 ON_INT8_FILES = (
     checkpoint_gates.grid_gate,
@@ -52,14 +58,18 @@ def checks(claim: Variant) -> tuple:
     return (*ON_FILES, *ON_INT8_FILES, *static, *running, *ON_INT8_LAYERS)
 
 
-def verify(job: Job, *, source_hash: str) -> list[Gate]:
+def verify(job: Job, *, source_hash: str, made: dict | None = None) -> list[Gate]:
     """Hold the job's checkpoint, as saved, to all it claims.
 
     Args:
         job: the model and variant whose checkpoint, source and calibration are read.
         source_hash: content hash of the source's folder before the run.
+        made: what the record of the quantization will say; None asks nothing of it.
     """
-    evidence = Evidence(job, source_hash=source_hash)
+    evidence = Evidence(job, source_hash=source_hash, made=made)
     evidence.let_go()  # of what the making of the checkpoint left behind
-    gates = Bar(checks(job.recipe.claim), desc="checks on the checkpoint", unit="check")
+    asked = checks(job.recipe.claim)
+    if made:  # those on the record run the source, and so come first
+        asked = (*ON_RECORDS, *record_gates.on_record(job.recipe.claim), *asked)
+    gates = Bar(asked, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]

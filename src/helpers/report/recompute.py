@@ -18,6 +18,11 @@ from pathlib import Path
 from helpers.evaluation.answers import Published, read_answers
 from helpers.evaluation.recomputed_answers import rescored
 from helpers.evaluation.recomputed_verdicts import comparison_rows
+from helpers.evaluation.second_scoring import misread
+from helpers.report.recomputed_chapters import wrong_chapters
+from helpers.report.recomputed_costs import wrong_costs
+from helpers.report.recomputed_records import wrong_records
+from helpers.report.recomputed_sentences import wrong_sentences
 from helpers.report.recomputed_summary import (
     edited_tables,
     wrong_comparisons,
@@ -74,6 +79,8 @@ def _wrong_report(paths: StudyPaths, figures: Recomputed) -> list[str]:
         return []
     text = path.read_text("utf-8")
     told = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
+    told += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
+    told += wrong_records(text, figures, paths.notebooks)
     return told + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 
 
@@ -125,6 +132,8 @@ def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
                 continue
             again = rescored(wanted, item, row)
             odd = [key for key, value in again.items() if row.get(key) != value]
+            if not odd and (other := misread(wanted, row)):
+                odd = [other]
             told += [f"{at} {row['id']}: {key} does not follow from the answer" for key in odd]
     return told
 

@@ -1,0 +1,77 @@
+"""What report.md says of calibrations, recipes and outliers held to the notebooks that made them.
+
+The notebooks are published as they ran, with what they printed. Where one is not kept nothing
+is checked.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from helpers.report.published_numbers import numbers, plain, tables
+from helpers.report.recomputed_tables import Recomputed
+
+PRINTED = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
+OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +([\d.]+) +([\d.]+) ", re.M)
+STEP = 0.05  # of what the notebook shows, which has one decimal
+
+
+def wrong_records(markdown: str, figures: Recomputed, notebooks: Path) -> list[str]:
+    """Every cell that is not what its notebook printed, with its place."""
+    told = []
+    for table in tables(markdown):
+        columns, rows = set(table.columns), map(table.by_column, table.rows)
+        if {"model", "items", "tokens", "cut short"} <= columns:
+            told += [line for row in rows for line in _calibration(row, notebooks)]
+        elif table.columns == ("variant", "recipe"):
+            told += [line for row in rows for line in _recipe(row, figures, notebooks)]
+        elif {"Linear", "median channel", "ratio"} <= columns:
+            model = table.heading.removeprefix("Model ")
+            told += [line for row in rows for line in _outlier(row, model, notebooks)]
+    return [f"report.md, {line}" for line in told]
+
+
+def _outputs(path: Path) -> str:
+    """All that a notebook printed or showed as text; empty where it is not kept."""
+    if not path.is_file():
+        return ""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    found = [output for cell in cells for output in cell.get("outputs", ())]
+    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in found]
+    return "\n".join("".join(text) for text in texts)
+
+
+def _calibration(row: dict[str, str], notebooks: Path) -> Iterator[str]:
+    model = plain(row["model"])
+    printed = PRINTED.search(_outputs(notebooks / f"01_calibration.{model}.ipynb"))
+    said = [numbers(row[column])[0] for column in ("items", "tokens")]
+    if printed and said != [n.replace(",", "") for n in printed.groups()]:
+        yield f"calibration of {model}: {' items, '.join(said)} tokens, it printed {printed[0]!r}"
+
+
+def _recipe(row: dict[str, str], figures: Recomputed, notebooks: Path) -> Iterator[str]:
+    variant = plain(row["variant"])
+    paths = notebooks.glob(f"02_quantization.*.{variant}.ipynb")
+    printed = [
+        line
+        for path in paths
+        if path.name.split(".")[1] in figures.study.models
+        for line in _outputs(path).splitlines()
+        if " weights" in line and "activations" in line
+    ]
+    said = plain(row["recipe"])
+    if printed and not any(line.strip() in said for line in printed):
+        yield f"recipe of {variant}: {said[:80]!r}, it printed {printed[0][:80]!r}"
+
+
+def _outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator[str]:
+    shown = _outputs(notebooks / f"01_calibration.{model}.ipynb")
+    for name, channel, largest, median in OUTLIER.findall(shown):
+        if name != plain(row["Linear"]):
+            continue
+        pairs = ((row["largest"], largest), (row["median channel"], median))
+        values = [(float(numbers(cell)[0]), float(due)) for cell, due in pairs]
+        near = all(abs(a - b) <= STEP + 0.006 * abs(b) for a, b in values)
+        if numbers(row["channel"])[0] != channel or not near:
+            yield f"Model {model}, {name}: {values}, channel {channel} in its calibration"
