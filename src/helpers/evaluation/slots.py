@@ -7,9 +7,10 @@ the other slots change what a row computes.
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from helpers.evaluation.packing import Segment
-from helpers.sources.onednn import widened
+from helpers.sources.onednn import grouped_product, widened
 
 WIDTH_STEP = 16  # matrix products sum alike at multiples of the vector width
 
@@ -29,7 +30,7 @@ class Slots:
         self.offset = sum(len(s.tokens) for s in shared)
         self.lengths = torch.zeros(count, dtype=torch.long)  # tokens in each slot
         self._own: dict[int, tuple[Tensor, Tensor]] = {}  # each (count, key_heads, width, dim)
-        self._common: dict[int, tuple[Tensor, Tensor]] = {}  # each (key_heads, shared, dim)
+        self._common: dict[int, tuple[Tensor, Tensor]] = {}  # as `_common_of` returns them
         self._hidden: dict[int | None, tuple[Tensor | None, Tensor | None]] = {}
 
     def fill(self, slot: int, segments: list[Segment]) -> None:
@@ -105,29 +106,35 @@ class Slots:
         q, own_keys, own_values = widened(q, keys[:rows, :, :width], values[:rows, :, :width])
         scores = q @ own_keys.transpose(-1, -2)  # (rows, groups, queries, width)
         scores.masked_fill_(beyond_own.to(scores.device), float("-inf"))
+        padded = 0
         if shared:
             common_keys, common_values = self._common_of(layer)
+            padded = common_keys.shape[1]
             flat = q.transpose(0, 1).reshape(groups, -1, dim)  # (groups, rows · queries, dim)
-            common = (flat @ common_keys.transpose(1, 2)).view(groups, rows, -1, shared)
+            common = grouped_product(flat, common_keys).view(groups, rows, -1, padded)
+            common[..., shared:] = float("-inf")
             common = common.transpose(0, 1)
             if beyond_common is not None:
-                common = common.masked_fill(beyond_common.to(common.device), float("-inf"))
+                common[..., :shared].masked_fill_(beyond_common.to(common.device), float("-inf"))
             scores = torch.cat([common, scores], dim=-1)
         precision = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(-1, dtype=precision).to(own_values.dtype)
-        mixed = weights[..., shared:] @ own_values
+        mixed = weights[..., padded:] @ own_values
         if shared:
-            flat = weights[..., :shared].transpose(0, 1).reshape(groups, -1, shared)
-            mixed = mixed + (flat @ common_values).view(groups, rows, -1, dim).transpose(0, 1)
+            flat = weights[..., :padded].transpose(0, 1).reshape(groups, -1, padded)
+            read = grouped_product(flat, common_values).view(groups, rows, -1, dim)
+            mixed = mixed + read.transpose(0, 1)
         return mixed.to(value.dtype).reshape(rows, heads, dim).transpose(0, 1)[None]
 
     def _common_of(self, layer: int) -> tuple[Tensor, Tensor]:
+        """(key_heads, padded, dim) keys and (key_heads, dim, padded) values of what is shared.
+
+        They are padded with zeros to a multiple of WIDTH_STEP, as a slot is.
+        """
         if layer not in self._common:
             kept = [s.memory[layer] for s in self.shared]
-            self._common[layer] = widened(
-                *(
-                    torch.cat([pair[part] for pair in kept], dim=2)[0].contiguous()
-                    for part in (0, 1)
-                )
-            )
+            keys, values = (torch.cat([pair[part] for pair in kept], dim=2)[0] for part in (0, 1))
+            after = (0, 0, 0, -keys.shape[1] % WIDTH_STEP)
+            keys, values = widened(pad(keys, after), pad(values, after))
+            self._common[layer] = keys.contiguous(), values.transpose(1, 2).contiguous()
         return self._common[layer]

@@ -40,6 +40,20 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _multiplied(x, weight, bias)
 
 
+def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+    """(groups, rows, outer) x @ weightᵀ of every group, a row the same among any 16 or more.
+
+    MKL's batched product depends on the number of rows with AVX2, and elsewhere at outer = 1.
+
+    Args:
+        x: (groups, rows, inner).
+        weight: (groups, outer, inner).
+    """
+    if not _by_onednn(x, weight):
+        return x @ weight.transpose(1, 2)
+    return torch.stack([product(*pair) for pair in zip(x, weight, strict=True)])
+
+
 def is_emulated(x: Tensor) -> bool:
     """Whether x is bfloat16 on a CPU that has no instructions for its products."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not has_bfloat16_units()
