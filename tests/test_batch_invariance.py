@@ -9,7 +9,10 @@ import torch
 
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.evaluation.packing import Segment
+from helpers.evaluation.slots import Slots
 from helpers.quantization.int8 import load_int8
+from helpers.sources.batching import FEWEST_ROWS
 from helpers.sources.models import load_model
 
 FLOAT = "float32"
@@ -56,6 +59,34 @@ def test_generation(model, limits):
     cuts = [() if whole(model) else (len(FIRST),)] * len(PROMPTS)
     alone = [generated(model, [p], (10**6, 16), cuts[:1])[0] for p in PROMPTS]
     assert generated(model, PROMPTS, limits, cuts) == alone
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("own", [9, 300, 571, 790])
+@pytest.mark.parametrize("beside", [0, 16, 100, 700])
+@pytest.mark.parametrize("dim", [16, 64])
+def test_a_slot_beside_longer_ones(threads, own, beside, dim):
+    """The newest token of one answer, its slot as wide as the longest answer beside it."""
+
+    def mixed(lengths: list[int]):
+        slots = Slots(FEWEST_ROWS, max(lengths) + 1, (drawn(99, 5),))
+        for slot, length in enumerate(lengths):
+            slots.fill(slot, [drawn(slot, length)])
+        slots.step(len(lengths), FEWEST_ROWS - len(lengths), "cpu")
+        query, key, value = newest
+        return slots.attend(0, query, key, value, scaling=dim**-0.5, window=None)[:, :, 0]
+
+    def drawn(seed: int, length: int) -> Segment:
+        generator = torch.Generator().manual_seed(seed)
+        memory = torch.randn(2, 1, 2, length, dim, generator=generator)
+        return Segment([0] * length, memory={0: tuple(memory)})
+
+    generator = torch.Generator().manual_seed(7)
+    newest = [torch.randn(1, n, FEWEST_ROWS, dim, generator=generator) for n in (4, 2, 2)]
+    torch.set_num_threads(threads)
+    found = mixed([own, own + beside, 5])
+    torch.set_num_threads(1)
+    assert torch.equal(found, mixed([own]))
 
 
 @pytest.mark.parametrize("limits", LIMITS)

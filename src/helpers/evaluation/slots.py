@@ -13,6 +13,7 @@ from helpers.evaluation.packing import Segment
 from helpers.sources.onednn import grouped_product, widened
 
 WIDTH_STEP = 16  # matrix products sum alike at multiples of the vector width
+SUMMED = 256  # keys summed in one product on a CPU; libraries cut up sums of more than 384
 
 
 class Slots:
@@ -119,7 +120,7 @@ class Slots:
             scores = torch.cat([common, scores], dim=-1)
         precision = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(-1, dtype=precision).to(own_values.dtype)
-        mixed = weights[..., padded:] @ own_values
+        mixed = in_pieces(weights[..., padded:], own_values)
         if shared:
             flat = weights[..., :padded].transpose(0, 1).reshape(groups, -1, padded)
             read = grouped_product(flat, common_values).view(groups, rows, -1, dim)
@@ -138,3 +139,18 @@ class Slots:
             keys, values = widened(pad(keys, after), pad(values, after))
             self._common[layer] = keys.contiguous(), values.transpose(1, 2).contiguous()
         return self._common[layer]
+
+
+def in_pieces(weights: Tensor, values: Tensor) -> Tensor:
+    """weights @ values, (…, queries, width) and (…, width, head_dim), summed piece by piece.
+
+    A library cuts a long sum where its length tells it to, so that keys of weight zero would
+    change the others' sum. Off CPUs, where no sum is the same in any company, in one piece.
+    """
+    width = weights.shape[-1]
+    size = SUMMED if weights.device.type == "cpu" else width
+    mixed = weights[..., :size] @ values[..., :size, :]
+    for start in range(size, width, size):
+        piece = slice(start, start + size)
+        mixed = mixed + weights[..., piece] @ values[..., piece, :]
+    return mixed
