@@ -89,6 +89,33 @@ def test_a_slot_beside_longer_ones(threads, own, beside, dim):
     assert torch.equal(found, mixed([own]))
 
 
+@pytest.mark.parametrize("shared", [1, 5, 37, 131, 301])
+@pytest.mark.parametrize("shape", [(1, 1, 16), (4, 4, 16), (4, 2, 32), (9, 3, 64)])
+def test_what_all_answers_share_among_few_and_many(shared, shape):
+    """The newest token of the first slots, by how many slots read the same beginning."""
+    heads, groups, dim = shape
+
+    def drawn(seed: int, length: int) -> Segment:
+        generator = torch.Generator().manual_seed(seed)
+        memory = torch.randn(2, 1, groups, length, dim, generator=generator)
+        return Segment([0] * length, memory={0: tuple(memory)})
+
+    def mixed(rows: int):
+        slots = Slots(64, 20, (drawn(99, shared),))
+        for slot in range(rows):
+            slots.fill(slot, [drawn(slot, 9)])
+        slots.step(rows, 0, "cpu")
+        query, key, value = (x[:, :, :rows] for x in newest)
+        found = slots.attend(0, query, key, value, scaling=dim**-0.5, window=None)
+        return found[:, :, :FEWEST_ROWS]
+
+    generator = torch.Generator().manual_seed(7)
+    newest = [torch.randn(1, n, 64, dim, generator=generator) for n in (heads, groups, groups)]
+    many = mixed(64)
+    for rows in (16, 17, 24, 40):
+        assert torch.equal(mixed(rows), many), rows
+
+
 @pytest.mark.parametrize("limits", LIMITS)
 def test_log_likelihood(model, limits):
     cut = () if whole(model) else (len(FIRST),)

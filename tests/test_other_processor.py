@@ -1,9 +1,12 @@
 """A whole study on a machine that is kept to AVX2: the stand-in for a processor without more."""
 
 import json
+import os
+import subprocess
 
 import pytest
 
+from helpers.study.paths import PROJECT
 from smoke_study import Smoke
 
 pytestmark = pytest.mark.long
@@ -28,6 +31,20 @@ def test_every_gate_holds(kept_to_avx2):
     checked = gates(kept_to_avx2)
     assert len(checked) == 20  # two models: six evaluations and four checkpoints each
     assert not [g for each in checked.values() for g in each if not g["passed"]]
+
+
+def test_an_answer_is_the_same_in_any_company():
+    """MKL's products of a few rows are other ones with AVX2."""
+    wanted = "ARGS=-n0 -q tests/test_batch_invariance.py"
+    done = subprocess.run(
+        ["make", "test", "PROCESSOR=avx2", wanted],
+        cwd=PROJECT,
+        env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
 
 
 def test_the_records_and_the_report_say_what_the_processor_lacks(kept_to_avx2):
