@@ -1,7 +1,9 @@
 """A command done by a fork of a process that has loaded torch is done as it would be here."""
 
+import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -133,6 +135,20 @@ def test_ctrl_c_and_terminate_reach_the_fork(project, tmp_path):
     process.terminate()
     assert process.wait(SECONDS) == -signal.SIGTERM
     assert gone(fork)
+
+
+def test_an_asker_that_is_killed_while_it_asks_harms_no_other(project):
+    told = module(project, "print('served')")
+    job = {"arguments": ["answer", told], "environment": {}, "folder": str(project)}
+    message = json.dumps(job).encode()
+    for sent in (b"", warm.LENGTH.pack(len(message)), warm.LENGTH.pack(len(message)) + message):
+        with socket.socket(socket.AF_UNIX) as asker, open(os.devnull, "r+b") as nothing:
+            asker.connect(f"\0{os.environ[warm.ADDRESS]}")
+            if sent:
+                socket.send_fds(asker, [sent], [nothing.fileno()] * 3)
+            if sent.endswith(message):  # the fork is made, and nobody waits for its number
+                asker.shutdown(socket.SHUT_RD)
+        assert answer(project, told).stdout == "served\n"
 
 
 def test_without_it_and_for_other_commands_all_is_done_here(monkeypatch):

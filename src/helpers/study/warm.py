@@ -176,29 +176,31 @@ def forked_jobs(listener: socket.socket) -> dict:
 
 def _forked(awaited: selectors.BaseSelector, listener: socket.socket) -> dict | None:
     """Fork for one asker; returns its job in the fork, and nothing in this process."""
-    connection, _ = listener.accept()
-    connection.settimeout(PATIENCE_S)
-    streams: list[int] = []
+    connection, streams, server = None, [], os.getpid()
     try:
+        connection, _ = listener.accept()
+        connection.settimeout(PATIENCE_S)
         asker = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         if struct.unpack("3i", asker)[1] != os.getuid():
             raise PermissionError
         head, streams, *_ = socket.recv_fds(connection, LENGTH.size, 3)
         job = json.loads(_received(connection, LENGTH.unpack(head)[0]))
-    except (OSError, EOFError, ValueError, struct.error):
-        connection.close()
-        job = None
-    connection.settimeout(None)
-    server = os.getpid()
-    if job and not (fork := os.fork()):
+        connection.settimeout(None)
+        fork = os.fork()
+    except (OSError, EOFError, ValueError, struct.error):  # it was killed, or is somebody else
+        fork = None
+    if fork == 0:
         listener.close()
         _become(job, connection, streams, server)
         return job
     for stream in streams:
         os.close(stream)
-    if job:
-        connection.sendall(STATUS.pack(fork))
+    if fork:
+        with contextlib.suppress(OSError):  # its asker was killed meanwhile, and it ends
+            connection.sendall(STATUS.pack(fork))
         awaited.register(os.pidfd_open(fork), selectors.EVENT_READ, (fork, connection))
+    elif connection:
+        connection.close()
     return None
 
 
