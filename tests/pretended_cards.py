@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
-CROSSING = {aten._to_copy, aten.to, aten.copy_}  # may read another device
+CROSSING = {aten._to_copy, aten.to, aten.copy_, aten.is_same_size}  # may read another device
 INDEXED = {aten.index, aten.index_put_, aten.index_put, aten._index_put_impl_}
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__}
 SCALARS = {Tensor.__int__, Tensor.__float__, Tensor.__bool__, Tensor.__index__}
