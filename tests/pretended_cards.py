@@ -45,6 +45,14 @@ class CardTensor(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         return _computed(function, args, kwargs or {})
 
+    @property
+    def data(self) -> "CardTensor":
+        return CardTensor(self.held.detach(), self.device)
+
+    @data.setter
+    def data(self, other: "CardTensor") -> None:
+        self.held = other.held
+
     def data_ptr(self) -> int:
         return self.held.data_ptr()
 

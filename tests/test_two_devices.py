@@ -17,7 +17,7 @@ from helpers.evaluation.attention import packed
 from helpers.evaluation.generation import generate_greedy
 from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.evaluation.packing import Segment, read
-from helpers.quantization import alpha, cuda_products, smoothing
+from helpers.quantization import alpha, compression, cuda_products, smoothing
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8 import Int8Linear, load_int8
 from helpers.quantization.variants import load_as, load_reference
@@ -238,6 +238,32 @@ def test_a_spread_model_is_calibrated_and_smoothed_alike(cards, family):
     torch.testing.assert_close(spread[0], whole[0])
     assert spread[1] == whole[1]
     assert_alike(spread[2], whole[2])
+
+
+@pytest.mark.parametrize("ignore", [("lm_head",), ()])
+def test_a_spread_model_is_quantized_alike(cards, ignore):
+    """compressed-tensors takes the place of a forward, and so do the hooks that move inputs."""
+
+    def quantized(model) -> tuple:
+        found = run_calibration(model, PROMPTS, batch_tokens=64)
+        variant = Variant(preset="w8a8", ignore=ignore)
+        names = compression.quantize_(model, variant, {n: each.absmax for n, each in found.items()})
+        scales = {name: model.get_submodule(name).weight_scale.cpu() for name in names}
+        ids = torch.tensor([PROMPTS[1]], device=model.device)
+        with torch.no_grad():
+            logits = model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+        return scales, logits.cpu()
+
+    untied = {"num_hidden_layers": LAYERS, "tie_word_embeddings": False}
+    whole = quantized(random_model("llama", seed=1, **untied).double())
+    model = random_model("llama", seed=1, **untied).double()  # no rounding flips
+    with cards(2):
+        spread = quantized(placed(model, settled(ASKED)))
+        assert devices_of(model) == CARDS
+        for layer in model.base_model.layers:
+            assert len(devices_of(layer)) == 1
+    torch.testing.assert_close(spread[0], whole[0])
+    torch.testing.assert_close(spread[1], whole[1])
 
 
 def test_a_record_says_which_part_ran_where(cards, tmp_path):
