@@ -34,6 +34,7 @@ PARTS = {
     "tokens": 75,
     "company": 45,
     "memory": 25,
+    "two_cards": 25,
 }
 LIMIT_S, GRACE_S, LEAST_S = 480, 10, 8
 FILE, PAGE, RUNNING = "gpu.json", "report.md", "running.json"

@@ -175,9 +175,10 @@ def dry(folder, only=""):
 
 
 def test_a_dry_run_of_the_first_parts(tmp_path):
-    found = dry(tmp_path, "card,parity")
+    found = dry(tmp_path, "card,parity,two_cards")
     assert found["parity"]["products"]["off"] == []
     assert found["parity"]["linears alike"]
+    assert found["two_cards"]["outcome"] == "a dry run on the CPU, no card: not run"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "report.md"]
 
 

@@ -109,6 +109,8 @@ def headline(name: str, part: dict, card: str) -> str:
             return "tokens read / written a second: " + ", ".join(told) if told else ""
         case "memory":
             return str(part.get("room for half a batch", {}).get("outcome", ""))
+        case "two_cards":
+            return str(part.get("outcome", ""))
     return ""
 
 

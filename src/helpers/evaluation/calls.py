@@ -250,7 +250,7 @@ class CallRecorder:
     def _absmax(self, x: Tensor, place: int) -> Tensor:
         """() largest magnitude in the text that a row is of."""
         if len(x) != self._width:  # an expert reads some of the tokens
-            owners = token_owners()
+            owners = token_owners(x.device)
             return (x if owners is None else x[owners == owners[place]]).abs().amax()
         if self._single:
             return x[place].abs().amax()

@@ -7,9 +7,11 @@ variant needs a forward pass of its own.
 
 import logging
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from helpers.quantization.layer_groups import linear_layers, quantized_linears
 from helpers.quantization.seed_recipe import apply_seed_recipe_
@@ -39,7 +41,8 @@ def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[st
     targets = quantized_linears(model, variant.ignore)
     kept = sorted(set(linear_layers(model)) - set(targets))
     modifier = QuantizationModifier(config_groups={"group_0": scheme(variant)}, ignore=kept)
-    modifier.initialize_quantization(model)
+    with _without_hooks(targets.values()):
+        modifier.initialize_quantization(model)
     modifier.start_calibration(model)
     modules = list(targets.values())
     if variant.scheme[1] == "tensor_static":
@@ -52,6 +55,24 @@ def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[st
     update_qparams(modules, "weight")
     modifier.end_calibration(model)
     return list(targets)
+
+
+@contextmanager
+def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, modules of a spread model have a plain forward, as compressed-tensors wants it.
+
+    Afterwards the hooks bring inputs, and the scales made meanwhile, to each module's device.
+    """
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    hooks = {module: module._hf_hook for module in modules if hasattr(module, "_hf_hook")}
+    for module in hooks:
+        remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        for module, hook in hooks.items():
+            add_hook_to_module(module, hook)
 
 
 def quantize_variant_(

@@ -40,7 +40,7 @@ def absmax_scale(absmax: Tensor) -> Tensor:
 
 def _tensor_absmax(x: Tensor) -> Tensor:
     """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
-    owners = token_owners()
+    owners = token_owners(x.device)
     if owners is None:
         return x.abs().amax().reshape(1)
     each = x.abs().amax(-1)

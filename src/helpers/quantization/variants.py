@@ -102,6 +102,8 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     The weights are unpacked by a hook on the whole model's first forward pass. The
     evaluation calls the decoder alone, where no hook is, so one token is read here.
     """
+    from compressed_tensors.offload import remove_dispatch
+
     with linear_experts(load_config(folder)):
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False
@@ -109,6 +111,7 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     model = model.to(device).eval()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
+    remove_dispatch(model)  # else it computes where it was loaded, wherever it is put later
     for module in model.modules():
         if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
             module.simulated = module.forward

@@ -38,7 +38,8 @@ def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
 
 FEWEST_ROWS = 16  # of a matrix product; below, libraries switch to kernels that sum otherwise
 
-_OWNERS: ContextVar[Tensor | None] = ContextVar("owners", default=None)
+# The tensor by device, the device it was given on first; a spread model reads it on several.
+_OWNERS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("owners", default=None)
 
 
 @contextmanager
@@ -48,13 +49,25 @@ def owned_by(owners: Tensor | None) -> Iterator[None]:
     Args:
         owners: (tokens,) int64, a number for every text; None if all are one text's.
     """
-    before = _OWNERS.set(owners)
+    before = _OWNERS.set(None if owners is None else {owners.device: owners})
     try:
         yield
     finally:
         _OWNERS.reset(before)
 
 
-def token_owners() -> Tensor | None:
-    """(tokens,) whose each token of the running forward pass is; None if all are one text's."""
-    return _OWNERS.get()
+def token_owners(device: torch.device | None = None) -> Tensor | None:
+    """(tokens,) whose each token of the running forward pass is; None if all are one text's.
+
+    Args:
+        device: where it is needed, copied there once for all; None for where it was given.
+    """
+    copies = _OWNERS.get()
+    if copies is None:
+        return None
+    given = next(iter(copies.values()))
+    if device is None:
+        return given
+    if device not in copies:
+        copies[device] = given.to(device)
+    return copies[device]

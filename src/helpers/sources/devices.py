@@ -4,7 +4,9 @@
 why it is not what a reader would expect, goes into the job's record.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 
 import torch
 
@@ -124,6 +126,35 @@ def placed(model, runtime: Runtime):
     places = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **whole), **whole)
     model = dispatch_model(model, device_map=places, force_hooks=True)
     return answering_where_asked(model)
+
+
+def modules_by_device(model) -> dict[str, dict[str, str]]:
+    """Which module of a spread model computes on which device, for its record; {} for a whole one.
+
+    Layers that follow one another are named by the first and the last.
+    """
+    names: dict[str, list[str]] = {}
+    for name, device in getattr(model, "hf_device_map", {}).items():
+        place = f"cuda:{device}" if isinstance(device, int) else str(device)
+        names.setdefault(place, []).append(name)
+    if len(names) < 2:
+        return {}
+    return {"modules": {place: ", ".join(_runs(each)) for place, each in names.items()}}
+
+
+def _runs(names: list[str]) -> Iterator[str]:
+    """The names, `layers.1` and `layers.2` and `layers.3` as `layers.1-3`."""
+    numbered = [(name, *name.rpartition(".")[::2]) for name in names]
+    for _, run in groupby(enumerate(numbered), key=_sequence):
+        run = [each for _, each in run]
+        first, last = run[0][0], run[-1][2]
+        yield first if len(run) == 1 else f"{first}-{last}"
+
+
+def _sequence(place: tuple[int, tuple[str, str, str]]) -> tuple[str, int | None]:
+    """The same for numbers that follow one another, and for nothing else."""
+    index, (name, parent, number) = place
+    return (parent, int(number) - index) if number.isdecimal() else (name, None)
 
 
 def answering_where_asked(model):

@@ -86,7 +86,7 @@ def _asked(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
     count = len(tokens)
     if count < FEWEST_ROWS:
         tokens = torch.cat([tokens, tokens[-1:].expand(FEWEST_ROWS - count)])
-    owners = token_owners()
+    owners = token_owners(tokens.device)
     with owned_by(None if owners is None else owners[tokens]):
         return expert(x[tokens])[:count]
 

@@ -95,7 +95,7 @@ def random_model(family: str, *, seed: int, **changes):
     from helpers.sources.experts import linear_experts
 
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
-    with torch.random.fork_rng(), linear_experts(config):
+    with torch.random.fork_rng(devices=[]), linear_experts(config):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()

@@ -113,7 +113,7 @@ class Record:
         self.inputs: dict[str, str] = {}
         self._elsewhere: list[Path] = []
         self._operations: dict[str, int] = {}
-        self._machine: dict[str, str] = {}
+        self._machine: dict = {}
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._lock = self.folder.with_name(f".{self.folder.name}.lock")
         hold(self._lock, f"{_shown(self.folder)} is being written")
@@ -131,8 +131,8 @@ class Record:
         """Note what the job computes: multiplications and additions, by arithmetic."""
         self._operations |= counted
 
-    def add_machine(self, arithmetic: dict[str, str]) -> None:
-        """Note how this machine multiplies; it is no result, and may differ from run to run."""
+    def add_machine(self, arithmetic: dict) -> None:
+        """Note how and where this machine computes; no result, it may differ from run to run."""
         self._machine |= arithmetic
 
     def write(self, results: dict) -> Path:
