@@ -85,6 +85,12 @@ def test_warnings_of_libraries_reach_what_stderr_is_then(project):
     assert done.stderr == ""
 
 
+def test_figures_are_drawn_into_the_notebook(project):
+    told = module(project, "import matplotlib", "print(matplotlib.get_backend())")
+    environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
+    assert "inline" in answer(project, told, env=environment).stdout
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [

@@ -32,6 +32,7 @@ PATIENCE_S = 10  # for one message
 PARENT = "JPY_PARENT_PID"  # by it Jupyter tells a kernel who started it
 LENGTH = struct.Struct("<I")
 STATUS = struct.Struct("<i")
+INLINE = "module://matplotlib_inline.backend_inline"  # as a kernel sets it, if nobody has
 PACKAGES = (
     "accelerate",
     "compressed_tensors",
@@ -80,7 +81,7 @@ def beside() -> Iterator[None]:
         server = Popen(
             [sys.executable, "-m", "helpers.study.warm", str(listener.fileno())],
             cwd=PROJECT,
-            env=os.environ | JOB_ENVIRONMENT,
+            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT,
             pass_fds=[listener.fileno()],
             preexec_fn=die_with_parent,
         )
