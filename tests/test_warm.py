@@ -91,6 +91,11 @@ def test_figures_are_drawn_into_the_notebook(project):
     assert "inline" in answer(project, told, env=environment).stdout
 
 
+def test_tables_are_as_wide_as_a_notebook_shows_them(project):
+    told = module(project, "import pandas", "print(pandas.get_option('display.max_columns'))")
+    assert answer(project, told).stdout == "20\n"
+
+
 @pytest.mark.parametrize(
     ("line", "code"),
     [

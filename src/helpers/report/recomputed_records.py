@@ -13,7 +13,7 @@ from helpers.report.published_numbers import numbers, plain, tables
 from helpers.report.recomputed_tables import Recomputed
 
 PRINTED = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
-OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +([\d.]+) +([\d.]+) ", re.M)
+OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
 STEP = 0.05  # of what the notebook shows, which has one decimal
 
 

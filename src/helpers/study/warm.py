@@ -159,6 +159,8 @@ def _load(packages: tuple[str, ...]) -> None:
         with contextlib.suppress(Exception):  # a fork that needs it says so
             importlib.import_module(package)
     sys.stderr = sys.__stderr__
+    if "pandas" in sys.modules:  # it looks whether a terminal's width limits its tables: here, none
+        sys.modules["pandas"].set_option("display.max_columns", 20)
     gc.freeze()  # pages that no collection touches stay shared
 
 
