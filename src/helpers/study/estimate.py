@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from helpers.study import accounts, grid, warm
+from helpers.study import accounts, fork_client, grid
 from helpers.study.errors import StudyError
 from helpers.study.execution import die_with_parent
 from helpers.study.grid import Run
@@ -162,7 +162,7 @@ def _mean_machine(measured: list[dict]) -> Machine:
     count = len(measured)
     speeds = {kind: sum(found["speeds"][kind] for found in measured) / count for kind in kinds}
     start_s = sum(found["import_s"] for found in measured) / count
-    return Machine(speeds, start_s * (FORKED_START if warm.is_there() else 1))
+    return Machine(speeds, start_s * (FORKED_START if fork_client.is_running() else 1))
 
 
 def seconds_of(

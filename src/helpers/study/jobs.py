@@ -19,8 +19,8 @@ from pathlib import Path
 from helpers.study.activity import told_by
 from helpers.study.errors import StudyError, remedy
 from helpers.study.execution import JobFailed, die_with_parent, kernel, run_notebook
+from helpers.study.fork_client import run_in_fork
 from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say, shared_file
-from helpers.study.warm import done_by_a_fork
 
 
 def job(label: str, work: Callable[[], None]) -> int:
@@ -143,7 +143,7 @@ def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> N
 
 if __name__ == "__main__":
     try:
-        code = done_by_a_fork(sys.argv[1:])
+        code = run_in_fork(sys.argv[1:])
         sys.exit(main() if code is None else code)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be stopped

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
-from helpers.study import accounts, activity, cluster, display, grid, partial, terminal, warm
+from helpers.study import accounts, activity, cluster, display, fork_client, grid, partial, terminal
 from helpers.study import estimate as estimates
 from helpers.study.beforehand import check_sources
 from helpers.study.errors import FULL, StudyError
@@ -77,7 +77,7 @@ def run_study(given: argparse.Namespace) -> int:
         return wrong
     if not given.only_report and (wrong := check_beforehand(given.study, dry=_is_dry(given))):
         return wrong
-    with _warm_process(given, study):
+    with _forking(given, study):
         return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
 
 
@@ -207,11 +207,11 @@ def _run_snakemake(
     return engine.returncode
 
 
-def _warm_process(given: argparse.Namespace, study: Study) -> AbstractContextManager:
-    """What jobs are forked off, where they can be; nothing for a report alone."""
+def _forking(given: argparse.Namespace, study: Study) -> AbstractContextManager:
+    """A fork server for the jobs if they can be forks; none for a report alone."""
     here = given.executor == LOCAL and not given.only_report
-    possible = here and warm.is_possible(gpu=may_take_gpu(study.runtime.device))
-    return warm.beside() if possible else nullcontext()
+    supported = here and fork_client.is_supported(gpu=may_take_gpu(study.runtime.device))
+    return fork_client.running() if supported else nullcontext()
 
 
 def _wait(

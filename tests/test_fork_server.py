@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import toy_project
-from helpers.study import warm
+from helpers.study import fork_client
 from process_tree import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux alone")
@@ -22,13 +22,13 @@ ANSWER = [sys.executable, "-m", "helpers.study.jobs", "answer"]
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    """A copy of the project, to which tests add modules, beside a warm process."""
-    folder = toy_project.make(tmp_path_factory.mktemp("warm"), kernels=False)
+    """A copy of the project, to which tests add modules, beside a fork server."""
+    folder = toy_project.make(tmp_path_factory.mktemp("forks"), kernels=False)
     patch = pytest.MonkeyPatch()
-    patch.setattr(warm, "PROJECT", folder)
+    patch.setattr(fork_client, "PROJECT", folder)
     for name, value in toy_project.environment(folder).items():
         patch.setenv(name, value)
-    with warm.beside():
+    with fork_client.running():
         yield folder
     patch.undo()
 
@@ -46,7 +46,7 @@ def answer(project: Path, name: str, *given: str, **more) -> subprocess.Complete
     return subprocess.run([*ANSWER, name, *given], check=False, **(settings | more))
 
 
-def test_it_has_torch_its_askers_arguments_environment_folder_and_streams(project, tmp_path):
+def test_it_has_torch_its_clients_arguments_environment_folder_and_streams(project, tmp_path):
     told = module(
         project,
         "print('torch' in sys.modules, given, os.environ['HERE'], os.getcwd(), sys.stdin.read())",
@@ -129,7 +129,7 @@ def gone(process: int) -> bool:
         return True
 
 
-def test_a_fork_ends_with_its_asker_at_once(project, tmp_path):
+def test_a_fork_ends_with_its_client_at_once(project, tmp_path):
     process, fork = waiting(project, tmp_path / "id")
     assert fork != process.pid
     process.kill()
@@ -148,38 +148,38 @@ def test_ctrl_c_and_terminate_reach_the_fork(project, tmp_path):
     assert gone(fork)
 
 
-def test_an_asker_that_is_killed_while_it_asks_harms_no_other(project):
+def test_an_client_that_is_killed_while_it_asks_harms_no_other(project):
     told = module(project, "print('served')")
     job = {"arguments": ["answer", told], "environment": {}, "folder": str(project)}
     message = json.dumps(job).encode()
-    for sent in (b"", warm.LENGTH.pack(len(message)), warm.LENGTH.pack(len(message)) + message):
-        with socket.socket(socket.AF_UNIX) as asker, open(os.devnull, "r+b") as nothing:
-            asker.connect(f"\0{os.environ[warm.ADDRESS]}")
+    length = fork_client.LENGTH.pack(len(message))
+    for sent in (b"", length, length + message):
+        with socket.socket(socket.AF_UNIX) as client, open(os.devnull, "r+b") as nothing:
+            client.connect(f"\0{os.environ[fork_client.ADDRESS]}")
             if sent:
-                socket.send_fds(asker, [sent], [nothing.fileno()] * 3)
+                socket.send_fds(client, [sent], [nothing.fileno()] * 3)
             if sent.endswith(message):  # the fork is made, and nobody waits for its number
-                asker.shutdown(socket.SHUT_RD)
+                client.shutdown(socket.SHUT_RD)
         assert answer(project, told).stdout == "served\n"
 
 
 def test_without_it_and_for_other_commands_all_is_done_here(monkeypatch):
-    assert warm.done_by_a_fork(["engine"]) is None
-    monkeypatch.delenv(warm.ADDRESS, raising=False)
-    assert warm.done_by_a_fork(["run"]) is None
+    assert fork_client.run_in_fork(["engine"]) is None
+    monkeypatch.delenv(fork_client.ADDRESS, raising=False)
+    assert fork_client.run_in_fork(["run"]) is None
 
 
 def test_what_is_forked_off_ends_with_it_and_then_nothing_waits(tmp_path, monkeypatch):
     project = toy_project.make(tmp_path / "p", kernels=False)
-    monkeypatch.setattr(warm, "PROJECT", project)
+    monkeypatch.setattr(fork_client, "PROJECT", project)
     for name, value in toy_project.environment(project).items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(warm, "PACKAGES", ())
-    with warm.beside():
-        address = os.environ[warm.ADDRESS]
+    with fork_client.running():
+        address = os.environ[fork_client.ADDRESS]
         process, fork = waiting(project, tmp_path / "id")
     assert process.wait(SECONDS) != 0
     wait_for(lambda: gone(fork), seconds=5)
-    monkeypatch.setenv(warm.ADDRESS, address)  # it is gone: done by the asker itself
+    monkeypatch.setenv(fork_client.ADDRESS, address)  # it is gone: done by the client itself
     began = time.monotonic()
     assert answer(project, module(project, "print('here')")).stdout == "here\n"
     assert time.monotonic() - began < SECONDS
@@ -187,10 +187,10 @@ def test_what_is_forked_off_ends_with_it_and_then_nothing_waits(tmp_path, monkey
 
 def test_jobs_of_a_gpu_or_elsewhere_are_not_forked(monkeypatch):
     monkeypatch.delenv("STUDY_FORKS", raising=False)
-    assert warm.is_possible(gpu=False)
-    assert not warm.is_possible(gpu=True)
+    assert fork_client.is_supported(gpu=False)
+    assert not fork_client.is_supported(gpu=True)
     with monkeypatch.context() as refused:
         refused.setattr(os, "pidfd_open", lambda _: (_ for _ in ()).throw(OSError))
-        assert not warm.is_possible(gpu=False)
+        assert not fork_client.is_supported(gpu=False)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert not warm.is_possible(gpu=False)
+    assert not fork_client.is_supported(gpu=False)
