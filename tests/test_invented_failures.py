@@ -61,6 +61,24 @@ REPORT = {
         "recipe of smoothquant_o3",
     ),
     "tokens of calibration": (r"\| 100 \| 9,789 \| 0", "| 100 | 100 | 0", "calibration of base"),
+    "a channel that rules": (r"channel 1229 reaches", "channel 1230 reaches", "11.mlp.down_proj"),
+    "how far a channel reaches": (r"3,065, 2,405 times", "3,065, 2,045 times", "11.mlp.down_proj"),
+    "what became of one scale": (r"its perplexity is 126", "its perplexity is 62", "Linear inputs"),
+    "a sentence that nobody knows": (
+        r"- (`smoothquant_w8a8` is \d)",
+        r"- Here \1",
+        "no check knows",
+    ),
+    "a control that is none": (
+        r"and `rtn_w8a8` \(without smoothing\)\.",
+        "and `smoothquant_w8a8` (without smoothing).",
+        "are no controls",
+    ),
+    "nothing can be said": (
+        r"\*\*Answer\.\*\* .*",
+        "**Answer.** Nothing can be said of `smoothquant_w8a8`: all 8 comparisons are invalid.",
+        "can tell",
+    ),
     "share of bytes": (r"takes ([\d.]+) % of `noquant`'s", "takes 81.7 % of `noquant`'s", "costs"),
 }
 

@@ -7,12 +7,12 @@ import json
 
 from benchmarks.gpu.cards import INT8
 from helpers.report.formats import MISSING, markdown_table
-from helpers.study.errors import StudyError
+from helpers.report.readme import between
 from helpers.study.paths import PROJECT
 
 FOLDER = PROJECT / "outputs" / "gpu"
 PAGE, README = PROJECT / "docs" / "scaling.md", PROJECT / "README.md"
-BEGIN, END = "<!-- gpu:begin -->", "<!-- gpu:end -->"
+MARKERS = ("<!-- gpu:begin -->", "<!-- gpu:end -->")
 NOTHING = "No card has been at hand yet.\n"
 
 
@@ -117,25 +117,13 @@ def headline(name: str, part: dict, card: str) -> str:
 def with_table(text: str) -> str:
     """docs/scaling.md with the table between its markers."""
     found = rows()
-    return _between(text, markdown_table(found).strip() + "\n" if found else NOTHING, PAGE.name)
+    new = markdown_table(found).strip() + "\n" if found else NOTHING
+    return between(text, MARKERS, new, page=PAGE.name)
 
 
 def with_line(text: str) -> str:
     """README.md with the line between its markers."""
-    return _between(text, line(), README.name)
-
-
-def _between(text: str, new: str, name: str) -> str:
-    """A page with something new between its markers.
-
-    Raises:
-        StudyError: a marker is missing.
-    """
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end:
-        raise StudyError(f"{name} lacks {BEGIN} or {END}; put them back")
-    return f"{before}{begin}\n{new}{end}{after}"
+    return between(text, MARKERS, line(), page=README.name)
 
 
 if __name__ == "__main__":

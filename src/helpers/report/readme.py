@@ -33,11 +33,20 @@ def with_headline(readme: str, report: str) -> str:
     Raises:
         StudyError: a marker is missing.
     """
-    before, begin, rest = readme.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    return between(readme, (BEGIN, END), headline(report), page="README.md")
+
+
+def between(text: str, markers: tuple[str, str], new: str, *, page: str) -> str:
+    """A page's text with something new between its two markers.
+
+    Raises:
+        StudyError: a marker is missing.
+    """
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise StudyError(f"README.md lacks {BEGIN} or {END}; put them back")
-    return f"{before}{begin}\n{headline(report)}{end}{after}"
+        raise StudyError(f"{page} lacks {' or '.join(markers)}; put them back")
+    return f"{before}{begin}\n{new}{end}{after}"
 
 
 def main() -> None:

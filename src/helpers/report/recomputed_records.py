@@ -14,6 +14,8 @@ from helpers.report.recomputed_tables import Recomputed
 
 PRINTED = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
 OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
+RULED = re.compile(r"^(?:- )?In `([^`]+)`, (\d+) of \S+ Linear inputs (?:is|are) ruled (.*)$", re.M)
+INPUT = re.compile(r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), ([\d.,]+) times the median")
 STEP = 0.05  # of what the notebook shows, which has one decimal
 
 
@@ -29,6 +31,7 @@ def wrong_records(markdown: str, figures: Recomputed, notebooks: Path) -> list[s
         elif {"Linear", "median channel", "ratio"} <= columns:
             model = table.heading.removeprefix("Model ")
             told += [line for row in rows for line in _outlier(row, model, notebooks)]
+    told += [line for found in RULED.findall(markdown) for line in _ruled(*found, notebooks)]
     return [f"report.md, {line}" for line in told]
 
 
@@ -75,3 +78,19 @@ def _outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator[str]:
         near = all(abs(a - b) <= STEP + 0.006 * abs(b) for a, b in values)
         if numbers(row["channel"])[0] != channel or not near:
             yield f"Model {model}, {name}: {values}, channel {channel} in its calibration"
+
+
+def _ruled(model: str, count: str, text: str, notebooks: Path) -> Iterator[str]:
+    """The sentence on inputs that single channels rule: how many, and each one's numbers."""
+    named = INPUT.findall(text)
+    if len(named) != int(count):
+        yield f"{model}: {count} Linear inputs are ruled by single channels, {len(named)} named"
+    shown = OUTLIER.findall(_outputs(notebooks / f"01_calibration.{model}.ipynb"))
+    for name, *said in named:
+        channel, largest, ratio = (float(x.replace(",", "")) for x in said)
+        for _, *printed in (row for row in shown if row[0].endswith(name)):
+            at, most, median = map(float, printed)
+            near = abs(largest - most) <= 0.006 * most
+            room = 0.006 + STEP / median  # of a median with one decimal
+            if at != channel or not near or abs(ratio - most / median) > room * most / median:
+                yield f"{model}, {name}: {said}, in its calibration {printed}"

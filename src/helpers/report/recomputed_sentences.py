@@ -2,7 +2,8 @@
 
 None of the code that writes the report is used. A sentence is known by how it begins; the
 numbers in it, in their order, and the words that turn its meaning have to be those that
-follow. A sentence that is not known here is not checked.
+follow. A sentence of the summary or the findings that holds a number and is not known is named:
+reworded, it would otherwise go unchecked. Sentences on verdicts are in `recomputed_executive`.
 """
 
 import re
@@ -13,23 +14,17 @@ import numpy as np
 from helpers.evaluation.degenerate import answer_of
 from helpers.evaluation.recomputed_statistics import clustered_mean
 from helpers.report.published_numbers import differs, plain, shows
+from helpers.report.recomputed_executive import TELLERS as ON_VERDICTS
+from helpers.report.recomputed_executive import Due
 from helpers.report.recomputed_tables import NAMES, Recomputed
 from helpers.study.variant_settings import Variant
-
-ABLE = ("worse", "better", "equivalent", "undetected")
-KINDS = {
-    "**Worse**": "worse",
-    "**Better**": "better",
-    "**Equivalent within": "equivalent",
-    "**No detectable difference**": "undetected",
-    "**Says nothing**": "uninformative",
-    "**Invalid**": "invalid",
-}
 
 FLIPS = 20_000
 ROOM = 0.015  # of a p that two programs draw: six standard errors of either at 0.05
 
-Due = tuple[str, list[float | None]]  # a part of the text, and the numbers it must show
+SUMMARY = re.compile(r"^## Executive summary\n(.*?)(?=^### (?!Scores|Key findings))", re.M | re.S)
+ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale a tensor, (.*? against [\d.,]+)")
+NOT_PROSE = ("|", "#", "![", "<")
 Teller = Callable[[str, Recomputed], Iterator[Due | str]]
 
 
@@ -51,7 +46,21 @@ def wrong_sentences(markdown: str, figures: Recomputed) -> list[str]:
                         f"report.md, “{plain(text)[:70]}…”: published {plain(said)[:200]!r}, "
                         f"recomputed {again}"
                     )
-    return list(dict.fromkeys(told))
+    return [*dict.fromkeys(told), *_unknown(markdown)]
+
+
+def _unknown(markdown: str) -> Iterator[str]:
+    """Sentences of summary and findings that hold a number which nothing here looks at."""
+    summary = SUMMARY.search(markdown)
+    for line in summary[1].splitlines() if summary else ():
+        text = line.removeprefix("- ")
+        known = any(re.search(begin, text) for begin, _ in TELLERS)
+        if not known and not text.startswith(NOT_PROSE) and re.search(r"\d", _uncoded(text)):
+            yield f"report.md, “{plain(text)[:70]}…”: no check knows this sentence"
+
+
+def _uncoded(text: str) -> str:
+    return re.sub(r"`[^`]*`", "", text)
 
 
 def _codes(text: str) -> list[str]:
@@ -159,6 +168,14 @@ def _sizes(text: str, figures: Recomputed) -> Iterator[Due | str]:
             yield f"published {linears} Linears of `{variant}`"
 
 
+def _one_scale(text: str, figures: Recomputed) -> Iterator[Due | str]:
+    """Perplexities of variants with one scale a tensor; the inputs are `recomputed_records`'."""
+    model, baseline = _codes(text)[0], figures.study.baseline
+    for variant, said in ONE_SCALE.findall(text):
+        sides = ((model, v) for v in (variant, baseline))
+        yield said, [figures.shared[side]["perplexity"][0] for side in sides]
+
+
 def _training(text: str, figures: Recomputed) -> Iterator[Due | str]:
     start, model = _codes(text)[:2]
     made = figures.summary["models"][model]["finetuning"]
@@ -173,66 +190,11 @@ def _training(text: str, figures: Recomputed) -> Iterator[Due | str]:
             yield said[2], [scores[1] - scores[0]]
 
 
-def _declared(figures: Recomputed) -> list[dict]:
-    return [row for row in figures.rows.values() if row["primary"]]
-
-
-def _answer(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    """How many declared comparisons can tell, and how many are worse or better."""
-    names = _codes(text)
-    group = [
-        r for r in _declared(figures) if names and r["variant"] == names[0] and r["verdict"] in ABLE
-    ]
-    if len(names) > 1:
-        group = [r for r in group if r["baseline"] == names[1]]
-    found = re.search(r"in the (\d+|one) (?:of [\d,]+ declared )?comparisons?", text)
-    if found and (1 if found[1] == "one" else int(found[1])) != len(group):
-        yield f"published {found[1]} that can show one, recomputed {len(group)}"
-    for word in ("worse", "better"):
-        pattern = rf"(?:{word} than `[^`]+` in|and {word} in) (\d+)"
-        said = [int(n) for n in re.findall(pattern, text)]
-        due = sum(row["verdict"] == word for row in group)
-        if said and said != [due]:
-            yield f"published {said[0]} {word}, recomputed {due}"
-        if due and not said:
-            yield f"{due} are {word}, which it does not say"
-    if "is equivalent to" in text and {r["verdict"] for r in group} != {"equivalent"}:
-        yield "not all that can tell are equivalent"
-
-
-def _kind(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    """A bullet of one kind of verdict: its places, and from which loss on one would be seen."""
-    kind = next(kind for begin, kind in KINDS.items() if text.startswith(begin))
-    rows = [r for r in _declared(figures) if r["verdict"] == kind]
-    places = {(NAMES.get(r["dataset"], r["dataset"]), r["model"]) for r in rows}
-    named = "|".join(re.escape(NAMES.get(n, n)) for n in figures.study.evaluation.datasets)
-    head = re.split(r"\. |\. ?$", text, maxsplit=1)[0] if kind in ABLE[2:] else text
-    said = {
-        (name, model)
-        for name, models in re.findall(rf"({named}) of ((?:`[^`]+`(?:, | and )?)+)", head)
-        for model in _codes(models)
-    }
-    if said != places:
-        yield f"published {sorted(said)}, recomputed {sorted(places)}"
-    found = re.search(r"only from ([\d.]+) points (?:\(.*?\) to ([\d.]+) points )?", text)
-    if found:
-        seen = [100 * r["smallest_detectable_loss"] for r in rows if r["smallest_detectable_loss"]]
-        ends = [e for e in found.groups() if e]
-        due = [min(seen), max(seen)] if seen else []
-        if not due or not all(map(shows, (ends[0], ends[-1]), due)):
-            yield f"published {' to '.join(ends)} points, recomputed {due}"
-
-
 def _method(text: str, figures: Recomputed) -> Iterator[Due | str]:
     s, family = figures.study.statistics, len(figures.study.statistics.primary)
     alpha = 1 - s.confidence
     values = [0, 1, family, 1, alpha, 100 * (1 - 2 * alpha), 100 * s.margin]
     yield text, [*values, 100 * s.power, 100 * s.confidence]
-
-
-def _controls(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    duties = figures.duties.values()
-    yield text, [sum(duty.done for duty in duties), len(duties)]
 
 
 def _checks(text: str, figures: Recomputed) -> Iterator[Due | str]:
@@ -258,11 +220,10 @@ TELLERS: tuple[tuple[str, Teller], ...] = (
     (r"^In `[^`]+`, (?:no effect of )?smoothing itself", _smoothing),
     (r"`[^`]+` moves `[^`]+` (?:more|less|and) ", _between_models),
     (r"^`[^`]+` is [\d.,]+ % of the float model's size", _sizes),
+    (r"^In `[^`]+`, (?:none|\d+) of [\d,]+ Linear inputs", _one_scale),
     (r"Fine-tuning `[^`]+` into `", _training),
-    (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _answer),
-    ("^(?:" + "|".join(map(re.escape, KINDS)) + ")", _kind),
     (r"^\*\*Comparisons\.\*\* Every variant", _method),
-    (r"\d+ of \d+ controls? did what", _controls),
     (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _checks),
     (r"^In brackets the ", _legend),
+    *ON_VERDICTS,
 )
