@@ -7,7 +7,7 @@ import json
 
 from benchmarks.gpu.cards import INT8
 from helpers.report.formats import MISSING, markdown_table
-from helpers.report.readme import between
+from helpers.report.readme import around
 from helpers.study.paths import PROJECT
 
 FOLDER = PROJECT / "outputs" / "gpu"
@@ -117,13 +117,14 @@ def headline(name: str, part: dict, card: str) -> str:
 def with_table(text: str) -> str:
     """docs/scaling.md with the table between its markers."""
     found = rows()
-    new = markdown_table(found).strip() + "\n" if found else NOTHING
-    return between(text, MARKERS, new, page=PAGE.name)
+    before, after = around(text, MARKERS, page=PAGE.name)
+    return before + (markdown_table(found).strip() + "\n" if found else NOTHING) + after
 
 
 def with_line(text: str) -> str:
     """README.md with the line between its markers."""
-    return between(text, MARKERS, line(), page=README.name)
+    before, after = around(text, MARKERS, page=README.name)
+    return before + line() + after
 
 
 if __name__ == "__main__":

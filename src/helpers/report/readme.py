@@ -33,11 +33,12 @@ def with_headline(readme: str, report: str) -> str:
     Raises:
         StudyError: a marker is missing.
     """
-    return between(readme, (BEGIN, END), headline(report), page="README.md")
+    before, after = around(readme, (BEGIN, END), page="README.md")
+    return before + headline(report) + after
 
 
-def between(text: str, markers: tuple[str, str], new: str, *, page: str) -> str:
-    """A page's text with something new between its two markers.
+def around(text: str, markers: tuple[str, str], *, page: str) -> tuple[str, str]:
+    """(text up to the first marker's line, text from the second marker on) of a page.
 
     Raises:
         StudyError: a marker is missing.
@@ -46,7 +47,7 @@ def between(text: str, markers: tuple[str, str], new: str, *, page: str) -> str:
     _, end, after = rest.partition(markers[1])
     if not begin or not end:
         raise StudyError(f"{page} lacks {' or '.join(markers)}; put them back")
-    return f"{before}{begin}\n{new}{end}{after}"
+    return f"{before}{begin}\n", end + after
 
 
 def main() -> None:
