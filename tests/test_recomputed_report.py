@@ -23,6 +23,7 @@ OWN = {
     "recomputed_summary",
     "recomputed_tables",
     "recomputed_sentences",
+    "recomputed_executive",
     "recomputed_chapters",
     "recomputed_costs",
     "recomputed_records",

@@ -6,6 +6,7 @@ variant needs a forward pass of its own.
 """
 
 import logging
+import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -142,9 +143,20 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
 
 
 def quiet_llmcompressor() -> None:
-    """Keep llmcompressor's progress lines out of the notebooks; errors stay."""
+    """Keep llmcompressor's and compressed-tensors' lines out of the notebooks; errors stay.
+
+    llmcompressor adds a handler of its own when it is first imported, and logs before that ends.
+    """
     from loguru import logger
 
+    logger.remove()
+    os.environ["LLM_COMPRESSOR_LOG_LEVEL"] = "ERROR"
+    import llmcompressor  # noqa: F401
+    from compressed_tensors.offload import dispatch
+    from compressed_tensors.quantization.lifecycle import apply
+
+    for module in (dispatch, apply):  # their progress bars ignore TQDM_DISABLE
+        module.tqdm = lambda items, **_: items
     logger.remove()
     logger.add(lambda line: logging.getLogger("llmcompressor").warning(line), level="ERROR")
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")

@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Iterator
 from subprocess import Popen
 
+from helpers.study.activity import OTHERS_BARS
 from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
 from helpers.study.paths import PROJECT
 
@@ -52,7 +53,7 @@ def running() -> Iterator[None]:
         server = Popen(
             [sys.executable, "-m", "helpers.study.fork_server", str(listener.fileno())],
             cwd=PROJECT,
-            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT,
+            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT | {OTHERS_BARS: "1"},
             pass_fds=[listener.fileno()],
             preexec_fn=die_with_parent,
         )

@@ -1,0 +1,50 @@
+"""A notebook that a fork ran shows what one shows that a process of its own ran."""
+
+import json
+import re
+import sys
+
+import pytest
+
+from smoke_study import Smoke
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux alone"),
+]
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    study = Smoke(tmp_path_factory.mktemp("started") / "study")
+    study.done("study", STUDY_FORKS="no")
+    return study
+
+
+def shown(study: Smoke) -> dict[str, list]:
+    """By notebook, all outputs but pictures; notebooks that show durations are left out."""
+    found = {}
+    for path in sorted((study.outputs / "notebooks").glob("*.ipynb")):
+        if "03_cost" in path.name or "04_analysis" in path.name:
+            continue
+        cells = json.loads(path.read_text("utf-8"))["cells"]
+        outputs = [output for cell in cells for output in cell.get("outputs", ())]
+        for output in outputs:
+            data = output.get("data", {})
+            output["data"] = {kind: data[kind] for kind in data if kind.startswith("text/")}
+            output["kinds"] = sorted(data)
+        found[path.name] = outputs
+    return found
+
+
+def test_both_show_the_same(started, undisturbed):
+    one, other = shown(started), shown(undisturbed)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert one[name] == other[name], name
+
+
+def test_no_line_of_a_library_gets_in(started, undisturbed):
+    for study in (started, undisturbed):
+        texts = [str(output) for outputs in shown(study).values() for output in outputs]
+        assert not [t for t in texts if re.search(r"%\||INFO|WARNING|\.tmp", t)]
