@@ -14,8 +14,8 @@ from helpers.report.formats import markdown_table
 from helpers.report.results import Results
 from helpers.study.schema import Comparison, Study
 
-KINDS = ("worse", "better", "equivalent", "undetected", "uninformative", "invalid")
-DELTAS = {"worse": -0.2, "better": 0.12, "equivalent": 0.0, "undetected": -0.03}
+KINDS = ("worse", "better", "equivalent", "inconclusive", "uninformative", "invalid")
+DELTAS = {"worse": -0.2, "better": 0.12, "equivalent": 0.0, "inconclusive": -0.03}
 PLACES = [("base", "arc"), ("tuned", "arc"), ("base", "squad_v2"), ("tuned", "squad_v2")]
 
 
@@ -103,24 +103,24 @@ def test_all_invalid_says_nothing_of_quantization(summary_of):
 
 
 def test_all_null_says_what_could_have_been_seen(summary_of):
-    text = whole(summary_of(["undetected"] * 4))
+    text = whole(summary_of(["inconclusive"] * 4))
     assert "No loss of `smoothquant_w8a8` against `noquant` was found" in text
     assert "which is no proof that there is none" in text
     assert "the chance to find it reaches 80 % only from 16 points on." in text
 
 
 def test_null_results_of_different_reach_name_the_nearest_and_the_furthest(summary_of):
-    results = summary_of(["undetected"] * 3)
+    results = summary_of(["inconclusive"] * 3)
     verdicts = results.verdicts
     for c, loss in zip(verdicts, (0.2, 0.11, 0.3), strict=True):
-        verdicts[c] = verdict("undetected", loss)
+        verdicts[c] = verdict("inconclusive", loss)
     assert "only from 11 points (ARC of `tuned`) to 30 points (SQuAD v2 of `base`) on." in (
         whole(results)
     )
 
 
 def test_too_few_items_to_see_anything(summary_of):
-    text = whole(summary_of(["undetected"] * 2, detectable=None))
+    text = whole(summary_of(["inconclusive"] * 2, detectable=None))
     sound(text)
     assert "On ARC of `base` and `tuned` the items are too few to find even a total loss." in text
 

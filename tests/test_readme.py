@@ -23,7 +23,7 @@ def test_the_headline_is_that_of_the_published_report():
     readme, report = committed("README.md"), committed(str(REPORT))
     assert headline(report) in readme
     assert with_headline(readme, report) == readme
-    other = report.replace("no detectable difference", "loss")
+    other = report.replace("inconclusive", "worse")
     assert other != report
     assert with_headline(readme, other) != readme
 

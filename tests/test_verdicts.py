@@ -72,7 +72,7 @@ def test_identical_answers_are_equivalent_only_where_there_are_enough_of_them():
     many, few = choices(mostly(100, range(20))), choices(mostly(20, range(4)))
     assert verdict_of(many, many).kind == "equivalent"
     found = verdict_of(few, few)
-    assert found.kind == "undetected"
+    assert found.kind == "inconclusive"
     assert found.reason == "identical answers on all 20 items"
 
 
@@ -89,7 +89,7 @@ def test_equal_scores_of_different_answers_are_not_called_identical():
 def test_no_difference_comes_with_the_smallest_loss_that_would_have_been_found():
     before, after = choices(mostly(100, range(20))), choices(mostly(100, range(3, 29)))
     found = verdict_of(before, after)
-    assert found.kind == "undetected"
+    assert found.kind == "inconclusive"
     assert 0.05 < found.paired.detectable < 0.25
 
 
@@ -99,7 +99,7 @@ def test_the_test_decides_and_not_the_interval():
     found = verdict_of(before, after)
     assert found.paired.interval.high < 0
     assert found.paired.p > 0.05
-    assert found.kind == "undetected"
+    assert found.kind == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_flips_within_one_passage_are_one_observation():
     found = verdict_of(before, after)
     assert mcnemar_exact(found.paired.losses, found.paired.gains) < 0.001
     assert found.paired.p == 1.0
-    assert found.kind == "undetected"
+    assert found.kind == "inconclusive"
 
 
 def test_without_flips_shared_passages_count_as_the_independent_items():

@@ -192,7 +192,7 @@ def detectable_mean_difference(
 
     Raises:
         ValueError: standard_error is not above 0 (a degenerate bootstrap knows
-            no detectable difference), clusters < 2, or not 0 < alpha < power < 1.
+            no detectable one), clusters < 2, or not 0 < alpha < power < 1.
     """
     require_count("clusters", clusters, minimum=2)
     _require_power(alpha, power)

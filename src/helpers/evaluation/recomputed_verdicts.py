@@ -149,7 +149,7 @@ def _kind(study: Study, row: dict) -> str:
         return row["verdict"] or "exploratory"
     if row["holm_p"] <= round(1 - study.statistics.confidence, 12) and row["delta"]:
         return "worse" if row["delta"] < 0 else "better"
-    return "equivalent" if _inside(study, row) else "undetected"
+    return "equivalent" if _inside(study, row) else "inconclusive"
 
 
 def _remark(study: Study, row: dict) -> str:

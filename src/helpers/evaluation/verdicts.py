@@ -19,7 +19,7 @@ from helpers.evaluation.validity import invalid_reason, uninformative_reason
 from helpers.study.schema import Comparison, Study
 
 Kind = Literal[
-    "worse", "better", "equivalent", "undetected", "uninformative", "invalid", "exploratory"
+    "worse", "better", "equivalent", "inconclusive", "uninformative", "invalid", "exploratory"
 ]
 
 
@@ -101,4 +101,4 @@ def judge(
     if holm_p <= rules.alpha and paired.delta != 0:
         why = "the difference lies inside the margin all the same" if inside else ""
         return Verdict("worse" if paired.delta < 0 else "better", why, primary, holm_p, paired)
-    return Verdict("equivalent" if inside else "undetected", same, primary, holm_p, paired)
+    return Verdict("equivalent" if inside else "inconclusive", same, primary, holm_p, paired)

@@ -24,13 +24,13 @@ from helpers.report.results import Results
 from helpers.study.schema import Comparison
 
 Judged = tuple[Comparison, Verdict]
-INFORMATIVE = ("worse", "better", "equivalent", "undetected")
+INFORMATIVE = ("worse", "better", "equivalent", "inconclusive")
 WORDS = {
     "worse": "**worse**",
     "better": "**better**",
     "equivalent": "equivalent",
-    "undetected": "no detectable difference",
-    "uninformative": "says nothing",
+    "inconclusive": "inconclusive",
+    "uninformative": "uninformative",
     "invalid": "**invalid**",
 }
 
@@ -128,7 +128,7 @@ def meanings(results: Results) -> list[str]:
         "worse": _worse,
         "better": _better,
         "equivalent": _equivalent,
-        "undetected": _undetected,
+        "inconclusive": _inconclusive,
         "uninformative": _uninformative,
         "invalid": _invalid,
     }
@@ -183,9 +183,9 @@ def _equivalent(results: Results, judged: list[Judged]) -> str:
     )
 
 
-def _undetected(results: Results, judged: list[Judged]) -> str:
+def _inconclusive(results: Results, judged: list[Judged]) -> str:
     """Where nothing was found, and how large a loss would have had to be."""
-    text = f"**No detectable difference**: {places(results, judged)}."
+    text = f"**Inconclusive** (no difference detected): {places(results, judged)}."
     if seen := [(c, v) for c, v in judged if v.paired.detectable is not None]:
         text += (
             f" A loss may be there all the same: with these items the chance to find it reaches "
@@ -210,7 +210,7 @@ def _reach(results: Results, judged: list[Judged]) -> str:
 def _uninformative(results: Results, judged: list[Judged]) -> str:
     baselines = listed([f"`{b}`" for b in dict.fromkeys(c.baseline for c, _ in judged)])
     return (
-        f"**Says nothing**: {places(results, judged)}. There {baselines} itself does not clearly "
+        f"**Uninformative**: {places(results, judged)}. There {baselines} itself does not clearly "
         "beat a fixed answer, or is seldom readable, so that no ability could be lost."
     )
 

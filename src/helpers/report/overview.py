@@ -165,7 +165,7 @@ def verdict_text(verdict: Verdict, margin: float) -> str:
         "worse": "**worse**",
         "better": "**better**",
         "equivalent": f"**equivalent within ±{100 * margin:.1f} points**",
-        "undetected": "**no detectable difference**",
+        "inconclusive": "**inconclusive** (no difference detected)",
         "uninformative": "**uninformative here**" if verdict.primary else "uninformative here",
         "invalid": "**invalid**",
         "exploratory": "exploratory",

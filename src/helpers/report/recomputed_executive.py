@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from helpers.report.published_numbers import shows
 from helpers.report.recomputed_tables import NAMES, Recomputed
 
-ABLE = ("worse", "better", "equivalent", "undetected")
+ABLE = ("worse", "better", "equivalent", "inconclusive")
 KINDS = {
     "**Worse**": "worse",
     "**Better**": "better",
     "**Equivalent within": "equivalent",
-    "**No detectable difference**": "undetected",
-    "**Says nothing**": "uninformative",
+    "**Inconclusive**": "inconclusive",
+    "**Uninformative**": "uninformative",
     "**Invalid**": "invalid",
 }
 

@@ -24,8 +24,8 @@ WORDS = {
     "worse": "worse",
     "better": "better",
     "equivalent": "equivalent",
-    "undetected": "no detectable difference",
-    "uninformative": ("says nothing", "uninformative"),
+    "inconclusive": "inconclusive",
+    "uninformative": "uninformative",
     "invalid": "invalid",
 }
 METRICS = {

@@ -162,7 +162,7 @@ def forest_claim(results: Results, model: str) -> str:
         "worse": "worse",
         "better": "better",
         "equivalent": f"equivalent within ±{100 * results.rules.margin:.1f} points",
-        "undetected": "with no detectable difference",
+        "inconclusive": "inconclusive",
         "uninformative": "uninformative",
         "invalid": "invalid",
     }
