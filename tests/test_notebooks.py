@@ -63,3 +63,13 @@ def test_holds_no_logic_and_no_outputs(path):
         assert not [n for n in ast.walk(code) if isinstance(n, banned)], source(cell)
         imports = all(isinstance(n, ast.Import | ast.ImportFrom) for n in code.body)
         assert imports or source(cell).count("\n") < 12, source(cell)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_records_hold_nothing_that_was_not_computed(path):
+    """A number that stands in the notebook is a claim that no run can contradict."""
+    for cell in cells(path, "code"):
+        calls = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.Call)]
+        for call in (c for c in calls if ast.unparse(c.func).endswith(("write", "write_json"))):
+            held = [v for d in ast.walk(call) if isinstance(d, ast.Dict) for v in d.values]
+            assert not [v for v in held if isinstance(v, ast.Constant)], source(cell)
