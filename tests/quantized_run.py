@@ -104,7 +104,7 @@ class QuantizedRun:
             )
             calibration.save_calibration(folder / "activations.safetensors", statistics)
             ids, count = [item.id for item in items], sum(map(len, tokens))
-            record.write({"items": ids, "tokens": count, "truncated_items": 0})
+            record.write({"items": ids, "tokens": count})
 
     def quantize(self) -> None:
         """What 02_quantization does before it verifies."""

@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import safetensors.torch
 
 import hub_repositories
 from helpers.study import grid
@@ -216,6 +217,68 @@ def test_weights_that_are_not_what_the_hub_names_are_not_kept(fetch, of_model, h
     assert said in told
     assert "run again" in told
     assert fetch(of_model()).returncode == 0
+
+
+SHARDS = [f"model-{number:05}-of-00003.safetensors" for number in (1, 2, 3)]
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def in_shards(hub):
+    """in_shards(name): a repository whose weights lie in three files; returns its files."""
+
+    def add(name: str) -> dict[str, bytes]:
+        files = hub_repositories.model_files()
+        tensors = safetensors.torch.load(files.pop("model.safetensors"))
+        places = {tensor: SHARDS[i % 3] for i, tensor in enumerate(sorted(tensors))}
+        for shard in SHARDS:
+            held = {tensor: tensors[tensor] for tensor, place in places.items() if place == shard}
+            files[shard] = safetensors.torch.save(held, {"format": "pt"})
+        files[INDEX] = json.dumps({"metadata": {}, "weight_map": places}).encode()
+        hub.add("model", name, files)
+        return files
+
+    return add
+
+
+@pytest.mark.parametrize("kept", [SHARDS[:1], SHARDS[1:], []], ids=["first", "but first", "none"])
+def test_shards_that_are_not_here_are_fetched_and_no_others(
+    fetch, of_model, in_shards, hub, tmp_path, kept
+):
+    """As a fetch leaves it that was cut off: some of the shards, or the index alone."""
+    files, study = in_shards("org/sharded"), of_model("org/sharded")
+    assert fetch(study).returncode == 0
+    (snapshot,) = (tmp_path / "hf" / "hub").glob("models--*/snapshots/*")
+    for shard in set(SHARDS) - set(kept):
+        (snapshot / shard).resolve().unlink()
+        (snapshot / shard).unlink()
+    hub.calm()
+    done = fetch(study)
+    assert done.returncode == 0, done.stderr
+    assert all((snapshot / shard).read_bytes() == files[shard] for shard in SHARDS)
+    assert sum(asked.startswith("GET /large/") for asked in hub.requests) == 3 - len(kept)
+
+
+def test_a_shard_that_was_cut_short_in_the_cache_is_fetched_again(
+    fetch, of_model, in_shards, hub, tmp_path
+):
+    files, study = in_shards("org/sharded"), of_model("org/sharded")
+    assert fetch(study).returncode == 0
+    (snapshot,) = (tmp_path / "hf" / "hub").glob("models--*/snapshots/*")
+    (snapshot / SHARDS[1]).resolve().write_bytes(files[SHARDS[1]][:-3])
+    assert f"{SHARDS[1]} arrived damaged and was removed; run again" in line(fetch(study))
+    assert fetch(study).returncode == 0
+    assert (snapshot / SHARDS[1]).read_bytes() == files[SHARDS[1]]
+
+
+def test_a_repository_that_lacks_what_its_index_names_is_refused(fetch, of_model, in_shards, hub):
+    """Shards that are not numbered are known by the index alone."""
+    files = in_shards("org/lacking")
+    index = files[INDEX].replace(SHARDS[2].encode(), b"part-3.safetensors")
+    hub.add("model", "org/lacking", files | {INDEX: index})
+    told = line(fetch(of_model("org/lacking")))
+    assert "lacks part-3.safetensors (1 of the 3 files that" in told
+    assert told.endswith("name another revision")
 
 
 def test_rows_that_are_truncated_are_not_kept(fetch, of_dataset, hub, tmp_path):

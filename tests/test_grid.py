@@ -1,15 +1,20 @@
 """What is repeated when something changes: by the grid's own account, and by Snakemake's."""
 
 import copy
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 import toy_project
-from helpers.study import code_files, grid
+from helpers.study import accounts, code_files, grid
 from helpers.study.errors import StudyError
-from helpers.study.fields import Strict
+from helpers.study.fork_server import PACKAGES
 from helpers.study.grid import Run
+from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.schema import Study
 from toy_project import planned, run_study, write_study
 
@@ -155,15 +160,121 @@ def test_a_stage_is_repeated_for_the_modules_it_uses_and_no_others():
     assert not {"evaluation/statistics.py", "report/tables.py", "study/jobs.py"} & evaluation
 
 
-def test_reading_the_study_file_and_running_notebooks_repeat_nothing():
-    for name in code_files.MAKE_NO_NUMBERS:
-        assert code_files.HELPERS.joinpath(*name.split(".")[1:]).with_suffix(".py").is_file(), name
-    described = {kind.__module__ for kind in Strict.__subclasses__()}  # whatever module it is in
-    assert {"helpers.study.schema", "helpers.study.variant_settings"} <= described
-    assert described <= code_files.MAKE_NO_NUMBERS
-    for run in [*grid.runs(study()), Run("analysis")]:
-        read = {path.name for path in grid.source_files(study(), run) if path.suffix == ".py"}
-        assert not read & {"schema.py", "variant_settings.py", "complaints.py", "jobs.py"}
+IMPORTS = """
+import ast, gc, importlib, json, os, sys
+packages, *notebooks = sys.argv[1:]
+for package in packages.split():  # once, before the processes part
+    importlib.import_module(package)
+gc.freeze()
+for path, shows in ((path, shows) for path in notebooks for shows in (True, False)):
+    if (child := os.fork()) == 0:
+        cells = json.load(open(path))["cells"]
+        code = "\\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+        lines = [n for n in ast.parse(code).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        if not shows:
+            lines = [n for n in lines if "helpers.report" not in ast.unparse(n)]
+        exec(compile(ast.Module(lines, []), path, "exec"), {})
+        found = [m.__file__ for n, m in sys.modules.items() if n.split(".")[0] == "helpers"]
+        print(json.dumps([path, shows, found]), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded_modules() -> dict[tuple[str, bool], set[Path]]:
+    """By stage: files of the helper modules that Python loads for its notebook's imports.
+
+    With what the notebook takes from helpers.report (True), and without (False).
+    """
+    stages = {str(PROJECT / "notebooks" / f"{n}.ipynb"): s for s, n in grid.NOTEBOOKS.items()}
+    command = [sys.executable, "-c", IMPORTS, " ".join(PACKAGES), *stages]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = map(json.loads, done.stdout.splitlines())
+    found = {(stages[path], shows): set(map(Path, files)) for path, shows, files in rows}
+    assert len(found) == 2 * len(grid.NOTEBOOKS), done.stderr
+    return found
+
+
+@pytest.mark.parametrize("stage", grid.NOTEBOOKS)
+def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
+    stage, loaded_modules, tmp_path, monkeypatch
+):
+    """Python's own account of what was imported; the report alone repeats no computation."""
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path))
+    paths = StudyPaths("toy")
+    model, variant = ("tuned" if stage == "finetuning" else "base"), "rtn"
+    names = {"analysis": (), "quantization": (model, variant), "evaluation": (model, variant)}
+    run = Run(stage, *names.get(stage, (model,)))
+    for path in (run.record(paths), run.executed(paths)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("{}")
+    with accounts.kept(study(), paths, run):
+        pass
+    assert accounts.is_current(study(), paths, run)
+    modules = loaded_modules[stage, True]
+    as_it_is, stale = accounts._fingerprint, set()
+    for changed in modules:
+        edited = {changed: "another byte"}
+        monkeypatch.setattr(accounts, "_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p))
+        if not accounts.is_current(study(), paths, run):
+            stale.add(changed)
+    due = loaded_modules[stage, stage == "analysis"]
+    assert len(due) > 20
+    assert due <= stale
+    assert not [path for path in stale - due if path.parent.name == "report"]
+
+
+def test_modules_that_are_imported_late_or_run_by_path_count():
+    """No import statement names them."""
+    named = {path.name for path in grid.source_files(study(), Run("evaluation", "base", "rtn"))}
+    assert {"vllm_server.py", "triton_passes.py", "triton_kernels.py"} <= named
+    named = {path.name for path in grid.source_files(study(), Run("cost", "base"))}
+    assert "with_parent.py" in named
+
+
+LIBRARY = {
+    "__init__.py": "",
+    "a/__init__.py": "",
+    "a/first.py": "from importlib import import_module\nimport_module('helpers.b.second')",
+    "b/__init__.py": "from helpers.b import of_the_package",
+    "b/of_the_package.py": "",
+    "b/second.py": "RUN = Path(__file__).with_name('server.py')",
+    "b/server.py": "def late():\n    import helpers.b.third",
+    "b/third.py": "'See helpers.b.fourth, or run python -m helpers.b.fourth'",
+    "b/fourth.py": "",
+    "report/__init__.py": "",
+    "report/shown.py": "import helpers.b.fourth",
+}
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A library in place of the project's, and a notebook that imports two modules of it."""
+    for name, text in LIBRARY.items():
+        path = tmp_path / "helpers" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    cells = ["from helpers.a import first", "from helpers.report import shown"]
+    cells = [{"cell_type": "code", "source": [cell]} for cell in cells]
+    (tmp_path / "notebook.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.setattr(code_files, "HELPERS", tmp_path / "helpers")
+    monkeypatch.setattr(code_files, "REPORT", tmp_path / "helpers" / "report")
+    kept = (code_files._module_files, code_files._package_file)
+    for memory in kept:
+        memory.cache_clear()
+    yield tmp_path
+    for memory in kept:
+        memory.cache_clear()
+
+
+@pytest.mark.parametrize("with_report", [True, False])
+def test_modules_in_texts_files_beside_and_packages_count_and_nothing_else(library, with_report):
+    notebook = library / "notebook.ipynb"
+    found = code_files.imported_modules(notebook, with_report=with_report)
+    named = {path.relative_to(library / "helpers").as_posix() for path in found}
+    left_out = {"report/__init__.py", "report/shown.py", "b/fourth.py"}
+    assert named == set(LIBRARY) - (set() if with_report else left_out)
 
 
 def test_local_files_are_inputs(tmp_path):
@@ -190,6 +301,15 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
     os.utime(folder / "src" / "helpers" / "quantization" / "smoothing.py")
     with open(folder / "src" / "helpers" / "report" / "tables.py", "a") as stream:
         stream.write("\nEXTRA = 1\n")
+    assert planned(folder) == ["analysis", "report"]
+
+    # What decides how a variant is judged is no setting, and yet everything rests on it.
+    claims = folder / "src" / "helpers" / "study" / "variant_settings.py"
+    as_it_was = claims.read_text()
+    claims.write_text(as_it_was.replace('"weights": "tensor"', '"weights": "channel"'))
+    assert claims.read_text() != as_it_was
+    assert len(planned(folder)) == 7
+    claims.write_text(as_it_was)
     assert planned(folder) == ["analysis", "report"]
 
     # One variant's alpha, and its early job fails.

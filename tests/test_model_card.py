@@ -28,7 +28,7 @@ def job(sound_runs, study_path, tmp_path, monkeypatch):
     made = open_job(study_path, model="base", variant=VARIANT)
     saved = next(run.root.rglob("checkpoint"))
     shutil.copytree(saved, made.paths.checkpoint("base", VARIANT))
-    results = {"items": ["a", "b"], "tokens": 1234, "truncated_items": 0}
+    results = {"items": ["a", "b"], "tokens": 1234}
     record = {"inputs": {"model": "0123456789abcdef"}, "results": results}
     write_json(made.paths.calibration("base") / "record.json", record)
     gates = [{"name": "grid | <b>", "passed": True, "measured": "0.5 | $x$", "limit": "0.5"}]
@@ -70,7 +70,7 @@ def test_sizes_and_calibration_are_those_on_record(job):
     text = card(job)
     assert "| Linears | 1.00 MB, 4.00 MB before |" in text
     assert "| all | 40.0 % of the model it was made from |" in text
-    assert "calibrated on 2 items of 1,234 tokens, 0 of them cut short" in text
+    assert "calibrated on 2 items of 1,234 tokens, and written" in text
     assert "`0123456789ab`" in text
 
 

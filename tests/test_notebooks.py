@@ -63,3 +63,79 @@ def test_holds_no_logic_and_no_outputs(path):
         assert not [n for n in ast.walk(code) if isinstance(n, banned)], source(cell)
         imports = all(isinstance(n, ast.Import | ast.ImportFrom) for n in code.body)
         assert imports or source(cell).count("\n") < 12, source(cell)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_records_hold_nothing_that_was_not_computed(path):
+    """A number that stands in the notebook is a claim that no run can contradict."""
+    for cell in cells(path, "code"):
+        calls = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.Call)]
+        for call in (c for c in calls if ast.unparse(c.func).endswith(("write", "write_json"))):
+            held = [v for d in ast.walk(call) if isinstance(d, ast.Dict) for v in d.values]
+            assert not [v for v in held if isinstance(v, ast.Constant)], source(cell)
+
+
+SHOWING = {"display", "print"}  # besides helpers.report itself
+
+
+def names_of_the_report(tree: ast.Module) -> set[str]:
+    """Names that a notebook imports from helpers.report."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.startswith("helpers.report"):
+            found |= {alias.asname or alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            assert not [a for a in node.names if a.name.startswith("helpers.report")]
+    return found
+
+
+def passed_on(code: str) -> list[str]:
+    """Calls that get something which helpers.report made, but for those that show it."""
+    tree = ast.parse(code)
+    library = names_of_the_report(tree)
+    made = set(library)
+
+    def used(node: ast.AST) -> bool:
+        return any(isinstance(n, ast.Name) and n.id in made for n in ast.walk(node))
+
+    before = None
+    while before != made:  # until no name is added
+        before = set(made)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Assign | ast.AugAssign | ast.AnnAssign | ast.NamedExpr):
+                targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                if node.value and used(node.value):
+                    for target in targets:
+                        made |= {n.id for n in ast.walk(target) if isinstance(n, ast.Name)}
+            if isinstance(node, ast.comprehension) and used(node.iter):
+                made |= {n.id for n in ast.walk(node.target) if isinstance(n, ast.Name)}
+    odd = []
+    for call in (n for n in ast.walk(tree) if isinstance(n, ast.Call)):
+        root = call.func
+        while isinstance(root, ast.Attribute | ast.Subscript | ast.Call):
+            root = root.func if isinstance(root, ast.Call) else root.value
+        shows = isinstance(root, ast.Name) and root.id in SHOWING | made
+        if not shows and any(map(used, [*call.args, *(k.value for k in call.keywords)])):
+            odd.append(ast.unparse(call))
+    return odd
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS[:-1], ids=lambda p: p.stem)
+def test_a_notebook_that_computes_only_shows_what_the_report_makes(path):
+    """helpers.report is in no fingerprint of such a notebook (helpers.study.code_files)."""
+    assert passed_on("\n".join(source(c) for c in cells(path, "code"))) == []
+
+
+RECORDED = [
+    'record.write({"maxima": tables.as_rows(maxima)})',
+    'rows = tables.maxima(absmax)\nworst = rows["ratio"].idxmax()\nsave(folder, worst)',
+    "found = [row for row in tables.rows(x)]\nrecord.write({'rows': found})",
+    "record.write({'at': (first := tables.first(x))})",
+]
+
+
+@pytest.mark.parametrize("code", RECORDED)
+def test_what_the_report_makes_is_seen_on_its_way_into_a_record(code):
+    assert passed_on(f"from helpers.report import tables\n{code}")
+    shown = "rows = tables.rows(x)\nprint(rows.head(3))\nfigures.plot(rows, title=tables.title(x))"
+    assert not passed_on(f"from helpers.report import figures, tables\n{shown}")

@@ -14,6 +14,7 @@ from helpers.study.errors import StudyError
 from helpers.study.opening import open_job
 
 OWNER = {"dataset": "arc", "files": "f" * 64}
+PACKAGES = {"torch": "2", "vllm (serving)": "0.9"}
 PROMPTS = {f"item{i}": f"hash{i}" for i in range(5)}
 # Separators that str.splitlines would cut at, and the checksum's own blank.
 ROWS = [
@@ -131,10 +132,10 @@ def test_answers_belong_to_files_settings_prompts_code_and_packages(
         study_settings["evaluation"] |= evaluation
         return open_job(write_study(study_settings), model=model, variant=variant)
 
-    def owner(job, files="a", dataset="arc", prompts=PROMPTS) -> dict:
+    def owner(job, files="a", dataset="arc", prompts=PROMPTS, packages=PACKAGES) -> dict:
         path = job.paths.evaluation(job.model, job.variant) / ".partial" / f"{dataset}.jsonl"
         path.unlink(missing_ok=True)
-        Progress(job, files=files).of(dataset, prompts)
+        Progress(job, files=files, packages=packages).of(dataset, prompts)
         return json.loads(path.read_text().split(" ", 1)[1])
 
     def differing(other: dict) -> set[str]:
@@ -150,19 +151,20 @@ def test_answers_belong_to_files_settings_prompts_code_and_packages(
     batch = study_settings["evaluation"]["batch"]
     assert differing(owner(job(batch={"tokens": 1024, "rows": 4}))) == {"settings"}
     job(batch=batch)
-    monkeypatch.setattr(progress, "package_versions", lambda: {"torch": "1"})
+    newer = PACKAGES | {"vllm (serving)": "1.0"}
+    assert differing(owner(job(), packages=newer)) == {"packages"}
     monkeypatch.setattr(progress, "sha256_file", lambda _path: "other")
     elsewhere = replace(job(), runtime={"device_name": "another"})
-    assert differing(owner(elsewhere)) == {"packages", "device", "code"}
+    assert differing(owner(elsewhere)) == {"device", "code"}
 
 
 def test_what_is_discarded_or_resumed_is_said(study_path, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path))
     job = open_job(study_path, model="base", variant="rtn_w8a8")
-    list(Progress(job, files="a").of("arc", PROMPTS).appending(ROWS[:2]))
-    Progress(job, files="a").of("arc", PROMPTS)
+    list(Progress(job, files="a", packages=PACKAGES).of("arc", PROMPTS).appending(ROWS[:2]))
+    Progress(job, files="a", packages=PACKAGES).of("arc", PROMPTS)
     assert "arc: goes on after 2 of 5 answers" in capsys.readouterr().err
-    Progress(job, files="b").of("arc", PROMPTS)
+    Progress(job, files="b", packages=PACKAGES).of("arc", PROMPTS)
     told = capsys.readouterr().err
     assert "arc: discarded answers of another run (files differ)" in told
 
@@ -185,7 +187,7 @@ def ask(run, stop_after=None):
         job, evaluate = run.job, engine.evaluate
         patch.setattr(engine, "evaluate", counted)
         model, tokenizer = load_variant(job)
-        kept = Progress(job, files="the same")
+        kept = Progress(job, files="the same", packages=PACKAGES)
         try:
             return engine.ask_all(model, tokenizer, job.study, kept), asked
         except KeyboardInterrupt:

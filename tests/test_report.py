@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, write_predictions
 from helpers.report import chapters, cost_chapter, formats, summary
+from helpers.report.recomputed_records import wrong_records
 from helpers.report.results import load_results
 from helpers.study.errors import StudyError
 from helpers.study.grid import timed_models
@@ -105,17 +106,19 @@ def record(stage: str, parameters: dict, inputs: dict, results: dict) -> dict:
     }
 
 
-def write_calibration(job, model: str, outlier: float):
+def write_calibration(job, model: str, outlier: float, median: float | None):
     folder = job.paths.calibration(model)
     folder.mkdir(parents=True)
     rng = np.random.default_rng(3)
     absmax = {layer: rng.uniform(1, 2, 64).astype("float32") for layer in LAYERS}
+    if median is not None:
+        absmax[LAYERS[3]][:] = median
     absmax[LAYERS[3]][5] = outlier
     save_file({f"{k}.absmax": v for k, v in absmax.items()}, folder / "activations.safetensors")
     surface = rng.uniform(0, 1, (20, 64)).astype("float32")
     surface[4, 5] = outlier
     save_file({LAYERS[3]: surface}, folder / "surface.safetensors")
-    results = {"items": ["a", "b"], "tokens": 1234, "truncated_items": 0, "linears": len(LAYERS)}
+    results = {"items": ["a", "b"], "tokens": 1234, "linears": len(LAYERS)}
     results["maxima"] = [{"name": layer} for layer in LAYERS]
     write_json(
         folder / "record.json",
@@ -176,10 +179,10 @@ def gates_of(folder, model: str, variant: str, guarded: list[str], broken: str =
     return found | {"predictions": digests}
 
 
-def write_outputs(job, *, outlier: float = 900.0, failed: str = ""):
+def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, failed: str = ""):
     """The records of a whole study, as its stages would leave them."""
     for seed, model in enumerate(job.study.models):
-        write_calibration(job, model, outlier)
+        write_calibration(job, model, outlier, median)
         for place, (variant, recipe) in enumerate(job.study.variants.items()):
             if recipe.changes_model:
                 write_quantization(job, model, variant, variant != failed)
@@ -395,6 +398,23 @@ def test_the_culprits_are_found_in_the_records_and_not_known_beforehand(make_job
     assert "1 of 4 Linear inputs is ruled by single channels: `1.mlp.down_proj`" in text
     assert "The smoothing of `static` does not reach `1.mlp.down_proj`" in text
     assert "one scale turns 19 of 20 tokens" in text
+
+
+def test_an_input_whose_median_channel_is_zero_has_no_ratio(make_job, tmp_path):
+    """Such a Linear is named, has no ratio anywhere, and JSON and the checks can take it."""
+    results = load_results(make_job(median=0))
+    text = whole_report(results)
+    assert "`1.mlp.down_proj` (channel 5 reaches 900, and the median channel is 0)" in text
+    assert "inf" not in re.findall(r"[a-z]+", text)
+    summary.write_summary(results, tmp_path / "written")
+    written = json.loads((tmp_path / "written" / "summary.json").read_text())
+    (row,) = [
+        row
+        for row in written["models"]["base"]["largest_outliers"]
+        if row["linear"] == "model.layers.1.mlp.down_proj"
+    ]
+    assert (row["median"], row["ratio"]) == (0, None)
+    assert wrong_records(text, None, tmp_path / "no notebooks") == []
 
 
 def test_an_announced_set_without_predictions_names_the_notebook(make_job):

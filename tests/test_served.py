@@ -1,11 +1,13 @@
 """A model that can only be asked is evaluated as one of torch is, and its failures are one line."""
 
+import json
 import os
 import sys
 
 import pytest
 import torch
 
+from helpers.evaluation import served
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
 from helpers.evaluation.served import is_served
@@ -15,6 +17,7 @@ from helpers.sources.random_model import byte_tokenizer, random_model
 from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
 from helpers.study.paths import PROJECT
+from helpers.study.records import Record
 from helpers.study.schema import Batch, Runtime
 
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="vllm")
@@ -87,7 +90,7 @@ def test_the_engine_asks_it_the_same_and_gets_the_same(study_path, sides, tokens
 
 
 def test_an_answer_that_is_complete_is_cut_where_torch_stops(sides):
-    from helpers.evaluation import generation, served
+    from helpers.evaluation import generation
 
     ends = {"max_new_tokens": 9, "stop_tokens": set(), "batch_tokens": 999}
     prompts = [[5, 6, 7], [9], [8, 200, 31, 4]]
@@ -167,6 +170,22 @@ def test_what_vllm_prints_is_taken_for_no_answer(folder, stand_in):
     assert served.versions()["vllm"] == "0"
     assert served.kernels() == {}
     served.close()
+
+
+def test_its_versions_are_in_the_record_beside_ours(folder, stand_in, sides, tmp_path):
+    """It has a torch of its own, so that names are told apart; a model of torch adds none."""
+    stand_in(TALKATIVE)
+    model = VllmModel(folder, RUNTIME, seed=0)
+    record = Record(tmp_path / "evaluation", stage="evaluation", parameters={})
+    ours = dict(record.packages)
+    record.add_packages(served.packages(sides[0]))
+    assert record.packages == ours
+    record.add_packages(served.packages(model))
+    model.close()
+    written = json.loads(record.write({}).read_text())["packages"]
+    assert written["vllm (serving)"] == "0"
+    assert written["torch (serving)"] == torch.__version__
+    assert {name: written[name] for name in ours} == ours
 
 
 def test_a_vllm_that_dies_in_between_is_told(folder, stand_in):

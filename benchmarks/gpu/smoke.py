@@ -95,8 +95,7 @@ class Run:
         record = Record(folder, stage="calibration", parameters=job.parameters)
         calibration.save_calibration(folder / "activations.safetensors", found)
         record.add_input("model", self.source)
-        counted = {"tokens": sum(map(len, tokens)), "truncated_items": 0}
-        record.write({"items": item_ids(items), **counted})
+        record.write({"items": item_ids(items), "tokens": sum(map(len, tokens))})
 
     def quantize(self, variant: str) -> None:
         job = self.job(variant)

@@ -21,7 +21,6 @@ from helpers.study.errors import StudyError
 from helpers.study.hashing import canonical_json, sha256_data, sha256_file, sha256_text
 from helpers.study.opening import Job
 from helpers.study.paths import PROJECT, inside
-from helpers.study.records import package_versions
 
 CHECK = 16  # characters of a line's checksum
 SYNC_S = 1.0  # what a power cut can cost; a kill costs nothing that was made
@@ -33,13 +32,14 @@ class Progress:
     Args:
         job: the model and variant at hand.
         files: content hash of the files they are loaded from.
+        packages: versions of all that computes the answers, as `Record.packages` has them.
 
     Attributes:
         resumed: ids of the items that an earlier run had answered, by set.
     """
 
-    def __init__(self, job: Job, *, files: str):
-        self._job, self._files = job, files
+    def __init__(self, job: Job, *, files: str, packages: dict[str, str]):
+        self._job, self._files, self._packages = job, files, packages
         self.resumed: dict[str, set[str]] = {}
         self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
 
@@ -53,7 +53,8 @@ class Progress:
             StudyError: the file of this very evaluation is damaged.
         """
         job, path = self._job, self._folder / f"{dataset}.jsonl"
-        owner = _owner(job, dataset, prompts) | {"files": self._files}
+        owner = _owner(job, dataset, prompts) | {"packages": sha256_data(self._packages)}
+        owner |= {"files": self._files}
         rows, whole, other = read_kept(path, owner, prompts)
         self.resumed[dataset] = set(rows)
         label = f"evaluation {job.model} {job.variant}"
@@ -167,6 +168,5 @@ def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
         "settings": sha256_text(grid.depends_on(job.study, run)),
         "prompts": sha256_data(prompts),
         "code": sha256_data({inside(path): sha256_file(path) for path in modules}),
-        "packages": sha256_data(package_versions()),
         "device": sha256_data(job.runtime),  # another one may round otherwise
     }

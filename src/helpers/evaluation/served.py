@@ -19,6 +19,13 @@ def is_served(model) -> bool:
     return not isinstance(model, torch.nn.Module)
 
 
+def packages(model) -> dict[str, str]:
+    """Versions of the engine that runs a served model, for records; none of a model of torch."""
+    if not is_served(model):
+        return {}
+    return {f"{name} (serving)": version for name, version in model.versions().items()}
+
+
 def option_loglikelihoods(
     model, items: list[OptionTokens], *, batch_tokens: int
 ) -> Iterator[tuple[int, list[float]]]:

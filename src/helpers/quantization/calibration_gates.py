@@ -34,12 +34,11 @@ def items_gate(evidence: Evidence):
         and len(ids) == asked.items
         and results["tokens"] == tokens
         and seen == {tokens}
-        and results["truncated_items"] == 0
         and longest <= asked.max_tokens,
         f"{len(ids)} items on record, {len(set(ids) ^ set(expected))} of them others; "
         f"{results['tokens']} tokens on record, {'/'.join(map(str, sorted(seen))) or 'none'} in "
-        f"the statistics; {results['truncated_items']} truncated",
-        f"{asked.items} items, {tokens} tokens in both, none truncated",
+        f"the statistics; the longest item has {longest}",
+        f"{asked.items} items, {tokens} tokens in both, no item of more than {asked.max_tokens}",
     )
 
 

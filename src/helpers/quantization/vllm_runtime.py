@@ -22,7 +22,7 @@ from transformers import GenerationConfig
 from helpers.sources.models import load_config, load_head
 from helpers.sources.onednn import product
 from helpers.study.errors import StudyError
-from helpers.study.execution import die_with_parent
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import vllm_python
 from helpers.study.schema import Runtime
 

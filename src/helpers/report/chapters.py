@@ -26,7 +26,6 @@ from helpers.report.formats import (
     dataset_name,
     escape,
     markdown_table,
-    number,
     percent,
 )
 from helpers.report.results import Results
@@ -77,12 +76,11 @@ def _outliers_of(results: Results, model: str) -> Shown:
     inputs = {i.linear: i for i in outliers.linear_inputs(calibrated)}
     in_order = [inputs[linear] for linear in calibrated.absmax]
     worst, shown = next(iter(inputs.values())), inputs[calibrated.surface_of]
-    claim = f"{model}: {worst.name} reaches {number(worst.ratio)}× its median channel"
     maxima = figures.layer_maxima(
         [i.name for i in in_order],
         [i.largest for i in in_order],
         [i.median for i in in_order],
-        title=claim,
+        title=outlier_sentences.figure_claim(model, worst),
     )
     column = calibrated.surface[:, calibrated.surface.max(0).argmax()]  # (tokens,)
     loud = int((column > column.max() / 2).sum())

@@ -44,7 +44,7 @@ def outlier_inputs(results: Results, model: str, *, rows: int) -> Rows:
             "channel": str(i.channel),
             "largest": number(i.largest),
             "median channel": number(i.median),
-            "ratio": f"{number(i.ratio)}×",
+            "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
             "channels one scale rounds to zero": percent(i.rounded_away),
         }
         for i in found
@@ -134,7 +134,7 @@ def calibrations(results: Results) -> Rows:
     for model, found in results.calibrations.items():
         r = found.record["results"]
         row = {"model": code(model), "items": str(len(r["items"])), "tokens": f"{r['tokens']:,}"}
-        row |= {"cut short": str(r["truncated_items"]), "Linear inputs": str(r["linears"])}
+        row["Linear inputs"] = str(r["linears"])
         rows.append(row | {"model files": Markup(f"`{found.record['inputs']['model'][:12]}`")})
     return rows
 

@@ -100,7 +100,7 @@ def origin(job: Job, calibration: dict) -> str:
     return (
         f"{made} ({code(str(name))}), its files {code(calibration['inputs']['model'][:12])}, "
         f"calibrated on {count(len(results['items']), 'item')} of {results['tokens']:,} tokens, "
-        f"{results['truncated_items']} of them cut short, and written by llmcompressor."
+        "and written by llmcompressor."
     )
 
 

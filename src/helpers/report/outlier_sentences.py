@@ -50,10 +50,17 @@ def outlier_finding(results: Results, model: str) -> str:
 
 
 def input_words(found: LinearInput) -> str:
-    return (
-        f"`{found.name}` (channel {found.channel} reaches {number(found.largest)}, "
-        f"{number(found.ratio)} times the median channel)"
-    )
+    ratio = "and the median channel is 0"
+    if found.ratio is not None:
+        ratio = f"{number(found.ratio)} times the median channel"
+    return f"`{found.name}` (channel {found.channel} reaches {number(found.largest)}, {ratio})"
+
+
+def figure_claim(model: str, worst: LinearInput) -> str:
+    """What the figure of a model's largest channels shows, as its title."""
+    if worst.ratio is None:
+        return f"{model}: the median channel of {worst.name} is 0"
+    return f"{model}: {worst.name} reaches {number(worst.ratio)}× its median channel"
 
 
 def outlier_story(results: Results, model: str) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from helpers.quantization.channel_maxima import channel_maxima
 from helpers.report.evaluated import Calibrated, Evaluated
 from helpers.report.results import Results
 
@@ -20,7 +21,7 @@ class LinearInput:
     """One Linear's input: its largest channel, and what one scale for it would do.
 
     Attributes:
-        ratio: largest channel / median channel, of their abs-max.
+        ratio: largest channel / median channel, of their abs-max; None if the median is 0.
         rounded_away: share of channels that never exceed half a step.
     """
 
@@ -28,7 +29,7 @@ class LinearInput:
     channel: int
     largest: float
     median: float
-    ratio: float
+    ratio: float | None
     rounded_away: float
 
     @property
@@ -37,14 +38,13 @@ class LinearInput:
 
 
 def linear_inputs(calibrated: Calibrated) -> list[LinearInput]:
-    """Every Linear's input, the one with the largest ratio first."""
+    """Every Linear's input, the one with the largest ratio first; those without one last."""
     found = []
     for linear, absmax in calibrated.absmax.items():
-        largest, median = float(absmax.max()), float(np.median(absmax))
-        ratio = largest / median if median else float("inf")
-        away = float(np.mean(absmax < largest / HALF_STEPS))
-        found.append(LinearInput(linear, int(absmax.argmax()), largest, median, ratio, away))
-    return sorted(found, key=lambda i: (-i.ratio, i.linear))
+        maxima = channel_maxima(absmax)
+        away = float(np.mean(absmax < maxima.largest / HALF_STEPS))
+        found.append(LinearInput(linear, *maxima, away))
+    return sorted(found, key=lambda i: (i.ratio is None, -(i.ratio or i.largest), i.linear))
 
 
 def swamped(calibrated: Calibrated) -> list[LinearInput]:

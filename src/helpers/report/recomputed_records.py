@@ -5,6 +5,7 @@ is checked.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,9 @@ from helpers.report.recomputed_tables import Recomputed
 PRINTED = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
 OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
 RULED = re.compile(r"^(?:- )?In `([^`]+)`, (\d+) of \S+ Linear inputs (?:is|are) ruled (.*)$", re.M)
-INPUT = re.compile(r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), ([\d.,]+) times the median")
+INPUT = re.compile(
+    r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), (?:([\d.,]+) times|and) the median"
+)
 STEP = 0.05  # of what the notebook shows, which has one decimal
 
 
@@ -24,7 +27,7 @@ def wrong_records(markdown: str, figures: Recomputed, notebooks: Path) -> list[s
     told = []
     for table in tables(markdown):
         columns, rows = set(table.columns), map(table.by_column, table.rows)
-        if {"model", "items", "tokens", "cut short"} <= columns:
+        if {"model", "items", "tokens", "Linear inputs"} <= columns:
             told += [line for row in rows for line in _calibration(row, notebooks)]
         elif table.columns == ("variant", "recipe"):
             told += [line for row in rows for line in _recipe(row, figures, notebooks)]
@@ -87,10 +90,17 @@ def _ruled(model: str, count: str, text: str, notebooks: Path) -> Iterator[str]:
         yield f"{model}: {count} Linear inputs are ruled by single channels, {len(named)} named"
     shown = OUTLIER.findall(_outputs(notebooks / f"01_calibration.{model}.ipynb"))
     for name, *said in named:
-        channel, largest, ratio = (float(x.replace(",", "")) for x in said)
+        channel, largest, ratio = (float(x.replace(",", "") or "nan") for x in said)
         for _, *printed in (row for row in shown if row[0].endswith(name)):
             at, most, median = map(float, printed)
             near = abs(largest - most) <= 0.006 * most
-            room = 0.006 + STEP / median  # of a median with one decimal
-            if at != channel or not near or abs(ratio - most / median) > room * most / median:
+            if at != channel or not near or not _is_ratio(ratio, most, median):
                 yield f"{model}, {name}: {said}, in its calibration {printed}"
+
+
+def _is_ratio(ratio: float, most: float, median: float) -> bool:
+    """Whether a ratio is that of two numbers shown with one decimal; NaN is that of a median 0."""
+    if math.isnan(ratio):
+        return median == 0
+    largest = (most + STEP) / (median - STEP) if median > STEP else math.inf
+    return 0.994 * (most - STEP) / (median + STEP) <= ratio <= 1.006 * largest

@@ -4,7 +4,6 @@ What a model wrote is shown as written: pandas escapes HTML, and here characters
 on a terminal are replaced and formulas are left unrendered.
 """
 
-import numpy as np
 import pandas as pd
 
 from helpers.study.plain_text import one_line
@@ -13,21 +12,18 @@ from helpers.study.plain_text import one_line
 pd.set_option("display.html.use_mathjax", False)
 
 
-def layer_maxima(absmax: dict[str, np.ndarray]) -> pd.DataFrame:
-    """One row a Linear: its largest channel, the median channel, and their ratio."""
-    rows = []
-    for name, values in absmax.items():
-        largest, median = float(values.max()), float(np.median(values))
-        rows.append(
-            {
-                "layer": short_layer(name),
-                "channel": int(values.argmax()),
-                "largest": largest,
-                "median": median,
-                "ratio": largest / median if median > 0 else float("inf"),
-            }
-        )
-    return pd.DataFrame(rows, index=list(absmax))
+def layer_maxima(rows: list[dict]) -> pd.DataFrame:
+    """One row a Linear: its largest channel, the median channel, and their ratio if it has one."""
+    frame = pd.DataFrame(rows).astype({"ratio": float})
+    return frame.set_index("name").rename_axis(None).round(1)
+
+
+def largest_channel_claim(row: dict) -> str:
+    """What the figure of the maxima shows, as a sentence, of the Linear that stands out most."""
+    claim = f"{row['layer']}: channel {row['channel']} reaches {row['largest']:.0f}, "
+    if row["ratio"] is None:
+        return claim + "the median channel is 0"
+    return claim + f"{row['ratio']:.0f}× the median channel"
 
 
 def short_layer(name: str) -> str:
@@ -105,11 +101,6 @@ def sample_answers(predictions: dict[str, list[dict]], *, each: int) -> pd.DataF
 def as_column(values: dict[str, float]) -> pd.DataFrame:
     """A mapping as a one-column table."""
     return pd.DataFrame.from_dict(values, orient="index", columns=["value"]).round(4)
-
-
-def as_rows(frame: pd.DataFrame) -> list[dict]:
-    """The table as plain data for a record, its index as `name`."""
-    return frame.rename_axis("name").reset_index().to_dict("records")
 
 
 def metric_table(metrics: dict[str, dict], names: list[str]) -> pd.DataFrame:

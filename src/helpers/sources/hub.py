@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from helpers.study.errors import StudyError
 from helpers.study.hashing import sha256_file
 from helpers.study.model_folders import config_problem, missing_files
-from helpers.study.weight_files import weight_files
+from helpers.study.weight_files import stored_tensors
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Copies in other programs' layouts, and whatever lies in folders.
@@ -149,7 +149,10 @@ def commit_of(kind: str, name: str, revision: str) -> str:
 
 
 def cached_model(name: str, commit: str) -> Path | None:
-    """The folder of a model that is in the cache whole; None if it is not. Asks no Hub."""
+    """The folder of a model that is in the cache whole; None if it is not. Asks no Hub.
+
+    Whole: every file that the index names is there, as long as its header says.
+    """
     try:
         folder = Path(_snapshot(name, commit, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
@@ -157,8 +160,8 @@ def cached_model(name: str, commit: str) -> Path | None:
     if missing_files(p.name for p in folder.iterdir()):
         return None
     try:
-        weight_files(folder)
-    except StudyError:  # a shard is missing
+        stored_tensors(folder)
+    except StudyError:  # a shard is missing, or cut short
         return None
     return folder
 
@@ -167,8 +170,8 @@ def fetch_model(name: str, commit: str) -> Path:
     """The folder of a model at a commit, its safetensors and tokenizer fetched.
 
     Raises:
-        StudyError: it cannot be had, is no safetensors model of a known family, or arrived
-            damaged.
+        StudyError: it cannot be had, is no safetensors model of a known family, is not whole
+            in the repository, or arrived damaged.
     """
     api = HfApi(library_name="smoothquant-study")
     tree = patiently(lambda: list(api.list_repo_tree(name, revision=commit)))
@@ -185,6 +188,10 @@ def fetch_model(name: str, commit: str) -> Path:
             path.resolve().unlink()  # the file itself: the folder holds links to it
             path.unlink(missing_ok=True)
             raise StudyError(f"{entry.path} arrived damaged and was removed; run again")
+    try:
+        stored_tensors(folder)
+    except StudyError as error:  # the repository itself is not whole
+        raise StudyError(f"{str(error).partition(';')[0]}; name another revision") from None
     return folder
 
 

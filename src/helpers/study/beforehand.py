@@ -12,9 +12,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 from helpers.study.code_files import HELPERS
-from helpers.study.execution import die_with_parent
 from helpers.study.hashing import sha256_data, sha256_file
 from helpers.study.local_files import files_of, resolve, sources_of
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import PROJECT, cache_root
 from helpers.study.schema import Study
 from helpers.study.source_settings import (

@@ -1,25 +1,25 @@
-"""Which of the project's modules a notebook rests on, read off its imports.
+"""Which of the project's modules a notebook rests on, read off its code by one rule.
 
-Left out on purpose: modules that only read and check the study file (what they read is in
-`grid.depends_on`), those that only run notebooks, and, for every stage but analysis, the
-report room, which shows results and makes none.
+A module counts if the notebook, or a module that counts, imports it anywhere in its code, or
+names it in a text of its own: a dotted name is given to `import_module` or to another
+interpreter, the name of a file beside the module is run by its path. So do the packages that
+it lies in. No module is left out by its name.
+
+One package is left out, and only for notebooks that compute: `helpers.report`, from which they
+show things. Nothing that it makes gets into a record (tests/test_notebooks.py), and no other
+package imports it (tests/test_rooms.py), so that work on the report repeats no computation.
 """
 
 import ast
 import json
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 from helpers.study.errors import StudyError
 
 HELPERS = Path(__file__).resolve().parents[1]
-READ_AND_CHECK = ("complaints", "errors", "fields", "loading", "local_files", "model_folders")
-READ_AND_CHECK += ("names", "opening", "paths", "pins", "references", "schema")
-READ_AND_CHECK += ("source_settings", "variant_settings", "yaml_text")
-RUN_NOTEBOOKS = ("accounts", "activity", "archive", "beforehand", "cleaning", "cluster")
-RUN_NOTEBOOKS += ("code_files", "display", "estimate", "execution", "export", "grid", "jobs")
-RUN_NOTEBOOKS += ("locking", "partial", "schedule", "terminal", "workflow")
-MAKE_NO_NUMBERS = {f"helpers.study.{name}" for name in READ_AND_CHECK + RUN_NOTEBOOKS}
+REPORT = HELPERS / "report"
 
 
 @cache
@@ -31,16 +31,14 @@ def imported_modules(notebook: Path, *, with_report: bool) -> frozenset[Path]:
     """
     if not notebook.is_file():
         raise StudyError(f"notebooks/{notebook.name} is missing; restore it")
-    waiting, seen = _imports(_code(notebook), notebook.name), set()
+    waiting, seen = set(_named_files(_parsed(_code(notebook), notebook.name), notebook)), set()
     while waiting:
-        name = waiting.pop()
-        shows_only = name.startswith("helpers.report") and not with_report
-        if name in seen or name in MAKE_NO_NUMBERS or shows_only:
+        file = waiting.pop()
+        if file in seen or (file.is_relative_to(REPORT) and not with_report):
             continue
-        seen.add(name)
-        file = _package_file(name)
-        waiting |= _imports(file.read_text("utf-8"), file.name)
-    return frozenset(_package_file(name) for name in seen)
+        seen.add(file)
+        waiting |= _files_named_in(file)
+    return frozenset(seen)
 
 
 def _code(notebook: Path) -> str:
@@ -51,20 +49,44 @@ def _code(notebook: Path) -> str:
     return "\n".join(line for line in lines if not line.lstrip().startswith(("%", "!")))
 
 
-def _imports(code: str, place: str) -> set[str]:
-    """Names of the `helpers` modules that some code imports, anywhere in it."""
+def _parsed(code: str, place: str) -> ast.Module:
     try:
-        tree = ast.parse(code)
+        return ast.parse(code)
     except SyntaxError as error:
         raise StudyError(f"{place}: is not Python ({error.msg}: {error.text}); mend it") from None
-    names = set()
+
+
+@cache
+def _files_named_in(file: Path) -> frozenset[Path]:
+    """The files of the modules that one module imports or names, and of its packages."""
+    return frozenset(_named_files(_parsed(file.read_text("utf-8"), file.name), file))
+
+
+def _named_files(tree: ast.Module, place: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
+        names, beside = [], None
         if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names)
-    return {n for n in names if n.partition(".")[0] == "helpers" and _package_file(n)}
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            names, beside = [node.value], node.value
+        for name in names:
+            yield from _module_files(name)
+        if beside and beside.endswith(".py") and place.is_relative_to(HELPERS):
+            yield from filter(Path.is_file, [place.parent / beside])
+
+
+@cache
+def _module_files(name: str) -> tuple[Path, ...]:
+    """The file of a helper module and of each package around it; none if it is not one."""
+    parts = name.split(".")
+    if parts[0] != HELPERS.name or not all(map(str.isidentifier, parts)):
+        return ()
+    if (file := _package_file(name)) is None:
+        return ()
+    around = (_package_file(".".join(parts[:n])) for n in range(1, len(parts)))
+    return (file, *filter(None, around))
 
 
 @cache

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from helpers.study import accounts, fork_client, grid
 from helpers.study.errors import StudyError
-from helpers.study.execution import die_with_parent
 from helpers.study.grid import Run
 from helpers.study.loading import load_study
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.plain_text import one_line
 from helpers.study.schedule import Room, room_of, side_by_side, time_of

@@ -5,22 +5,18 @@ failure the notebook is kept beside it. A job ends when the process that started
 however that ended, and its kernel with it.
 """
 
-import ctypes
 import logging
 import os
-import signal
 import sys
-import threading
-import time
 from pathlib import Path
 
 from helpers.study.cleaning import cleaned_text
 from helpers.study.errors import StudyError, remedy
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import PROJECT
 from helpers.study.plain_text import message
 from helpers.study.writing import write_atomically
 
-PR_SET_PDEATHSIG = 1
 JOB_ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",  # whatever the locale is
@@ -35,23 +31,6 @@ class JobFailed(Exception):
 
     def __init__(self, text: str):
         super().__init__(message(text))
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """End this process, at once, when the one that started it ends."""
-    parent = parent or os.getppid()
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the line above
-            os._exit(1)
-        return
-
-    def poll() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=poll, daemon=True).start()
 
 
 def kernel(arguments: list[str]) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Iterator
 from subprocess import Popen
 
 from helpers.study.activity import OTHERS_BARS
-from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
+from helpers.study.execution import JOB_ENVIRONMENT
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import PROJECT
 
 ADDRESS = "STUDY_FORK_SERVER"  # names its socket in Linux' abstract namespace

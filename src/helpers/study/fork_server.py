@@ -22,8 +22,8 @@ import struct
 import sys
 import threading
 
-from helpers.study.execution import die_with_parent
 from helpers.study.fork_client import LENGTH, PARENT, STATUS, received
+from helpers.study.parent_process import die_with_parent
 
 TIMEOUT_S = 10  # for one request
 NOTEBOOK_COLUMNS = 20  # pandas' default outside a terminal

@@ -5,9 +5,9 @@ The Snakefile is made of this. Two things decide whether a run is repeated:
 - `depends_on`: everything in the study file the stage uses, as ONE text with sorted
   keys. Snakemake compares parameters as a set of values, so that two swapped values
   would go unseen if they were given one by one.
-- `source_files`: the notebook, the helper modules it imports, directly or through
-  others (`helpers.study.code_files`), and the local data it reads. What they hold counts,
-  not when they were written (`helpers.study.accounts`).
+- `source_files`: the notebook, every helper module it rests on (`helpers.study.code_files`),
+  and the local data it reads. What they hold counts, not when they were written
+  (`helpers.study.accounts`).
 """
 
 from dataclasses import dataclass

@@ -18,8 +18,9 @@ from pathlib import Path
 
 from helpers.study.activity import told_by
 from helpers.study.errors import StudyError, remedy
-from helpers.study.execution import JobFailed, die_with_parent, kernel, run_notebook
+from helpers.study.execution import JobFailed, kernel, run_notebook
 from helpers.study.fork_client import run_in_fork
+from helpers.study.parent_process import die_with_parent
 from helpers.study.terminal import DONE, FAILED, START, STOPPED, duration, say, shared_file
 
 

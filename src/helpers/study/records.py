@@ -114,6 +114,7 @@ class Record:
         self._elsewhere: list[Path] = []
         self._operations: dict[str, int] = {}
         self._machine: dict = {}
+        self.packages = package_versions()
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._lock = self.folder.with_name(f".{self.folder.name}.lock")
         hold(self._lock, f"{_shown(self.folder)} is being written")
@@ -130,6 +131,10 @@ class Record:
     def add_operations(self, counted: dict[str, int]) -> None:
         """Note what the job computes: multiplications and additions, by arithmetic."""
         self._operations |= counted
+
+    def add_packages(self, versions: dict[str, str]) -> None:
+        """Note versions of packages of another environment that computed for the job."""
+        self.packages |= versions
 
     def add_machine(self, arithmetic: dict) -> None:
         """Note how and where this machine computes; no result, it may differ from run to run."""
@@ -157,7 +162,7 @@ class Record:
                 "duration_s": round(time.monotonic() - self._clock, 3),
                 "peak_memory_bytes": peak_memory_bytes(),
                 "machine": machine,
-                "packages": package_versions(),
+                "packages": self.packages,
             },
         )
         release(self._lock)

@@ -14,7 +14,7 @@ from concurrent.futures.process import BrokenProcessPool
 
 from helpers.study.activity import Bar
 from helpers.study.errors import StudyError
-from helpers.study.execution import die_with_parent
+from helpers.study.parent_process import die_with_parent
 
 
 def in_turns(names: Sequence[str], rounds: int) -> list[str]:

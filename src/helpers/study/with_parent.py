@@ -6,7 +6,7 @@ Python, which offers no other moment to tell it so.
 
 import os
 
-from helpers.study.execution import die_with_parent
+from helpers.study.parent_process import die_with_parent
 
 PARENT = "STUDY_MEASURING_PARENT"
 

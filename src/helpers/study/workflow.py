@@ -20,10 +20,11 @@ from helpers.study import accounts, activity, cluster, display, fork_client, gri
 from helpers.study import estimate as estimates
 from helpers.study.beforehand import check_sources
 from helpers.study.errors import FULL, StudyError
-from helpers.study.execution import JOB_ENVIRONMENT, die_with_parent
+from helpers.study.execution import JOB_ENVIRONMENT
 from helpers.study.gpus import may_take_gpu
 from helpers.study.loading import load_study, study_file
 from helpers.study.locking import hold
+from helpers.study.parent_process import die_with_parent
 from helpers.study.paths import PROJECT, StudyPaths, cache_root, inside, outputs_root
 from helpers.study.pins import hub_sources
 from helpers.study.schema import Study
