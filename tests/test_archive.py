@@ -213,6 +213,14 @@ def test_half_an_archive_is_refused(packed, tmp_path):
         archive.unpack(tmp_path / "half.tar.gz", tmp_path / "new")
 
 
+def test_what_is_too_large_is_refused_before_it_is_written(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(archive, "MOST_BYTES", 20_000)
+    with pytest.raises(StudyError, match=r"more than 20,000 bytes"):
+        archive.unpack(packed, tmp_path / "new")
+    written = [path for path in (tmp_path / "new").rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in written) < 20_000
+
+
 def test_nothing_is_overwritten(packed, tmp_path):
     (tmp_path / "mine").write_text("mine")
     with pytest.raises(StudyError, match="is not empty"):

@@ -1,14 +1,17 @@
 """Quantization error by Linear, against a smoothed model that is really built."""
 
 import copy
+import math
+import re
 
 import pytest
 import torch
 
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.error import sqnr_with_and_without
+from helpers.quantization.error import decibels, sqnr_with_and_without
 from helpers.quantization.smoothing import everywhere, smooth_, smoothed_absmax
 from helpers.sources.random_model import random_model
+from helpers.study.errors import StudyError
 from helpers.study.variant_settings import Smooth, Variant
 from quantized_run import lived_in
 
@@ -53,3 +56,20 @@ def test_the_model_is_left_as_it_was():
     sqnr_with_and_without(model, texts(), Variant(preset="w8a8", smooth=smooth), absmax, alphas)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_is_not_free_of_noise(value):
+    assert math.isnan(decibels(value, 1.0))
+    assert math.isnan(decibels(1.0, value))
+    assert decibels(100.0, 1.0) == pytest.approx(20.0)
+    assert decibels(1.0, 0.0) == 200.0
+
+
+def test_a_linear_whose_error_is_no_number_is_named():
+    model = lived_in(random_model("qwen2", seed=6))
+    absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
+    name = next(iter(absmax))
+    model.get_submodule(name).weight.data[0, 0] = math.nan
+    with pytest.raises(StudyError, match=rf"SQNR of {re.escape(name)} .*not a number"):
+        sqnr_with_and_without(model, texts(), Variant(preset="w8a8"), absmax, {})

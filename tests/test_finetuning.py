@@ -91,3 +91,18 @@ def test_a_broken_loss_stops_the_training(model, examples):
         model.model.norm.weight.fill_(float("inf"))
     with pytest.raises(StudyError, match=r"the loss is .* lower learning_rate"):
         finetuning.fine_tune_(model, examples, FineTuning(**SETTINGS), seed=1)
+
+
+@pytest.mark.parametrize(
+    ("losses", "said"),
+    [
+        ([2.0, 1.9, 1.8, 1.7, 1.5, 1.2, 1.0, 0.9], "falls from 1.95 to 0.95"),
+        ([1.0, 1.1, 1.2, 1.4, 1.6, 1.7, 1.9, 2.0], "rises from 1.05 to 1.95"),
+        ([1.0, 1.4, 0.8, 1.2, 1.1, 0.9, 1.3, 1.0], "does not change clearly"),
+        ([1.0, 1.0, 1.0, 1.0], "does not change clearly"),
+        ([1.0], "does not change clearly"),
+        ([1.0, float("nan"), float("nan"), float("nan")], "is not a number"),
+    ],
+)
+def test_the_title_of_the_loss_says_what_it_did(losses, said):
+    assert finetuning.loss_claim(losses).startswith(f"The loss on the answers {said}")

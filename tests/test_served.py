@@ -172,6 +172,21 @@ def test_what_vllm_prints_is_taken_for_no_answer(folder, stand_in):
     served.close()
 
 
+@pytest.mark.parametrize("place", ["before it is asked", "while it is asked"])
+def test_a_vllm_that_dies_later_ends_in_a_line_too(folder, stand_in, place):
+    """A pipe that nobody reads any more is no message."""
+    stand_in(TALKATIVE)
+    served = VllmModel(folder, RUNTIME, seed=0)
+    served._process.kill()
+    if place == "before it is asked":
+        served._process.wait()
+    rows = [([1] * 60_000, [2])]  # more than a pipe holds
+    for _ in range(2):
+        with pytest.raises(StudyError, match="vLLM ended with code -9: it left no message"):
+            served.score(rows)
+    served.close()
+
+
 def test_its_versions_are_in_the_record_beside_ours(folder, stand_in, sides, tmp_path):
     """It has a torch of its own, so that names are told apart; a model of torch adds none."""
     stand_in(TALKATIVE)

@@ -4,6 +4,7 @@ Every Linear is looked at alone, on its real float inputs: errors do not accumul
 layer to layer, so a bad layer is seen where it is.
 """
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +14,7 @@ from helpers.quantization.layer_groups import quantized_linears
 from helpers.quantization.simulation import Looked, Scales, linear_scales, look
 from helpers.sources.experts import every_expert_reads
 from helpers.study.activity import Bar
+from helpers.study.errors import StudyError
 from helpers.study.variant_settings import Variant
 
 
@@ -52,6 +54,9 @@ def sqnr_with_and_without(
         variant: its scheme decides the granularities, its targets where scales go.
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
         alphas: α of each group, by the name of its first consumer.
+
+    Raises:
+        StudyError: a Linear's output or error is not finite.
     """
     looks: dict[str, tuple[Sums, dict[str, Scales]]] = {"without smoothing": (Sums(), {})}
     if variant.smooth and not variant.recipe:
@@ -76,11 +81,24 @@ def sqnr_with_and_without(
     finally:
         for handle in handles:
             handle.remove()
-    return {label: sums.decibels() for label, (sums, _) in looks.items()}
+    found = {label: sums.decibels() for label, (sums, _) in looks.items()}
+    for label, values in found.items():
+        if lost := [name for name, value in values.items() if math.isnan(value)]:
+            raise StudyError(
+                f"the output SQNR of {lost[0]} ({label}) is not a number: its inputs, weights "
+                f"or smoothing factors are not finite; {len(lost)} Linears are like it"
+            )
+    return found
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise); 200 dB stands for no noise at all."""
+    """10·log10(signal / noise); 200 dB stands for no noise at all, −200 dB for no signal.
+
+    NaN if either is not a finite number.
+    """
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
     if noise == 0.0:
         return 200.0
-    return min(200.0, 10.0 * torch.tensor(signal / noise).log10().item())
+    ratio = signal / noise
+    return min(200.0, 10.0 * math.log10(ratio)) if ratio else -200.0

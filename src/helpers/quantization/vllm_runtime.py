@@ -6,6 +6,7 @@ batches as it likes, within what one question hands it. The other process
 (`vllm_server`) imports nothing of this project; what is asked and answered is plain data.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -115,7 +116,8 @@ class VllmModel:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
@@ -128,8 +130,9 @@ class VllmModel:
         return torch.from_numpy(np.load(self._file(name), allow_pickle=False))
 
     def _ask(self, what: str, **named) -> Any:
-        self._process.stdin.write(json.dumps({"ask": what, **named}) + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the answer says why
+            self._process.stdin.write(json.dumps({"ask": what, **named}) + "\n")
+            self._process.stdin.flush()
         return self._answer()
 
     def _answer(self) -> Any:

@@ -15,9 +15,16 @@ MARKERS = "osD^vP"
 
 
 def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
-    """(color, marker) by variant: the same in every figure of a study."""
+    """(color, marker) by variant: the same in every figure of a study.
+
+    With more variants than colors a color comes again with another marker; 36 look different.
+
+    Args:
+        variants: all that the study compares with its baseline, in its order.
+    """
+    colors, markers = len(VARIANT_COLORS), len(MARKERS)
     return {
-        name: (VARIANT_COLORS[i % len(VARIANT_COLORS)], MARKERS[i % len(MARKERS)])
+        name: (VARIANT_COLORS[i % colors], MARKERS[(i + i // colors) % markers])
         for i, name in enumerate(variants)
     }
 
@@ -109,17 +116,19 @@ def token_costs(
 
 
 @in_house_style
-def kl_by_alpha(curves: dict[str, list[dict]], *, title: str) -> Figure:
+def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: str) -> Figure:
     """KL from the float model against α, a line a variant, its least point marked.
 
     Args:
         curves: variant to rows of `alpha` and `kl` (nats a token).
     """
     figure, axes = new_figure(6.4, 3.2)
-    for (variant, rows), color in zip(curves.items(), VARIANT_COLORS, strict=False):
+    looks = variant_looks(variants)
+    for variant, rows in curves.items():
+        color, marker = looks[variant]
         rows = sorted(rows, key=lambda row: row["alpha"])
         alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
-        axes.plot(alphas, kl, "o-", color=color, label=variant)
+        axes.plot(alphas, kl, f"{marker}-", color=color, label=variant)
         least = min(rows, key=lambda row: row["kl"])
         axes.plot(least["alpha"], least["kl"], "o", color=color, markersize=11, fillstyle="none")
     axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped(title))
@@ -146,7 +155,8 @@ def sqnr_by_variant(
         *before, (_, values) = ways.items()
         for _, plain in before:
             axes.plot(list(plain.values()), "_", color="#999999", markersize=5)
-        axes.plot(list(values.values()), ".", color=looks[variant][0], markersize=5)
+        color, marker = looks[variant]
+        axes.plot(list(values.values()), marker, color=color, markersize=3)
         name_lowest(axes, list(values), list(values.values()))
         note = " (grey: the same without smoothing)" if before else ""
         axes.set_title(variant + note, fontsize=9, color=looks[variant][0])

@@ -24,7 +24,7 @@ def cost_chapter(results: Results) -> Shown:
             told = f"The cost of {code(model)} was not measured; `make study` does it."
             found.append(Markdown(f"### Model {code(model)}\n\n{told}\n"))
         else:
-            found += measured(cost)
+            found += measured(cost, results.compared)
     twins = [code(m) for m in results.models if m not in results.costs]
     if twins:
         verb = "have" if len(twins) > 1 else "has"
@@ -33,13 +33,17 @@ def cost_chapter(results: Results) -> Shown:
     return found
 
 
-def measured(cost: Cost) -> Shown:
-    """One model: what is gained, as ratios and amounts, and how near the limit."""
+def measured(cost: Cost, variants: list[str]) -> Shown:
+    """One model: what is gained, as ratios and amounts, and how near the limit.
+
+    Args:
+        variants: all that the study compares with its baseline.
+    """
     model = code(cost.account["model"])
     return [
         Markdown(f"### Model {model}\n\n{arithmetic(cost)}{gains(cost)}\n\n{how(cost)}\n"),
         Markdown(markdown_table(cost_tables.relative(cost))),
-        cost_figures.throughput(cost, title=claim(cost)),
+        cost_figures.throughput(cost, variants=variants, title=claim(cost)),
         Markdown(markdown_table(cost_tables.absolute(cost))),
         Markdown(f"{limit(cost)}\n\n{markdown_table(cost_tables.near_the_limit(cost))}"),
     ]

@@ -10,7 +10,7 @@ PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
 
 
 @in_house_style
-def throughput(cost: Cost, *, title: str) -> Figure:
+def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
     """Tokens a second of every way: median and every round, and where its Linears would end.
 
     The bar beside a point is the reading speed if the Linears ran at the speed of the bare
@@ -18,17 +18,18 @@ def throughput(cost: Cost, *, title: str) -> Figure:
     """
     ways = cost.ways
     figure, panels = new_figure(8.4, 1.5 + 0.36 * len(ways), ncols=2, sharey=True)
-    colors = _colors(cost)
+    looks = _looks(cost, variants)
     for axes, (quantity, label) in zip(panels, PANELS.items(), strict=True):
         for place, way in enumerate(ways):
-            found, color = cost.measured(way, quantity), colors[way.name]
+            found, (color, marker) = cost.measured(way, quantity), looks[way.name]
             axes.hlines(place, found.low, found.high, color=color, linewidth=3, alpha=0.5)
-            axes.plot(found.value, place, "o", color=color, markersize=6)
+            axes.plot(found.value, place, marker, color=color, markersize=6)
         axes.set_xlabel(label)
         axes.axvline(cost.measured(cost.reference, quantity).value, color=QUIET, linewidth=0.8)
     for place, way in enumerate(ways):
         if limit := cost.fastest_reading(way):
-            panels[0].vlines(limit, place - 0.32, place + 0.32, color=colors[way.name], linewidth=2)
+            color = looks[way.name][0]
+            panels[0].vlines(limit, place - 0.32, place + 0.32, color=color, linewidth=2)
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.06)
@@ -42,8 +43,8 @@ def _label(cost: Cost, way: Way) -> str:
     return way.name if way.variant == cost.account["baseline"] else way.variant
 
 
-def _colors(cost: Cost) -> dict[str, str]:
+def _looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str, str]]:
     """Variants as in every figure of the study; the baseline in ink, its bfloat16 paler."""
-    looks = variant_looks([way.variant for way in cost.others])
-    found = {way.name: looks[way.variant][0] for way in cost.others}
-    return found | {cost.reference.name: INK, cost.bfloat16.name: "#5b7a9d"}
+    looks = variant_looks(variants)
+    found = {way.name: looks[way.variant] for way in cost.others}
+    return found | {cost.reference.name: (INK, "o"), cost.bfloat16.name: ("#5b7a9d", "o")}

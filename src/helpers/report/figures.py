@@ -118,11 +118,9 @@ def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figu
 def sqnr_by_layer(curves: dict[str, dict[str, float]], *, title: str) -> Figure:
     """SQNR in dB of every Linear in layer order, one curve a way of preparing it."""
     figure, axes = new_figure(8, 3.4)
-    colors = {name: color for name, color in zip(curves, (QUIET, INK, ALARM), strict=False)}
-    for name, values in curves.items():
-        axes.plot(
-            list(values.values()), ".-", linewidth=0.8, markersize=4, color=colors[name], label=name
-        )
+    for place, (name, values) in enumerate(curves.items()):
+        color = (QUIET, INK, ALARM)[place % 3]
+        axes.plot(list(values.values()), ".-", linewidth=0.8, markersize=4, color=color, label=name)
     axes.set(xlabel="Linear, in layer order", ylabel="output SQNR [dB]", title=title)
     axes.legend(loc="lower left")
     return figure

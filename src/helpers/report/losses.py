@@ -27,7 +27,10 @@ def loss_chapter(results: Results) -> list[Markdown | Figure]:
         told = f"### Where the loss of `{model}` lies\n\n{' '.join(carriers(results, model))}"
         shown.append(Markdown(f"{told}\n\n{markdown_table(rows)}\n"))
         if curves := alpha_curves(results, model):
-            shown.append(comparison_figures.kl_by_alpha(curves, title=alpha_claim(curves, model)))
+            title = alpha_claim(curves, model)
+            shown.append(
+                comparison_figures.kl_by_alpha(curves, variants=results.compared, title=title)
+            )
     return shown
 
 

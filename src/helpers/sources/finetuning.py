@@ -6,8 +6,10 @@ float32 whatever the study's dtype is: a usual step is smaller than half the spa
 bfloat16 numbers, so that most of it would be rounded away unseen.
 """
 
+import math
 import random
 from dataclasses import dataclass
+from statistics import fmean, variance
 
 import torch
 from torch import Tensor
@@ -152,6 +154,27 @@ def settings_of(study: Study, model: str) -> FineTuning:
     if not isinstance(source, FineTunedModel):
         raise StudyError(f"models.{model} is not fine-tuned by this study; nothing to train")
     return source.finetune
+
+
+def loss_claim(losses: list[float]) -> str:
+    """The course of a training loss in words: its ends compared, by the spread between batches.
+
+    The mean of the first and of the last quarter of the steps; they differ if they are further
+    apart than two standard errors of their difference.
+
+    Args:
+        losses: nats an answer token, by step.
+    """
+    quarter = max(1, len(losses) // 4)
+    first, last = losses[:quarter], losses[-quarter:]
+    change = fmean(last) - fmean(first)
+    spread = math.sqrt((variance(first) + variance(last)) / quarter) if quarter > 1 else 0.0
+    if not math.isfinite(change):
+        return "The loss on the answers is not a number"
+    if abs(change) <= 2 * spread or change == 0.0:
+        return "The loss on the answers does not change clearly"
+    ends = f"from {fmean(first):.2f} to {fmean(last):.2f} nats a token"
+    return f"The loss on the answers {'falls' if change < 0 else 'rises'} {ends}"
 
 
 def running_mean(values: list[float], *, window: int) -> list[float]:

@@ -119,9 +119,9 @@ def unpack(archive: Path, to: Path) -> dict:
             manifest = _manifest(opened, archive)
             waiting = dict(manifest["files"])
             while member := opened.next():
-                _unpack_one(opened, member, waiting, to, archive)
-                if opened.offset > MOST_BYTES:
+                if member.offset_data + member.size > MOST_BYTES:
                     raise StudyError(f"{archive}: has more than {MOST_BYTES:,} bytes in it")
+                _unpack_one(opened, member, waiting, to, archive)
     except (tarfile.TarError, OSError, EOFError) as error:
         raise StudyError(f"{archive}: is no whole archive of a study ({error})") from None
     if waiting:
