@@ -12,7 +12,7 @@ def study_of(left_float: list[dict], curve: list[dict] | None = None):
     record = {"left_float": left_float, "alpha": {"alphas": {}, "curve": curve or []}}
     quantization = {"results": {"losses": record}}
     found = SimpleNamespace(variant="o3", quantization=quantization)
-    return SimpleNamespace(models=["base"], compared_in=lambda _: [found])
+    return SimpleNamespace(models=["base"], compared=["o3"], compared_in=lambda _: [found])
 
 
 def row(label: str, kl: float | None) -> dict:

@@ -18,7 +18,7 @@ from helpers.evaluation.served import is_served
 from helpers.sources.models import load_config, model_folder
 from helpers.sources.own_tokens import own_tokenizer, own_tokens
 from helpers.study.architectures import HEAD, architecture, linear_names
-from helpers.study.gates import Gate
+from helpers.study.gates import Gate, largest
 from helpers.study.opening import Job
 
 QUANTIZED, FLOAT = "quantized Linears as evaluated", "float parts as evaluated"
@@ -179,7 +179,7 @@ def _float(job: Job, calls: CallRecorder) -> Measured:
     dtype = str(calls.files.dtype).removeprefix("torch.")
     unseen = [c.name for c in [*chosen, *calls.norms.values()] if not c.calls]
     unseen = [name for name in unseen if name not in calls.experts]
-    passed = arithmetic["announced"] == total and max(worst, worst_norm) <= 1 and not unseen
+    passed = arithmetic["announced"] == total and largest((worst, worst_norm)) <= 1 and not unseen
     measured = f"every call of {len(chosen)} float Linears and {len(calls.norms)} norms in {dtype}"
     if not passed:
         measured = (

@@ -114,14 +114,13 @@ def compare(baseline: Answers, variant: Answers, rules: Rules, *, alpha: float) 
         detectable = _detectable_loss(n, gains / n, alpha, rules.power)
     else:
         differences = [a - b for b, a in zip(before, after, strict=True)]
-        wide, narrow = (
-            bootstrap_mean(differences, clusters, confidence=level, **rules.random)
-            for level in (rules.confidence, 1 - 2 * rules.alpha)
-        )
-        interval, equivalence = _interval(wide), _interval(narrow)
-        p = bootstrap_difference(
+        wide = bootstrap_difference(
             differences, clusters, confidence=rules.confidence, **rules.random
-        ).p
+        )
+        narrow = bootstrap_mean(
+            differences, clusters, confidence=1 - 2 * rules.alpha, **rules.random
+        )
+        interval, equivalence, p = _interval(wide), _interval(narrow), wide.p
         method = "sign-flip test and bootstrap by passage"
         detectable = _detectable_by_passage(wide, alpha, rules.power)
     same = all(answer_of(b) == answer_of(a) for b, a in pairs)

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.evaluation.linear_files import LinearFiles
 from helpers.evaluation.roundings import Comparison, rms
+from helpers.study.gates import largest
 
 SHAKEN_ROWS = 8192  # of a weight at a time
 
@@ -89,7 +90,8 @@ def read_whole(
     mean = most = 0.0
     for index in _one_of_each(readings):
         change = fresh.logits(readings[index].text, readings[index].places) - logits[index]
-        mean, most = max(mean, rms(change)), max(most, float(change.abs().max()))
+        mean = largest((mean, rms(change)))
+        most = largest((most, float(change.abs().max())))
     return logits, mean, most
 
 

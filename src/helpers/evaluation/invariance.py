@@ -16,7 +16,7 @@ its own than like other items' texts, else answers were mixed up. The asking is 
 import math
 
 from helpers.evaluation.scoring import token_f1
-from helpers.study.gates import Gate
+from helpers.study.gates import Gate, largest
 from helpers.study.hashing import sha256_text
 from helpers.study.schema import Study
 
@@ -123,13 +123,13 @@ def _likeness(pairs: list[tuple[dict, dict]], rows: list[dict]) -> tuple[float, 
 
 
 def _largest_change(pairs: list[tuple[dict, dict]]) -> float:
-    """The largest change of an option's log-probability; infinite where one has none."""
+    """The largest change of an option's log-probability; infinite where one has none, or NaN."""
     changes = [0.0]
     for one, other in pairs:
         before, after = one.get("logprobs", ()), other.get("logprobs", ())
         changes += [abs(x - y) for x, y in zip(before, after, strict=False)]
         changes += [math.inf] * (len(before) != len(after))
-    return max(changes)
+    return largest(changes)
 
 
 def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from itertools import permutations
 
-from helpers.study.gates import Gate
+from helpers.study.gates import Gate, largest
 from helpers.study.variant_settings import Variant
 
 # Nats a token that other kernels for the same model may move the loss of a passage by.
@@ -42,7 +42,7 @@ def same_reference_gate(read_now: list[dict], baseline: list[dict], *, dtype: st
     stored = {row["id"]: row for row in baseline}
     pairs = [(row, stored[row["id"]]) for row in read_now if row["id"] in stored]
     finite = [(a, b) for a, b in pairs if a["nll"] is not None and b["nll"] is not None]
-    moved = max((abs(a["nll"] - b["nll"]) / a["tokens"] for a, b in finite), default=math.inf)
+    moved = largest(abs(a["nll"] - b["nll"]) / a["tokens"] for a, b in finite)
     return Gate(
         "held against the baseline",
         len(finite) == len(read_now) > 0 and moved <= SAME_MODEL[dtype],
@@ -88,12 +88,15 @@ def _orders(size: int) -> list[tuple[int, ...]]:
 
 
 def moved_gate(passages: list[dict]) -> Gate:
-    """Other arithmetic leaves a trace: not one passage is read as by the float model."""
-    alike = sum(row["kl"] == 0 for row in passages)
+    """Other arithmetic leaves a trace: not one passage is read as by the float model.
+
+    A KL that is no number is none of another arithmetic.
+    """
+    alike = sum(row["kl"] in (0, None) or math.isnan(row["kl"]) for row in passages)
     return Gate(
         "other arithmetic than the float model's",
         bool(passages) and not alike,
-        f"{alike} of {len(passages)} passages give the float model's very distributions",
+        f"{alike} of {len(passages)} passages give the float model's very distributions, or no KL",
         "none",
     )
 

@@ -13,7 +13,7 @@ from helpers.sources.conversations import SYSTEM
 from helpers.sources.items import Item
 from helpers.sources.tensor_files import TensorFiles
 from helpers.study.activity import doing
-from helpers.study.gates import Gate
+from helpers.study.gates import Gate, largest
 from helpers.study.source_settings import FineTuning
 
 IGNORED = -100  # transformers' mark of what is not scored
@@ -46,7 +46,7 @@ def weights_gate(start, folder, settings: FineTuning, results: dict, *, dtype: s
     """
     before, after = (TensorFiles(path, dtype=torch.float32) for path in (start, folder))
     moved = {n: float((after[n] - before[n]).abs().max()) for n in after if n in before}
-    still, furthest = [n for n, change in moved.items() if not change], max(moved.values())
+    still, furthest = [n for n, change in moved.items() if not change], largest(moved.values())
     limit = LONGEST_STEP * settings.learning_rate * results["steps"]
     if dtype != "float32":  # a step may be less than half the spacing of saved weights
         still, limit = [], limit + max(float(before[n].abs().max()) for n in moved) * 2**-8

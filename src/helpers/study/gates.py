@@ -3,6 +3,8 @@
 A failed gate does not stop a study; it makes what it guards invalid.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
 WHOLE_VARIANT = "whole variant"  # a data set's name has no space
@@ -16,6 +18,15 @@ class Gate:
     passed: bool
     measured: str
     limit: str
+
+
+def largest(values: Iterable[float]) -> float:
+    """The largest of some numbers, 0 of none; NaN if one of them is, wherever it stands.
+
+    Python's own `max` forgets a NaN that is not the first, and a gate on it would hold.
+    """
+    found = list(values)
+    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
 
 
 def none_of(name: str, odd: list[str], n: int, said: str) -> Gate:
