@@ -27,7 +27,7 @@ BENCH_PY    := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.study-ready
 # What only an executor needs lies apart: where no cluster is, it slows every start.
 PLUGINS := $(if $(wildcard profiles/$(EXECUTOR)/config.yaml),$(VENV)/executors/$(EXECUTOR)/.ready)
-CODE  := $(wildcard src tests benchmarks notebooks)
+CODE  := $(wildcard src tests tools benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
@@ -40,7 +40,7 @@ export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # A run can be kept to what another processor has: torch, oneDNN, MKL, numba and the project's
-# own choice (helpers.sources.processors) each have a variable for it.
+# own choice (helpers.runtime.processors) each have a variable for it.
 PROCESSOR ?=
 ifneq (,$(PROCESSOR))
 export STUDY_PROCESSOR := $(PROCESSOR)
@@ -78,7 +78,7 @@ help: ## list what can be asked
 
 study: $(READY) $(PLUGINS) ## run what is not current of a study; ARGS=-n only lists it
 	+@if [ -x $(PY) ]; then \
-	  exec $(PY) -m helpers.study.jobs study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) \
+	  exec $(PY) -m helpers.workflow.cli study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) \
 	    --executor $(EXECUTOR) -- $(ARGS); \
 	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
 
@@ -86,21 +86,21 @@ fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--ren
 	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)
 
 report: $(READY) ## only analysis and report, from the results that are there
-	@exec $(PY) -m helpers.study.jobs study $(STUDY) --only-report $(if $(filter yes,$(PARTIAL)),--partial) \
+	@exec $(PY) -m helpers.workflow.cli study $(STUDY) --only-report $(if $(filter yes,$(PARTIAL)),--partial) \
 	  --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
 archive: $(READY) ## a study's records, answers and report in one file, without weights
-	@$(PY) -m helpers.study.archive pack $(STUDY) $(ARGS)
+	@$(PY) -m helpers.workflow.archive pack $(STUDY) $(ARGS)
 
 again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-folder
 	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: which? make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
-	@$(PY) -m helpers.study.archive again '$(ARCHIVE)' --to '$(TO)'
+	@$(PY) -m helpers.workflow.archive again '$(ARCHIVE)' --to '$(TO)'
 
 export: $(READY) ## write a study's results in lm-evaluation-harness's format
-	@$(PY) -m helpers.report.harness $(STUDY) $(ARGS)
+	@$(PY) -m helpers.report.lm_eval_export $(STUDY) $(ARGS)
 
 verdicts: $(READY) ## make every verdict and number again from the answers, and hold them to what is published
-	@$(PY) -m helpers.report.recompute $(STUDY)
+	@$(PY) -m helpers.report.checks.recomputation $(STUDY)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \

@@ -1,6 +1,6 @@
 """A study's grid (model × variant), one notebook a job. `make study` is the front door.
 
-What runs, what it reads and what it depends on is decided in helpers.study.grid, where it
+What runs, what it reads and what it depends on is decided in helpers.study.stages, where it
 is tested; here it becomes rules. Tracked parameters come from wildcards, the study file and
 the content of modules and data: functions of `input` or `output` would not be tracked, and
 times of files are no content. The first rule asks for every stage's executed notebook and
@@ -12,12 +12,13 @@ import os
 import re
 import sys
 
-from helpers.study import accounts, grid, terminal
-from helpers.study.errors import StudyError, in_one_line
-from helpers.study.gpus import may_take_gpu
+from helpers.core import console
+from helpers.core.errors import StudyError, in_one_line
+from helpers.core.paths import StudyPaths, inside
+from helpers.study import fingerprints, stages
 from helpers.study.loading import load_study, study_file
-from helpers.study.paths import StudyPaths, inside
-from helpers.study.workflow import PLAN_WIDTH
+from helpers.workflow.gpus import may_take_gpu
+from helpers.workflow.launcher import PLAN_WIDTH
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
 
@@ -26,8 +27,8 @@ PYTHON = sys.executable
 logging.raiseExceptions = False  # a full disk is told by what it stops, not by each log line
 try:
     STUDY = load_study(GIVEN)
-    RUNS = grid.runs(STUDY)
-    DEPENDS = {run: accounts.depends(STUDY, run) for run in [*RUNS, grid.Run("analysis")]}
+    RUNS = stages.runs(STUDY)
+    DEPENDS = {run: fingerprints.depends(STUDY, run) for run in [*RUNS, stages.Run("analysis")]}
 except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
@@ -36,23 +37,23 @@ GPUS = int(may_take_gpu(STUDY.runtime.device))  # two jobs do not share one
 
 
 def executed(stage, model="", variant=""):
-    return inside(grid.Run(stage, model, variant).executed(PATHS))
+    return inside(stages.Run(stage, model, variant).executed(PATHS))
 
 
 def record(stage, model="", variant=""):
-    return inside(grid.Run(stage, model, variant).record(PATHS))
+    return inside(stages.Run(stage, model, variant).record(PATHS))
 
 
 def the_run(stage, wildcards):
     names = [wildcards.get(key, "") for key in ("model", "variant")]
-    return grid.Run(stage, *names)
+    return stages.Run(stage, *names)
 
 
 def needs(stage):
     """Input function: the records of the stages before."""
 
     def files(wildcards):
-        return [inside(r.record(PATHS)) for r in grid.before(STUDY, the_run(stage, wildcards))]
+        return [inside(r.record(PATHS)) for r in stages.before(STUDY, the_run(stage, wildcards))]
 
     return files
 
@@ -73,7 +74,7 @@ def trouble(message):
     if event == LogEvent.JOB_ERROR:
         for job in workflow.dag.jobs:
             if workflow.dag.jobid(job) == message.jobid:
-                terminal.lost(job.message)
+                console.lost(job.message)
     if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
         return False
     message.msg, message.args = in_one_line(text), ()
@@ -108,7 +109,7 @@ onstart:
 
 
 COMMAND = (
-    "exec {PYTHON:q} -m helpers.study.jobs run --notebook notebooks/{params.notebook}.ipynb"
+    "exec {PYTHON:q} -m helpers.workflow.cli run --notebook notebooks/{params.notebook}.ipynb"
     " --output {output.notebook:q} -p study {GIVEN:q}"
 )
 
@@ -116,8 +117,8 @@ COMMAND = (
 rule all:
     input:
         [inside(PATHS.root / name) for name in ("report.md", "report.html")],
-        [inside(run.executed(PATHS)) for run in [*RUNS, grid.Run("analysis")]],
-        [inside(run.record(PATHS)) for run in [*RUNS, grid.Run("analysis")]],
+        [inside(run.executed(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
+        [inside(run.record(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
     message:
         "all of study {GIVEN}"
 
@@ -129,7 +130,7 @@ rule finetuning:
         notebook=executed("finetuning", "{model}"),
         record=record("finetuning", "{model}"),
     params:
-        notebook=grid.NOTEBOOKS["finetuning"],
+        notebook=stages.NOTEBOOKS["finetuning"],
         depends=depends("finetuning"),
     message:
         "finetuning {wildcards.model}"
@@ -148,7 +149,7 @@ rule calibration:
         notebook=executed("calibration", "{model}"),
         record=record("calibration", "{model}"),
     params:
-        notebook=grid.NOTEBOOKS["calibration"],
+        notebook=stages.NOTEBOOKS["calibration"],
         depends=depends("calibration"),
     message:
         "calibration {wildcards.model}"
@@ -167,7 +168,7 @@ rule quantization:
         notebook=executed("quantization", "{model}", "{variant}"),
         record=record("quantization", "{model}", "{variant}"),
     params:
-        notebook=grid.NOTEBOOKS["quantization"],
+        notebook=stages.NOTEBOOKS["quantization"],
         depends=depends("quantization"),
     message:
         "quantization {wildcards.model} {wildcards.variant}"
@@ -187,7 +188,7 @@ rule cost:
         notebook=executed("cost", "{model}"),
         record=record("cost", "{model}"),
     params:
-        notebook=grid.NOTEBOOKS["cost"],
+        notebook=stages.NOTEBOOKS["cost"],
         depends=depends("cost"),
     message:
         "cost {wildcards.model}"
@@ -205,7 +206,7 @@ rule evaluation:
         notebook=executed("evaluation", "{model}", "{variant}"),
         record=record("evaluation", "{model}", "{variant}"),
     params:
-        notebook=grid.NOTEBOOKS["evaluation"],
+        notebook=stages.NOTEBOOKS["evaluation"],
         depends=depends("evaluation"),
     message:
         "evaluation {wildcards.model} {wildcards.variant}"
@@ -226,7 +227,7 @@ rule analysis:
         record=record("analysis"),
         table=inside(PATHS.root / "summary.csv"),
     params:
-        notebook=grid.NOTEBOOKS["analysis"],
+        notebook=stages.NOTEBOOKS["analysis"],
         depends=depends("analysis"),
     message:
         "analysis"
@@ -246,5 +247,5 @@ rule export:
     message:
         "report"
     shell:
-        "exec {PYTHON:q} -m helpers.study.jobs export --notebook {input[0]:q}"
+        "exec {PYTHON:q} -m helpers.workflow.cli export --notebook {input[0]:q}"
         " --study {GIVEN:q} --to {params.to:q}"

@@ -22,8 +22,8 @@ from benchmarks import (
     simulation,
 )
 from benchmarks.material import Material
-from helpers.sources.memory import keep_spare
-from helpers.study.paths import outputs_root
+from helpers.core.paths import outputs_root
+from helpers.runtime.allocator import keep_spare
 
 COMPARISONS = {
     "scoring": scoring.compare,

@@ -6,9 +6,9 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from benchmarks.turns import Comparison
+from helpers.core.file_writing import write_atomically
+from helpers.core.records import write_json
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style, new_figure
-from helpers.study.records import write_json
-from helpers.study.writing import write_atomically
 
 HEADER = ("what", "ours", "peer", "ours took", "peer took", "ratio", "rounds", "goal", "answers")
 

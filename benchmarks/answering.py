@@ -16,12 +16,12 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
+from helpers.core.plain_text import whole_characters
 from helpers.evaluation.engine import box_closes, stop_tokens
-from helpers.evaluation.generation import Answer, Ends
 from helpers.evaluation.prompts import prompt
-from helpers.sources.batching import pad
-from helpers.sources.conversations import tokenize
-from helpers.study.plain_text import whole_characters
+from helpers.inference.generation import Answer, Ends
+from helpers.runtime.batching import pad
+from helpers.sources.chat_conversations import tokenize
 
 SETS = ("openmath", "squad_v2")
 ROWS = 32

@@ -16,11 +16,11 @@ from collections.abc import Iterable
 import pytest
 
 from benchmarks.gate_names import CHECKS, gate_names
-from helpers.sources.processors import kind as processor_kind
-from helpers.sources.processors import name as processor_name
-from helpers.study.paths import PROJECT
-from helpers.study.records import write_json
-from helpers.study.writing import write_atomically
+from helpers.core.file_writing import write_atomically
+from helpers.core.paths import PROJECT
+from helpers.core.records import write_json
+from helpers.runtime.processors import kind as processor_kind
+from helpers.runtime.processors import name as processor_name
 
 FOLDER = PROJECT / "outputs" / "bank"
 RUN = ("-m", "bank", "-q", "-n", "2", "--dist", "loadfile", "-p", "benchmarks.bank_recorder")

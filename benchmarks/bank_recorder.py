@@ -35,10 +35,12 @@ NOTES = Notes()
 
 def pytest_configure(config) -> None:
     """Watch gates and checks before a test imports them."""
-    from helpers.evaluation import preflight, recomputed_comparisons, validity
-    from helpers.report import recompute
-    from helpers.study.errors import StudyError
-    from helpers.study.gates import Gate
+    from helpers.core.errors import StudyError
+    from helpers.core.gates import Gate
+    from helpers.evaluation import preflight
+    from helpers.report.checks import recomputation
+    from helpers.statistics import validity
+    from helpers.statistics.checks import recomputed_comparisons
 
     made, refused = Gate.__init__, StudyError.__init__
 
@@ -52,11 +54,11 @@ def pytest_configure(config) -> None:
 
     Gate.__init__, StudyError.__init__ = gate, error
     _watch(recomputed_comparisons, "disagreements", names.COMPARISONS)
-    _watch(recompute, "recompute", names.VERDICTS, lambda found: found[1])
-    _watch(recompute, "wrong_sentences", names.SENTENCES)
-    _watch(recompute, "wrong_chapters", names.CHAPTERS)
-    _watch(recompute, "wrong_costs", names.COSTS)
-    _watch(recompute, "wrong_records", names.RECORDS)
+    _watch(recomputation, "recompute", names.VERDICTS, lambda found: found[1])
+    _watch(recomputation, "wrong_sentences", names.SENTENCES)
+    _watch(recomputation, "wrong_chapters", names.CHAPTERS)
+    _watch(recomputation, "wrong_costs", names.COSTS)
+    _watch(recomputation, "wrong_records", names.RECORDS)
     _watch(validity, "uninformative_reason", names.BASELINE)
     true = preflight.problems
 
@@ -94,7 +96,7 @@ def _noting_places(patch: Callable) -> Callable:
 
 
 def _place(target, name) -> str:
-    """`helpers.evaluation.packing.Segment._mask`, of a module or a class."""
+    """`helpers.inference.packed_rows.Segment._mask`, of a module or a class."""
     parts = [getattr(target, "__name__", ""), name]
     if isinstance(target, type):
         parts = [target.__module__, target.__qualname__, name]

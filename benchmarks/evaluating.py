@@ -8,9 +8,9 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, Turns, take_turns
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.language_modeling import read_passages
-from helpers.sources.datasets import draw, load_items
+from helpers.inference.perplexity import read_passages
 from helpers.sources.items import Item
+from helpers.sources.sampling import draw, load_items
 
 SIZES = (50, 100, 200)
 GROWING = ("arc", "openmath")  # a set of each protocol

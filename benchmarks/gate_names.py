@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 SOURCE = PROJECT / "src" / "helpers"
 COMPARISONS = "figures that follow from the answers"
@@ -22,15 +22,15 @@ BASELINE = "a baseline that can tell"
 BEFOREHAND = "sources looked at before the first job"
 REFUSED = "refused in one line"
 CHECKS = {  # what catches a failure and is no gate
-    COMPARISONS: "evaluation.recomputed_comparisons",
-    VERDICTS: "report.recompute",
-    SENTENCES: "report.recomputed_sentences",
-    CHAPTERS: "report.recomputed_chapters",
-    COSTS: "report.recomputed_costs",
-    RECORDS: "report.recomputed_records",
-    BASELINE: "evaluation.validity",
+    COMPARISONS: "statistics.checks.recomputed_comparisons",
+    VERDICTS: "report.checks.recomputation",
+    SENTENCES: "report.checks.recomputed_sentences",
+    CHAPTERS: "report.checks.recomputed_chapters",
+    COSTS: "report.checks.recomputed_costs",
+    RECORDS: "report.checks.recomputed_records",
+    BASELINE: "statistics.validity",
     BEFOREHAND: "evaluation.preflight",
-    REFUSED: "study.errors",
+    REFUSED: "core.errors",
 }
 PASSED_ON = [ast.Constant("")]  # a parameter: its names are those of the callers
 Functions = dict[str, list[str]]  # positional parameters of functions that are given a gate's name
@@ -47,7 +47,7 @@ def gate_names(folder: Path = SOURCE) -> dict[str, str]:
         for path in sorted(folder.rglob("*.py"))
     }
     functions = {module: dict(_functions(tree)) for module, tree in trees.items()}
-    functions["study.gates"]["Gate"] = ["name"]
+    functions["core.gates"]["Gate"] = ["name"]
     constants = {module: _assigned(_constants(tree)) for module, tree in trees.items()}
     found: dict[str, str] = {}
     for module, tree in trees.items():

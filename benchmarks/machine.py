@@ -4,9 +4,9 @@ import os
 import platform
 from importlib.metadata import version
 
-from helpers.quantization.peaks import gemm_peaks
-from helpers.sources.processors import features
-from helpers.study.records import package_versions
+from helpers.core.records import package_versions
+from helpers.cost.gemm_peak import gemm_peaks
+from helpers.runtime.processors import features
 
 
 def describe(shapes: set[tuple[int, int]], *, rows: int, threads: int) -> dict:

@@ -10,19 +10,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.language_modeling import passage_tokens
+from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.smoothing import everywhere, smooth_variant_
-from helpers.sources.bundled import bundled_model_folder
-from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import calibration_items, evaluation_items, shared_passages
+from helpers.sources.bundled_model import bundled_model_folder
+from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.items import Item
 from helpers.sources.models import load_model, load_tokenizer
+from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.loading import load_study
 from helpers.study.schema import Batch, EvaluationSet, Study
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 STUDY = "demo"
 VARIANT = "smoothquant_w8a8"

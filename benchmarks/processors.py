@@ -16,16 +16,16 @@ import torch
 
 from benchmarks.material import Material
 from benchmarks.turns import Comparison
-from helpers.evaluation.throughput import measure, workload
-from helpers.quantization import fused_passes, kernels
-from helpers.quantization.int8 import load_int8
-from helpers.quantization.peaks import gemm_peaks
-from helpers.sources import processors
+from helpers.core.file_writing import write_atomically
+from helpers.core.interleaved_processes import measured_in_turns
+from helpers.core.paths import outputs_root
+from helpers.core.records import write_json
+from helpers.cost.gemm_peak import gemm_peaks
+from helpers.cost.throughput import measure, workload
+from helpers.quantization import int8_matmul, int8_passes
+from helpers.quantization.int8_checkpoint import load_int8
+from helpers.runtime import processors
 from helpers.sources.models import load_model
-from helpers.study.paths import outputs_root
-from helpers.study.records import write_json
-from helpers.study.turns import measured_in_turns
-from helpers.study.writing import write_atomically
 
 ROUNDS = 3
 KINDS = ("AVX2", "AVX-512", "AVX-512 VNNI", "AMX", "ARM (i8mm)")
@@ -90,8 +90,8 @@ def _described(threads: int) -> dict:
         "name": processors.name(),
         "features": list(processors.features()),
         "threads": threads,
-        "int8_products": kernels.cpu_way().name,
-        "int8_passes": "fused" if fused_passes.available() else "torch's",
+        "int8_products": int8_matmul.cpu_way().name,
+        "int8_passes": "fused" if int8_passes.available() else "torch's",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }

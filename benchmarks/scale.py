@@ -14,12 +14,12 @@ import sys
 import time
 
 from benchmarks.machine import features
-from helpers.report.formats import MISSING, markdown_table, signed
-from helpers.study.grid import Run, runs
-from helpers.study.opening import open_job
-from helpers.study.paths import StudyPaths, outputs_root
-from helpers.study.records import package_versions, peak_memory_bytes, read_json, write_json
-from helpers.study.writing import write_atomically
+from helpers.core.file_writing import write_atomically
+from helpers.core.paths import StudyPaths, outputs_root
+from helpers.core.records import package_versions, peak_memory_bytes, read_json, write_json
+from helpers.report.markdown import MISSING, markdown_table, signed
+from helpers.study.stages import Run, runs
+from helpers.study.study_run import open_job
 
 STUDY, FOLDER = "sizes", "scale"
 MADE = "quantization"  # the stage that makes a checkpoint
@@ -46,7 +46,7 @@ def main() -> None:
 
 def run_alone() -> None:
     """Run the whole study anew, one job at a time: a neighbour would share time and memory."""
-    command = [sys.executable, "-m", "helpers.study.jobs", "study", STUDY]
+    command = [sys.executable, "-m", "helpers.workflow.cli", "study", STUDY]
     command += ["--cores", str(len(os.sched_getaffinity(0))), "--job-mb", str(2**20)]
     subprocess.run([*command, "--", "--forceall"], check=True)
 
@@ -70,10 +70,10 @@ def again(model: str, variant: str) -> dict:
 
 def verified(model: str, variant: str) -> dict:
     """Seconds, peak and outcome of all gates on one checkpoint of the study."""
-    from helpers.quantization.verification import verify
-    from helpers.sources.devices import prepare
+    from helpers.core.hashing import sha256_folder
+    from helpers.runtime.devices import prepare
     from helpers.sources.models import model_folder
-    from helpers.study.hashing import sha256_folder
+    from helpers.verification.variant_gates import verify
 
     job = prepare(open_job(STUDY, model=model, variant=variant))
     source_hash = sha256_folder(model_folder(job.study, job.model, job.paths))
@@ -90,8 +90,8 @@ def verified(model: str, variant: str) -> dict:
 
 def weights_of(model: str) -> int:
     """How many weights the source has; a tied head is counted once."""
+    from helpers.sources.model_tensors import TensorFiles
     from helpers.sources.models import model_folder
-    from helpers.sources.tensor_files import TensorFiles
 
     job = open_job(STUDY, model=model)
     files = TensorFiles(model_folder(job.study, model, job.paths), dtype=None)

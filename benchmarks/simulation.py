@@ -8,10 +8,10 @@ from torch import nn
 from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
-from helpers.evaluation.language_modeling import read_passages
+from helpers.inference.perplexity import read_passages
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.quantization.probing import inputs_of
 from helpers.quantization.variants import load_reference
+from helpers.verification.hooks import inputs_of
 
 PEER = "the same checkpoint in plain transformers (simulated)"
 FLOAT = "float32 model in plain transformers"

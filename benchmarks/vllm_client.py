@@ -5,8 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from helpers.study.parent_process import die_with_parent
-from helpers.study.paths import PROJECT, vllm_python
+from helpers.core.parent_process import die_with_parent
+from helpers.core.paths import PROJECT, vllm_python
 
 SERVER = Path(__file__).with_name("vllm_server.py")
 

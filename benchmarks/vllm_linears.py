@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from helpers.quantization.probing import inputs_of
-from helpers.quantization.vllm_runtime import VllmModel
-from helpers.sources.tensor_files import TensorFiles
+from helpers.inference.vllm_client import VllmModel
+from helpers.sources.model_tensors import TensorFiles
+from helpers.verification.hooks import inputs_of
 
 VLLM_HALF_RANGE = 127
 TIE = 4 * 2**-24  # float32 roundings of a quotient, relative: by 1 / step, or by the step

@@ -9,16 +9,16 @@ from types import MethodType
 import torch
 from torch.nn.functional import linear
 
-from helpers.evaluation import language_modeling
-from helpers.evaluation.call_gates import call_gates, call_recorder
-from helpers.evaluation.calls import PACKED, SHARED_TEXT
+from helpers.evaluation.checks.call_gates import call_gates, call_recorder
+from helpers.evaluation.checks.evaluation_data import ask_alone, opinions
+from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
+from helpers.evaluation.checks.second_opinion import second_opinion
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.evidence import ask_alone, opinions
-from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
-from helpers.evaluation.second_opinion import second_opinion
-from helpers.quantization.int8 import Int8Linear
+from helpers.inference import perplexity
+from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
+from helpers.quantization.int8_checkpoint import Int8Linear
 from helpers.quantization.variants import load_variant
-from helpers.sources.datasets import shared_passages
+from helpers.sources.sampling import shared_passages
 
 
 def asked(run, change=None, *, resumed=None):
@@ -39,7 +39,7 @@ def asked(run, change=None, *, resumed=None):
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
         with calls.during(SHARED_TEXT):
             states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-            first = language_modeling.first_scored(tokenizer)
+            first = perplexity.first_scored(tokenizer)
             rows = passage_rows(passages, tokens, states, None, first=first)
         return call_gates(job, calls, predictions, rows, resumed or {})
 
@@ -58,8 +58,8 @@ def looked_at(run, change=None):
         wanted, passages = job.study.evaluation, shared_passages(job.study)
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
-        first = language_modeling.first_scored(tokenizer)
-        rows = language_modeling.passage_rows(passages, tokens, states, None, first=first)
+        first = perplexity.first_scored(tokenizer)
+        rows = perplexity.passage_rows(passages, tokens, states, None, first=first)
         predictions = ask_all(model, tokenizer, job.study)
         opinion = second_opinion(job, model, tokenizer)
         ask_alone(model, tokenizer, job.study, opinion)

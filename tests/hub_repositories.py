@@ -9,7 +9,7 @@ import pyarrow
 from pyarrow import parquet
 
 from helpers.sources.rows import load_rows
-from helpers.study.source_settings import ShippedDataset
+from helpers.study.schema_sources import ShippedDataset
 from hub_standin import Hub
 
 MODEL = "Qwen/Qwen3-0.6B"

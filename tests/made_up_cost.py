@@ -1,6 +1,6 @@
 """The cost of a model, made up: round numbers from which every ratio can be told."""
 
-from helpers.study.records import write_json
+from helpers.core.records import write_json
 
 WORK = {"prefill_tokens": 1000, "texts": 8, "prompts": 32, "prompt_tokens": 16, "steps": 16}
 FLOAT_BYTES = {"Linears": 4_000_000, "embeddings and head": 1_000_000, "norms and others": 8000}

@@ -7,13 +7,13 @@ import yaml
 
 import test_report
 from conftest import STUDY
+from helpers.core.checksums import checksums
+from helpers.core.paths import PROJECT
+from helpers.core.records import read_json, write_json, write_jsonl
 from helpers.evaluation.prompt_records import prompt_digest
-from helpers.study.checksums import checksums
-from helpers.study.execution import run_notebook
-from helpers.study.export import export_report
-from helpers.study.opening import open_job
-from helpers.study.paths import PROJECT
-from helpers.study.records import read_json, write_json, write_jsonl
+from helpers.study.study_run import open_job
+from helpers.workflow.notebook_execution import run_notebook
+from helpers.workflow.notebook_export import export_report
 from hostile_text import HOSTILE, PLAIN
 
 FILE_NAMES = {HOSTILE: "rows|`x`<b>$y$ [z](w).jsonl", PLAIN: "rows.jsonl"}

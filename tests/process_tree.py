@@ -10,11 +10,11 @@ from pathlib import Path
 
 MARK = "STUDY_TEST_MARK"
 ROLES = {
-    "kernel": ["helpers.study.jobs", "kernel"],
-    "runner": ["helpers.study.jobs", "run"],
-    "export": ["helpers.study.jobs", "export"],
-    "front": ["helpers.study.jobs", "study"],
-    "engine": ["helpers.study.jobs", "engine"],
+    "kernel": ["helpers.workflow.cli", "kernel"],
+    "runner": ["helpers.workflow.cli", "run"],
+    "export": ["helpers.workflow.cli", "export"],
+    "front": ["helpers.workflow.cli", "study"],
+    "engine": ["helpers.workflow.cli", "engine"],
     "make": ["make"],
 }
 

@@ -13,15 +13,16 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from helpers.quantization import alpha, calibration, compression, smoothing, verification
-from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import calibration_items
+from helpers.core.checksums import RECORD, checksums
+from helpers.core.hashing import sha256_folder
+from helpers.core.records import Record, read_json, write_json
+from helpers.quantization import alpha, calibration, compression, smoothing
+from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study.checksums import RECORD, checksums
-from helpers.study.hashing import sha256_folder
-from helpers.study.opening import Job, open_job
-from helpers.study.records import Record, read_json, write_json
+from helpers.sources.sampling import calibration_items
+from helpers.study.study_run import Job, open_job
+from helpers.verification import variant_gates
 
 NORMS = ["attention_input", "mlp_input"]
 SMOOTH = {"alpha": 0.5, "targets": NORMS}
@@ -147,7 +148,7 @@ class QuantizedRun:
 
     def verify(self):
         with self.outputs():
-            return verification.verify(self.job, source_hash=self.source_hash)
+            return variant_gates.verify(self.job, source_hash=self.source_hash)
 
     def failed(self) -> set[str]:
         """Names of the gates that do not hold."""

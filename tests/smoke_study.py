@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 NAME = "smoke"
 NOT_CONTENT = ("started", "duration_s", "peak_memory_bytes", "machine")
@@ -65,7 +65,7 @@ class Smoke:
         """One job by itself, as Snakemake starts it."""
         [notebook] = (PROJECT / "notebooks").glob(f"*_{stage}.ipynb")
         name = ".".join([notebook.stem, *parameters.values()])
-        command = [sys.executable, "-m", "helpers.study.jobs", "run"]
+        command = [sys.executable, "-m", "helpers.workflow.cli", "run"]
         command += ["--notebook", f"notebooks/{notebook.name}"]
         command += ["--output", str(self.outputs / "notebooks" / f"{name}.ipynb")]
         for key, value in {"study": str(self.file), **parameters}.items():

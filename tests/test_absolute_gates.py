@@ -6,24 +6,25 @@ from dataclasses import replace
 import pytest
 import torch
 
-from helpers.evaluation import language_modeling, reference
-from helpers.evaluation.absolute_gates import (
+from helpers.core.hashing import sha256_text
+from helpers.evaluation.checks import float_reference
+from helpers.evaluation.checks.absolute_limits import (
     compressed_bytes,
     is_random,
     plain_text_gate,
     trained_on_gate,
     training_gate,
 )
-from helpers.evaluation.comparison import Answers, rules_of
-from helpers.evaluation.conduct import end_gate, loop_gate
-from helpers.evaluation.reference_gates import reference_gates
-from helpers.evaluation.validity import uninformative_reason
-from helpers.sources.datasets import shared_passages
+from helpers.evaluation.checks.behavior import end_gate, loop_gate
+from helpers.evaluation.checks.reference_gates import reference_gates
+from helpers.inference import perplexity
 from helpers.sources.models import load_model, load_tokenizer, model_folder
-from helpers.study.hashing import sha256_text
-from helpers.study.opening import open_job
-from helpers.study.source_settings import FolderModel
-from helpers.study.variant_settings import Variant
+from helpers.sources.sampling import shared_passages
+from helpers.statistics.comparison import Answers, rules_of
+from helpers.statistics.validity import uninformative_reason
+from helpers.study.schema_sources import FolderModel
+from helpers.study.schema_variants import Variant
+from helpers.study.study_run import open_job
 
 PASSAGES, TRAINING = "rows of the passages", "the record of the training"
 
@@ -154,7 +155,7 @@ def smoothed(study_path, study_settings, write_study, monkeypatch, tmp_path):
     folder = model_folder(job.study, "base", job.paths)
     tokenizer = load_tokenizer(folder, enable_thinking=None)
     model = load_model(folder, job.study.runtime)
-    language_modeling.read_shared_text(job, model, tokenizer)
+    perplexity.read_shared_text(job, model, tokenizer)
     return replace(job, variant="smooth_only"), tokenizer, model
 
 
@@ -164,15 +165,17 @@ def smoothed(study_path, study_settings, write_study, monkeypatch, tmp_path):
 def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     """Kept states that are off once made the limit as wide as what they were off by."""
     job, tokenizer, model = smoothed
-    sound = reference.read_shaken(job, tokenizer)
-    path = language_modeling.states_path(job)
-    states = language_modeling.load_file(path)["hidden"]
-    off = language_modeling.States(states + 0.01 * torch.randn_like(states), None)
-    language_modeling.save_states(path, off)
-    assert [r["kl"] for r in reference.read_shaken(job, tokenizer)] == [r["kl"] for r in sound]
-    monkeypatch.setattr(language_modeling, "refuse_damaged", lambda *_, **__: None)
-    rows = language_modeling.read_shared_text(job, model, tokenizer)
-    (gate,) = reference_gates(job.recipe, rows, reference.read_shaken(job, tokenizer))
+    sound = float_reference.read_shaken(job, tokenizer)
+    path = perplexity.states_path(job)
+    states = perplexity.load_file(path)["hidden"]
+    off = perplexity.States(states + 0.01 * torch.randn_like(states), None)
+    perplexity.save_states(path, off)
+    assert [r["kl"] for r in float_reference.read_shaken(job, tokenizer)] == [
+        r["kl"] for r in sound
+    ]
+    monkeypatch.setattr(perplexity, "refuse_damaged", lambda *_, **__: None)
+    rows = perplexity.read_shared_text(job, model, tokenizer)
+    (gate,) = reference_gates(job.recipe, rows, float_reference.read_shaken(job, tokenizer))
     assert not gate.passed
 
 

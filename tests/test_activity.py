@@ -9,10 +9,11 @@ import pytest
 from rich.console import Console
 
 import toy_project
-from helpers.study import activity, display, estimate, schedule, terminal
-from helpers.study.activity import Activity, Bar
-from helpers.study.grid import Run
-from helpers.study.paths import PROJECT
+from helpers.core import activity, console
+from helpers.core.activity import Activity, Bar
+from helpers.core.paths import PROJECT
+from helpers.study.stages import Run
+from helpers.workflow import display, duration_estimate, schedule
 from hostile_text import HOSTILE
 from toy_project import jobs, notebook, read
 
@@ -135,25 +136,25 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     """Jobs that took twice their estimate double what the rest is thought to take."""
     shared, now = tmp_path / ".s.progress", 0.0
     runs = [Run("calibration", "base"), Run("evaluation", "base", "noquant")]
-    known = estimate.Estimate(study, schedule.Room(1, 9), dict.fromkeys(runs, 10.0))
+    known = duration_estimate.Estimate(study, schedule.Room(1, 9), dict.fromkeys(runs, 10.0))
     shared.write_text("2\n")
     activity.folder_of(shared).mkdir()
     watch = display.Watch(shared, known, clock=lambda: now)
     assert watch.status().left_s == 20
-    shared.write_text("2\n" + event(terminal.START, "calibration  base"))
+    shared.write_text("2\n" + event(console.START, "calibration  base"))
     watch.status()
     now = 20.0
     assert watch.status().left_s > 20  # it should have ended after ten
-    shared.write_text(shared.read_text() + event(terminal.DONE, "calibration  base"))
+    shared.write_text(shared.read_text() + event(console.DONE, "calibration  base"))
     found = watch.status()
     assert (found.done, found.total, found.left_s, found.running) == (1, "2", 20.0, [])
-    shared.write_text(shared.read_text() + event(terminal.START, "evaluation base noquant"))
+    shared.write_text(shared.read_text() + event(console.START, "evaluation base noquant"))
     place = activity.folder_of(shared) / "evaluation base noquant.json"
     place.write_text(json.dumps(GOOD | {"left_s": 500.0}))
     [job] = watch.status().running
     assert job.activity.done == 1
     assert watch.status().left_s == 500  # the job itself knows better
-    shared.write_text(shared.read_text() + event(terminal.LOST, "evaluation base noquant"))
+    shared.write_text(shared.read_text() + event(console.LOST, "evaluation base noquant"))
     assert watch.status().running == []
     assert watch.status().left_s == 0
 
@@ -162,7 +163,7 @@ def test_a_job_tells_what_it_does_and_its_notebook_has_no_bars(tmp_path):
     """Neither this project's bars nor those of libraries are in what is kept for review."""
     (tmp_path / "project").mkdir()
     project = toy_project.make(tmp_path / "project", kernels=True)
-    cell = "import os; from helpers.study.activity import Bar; from tqdm import tqdm\n"
+    cell = "import os; from helpers.core.activity import Bar; from tqdm import tqdm\n"
     cell += "for i in Bar(range(3), desc='arc'): list(tqdm(range(9)))\n"
     cell += "print(open(os.environ['STUDY_ACTIVITY']).read())"
     nbformat.write(notebook(cell), project / "notebooks" / "toy.ipynb")
@@ -182,4 +183,4 @@ def test_every_bar_of_a_job_is_one_that_tells():
     """A bar of tqdm's own would be seen by nobody. Fetching is no job, and draws its own."""
     sources = PROJECT / "src" / "helpers"
     using = {p.name for p in sources.rglob("*.py") if "import tqdm" in p.read_text("utf-8")}
-    assert using == {"activity.py", "streaming.py"}
+    assert using == {"activity.py", "hub_streaming.py"}

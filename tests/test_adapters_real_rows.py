@@ -10,17 +10,17 @@ import sys
 
 import pytest
 
+from helpers.core.paths import PROJECT
 from helpers.evaluation.metrics import metrics
 from helpers.evaluation.prompts import loglikelihood_prompt, prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import settle_
-from helpers.sources.datasets import is_numeric, load_items
 from helpers.sources.items import normalized_text
 from helpers.sources.rows import load_rows
+from helpers.sources.sampling import is_numeric, load_items
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
 from helpers.study.schema import EvaluationSet
-from helpers.study.source_settings import FileDataset
+from helpers.study.schema_sources import FileDataset
 from hub_repositories import qwen3_tokenizer
 from hub_standin import Hub
 

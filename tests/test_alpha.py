@@ -5,12 +5,12 @@ import copy
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.quantization import alpha, calibration, compression
-from helpers.quantization.probe import Probe, left_float
+from helpers.quantization.sensitivity import Probe, left_float
 from helpers.quantization.smoothing import smooth_
 from helpers.sources.random_model import random_model
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 from quantized_run import at_millionth
 
 NORMS = ("attention_input", "mlp_input")

@@ -4,18 +4,18 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from helpers.core.architectures import ARCHITECTURES, float_matrices, linear_names
+from helpers.core.errors import StudyError
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
-from helpers.quantization.probing import inputs_of
 from helpers.quantization.smoothing import everywhere, fold_scales_, held_scales, smooth_
 from helpers.quantization.variants import load_reference
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, SIZES, byte_tokenizer, random_model
-from helpers.study.architectures import ARCHITECTURES, float_matrices, linear_names
-from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime
+from helpers.verification.hooks import inputs_of
 from quantized_run import QuantizedRun, lived_in
 
 ALL = sorted(ARCHITECTURES)

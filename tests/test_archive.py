@@ -12,9 +12,9 @@ import tarfile
 
 import pytest
 
-from helpers.study import archive
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
+from helpers.workflow import archive
 from hostile_text import PLAIN
 from made_up_study import analysed
 
@@ -90,7 +90,7 @@ def test_elsewhere_without_torch_it_gives_the_same_report(packed, study, tmp_pat
     attempts = tmp_path / "attempts"
     places = {"BLOCKED_MODULES": HEAVY, "NETWORK_ATTEMPTS": str(attempts)}
     places |= {"PYTHONPATH": f"{GUARDS}:{PROJECT / 'src'}"}
-    command = [sys.executable, "-m", "helpers.study.archive", "again", str(packed)]
+    command = [sys.executable, "-m", "helpers.workflow.archive", "again", str(packed)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("STUDY_")} | places
     done = subprocess.run(
         [*command, "--to", "new"], cwd=tmp_path, env=environment, capture_output=True, text=True

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from helpers.evaluation.attention import PACKED, packed, packed_attention
-from helpers.evaluation.packing import Row, Segment
-from helpers.evaluation.slots import Slots
+from helpers.inference.kv_cache import Slots
+from helpers.inference.packed_attention import PACKED, packed, packed_attention
+from helpers.inference.packed_rows import Row, Segment
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ import pytest
 from benchmarks.bank import EXAMPLES, FOLDER, all_gates, lacking, markdown, table
 from benchmarks.gate_names import gate_names
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 BANK = json.loads((FOLDER / "bank.json").read_text("utf-8"))
 PUBLISHED = sorted((PROJECT / "outputs").glob("*/answers/gates.json"))
@@ -68,7 +68,7 @@ def test_cases_of_one_failure_are_one_member():
 
 
 MODULE = """
-from helpers.study.gates import Gate, none_of
+from helpers.core.gates import Gate, none_of
 from helpers.evaluation.names import KEPT
 HERE = "a constant"
 
@@ -85,8 +85,8 @@ def two():
 
 
 def source(folder: Path, **modules: str) -> Path:
-    (folder / "study").mkdir()
-    (folder / "study" / "gates.py").write_text(
+    (folder / "core").mkdir()
+    (folder / "core" / "gates.py").write_text(
         "class Gate: pass\ndef none_of(name, odd, n, said) -> Gate: return Gate(name, 1, 2, 3)\n"
     )
     (folder / "evaluation").mkdir()
@@ -108,6 +108,6 @@ def test_names_are_read_wherever_they_are_given(tmp_path):
 
 
 def test_a_name_that_cannot_be_read_is_an_error(tmp_path):
-    text = "from helpers.study.gates import Gate\n\ndef one(x):\n    return Gate(x.name, 1, 2, 3)\n"
+    text = "from helpers.core.gates import Gate\n\ndef one(x):\n    return Gate(x.name, 1, 2, 3)\n"
     with pytest.raises(ValueError, match=r"evaluation\.gates, line 4: 'x\.name'"):
         gate_names(source(tmp_path, gates=text))

@@ -7,12 +7,12 @@ answer of that (NOTES.md); so nothing less than equality is asked.
 import pytest
 import torch
 
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.evaluation.packing import Segment
-from helpers.evaluation.slots import Slots
-from helpers.quantization.int8 import load_int8
-from helpers.sources.batching import FEWEST_ROWS
+from helpers.inference.generation import generate_greedy
+from helpers.inference.kv_cache import Slots
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.packed_rows import Segment
+from helpers.quantization.int8_checkpoint import load_int8
+from helpers.runtime.batching import FEWEST_ROWS
 from helpers.sources.models import load_model
 
 FLOAT = "float32"

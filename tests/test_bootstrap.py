@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
-from helpers.evaluation.statistics import mcnemar_exact
+from helpers.statistics.bootstrap import bootstrap_difference, bootstrap_mean
+from helpers.statistics.intervals import mcnemar_exact
 
 USUAL = {"confidence": 0.95, "resamples": 2000, "seed": 0}
 

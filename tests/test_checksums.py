@@ -7,18 +7,18 @@ import sys
 
 import pytest
 
+from helpers.core.cached_folders import kept_folder
+from helpers.core.checksums import refuse_damaged
+from helpers.core.errors import StudyError
+from helpers.core.file_writing import replace_folder
+from helpers.core.hashing import sha256_text
+from helpers.core.paths import PROJECT, StudyPaths
+from helpers.core.records import Record, read_json
 from helpers.quantization.variants import variant_digest
 from helpers.sources import random_model
-from helpers.study.accounts import refuse_damaged_results
-from helpers.study.cache import kept_folder
-from helpers.study.checksums import refuse_damaged
-from helpers.study.errors import StudyError
-from helpers.study.grid import Run
-from helpers.study.hashing import sha256_text
-from helpers.study.opening import open_job
-from helpers.study.paths import PROJECT, StudyPaths
-from helpers.study.records import Record, read_json
-from helpers.study.writing import replace_folder
+from helpers.study.fingerprints import refuse_damaged_results
+from helpers.study.stages import Run
+from helpers.study.study_run import open_job
 
 
 @pytest.fixture
@@ -114,8 +114,8 @@ def test_two_that_need_the_same_cached_folder_make_it_once(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from helpers.study.accounts import refuse_damaged_results
-from helpers.study.cache import kept_folder
+from helpers.study.fingerprints import refuse_damaged_results
+from helpers.core.cached_folders import kept_folder
 def fill(folder):
     time.sleep(1)
     (folder / "made").write_text("")

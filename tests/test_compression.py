@@ -3,15 +3,15 @@
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.quantization import compression
 from helpers.quantization.alpha import choose
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import load_int8, read_tensors
+from helpers.quantization.int8_checkpoint import load_int8, read_tensors
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
 from helpers.quantization.variants import load_reference
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 SMOOTH = {"alpha": 0.5, "targets": ("attention_input", "mlp_input")}
 VARIANTS = {

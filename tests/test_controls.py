@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from helpers.evaluation.controls import Asked, duty, role_of, tie_rate, unexplained
-from helpers.study.gates import WHOLE_VARIANT
+from helpers.core.gates import WHOLE_VARIANT
+from helpers.statistics.controls import Asked, duty, role_of, tie_rate, unexplained
 from helpers.study.schema import Study
 
 SMOOTH = {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]}

@@ -2,10 +2,10 @@
 
 import pytest
 
-from helpers.evaluation.parsing import is_abstention, last_boxed
+from helpers.evaluation.answer_parsing import is_abstention, last_boxed
 from helpers.evaluation.prompts import loglikelihood_prompt, option_tokens, prompt
 from helpers.evaluation.scoring import score_text
-from helpers.sources.conversations import (
+from helpers.sources.chat_conversations import (
     EXAMPLES,
     SYSTEM,
     calibration_tokens,
@@ -15,11 +15,11 @@ from helpers.sources.conversations import (
     training_tokens,
     user_turn,
 )
+from helpers.sources.exact_numbers import parse_number
 from helpers.sources.items import ADAPTERS, Item, normalized_text
-from helpers.sources.numbers import parse_number
 from helpers.sources.rows import load_rows
 from helpers.study.schema import EvaluationSet
-from helpers.study.source_settings import ShippedDataset
+from helpers.study.schema_sources import ShippedDataset
 
 SHIPPED = ["arc", "boolq", "squad_v2", "openmath_eval", "openmath_train"]
 ITEMS = {

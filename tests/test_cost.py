@@ -8,13 +8,12 @@ from json import loads
 import pytest
 import torch
 
-from helpers.evaluation import throughput
-from helpers.evaluation.throughput import Workload, measure, workload
-from helpers.quantization import peaks, ways
-from helpers.quantization.int8 import load_int8
+from helpers.core.architectures import HEAD, linear_names
+from helpers.cost import configurations, gemm_peak, throughput
+from helpers.cost.throughput import Workload, measure, workload
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.variants import variant_digest
 from helpers.sources.models import load_config
-from helpers.study.architectures import HEAD, linear_names
 from helpers.study.schema import Runtime
 
 WORK = Workload([[5, 6, 7] * 20, [8, 9] * 10], [[i, i + 1, i + 2] for i in range(4)], 6)
@@ -82,22 +81,25 @@ def of(job, quantized: str):
 
 def test_every_variant_is_a_way_under_its_true_name(sound_run):
     run = sound_run("llama", "rtn_w8a8")
-    kinds = {w.name: (w.arithmetic, w.simulated) for w in ways.ways(of(run.job, "int8")).values()}
+    kinds = {
+        w.name: (w.arithmetic, w.simulated)
+        for w in configurations.ways(of(run.job, "int8")).values()
+    }
     assert list(kinds)[:2] == ["noquant float32", "noquant bfloat16"]
     assert kinds["noquant bfloat16"] == ("bfloat16", False)
     assert kinds["o2 float32"] == ("int8", False)
     floats = {"smooth_only", "smooth_only_down", "seed_recipe"}  # run as the baseline does
-    left_out = ways.left_out(of(run.job, "int8"))
+    left_out = configurations.left_out(of(run.job, "int8"))
     assert floats <= left_out.keys()
     assert len(kinds) + len(left_out) == len(run.job.study.variants) + 1
-    simulated = ways.ways(of(run.job, "reference"))["o3_down float32"]
+    simulated = configurations.ways(of(run.job, "reference"))["o3_down float32"]
     assert (simulated.arithmetic, simulated.simulated) == ("float32", True)
-    assert list(ways.ways(of(run.job, "vllm"))) == ["noquant float32", "noquant bfloat16"]
+    assert list(configurations.ways(of(run.job, "vllm"))) == ["noquant float32", "noquant bfloat16"]
 
 
 def test_variants_that_run_alike_are_measured_once(sound_run):
     job = of(sound_run("llama", "rtn_w8a8").job, "int8")
-    variants, left_out = job.study.variants, ways.left_out(job)
+    variants, left_out = job.study.variants, configurations.left_out(job)
     for name, recipe in variants.items():
         if recipe.quantized and name in left_out:
             twin = left_out[name].removeprefix("multiplies and scales as ").removesuffix(" does")
@@ -126,11 +128,13 @@ def test_the_account_is_complete_and_its_bytes_are_the_files(sound_run):
         job = of(run.job, "int8")
         alone = {name: job.study.variants[name] for name in ("noquant", "rtn_w8a8")}
         job = replace(job, study=job.study.model_copy(update={"variants": alone}))
-        found = ways.ways(job)
+        found = configurations.ways(job)
         rounds = {name: [measure(w.load, WORK, threads=1)] * 3 for name, w in found.items()}
-        shapes = ways.linear_shapes(job)
-        rounds[ways.PEAKS] = [peaks.gemm_peaks(shapes, rows=16, threads=1, device="cpu")] * 3
-        told = ways.account(job, found, rounds, throughput.as_plain(WORK))
+        shapes = configurations.linear_shapes(job)
+        rounds[configurations.PEAKS] = [
+            gemm_peak.gemm_peaks(shapes, rows=16, threads=1, device="cpu")
+        ] * 3
+        told = configurations.account(job, found, rounds, throughput.as_plain(WORK))
         checkpoint, source = job.paths.checkpoint("base", "rtn_w8a8"), run.root / "source"
         sizes = [bytes_in_headers(f) for f in (source, source, checkpoint)]
         digest = variant_digest(replace(job, variant="rtn_w8a8"))
@@ -150,18 +154,18 @@ def test_the_limit_is_the_best_of_the_models_own_shapes_and_a_square(monkeypatch
         speeds[kind, rows, inner, outer] = len(speeds) + 1.0
         return speeds[kind, rows, inner, outer]
 
-    monkeypatch.setattr(peaks, "_operations_a_second", speed)
-    limits = peaks.gemm_peaks([(256, 512), (512, 256)], rows=96, threads=1, device="cpu")
+    monkeypatch.setattr(gemm_peak, "_operations_a_second", speed)
+    limits = gemm_peak.gemm_peaks([(256, 512), (512, 256)], rows=96, threads=1, device="cpu")
     for kind, limit in limits.items():
         own = {sizes[1:]: value for sizes, value in speeds.items() if sizes[0] == kind}
-        assert {(96, 256, 512), (96, 512, 256), (peaks.SQUARE,) * 3} == own.keys()
+        assert {(96, 256, 512), (96, 512, 256), (gemm_peak.SQUARE,) * 3} == own.keys()
         assert limit == max(own.values())
 
 
 def test_both_libraries_multiply_alike():
     """What the peak counts as a product is one."""
     x, weight = torch.randn(33, 40), torch.randn(24, 40)
-    for multiply in peaks._products("float32"):
+    for multiply in gemm_peak._products("float32"):
         torch.testing.assert_close(multiply(x, weight.t()), x @ weight.t())
 
 
@@ -169,10 +173,10 @@ def test_a_device_without_the_product_has_no_limit_in_it(monkeypatch):
     def refuse(*_):
         raise NotImplementedError("no such product here")
 
-    monkeypatch.setattr(peaks.kernels, "multiply", refuse)
-    monkeypatch.setattr(peaks, "SECONDS_A_SHAPE", 0)
-    monkeypatch.setattr(peaks, "SQUARE", 32)
-    found = peaks.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")
+    monkeypatch.setattr(gemm_peak.int8_matmul, "multiply", refuse)
+    monkeypatch.setattr(gemm_peak, "SECONDS_A_SHAPE", 0)
+    monkeypatch.setattr(gemm_peak, "SQUARE", 32)
+    found = gemm_peak.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")
     assert found["int8"] is None
     assert found["float32"] > 0
     assert found["bfloat16"] > 0

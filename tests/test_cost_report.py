@@ -5,11 +5,11 @@ import sys
 
 import pytest
 
+from helpers.core.errors import StudyError
+from helpers.core.records import read_json, write_json
+from helpers.cost.results import Cost
 from helpers.report import cost_chapter, cost_tables, summary
-from helpers.report.cost import Cost
 from helpers.report.results import load_results
-from helpers.study.errors import StudyError
-from helpers.study.records import read_json, write_json
 from made_up_cost import account, write_cost
 from test_report import make_job, record, whole_report
 

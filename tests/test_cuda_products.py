@@ -13,7 +13,7 @@ import sys
 import pytest
 import torch
 
-from helpers.quantization import cuda_products
+from helpers.quantization import int8_cuda
 
 SHAPES = [
     (1, 8, 8),
@@ -54,8 +54,8 @@ def operands(rows, inner, outer):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
     a, weight = operands(*shape)
-    (packed,) = cuda_products.pack(weight)
-    found = cuda_products.multiply(a, packed)
+    (packed,) = int8_cuda.pack(weight)
+    found = int8_cuda.multiply(a, packed)
     assert found.shape == (len(a), len(weight))
     assert torch.equal(found.long(), a.long() @ weight.long().t())
     rows, inner, outer = cublas[0]
@@ -66,15 +66,15 @@ def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
 def test_the_largest_sums_are_exact(cublas, shape):
     rows, inner, outer = shape
     a, weight = (torch.full((n, inner), -128, dtype=torch.int8) for n in (rows, outer))
-    found = cuda_products.multiply(a, *cuda_products.pack(weight))
+    found = int8_cuda.multiply(a, *int8_cuda.pack(weight))
     assert torch.equal(found, torch.full((rows, outer), inner * 2**14, dtype=torch.int32))
 
 
 def test_a_packed_weight_is_the_weight(cublas):
     weight = operands(1, 13, 5)[1]
-    (packed,) = cuda_products.pack(weight)
+    (packed,) = int8_cuda.pack(weight)
     assert torch.equal(packed, weight)
-    padded = cuda_products.whole(packed)
+    padded = int8_cuda.whole(packed)
     assert padded.shape == (16, 16)
     assert int(padded.int().abs().sum()) == int(weight.int().abs().sum())
 
@@ -89,48 +89,48 @@ def test_the_stand_in_refuses_what_the_device_would(cublas):
 def test_operands_that_are_not_contiguous_are_made_so(cublas):
     a, weight = operands(40, 64, 24)
     a, weight = a.t().contiguous().t(), weight.t().contiguous().t()
-    found = cuda_products.multiply(a, *cuda_products.pack(weight))
+    found = int8_cuda.multiply(a, *int8_cuda.pack(weight))
     assert torch.equal(found.long(), a.long() @ weight.long().t())
 
 
 def test_off_the_card_nothing_is_fused():
-    assert not cuda_products.fused(torch.device("cpu"))
+    assert not int8_cuda.fused(torch.device("cpu"))
 
 
 def test_a_proof_that_fails_or_breaks_leaves_torchs_passes(monkeypatch):
-    monkeypatch.setattr(cuda_products, "why_not_fused", lambda device: None)
+    monkeypatch.setattr(int8_cuda, "why_not_fused", lambda device: None)
     for checks in ({"a": lambda: True, "b": lambda: False}, {"a": lambda: 1 / 0}):
-        monkeypatch.setattr(cuda_products, "_checks", lambda device, given=checks: given)
-        assert cuda_products.way.__wrapped__(0) == cuda_products.TORCH
-    monkeypatch.setattr(cuda_products, "_checks", lambda device: {"a": lambda: True})
-    assert cuda_products.way.__wrapped__(0) == cuda_products.FUSED
+        monkeypatch.setattr(int8_cuda, "_checks", lambda device, given=checks: given)
+        assert int8_cuda.way.__wrapped__(0) == int8_cuda.TORCH
+    monkeypatch.setattr(int8_cuda, "_checks", lambda device: {"a": lambda: True})
+    assert int8_cuda.way.__wrapped__(0) == int8_cuda.FUSED
 
 
 def test_an_old_card_says_what_it_does_instead(monkeypatch):
-    monkeypatch.setattr(cuda_products, "find_spec", lambda name: object())
+    monkeypatch.setattr(int8_cuda, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    reason = cuda_products.why_not_fused(torch.device("cuda", 0))
+    reason = int8_cuda.why_not_fused(torch.device("cuda", 0))
     assert reason == "compute capability below 8.0: torch's passes around cuBLASLt"
-    assert cuda_products.proof(torch.device("cuda", 0)) == {}
+    assert int8_cuda.proof(torch.device("cuda", 0)) == {}
 
 
 INTERPRETED = """
 import torch
-from helpers.quantization import cuda_products
+from helpers.quantization import int8_cuda
 # The interpreter cuts float32 down to bfloat16 and loses its smallest numbers; a card does not.
 skipped = {"values and scales of bfloat16", "both scales and a bias"}
-for name, check in cuda_products._checks(torch.device("cpu")).items():
+for name, check in int8_cuda._checks(torch.device("cpu")).items():
     assert name in skipped or check(), name
 # The product that a card would choose from, as `rescaled_product` reaches it.
 for rows in (5, 40):
     a, weight = torch.randint(-128, 128, (rows, 77)), torch.randint(-128, 128, (13, 77))
-    packed = cuda_products.pack(weight.to(torch.int8))[0]
+    packed = int8_cuda.pack(weight.to(torch.int8))[0]
     given = a.to(torch.int8), packed, torch.ones(rows, 1), torch.ones(13), None, torch.float32
-    assert torch.equal(cuda_products.rescaled_product(*given), (a @ weight.t()).float())
+    assert torch.equal(int8_cuda.rescaled_product(*given), (a @ weight.t()).float())
 # Blocks of the bulk copy engine, results that leave by it, sizes that no block divides.
-passes, Tile = cuda_products._triton(), cuda_products.product_choice.Tile
+passes, Tile = int8_cuda._triton(), int8_cuda.int8_cuda_choice.Tile
 a, weight = torch.randint(-128, 128, (37, 200)), torch.randint(-128, 128, (52, 200))
-packed = cuda_products.pack(weight.to(torch.int8))[0]
+packed = int8_cuda.pack(weight.to(torch.int8))[0]
 scale, columns, bias = torch.rand(37, 1), torch.rand(52), torch.randn(52)
 given = a.to(torch.int8), packed, scale, columns, bias, torch.float32
 expected = (a @ weight.t()).float() * scale * columns + bias

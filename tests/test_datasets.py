@@ -7,7 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.sources.datasets import (
+from helpers.core.errors import StudyError
+from helpers.sources.items import ADAPTERS, Item, item_key, normalized_text
+from helpers.sources.sampling import (
     calibration_items,
     draw,
     evaluation_items,
@@ -15,10 +17,8 @@ from helpers.sources.datasets import (
     shared_passages,
     training_items,
 )
-from helpers.sources.items import ADAPTERS, Item, item_key, normalized_text
-from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
-from helpers.study.source_settings import FileDataset, ShippedDataset
+from helpers.study.schema_sources import FileDataset, ShippedDataset
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=60)
 

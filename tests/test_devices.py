@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from helpers.sources import devices, processors
-from helpers.sources.devices import account, placed, prepare, settled
+from helpers.core.errors import StudyError
+from helpers.runtime import devices, processors
+from helpers.runtime.devices import account, placed, prepare, settled
 from helpers.sources.random_model import random_model
-from helpers.study import gpus
-from helpers.study.errors import StudyError
-from helpers.study.opening import open_job
 from helpers.study.schema import Runtime
+from helpers.study.study_run import open_job
+from helpers.workflow import gpus
 
 OPEN = Runtime(device="auto", dtype="auto", threads=1, quantized="int8", device_map="auto")
 

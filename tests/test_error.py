@@ -7,12 +7,12 @@ import re
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.error import decibels, sqnr_with_and_without
 from helpers.quantization.smoothing import everywhere, smooth_, smoothed_absmax
+from helpers.quantization.sqnr import decibels, sqnr_with_and_without
 from helpers.sources.random_model import random_model
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Smooth, Variant
+from helpers.study.schema_variants import Smooth, Variant
 from quantized_run import lived_in
 
 TARGETS = ("attention_input", "mlp_input", "mlp_down")

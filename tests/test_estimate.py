@@ -10,23 +10,25 @@ import time
 import pytest
 from torch import nn
 
-from helpers.evaluation import operations as evaluation
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
+from helpers.core.records import write_json
+from helpers.cost import quantization_operations as quantization
+from helpers.cost.operations import Size, operations, training
+from helpers.evaluation import evaluation_operations as evaluation
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.language_modeling import passage_tokens, read_passages
-from helpers.quantization import operations as quantization
+from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.quantization.calibration import run_calibration
 from helpers.sources import finetuning
-from helpers.sources.conversations import calibration_tokens, training_tokens
-from helpers.sources.datasets import calibration_items, shared_passages, training_items
-from helpers.sources.operations import Size, operations, training
+from helpers.sources.chat_conversations import calibration_tokens, training_tokens
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study import accounts, estimate, grid, workflow
-from helpers.study.errors import StudyError
-from helpers.study.estimate import ANALYSIS, Estimate, Machine, seconds_of
+from helpers.sources.sampling import calibration_items, shared_passages, training_items
+from helpers.study import fingerprints
+from helpers.study import stages as study_stages
 from helpers.study.loading import load_study
-from helpers.study.paths import StudyPaths
-from helpers.study.records import write_json
-from helpers.study.schedule import Room, time_of
+from helpers.workflow import duration_estimate, launcher
+from helpers.workflow.duration_estimate import ANALYSIS, Estimate, Machine, seconds_of
+from helpers.workflow.schedule import Room, time_of
 
 SIZE = Size(linears=1000, head=100, weights=2000)
 MACHINE = Machine({f"float32 {how}": 1e6 for how in ("reading", "writing")}, start_s=0.0)
@@ -95,7 +97,7 @@ def test_answers_are_counted_at_their_longest(only, model, size, tokenizer):
     ask_all(model, tokenizer, study)
     found = evaluation.asked(study, "squad_v2", tokenizer)
     longest = 2 * size.linears * (found.together + found.items * (found.cap - 1))
-    # Blank rows beside few answers are multiplied too; see helpers.evaluation.generation.
+    # Blank rows beside few answers are multiplied too; see helpers.inference.generation.
     blank = 2 * size.linears * 16 * found.cap
     assert 2 * size.linears * found.together < multiplied.operations <= longest + blank
 
@@ -142,49 +144,49 @@ def test_twice_the_items_take_about_twice_as_long(only, tokenizer):
         counted = evaluation.evaluation(study, "noquant", SIZE, sets, [])
         alone = evaluation._alone(study, "noquant", sets["arc"], SIZE)  # of eight items, always
         counted.subtract(alone)
-        run = grid.Run("evaluation", "base", "noquant")
+        run = study_stages.Run("evaluation", "base", "noquant")
         seconds.append(seconds_of(study, run, counted, MACHINE, Room(2, 9)))
     assert 1.6 < seconds[1] / seconds[0] < 2.4
 
 
 def test_what_a_machine_lacks_takes_its_float32(study):
-    run, room = grid.Run("evaluation", "base", "noquant"), Room(1, 1)
+    run, room = study_stages.Run("evaluation", "base", "noquant"), Room(1, 1)
     plain = seconds_of(study, run, {"float32 reading": 10**6}, MACHINE, room)
     assert seconds_of(study, run, {"int8 reading": 10**6}, MACHINE, room) == plain > 1
 
 
 def finish(study, paths, run):
     """Leave what a run leaves that ended well."""
-    with accounts.kept(study, paths, run):
+    with fingerprints.kept(study, paths, run):
         write_json(run.record(paths), {"run": run.name})
         write_json(run.executed(paths), {})
 
 
 def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
-    paths, every = StudyPaths("study"), grid.runs(study)
-    assert estimate.to_run(study, paths) == [*every, ANALYSIS]
+    paths, every = StudyPaths("study"), study_stages.runs(study)
+    assert duration_estimate.to_run(study, paths) == [*every, ANALYSIS]
     for run in every:  # in the order of the stages, the baseline's evaluation first
         if run.stage != "evaluation":
             finish(study, paths, run)
     for run in sorted(every, key=lambda r: r.variant != study.baseline):
         if run.stage == "evaluation":
             finish(study, paths, run)
-    assert estimate.to_run(study, paths) == [ANALYSIS]
+    assert duration_estimate.to_run(study, paths) == [ANALYSIS]
     finish(study, paths, ANALYSIS)
-    assert estimate.to_run(study, paths) == []
-    assert estimate.estimate("study", study, paths, Room(2, 9), say=pytest.fail) is None
+    assert duration_estimate.to_run(study, paths) == []
+    assert duration_estimate.estimate("study", study, paths, Room(2, 9), say=pytest.fail) is None
     [made] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
     made.record(paths).unlink()
-    again = estimate.to_run(study, paths)
-    assert {made, ANALYSIS, grid.Run("evaluation", "base", made.variant)} <= set(again)
-    assert grid.Run("calibration", "base") not in again
-    assert grid.Run("evaluation", "base", study.baseline) not in again
+    again = duration_estimate.to_run(study, paths)
+    assert {made, ANALYSIS, study_stages.Run("evaluation", "base", made.variant)} <= set(again)
+    assert study_stages.Run("calibration", "base") not in again
+    assert study_stages.Run("evaluation", "base", study.baseline) not in again
 
 
 def critical_path(study, seconds) -> float:
     def until(run) -> float:
-        return seconds[run] + max((until(b) for b in grid.before(study, run)), default=0.0)
+        return seconds[run] + max((until(b) for b in study_stages.before(study, run)), default=0.0)
 
     return max(map(until, seconds))
 
@@ -193,7 +195,7 @@ def critical_path(study, seconds) -> float:
 @pytest.mark.parametrize("name", ["smoke", "demo"])
 def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
     study, rng = load_study(name), random.Random(seed)
-    seconds = {run: rng.expovariate(0.1) for run in [*grid.runs(study), ANALYSIS]}
+    seconds = {run: rng.expovariate(0.1) for run in [*study_stages.runs(study), ANALYSIS]}
     work = sum(seconds.values())
     assert time_of(study, seconds, Room(1, 9)) == pytest.approx(work)
     assert time_of(study, seconds, Room(8, 1)) == pytest.approx(work)  # memory for one only
@@ -208,18 +210,18 @@ def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
 def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings, write_study):
     study_settings["runtime"]["threads"] = 8
     study = load_study(write_study(study_settings))
-    seconds = {run: 1.0 for run in grid.runs(study)}
+    seconds = {run: 1.0 for run in study_stages.runs(study)}
     assert time_of(study, seconds, Room(2, 9)) == pytest.approx(len(seconds))
 
 
 def test_a_long_study_is_told_what_would_shorten_it(study):
-    run = grid.Run("evaluation", "base", "noquant")
-    long = Estimate(study, Room(2, 9), {run: 2 * estimate.LONG_S})
-    [told] = [line for line in estimate.lines(long) if line.startswith("to shorten it")]
+    run = study_stages.Run("evaluation", "base", "noquant")
+    long = Estimate(study, Room(2, 9), {run: 2 * duration_estimate.LONG_S})
+    [told] = [line for line in duration_estimate.lines(long) if line.startswith("to shorten it")]
     assert "evaluation is 100 % of the work" in told
     assert "max_new_tokens" in told
     short = Estimate(study, Room(2, 9), {run: 60.0}, ("x: \ufffd",))
-    assert estimate.lines(short)[-1] == "not counted: x: \ufffd"
+    assert duration_estimate.lines(short)[-1] == "not counted: x: \ufffd"
 
 
 def given(path):
@@ -234,8 +236,8 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
         raise error
 
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    monkeypatch.setattr(estimate, "_answers", fails)
-    assert workflow._estimate(given(study_path), StudyPaths("study")) is None
+    monkeypatch.setattr(duration_estimate, "_answers", fails)
+    assert launcher._estimate(given(study_path), StudyPaths("study")) is None
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("estimate none")
     assert last.isprintable()
@@ -243,17 +245,17 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
 
 def test_a_counter_that_breaks_says_why(monkeypatch):
     with pytest.raises(StudyError, match="No module named"):
-        estimate._answers([["helpers.nothing"]])
+        duration_estimate._answers([["helpers.nothing"]])
 
 
 def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, monkeypatch, capsys):
     """The whole way through, with the processes that count and measure."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    found = workflow._estimate(given(study_path), StudyPaths("study"))
+    found = launcher._estimate(given(study_path), StudyPaths("study"))
     told = capsys.readouterr().err
     assert found is not None, told
-    assert set(found.seconds) == {*grid.runs(found.study), ANALYSIS}
+    assert set(found.seconds) == {*study_stages.runs(found.study), ANALYSIS}
     assert all(seconds > 0 for seconds in found.seconds.values())
     stages = {run.stage for run in found.seconds}
     assert {line.split()[1] for line in told.splitlines() if " job" in line} >= stages
@@ -275,7 +277,7 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
     for name, value in smoke.environment().items():
         monkeypatch.setenv(name, value)
     study, room = load_study(smoke.file), Room(2, 2)
-    found = estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
+    found = duration_estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
     began = time.monotonic()
     said = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")
     whole = time.monotonic() - began
@@ -288,15 +290,15 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
 
 
 def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
-    from helpers.report import details
+    from helpers.report import appendix
 
     records = [
         {"stage": "evaluation", "operations": {"float32": 2 * 10**12}},
         {"stage": "evaluation", "operations": {"float32": 10**12, "int8": 5 * 10**11}},
         {"stage": "cost"},  # of an older study
     ]
-    monkeypatch.setattr(details, "records", lambda _results: records)
-    [row] = details.operations(None)
+    monkeypatch.setattr(appendix, "records", lambda _results: records)
+    [row] = appendix.operations(None)
     assert row == {
         "stage": "evaluation",
         "jobs": "2",
@@ -305,7 +307,7 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
         "int8": "0.500",
     }
     del records[:2]
-    assert details.operations(None) is None
+    assert appendix.operations(None) is None
 
 
 def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):

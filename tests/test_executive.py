@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from helpers.evaluation.comparison import Paired
-from helpers.evaluation.controls import Duty
-from helpers.evaluation.statistics import Interval
-from helpers.evaluation.verdicts import Verdict
 from helpers.report import executive
-from helpers.report.formats import markdown_table
+from helpers.report.markdown import markdown_table
 from helpers.report.results import Results
+from helpers.statistics.comparison import Paired
+from helpers.statistics.controls import Duty
+from helpers.statistics.intervals import Interval
+from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Study
 
 KINDS = ("worse", "better", "equivalent", "inconclusive", "uninformative", "invalid")

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization.int8 import read_tensors
-from helpers.sources.experts import LinearExperts, every_expert_reads, linear_experts
+from helpers.quantization.int8_checkpoint import read_tensors
+from helpers.runtime.moe_experts import LinearExperts, every_expert_reads, linear_experts
 from helpers.sources.models import load_config, load_model
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Runtime

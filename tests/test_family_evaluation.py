@@ -7,12 +7,12 @@ longer than that.
 import pytest
 import torch
 
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.language_modeling import passage_rows, read_passages
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.quantization.int8 import load_int8
+from helpers.core.architectures import ARCHITECTURES
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.perplexity import passage_rows, read_passages
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.sources.random_model import WINDOW, random_model
-from helpers.study.architectures import ARCHITECTURES
 from quantized_run import lived_in
 
 LENGTHS = (3, 31, 57, 40, 9)

@@ -26,7 +26,7 @@ long = pytest.mark.long
 # A calibration that begins, says so, and waits as long as the file `wait` is there.
 WAITS = """
 import os, time
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 (PROJECT / "began").write_text(f"{os.getpid()} {os.getppid()}")
 while (PROJECT / "wait").is_file():
     time.sleep(0.05)
@@ -138,7 +138,7 @@ def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, to
 
 
 def test_a_job_that_dies_before_its_first_word_is_named(project):
-    module = project / "src/helpers/study/jobs.py"
+    module = project / "src/helpers/workflow/cli.py"
     first, dies = "    say(START, label)\n", "    if 'calibration' in label:\n        sys.exit(1)\n"
     module.write_text(module.read_text("utf-8").replace(first, dies + first), "utf-8")
     done = toy_project.jobs(project, *toy_project.WHOLE)
@@ -387,7 +387,7 @@ def test_an_account_that_is_lost_or_torn_means_that_the_run_is_repeated(done_by_
 def test_durations_do_not_follow_the_clock(tmp_path, monkeypatch):
     from datetime import UTC, datetime
 
-    from helpers.study import records
+    from helpers.core import records
 
     class Jumping(datetime):
         now = classmethod(lambda cls, zone=UTC: datetime(2031, 1, 1, tzinfo=zone))
@@ -443,7 +443,7 @@ def test_the_front_door_ends_with_the_process_that_opened_it(project):
     add_cell(project, "calibration", WAITS)
     (project / "wait").write_text("")
     mark = new_mark()
-    command = [sys.executable, "-m", "helpers.study.jobs", *toy_project.WHOLE]
+    command = [sys.executable, "-m", "helpers.workflow.cli", *toy_project.WHOLE]
     opener = subprocess.Popen(
         [sys.executable, "-c", f"import subprocess; subprocess.run({command!r})"],
         cwd=project,

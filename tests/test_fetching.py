@@ -14,9 +14,9 @@ import pytest
 import safetensors.torch
 
 import hub_repositories
-from helpers.study import grid
+from helpers.core.paths import PROJECT
+from helpers.study import stages
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
 from hub_repositories import MODEL
 from hub_standin import STRANGER, TOKEN, Hub
 
@@ -295,7 +295,7 @@ def free_port() -> int:
 
 def test_a_study_without_a_network_stops_in_seconds_before_any_job(place):
     """`make study STUDY=qwen3-0.6b`, as the Makefile runs it."""
-    command = [sys.executable, "-m", "helpers.study.jobs", "study", "qwen3-0.6b", "--cores", "2"]
+    command = [sys.executable, "-m", "helpers.workflow.cli", "study", "qwen3-0.6b", "--cores", "2"]
     nowhere = place | {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
     started = time.monotonic()
     done = subprocess.run(command, env=nowhere, cwd=PROJECT, capture_output=True, text=True)
@@ -366,11 +366,11 @@ def test_every_source_that_is_wrong_is_named_at_once(fetch, of_model, of_dataset
 def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place, hub, monkeypatch):
     """And the study then depends on another commit, so that what used the old one is repeated."""
     monkeypatch.setenv("STUDY_OUTPUTS", place["STUDY_OUTPUTS"])
-    study, run = of_dataset(), grid.Run("evaluation", "base", "noquant")
-    unpinned = grid.depends_on(load_study(study), run)
+    study, run = of_dataset(), stages.Run("evaluation", "base", "noquant")
+    unpinned = stages.depends_on(load_study(study), run)
     assert fetch(study).returncode == 0
     before = pins(place)["datasets"][0]["commit"]
-    first = grid.depends_on(load_study(study), run)
+    first = stages.depends_on(load_study(study), run)
     assert before in first != unpinned
 
     repository = hub.repositories["dataset", ARC]
@@ -380,12 +380,12 @@ def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place
     after = repository.commit(moved)
     try:
         assert fetch(study).returncode == 0
-        assert grid.depends_on(load_study(study), run) == first
+        assert stages.depends_on(load_study(study), run) == first
         done = fetch(study, "--renew")
         assert f"pinned   {ARC}  main is {after[:12]} (was {before[:12]})" in done.stderr
         assert pins(place)["datasets"][0]["commit"] == after
         assert pins(place)["datasets"][0]["rows"] == len(rows)
-        assert after in grid.depends_on(load_study(study), run)
+        assert after in stages.depends_on(load_study(study), run)
     finally:
         repository.commit(files)
 

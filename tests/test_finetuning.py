@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.sources import finetuning
-from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime
-from helpers.study.source_settings import FineTuning
+from helpers.study.schema_sources import FineTuning
 
 SETTINGS = {
     "start": "base",

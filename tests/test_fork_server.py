@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 import toy_project
-from helpers.study import fork_client
+from helpers.workflow import fork_client
 from process_tree import wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks are for Linux alone")
 SECONDS = 60
-ANSWER = [sys.executable, "-m", "helpers.study.jobs", "answer"]
+ANSWER = [sys.executable, "-m", "helpers.workflow.cli", "answer"]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +35,10 @@ def project(tmp_path_factory):
 
 def module(project: Path, *lines: str) -> str:
     """Write a module with such a `main(*given)`; its name."""
-    name = f"told{len(list((project / 'src/helpers/study').glob('told*.py')))}"
+    name = f"told{len(list((project / 'src/helpers/workflow').glob('told*.py')))}"
     text = "import os, sys\ndef main(*given):\n" + "".join(f"    {line}\n" for line in lines)
-    (project / f"src/helpers/study/{name}.py").write_text(text)
-    return f"helpers.study.{name}"
+    (project / f"src/helpers/workflow/{name}.py").write_text(text)
+    return f"helpers.workflow.{name}"
 
 
 def answer(project: Path, name: str, *given: str, **more) -> subprocess.CompletedProcess:
@@ -68,7 +68,10 @@ def test_it_imports_modules_as_they_are_when_it_begins(project):
 
 
 def test_nothing_of_the_project_is_loaded_before_the_fork(project):
-    loads = "[n for n in sys.modules if n.startswith('helpers.') and 'study' not in n]"
+    loads = (
+        "[n for n in sys.modules if n.startswith('helpers.')"
+        " and n.split('.')[1] not in ('core', 'workflow')]"
+    )
     assert answer(project, module(project, f"print({loads})")).stdout == "[]\n"
 
 

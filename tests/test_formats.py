@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from helpers.report.formats import number
+from helpers.report.markdown import number
 
 
 def test_a_tiny_number_is_rounded_once():

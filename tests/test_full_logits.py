@@ -5,12 +5,13 @@ import copy
 import pytest
 import torch
 
-from helpers.evaluation import full_logits, language_modeling
-from helpers.evaluation.language_modeling import passage_rows, read_shared_text
+from helpers.evaluation.checks import full_logits
+from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.metrics import shared_text_metrics
-from helpers.evaluation.passage_gates import recomputed_gates
+from helpers.inference import perplexity
+from helpers.inference.perplexity import passage_rows, read_shared_text
 from helpers.sources.models import load_model, load_tokenizer, model_folder
-from helpers.study.opening import open_job
+from helpers.study.study_run import open_job
 
 AGAIN = "shared text computed again"
 
@@ -23,7 +24,7 @@ def job_of(study_path, variant: str):
 def evaluated(study_path, monkeypatch, tmp_path):
     """read(variant): (stored rows, gates) of the shared text, the baseline's states kept before."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
-    monkeypatch.setattr(language_modeling, "refuse_damaged", lambda *_, **__: None)
+    monkeypatch.setattr(perplexity, "refuse_damaged", lambda *_, **__: None)
     torch.set_num_threads(1)
     job = job_of(study_path, "noquant")
     folder = model_folder(job.study, "base", job.paths)
@@ -94,34 +95,34 @@ WRONG = {
     "wrong", [pytest.param(f, marks=pytest.mark.bank("text", w, AGAIN)) for f, w in WRONG.items()]
 )
 def test_figures_made_wrongly_are_caught(evaluated, monkeypatch, wrong):
-    monkeypatch.setattr(language_modeling, "passage_rows", wrong)
+    monkeypatch.setattr(perplexity, "passage_rows", wrong)
     _, gates = evaluated()
     assert AGAIN in failed(gates)
 
 
 @pytest.mark.bank("text", "loss on the wrong token", AGAIN)
 def test_the_baselines_loss_on_the_wrong_token_is_caught(evaluated, monkeypatch):
-    monkeypatch.setattr(language_modeling, "passage_rows", loss_on_the_token_before)
+    monkeypatch.setattr(perplexity, "passage_rows", loss_on_the_token_before)
     assert failed(evaluated("noquant")[1]) == {AGAIN}
 
 
 @pytest.mark.bank("text", "reference shifted by one for quantized variants", AGAIN)
 def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
-    load = language_modeling.load_states
+    load = perplexity.load_states
 
     def shifted(*arguments):
         states = load(*arguments)
-        return language_modeling.States(states.hidden.roll(1, 0), states.head)
+        return perplexity.States(states.hidden.roll(1, 0), states.head)
 
-    monkeypatch.setattr(language_modeling, "load_states", shifted)
+    monkeypatch.setattr(perplexity, "load_states", shifted)
     assert AGAIN in failed(evaluated()[1])
 
 
 @pytest.mark.bank("text", "passages cut short by a token", "token counts of the passages")
 def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
-    cut = language_modeling.passage_tokens
+    cut = perplexity.passage_tokens
     monkeypatch.setattr(
-        language_modeling,
+        perplexity,
         "passage_tokens",
         lambda *a, max_tokens: cut(*a, max_tokens=max_tokens - 1),
     )
@@ -131,13 +132,13 @@ def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
 @pytest.mark.bank("text", "states of two passages exchanged", AGAIN)
 def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
     """The rows of two passages were exchanged on their way from the model to the figures."""
-    read = language_modeling.read_passages
+    read = perplexity.read_passages
 
     def exchanged(model, tokens, **options):
         states = read(model, tokens, **options)
-        return language_modeling.States(states.hidden.flip(0), states.head)
+        return perplexity.States(states.hidden.flip(0), states.head)
 
-    monkeypatch.setattr(language_modeling, "read_passages", exchanged)
+    monkeypatch.setattr(perplexity, "read_passages", exchanged)
     assert AGAIN in failed(evaluated()[1])
 
 
@@ -174,8 +175,8 @@ def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkey
     """The passage has as many tokens as it has to, and they are others."""
     from test_silent_evaluation_failures import swapped
 
-    turned = swapped(language_modeling.plain_tokens, "ez")
-    monkeypatch.setattr(language_modeling, "plain_tokens", turned)
+    turned = swapped(perplexity.plain_tokens, "ez")
+    monkeypatch.setattr(perplexity, "plain_tokens", turned)
     found = failed(evaluated("noquant")[1])
     assert "passages read token by token" in found
     assert "token counts of the passages" not in found

@@ -3,12 +3,12 @@
 import pytest
 from transformers import AutoConfig
 
+from helpers.core.architectures import HEAD, linear_names
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
+from helpers.core.records import read_json
 from helpers.sources.random_model import QWEN3_06B
-from helpers.study.architectures import HEAD, linear_names
-from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
-from helpers.study.records import read_json
 
 GIB = 2**30
 MEMORY = 16 * GIB

@@ -6,15 +6,15 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from helpers.evaluation.language_modeling import read_passages
-from helpers.quantization import fused_passes, gated_mlp, int8_linear, kernels
-from helpers.quantization.int8 import load_int8
+from helpers.inference.perplexity import read_passages
+from helpers.quantization import int8_gated_mlp, int8_linear, int8_matmul, int8_passes
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.int8_linear import Int8Linear, Stack, absmax_scale
-from helpers.sources import processors
+from helpers.runtime import processors
 
 KINDS = ["token_dynamic", "tensor_dynamic", "tensor_static"]
 needs_numba = pytest.mark.skipif(
-    not fused_passes.available(), reason="numba is missing, or torch's vector unit is another"
+    not int8_passes.available(), reason="numba is missing, or torch's vector unit is another"
 )
 
 
@@ -88,7 +88,7 @@ def test_silu_is_torchs_to_the_bit(size):
     """Of whole vectors; the last few numbers of others torch computes by another exp."""
     for spread in (0.01, 1, 30, 150):
         gate, up = torch.randn(*size) * spread, torch.randn(*size)
-        mixed, values, scale = fused_passes.silu_times(gate, up)
+        mixed, values, scale = int8_passes.silu_times(gate, up)
         expected = silu(gate) * up
         assert torch.equal(mixed, expected)
         assert torch.equal(scale, absmax_scale(expected.abs().amax(1, keepdim=True)))
@@ -98,20 +98,20 @@ def test_silu_is_torchs_to_the_bit(size):
 @needs_numba
 def test_silu_reads_rows_that_lie_apart():
     both = torch.randn(9, 2 * 64)
-    mixed, _, _ = fused_passes.silu_times(both[:, :64], both[:, 64:])
+    mixed, _, _ = int8_passes.silu_times(both[:, :64], both[:, 64:])
     assert torch.equal(mixed, silu(both[:, :64]) * both[:, 64:])
 
 
 def test_passes_that_differ_are_not_used(monkeypatch):
     """A processor whose torch computes exp otherwise has torch's own passes."""
-    real = fused_passes.silu_times
+    real = int8_passes.silu_times
 
     def off(gate, up):
         mixed, values, scale = real(gate, up)
         return torch.nextafter(mixed, mixed + 1), values, scale
 
-    monkeypatch.setattr(fused_passes, "silu_times", off)
-    assert not fused_passes.available.__wrapped__()
+    monkeypatch.setattr(int8_passes, "silu_times", off)
+    assert not int8_passes.available.__wrapped__()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -153,7 +153,7 @@ def test_a_changed_input_is_quantized_anew():
 
 
 def test_texts_of_another_packing_are_quantized_anew():
-    from helpers.sources.batching import owned_by
+    from helpers.runtime.batching import owned_by
 
     layer, x = linear("tensor_dynamic"), torch.randn(4, 576) * torch.tensor([[1.0], [1], [9], [9]])
     with owned_by(torch.tensor([0, 0, 1, 1])):
@@ -178,7 +178,7 @@ class MLP(torch.nn.Module):
 def test_a_gated_mlp_is_its_parts_to_the_bit(by_torch):
     mlp, x = MLP(), torch.randn(2, 16, 64)
     expected = by_torch(lambda: mlp(x.clone()))
-    assert gated_mlp.fuse_gated_mlps_(mlp) == 1
+    assert int8_gated_mlp.fuse_gated_mlps_(mlp) == 1
     assert torch.equal(mlp(x.clone()), expected)
 
 
@@ -186,7 +186,7 @@ def test_a_gated_mlp_is_its_parts_to_the_bit(by_torch):
 @pytest.mark.parametrize("name", ["act_fn", "up_proj"])
 def test_a_part_that_is_exchanged_later_is_used(name):
     mlp, x = MLP(), torch.randn(2, 16, 64)
-    gated_mlp.fuse_gated_mlps_(mlp)
+    int8_gated_mlp.fuse_gated_mlps_(mlp)
     before = mlp(x.clone())
     part = torch.nn.ReLU() if name == "act_fn" else linear("token_dynamic", 64, 128, seed=9)
     setattr(mlp, name, part)
@@ -200,7 +200,7 @@ def test_an_mlp_of_another_function_keeps_its_own_forward():
             return self.down_proj(self.gate_proj(x).relu().square() * self.up_proj(x))
 
     model = Squared()
-    assert gated_mlp.fuse_gated_mlps_(model) == 0
+    assert int8_gated_mlp.fuse_gated_mlps_(model) == 0
     assert "forward" not in vars(model)
 
 
@@ -212,13 +212,13 @@ def test_an_evaluation_is_the_same_by_every_way(sound_run, family, variant, monk
     own = set(processors.features())
     with run.outputs():
         folder = run.job.paths.checkpoint("base", variant)
-        for way in kernels.WAYS.values():
+        for way in int8_matmul.WAYS.values():
             for fused in (True, False):
                 if way.features and not own & set(way.features):
                     continue
-                monkeypatch.setattr(kernels, "cpu_way", lambda way=way: way)
+                monkeypatch.setattr(int8_matmul, "cpu_way", lambda way=way: way)
                 if not fused:
-                    monkeypatch.setattr(fused_passes, "available", lambda: False)
+                    monkeypatch.setattr(int8_passes, "available", lambda: False)
                 model = load_int8(folder, dtype=torch.float32, device="cpu")
                 states = read_passages(model, texts, batch_tokens=64)
                 seen[way.name, fused] = states.hidden.numpy().tobytes()

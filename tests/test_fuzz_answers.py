@@ -9,15 +9,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from helpers.evaluation.degenerate import best_degenerate, loops
-from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
+from helpers.core.hashing import canonical_json
+from helpers.core.plain_text import whole_characters
+from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
 from helpers.evaluation.prediction_rows import refuse_odd_rows
 from helpers.evaluation.predictions import read_predictions, write_predictions
 from helpers.evaluation.scoring import score_text
+from helpers.evaluation.trivial_answers import best_degenerate, loops
+from helpers.sources.exact_numbers import parse_number
 from helpers.sources.items import Item
-from helpers.sources.numbers import parse_number
-from helpers.study.hashing import canonical_json
-from helpers.study.plain_text import whole_characters
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)
 ADAPTERS = ("arc", "boolq", "squad_v2", "openmath")

@@ -9,16 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import STUDY
+from helpers.core.errors import StudyError
 from helpers.evaluation.prediction_rows import FIELDS, PASSAGES
 from helpers.evaluation.predictions import read_passage_rows, read_predictions
 from helpers.evaluation.prompts import loglikelihood_prompt
 from helpers.evaluation.scoring import score_options
-from helpers.sources.conversations import conversation, render, tokenize
-from helpers.sources.datasets import load_items, shared_passages
+from helpers.sources.chat_conversations import conversation, render, tokenize
 from helpers.sources.items import normalized_text
-from helpers.study.errors import StudyError
+from helpers.sources.sampling import load_items, shared_passages
 from helpers.study.loading import load_study
-from helpers.study.source_settings import FileDataset
+from helpers.study.schema_sources import FileDataset
 from test_datasets import ROWS
 from test_report import arc_rows, squad_rows, text_rows
 
@@ -248,7 +248,7 @@ def test_a_score_that_is_not_one_is_refused(folder, asked):
 
 def test_every_way_an_answer_can_end_is_known_to_its_row():
     """Or a finished evaluation could not be read back."""
-    from helpers.evaluation.generation import Answer, Ends
+    from helpers.inference.generation import Answer, Ends
 
     ends = Ends(max_new_tokens=2, stop_tokens=frozenset({0}), complete=lambda tokens: 7 in tokens)
     tokens = {"nonfinite": (1, False), "stop": (0, True), "answer": (7, True)}

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import STUDY
-from helpers.study import yaml_text
-from helpers.study.errors import StudyError
+from helpers.core.errors import StudyError
+from helpers.study import loading_yaml
 from helpers.study.loading import load_study
 from helpers.study.schema import Study
 from test_loading import JARGON
@@ -242,5 +242,5 @@ def test_a_study_of_a_hundred_models_is_no_bomb(place):
         for j in range(4)
     ]
     content = yaml.safe_dump(many).encode()
-    assert len(content) < yaml_text.MOST_BYTES
+    assert len(content) < loading_yaml.MOST_BYTES
     assert isinstance(outcome(place, content), Study)

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.evaluation.generation import Generated, generate_greedy
-from helpers.sources.batching import pad, token_budget_batches
+from helpers.inference.generation import Generated, generate_greedy
+from helpers.runtime.batching import pad, token_budget_batches
 
 CAP = 14
 

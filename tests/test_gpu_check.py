@@ -11,7 +11,7 @@ import pytest
 from benchmarks import gpu_check
 from benchmarks.gpu import page, processes, published
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 
 def options(folder, *more):

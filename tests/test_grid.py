@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 import toy_project
-from helpers.study import accounts, code_files, grid
-from helpers.study.errors import StudyError
-from helpers.study.fork_server import PACKAGES
-from helpers.study.grid import Run
-from helpers.study.paths import PROJECT, StudyPaths
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT, StudyPaths
+from helpers.study import fingerprinted_code, fingerprints
+from helpers.study import stages as study_stages
 from helpers.study.schema import Study
+from helpers.study.stages import Run
+from helpers.workflow.fork_server import PACKAGES
 from toy_project import planned, run_study, write_study
 
 
@@ -35,13 +36,13 @@ def changed(before: Study, after: Study) -> set[str]:
     """Names of the runs whose tracked parameters differ."""
     return {
         run.name
-        for run in [*grid.runs(before), Run("analysis")]
-        if grid.depends_on(before, run) != grid.depends_on(after, run)
+        for run in [*study_stages.runs(before), Run("analysis")]
+        if study_stages.depends_on(before, run) != study_stages.depends_on(after, run)
     }
 
 
 def test_runs_of_a_study():
-    names = [run.name for run in grid.runs(study())]
+    names = [run.name for run in study_stages.runs(study())]
     assert len(names) == len(set(names)) == 1 + 2 + 4 + 1 + 6
     assert "00_finetuning.tuned" in names
     assert "00_finetuning.base" not in names
@@ -51,8 +52,8 @@ def test_runs_of_a_study():
 
 def test_cost_can_be_left_out_and_nothing_else_is_repeated():
     without = study(runtime__cost=False)
-    left = [run for run in grid.runs(study()) if run.stage != "cost"]
-    assert grid.runs(without) == left == grid.before(without, Run("analysis"))
+    left = [run for run in study_stages.runs(study()) if run.stage != "cost"]
+    assert study_stages.runs(without) == left == study_stages.before(without, Run("analysis"))
     assert changed(study(), without) == {"04_analysis"}
     assert changed(study(), study(runtime__cost=True)) == set()
 
@@ -71,8 +72,10 @@ def test_alpha_repeats_exactly_its_variant():
 
 def test_another_float_type_needs_no_checkpoint():
     before = study(variants__half={"dtype": "bfloat16"})
-    assert Run("quantization", "base", "half") not in grid.runs(before)
-    assert {r.name for r in grid.runs(before)} - {r.name for r in grid.runs(study())} == {
+    assert Run("quantization", "base", "half") not in study_stages.runs(before)
+    assert {r.name for r in study_stages.runs(before)} - {
+        r.name for r in study_stages.runs(study())
+    } == {
         "03_evaluation.base.half",
         "03_evaluation.tuned.half",
     }
@@ -85,16 +88,16 @@ def test_another_float_type_needs_no_checkpoint():
 
 def test_an_evaluation_waits_for_the_baseline_it_is_held_against():
     baseline = Run("evaluation", "tuned", "noquant")
-    assert baseline in grid.before(study(), Run("evaluation", "tuned", "rtn"))
-    assert not [r for r in grid.before(study(), baseline) if r.stage == "evaluation"]
+    assert baseline in study_stages.before(study(), Run("evaluation", "tuned", "rtn"))
+    assert not [r for r in study_stages.before(study(), baseline) if r.stage == "evaluation"]
 
 
 def test_cost_is_measured_once_for_models_of_the_same_shapes_and_after_all_their_variants():
-    timed = [run for run in grid.runs(study()) if run.stage == "cost"]
+    timed = [run for run in study_stages.runs(study()) if run.stage == "cost"]
     assert timed == [Run("cost", "base")]
-    waits = {run.name for run in grid.before(study(), timed[0])}
+    waits = {run.name for run in study_stages.before(study(), timed[0])}
     assert waits == {"02_quantization.base.rtn", "02_quantization.base.smooth"}
-    assert timed[0] in grid.before(study(), Run("analysis"))
+    assert timed[0] in study_stages.before(study(), Run("analysis"))
 
 
 def test_how_many_threads_a_job_has_is_nothing_to_a_measurement_that_takes_them_all():
@@ -143,21 +146,23 @@ def test_order_of_keys_is_no_change():
 def test_ambiguous_names_are_refused():
     twins = {"a": {"random": "llama"}, "a.b": {"random": "llama"}}
     with pytest.raises(StudyError, match="leave out the dots"):
-        grid.runs(study(models=twins, variants={"b.c": {}, "c": {}}))
+        study_stages.runs(study(models=twins, variants={"b.c": {}, "c": {}}))
 
 
 def test_a_stage_is_repeated_for_the_modules_it_uses_and_no_others():
     def modules(*run: str) -> set[str]:
-        files = grid.source_files(study(), Run(*run))
+        files = study_stages.source_files(study(), Run(*run))
         return {f"{path.parent.name}/{path.name}" for path in files}
 
     quantization = modules("quantization", "base", "rtn")
-    assert {"quantization/smoothing.py", "sources/models.py", "study/hashing.py"} <= quantization
+    assert {"quantization/smoothing.py", "sources/models.py", "core/hashing.py"} <= quantization
     assert "notebooks/02_quantization.ipynb" in quantization
     assert not {name for name in quantization if name.startswith(("report/", "evaluation/"))}
     evaluation = modules("evaluation", "base", "rtn")
     assert {"evaluation/engine.py", "evaluation/scoring.py", "data/arc.jsonl"} <= evaluation
-    assert not {"evaluation/statistics.py", "report/tables.py", "study/jobs.py"} & evaluation
+    assert (
+        not {"statistics/intervals.py", "report/notebook_tables.py", "workflow/cli.py"} & evaluation
+    )
 
 
 IMPORTS = """
@@ -187,16 +192,18 @@ def loaded_modules() -> dict[tuple[str, bool], set[Path]]:
 
     With what the notebook takes from helpers.report (True), and without (False).
     """
-    stages = {str(PROJECT / "notebooks" / f"{n}.ipynb"): s for s, n in grid.NOTEBOOKS.items()}
+    stages = {
+        str(PROJECT / "notebooks" / f"{n}.ipynb"): s for s, n in study_stages.NOTEBOOKS.items()
+    }
     command = [sys.executable, "-c", IMPORTS, " ".join(PACKAGES), *stages]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = map(json.loads, done.stdout.splitlines())
     found = {(stages[path], shows): set(map(Path, files)) for path, shows, files in rows}
-    assert len(found) == 2 * len(grid.NOTEBOOKS), done.stderr
+    assert len(found) == 2 * len(study_stages.NOTEBOOKS), done.stderr
     return found
 
 
-@pytest.mark.parametrize("stage", grid.NOTEBOOKS)
+@pytest.mark.parametrize("stage", study_stages.NOTEBOOKS)
 def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     stage, loaded_modules, tmp_path, monkeypatch
 ):
@@ -209,15 +216,17 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     for path in (run.record(paths), run.executed(paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    with accounts.kept(study(), paths, run):
+    with fingerprints.kept(study(), paths, run):
         pass
-    assert accounts.is_current(study(), paths, run)
+    assert fingerprints.is_current(study(), paths, run)
     modules = loaded_modules[stage, True]
-    as_it_is, stale = accounts._fingerprint, set()
+    as_it_is, stale = fingerprints._fingerprint, set()
     for changed in modules:
         edited = {changed: "another byte"}
-        monkeypatch.setattr(accounts, "_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p))
-        if not accounts.is_current(study(), paths, run):
+        monkeypatch.setattr(
+            fingerprints, "_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
+        )
+        if not fingerprints.is_current(study(), paths, run):
             stale.add(changed)
     due = loaded_modules[stage, stage == "analysis"]
     assert len(due) > 20
@@ -227,10 +236,12 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
 
 def test_modules_that_are_imported_late_or_run_by_path_count():
     """No import statement names them."""
-    named = {path.name for path in grid.source_files(study(), Run("evaluation", "base", "rtn"))}
-    assert {"vllm_server.py", "triton_passes.py", "triton_kernels.py"} <= named
-    named = {path.name for path in grid.source_files(study(), Run("cost", "base"))}
-    assert "with_parent.py" in named
+    named = {
+        path.name for path in study_stages.source_files(study(), Run("evaluation", "base", "rtn"))
+    }
+    assert {"vllm_server.py", "int8_triton_passes.py", "int8_triton_kernels.py"} <= named
+    named = {path.name for path in study_stages.source_files(study(), Run("cost", "base"))}
+    assert "parent_process_preload.py" in named
 
 
 LIBRARY = {
@@ -258,9 +269,9 @@ def library(tmp_path, monkeypatch):
     cells = ["from helpers.a import first", "from helpers.report import shown"]
     cells = [{"cell_type": "code", "source": [cell]} for cell in cells]
     (tmp_path / "notebook.ipynb").write_text(json.dumps({"cells": cells}))
-    monkeypatch.setattr(code_files, "HELPERS", tmp_path / "helpers")
-    monkeypatch.setattr(code_files, "REPORT", tmp_path / "helpers" / "report")
-    kept = (code_files._module_files, code_files._package_file)
+    monkeypatch.setattr(fingerprinted_code, "HELPERS", tmp_path / "helpers")
+    monkeypatch.setattr(fingerprinted_code, "REPORT", tmp_path / "helpers" / "report")
+    kept = (fingerprinted_code._module_files, fingerprinted_code._package_file)
     for memory in kept:
         memory.cache_clear()
     yield tmp_path
@@ -271,7 +282,7 @@ def library(tmp_path, monkeypatch):
 @pytest.mark.parametrize("with_report", [True, False])
 def test_modules_in_texts_files_beside_and_packages_count_and_nothing_else(library, with_report):
     notebook = library / "notebook.ipynb"
-    found = code_files.imported_modules(notebook, with_report=with_report)
+    found = fingerprinted_code.imported_modules(notebook, with_report=with_report)
     named = {path.relative_to(library / "helpers").as_posix() for path in found}
     left_out = {"report/__init__.py", "report/shown.py", "b/fourth.py"}
     assert named == set(LIBRARY) - (set() if with_report else left_out)
@@ -286,7 +297,7 @@ def test_local_files_are_inputs(tmp_path):
         models={"local": {"folder": str(folder)}},
         evaluation__datasets__arc__source={"file": str(rows)},
     )
-    files = grid.source_files(given, Run("evaluation", "local", "noquant"))
+    files = study_stages.source_files(given, Run("evaluation", "local", "noquant"))
     assert {rows, folder / "config.json"} <= set(files)
 
 
@@ -299,12 +310,12 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
 
     # A touched module is not a changed one, and a changed report makes no new numbers.
     os.utime(folder / "src" / "helpers" / "quantization" / "smoothing.py")
-    with open(folder / "src" / "helpers" / "report" / "tables.py", "a") as stream:
+    with open(folder / "src" / "helpers" / "report" / "notebook_tables.py", "a") as stream:
         stream.write("\nEXTRA = 1\n")
     assert planned(folder) == ["analysis", "report"]
 
     # What decides how a variant is judged is no setting, and yet everything rests on it.
-    claims = folder / "src" / "helpers" / "study" / "variant_settings.py"
+    claims = folder / "src" / "helpers" / "study" / "schema_variants.py"
     as_it_was = claims.read_text()
     claims.write_text(as_it_was.replace('"weights": "tensor"', '"weights": "channel"'))
     assert claims.read_text() != as_it_was

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.study.hashing import (
+from helpers.core.hashing import (
     canonical_json,
     sha256_data,
     sha256_file,

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 import hub_repositories
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 from hub_standin import Hub
 
 pytestmark = pytest.mark.long
@@ -60,7 +60,7 @@ def ran(tmp_path_factory):
         assert done.returncode == 0, done.stderr
         return done
 
-    whole = ("helpers.study.jobs", "study", str(study), "--cores", "2")
+    whole = ("helpers.workflow.cli", "study", str(study), "--cores", "2")
     with Hub() as hub:
         hub_repositories.fill(hub, root / "ran")
         run("helpers.sources.fetching", str(study), HF_ENDPOINT=hub.url)

@@ -12,19 +12,25 @@ import pytest
 import torch
 from transformers.data.metrics import squad_metrics
 
-from helpers.evaluation import prompts, training_gates
-from helpers.evaluation.evidence import asked_now, pool_of
-from helpers.evaluation.prompt_gates import contents_gate, draw_gate, order_gate, passages_gate
-from helpers.evaluation.second_scoring import last_box, second_reading_gate
-from helpers.quantization.record_gates import bytes_gate, sqnr_gate, words_gate
-from helpers.report import recompute as module
-from helpers.sources import conversations, datasets
-from helpers.sources.datasets import evaluation_items, load_items, shared_passages
+from helpers.core.hashing import sha256_text
+from helpers.core.paths import PROJECT
+from helpers.evaluation import prompts
+from helpers.evaluation.checks import training_gates
+from helpers.evaluation.checks.evaluation_data import asked_now, pool_of
+from helpers.evaluation.checks.prompt_gates import (
+    contents_gate,
+    draw_gate,
+    order_gate,
+    passages_gate,
+)
+from helpers.evaluation.checks.second_scoring import last_box, second_reading_gate
+from helpers.report.checks import recomputation as module
+from helpers.sources import chat_conversations, sampling
 from helpers.sources.models import load_tokenizer, save_model
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study.hashing import sha256_text
-from helpers.study.opening import open_job
-from helpers.study.paths import PROJECT
+from helpers.sources.sampling import evaluation_items, load_items, shared_passages
+from helpers.study.study_run import open_job
+from helpers.verification.record_gates import bytes_gate, sqnr_gate, words_gate
 
 DEMO = PROJECT / "outputs" / "demo"
 REPORT_MD = "report.md"
@@ -105,11 +111,11 @@ def test_what_a_report_says_in_words(figures, case):
 @pytest.fixture(scope="module")
 def figures(demo):
     """What is wrong in a text of the demo's report."""
-    from helpers.evaluation.answers import read_answers
-    from helpers.evaluation.recomputed_verdicts import comparison_rows
-    from helpers.report.recomputed_tables import Recomputed
+    from helpers.core.records import read_json
+    from helpers.report.checks.recomputed_tables import Recomputed
+    from helpers.statistics.checks.recomputed_verdicts import comparison_rows
+    from helpers.statistics.published_answers import read_answers
     from helpers.study.loading import load_study
-    from helpers.study.records import read_json
 
     study = load_study("demo")
     published = read_json(demo / "demo" / "summary.json", made_by="the test")
@@ -183,14 +189,14 @@ def fewer_shots(item, adapter, *, shots):
 
 def other_instruction(item, adapter, *, shots):
     turns = TRUE_CONVERSATION(item, adapter, shots=shots)
-    return [{"role": "system", "content": conversations.SYSTEM["arc"]}, *turns[1:]]
+    return [{"role": "system", "content": chat_conversations.SYSTEM["arc"]}, *turns[1:]]
 
 
 def question_first(item, adapter):
     return f"Question: {item.question}\n\nPassage: {item.passage}"
 
 
-DRAW = "sources.datasets.draw"
+DRAW = "sources.sampling.draw"
 TRUE_OPTION_TOKENS, TRUE_CONVERSATION = prompts.option_tokens, prompts.conversation
 PROMPTS = {
     "options in another order": (prompts, "loglikelihood_prompt", sorted_options, "arc", "options"),
@@ -198,7 +204,7 @@ PROMPTS = {
     "no room for an answer": (prompts, "render", no_room, "squad_v2", "opening"),
     "a worked example fewer": (prompts, "conversation", fewer_shots, "squad_v2", "worked examples"),
     "another set's instruction": (prompts, "conversation", other_instruction, "squad_v2", "instr"),
-    "the passage after": (conversations, "user_turn", question_first, "squad_v2", "passage"),
+    "the passage after": (chat_conversations, "user_turn", question_first, "squad_v2", "passage"),
 }
 
 
@@ -245,7 +251,7 @@ def test_a_draw_of_some_of_the_items(asked):
     wanted = study.evaluation.datasets["squad_v2"]
     pool = pool_of(wanted)
     able = [item for item in pool if item.golds]
-    chosen = datasets.draw(able, wanted.items, seed=study.seed, excluding=(), what="x")
+    chosen = sampling.draw(able, wanted.items, seed=study.seed, excluding=(), what="x")
     assert not draw_gate(chosen, pool, seed=study.seed).passed
 
 
@@ -261,12 +267,12 @@ def test_a_draw_of_some_of_the_items(asked):
 def test_training_and_passages_drawn_by_another_seed(asked):
     study, _ = asked
     items = load_items(study.calibration.dataset, adapter="openmath")
-    drawn = [datasets.draw(items, 8, seed=s, excluding=(), what="x") for s in (study.seed, 1)]
+    drawn = [sampling.draw(items, 8, seed=s, excluding=(), what="x") for s in (study.seed, 1)]
     name = "training items as the seed draws them"
     assert [order_gate(name, d, seed=study.seed).passed for d in drawn] == [True, False]
     rows = [{"id": sha256_text(p)[:16]} for p in shared_passages(study)]
     source = study.evaluation.shared_text.dataset
-    texts = {row["context"] for row in datasets.load_rows(source)}
+    texts = {row["context"] for row in sampling.load_rows(source)}
     assert passages_gate(rows, texts, seed=study.seed).passed
     others = sorted(texts)
     Random(0).shuffle(others)
@@ -331,7 +337,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "model"
     save_model(random_model("llama", seed=3), byte_tokenizer(), folder)
     tokenizer = load_tokenizer(folder, enable_thinking=None)
-    from helpers.study.source_settings import ShippedDataset
+    from helpers.study.schema_sources import ShippedDataset
 
     items = load_items(ShippedDataset(shipped="openmath_train"), adapter="openmath")[:2]
     return folder, tokenizer, items
@@ -377,7 +383,7 @@ def test_a_loss_on_other_tokens(trained, failure):
 
     folder, tokenizer, items = trained
     runtime = Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")
-    examples = [conversations.training_tokens(tokenizer, item) for item in items]
+    examples = [chat_conversations.training_tokens(tokenizer, item) for item in items]
     examples = [failure(*e) for e in examples]
     loss = heldout_loss(load_model(folder, runtime), examples, batch_items=2)
     told = {"heldout_loss_after": loss}
@@ -448,7 +454,7 @@ def quantized(tmp_path_factory):
 
 def record_of(evidence) -> dict:
     from helpers.quantization import compression
-    from helpers.quantization.error import sqnr_with_and_without
+    from helpers.quantization.sqnr import sqnr_with_and_without
     from helpers.sources.models import bytes_by_part
 
     job, alphas = evidence.job, evidence.alphas
@@ -497,7 +503,7 @@ RECORD = {
 @pytest.mark.bank("checkpoint", "on record: {case}", at="the record of the quantization")
 @pytest.mark.parametrize("case", RECORD)
 def test_what_a_quantizations_record_says(quantized, case):
-    from helpers.quantization.evidence import Evidence
+    from helpers.verification.checkpoint_files import Evidence
 
     gate, failure = RECORD[case]
     with quantized.outputs():
@@ -513,7 +519,7 @@ def test_what_a_quantizations_record_says(quantized, case):
     "calibration",
     "calibration on questions without solutions",
     "calibration reads questions and solutions whole",
-    at="sources.conversations.calibration_tokens",
+    at="sources.chat_conversations.calibration_tokens",
 )
 @pytest.mark.bank(
     "calibration",
@@ -522,9 +528,9 @@ def test_what_a_quantizations_record_says(quantized, case):
     at=DRAW,
 )
 def test_a_calibration_on_other_texts(quantized):
-    from helpers.quantization.calibration_gates import order_gate as calibration_order
-    from helpers.quantization.calibration_gates import texts_gate
-    from helpers.quantization.evidence import Evidence
+    from helpers.verification.calibration_gates import order_gate as calibration_order
+    from helpers.verification.calibration_gates import texts_gate
+    from helpers.verification.checkpoint_files import Evidence
 
     with quantized.outputs():
         evidence = Evidence(quantized.job, source_hash=quantized.source_hash)
@@ -533,7 +539,7 @@ def test_a_calibration_on_other_texts(quantized):
         tokenizer, items = evidence.tokenizer, evidence.items
         bare = [replace(item, solution="") for item in items]
         evidence.tokens = [
-            conversations.calibration_tokens(tokenizer, item, "openmath") for item in bare
+            chat_conversations.calibration_tokens(tokenizer, item, "openmath") for item in bare
         ]
         assert not texts_gate(evidence).passed
         evidence.items = items[::-1]  # as another seed draws them
@@ -549,8 +555,8 @@ def test_a_calibration_on_other_texts(quantized):
 def test_a_picture_of_another_item(quantized):
     from safetensors.torch import save_file
 
-    from helpers.quantization.calibration_gates import picture_gate
-    from helpers.quantization.evidence import Evidence
+    from helpers.verification.calibration_gates import picture_gate
+    from helpers.verification.checkpoint_files import Evidence
 
     with quantized.outputs():
         evidence = Evidence(quantized.job, source_hash=quantized.source_hash)

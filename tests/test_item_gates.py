@@ -5,24 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.evaluation.item_gates import (
+from helpers.evaluation.checks.item_gates import (
     clusters_gate,
     leakage_gate,
     near_pairs,
     raw_rows_gate,
 )
-from helpers.sources import datasets, rows
-from helpers.sources.datasets import (
-    calibration_items,
-    evaluation_items,
-    load_items,
-    training_items,
-)
+from helpers.sources import rows, sampling
 from helpers.sources.items import ADAPTERS
 from helpers.sources.near_duplicates import Index, clustered
 from helpers.sources.raw_rows import raw_digests
+from helpers.sources.sampling import calibration_items, evaluation_items, load_items, training_items
 from helpers.study.loading import load_study
-from helpers.study.source_settings import FileDataset, ShippedDataset
+from helpers.study.schema_sources import FileDataset, ShippedDataset
 
 SHIPPED = {"arc": "arc", "boolq": "boolq", "squad_v2": "squad_v2", "openmath": "openmath_eval"}
 THINGS = [
@@ -90,7 +85,7 @@ def test_four_wordings_of_a_question_are_one_cluster(reworded):
 
 @pytest.mark.bank("items", "25 items in four wordings counted as 100")
 def test_wordings_counted_as_independent_items_are_caught(reworded, monkeypatch):
-    monkeypatch.setattr(datasets, "clustered", list)
+    monkeypatch.setattr(sampling, "clustered", list)
     items = evaluation_items(reworded, "mine")
     gate = clusters_gate(as_rows(items), items)
     assert not gate.passed
@@ -164,7 +159,7 @@ def test_evaluation_items_in_other_words_are_not_drawn(training_reworded):
 @pytest.mark.bank("items", "{use} on reworded evaluation items")
 def test_drawing_them_all_the_same_is_named_and_counted(training_reworded, monkeypatch, use):
     study, reworded_ids = training_reworded
-    monkeypatch.setattr(datasets, "keys_near", lambda *_: frozenset())
+    monkeypatch.setattr(sampling, "keys_near", lambda *_: frozenset())
     drawn = calibration_items(study)
     if use == "training":
         drawn = [item for part in training_items(study, "tuned") for item in part]

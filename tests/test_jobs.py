@@ -11,9 +11,9 @@ import nbformat
 import pytest
 
 import toy_project
-from helpers.study.cleaning import clean_notebook, last_states
-from helpers.study.export import export_report
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
+from helpers.workflow.notebook_cleaning import clean_notebook, last_states
+from helpers.workflow.notebook_export import export_report
 from process_tree import wait_for
 from toy_project import environment, jobs, notebook, read
 
@@ -38,7 +38,7 @@ def test_success_after_a_failure(project, tmp_path):
     final, failed = (project / f"outputs/toy/02_x.base.a{end}.ipynb" for end in ("", ".failed"))
     final.parent.mkdir(parents=True)
     final.write_text("an older success")
-    done = run(project, "from helpers.study.records import Record", "[][variant]")
+    done = run(project, "from helpers.core.records import Record", "[][variant]")
     assert done.returncode == 1
     assert "TypeError: list indices must be integers or slices, not str" in done.stderr
     assert "see outputs/toy/02_x.base.a.failed.ipynb" in done.stderr
@@ -72,7 +72,7 @@ def test_success_after_a_failure(project, tmp_path):
 
 
 def test_the_users_own_mistake_is_its_message_only(project):
-    done = run(project, "from helpers.study.errors import StudyError; raise StudyError('mend x')")
+    done = run(project, "from helpers.core.errors import StudyError; raise StudyError('mend x')")
     assert done.stderr.splitlines()[2].strip() == "mend x"
 
 
@@ -81,7 +81,7 @@ def test_killing_the_runner_leaves_no_kernel(project):
     pids = project / "pids"
     cell = f"import os, time; open({str(pids)!r}, 'w').write(f'{{os.getpid()}} {{os.getppid()}}')"
     nbformat.write(notebook(cell, "time.sleep(100)"), project / "notebooks" / "toy.ipynb")
-    command = [sys.executable, "-m", "helpers.study.jobs", *RUN, *GIVEN]
+    command = [sys.executable, "-m", "helpers.workflow.cli", *RUN, *GIVEN]
     script = f"import subprocess; subprocess.run({command!r})"
     parent = subprocess.Popen([sys.executable, "-c", script], cwd=project, env=environment(project))
     written = wait_for(lambda: pids.is_file() and pids.read_text().split(), seconds=60)

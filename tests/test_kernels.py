@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from helpers.quantization import kernels
-from helpers.sources import processors
+from helpers.quantization import int8_matmul
+from helpers.runtime import processors
 
 SHAPES = [(1, 8, 8), (16, 64, 24), (17, 64, 24), (40, 576, 192), (3, 8, 1536)]
 
@@ -28,13 +28,13 @@ def suited(way) -> bool:
     return not way.features or bool(set(way.features) & set(processors.features()))
 
 
-@pytest.fixture(params=kernels.WAYS)
+@pytest.fixture(params=int8_matmul.WAYS)
 def way(request, monkeypatch):
     """Each way in turn, as the one that the process uses."""
-    found = kernels.WAYS[request.param]
+    found = int8_matmul.WAYS[request.param]
     if not suited(found):
         pytest.skip(f"this processor has none of {', '.join(found.features)}")
-    monkeypatch.setattr(kernels, "cpu_way", lambda: found)
+    monkeypatch.setattr(int8_matmul, "cpu_way", lambda: found)
     return found
 
 
@@ -42,7 +42,7 @@ def way(request, monkeypatch):
 def test_every_way_gives_the_whole_numbers_of_float64(way, shape):
     a, b = operands(*shape)
     expected = a.long() @ b.long()
-    product = kernels.multiply(a, kernels.pack(b.t()))
+    product = int8_matmul.multiply(a, int8_matmul.pack(b.t()))
     assert torch.equal(product.float(), expected.float())  # int32 rounded once
     if product.dtype == torch.int32:
         assert torch.equal(product.long(), expected)
@@ -54,20 +54,20 @@ def test_every_way_holds_the_largest_sums(way, inner):
         a, weight = (
             torch.full((n, inner), value, dtype=torch.int8) for n, value in ((3, left), (5, right))
         )
-        product = kernels.multiply(a, kernels.pack(weight)).float()
+        product = int8_matmul.multiply(a, int8_matmul.pack(weight)).float()
         assert torch.equal(product, torch.full((3, 5), float(left * right * inner)).float())
 
 
 def test_every_way_gives_the_weight_back(way):
     _, b = operands(1, 130, 24)
-    assert torch.equal(kernels.unpack(kernels.pack(b.t())), b)
+    assert torch.equal(int8_matmul.unpack(int8_matmul.pack(b.t())), b)
 
 
 def test_no_rows_give_no_rows(way):
     _, b = operands(1, 64, 24)
-    if way is not kernels.TILES:  # an INT8 Linear answers an empty input by itself
-        assert kernels.multiply(
-            torch.zeros(0, 64, dtype=torch.int8), kernels.pack(b.t())
+    if way is not int8_matmul.TILES:  # an INT8 Linear answers an empty input by itself
+        assert int8_matmul.multiply(
+            torch.zeros(0, 64, dtype=torch.int8), int8_matmul.pack(b.t())
         ).shape == (
             0,
             24,
@@ -83,24 +83,24 @@ def test_a_way_that_saturates_is_never_taken(monkeypatch):
         pairs = pairs.unflatten(2, (-1, 2)).sum(3)
         return pairs.clamp(-(2**15), 2**15 - 1).sum(2) - 128 * weight.int().sum(1)
 
-    broken = dataclasses.replace(kernels.UINT8, pack=lambda w: (w,), multiply=saturating)
-    assert not kernels.is_exact(broken)
-    monkeypatch.setattr(kernels, "WAYS", {broken.name: broken})
-    monkeypatch.setattr(processors, "features", lambda: kernels.UINT8.features)
-    assert kernels.cpu_way.__wrapped__() is kernels.BLOCKS
+    broken = dataclasses.replace(int8_matmul.UINT8, pack=lambda w: (w,), multiply=saturating)
+    assert not int8_matmul.is_exact(broken)
+    monkeypatch.setattr(int8_matmul, "WAYS", {broken.name: broken})
+    monkeypatch.setattr(processors, "features", lambda: int8_matmul.UINT8.features)
+    assert int8_matmul.cpu_way.__wrapped__() is int8_matmul.BLOCKS
 
 
 def test_a_processor_without_int8_units_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(processors, "features", lambda: ("avx2",))
-    assert kernels.cpu_way.__wrapped__() is kernels.BLOCKS
+    assert int8_matmul.cpu_way.__wrapped__() is int8_matmul.BLOCKS
 
 
 def test_a_block_holds_every_partial_sum():
-    assert kernels.BLOCK * 128 * 128 <= 2**24
+    assert int8_matmul.BLOCK * 128 * 128 <= 2**24
 
 
 def test_a_device_without_the_product_says_so():
     a = torch.zeros(2, 8, dtype=torch.int8, device="meta")
     b = torch.zeros(8, 8, dtype=torch.int8, device="meta")
     with pytest.raises(NotImplementedError, match="no int8 product on meta; set"):
-        kernels.multiply(a, kernels.pack(b.t()))
+        int8_matmul.multiply(a, int8_matmul.pack(b.t()))

@@ -13,7 +13,7 @@ import tomllib
 import pytest
 
 import toy_project
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 
 KUBECTL = '''#!{python}
 """create: run the pod's command in the background; get: print how it ended; delete: forget."""

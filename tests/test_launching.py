@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from helpers.quantization import launching
+from helpers.quantization import int8_triton_launcher
 
 
 class Kernel:
@@ -35,14 +35,14 @@ class Compiled:
 
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
-    monkeypatch.setattr(launching, "_compiled", {})
-    monkeypatch.setattr(launching, "_direct", [True])
+    monkeypatch.setattr(int8_triton_launcher, "_compiled", {})
+    monkeypatch.setattr(int8_triton_launcher, "_direct", [True])
 
 
 def test_a_second_launch_takes_the_compiled_kernel_with_its_own_arguments():
     kernel, (x, y) = Kernel(), torch.zeros(2, 32)
-    launching.launch(kernel, 3, (32,), (x, 32), num_warps=4)
-    launching.launch(kernel, 5, (32,), (y, 32), num_warps=4)
+    int8_triton_launcher.launch(kernel, 3, (32,), (x, 32), num_warps=4)
+    int8_triton_launcher.launch(kernel, 5, (32,), (y, 32), num_warps=4)
     assert len(kernel.looked_up) == 1
     grid, (given, size) = kernel.direct[0]
     assert (grid, given.data_ptr(), size) == ((5, 1, 1), y.data_ptr(), 32)
@@ -51,7 +51,7 @@ def test_a_second_launch_takes_the_compiled_kernel_with_its_own_arguments():
 def test_another_key_or_kernel_is_looked_up():
     kernel, other, x = Kernel(), Kernel(), torch.zeros(32)
     for each, key in ((kernel, 32), (kernel, 16), (other, 32)):
-        launching.launch(each, 1, (key,), (x, key), num_warps=4)
+        int8_triton_launcher.launch(each, 1, (key,), (x, key), num_warps=4)
     assert (len(kernel.looked_up), len(other.looked_up)) == (2, 1)
     assert not kernel.direct + other.direct
 
@@ -59,14 +59,14 @@ def test_another_key_or_kernel_is_looked_up():
 def test_another_type_is_looked_up():
     kernel = Kernel()
     for dtype in (torch.float32, torch.bfloat16):
-        launching.launch(kernel, 1, (), (torch.zeros(32, dtype=dtype),), num_warps=4)
+        int8_triton_launcher.launch(kernel, 1, (), (torch.zeros(32, dtype=dtype),), num_warps=4)
     assert len(kernel.looked_up) == 2
 
 
 def test_a_tensor_that_is_not_aligned_never_meets_a_kernel_compiled_for_aligned_ones():
     kernel, x = Kernel(), torch.zeros(32)
     for each in (x[1:], x, x[1:], x):
-        launching.launch(kernel, 1, (), (each,), num_warps=4)
+        int8_triton_launcher.launch(kernel, 1, (), (each,), num_warps=4)
     assert len(kernel.looked_up) == 3
     assert [given[0].data_ptr() for _, given in kernel.direct] == [x.data_ptr()]
 
@@ -74,5 +74,5 @@ def test_a_tensor_that_is_not_aligned_never_meets_a_kernel_compiled_for_aligned_
 def test_a_triton_whose_compiled_kernels_take_other_arguments_is_asked_every_time():
     kernel, x = Kernel(fails=True), torch.zeros(32)
     for _ in range(3):
-        launching.launch(kernel, 1, (), (x,), num_warps=4)
+        int8_triton_launcher.launch(kernel, 1, (), (x,), num_warps=4)
     assert (len(kernel.looked_up), len(kernel.direct)) == (3, 0)

@@ -5,10 +5,10 @@ import shutil
 import pytest
 import torch
 
-from helpers.quantization.int8 import load_int8
-from helpers.quantization.loaded_gates import loaded_gates
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.variants import load_variant
 from helpers.sources.models import load_model
+from helpers.verification.runtime_loaded_gates import loaded_gates
 from quantized_run import VARIANTS, QuantizedRun
 
 ARITHMETIC, FILES = "the arithmetic announced", "the files announced"

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
+from helpers.core.errors import StudyError
 from helpers.study import loading, local_files
-from helpers.study.errors import StudyError
 from helpers.study.loading import load_study
 from helpers.study.local_files import resolve
 

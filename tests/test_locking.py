@@ -7,16 +7,16 @@ import sys
 
 import pytest
 
-from helpers.study import locking
-from helpers.study.errors import StudyError
-from helpers.study.locking import hold, release
-from helpers.study.paths import PROJECT
-from helpers.study.records import Record
+from helpers.core import file_locking
+from helpers.core.errors import StudyError
+from helpers.core.file_locking import hold, release
+from helpers.core.paths import PROJECT
+from helpers.core.records import Record
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from helpers.study.records import Record
+from helpers.core.records import Record
 Record(Path(sys.argv[1]), stage="evaluation", parameters={})
 print("held", flush=True)
 time.sleep(60)
@@ -79,8 +79,8 @@ def test_a_released_lock_is_free(tmp_path):
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
     def none(_number, _how):
-        raise OSError(locking.NO_LOCKS[0], "No locks available")
+        raise OSError(file_locking.NO_LOCKS[0], "No locks available")
 
-    monkeypatch.setattr(locking.fcntl, "flock", none)
+    monkeypatch.setattr(file_locking.fcntl, "flock", none)
     hold(tmp_path / ".x.lock", "x")
     release(tmp_path / ".x.lock")

@@ -5,14 +5,9 @@ import math
 import pytest
 import torch
 
-from helpers.evaluation.loglikelihood import (
-    OptionTokens,
-    branched,
-    option_loglikelihoods,
-    targets,
-)
-from helpers.evaluation.packing import Segment
 from helpers.evaluation.scoring import score_options
+from helpers.inference.loglikelihood import OptionTokens, branched, option_loglikelihoods, targets
+from helpers.inference.packed_rows import Segment
 from helpers.sources.items import Item
 
 

@@ -5,7 +5,7 @@ import sys
 
 PROGRAM = """
 import gc, weakref
-from helpers.sources.memory import pass_over_libraries
+from helpers.runtime.allocator import pass_over_libraries
 
 class Model:
     def __init__(self):

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from helpers.core.errors import StudyError
+from helpers.core.paths import outputs_root
+from helpers.core.records import write_json
 from helpers.report.model_card import front_matter, write_card
-from helpers.study.errors import StudyError
-from helpers.study.opening import open_job
-from helpers.study.paths import outputs_root
-from helpers.study.records import write_json
-from helpers.study.source_settings import HubModel
+from helpers.study.schema_sources import HubModel
+from helpers.study.study_run import open_job
 
 SIZES = {"Linears": 4_000_000, "embeddings and head": 1_000_000}
 AFTER = SIZES | {"Linears": 1_000_000}

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from helpers.evaluation import reference_gates, training_gates
-from helpers.evaluation.invariance import invariance_gate
-from helpers.study.gates import largest
+from helpers.core.gates import largest
+from helpers.evaluation.checks import reference_gates, training_gates
+from helpers.evaluation.checks.batch_invariance import invariance_gate
 from helpers.study.loading import load_study
 
 PLACES = (0, 1, 2)

@@ -44,7 +44,7 @@ def test_has_one_parameters_cell_that_papermill_can_explain(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_defaults_name_what_the_demo_study_has(path):
-    from helpers.study.opening import open_job
+    from helpers.study.study_run import open_job
 
     tagged = [c for c in cells(path, "code") if "parameters" in c["metadata"].get("tags", [])]
     defaults = {}
@@ -122,7 +122,7 @@ def passed_on(code: str) -> list[str]:
 
 @pytest.mark.parametrize("path", NOTEBOOKS[:-1], ids=lambda p: p.stem)
 def test_a_notebook_that_computes_only_shows_what_the_report_makes(path):
-    """helpers.report is in no fingerprint of such a notebook (helpers.study.code_files)."""
+    """helpers.report is in no fingerprint of such a notebook (helpers.study.fingerprinted_code)."""
     assert passed_on("\n".join(source(c) for c in cells(path, "code"))) == []
 
 
@@ -136,6 +136,6 @@ RECORDED = [
 
 @pytest.mark.parametrize("code", RECORDED)
 def test_what_the_report_makes_is_seen_on_its_way_into_a_record(code):
-    assert passed_on(f"from helpers.report import tables\n{code}")
+    assert passed_on(f"from helpers.report import notebook_tables as tables\n{code}")
     shown = "rows = tables.rows(x)\nprint(rows.head(3))\nfigures.plot(rows, title=tables.title(x))"
-    assert not passed_on(f"from helpers.report import figures, tables\n{shown}")
+    assert not passed_on(f"from helpers.report import figures, notebook_tables as tables\n{shown}")

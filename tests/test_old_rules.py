@@ -5,13 +5,13 @@ import re
 
 import pytest
 
-from helpers.evaluation import old_rules
-from helpers.evaluation.comparison import Answers
-from helpers.evaluation.statistics import mcnemar_exact
-from helpers.report import old_rules_chapter, summary
+from helpers.core.hashing import canonical_json
+from helpers.core.paths import PROJECT
+from helpers.report import naive_rules_chapter, summary
 from helpers.report.results import load_results
-from helpers.study.hashing import canonical_json
-from helpers.study.paths import PROJECT
+from helpers.statistics import naive_rules
+from helpers.statistics.comparison import Answers
+from helpers.statistics.intervals import mcnemar_exact
 from test_report import make_job, told, whole_report  # noqa: F401 - a fixture
 
 FORBIDDEN = r"\bwins?\b|winner|win rate|relative change|official rule|old rules"
@@ -37,14 +37,16 @@ def test_the_case_that_began_it():
         Answers("noquant", squad(NOISY, HALF)),
         Answers("seed", squad([None] * 20, HALF)),
     )
-    found = old_rules.conclude("squad_v2", before, after)
+    found = naive_rules.conclude("squad_v2", before, after)
     assert (found.before, found.after) == (0.05, 0.5)
     assert found.relative_change == pytest.approx(9.0)
     assert found.winner == "variant"
     # one question with an answer is lost, ten without one are gained: p = 24 / 2^11
-    assert old_rules.certifying_p("squad_v2", before, after) == pytest.approx(mcnemar_exact(1, 10))
+    assert naive_rules.certifying_p("squad_v2", before, after) == pytest.approx(
+        mcnemar_exact(1, 10)
+    )
     assert mcnemar_exact(1, 10) == pytest.approx(24 / 2**11)
-    silent = old_rules.empty_answers(after.predictions)
+    silent = naive_rules.empty_answers(after.predictions)
     assert (silent.empty, silent.unparsed, silent.unanswerable) == (20, 20, 10)
     assert (silent.has_answer, silent.no_answer, silent.exact_match) == (0.0, 1.0, 0.5)
 
@@ -63,23 +65,23 @@ def test_the_case_that_began_it():
 def test_the_official_exact_match(said, golds, score):
     """As SQuAD 2.0's own script counts: without golds the gold is the empty text."""
     (row,) = squad([said], [golds])
-    assert old_rules.official_exact_match(row) == score
+    assert naive_rules.official_exact_match(row) == score
 
 
 def test_a_tie_goes_to_the_baseline_and_nothing_divides_by_zero():
     nothing = Answers("noquant", squad([None] * 4, [["a"]] * 4))
-    found = old_rules.conclude("openmath", nothing, nothing)
+    found = naive_rules.conclude("openmath", nothing, nothing)
     assert (found.winner, found.relative_change) == ("baseline", None)
-    assert old_rules.win_rate([found, found], "baseline") == 1.0
+    assert naive_rules.win_rate([found, found], "baseline") == 1.0
 
 
 def test_the_mean_difference_improves_as_a_model_answers_less():
     """Its flaw, on purpose: two answers lost, one of them far off, and it falls."""
     rows = [{"absolute_difference": d} for d in (1.0, 3.0, 2000.0)]
     mute = [rows[0], *({"absolute_difference": None},) * 2]
-    assert old_rules.mean_absolute_difference(rows) == (pytest.approx(668.0), 3)
-    assert old_rules.mean_absolute_difference(mute) == (1.0, 1)
-    assert old_rules.mean_absolute_difference([{"absolute_difference": None}]) == (None, 0)
+    assert naive_rules.mean_absolute_difference(rows) == (pytest.approx(668.0), 3)
+    assert naive_rules.mean_absolute_difference(mute) == (1.0, 1)
+    assert naive_rules.mean_absolute_difference([{"absolute_difference": None}]) == (None, 0)
 
 
 def importers(module: str) -> set[str]:
@@ -97,8 +99,8 @@ def importers(module: str) -> set[str]:
 
 
 def test_one_chapter_imports_the_rules_and_nothing_imports_the_chapter():
-    assert importers("helpers.evaluation.old_rules") == {"old_rules_chapter.py"}
-    assert importers("helpers.report.old_rules_chapter") == set()
+    assert importers("helpers.statistics.naive_rules") == {"naive_rules_chapter.py"}
+    assert importers("helpers.report.naive_rules_chapter") == set()
 
 
 @pytest.fixture
@@ -112,7 +114,7 @@ def with_chapter(make_job):  # noqa: F811
 
 
 def chapter_text(results) -> str:
-    return "\n".join(part.data for part in old_rules_chapter.chapter(results))
+    return "\n".join(part.data for part in naive_rules_chapter.chapter(results))
 
 
 def test_the_chapter_sets_both_conclusions_side_by_side(with_chapter):
@@ -153,5 +155,5 @@ def test_no_old_number_leaves_the_chapter(with_chapter):
 
 def test_without_the_key_there_is_no_chapter(make_job):  # noqa: F811
     results = load_results(make_job())
-    assert old_rules_chapter.chapter(results) == []
+    assert naive_rules_chapter.chapter(results) == []
     assert not re.search(FORBIDDEN, told(whole_report(results)))

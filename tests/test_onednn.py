@@ -7,11 +7,11 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.layer_groups import linear_layers
-from helpers.sources.batching import FEWEST_ROWS
+from helpers.runtime.batching import FEWEST_ROWS
+from helpers.runtime.linears import multiplied_by_onednn, product, simulated_by_onednn
 from helpers.sources.models import load_model
-from helpers.sources.onednn import multiplied_by_onednn, product, simulated_by_onednn
 from helpers.sources.random_model import random_model
 
 SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
@@ -79,7 +79,7 @@ def test_what_does_not_lie_in_one_piece(by_onednn):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_go_the_usual_way(by_onednn, dtype, monkeypatch):
     """bfloat16 where the processor has units for it; elsewhere see test_processors."""
-    monkeypatch.setattr("helpers.sources.onednn.has_bfloat16_units", lambda: True)
+    monkeypatch.setattr("helpers.runtime.linears.has_bfloat16_units", lambda: True)
     x, weight = drawn(8, 10).to(dtype), drawn(5, 10, seed=1).to(dtype)
     with torch.inference_mode():
         assert torch.equal(product(x, weight), linear(x, weight))

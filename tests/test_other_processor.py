@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 from smoke_study import Smoke
 
 pytestmark = pytest.mark.long

@@ -4,11 +4,11 @@ import re
 
 import pytest
 
-from helpers.evaluation.power import detectable_loss, equivalence_power, items_for_loss
-from helpers.study import grid
+from helpers.core.paths import PROJECT
+from helpers.statistics.power import detectable_loss, equivalence_power, items_for_loss
+from helpers.study import stages
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
-from helpers.study.source_settings import FineTunedModel
+from helpers.study.schema_sources import FineTunedModel
 
 FILES = sorted((PROJECT / "params").glob("*.yaml"))
 QWEN3 = [path for path in FILES if path.stem.startswith("qwen3")]
@@ -18,7 +18,7 @@ TAKES = re.compile(r"loss of 3 points takes (\d+) items where 2 % are gained, (\
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_shipped_study_is_valid(path):
-    assert grid.runs(load_study(path))
+    assert stages.runs(load_study(path))
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda p: p.stem)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
-from helpers.sources.numbers import LONGEST_NUMBER, parse_number
+from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
+from helpers.sources.exact_numbers import LONGEST_NUMBER, parse_number
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=200)
 

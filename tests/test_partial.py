@@ -5,17 +5,17 @@ import itertools
 import pytest
 
 import toy_project
-from helpers.evaluation.comparison import Answers
-from helpers.evaluation.verdicts import study_verdicts
+from helpers.core.errors import StudyError
 from helpers.report import chapters
-from helpers.study import grid
-from helpers.study.errors import StudyError
-from helpers.study.grid import Run
+from helpers.statistics.comparison import Answers
+from helpers.statistics.verdicts import study_verdicts
+from helpers.study import stages
 from helpers.study.partial import folder, part_of, wanted_part
 from helpers.study.schema import Study
+from helpers.study.stages import Run
 
 STUDY = Study.model_validate(toy_project.STUDY)
-ALL = set(grid.runs(STUDY))
+ALL = set(stages.runs(STUDY))
 
 
 def part(*missing: Run):
@@ -59,7 +59,7 @@ def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
 def test_one_gap_among_many_models_costs_one_model_and_no_variant():
     data = toy_project.STUDY | {"models": {f"m{i}": {"random": "llama"} for i in range(5)}}
     study = Study.model_validate(data | {"statistics": data["statistics"] | {"primary": []}})
-    found = part_of(study, set(grid.runs(study)) - {Run("evaluation", "m3", "rtn")})
+    found = part_of(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
     assert list(found.study.models) == ["m0", "m1", "m2", "m4"]
     assert list(found.study.variants) == list(study.variants)
 
@@ -71,7 +71,7 @@ def test_whatever_is_missing_the_part_is_whole_and_the_rest_is_named():
                 found = part(*gone)
             except StudyError:
                 continue
-            needed = {run for run in grid.runs(found.study) if run.stage != "cost"}
+            needed = {run for run in stages.runs(found.study) if run.stage != "cost"}
             assert needed <= set(found.runs)
             assert not set(found.runs) & set(gone)
             assert STUDY.baseline in found.study.variants
@@ -118,7 +118,7 @@ def test_what_is_missing_is_named_first():
 
 
 def test_a_partial_report_is_asked_for_by_yes_or_no(study_path):
-    from helpers.study.opening import open_job
+    from helpers.study.study_run import open_job
 
     job = open_job(study_path)
     whole = wanted_part(job, partial="no")

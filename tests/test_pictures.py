@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.report import figures
-from helpers.study.pictures import with_palette
+from helpers.workflow.notebook_pictures import with_palette
 
 
 def encoded(figure) -> str:

@@ -4,11 +4,11 @@ import json
 
 import pytest
 
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
 from helpers.study import pins as p
-from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, read_study, study_file
-from helpers.study.paths import StudyPaths
-from helpers.study.source_settings import HubDataset, HubModel
+from helpers.study.schema_sources import HubDataset, HubModel
 
 COMMITS = [letter * 40 for letter in "abc"]
 ROWS = {"rows": 5, "of_rows": 9, "pieces": None, "sha256": "0" * 64}
@@ -100,8 +100,8 @@ def test_a_damaged_record_is_refused_with_the_remedy(of_hub, content, said):
 
 def test_what_is_not_fetched_is_refused_where_it_is_read(of_hub):
     """A notebook opened by itself says what to run, and asks no Hub."""
-    from helpers.sources.datasets import evaluation_items
     from helpers.sources.models import model_folder
+    from helpers.sources.sampling import evaluation_items
 
     for revision, said in (("main", "is not pinned"), (COMMITS[0], "not on this machine")):
         if revision != "main":

@@ -4,27 +4,34 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
-from helpers.evaluation import language_modeling, prompts
+from helpers.evaluation import prompts
+from helpers.evaluation.checks.evaluation_data import asked_now
+from helpers.evaluation.checks.full_logits import Passes, recompute
+from helpers.evaluation.checks.integrity import length_gate, prompts_gate
+from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.evidence import asked_now
-from helpers.evaluation.full_logits import Passes, recompute
-from helpers.evaluation.gates import length_gate, prompts_gate
-from helpers.evaluation.language_modeling import (
+from helpers.evaluation.metrics import shared_text_metrics
+from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.inference import perplexity
+from helpers.inference.perplexity import (
     first_scored,
     passage_rows,
     passage_tokens,
     read_passages,
     read_shared_text,
 )
-from helpers.evaluation.metrics import shared_text_metrics
-from helpers.evaluation.passage_gates import recomputed_gates
-from helpers.evaluation.prompts import option_tokens, prompt
-from helpers.sources.conversations import beginning, conversation, plain_tokens, render, tokenize
-from helpers.sources.datasets import evaluation_items, shared_passages
+from helpers.sources.chat_conversations import (
+    beginning,
+    conversation,
+    plain_tokens,
+    render,
+    tokenize,
+)
 from helpers.sources.models import load_model, load_tokenizer
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study.opening import open_job
+from helpers.sources.sampling import evaluation_items, shared_passages
 from helpers.study.schema import Batch
+from helpers.study.study_run import open_job
 
 FIRST, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 POST = {  # what is put around a text, and how many tokens come before it
@@ -164,5 +171,5 @@ def test_a_shared_text_without_its_beginning_is_caught(
         return {gate.name for gate in gates if not gate.passed}
 
     assert failed() == set()
-    monkeypatch.setattr(language_modeling, "plain_tokens", tokenize)
+    monkeypatch.setattr(perplexity, "plain_tokens", tokenize)
     assert "passages read token by token" in failed()

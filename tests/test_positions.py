@@ -3,17 +3,17 @@
 import pytest
 import torch
 
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.language_modeling import read_passages
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.core.errors import StudyError
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.perplexity import read_passages
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.probe import Probe
-from helpers.quantization.probing import input_maxima
+from helpers.quantization.sensitivity import Probe
+from helpers.runtime.rotary_positions import fixed_up_to
 from helpers.sources.finetuning import answer_loss
-from helpers.sources.positions import fixed_up_to
 from helpers.sources.random_model import random_model
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
+from helpers.verification.hooks import input_maxima
 from quantized_run import QuantizedRun, lived_in
 
 LIMIT = 30  # tokens up to which positions are fixed

@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import multinomial, nct, norm, t, ttest_1samp
 from statsmodels.stats.power import TTestPower
 
-from helpers.evaluation.power import (
+from helpers.statistics.intervals import mcnemar_exact, tango_interval, tost_from_interval
+from helpers.statistics.power import (
     detectable_loss,
     detectable_mean_difference,
     equivalence_power,
@@ -16,7 +17,6 @@ from helpers.evaluation.power import (
     mcnemar_power,
     smallest_claimable_margin,
 )
-from helpers.evaluation.statistics import mcnemar_exact, tango_interval, tost_from_interval
 
 USUAL = {"alpha": 0.05, "power": 0.8}
 

@@ -8,11 +8,11 @@ import pytest
 
 import brought_models
 from brought_models import copied, edit_json, edit_tensors
+from helpers.core.paths import PROJECT, StudyPaths
 from helpers.evaluation.preflight import main, problems
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study import beforehand
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT, StudyPaths
+from helpers.workflow import preflight_process
 
 TEMPLATE = "chat_template.jinja"
 
@@ -212,7 +212,7 @@ def test_a_dry_run_says_so_before_it_plans(sound, study_settings, write_study, t
     command = [
         sys.executable,
         "-m",
-        "helpers.study.jobs",
+        "helpers.workflow.cli",
         "study",
         str(write_study(study_settings)),
     ]
@@ -235,13 +235,13 @@ def test_nothing_is_looked_at_twice_unless_it_changed(
         return subprocess.CompletedProcess(command, 0)
 
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(beforehand.subprocess, "run", run)
+    monkeypatch.setattr(preflight_process.subprocess, "run", run)
     folder = copied(sound, tmp_path / "m")
     study_settings["models"]["base"] = {"folder": str(folder)}
 
     def looked_at() -> bool:
         before, path = len(runs), write_study(study_settings)
-        assert beforehand.check_sources(str(path), load_study(path), dry=False) == 0
+        assert preflight_process.check_sources(str(path), load_study(path), dry=False) == 0
         return len(runs) > before
 
     assert [looked_at(), looked_at()] == [True, False]
@@ -256,14 +256,16 @@ def test_what_was_refused_is_looked_at_again(
 ):
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
-        beforehand.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 2)
+        preflight_process.subprocess, "run", lambda c, **_: subprocess.CompletedProcess(c, 2)
     )
     study_settings["models"]["base"] = {"folder": str(copied(sound, tmp_path / "m"))}
     path = write_study(study_settings)
     for _ in range(2):
-        assert beforehand.check_sources(str(path), load_study(path), dry=False) == 2
+        assert preflight_process.check_sources(str(path), load_study(path), dry=False) == 2
 
 
 def test_what_ships_with_the_project_is_not_looked_at(study_path, monkeypatch):
-    monkeypatch.setattr(beforehand.subprocess, "run", lambda *_a, **_o: pytest.fail("looked at"))
-    assert beforehand.check_sources(str(study_path), load_study(study_path), dry=False) == 0
+    monkeypatch.setattr(
+        preflight_process.subprocess, "run", lambda *_a, **_o: pytest.fail("looked at")
+    )
+    assert preflight_process.check_sources(str(study_path), load_study(study_path), dry=False) == 0

@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 
-from helpers.evaluation.attention import packed
-from helpers.evaluation.packing import Segment, read
-from helpers.sources import finetuning, onednn, processors
-from helpers.sources.onednn import multiplied_by_onednn, product
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
+from helpers.inference.packed_attention import packed
+from helpers.inference.packed_rows import Segment, read
+from helpers.runtime import linears, processors
+from helpers.runtime.linears import multiplied_by_onednn, product
+from helpers.sources import finetuning
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def test_the_setting_reaches_torch_onednn_and_our_own_choice():
     """`make PROCESSOR=avx2` in a process of its own: each library is seen to obey."""
     environment = os.environ | {"STUDY_PROCESSOR": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}
     code = (
-        "import torch; from helpers.quantization import kernels; "
-        "print(torch.backends.cpu.get_cpu_capability(), kernels.cpu_way().name)"
+        "import torch; from helpers.quantization import int8_matmul; "
+        "print(torch.backends.cpu.get_cpu_capability(), int8_matmul.cpu_way().name)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
@@ -82,7 +83,7 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
     with packed(model):
         expected = read(model, segments())
         monkeypatch.setattr(processors, "features", lambda: ("avx2",))
-        assert onednn.is_emulated(expected)
+        assert linears.is_emulated(expected)
         found = read(model, segments())
     assert found.dtype == torch.bfloat16
     distance = (found.float() - expected.float()).norm() / expected.float().norm()
@@ -101,7 +102,7 @@ def test_training_casts_where_it_gains(monkeypatch, no_units):
 
 
 def test_the_record_says_what_is_missing(no_units, study):
-    from helpers.sources.devices import account
+    from helpers.runtime.devices import account
 
     assert any(
         "no bfloat16 units" in note for note in account(study.runtime, study.runtime)["notes"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from helpers.quantization import product_choice
-from helpers.quantization.product_choice import Tile
+from helpers.quantization import int8_cuda_choice
+from helpers.quantization.int8_cuda_choice import Tile
 
 ROOMY = Tile(128, 256, 128, 8, 8, 4)
 FITS = Tile(64, 64, 128, 8, 4, 3)
@@ -35,9 +35,9 @@ def measured(monkeypatch):
             except TypeError:  # cuBLASLt's call has no tile
                 return seconds[None]
 
-        monkeypatch.setattr(product_choice, "_seconds", clock)
-        monkeypatch.setattr(product_choice, "_has_bulk_copies", lambda device: bulk)
-        return product_choice._measured(product, around_cublas, (), tiles)
+        monkeypatch.setattr(int8_cuda_choice, "_seconds", clock)
+        monkeypatch.setattr(int8_cuda_choice, "_has_bulk_copies", lambda device: bulk)
+        return int8_cuda_choice._measured(product, around_cublas, (), tiles)
 
     return choose
 
@@ -70,15 +70,15 @@ def test_a_card_without_the_copy_engine_does_not_try_it(measured):
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513, 4096, 10**6])
 def test_every_number_of_rows_has_a_plain_tile(rows):
-    assert not product_choice.plain_tile(rows).bulk
-    assert product_choice.candidates(rows)[0] >= rows
+    assert not int8_cuda_choice.plain_tile(rows).bulk
+    assert int8_cuda_choice.candidates(rows)[0] >= rows
 
 
 def test_many_rows_are_tried_in_part():
     a, weight = torch.ones(5000, 4), torch.ones(3, 4)
-    tried = product_choice._first_rows((a, weight, torch.ones(5000, 1), None, None, None))
-    assert (len(tried[0]), len(tried[2])) == (product_choice.MOST_ROWS,) * 2
-    one = product_choice._first_rows((a, weight, torch.ones(1), None, None, None))
+    tried = int8_cuda_choice._first_rows((a, weight, torch.ones(5000, 1), None, None, None))
+    assert (len(tried[0]), len(tried[2])) == (int8_cuda_choice.MOST_ROWS,) * 2
+    one = int8_cuda_choice._first_rows((a, weight, torch.ones(1), None, None, None))
     assert one[2].numel() == 1
 
 
@@ -88,7 +88,7 @@ def test_small_products_are_not_tried():
 
     def choose(rows):
         operands = torch.ones(rows, 16), weight, torch.ones(rows, 1), None, None, torch.float32
-        return product_choice.choose(None, None, *operands)
+        return int8_cuda_choice.choose(None, None, *operands)
 
-    assert choose(5) == product_choice.plain_tile(5)
+    assert choose(5) == int8_cuda_choice.plain_tile(5)
     assert choose(40) is None

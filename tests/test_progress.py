@@ -8,10 +8,10 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.evaluation import progress
-from helpers.evaluation.progress import Kept, Progress, read_kept
-from helpers.study.errors import StudyError
-from helpers.study.opening import open_job
+from helpers.core.errors import StudyError
+from helpers.evaluation import resume
+from helpers.evaluation.resume import Kept, Progress, read_kept
+from helpers.study.study_run import open_job
 
 OWNER = {"dataset": "arc", "files": "f" * 64}
 PACKAGES = {"torch": "2", "vllm (serving)": "0.9"}
@@ -153,7 +153,7 @@ def test_answers_belong_to_files_settings_prompts_code_and_packages(
     job(batch=batch)
     newer = PACKAGES | {"vllm (serving)": "1.0"}
     assert differing(owner(job(), packages=newer)) == {"packages"}
-    monkeypatch.setattr(progress, "sha256_file", lambda _path: "other")
+    monkeypatch.setattr(resume, "sha256_file", lambda _path: "other")
     elsewhere = replace(job(), runtime={"device_name": "another"})
     assert differing(owner(elsewhere)) == {"device", "code"}
 

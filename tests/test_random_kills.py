@@ -7,7 +7,7 @@ import time
 import pytest
 from safetensors import safe_open
 
-from helpers.study.checksums import refuse_damaged
+from helpers.core.checksums import refuse_damaged
 from process_tree import kill, new_mark, of_role, processes, wait_until_gone
 from smoke_study import Smoke
 

@@ -5,9 +5,9 @@ import subprocess
 
 import pytest
 
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
 from helpers.report.readme import REPORT, headline, with_headline
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
 
 README = (PROJECT / "README.md").read_text("utf-8")
 

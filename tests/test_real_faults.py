@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from helpers.study.paths import PROJECT
+from helpers.core.paths import PROJECT
 from small_disk import fill_up, small_disk
 from smoke_study import NAME, content
 

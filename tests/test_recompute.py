@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from helpers.evaluation.answers import read_answers, write_answers
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
+from helpers.core.records import write_json
 from helpers.report import summary
-from helpers.report.recompute import main, recompute
+from helpers.report.checks.recomputation import main, recompute
 from helpers.report.results import load_results
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
-from helpers.study.records import write_json
+from helpers.statistics.published_answers import read_answers, write_answers
 from test_report import make_job  # noqa: F401 - a fixture
 
 COMMITTED = ("demo", "seed-replica")
@@ -26,7 +26,7 @@ def published(make_job, monkeypatch):  # noqa: F811
 
     Its items are made up too, so that the texts cannot be read again.
     """
-    from helpers.report import recompute as module
+    from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread", lambda *_: [])
     job = make_job()
@@ -119,7 +119,7 @@ def test_a_verdict_edited_in_the_summary_is_caught(published):
     "report", "a failed check edited to have passed", "make verdicts", at="answers/gates.json"
 )
 def test_a_failed_check_taken_out_of_the_gates_is_caught(make_job, monkeypatch):  # noqa: F811
-    from helpers.report import recompute as module
+    from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread", lambda *_: [])
     job = make_job(failed="smoothquant_w8a8")
@@ -176,7 +176,7 @@ class Blocked:
             raise ImportError(f"{name} is not here")
 
 sys.meta_path.insert(0, Blocked())
-from helpers.report.recompute import main
+from helpers.report.checks.recomputation import main
 sys.exit(main(sys.argv[1:]))
 """
 

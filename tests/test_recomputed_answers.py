@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.evaluation import scoring
-from helpers.evaluation.gates import Asked, rescored_gate
-from helpers.evaluation.recomputed_answers import box_of, rescored
+from helpers.evaluation.checks.integrity import Asked, rescored_gate
+from helpers.evaluation.checks.recomputed_answers import box_of, rescored
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
+from helpers.sources.sampling import evaluation_items
 from test_fuzz_answers import ADAPTERS, hostile, repeatable
 
 NUMBERS = ("12", "-3.5", "1e-7", "3/4", "0.333333", "1/3", "1,000", "12 apples", "0")

@@ -8,13 +8,14 @@ import shutil
 
 import pytest
 
-from helpers.evaluation import comparison
-from helpers.evaluation.verdicts import study_verdicts
-from helpers.report import published_numbers, summary
-from helpers.report.published_numbers import differs, numbers, shows, tables
-from helpers.report.recompute import recompute
+from helpers.core.paths import PROJECT
+from helpers.report import summary
+from helpers.report.checks import published_numbers
+from helpers.report.checks.published_numbers import differs, numbers, shows, tables
+from helpers.report.checks.recomputation import recompute
 from helpers.report.results import Results, load_results
-from helpers.study.paths import PROJECT
+from helpers.statistics import comparison
+from helpers.statistics.verdicts import study_verdicts
 from test_report import make_job  # noqa: F401 - a fixture
 
 DEMO = PROJECT / "outputs" / "demo"
@@ -33,7 +34,7 @@ OWN = {
 @pytest.fixture
 def demo(tmp_path, monkeypatch):
     """A copy of the published demo, to edit; its texts are read again in another test."""
-    from helpers.report import recompute as module
+    from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread", lambda *_: [])
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
@@ -162,11 +163,11 @@ def test_verdicts_in_other_words_are_named(demo):
     "report",
     "a summary made by wrong statistics",
     "make verdicts",
-    at="evaluation.comparison.bootstrap_mean, report.results.Results.verdicts",
+    at="statistics.comparison.bootstrap_mean, report.results.Results.verdicts",
 )
 def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  # noqa: F811
     """Nothing of the report's statistics is used to make its numbers again."""
-    from helpers.report import recompute as module
+    from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread", lambda *_: [])
     job, true = make_job(), comparison.bootstrap_mean
@@ -187,12 +188,12 @@ def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  #
 
 
 def test_none_of_the_reports_code_makes_its_numbers_again():
-    for name in (*OWN, "recompute"):
-        tree = ast.parse((PROJECT / "src/helpers/report" / f"{name}.py").read_text("utf-8"))
+    for name in (*OWN, "recomputation"):
+        tree = ast.parse((PROJECT / "src/helpers/report/checks" / f"{name}.py").read_text("utf-8"))
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
         assert report <= OWN, name
-        made = {"helpers.evaluation." + m for m in ("statistics", "bootstrap", "power", "verdicts")}
+        made = {"helpers.statistics." + m for m in ("intervals", "bootstrap", "power", "verdicts")}
         assert not imported & (made | {"helpers.evaluation.metrics"}), name
 
 

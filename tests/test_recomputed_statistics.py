@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 
-from helpers.evaluation import comparison, statistics, verdicts
-from helpers.evaluation import recomputed_statistics as again
-from helpers.evaluation.comparison import Answers
-from helpers.evaluation.power import detectable_loss, detectable_mean_difference
-from helpers.evaluation.recomputed_comparisons import checked_verdicts, disagreements
-from helpers.evaluation.statistics import mcnemar_exact, tango_interval
-from helpers.evaluation.verdicts import study_verdicts
+from helpers.statistics import comparison, intervals, verdicts
+from helpers.statistics.checks import recomputed_statistics as again
+from helpers.statistics.checks.recomputed_comparisons import checked_verdicts, disagreements
+from helpers.statistics.comparison import Answers
+from helpers.statistics.intervals import mcnemar_exact, tango_interval
+from helpers.statistics.power import detectable_loss, detectable_mean_difference
+from helpers.statistics.verdicts import study_verdicts
 from helpers.study.loading import load_study
 
 DRAWING = again.Drawing(0.95, 2000, 7)
@@ -139,17 +139,17 @@ def paired_by_position(patch):
 
 def wrong_discordant_counts(patch):
     """All wrong answers of each side, those that both have wrong among them."""
-    true = statistics.mcnemar_exact
-    patch.setattr(statistics, "mcnemar_exact", lambda losses, gains: true(losses + 9, gains + 9))
+    true = intervals.mcnemar_exact
+    patch.setattr(intervals, "mcnemar_exact", lambda losses, gains: true(losses + 9, gains + 9))
 
 
 def another_quantile(patch):
-    true = statistics.tango_interval
+    true = intervals.tango_interval
 
     def narrower(losses, gains, n, *, confidence):
         return true(losses, gains, n, confidence=2 * confidence - 1)
 
-    patch.setattr(statistics, "tango_interval", narrower)
+    patch.setattr(intervals, "tango_interval", narrower)
 
 
 def items_taken_for_independent(patch):

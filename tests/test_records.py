@@ -6,9 +6,10 @@ import re
 
 import pytest
 
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_text
-from helpers.study.records import (
+from helpers.core.errors import StudyError
+from helpers.core.file_writing import write_atomically
+from helpers.core.hashing import sha256_text
+from helpers.core.records import (
     RECORDED_PACKAGES,
     Record,
     package_versions,
@@ -17,7 +18,6 @@ from helpers.study.records import (
     write_json,
     write_jsonl,
 )
-from helpers.study.writing import write_atomically
 
 
 def names(folder) -> set[str]:

@@ -12,16 +12,16 @@ import pytest
 from IPython.display import Markdown
 from safetensors.numpy import save_file
 
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_file
+from helpers.core.records import read_json, write_json, write_jsonl
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, write_predictions
-from helpers.report import chapters, cost_chapter, formats, summary
-from helpers.report.recomputed_records import wrong_records
+from helpers.report import chapters, cost_chapter, markdown, summary
+from helpers.report.checks.recomputed_records import wrong_records
 from helpers.report.results import load_results
-from helpers.study.errors import StudyError
-from helpers.study.grid import timed_models
-from helpers.study.hashing import sha256_file
-from helpers.study.opening import open_job
-from helpers.study.records import read_json, write_json, write_jsonl
+from helpers.study.stages import timed_models
+from helpers.study.study_run import open_job
 from made_up_cost import write_cost
 
 LAYERS = [
@@ -639,7 +639,7 @@ def test_a_shared_text_without_finite_figures_is_shown_as_missing(make_job):
 def test_what_a_model_wrote_is_shown_and_does_nothing(written):
     from nbconvert.filters.markdown_mistune import markdown2html_mistune
 
-    table = formats.markdown_table([{"answer": formats.quoted(written, limit=500), "n": "1"}])
+    table = markdown.markdown_table([{"answer": markdown.quoted(written, limit=500), "n": "1"}])
     assert not re.search(r"[$\\{}`*~\[\]]|<(?!/?code>)", table)
     assert [line.count("|") for line in table.splitlines()] == [3, 3, 3]
     page = markdown2html_mistune(table)
@@ -652,7 +652,7 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(written):
 
 
 def test_our_own_texts_are_escaped_in_tables_too():
-    table = formats.markdown_table([{"gate": "a | b <i> $x$ `c` {d}\nnext"}])
+    table = markdown.markdown_table([{"gate": "a | b <i> $x$ `c` {d}\nnext"}])
     assert table.splitlines()[2].count("|") == 2
     assert not re.search(r"[<$`{}]", table)
 
@@ -660,15 +660,15 @@ def test_our_own_texts_are_escaped_in_tables_too():
 @pytest.mark.parametrize("cell", [None, "", float("nan"), 3])
 def test_an_unformatted_cell_is_refused(cell):
     with pytest.raises(ValueError, match="format it"):
-        formats.markdown_table([{"a": cell}])
+        markdown.markdown_table([{"a": cell}])
 
 
 def test_numbers_have_one_format():
-    assert formats.percent(0.45) == "45.0 %"
-    assert formats.points(-0.02) == "−2.0"
-    assert formats.points(-0.0001) == "0.0"
-    assert formats.p_value(0.0004) == "< 0.001"
-    assert formats.listed(["a", "b", "c"]) == "a, b and c"
+    assert markdown.percent(0.45) == "45.0 %"
+    assert markdown.points(-0.02) == "−2.0"
+    assert markdown.points(-0.0001) == "0.0"
+    assert markdown.p_value(0.0004) == "< 0.001"
+    assert markdown.listed(["a", "b", "c"]) == "a, b and c"
 
 
 def test_a_report_needs_no_torch():

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers.evaluation.room import halving
-from helpers.study.errors import StudyError
+from helpers.core.errors import StudyError
+from helpers.evaluation.out_of_memory import halving
 from helpers.study.schema import Batch
 
 LIMITS = Batch(tokens=4096, rows=64)

@@ -4,13 +4,13 @@ import json
 
 import pytest
 
+from helpers.core.errors import StudyError
 from helpers.evaluation.prompts import loglikelihood_prompt
-from helpers.sources.conversations import user_turn
-from helpers.sources.datasets import load_items
+from helpers.sources.chat_conversations import user_turn
 from helpers.sources.row_shapes import WANTED, shape
-from helpers.study.errors import StudyError
+from helpers.sources.sampling import load_items
 from helpers.study.loading import load_study
-from helpers.study.source_settings import FileDataset
+from helpers.study.schema_sources import FileDataset
 from test_datasets import ROWS
 
 ARC = json.dumps(ROWS["arc"])

@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 
-from helpers.sources.conversations import render
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
+from helpers.sources.chat_conversations import render
+from helpers.sources.model_safety import refuse_unsafe
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.sources.weights import refuse_unsafe
-from helpers.study.errors import StudyError
-from helpers.study.paths import StudyPaths
 from helpers.study.schema import Runtime
-from helpers.study.source_settings import FolderModel
+from helpers.study.schema_sources import FolderModel
 
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")
 WEIGHTS = "model.safetensors"

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 import toy_project
-from helpers.study.errors import StudyError
-from helpers.study.fields import Name
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths, outputs_root
 from helpers.study.loading import load_study
-from helpers.study.names import TAKEN
-from helpers.study.opening import open_job
-from helpers.study.paths import StudyPaths, outputs_root
+from helpers.study.schema_fields import Name
+from helpers.study.schema_names import TAKEN
+from helpers.study.study_run import open_job
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=300)
 ESCAPES = ["", ".", "..", "../up", "a/b", "a\\b", "/etc", "c:", "~", "a b", "a\n", "a\0", ".hidden"]

@@ -16,8 +16,8 @@ from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
 import test_report
-from helpers.report import formats, tables
-from helpers.study.plain_text import one_line, visible
+from helpers.core.plain_text import one_line, visible
+from helpers.report import markdown, notebook_tables
 from hostile_text import HOSTILE, PLAIN
 from made_up_study import analysed
 
@@ -133,9 +133,9 @@ def test_the_evaluation_notebooks_tables_show_answers_as_text():
     shown = {}
     for texts in (HOSTILE, PLAIN):
         rows = [test_report.scored(f"i{i}", "c", [t], t, t) for i, t in enumerate(texts)]
-        frames = [tables.sample_answers({"arc": rows}, each=len(rows))]
+        frames = [notebook_tables.sample_answers({"arc": rows}, each=len(rows))]
         gates = [{"name": "g", "passed": True, "measured": t, "limit": "x"} for t in texts]
-        frames.append(tables.gate_table({"gates": gates}))
+        frames.append(notebook_tables.gate_table({"gates": gates}))
         shown[texts] = frames
     for hostile, plain in zip(shown[HOSTILE], shown[PLAIN], strict=True):
         same_skeleton(hostile.to_html(), plain.to_html())
@@ -145,7 +145,7 @@ def test_the_evaluation_notebooks_tables_show_answers_as_text():
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_text_keeps_its_words_when_it_is_made_safe(text):
-    page = renderings(formats.escape(text))["commonmark"]
+    page = renderings(markdown.escape(text))["commonmark"]
     shown = BeautifulSoup(page, "html.parser").get_text().strip()
     assert shown == one_line(text).strip()
     assert not BeautifulSoup(page, "html.parser").find_all(lambda e: e.name not in ("p", "wbr"))
@@ -153,7 +153,7 @@ def test_a_text_keeps_its_words_when_it_is_made_safe(text):
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_a_name_that_is_none_is_quoted(text):
-    page = renderings(f"a {formats.code(text)} z")["commonmark"]
+    page = renderings(f"a {markdown.code(text)} z")["commonmark"]
     names = [e.name for e in BeautifulSoup(page, "html.parser").find_all(True) if e.name != "wbr"]
     assert names == ["p", "code"]
 

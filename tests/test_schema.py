@@ -5,7 +5,7 @@ from pydantic import ValidationError
 
 from helpers.study.loading import load_study
 from helpers.study.schema import Study
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 # SmoothQuant, arXiv:2211.10438, table 2; w8a8 is llmcompressor's W8A8 scheme.
 GRANULARITY = {

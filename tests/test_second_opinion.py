@@ -9,11 +9,11 @@ import yaml
 
 from conftest import STUDY
 from evaluated_run import looked_at
-from helpers.evaluation import generation, language_modeling, loglikelihood, packing, slots
+from helpers.evaluation.checks.batch_invariance import invariance_gate
+from helpers.evaluation.checks.evaluation_data import ask_alone
+from helpers.evaluation.checks.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.evidence import ask_alone
-from helpers.evaluation.invariance import invariance_gate
-from helpers.evaluation.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
+from helpers.inference import generation, kv_cache, loglikelihood, packed_rows, perplexity
 from helpers.quantization.variants import load_variant
 from quantized_run import VARIANTS, QuantizedRun
 from test_plain_beginning import tokenizer_with
@@ -102,27 +102,27 @@ def test_a_text_that_begins_with_two_tokens_agrees(tmp_path, variant):
 
 def positions_off_by_one_after_a_shared_beginning(patch):
     """After a beginning that others share."""
-    whole = packing.Segment.__post_init__
+    whole = packed_rows.Segment.__post_init__
 
     def late(self):
         whole(self)
         if self.before:
             self.positions = [p + 1 for p in self.positions]
 
-    patch.setattr(packing.Segment, "__post_init__", late)
+    patch.setattr(packed_rows.Segment, "__post_init__", late)
 
 
 def options_that_see_the_next_token(patch):
     def mask(self, window):
         size = len(self.tokens)
-        branch = torch.tensor(self.branches or [packing.TRUNK] * size)
+        branch = torch.tensor(self.branches or [packed_rows.TRUNK] * size)
         own = torch.ones(size, size, dtype=torch.bool).tril() | (branch[:, None] == branch) & (
-            branch > packing.TRUNK
+            branch > packed_rows.TRUNK
         )
-        own &= (branch[:, None] == branch) | (branch == packing.TRUNK)
+        own &= (branch[:, None] == branch) | (branch == packed_rows.TRUNK)
         return torch.cat([torch.ones(size, self.start, dtype=torch.bool), own], dim=1)
 
-    patch.setattr(packing.Segment, "_mask", mask)
+    patch.setattr(packed_rows.Segment, "_mask", mask)
 
 
 def options_that_see_each_other(patch):
@@ -131,50 +131,50 @@ def options_that_see_each_other(patch):
         own = torch.ones(size, size, dtype=torch.bool).tril()
         return torch.cat([torch.ones(size, self.start, dtype=torch.bool), own], dim=1)
 
-    patch.setattr(packing.Segment, "_mask", mask)
+    patch.setattr(packed_rows.Segment, "_mask", mask)
 
 
 def a_key_too_many_in_a_slot(patch):
-    beyond = slots.Slots._beyond
+    beyond = kv_cache.Slots._beyond
 
     def one_more(self, window):
         common, own = beyond(self, window)
         places = torch.arange(self._width)
         return common, own & (places > self._at[:, None] + 1)[:, None, None]
 
-    patch.setattr(slots.Slots, "_beyond", one_more)
+    patch.setattr(kv_cache.Slots, "_beyond", one_more)
 
 
 def attention_in_bfloat16(patch):
-    whole = packing.scaled_dot_product_attention
+    whole = packed_rows.scaled_dot_product_attention
 
     def coarse(*parts, **how):
         return whole(*(x.bfloat16() for x in parts), **how).to(parts[0].dtype)
 
-    patch.setattr(packing, "scaled_dot_product_attention", coarse)
+    patch.setattr(packed_rows, "scaled_dot_product_attention", coarse)
 
 
 def decoding_in_bfloat16(patch):
-    attend = slots.Slots.attend
+    attend = kv_cache.Slots.attend
 
     def coarse(self, layer, query, key, value, **how):
         return attend(self, layer, query, key, value, **how).bfloat16().to(query.dtype)
 
-    patch.setattr(slots.Slots, "attend", coarse)
+    patch.setattr(kv_cache.Slots, "attend", coarse)
 
 
 def scores_scaled_otherwise(patch):
-    attend = packing.Row.attend
+    attend = packed_rows.Row.attend
 
     def warm(self, layer, query, key, value, **how):
         return attend(self, layer, query * 0.97, key, value, **how)
 
-    patch.setattr(packing.Row, "attend", warm)
+    patch.setattr(packed_rows.Row, "attend", warm)
 
 
 def positions_of_decoding_off_by_one(patch):
-    step = slots.Slots.step
-    patch.setattr(slots.Slots, "step", lambda self, *args: step(self, *args) + 1)
+    step = kv_cache.Slots.step
+    patch.setattr(kv_cache.Slots, "step", lambda self, *args: step(self, *args) + 1)
 
 
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
@@ -270,13 +270,13 @@ def test_an_answer_cut_short(runs, monkeypatch, variant):
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.bank("text", "loss on the wrong token")
 def test_the_loss_on_the_wrong_token(runs, monkeypatch, variant):
-    whole = language_modeling.passage_rows
+    whole = perplexity.passage_rows
 
     def shifted(passages, tokens, states, reference, **options):
         moved = [[*t[:1], *t[:-1]] for t in tokens]
         return whole(passages, moved, states, reference, **options)
 
-    monkeypatch.setattr(language_modeling, "passage_rows", shifted)
+    monkeypatch.setattr(perplexity, "passage_rows", shifted)
     assert failed(looked_at(runs("llama", variant))) == {TEXT}
 
 
@@ -346,13 +346,13 @@ def test_texts_packed_whose_positions_depend_on_their_length(tmp_path, monkeypat
         return invariance_gate(job.study, "noquant", rows, rows, apart)
 
     assert gate().passed
-    for module in (generation, language_modeling, loglikelihood):
+    for module in (generation, perplexity, loglikelihood):
         monkeypatch.setattr(module, "reads_alone", lambda *_: False)
     assert not gate().passed
 
 
 def test_a_look_that_fails_is_a_gate_that_fails(runs, monkeypatch):
-    monkeypatch.setattr("helpers.evaluation.traces.Trace.rows_of", lambda *_: None)
+    monkeypatch.setattr("helpers.evaluation.checks.traces.Trace.rows_of", lambda *_: None)
     gates = looked_at(runs("llama", "rtn_w8a8"))
     assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, TEXT}
     assert any("did not read this text" in gate.measured for _, gate in gates)

@@ -7,17 +7,17 @@ import sys
 import pytest
 import torch
 
-from helpers.evaluation import served
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
+from helpers.core.records import Record
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
-from helpers.evaluation.served import is_served
-from helpers.quantization.vllm_runtime import VllmModel
-from helpers.sources.datasets import evaluation_items, shared_passages
+from helpers.inference import vllm_protocols
+from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
+from helpers.inference.vllm_client import VllmModel
+from helpers.inference.vllm_protocols import is_served
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.study.errors import StudyError
+from helpers.sources.sampling import evaluation_items, shared_passages
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
-from helpers.study.records import Record
 from helpers.study.schema import Batch, Runtime
 
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="vllm")
@@ -90,14 +90,14 @@ def test_the_engine_asks_it_the_same_and_gets_the_same(study_path, sides, tokens
 
 
 def test_an_answer_that_is_complete_is_cut_where_torch_stops(sides):
-    from helpers.evaluation import generation
+    from helpers.inference import generation
 
     ends = {"max_new_tokens": 9, "stop_tokens": set(), "batch_tokens": 999}
     prompts = [[5, 6, 7], [9], [8, 200, 31, 4]]
     for last in range(1, 10):
         ends["complete"] = lambda tokens, last=last: len(tokens) == last
         plain = dict(generation.generate_greedy(sides[0], prompts, batch_rows=4, **ends))
-        assert dict(served.generate_greedy(sides[1], prompts, **ends)) == plain
+        assert dict(vllm_protocols.generate_greedy(sides[1], prompts, **ends)) == plain
 
 
 def test_its_text_is_read_alike(study_path, sides):
@@ -193,9 +193,9 @@ def test_its_versions_are_in_the_record_beside_ours(folder, stand_in, sides, tmp
     model = VllmModel(folder, RUNTIME, seed=0)
     record = Record(tmp_path / "evaluation", stage="evaluation", parameters={})
     ours = dict(record.packages)
-    record.add_packages(served.packages(sides[0]))
+    record.add_packages(vllm_protocols.packages(sides[0]))
     assert record.packages == ours
-    record.add_packages(served.packages(model))
+    record.add_packages(vllm_protocols.packages(model))
     model.close()
     written = json.loads(record.write({}).read_text())["packages"]
     assert written["vllm (serving)"] == "0"

@@ -5,10 +5,10 @@ from itertools import combinations
 
 import pytest
 
-from helpers.sources.datasets import load_items
 from helpers.sources.items import normalized_text
 from helpers.sources.rows import load_rows
-from helpers.study.source_settings import ShippedDataset
+from helpers.sources.sampling import load_items
+from helpers.study.schema_sources import ShippedDataset
 
 ADAPTER = {
     "arc": "arc",

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import pytest
 
-from helpers.evaluation.degenerate import best_degenerate, loops
-from helpers.evaluation.evidence import ask_again, ask_alone, asked_now, seen_items
-from helpers.evaluation.gates import Evidence, evaluation_gates
+from helpers.core.gates import WHOLE_VARIANT, as_record
+from helpers.evaluation.checks.evaluation_data import ask_again, ask_alone, asked_now, seen_items
+from helpers.evaluation.checks.integrity import Evidence, evaluation_gates
+from helpers.evaluation.checks.reference_gates import reference_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.reference_gates import reference_gates
+from helpers.evaluation.trivial_answers import best_degenerate, loops
 from helpers.sources.raw_rows import raw_digests
-from helpers.study.gates import WHOLE_VARIANT, as_record
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 ROWS, PASSAGES = "rows of the answers", "rows of the passages"
 MODEL, VARIANT = "tuned", "smooth_only"
@@ -72,8 +72,8 @@ def settled(tmp_path_factory):
 
 def shared_text(study, model, reference, tokenizer) -> list[dict]:
     """Rows of the shared text, the model held against the reference."""
-    from helpers.evaluation.language_modeling import passage_rows, passage_tokens, read_passages
-    from helpers.sources.datasets import shared_passages
+    from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
+    from helpers.sources.sampling import shared_passages
 
     passages = shared_passages(study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=64)
@@ -87,7 +87,7 @@ def shaken_in(tiny, settled, dtype: str) -> list[dict]:
 
     import torch
 
-    from helpers.evaluation.reference import shake_
+    from helpers.evaluation.checks.float_reference import shake_
 
     model = copy.deepcopy(tiny[0])
     shake_(model, dtype=getattr(torch, dtype))
@@ -98,9 +98,9 @@ def computed_again(tiny, study):
     """The figures of the shared text by `full_logits`, the tiny model held against itself."""
     import torch
 
-    from helpers.evaluation.full_logits import Recomputed, compared
-    from helpers.sources.datasets import shared_passages
-    from helpers.study.hashing import sha256_text
+    from helpers.core.hashing import sha256_text
+    from helpers.evaluation.checks.full_logits import Recomputed, compared
+    from helpers.sources.sampling import shared_passages
 
     rows, counts = [], {}
     for text in shared_passages(study):
@@ -363,7 +363,7 @@ def test_a_distance_that_cannot_be_told_does_not_hold(settled, sound):
 
 
 def test_gates_made_where_the_model_was_loaded_count(sound):
-    from helpers.study.gates import Gate
+    from helpers.core.gates import Gate
 
     broken = Gate("the arithmetic announced", False, "0 of 14 Linears in int8", "14 in int8")
     assert failed(replace(sound, loaded=(broken,))) == {(WHOLE_VARIANT, broken.name)}
@@ -599,7 +599,7 @@ def texts(*words: str):
 )
 def test_generated_answers_filed_under_other_items(sound):
     """Rounding rewords an answer; it does not make it another item's."""
-    from helpers.evaluation.invariance import invariance_gate
+    from helpers.evaluation.checks.batch_invariance import invariance_gate
 
     rows = texts("so the answer", "then it is")(sound.predictions["openmath"])
     alone = [row for row in rows[:4]]

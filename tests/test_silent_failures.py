@@ -16,13 +16,13 @@ from helpers.quantization import (
     alpha,
     calibration,
     compression,
-    fused_passes,
     int8_linear,
+    int8_passes,
     smoothing,
-    verification,
 )
-from helpers.sources import conversations, datasets
-from helpers.study.variant_settings import Variant
+from helpers.sources import chat_conversations, sampling
+from helpers.study.schema_variants import Variant
+from helpers.verification import variant_gates
 from quantized_run import VARIANTS
 
 SMOOTHING = "smoothing as declared"
@@ -347,7 +347,7 @@ def activations_cut_off_instead_of_rounded(_, patch):
         return floor(x, scale), scale
 
     patch.setattr(int8_linear, "quantize_activations", floor)
-    patch.setattr(fused_passes, "quantize_rows", cut_off)
+    patch.setattr(int8_passes, "quantize_rows", cut_off)
 
 
 @failure(RELOAD, kind="int8")
@@ -460,7 +460,7 @@ def calibration_overlapping_evaluation(run, patch):
             "max_new_tokens": 4,
         },
     }
-    patch.setattr(datasets, "_evaluation_keys", lambda *_: set())
+    patch.setattr(sampling, "_evaluation_keys", lambda *_: set())
     run.calibrate()
     run.quantize()
 
@@ -486,8 +486,8 @@ def calibration_items_cut_short(run, patch):
 @failure(ITEMS, kind="calibration")
 def calibration_texts_cut_short_wherever_they_are_made(run, patch):
     """The check reads as many tokens as the calibration, if it makes them in the same way."""
-    true = conversations.tokenize
-    patch.setattr(conversations, "tokenize", lambda *args: true(*args)[:60])
+    true = chat_conversations.tokenize
+    patch.setattr(chat_conversations, "tokenize", lambda *args: true(*args)[:60])
     run.calibrate()
     run.quantize()
 
@@ -497,7 +497,7 @@ def calibration_texts_without_the_turn_of_the_answer(run, patch):
     def render(tokenizer, messages):
         return tokenizer.apply_chat_template(messages, tokenize=False)
 
-    patch.setattr(conversations, "render", render)
+    patch.setattr(chat_conversations, "render", render)
     run.calibrate()
     run.quantize()
 
@@ -521,5 +521,5 @@ def test_the_sound_run_raises_none(sound_run, family, variant):
 def test_every_gate_catches_something():
     """A gate that no entry needs is a gate nobody has seen work."""
     variants = [Variant(**recipe) for recipe in VARIANTS.values()]
-    gates = {check.gate_name for v in variants for check in verification.checks(v)}
+    gates = {check.gate_name for v in variants for check in variant_gates.checks(v)}
     assert set().union(*(entry.values[1] for entry in BANK)) == gates

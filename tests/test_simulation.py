@@ -7,10 +7,10 @@ import torch
 
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.simulation import simulated
+from helpers.quantization.fake_quant import simulated
 from helpers.quantization.smoothing import everywhere, smooth_
 from helpers.sources.random_model import random_model
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 from quantized_run import at_millionth, lived_in
 
 TARGETS = ("attention_input", "mlp_input", "mlp_down")

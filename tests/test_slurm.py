@@ -6,9 +6,9 @@ import subprocess
 import pytest
 
 import slurm_cluster
-from helpers.study import grid
+from helpers.core.paths import StudyPaths
+from helpers.study import stages
 from helpers.study.loading import load_study
-from helpers.study.paths import StudyPaths
 from process_tree import kill, new_mark, of_role, wait_for
 from smoke_study import NAME, Smoke
 
@@ -21,7 +21,7 @@ NAMES = {  # where a run leaves its record, and how the terminal calls it
     str(run.record(PATHS).parent.relative_to(PATHS.root)): " ".join(
         filter(None, (run.stage, run.model, run.variant))
     )
-    for run in [*grid.runs(load_study(NAME)), grid.Run("analysis")]
+    for run in [*stages.runs(load_study(NAME)), stages.Run("analysis")]
 }
 
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers.core.errors import StudyError
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.layer_groups import smoothing_groups
 from helpers.quantization.smoothing import (
@@ -12,7 +13,6 @@ from helpers.quantization.smoothing import (
     smoothed_absmax,
     smoothing_scales,
 )
-from helpers.study.errors import StudyError
 
 NORMS = ("attention_input", "mlp_input")
 

@@ -11,7 +11,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, multinomial, norm
 from statsmodels.stats.contingency_tables import mcnemar
 
-from helpers.evaluation.statistics import (
+from helpers.statistics.intervals import (
     Interval,
     holm,
     mcnemar_exact,

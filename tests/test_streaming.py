@@ -5,8 +5,8 @@ import io
 import pytest
 from pyarrow.parquet import ParquetFile
 
-from helpers.sources import streaming
-from helpers.study.source_settings import Stream
+from helpers.sources import hub_streaming
+from helpers.study.schema_sources import Stream
 from hub_repositories import table
 
 SIZES = [230, 95, 410]  # rows of the split's files
@@ -24,8 +24,8 @@ def sample(monkeypatch):
     def opened(urls):
         return ((url, ParquetFile(io.BytesIO(files[url]))) for url in urls)
 
-    monkeypatch.setattr(streaming, "_opened", opened)
-    return lambda **wanted: streaming._sample(list(files), Stream(**wanted))
+    monkeypatch.setattr(hub_streaming, "_opened", opened)
+    return lambda **wanted: hub_streaming._sample(list(files), Stream(**wanted))
 
 
 def numbers(read) -> list[int]:
@@ -66,7 +66,7 @@ def test_every_row_is_about_as_likely_as_any_other(sample):
 
 
 def test_pieces_too_large_for_the_limit_are_fewer(sample, monkeypatch):
-    monkeypatch.setattr(streaming, "MOST_BYTES", 1)
+    monkeypatch.setattr(hub_streaming, "MOST_BYTES", 1)
     read = sample(rows=20, pieces=30, seed=5)
     assert read.pieces[0] == 1
     assert len(read.rows) <= GROUP

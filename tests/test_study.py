@@ -10,9 +10,9 @@ import time
 import pytest
 import yaml
 
-from helpers.study.hashing import sha256_text
+from helpers.core.hashing import sha256_text
+from helpers.core.paths import PROJECT
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
 
 pytestmark = pytest.mark.slow
 GUARDS = PROJECT / "tests" / "guards"
@@ -28,7 +28,7 @@ def smoke(tmp_path_factory):
     places |= {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(root / "attempts")}
 
     def run(*options):
-        command = [sys.executable, "-m", "helpers.study.jobs", "study", str(study)]
+        command = [sys.executable, "-m", "helpers.workflow.cli", "study", str(study)]
         command += ["--cores", "2", "--", *options]
         return subprocess.run(
             command, cwd=PROJECT, env=os.environ | places, capture_output=True, text=True
@@ -94,7 +94,7 @@ def test_every_control_does_its_duty(smoke):
 
 def test_every_verdict_is_made_again_from_the_answers(smoke, monkeypatch):
     _, study, outputs = smoke
-    from helpers.report.recompute import recompute
+    from helpers.report.checks.recomputation import recompute
 
     monkeypatch.setenv("STUDY_OUTPUTS", str(outputs.parent))
     table, differing = recompute(str(study))
@@ -168,7 +168,7 @@ def handed_on(smoke):
     """The smoke study's results in lm-evaluation-harness's format: (folder, their source)."""
     _, study, outputs = smoke
     places = os.environ | {"STUDY_OUTPUTS": str(outputs.parent)}
-    command = [sys.executable, "-m", "helpers.report.harness", str(study)]
+    command = [sys.executable, "-m", "helpers.report.lm_eval_export", str(study)]
     done = subprocess.run(command, cwd=PROJECT, env=places, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return outputs / "lm-eval", outputs

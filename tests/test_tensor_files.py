@@ -6,14 +6,14 @@ from transformers import AutoModelForCausalLM
 
 import brought_models
 from brought_models import HEAD, TABLE, WEIGHTS, copied
-from helpers.quantization.int8 import load_int8
-from helpers.quantization.loaded_gates import loaded_gates
+from helpers.core.errors import StudyError
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.variants import load_variant
+from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.models import load_head, load_model
 from helpers.sources.random_model import byte_tokenizer, random_model
-from helpers.sources.tensor_files import TensorFiles
-from helpers.study.errors import StudyError
 from helpers.study.schema import Runtime
+from helpers.verification.runtime_loaded_gates import loaded_gates
 from quantized_run import QuantizedRun, lived_in
 
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from helpers.study.errors import StudyError
-from helpers.study.turns import in_turns, measured_in_turns
+from helpers.core.errors import StudyError
+from helpers.core.interleaved_processes import in_turns, measured_in_turns
 from process_tree import kill, new_mark, processes, wait_for, wait_until_gone
 
 
@@ -43,7 +43,7 @@ def test_a_process_that_dies_is_named():
 NEVER_ENDING = """
 import time
 from functools import partial
-from helpers.study.turns import measured_in_turns
+from helpers.core.interleaved_processes import measured_in_turns
 
 if __name__ == "__main__":
     measured_in_turns({"endless": partial(time.sleep, 600)}, rounds=1, preload=["json"])

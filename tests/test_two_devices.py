@@ -12,23 +12,23 @@ from benchmarks.gpu import two_cards
 from benchmarks.gpu.part import Part
 
 from evaluated_run import asked, failed
-from helpers.evaluation import generation
-from helpers.evaluation.attention import packed
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.evaluation.packing import Segment, read
-from helpers.quantization import alpha, compression, cuda_products, smoothing
+from helpers.core.records import Record, read_json
+from helpers.inference import generation
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.packed_attention import packed
+from helpers.inference.packed_rows import Segment, read
+from helpers.quantization import alpha, compression, int8_cuda, smoothing
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import Int8Linear, load_int8
+from helpers.quantization.int8_checkpoint import Int8Linear, load_int8
 from helpers.quantization.variants import load_as, load_reference
+from helpers.runtime.batching import owned_by, token_owners
+from helpers.runtime.devices import modules_by_device, placed, settled
 from helpers.sources import models
-from helpers.sources.batching import owned_by, token_owners
-from helpers.sources.devices import modules_by_device, placed, settled
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, random_model
-from helpers.study.records import Record, read_json
 from helpers.study.schema import Runtime
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 from pretended_cards import pretended
 from quantized_run import NORMS
 
@@ -45,9 +45,9 @@ PROMPTS = [item.context for item in ITEMS]
 @pytest.fixture
 def cards(monkeypatch):
     """cards(2): a context in which torch sees two cards."""
-    cuda_products.way.cache_clear()
+    int8_cuda.way.cache_clear()
     yield lambda count: pretended(monkeypatch, cards=count)
-    cuda_products.way.cache_clear()
+    int8_cuda.way.cache_clear()
 
 
 def answers(model) -> tuple:

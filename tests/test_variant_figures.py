@@ -3,8 +3,8 @@
 import pytest
 from matplotlib.colors import to_hex
 
-from helpers.report import comparison_figures as figures
-from helpers.report.cost import Cost
+from helpers.cost.results import Cost
+from helpers.report import figures_comparison as figures
 from helpers.report.cost_figures import throughput
 from made_up_cost import account
 

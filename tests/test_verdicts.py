@@ -2,12 +2,12 @@
 
 import pytest
 
-from helpers.evaluation.comparison import Answers, Rules, compare
-from helpers.evaluation.power import detectable_mean_difference
-from helpers.evaluation.statistics import mcnemar_exact
-from helpers.evaluation.validity import best_degenerate, invalid_reason, uninformative_reason
-from helpers.evaluation.verdicts import judge, study_verdicts
-from helpers.study.errors import StudyError
+from helpers.core.errors import StudyError
+from helpers.statistics.comparison import Answers, Rules, compare
+from helpers.statistics.intervals import mcnemar_exact
+from helpers.statistics.power import detectable_mean_difference
+from helpers.statistics.validity import best_degenerate, invalid_reason, uninformative_reason
+from helpers.statistics.verdicts import judge, study_verdicts
 from helpers.study.loading import load_study
 
 RULES = Rules(confidence=0.95, power=0.8, margin=0.05, resamples=2000, seed=7, family=1)
@@ -246,7 +246,7 @@ def test_the_detectable_loss_by_passage_is_that_of_the_noncentral_t():
     before = choices(mostly(80, range(12)), cluster=lambda i: f"passage {i // 2}")
     after = choices(mostly(80, range(5, 21)), cluster=lambda i: f"passage {i // 2}")
     found = verdict_of(before, after).paired
-    from helpers.evaluation.bootstrap import bootstrap_mean
+    from helpers.statistics.bootstrap import bootstrap_mean
 
     pairs = zip(before, after, strict=True)
     spread = bootstrap_mean(

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 
-from helpers.quantization import verification
-from helpers.quantization.gates import Gate, as_record, gate
+from helpers.core.hashing import sha256_folder
 from helpers.quantization.variants import load_variant
 from helpers.sources.models import load_model, model_folder
-from helpers.study.hashing import sha256_folder
+from helpers.verification import variant_gates
+from helpers.verification.gate_decorator import Gate, as_record, gate
 from quantized_run import VARIANTS, QuantizedRun
 
 SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
@@ -51,7 +51,7 @@ def test_smoothing_alone_computes_what_the_source_does(sound_run, family, target
     run = sound_run(family, targets)
     with run.outputs():
         job = run.job
-        assert {c.gate_name for c in verification.checks(job.recipe)} == APPLY_TO_FLOAT
+        assert {c.gate_name for c in variant_gates.checks(job.recipe)} == APPLY_TO_FLOAT
         smoothed = load_variant(job)[0]
         source = load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
         assert sha256_folder(run.checkpoint) != run.source_hash

@@ -12,17 +12,9 @@ from fractions import Fraction
 from random import Random
 
 import pytest
-
-from helpers.sources import word_problems
-from helpers.sources.word_problem_templates import (
-    EVAL,
-    ONE_STEP,
-    PEOPLE,
-    TEMPLATES,
-    TRAIN,
-    template,
-)
-from helpers.sources.word_problems import (
+from tools import word_problems
+from tools.word_problem_templates import EVAL, ONE_STEP, PEOPLE, TEMPLATES, TRAIN, template
+from tools.word_problems import (
     SPLITS,
     Item,
     Split,

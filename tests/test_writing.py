@@ -9,9 +9,9 @@ import sys
 
 import pytest
 
-from helpers.study import writing
-from helpers.study.paths import PROJECT
-from helpers.study.writing import remove_leftovers, replace_folder, write_atomically
+from helpers.core import file_writing
+from helpers.core.file_writing import remove_leftovers, replace_folder, write_atomically
+from helpers.core.paths import PROJECT
 
 # Kills itself at the given call of what writing does to the disk.
 KILLED = """
@@ -29,7 +29,7 @@ def counted(real):
 
 import shutil
 from pathlib import Path
-from helpers.study.writing import replace_folder, write_atomically
+from helpers.core.file_writing import replace_folder, write_atomically
 for place, name in ((os, "fsync"), (os, "replace"), (os, "close"), (shutil, "rmtree")):
     setattr(place, name, counted(getattr(place, name)))
 
@@ -106,8 +106,8 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_before_it_returns(
         done.append("rename")
         os.rename(old, new)
 
-    monkeypatch.setattr(writing, "hand_to_disk", handed)
-    monkeypatch.setattr(writing.os, "replace", renamed)
+    monkeypatch.setattr(file_writing, "hand_to_disk", handed)
+    monkeypatch.setattr(file_writing.os, "replace", renamed)
 
     def fill(folder):
         (folder / "weights").write_text("1")

@@ -8,12 +8,12 @@ import pytest
 import yaml
 from safetensors.numpy import save_file
 
-from helpers.evaluation.power import detectable_loss, smallest_claimable_margin
-from helpers.sources.datasets import load_items
+from helpers.core.paths import PROJECT
 from helpers.sources.items import ADAPTERS
+from helpers.sources.sampling import load_items
+from helpers.statistics.power import detectable_loss, smallest_claimable_margin
 from helpers.study.loading import load_study
-from helpers.study.paths import PROJECT
-from helpers.study.source_settings import FileDataset
+from helpers.study.schema_sources import FileDataset
 
 GUIDE = PROJECT / "docs" / "your-own-study.md"
 TEXT = GUIDE.read_text("utf-8")

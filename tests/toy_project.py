@@ -12,9 +12,9 @@ from pathlib import Path
 import nbformat
 import yaml
 
-from helpers.study import grid
-from helpers.study.paths import PROJECT
-from helpers.study.workflow import PLAN_WIDTH
+from helpers.core.paths import PROJECT
+from helpers.study import stages
+from helpers.workflow.launcher import PLAN_WIDTH
 
 STUDY = {
     "title": "A toy study",
@@ -90,21 +90,22 @@ def execute_notebook(notebook, output, parameters, **more):
             space.update(parameters)
 """
 PARAMETERS = 'study = "toy"\nmodel = "base"\nvariant = "rtn"'
+TABLES = "\nfrom helpers.report import notebook_tables"
 USES = {
     "finetuning": "from helpers.sources import finetuning",
     "calibration": "from helpers.quantization import calibration\nimport helpers.report",
-    "quantization": "from helpers.quantization import smoothing\nfrom helpers.report import tables",
-    "cost": "from helpers.study import turns\nfrom helpers.report import tables",
-    "evaluation": "from helpers.evaluation import engine\nfrom helpers.report import tables",
-    "analysis": "from helpers.report import tables",
+    "quantization": "from helpers.quantization import smoothing" + TABLES,
+    "cost": "from helpers.core import interleaved_processes" + TABLES,
+    "evaluation": "from helpers.evaluation import engine" + TABLES,
+    "analysis": "from helpers.report import notebook_tables",
 }
 WORK = """
 import sys
 from pathlib import Path
-from helpers.study import grid
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT, StudyPaths
-from helpers.study.records import write_json
+from helpers.study import stages
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT, StudyPaths
+from helpers.core.records import write_json
 if (PROJECT / "fail").is_file() and (PROJECT / "fail").read_text() in NAME:
     raise StudyError("toy: this run was told to fail; delete the file")
 write_json(RUN.record(StudyPaths(study)), {"python": sys.executable, "run": RUN.name})
@@ -123,7 +124,7 @@ def stage_notebook(stage: str):
     """The toy of one stage: names what the real one imports, and writes its record."""
     names = {"finetuning": "model", "calibration": "model", "cost": "model", "analysis": ""}
     given = names.get(stage, "model, variant")
-    run = f"RUN = grid.Run({stage!r}, {given})\nNAME = RUN.name"
+    run = f"RUN = stages.Run({stage!r}, {given})\nNAME = RUN.name"
     uses = "if False:\n    " + USES[stage].replace("\n", "\n    ")
     before, after = WORK.split("if (PROJECT", 1)
     work = f"{before}{run}\nif (PROJECT{after}"
@@ -142,9 +143,9 @@ def make(folder: Path, *, kernels: bool | str) -> Path:
     shutil.copytree(PROJECT / "profiles", folder / "profiles")
     for name in ("notebooks", "params"):
         (folder / name).mkdir()
-    tables = folder / "src" / "helpers" / "report" / "tables.py"
+    tables = folder / "src" / "helpers" / "report" / "notebook_tables.py"
     tables.touch()
-    for stage, name in grid.NOTEBOOKS.items():
+    for stage, name in stages.NOTEBOOKS.items():
         nbformat.write(stage_notebook(stage), folder / "notebooks" / f"{name}.ipynb")
     write_study(folder, STUDY)
     if kernels is not True:
@@ -163,7 +164,7 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def jobs(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
-    """`python -m helpers.study.jobs …` in the toy project; what it says is kept as text."""
+    """`python -m helpers.workflow.cli …` in the toy project; what it says is kept as text."""
     process = start(folder, *arguments, **more)
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
@@ -172,7 +173,7 @@ def jobs(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:
 def start(folder: Path, *arguments: str, **more) -> subprocess.Popen:
     """The same in a process group of its own, as from a terminal, and not waited for."""
     return subprocess.Popen(
-        [sys.executable, "-m", "helpers.study.jobs", *arguments],
+        [sys.executable, "-m", "helpers.workflow.cli", *arguments],
         cwd=folder,
         env=environment(folder) | more,
         stdout=subprocess.PIPE,

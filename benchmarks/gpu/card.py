@@ -20,7 +20,7 @@ def run(part: Part) -> None:
     part.note("versions", {"python": platform.python_version(), **_versions()})
     part.note("card", _card(part.device))
     if part.device == "cuda":
-        from helpers.quantization.cuda_products import why_not_fused
+        from helpers.quantization.int8_cuda import why_not_fused
 
         part.note("no_fused_kernels_because", why_not_fused(torch.device("cuda", 0)))
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

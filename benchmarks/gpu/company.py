@@ -10,11 +10,11 @@ from copy import deepcopy
 import torch
 
 from benchmarks.gpu.part import Part
-from helpers.evaluation.attention import packed
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.evaluation.packing import Segment, read
-from helpers.quantization.gated_mlp import fuse_gated_mlps_
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.packed_attention import packed
+from helpers.inference.packed_rows import Segment, read
+from helpers.quantization.int8_gated_mlp import fuse_gated_mlps_
 from helpers.quantization.int8_linear import Int8Linear, absmax_scale, stack_siblings_
 from helpers.sources.random_model import random_model
 

@@ -13,16 +13,16 @@ import torch
 
 from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.evaluation.prompts import asked_tokens, prompt
-from helpers.quantization import compression, cuda_products, product_choice
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.quantization import compression, int8_cuda, int8_cuda_choice
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8 import load_int8
+from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.smoothing import everywhere, smooth_variant_
-from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import calibration_items, load_items
+from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer
 from helpers.sources.random_model import random_model_folder
+from helpers.sources.sampling import calibration_items, load_items
 from helpers.study.loading import load_study
 from helpers.study.schema import Batch
 
@@ -65,7 +65,7 @@ def run(part: Part) -> None:
     part.note("tokens asked", sum(len(i.context) + sum(map(len, i.options)) for i in items))
     if part.device == "cuda":
         with part.stage(stages, "proving and compiling the fused kernels, once a process"):
-            cuda_products.way(0)
+            int8_cuda.way(0)
     for kind in ("int8", "bfloat16", "float32"):
         if part.over(need=6):
             return
@@ -76,7 +76,7 @@ def run(part: Part) -> None:
         assert len(sums) == len(items)
         part.note(f"evaluation under {GOAL_S} s, {kind}", stages[-1]["seconds"] < GOAL_S)
         if kind == "int8":
-            part.note("products chosen by the library", product_choice.choices())
+            part.note("products chosen by the library", int8_cuda_choice.choices())
             with part.stage(stages, f"evaluating them again, every choice made, {kind}"):
                 dict(option_loglikelihoods(model, items, batch_tokens=BATCH))
         del model

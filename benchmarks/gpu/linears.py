@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from benchmarks.gpu import cards, tiles
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds, eager_seconds
-from helpers.quantization import cuda_products, product_choice
+from helpers.quantization import int8_cuda, int8_cuda_choice
 from helpers.quantization.int8_linear import absmax_scale, quantize_activations
 
 # (in_features, out_features) of Llama-3.1-8B's, those that read one tensor stacked.
@@ -33,7 +33,7 @@ CHECKED_ROWS = 512  # of float64 products at a time
 
 def run(part: Part) -> None:
     """Every way at every shape and number of rows; then what is equal, and the sums."""
-    has_triton = part.device == "cuda" and not cuda_products.why_not_fused(torch.device("cuda", 0))
+    has_triton = part.device == "cuda" and not int8_cuda.why_not_fused(torch.device("cuda", 0))
     part.note("scaled_mm of int8", _scaled_mm(part.device))
     part.note("int8 peak, operations a second", _peak(part))
     shapes, table = DRY_SHAPES if part.dry else SHAPES, []
@@ -46,7 +46,7 @@ def run(part: Part) -> None:
             table.append(row)
             case.measure(row, has_triton, lambda: part.note("microseconds", table))
             del case
-        part.note("chosen by the library", product_choice.choices())
+        part.note("chosen by the library", int8_cuda_choice.choices())
         part.note(f"together at {rows} rows", _together(part, table, rows, shapes))
 
 
@@ -88,12 +88,12 @@ class Case:
         row |= {way: self._us(call) for way, call in self._torch_ways().items()}
         if not has_triton:
             return keep()
-        from helpers.quantization import triton_passes as passes
+        from helpers.quantization import int8_triton_passes as passes
 
         row[QUANTIZE] = self._us(lambda _w: passes.quantize_rows(self.x))
         row["quantization by size"] = self._by_size(passes)
-        row[CUBLAS] = self._us(partial(self._by_library, cuda_products.around_cublas))
-        library = partial(self._by_library, cuda_products.rescaled_product)
+        row[CUBLAS] = self._us(partial(self._by_library, int8_cuda.around_cublas))
+        library = partial(self._by_library, int8_cuda.rescaled_product)
         row[LIBRARY] = self._us(library)
         row[f"launched, {LIBRARY}"] = self._us(library, eager_seconds)
         keep()
@@ -103,7 +103,7 @@ class Case:
         if not timed:
             return keep()
         best = min(timed, key=timed.get)
-        tile = product_choice.Tile(*best)
+        tile = int8_cuda_choice.Tile(*best)
         row |= {"tile": str(best), "Triton product alone": timed[best]}
         row[TRITON] = self._us(partial(self._by_library, partial(passes.product, tile=tile)))
         row["exact"] = self._is_exact(passes, tile)
@@ -127,7 +127,7 @@ class Case:
             if self.part.left() < 6:
                 break
             given = scale, self.columns, None, torch.bfloat16
-            product = partial(passes.product, tile=product_choice.Tile(*sizes))
+            product = partial(passes.product, tile=int8_cuda_choice.Tile(*sizes))
             found[sizes] = self._us(
                 lambda w, product=product, given=given: product(values, w, *given)
             )
@@ -147,18 +147,18 @@ class Case:
         values = quantize_activations(self.x.float(), scale)
         return {
             FLOAT: lambda w: linear(self.x, own[id(w)]),
-            ALONE: lambda w: cuda_products.multiply(values, w),
+            ALONE: lambda w: int8_cuda.multiply(values, w),
             TORCH: self._by_torch,
         }
 
     def _by_torch(self, weight: Tensor) -> Tensor:
         rows = self.x.float()
         scale = absmax_scale(rows.abs().amax(-1, keepdim=True))
-        product = cuda_products.multiply(quantize_activations(rows, scale), weight)
+        product = int8_cuda.multiply(quantize_activations(rows, scale), weight)
         return product.float().mul_(scale).mul_(self.columns).to(self.x.dtype)
 
     def _by_library(self, product, weight: Tensor) -> Tensor:
-        values, scale = cuda_products.quantize_rows(self.x)
+        values, scale = int8_cuda.quantize_rows(self.x)
         return product(values, weight, scale, self.columns, None, self.x.dtype)
 
     def _is_exact(self, passes, tile) -> bool | str:
@@ -176,7 +176,7 @@ class Case:
     def _same(self, passes, tile, values: Tensor, weight: Tensor) -> bool:
         ones = torch.ones(len(values) + len(weight), device=self.part.device)
         scales = ones[: len(values), None], ones[len(values) :]
-        weight = cuda_products.pack(weight)[0]
+        weight = int8_cuda.pack(weight)[0]
         y = passes.product(values, weight, *scales, None, torch.bfloat16, tile=tile)
         few = (values[:8].cpu().double() @ weight[:512].cpu().double().t()).float().bfloat16()
         if not torch.equal(y[:8, :512].cpu(), few):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu.part import Part
-from helpers.quantization import cuda_products, kernels
+from helpers.quantization import int8_cuda, int8_matmul
 from helpers.quantization.int8_linear import Int8Linear, Stack
 
 ROWS = (1, 2, 16, 17, 31, 256)
@@ -15,8 +15,8 @@ ACTIVATIONS = ("token_dynamic", "tensor_dynamic", "tensor_static")
 def run(part: Part) -> None:
     """Products, then whole Linears; the largest sums and sizes that need padding are among them."""
     if part.device == "cuda":
-        part.note("proof", cuda_products.proof(torch.device("cuda", 0)))
-        part.note("way", cuda_products.way(0))
+        part.note("proof", int8_cuda.proof(torch.device("cuda", 0)))
+        part.note("way", int8_cuda.way(0))
     part.note("products", _products(part))
     part.note("scales of numbers that torch divides", _scales(part))
     part.note("linears", [_linear(part, *case) for case in _cases(part) if not part.over()])
@@ -38,9 +38,9 @@ def _products(part: Part) -> dict:
 
 
 def _off(part: Part, a: Tensor, weight: Tensor) -> list[str]:
-    packed = kernels.pack(weight.to(part.device))
-    found = kernels.multiply(a.to(part.device), packed).cpu().double()
-    unpacked = torch.equal(kernels.unpack(packed).cpu(), weight.t())
+    packed = int8_matmul.pack(weight.to(part.device))
+    found = int8_matmul.multiply(a.to(part.device), packed).cpu().double()
+    unpacked = torch.equal(int8_matmul.unpack(packed).cpu(), weight.t())
     exact = a.double() @ weight.double().t()
     if torch.equal(found, exact) and unpacked:
         return []

@@ -6,9 +6,9 @@ python -m benchmarks.gpu.published
 import json
 
 from benchmarks.gpu.cards import INT8
-from helpers.report.formats import MISSING, markdown_table
+from helpers.core.paths import PROJECT
+from helpers.report.markdown import MISSING, markdown_table
 from helpers.report.readme import around
-from helpers.study.paths import PROJECT
 
 FOLDER = PROJECT / "outputs" / "gpu"
 PAGE, README = PROJECT / "docs" / "scaling.md", PROJECT / "README.md"

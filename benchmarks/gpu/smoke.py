@@ -10,22 +10,22 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu.part import Part
+from helpers.core.hashing import sha256_folder
+from helpers.core.paths import PROJECT
+from helpers.core.records import Record, write_json
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.language_modeling import read_shared_text
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
 from helpers.evaluation.scoring import score_text
+from helpers.inference.perplexity import read_shared_text
 from helpers.quantization import alpha, calibration, compression, smoothing
 from helpers.quantization.variants import load_variant
-from helpers.quantization.verification import verify
-from helpers.sources.conversations import calibration_tokens
-from helpers.sources.datasets import calibration_items, evaluation_items, item_ids
-from helpers.sources.devices import prepare
+from helpers.runtime.devices import prepare
+from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer, model_folder
-from helpers.study.hashing import sha256_folder
-from helpers.study.opening import open_job
-from helpers.study.paths import PROJECT
-from helpers.study.records import Record, write_json
+from helpers.sources.sampling import calibration_items, evaluation_items, item_ids
+from helpers.study.study_run import open_job
+from helpers.verification.variant_gates import verify
 
 STUDY, MODEL = "smoke", "base"
 VARIANTS = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "smoothquant_o3", "noquant_bf16")

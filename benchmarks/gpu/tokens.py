@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu import full_size
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import eager_seconds
-from helpers.evaluation.attention import packed
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.packing import Segment, read
+from helpers.core.architectures import HEAD, linear_names
+from helpers.inference.generation import generate_greedy
+from helpers.inference.packed_attention import packed
+from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import compression
-from helpers.study.architectures import HEAD, linear_names
 from helpers.study.loading import load_study
 
 TEXTS, LENGTH = 8, 512

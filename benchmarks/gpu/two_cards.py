@@ -13,14 +13,14 @@ from torch import Tensor
 
 from benchmarks.gpu.company import MEDIUM, drawn_items, quantized_by_rounding_
 from benchmarks.gpu.part import Part
-from helpers.evaluation.attention import packed
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.evaluation.packing import Segment, read
-from helpers.quantization import kernels
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
+from helpers.inference.packed_attention import packed
+from helpers.inference.packed_rows import Segment, read
+from helpers.quantization import int8_matmul
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_as
-from helpers.sources.devices import modules_by_device, settled
+from helpers.runtime.devices import modules_by_device, settled
 from helpers.sources.models import load_model
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Runtime
@@ -126,4 +126,4 @@ def integers_off(one, two, prompt: list[int]) -> list[bool]:
 def integers(linear: Int8Linear, x: Tensor) -> tuple[Tensor, Tensor]:
     """(tokens, in_features) int8 of x, and their (tokens, stacked out_features) product."""
     values, _ = linear.quantized(x.to(linear.weight_scale.device))
-    return values.cpu(), kernels.multiply(values, linear.stack.packed).cpu()
+    return values.cpu(), int8_matmul.multiply(values, linear.stack.packed).cpu()

@@ -1,4 +1,4 @@
-"""What the notebooks call: one room for each kind of work, one field concept a module.
+"""What the notebooks call: one package for each kind of work, one field concept a module.
 
 Nobody is told of a run: the Hub's client, which asks when it is first imported, is
 answered here.

@@ -1,1 +1,1 @@
-"""How items are asked, scored and compared."""
+"""Items become prompts, predictions and scores."""

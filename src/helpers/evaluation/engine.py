@@ -4,19 +4,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from helpers.evaluation import served
-from helpers.evaluation.generation import generate_greedy
-from helpers.evaluation.loglikelihood import option_loglikelihoods
-from helpers.evaluation.parsing import last_boxed
-from helpers.evaluation.progress import Progress, Unkept
+from helpers.core.activity import Bar
+from helpers.core.errors import StudyError
+from helpers.evaluation.answer_parsing import last_boxed
+from helpers.evaluation.out_of_memory import halving
 from helpers.evaluation.prompts import Prompt, asked_hash, asked_tokens, prompt
-from helpers.evaluation.room import halving
+from helpers.evaluation.resume import Progress, Unkept
 from helpers.evaluation.scoring import score_options, score_text
+from helpers.inference import vllm_protocols
+from helpers.inference.generation import generate_greedy
+from helpers.inference.loglikelihood import option_loglikelihoods
 from helpers.sources.chat_template import end_of_turn
-from helpers.sources.datasets import evaluation_items
 from helpers.sources.items import Item
-from helpers.study.activity import Bar
-from helpers.study.errors import StudyError
+from helpers.sources.sampling import evaluation_items
 from helpers.study.schema import Batch, EvaluationSet, Study
 
 
@@ -70,7 +70,11 @@ def _score(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) -> It
     tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _refuse_long(model, prompts, longest)
-    score = served.option_loglikelihoods if served.is_served(model) else option_loglikelihoods
+    score = (
+        vllm_protocols.option_loglikelihoods
+        if vllm_protocols.is_served(model)
+        else option_loglikelihoods
+    )
     for index, logprobs in score(model, tokens, batch_tokens=limits.tokens):
         asked = prompts[index]
         made = score_options(
@@ -86,7 +90,9 @@ def _generate(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) ->
     contexts = [t.context for t in tokens]
     cap = wanted.ask.max_new_tokens
     _refuse_long(model, prompts, [len(context) + cap for context in contexts])
-    generate = served.generate_greedy if served.is_served(model) else generate_greedy
+    generate = (
+        vllm_protocols.generate_greedy if vllm_protocols.is_served(model) else generate_greedy
+    )
     answers = generate(
         model,
         contexts,

@@ -8,8 +8,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from helpers.core.errors import StudyError
 from helpers.evaluation.metrics import STATUSES
-from helpers.study.errors import StudyError
 
 PASSAGES = "passages"  # rows of the shared text, beside the adapters
 FINISH_REASONS = ("stop", "answer", "length", "nonfinite", "scored")

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from helpers.core.hashing import sha256_file
+from helpers.core.records import read_jsonl, write_jsonl
 from helpers.evaluation.prediction_rows import PASSAGES, refuse_odd_rows
-from helpers.study.hashing import sha256_file
-from helpers.study.records import read_jsonl, write_jsonl
 from helpers.study.schema import Study
 
 SHARED_TEXT = "shared_text"

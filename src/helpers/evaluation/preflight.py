@@ -12,35 +12,30 @@ from collections.abc import Iterable, Iterator
 
 from transformers.utils import logging
 
-from helpers.evaluation.language_modeling import passage_tokens
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
 from helpers.evaluation.prompts import option_tokens, prompt, prompt_tokens
-from helpers.sources.bundled import bundled_model_is_here
+from helpers.inference.perplexity import passage_tokens
+from helpers.runtime.rotary_positions import fixed_up_to
+from helpers.sources.bundled_model import bundled_model_is_here
+from helpers.sources.chat_conversations import calibration_tokens, training_tokens
 from helpers.sources.chat_template import end_of_turn
-from helpers.sources.configurations import load_config
-from helpers.sources.conversations import calibration_tokens, training_tokens
-from helpers.sources.datasets import (
+from helpers.sources.hub import cached_model
+from helpers.sources.model_config import load_config
+from helpers.sources.model_skeleton import skeleton
+from helpers.sources.model_tensors import TensorFiles
+from helpers.sources.models import load_tokenizer, model_folder, tensor_problem
+from helpers.sources.row_problems import row_problems, rows_are_here
+from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
     shared_passages,
     training_items,
 )
-from helpers.sources.hub import cached_model
-from helpers.sources.models import load_tokenizer, model_folder, tensor_problem
-from helpers.sources.positions import fixed_up_to
-from helpers.sources.row_problems import row_problems, rows_are_here
-from helpers.sources.skeleton import skeleton
-from helpers.sources.tensor_files import TensorFiles
-from helpers.study.errors import StudyError
 from helpers.study.loading import load_study, place_of, study_file
-from helpers.study.paths import StudyPaths
 from helpers.study.pins import is_commit
 from helpers.study.schema import Study
-from helpers.study.source_settings import (
-    BundledModel,
-    FineTunedModel,
-    HubModel,
-    ModelSource,
-)
+from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
 
 ANEW = "resize them with model.resize_token_embeddings and train, or take the tokenizer it had"
 Texts = Iterable[tuple[str, list[int], int]]  # (what it is, token ids, tokens to be written)

@@ -9,9 +9,9 @@ torch; a line proves itself, since its hash is in every prediction.
 from collections.abc import Sequence
 from pathlib import Path
 
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_data
-from helpers.study.records import read_jsonl
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_data
+from helpers.core.records import read_jsonl
 
 FOLDER = "prompts"
 

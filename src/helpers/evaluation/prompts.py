@@ -3,14 +3,20 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from helpers.evaluation.loglikelihood import OptionTokens
+from helpers.core.records import write_jsonl
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
-from helpers.sources.conversations import conversation, plain_tokens, render, tokenize, with_mark
-from helpers.sources.datasets import evaluation_items
+from helpers.inference.loglikelihood import OptionTokens
+from helpers.sources.chat_conversations import (
+    conversation,
+    plain_tokens,
+    render,
+    tokenize,
+    with_mark,
+)
 from helpers.sources.items import Item
-from helpers.study.opening import Job
-from helpers.study.records import write_jsonl
+from helpers.sources.sampling import evaluation_items
 from helpers.study.schema import EvaluationSet
+from helpers.study.study_run import Job
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ import math
 from collections import Counter
 from fractions import Fraction
 
-from helpers.evaluation.parsing import is_abstention, last_boxed, normalize_answer
+from helpers.core.plain_text import whole_characters
+from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
+from helpers.sources.exact_numbers import gold_number, parse_number
 from helpers.sources.items import Item, label_key
-from helpers.sources.numbers import gold_number, parse_number
-from helpers.study.plain_text import whole_characters
 
 RELATIVE_TOLERANCE = Fraction(1, 10**6)
 

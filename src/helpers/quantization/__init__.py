@@ -1,1 +1,1 @@
-"""Calibration, smoothing, compression, and the checks on what was compressed."""
+"""Calibration, smoothing, the choice of alpha, compression, INT8 products, variants."""

@@ -13,14 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from helpers.core.activity import Bar
+from helpers.core.errors import StudyError
+from helpers.quantization.fake_quant import Scales, look, simulated
 from helpers.quantization.layer_groups import smoothing_groups
-from helpers.quantization.probe import Probe
-from helpers.quantization.simulation import Scales, look, simulated
+from helpers.quantization.sensitivity import Probe
 from helpers.quantization.smoothing import everywhere, group_scales
-from helpers.sources.experts import every_expert_reads
-from helpers.study.activity import Bar
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.runtime.moe_experts import every_expert_reads
+from helpers.study.schema_variants import Variant
 
 AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
 

@@ -14,14 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.core.activity import Bar
+from helpers.core.errors import StudyError
+from helpers.core.file_writing import write_atomically
 from helpers.quantization.layer_groups import linear_layers
-from helpers.sources.batching import pad, token_budget_batches
-from helpers.sources.experts import every_expert_reads
-from helpers.sources.memory import trim_heap
-from helpers.sources.positions import batch_tokens_for, refuse_beyond_context
-from helpers.study.activity import Bar
-from helpers.study.errors import StudyError
-from helpers.study.writing import write_atomically
+from helpers.runtime.allocator import trim_heap
+from helpers.runtime.batching import pad, token_budget_batches
+from helpers.runtime.moe_experts import every_expert_reads
+from helpers.runtime.rotary_positions import batch_tokens_for, refuse_beyond_context
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
 LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each

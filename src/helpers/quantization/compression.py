@@ -14,13 +14,13 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from helpers.core.activity import doing
+from helpers.core.errors import StudyError
 from helpers.quantization.layer_groups import linear_layers, quantized_linears
 from helpers.quantization.seed_recipe import apply_seed_recipe_
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax
 from helpers.sources.models import save_model
-from helpers.study.activity import doing
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 
 def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[str]:

@@ -1,9 +1,9 @@
-"""Linears that multiply int8 by int8 exactly (`kernels`), alone and stacked.
+"""Linears that multiply int8 by int8 exactly (`int8_matmul`), alone and stacked.
 
 Activations are quantized at the granularity the checkpoint declares, by the rule
 compressed-tensors uses (scale = abs-max / 127.5, round half to even, clamp to [-128, 127]), so
 that the simulated checkpoint and this runtime agree. Weights are held once, as int8, in the
-order the kernel reads. `fused_passes` does the elementwise work where it can; torch's
+order the kernel reads. `int8_passes` does the elementwise work where it can; torch's
 operations, which stand here, are the rule, and equal to the bit.
 """
 
@@ -14,9 +14,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor, nn
 
-from helpers.quantization import cuda_products, fused_passes, kernels
-from helpers.quantization.kept import MULTIPLIED, QUANTIZED, Kept
-from helpers.sources.batching import token_owners
+from helpers.quantization import int8_cuda, int8_matmul, int8_passes
+from helpers.quantization.int8_activation_cache import MULTIPLIED, QUANTIZED, Kept
+from helpers.runtime.batching import token_owners
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -70,7 +70,7 @@ class Stack:
     @torch.inference_mode(False)
     def pack(self) -> None:
         """Put the weights in the order of the kernel; the Linears let theirs go."""
-        self.packed = kernels.pack(torch.cat([linear.weight for linear in self.linears]))
+        self.packed = int8_matmul.pack(torch.cat([linear.weight for linear in self.linears]))
         self.scales = self._joined("weight_scale")[0]
         self.bias = None if self.linears[0].bias is None else self._joined("bias")
         for linear in self.linears:
@@ -80,7 +80,7 @@ class Stack:
     def unpack(self) -> None:
         """Give the Linears their weights back; the next product packs them anew."""
         if self.packed:
-            weight_t = kernels.unpack(self.packed)
+            weight_t = int8_matmul.unpack(self.packed)
             for linear, columns in zip(self.linears, self.columns, strict=True):
                 linear.weight = weight_t[:, columns].t().contiguous()
             self.packed = ()
@@ -101,12 +101,12 @@ class Stack:
     def multiplied(self, x: Tensor) -> Tensor:
         """(tokens, all out_features) float32, or x's dtype, of x (…, in_features)."""
         values, scale = self.linears[0].quantized(x)
-        if cuda_products.fused(values.device):
+        if int8_cuda.fused(values.device):
             given = self.packed[0], scale, self.scales, self.bias
-            return cuda_products.rescaled_product(values, *given, x.dtype)
-        product = kernels.multiply(values, self.packed)
+            return int8_cuda.rescaled_product(values, *given, x.dtype)
+        product = int8_matmul.multiply(values, self.packed)
         if is_fused(product):
-            y = fused_passes.rescale_(product, scale, self.scales)
+            y = int8_passes.rescale_(product, scale, self.scales)
         else:
             y = product.float().mul_(scale).mul_(self.scales)
         return y if self.bias is None else y.add_(self.bias)
@@ -151,7 +151,7 @@ class Int8Linear(nn.Module):
         """(in_features, out_features) int8, as this Linear multiplies by it."""
         if not self.stack.packed:
             return self.weight.t()
-        return kernels.unpack(self.stack.packed)[:, self.columns]
+        return int8_matmul.unpack(self.stack.packed)[:, self.columns]
 
     def held_bytes(self) -> int:
         """What weights, scales and bias take in memory; packed weights are the stack's first's."""
@@ -189,13 +189,13 @@ class Int8Linear(nn.Module):
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, self.in_features)
-        if self.activations == "token_dynamic" and cuda_products.fused(rows.device):
-            return cuda_products.quantize_rows(rows)
+        if self.activations == "token_dynamic" and int8_cuda.fused(rows.device):
+            return int8_cuda.quantize_rows(rows)
         rows = rows.float()
         if is_fused(rows) and self.activations == "token_dynamic":
-            return fused_passes.quantize_rows(rows)
+            return int8_passes.quantize_rows(rows)
         scale = self.scale_of(rows)
-        quantize = fused_passes.quantize_by if is_fused(rows) else quantize_activations
+        quantize = int8_passes.quantize_by if is_fused(rows) else quantize_activations
         return quantize(rows, scale), scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -213,7 +213,7 @@ class Int8Linear(nn.Module):
 
 
 def is_fused(x: Tensor) -> bool:
-    return x.device.type == "cpu" and fused_passes.available()
+    return x.device.type == "cpu" and int8_passes.available()
 
 
 def stack_siblings_(model) -> int:

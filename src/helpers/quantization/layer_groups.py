@@ -1,6 +1,6 @@
 """Which Linears a variant quantizes, and where a model's smoothing scales can be folded.
 
-What a family looks like is in `helpers.study.architectures`; here it becomes the groups
+What a family looks like is in `helpers.core.architectures`; here it becomes the groups
 of one model and the Linears of one variant.
 """
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from helpers.study.architectures import architecture, places
-from helpers.study.errors import StudyError
+from helpers.core.architectures import architecture, places
+from helpers.core.errors import StudyError
 
 
 @dataclass(frozen=True)

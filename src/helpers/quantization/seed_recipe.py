@@ -17,10 +17,10 @@ but not divided); symmetric 8 bits whose ±127 reaches the largest weight.
 import torch
 from torch import Tensor, nn
 
+from helpers.core.errors import StudyError
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
 from helpers.quantization.smoothing import smoothing_scales
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Smooth
+from helpers.study.schema_variants import Smooth
 
 CLAMP = (1e-2, 1e2)
 

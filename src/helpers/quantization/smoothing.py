@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from helpers.core.errors import StudyError
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
-from helpers.study.errors import StudyError
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_variants import Variant
 
 SMALLEST = 1e-5  # floor of maxima and scales, so that a dead channel divides nothing by zero
 

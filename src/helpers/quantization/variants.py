@@ -7,20 +7,20 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization import cuda_products, fused_passes, kernels
-from helpers.quantization.int8 import declared_activations, load_int8
+from helpers.core.checksums import refuse_damaged
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_folder
+from helpers.inference.vllm_client import VllmModel
+from helpers.quantization import int8_cuda, int8_matmul, int8_passes
+from helpers.quantization.int8_checkpoint import declared_activations, load_int8
 from helpers.quantization.int8_linear import unpack_stacks_
-from helpers.quantization.vllm_runtime import VllmModel
-from helpers.sources import processors
-from helpers.sources.devices import placed
-from helpers.sources.experts import linear_experts
+from helpers.runtime import processors
+from helpers.runtime.devices import placed
+from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.moe_experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
-from helpers.sources.onednn import multiplied_by_onednn
-from helpers.study.checksums import refuse_damaged
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_folder
-from helpers.study.opening import Job
 from helpers.study.schema import Runtime
+from helpers.study.study_run import Job
 
 
 def load_variant(job: Job):
@@ -70,7 +70,7 @@ def arithmetic(job: Job) -> dict[str, str]:
         capability = torch.cuda.get_device_capability(0)
         return {
             "compute_capability": ".".join(map(str, capability)),
-            "int8_products": cuda_products.way(0),
+            "int8_products": int8_cuda.way(0),
         }
     if job.study.runtime.device != "cpu":
         return {}
@@ -78,8 +78,8 @@ def arithmetic(job: Job) -> dict[str, str]:
     return {
         "processor": processors.kind(),
         "int8_units": "yes" if processors.has_int8_units() else "no",
-        "int8_products": kernels.cpu_way().name,
-        "int8_passes": "fused" if fused_passes.available() else "torch's",
+        "int8_products": int8_matmul.cpu_way().name,
+        "int8_passes": "fused" if int8_passes.available() else "torch's",
         "bfloat16_products": units,
     }
 

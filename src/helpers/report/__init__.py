@@ -1,1 +1,1 @@
-"""Figures, tables and sentences, all made from records. Imports no torch."""
+"""Results read from records, as tables, figures and text. Imports no torch."""

@@ -8,26 +8,20 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.report import (
-    comparison_figures,
-    controls,
-    details,
+    appendix,
     executive,
+    executive_controls,
     figures,
-    findings,
-    items,
-    outlier_sentences,
+    figures_comparison,
+    narrative,
+    narrative_findings,
     outliers,
-    overview,
-    sentences,
+    outliers_narrative,
+    tables_datasets,
+    tables_headline,
 )
 from helpers.report.estimates import token_estimates
-from helpers.report.formats import (
-    count,
-    dataset_name,
-    escape,
-    markdown_table,
-    percent,
-)
+from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
 from helpers.report.results import Results
 
 Shown = list[Markdown | Figure]
@@ -42,7 +36,7 @@ def notice(missing: tuple[str, ...]) -> Shown:
     """What a partial report lacks, before anything else; nothing for a whole one."""
     if not missing:
         return []
-    lines = sentences.bullets([escape(name) for name in missing])
+    lines = narrative.bullets([escape(name) for name in missing])
     about = "**This report is partial.** Nothing is said here about the runs it lacks, and no "
     about += "verdict rests on them; declared comparisons among them stay counted in Holm's family."
     return [text(about, lines)]
@@ -50,19 +44,23 @@ def notice(missing: tuple[str, ...]) -> Shown:
 
 def opening(results: Results) -> Shown:
     """The question, the answer, the headline table, the key findings and the controls."""
-    verdicts, duties = executive.verdict_table(results), controls.duties(results)
+    verdicts, duties = executive.verdict_table(results), executive_controls.duties(results)
     return [
         text(
             f"# {escape(results.study.title)}",
-            sentences.question(results),
+            narrative.question(results),
             "## Executive summary",
             executive.answer(results),
             markdown_table(verdicts) if verdicts else "",
-            sentences.bullets(executive.meanings(results)),
+            narrative.bullets(executive.meanings(results)),
         ),
-        text("### Scores", markdown_table(overview.headline(results)), sentences.legend(results)),
-        text("### Key findings", sentences.bullets(findings.findings(results))),
-        text("### Controls", sentences.controls_claim(results), markdown_table(duties)),
+        text(
+            "### Scores",
+            markdown_table(tables_headline.headline(results)),
+            narrative.legend(results),
+        ),
+        text("### Key findings", narrative.bullets(narrative_findings.findings(results))),
+        text("### Controls", narrative.controls_claim(results), markdown_table(duties)),
     ]
 
 
@@ -80,16 +78,16 @@ def _outliers_of(results: Results, model: str) -> Shown:
         [i.name for i in in_order],
         [i.largest for i in in_order],
         [i.median for i in in_order],
-        title=outlier_sentences.figure_claim(model, worst),
+        title=outliers_narrative.figure_claim(model, worst),
     )
     column = calibrated.surface[:, calibrated.surface.max(0).argmax()]  # (tokens,)
     loud = int((column > column.max() / 2).sum())
     tokens = f"{count(loud, 'token')} of {len(column)}"
     claim = f"{model}, {shown.name}: one channel at {tokens} sets the scale"
     surface = figures.outlier_surface(calibrated.surface, title=claim, channels=96)
-    told = text(f"### Model `{model}`", outlier_sentences.outlier_story(results, model))
-    tables = [markdown_table(details.outlier_inputs(results, model, rows=6))]
-    if low := details.worst_outputs(results, model, rows=6):
+    told = text(f"### Model `{model}`", outliers_narrative.outlier_story(results, model))
+    tables = [markdown_table(appendix.outlier_inputs(results, model, rows=6))]
+    if low := appendix.worst_outputs(results, model, rows=6):
         tables.append(markdown_table(low))
     return [told, maxima, surface, *_sqnr_figure(results, model), text(*tables)]
 
@@ -110,7 +108,7 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     title = (
         f"{model}: worst under {variant}, {name.removeprefix('model.layers.')} at {level:.1f} dB"
     )
-    return [comparison_figures.sqnr_by_variant(curves, variants=results.compared, title=title)]
+    return [figures_comparison.sqnr_by_variant(curves, variants=results.compared, title=title)]
 
 
 def base_models(results: Results) -> Shown:
@@ -121,7 +119,7 @@ def base_models(results: Results) -> Shown:
 def trained_models(results: Results) -> Shown:
     """Comparisons of the models it fine-tuned, and how they differ from their start."""
     found = _comparisons(results, list(results.training))
-    return [*found, text(sentences.models_compared(results))]
+    return [*found, text(narrative.models_compared(results))]
 
 
 def _comparisons(results: Results, models: list[str]) -> Shown:
@@ -130,12 +128,15 @@ def _comparisons(results: Results, models: list[str]) -> Shown:
 
 def comparison(results: Results, model: str) -> Shown:
     """One model: what its items say, and what its tokens say."""
-    rows = overview.comparison(results, model)
+    rows = tables_headline.comparison(results, model)
     table = markdown_table(rows) if rows else "This study has nothing to compare the baseline with."
     return [
         text(f"### Model `{model}`: items", table),
         *_forest(results, model),
-        text(f"### Model `{model}`: tokens", markdown_table(overview.token_level(results, model))),
+        text(
+            f"### Model `{model}`: tokens",
+            markdown_table(tables_headline.token_level(results, model)),
+        ),
         *_token_figure(results, model),
     ]
 
@@ -151,14 +152,15 @@ def _forest(results: Results, model: str) -> Shown:
             "filled": v.primary,
             "kind": v.kind,
         }
-        for c, v in overview.ordered(results, model)
-        if c.baseline == results.study.baseline and c.variant in controls.shown_beside(results)
+        for c, v in tables_headline.ordered(results, model)
+        if c.baseline == results.study.baseline
+        and c.variant in executive_controls.shown_beside(results)
     ]
     if not found:
         return []
-    title = sentences.forest_claim(results, model)
+    title = narrative.forest_claim(results, model)
     margin = results.rules.margin
-    return [comparison_figures.forest(found, variants=results.compared, margin=margin, title=title)]
+    return [figures_comparison.forest(found, variants=results.compared, margin=margin, title=title)]
 
 
 def _token_figure(results: Results, model: str) -> Shown:
@@ -167,15 +169,15 @@ def _token_figure(results: Results, model: str) -> Shown:
         kl = token_estimates(e, results.rules)["kl"]
         if e.variant == results.noise_floor:
             floor = kl.value
-        elif kl.value and e.variant in controls.shown_beside(results):
+        elif kl.value and e.variant in executive_controls.shown_beside(results):
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             rows.append({"model": model, "variant": e.variant, "kl": kl.value})
             rows[-1] |= {"low": low, "high": high}
     if not rows:
         return []
-    title = sentences.token_claim(results, model, [row["variant"] for row in rows])
+    title = narrative.token_claim(results, model, [row["variant"] for row in rows])
     return [
-        comparison_figures.token_costs(rows, variants=results.compared, floor=floor, title=title)
+        figures_comparison.token_costs(rows, variants=results.compared, floor=floor, title=title)
     ]
 
 
@@ -187,7 +189,7 @@ def dataset_chapters(results: Results) -> Shown:
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
     """One evaluation set, for all models and variants."""
-    best = overview.best_fixed(results)[dataset]
+    best = tables_headline.best_fixed(results)[dataset]
     asked = results.baseline_of(results.models[0]).predictions[dataset]
     passages = len({p["cluster"] or p["id"] for p in asked})
     about = f"{count(len(asked), 'item')}"
@@ -197,16 +199,16 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
         f"### 5.{place} {dataset_name(dataset)}",
         f"{about}. The best fixed answer, always {escape(best.answer)}, is right on "
         f"{percent(best.score)} of them.",
-        markdown_table(items.scores(results, dataset)),
+        markdown_table(tables_datasets.scores(results, dataset)),
         "How the answers came about:",
-        markdown_table(items.conduct(results, dataset)),
+        markdown_table(tables_datasets.conduct(results, dataset)),
     ]
     for model in results.models:
-        differing = items.differing(results, dataset, model)
+        differing = tables_datasets.differing(results, dataset, model)
         parts += [
             f"Items of `{model}`, those answered differently first "
             f"({differing} of {len(asked)} are):",
-            markdown_table(items.samples(results, dataset, model, rows=5)),
+            markdown_table(tables_datasets.samples(results, dataset, model, rows=5)),
         ]
     return text(*parts)
 
@@ -214,23 +216,23 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
 def technical_details(results: Results) -> Markdown:
     """Method, recipes, calibration, protocols, layers and bytes, gates, jobs, packages."""
     r = results.runtime
-    parts = ["**Comparisons.** " + sentences.method(results)]
-    parts += ["**Variants.**", markdown_table(details.recipes(results))]
-    parts += ["**Calibration.**", markdown_table(details.calibrations(results))]
-    parts += ["**Evaluation.**", markdown_table(details.protocols(results))]
-    if sizes := details.sizes(results):
+    parts = ["**Comparisons.** " + narrative.method(results)]
+    parts += ["**Variants.**", markdown_table(appendix.recipes(results))]
+    parts += ["**Calibration.**", markdown_table(appendix.calibrations(results))]
+    parts += ["**Evaluation.**", markdown_table(appendix.protocols(results))]
+    if sizes := appendix.sizes(results):
         parts += ["**Layers and bytes**, float → variant.", markdown_table(sizes)]
     for model in results.models:
-        if gates := details.gates(results, model):
+        if gates := appendix.gates(results, model):
             parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
-        if gates := details.evaluation_gates(results, model):
+        if gates := appendix.evaluation_gates(results, model):
             parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
     where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} a job, runtime {r.quantized}"
     parts += [
-        f"**Jobs**, on {details.machines(results)} ({where}).",
-        markdown_table(details.jobs(results)),
+        f"**Jobs**, on {appendix.machines(results)} ({where}).",
+        markdown_table(appendix.jobs(results)),
     ]
-    if computed := details.operations(results):
+    if computed := appendix.operations(results):
         about = (
             "**What the study computes** (TFLOP a stage): 10¹² multiplications and additions of "
         )
@@ -238,7 +240,7 @@ def technical_details(results: Results) -> Markdown:
         parts += [about, markdown_table(computed)]
     parts += [
         "**Packages.**",
-        markdown_table(details.packages(results)),
+        markdown_table(appendix.packages(results)),
     ]
     return text(*parts)
 
@@ -247,4 +249,4 @@ def conclusion(results: Results) -> Markdown:
     """What can be said, what cannot, and how to do it again."""
     again = f"To do it again: `make study STUDY={results.name}`."
     files = "The numbers are in `summary.json` and `summary.csv`, every answer in `predictions/`."
-    return text(sentences.bullets(sentences.conclusions(results)), f"{again} {files}")
+    return text(narrative.bullets(narrative.conclusions(results)), f"{again} {files}")

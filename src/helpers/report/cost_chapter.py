@@ -3,9 +3,9 @@
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
+from helpers.cost.results import QUIET, TOLERANCE, Cost, Way
 from helpers.report import cost_figures, cost_tables
-from helpers.report.cost import QUIET, TOLERANCE, Cost, Way
-from helpers.report.formats import code, count, escape, listed, markdown_table, percent
+from helpers.report.markdown import code, count, escape, listed, markdown_table, percent
 from helpers.report.results import Results
 
 Shown = list[Markdown | Figure]

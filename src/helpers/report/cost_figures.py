@@ -2,9 +2,9 @@
 
 from matplotlib.figure import Figure
 
-from helpers.report.comparison_figures import variant_looks
-from helpers.report.cost import Cost, Way
+from helpers.cost.results import Cost, Way
 from helpers.report.figures import INK, QUIET, in_house_style, new_figure
+from helpers.report.figures_comparison import variant_looks
 
 PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
 

@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from helpers.report.cost import Cost, Spread, Way
-from helpers.report.formats import MISSING, Markup, Rows, code, megabytes, number, percent
+from helpers.cost.results import Cost, Spread, Way
+from helpers.report.markdown import MISSING, Markup, Rows, code, megabytes, number, percent
 
 
 def way_name(cost: Cost, way: Way) -> Markup:

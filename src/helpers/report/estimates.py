@@ -6,10 +6,10 @@ Items that share a passage, and the tokens of the shared text, are resampled by 
 import math
 from dataclasses import dataclass
 
-from helpers.evaluation.bootstrap import bootstrap_difference, bootstrap_mean
-from helpers.evaluation.comparison import Rules, score_interval
-from helpers.evaluation.statistics import Interval, wilson_interval
-from helpers.report.evaluated import Evaluated
+from helpers.report.results_data import Evaluated
+from helpers.statistics.bootstrap import bootstrap_difference, bootstrap_mean
+from helpers.statistics.comparison import Rules, score_interval
+from helpers.statistics.intervals import Interval, wilson_interval
 
 MAIN = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
 

@@ -5,9 +5,8 @@ the answer in one sentence a variant, every declared verdict in a small table, a
 kind of verdict means, with its places. It has to read well for any mixture of verdicts.
 """
 
-from helpers.evaluation.verdicts import Verdict
-from helpers.report.controls import broken_controls, controls_kept
-from helpers.report.formats import (
+from helpers.report.executive_controls import broken_controls, controls_kept
+from helpers.report.markdown import (
     MISSING,
     Markup,
     Rows,
@@ -21,6 +20,7 @@ from helpers.report.formats import (
     span,
 )
 from helpers.report.results import Results
+from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison
 
 Judged = tuple[Comparison, Verdict]

@@ -12,7 +12,9 @@ from pathlib import Path
 import yaml
 from safetensors import safe_open
 
-from helpers.report.formats import (
+from helpers.core.file_writing import write_atomically
+from helpers.core.records import read_json
+from helpers.report.markdown import (
     Rows,
     code,
     count,
@@ -22,11 +24,9 @@ from helpers.report.formats import (
     megabytes,
     percent,
 )
-from helpers.study.opening import Job
-from helpers.study.records import read_json
 from helpers.study.schema import Study
-from helpers.study.source_settings import BundledModel, FineTunedModel, HubModel
-from helpers.study.writing import write_atomically
+from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel
+from helpers.study.study_run import Job
 
 CARD = "README.md"
 BUNDLED = {"smollm2-135m-instruct": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.quantization.channel_maxima import channel_maxima
-from helpers.report.evaluated import Calibrated, Evaluated
 from helpers.report.results import Results
+from helpers.report.results_data import Calibrated, Evaluated
 
 HALF_STEPS = 2 * 127  # half steps from zero to the end of a symmetric int8 scale
 

@@ -6,8 +6,8 @@ holds README.md to the report, so that the front page cannot tell of another run
 
 import re
 
-from helpers.study.errors import StudyError
-from helpers.study.paths import PROJECT
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT
 
 REPORT = "outputs/demo/report.md"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"

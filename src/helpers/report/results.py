@@ -12,26 +12,22 @@ from pathlib import Path
 
 import numpy as np
 
-from helpers.evaluation.answers import Published
-from helpers.evaluation.comparison import Rules, rules_of
-from helpers.evaluation.controls import Asked, Duty, Role, is_unsmoothed_twin, role_of
+from helpers.core.errors import StudyError
+from helpers.core.records import read_json
+from helpers.cost.results import Cost, read_costs, refuse_other_files
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import (
-    prediction_digests,
-    read_passage_rows,
-    read_predictions,
-)
+from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompt_records import read_prompts
-from helpers.evaluation.recomputed_comparisons import checked_verdicts
-from helpers.evaluation.verdicts import Verdict
-from helpers.report.chain import refuse_broken_chain
-from helpers.report.cost import Cost, read_costs, refuse_other_files
-from helpers.report.evaluated import MAKER, Calibrated, Evaluated
-from helpers.study.errors import StudyError
-from helpers.study.opening import Job
-from helpers.study.records import read_json
+from helpers.report.results_data import MAKER, Calibrated, Evaluated
+from helpers.report.results_provenance import refuse_broken_chain
+from helpers.statistics.checks.recomputed_comparisons import checked_verdicts
+from helpers.statistics.comparison import Rules, rules_of
+from helpers.statistics.controls import Asked, Duty, Role, is_unsmoothed_twin, role_of
+from helpers.statistics.published_answers import Published
+from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Runtime, Study
-from helpers.study.source_settings import FineTunedModel
+from helpers.study.schema_sources import FineTunedModel
+from helpers.study.study_run import Job
 
 
 @dataclass(frozen=True)

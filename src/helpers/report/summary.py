@@ -1,25 +1,25 @@
 """The report's numbers for programs: summary.json and summary.csv, and every answer.
 
 Fractions are 0–1. No times and no durations: the same records make the same bytes. The
-answers lie beside them, named by their content hashes, so that `helpers.report.recompute`
-can make every verdict again.
+answers lie beside them, named by their content hashes, so that
+`helpers.report.checks.recomputation` can make every verdict again.
 """
 
 import csv
 import io
 from pathlib import Path
 
-from helpers.evaluation.answers import write_answers
-from helpers.evaluation.controls import Duty
-from helpers.evaluation.verdicts import Verdict
-from helpers.report import items, outliers, overview
+from helpers.core.file_writing import write_atomically
+from helpers.core.gates import WHOLE_VARIANT
+from helpers.core.records import write_json
+from helpers.report import outliers, tables_datasets, tables_headline
 from helpers.report.estimates import Estimate, main_metric, token_estimates
-from helpers.report.evaluated import Evaluated
 from helpers.report.results import Results
-from helpers.study.gates import WHOLE_VARIANT
-from helpers.study.records import write_json
+from helpers.report.results_data import Evaluated
+from helpers.statistics.controls import Duty
+from helpers.statistics.published_answers import write_answers
+from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Study
-from helpers.study.writing import write_atomically
 
 COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
 SHARED = "shared_text"
@@ -58,7 +58,7 @@ def summary(results: Results) -> dict:
         "clusters": CLUSTERS,
         "best_fixed_answers": {
             name: {"answer": best.answer, "score": best.score}
-            for name, best in overview.best_fixed(results).items()
+            for name, best in tables_headline.best_fixed(results).items()
         },
         "controls": [control_row(at, duty) for at, duty in results.duties.items()],
         "models": {model: _model(results, model) for model in results.models},
@@ -87,7 +87,9 @@ def _variant(results: Results, e: Evaluated) -> dict:
     tokens = token_estimates(e, results.rules)
     found[SHARED] = {name: _plain(estimate) for name, estimate in tokens.items()}
     found["datasets"] = {
-        dataset: {n: _plain(x) for n, x in items.estimates_of(results, e, dataset).items()}
+        dataset: {
+            n: _plain(x) for n, x in tables_datasets.estimates_of(results, e, dataset).items()
+        }
         for dataset in results.study.evaluation.datasets
     }
     return found
@@ -149,7 +151,7 @@ def csv_text(results: Results) -> str:
     for e in (results.evaluations[m, v] for m in results.models for v in results.variants):
         by_dataset = {SHARED: token_estimates(e, results.rules)}
         for dataset in results.study.evaluation.datasets:
-            by_dataset[dataset] = items.estimates_of(results, e, dataset)
+            by_dataset[dataset] = tables_datasets.estimates_of(results, e, dataset)
         for dataset, estimates in by_dataset.items():
             for metric, x in estimates.items():
                 writer.writerow([e.model, e.variant, dataset, metric, x.value, *_limits(x), x.n])

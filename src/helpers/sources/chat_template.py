@@ -10,8 +10,8 @@ from collections.abc import Callable
 from datetime import datetime
 from functools import partial, wraps
 
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_text
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_text
 
 SWITCH = "enable_thinking"
 CLOCK = datetime(2024, 7, 26)  # what Llama 3's template says itself where it is given no clock

@@ -12,11 +12,11 @@ from collections.abc import Callable
 
 from huggingface_hub.utils import logging as client_logging
 
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
 from helpers.sources.hub import Unreachable, cached_model, commit_of, fetch_model
 from helpers.sources.hub_rows import account, keep_rows
-from helpers.study.errors import StudyError
 from helpers.study.loading import place_of, read_study, study_file
-from helpers.study.paths import StudyPaths
 from helpers.study.pins import (
     HubSource,
     PinnedDataset,
@@ -27,7 +27,7 @@ from helpers.study.pins import (
     write_pins,
 )
 from helpers.study.schema import Study
-from helpers.study.source_settings import HubDataset, HubModel
+from helpers.study.schema_sources import HubDataset, HubModel
 
 Say = Callable[[str], None]
 
@@ -98,7 +98,7 @@ def _have_model(name: str, commit: str, say: Say) -> None:
 
 def _have_rows(source: HubDataset, say: Say) -> dict:
     if (kept := account(source)) is None:
-        from helpers.sources.streaming import read_split  # takes seconds to import
+        from helpers.sources.hub_streaming import read_split  # takes seconds to import
 
         how = f", a sample of at most {source.stream.rows} rows" if source.stream else ""
         say(f"fetch    {source.hub}  {source.revision[:12]} ({source.split}{how})")

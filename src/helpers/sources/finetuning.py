@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from helpers.sources.batching import pad
-from helpers.sources.positions import reads_alone
-from helpers.sources.processors import has_bfloat16_units
-from helpers.study.activity import Bar
-from helpers.study.errors import StudyError
+from helpers.core.activity import Bar
+from helpers.core.errors import StudyError
+from helpers.runtime.batching import pad
+from helpers.runtime.processors import has_bfloat16_units
+from helpers.runtime.rotary_positions import reads_alone
 from helpers.study.schema import Runtime, Study
-from helpers.study.source_settings import FineTunedModel, FineTuning
+from helpers.study.schema_sources import FineTunedModel, FineTuning
 
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
 

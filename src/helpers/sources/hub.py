@@ -26,10 +26,10 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_file
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_file
+from helpers.core.weight_files import stored_tensors
 from helpers.study.model_folders import config_problem, missing_files
-from helpers.study.weight_files import stored_tensors
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Copies in other programs' layouts, and whatever lies in folders.

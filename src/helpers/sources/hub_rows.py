@@ -7,12 +7,12 @@ import json
 import re
 from pathlib import Path
 
-from helpers.study.errors import StudyError
-from helpers.study.hashing import sha256_data, sha256_file
-from helpers.study.paths import cache_root
+from helpers.core.errors import StudyError
+from helpers.core.hashing import sha256_data, sha256_file
+from helpers.core.paths import cache_root
+from helpers.core.records import read_jsonl, write_json, write_jsonl
 from helpers.study.pins import FETCH, is_commit
-from helpers.study.records import read_jsonl, write_json, write_jsonl
-from helpers.study.source_settings import HubDataset
+from helpers.study.schema_sources import HubDataset
 
 
 def rows_file(source: HubDataset) -> Path:

@@ -1,6 +1,6 @@
 """Items in one shape each, from rows in the Hub's schemas.
 
-What an item is asked lies in `helpers.sources.conversations` and
+What an item is asked lies in `helpers.sources.chat_conversations` and
 `helpers.evaluation.prompts`; here only its content, and what makes two of them the same.
 """
 
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
-from helpers.study.hashing import sha256_data, sha256_text
-from helpers.study.plain_text import whole_characters
+from helpers.core.hashing import sha256_data, sha256_text
+from helpers.core.plain_text import whole_characters
 
 
 @dataclass(frozen=True)

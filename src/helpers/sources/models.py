@@ -11,26 +11,26 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
+from helpers.core.activity import doing
+from helpers.core.architectures import HEAD, architecture, linear_names
+from helpers.core.checksums import RECORD, refuse_damaged
+from helpers.core.errors import StudyError
+from helpers.core.file_writing import replace_folder
+from helpers.core.paths import StudyPaths
+from helpers.runtime.devices import answering_where_asked, placed
+from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.moe_experts import linear_experts
 from helpers.sources import chat_template
-from helpers.sources.bundled import bundled_model_folder
-from helpers.sources.configurations import load_config, not_loaded
-from helpers.sources.devices import answering_where_asked, placed
-from helpers.sources.experts import linear_experts
+from helpers.sources.bundled_model import bundled_model_folder
 from helpers.sources.hub import cached_model
-from helpers.sources.onednn import multiplied_by_onednn
+from helpers.sources.model_config import load_config, not_loaded
+from helpers.sources.model_safety import refuse_unsafe
+from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.random_model import random_model_folder
-from helpers.sources.tensor_files import TensorFiles
-from helpers.sources.weights import refuse_unsafe
-from helpers.study.activity import doing
-from helpers.study.architectures import HEAD, architecture, linear_names
-from helpers.study.checksums import RECORD, refuse_damaged
-from helpers.study.errors import StudyError
 from helpers.study.local_files import resolve
-from helpers.study.paths import StudyPaths
 from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import Runtime, Study
-from helpers.study.source_settings import BundledModel, FolderModel, HubModel, RandomModel
-from helpers.study.writing import replace_folder
+from helpers.study.schema_sources import BundledModel, FolderModel, HubModel, RandomModel
 
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -6,9 +6,9 @@ layout and its chat format, and at full size its time and memory.
 
 from pathlib import Path
 
-from helpers.study.cache import kept_folder
-from helpers.study.hashing import canonical_json, sha256_text
-from helpers.study.paths import cache_root
+from helpers.core.cached_folders import kept_folder
+from helpers.core.hashing import canonical_json, sha256_text
+from helpers.core.paths import cache_root
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
@@ -92,7 +92,7 @@ def random_model(family: str, *, seed: int, **changes):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from helpers.sources.experts import linear_experts
+    from helpers.runtime.moe_experts import linear_experts
 
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     with torch.random.fork_rng(devices=[]), linear_experts(config):

@@ -8,11 +8,11 @@ import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from helpers.core.hashing import sha256_data
 from helpers.sources.items import Item
 from helpers.sources.rows import load_rows
-from helpers.study.hashing import sha256_data
 from helpers.study.local_files import files_of
-from helpers.study.source_settings import DatasetSource, FileDataset, ShippedDataset
+from helpers.study.schema_sources import DatasetSource, FileDataset, ShippedDataset
 
 
 def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:

@@ -2,17 +2,17 @@
 
 from collections.abc import Callable, Iterator
 
-from helpers.sources.datasets import (
+from helpers.core.errors import StudyError
+from helpers.sources.hub_rows import account
+from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
     shared_passages,
     training_items,
 )
-from helpers.sources.hub_rows import account
-from helpers.study.errors import StudyError
 from helpers.study.local_files import sources_of
 from helpers.study.schema import Study
-from helpers.study.source_settings import FineTunedModel, HubDataset
+from helpers.study.schema_sources import FineTunedModel, HubDataset
 
 
 def row_problems(study: Study) -> Iterator[str]:

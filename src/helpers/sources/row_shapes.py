@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from helpers.study.plain_text import one_line
+from helpers.core.plain_text import one_line
 
 WANTED = {
     "arc": "{id: text, question: text, choices: {label: [text], text: [text]}, answerKey: text}",

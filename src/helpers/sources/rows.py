@@ -9,12 +9,12 @@ import json
 from importlib.resources import files
 from pathlib import Path
 
+from helpers.core.errors import StudyError
+from helpers.core.plain_text import one_line
 from helpers.sources.hub_rows import cached_rows
 from helpers.sources.row_shapes import shape
-from helpers.study.errors import StudyError
 from helpers.study.local_files import files_of
-from helpers.study.plain_text import one_line
-from helpers.study.source_settings import DatasetSource, FileDataset, HubDataset, ShippedDataset
+from helpers.study.schema_sources import DatasetSource, FileDataset, HubDataset, ShippedDataset
 
 WANTED = "wanted is JSON lines: one object a line, as {…}"
 

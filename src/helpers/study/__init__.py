@@ -1,1 +1,1 @@
-"""The study file, where things lie, and the record of what was run. Imports no torch."""
+"""The study file, its stages, and what a run of each depends on. Imports no torch."""

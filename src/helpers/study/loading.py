@@ -9,16 +9,16 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from helpers.study.complaints import complaints
-from helpers.study.errors import StudyError
+from helpers.core.errors import StudyError
+from helpers.core.paths import PROJECT, StudyPaths
+from helpers.core.plain_text import one_line
+from helpers.study.loading_yaml import MOST_BYTES, read_yaml
 from helpers.study.local_files import found_at, missing_files
-from helpers.study.names import PATTERN, RULE, TAKEN_STUDIES, trouble_with
-from helpers.study.paths import PROJECT, StudyPaths
 from helpers.study.pins import pinned, read_pins
-from helpers.study.plain_text import one_line
-from helpers.study.references import broken_references
 from helpers.study.schema import Study
-from helpers.study.yaml_text import MOST_BYTES, read_yaml
+from helpers.study.schema_names import PATTERN, RULE, TAKEN_STUDIES, trouble_with
+from helpers.study.validation_messages import complaints
+from helpers.study.validation_references import broken_references
 
 
 def study_file(study: str | Path) -> Path:

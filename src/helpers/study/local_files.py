@@ -3,10 +3,10 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from helpers.core.paths import PROJECT, vllm_python
 from helpers.study.model_folders import folder_problem
-from helpers.study.paths import PROJECT, vllm_python
 from helpers.study.schema import Study
-from helpers.study.source_settings import FileDataset, FineTunedModel, FolderModel
+from helpers.study.schema_sources import FileDataset, FineTunedModel, FolderModel
 
 NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
 

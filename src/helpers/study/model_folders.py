@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from helpers.study.architectures import unknown_family
-from helpers.study.errors import StudyError
-from helpers.study.plain_text import one_line
-from helpers.study.weight_files import (
+from helpers.core.architectures import unknown_family
+from helpers.core.errors import StudyError
+from helpers.core.plain_text import one_line
+from helpers.core.weight_files import (
     AGAIN,
     ANEW,
     INDEX,

@@ -10,13 +10,13 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from helpers.study import accounts, grid
-from helpers.study.errors import StudyError
-from helpers.study.grid import Run
-from helpers.study.opening import Job
-from helpers.study.paths import StudyPaths
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
+from helpers.study import fingerprints, stages
 from helpers.study.schema import Study
-from helpers.study.source_settings import FineTunedModel
+from helpers.study.schema_sources import FineTunedModel
+from helpers.study.stages import Run
+from helpers.study.study_run import Job
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ def wanted_part(job: Job, *, partial: str) -> Part:
     if partial not in ("yes", "no"):
         raise StudyError(f"partial = {partial!r} is neither yes nor no; give one of them")
     if partial == "no":
-        return Part(job.study, tuple(grid.runs(job.study)))
-    return part_of(job.study, accounts.complete(job.study, job.paths))
+        return Part(job.study, tuple(stages.runs(job.study)))
+    return part_of(job.study, fingerprints.complete(job.study, job.paths))
 
 
 def part_of(study: Study, complete: Collection[Run]) -> Part:
@@ -75,8 +75,8 @@ def part_of(study: Study, complete: Collection[Run]) -> Part:
         "variants": {name: study.variants[name] for name in variants},
     }
     part = study.model_copy(update=kept)
-    shown = tuple(run for run in grid.runs(part) if run in complete)
-    left_out = [run for run in grid.runs(study) if run not in shown]
+    shown = tuple(run for run in stages.runs(part) if run in complete)
+    left_out = [run for run in stages.runs(study) if run not in shown]
     return Part(part, shown, tuple(_named(run, run in complete) for run in left_out))
 
 
@@ -88,7 +88,7 @@ def _named(run: Run, done: bool) -> str:
 def _gaps(study: Study, models, variants, complete) -> list[tuple[str, str]]:
     """(model, variant) of every run that is missing; no variant where it is the model's own."""
     gaps = []
-    for run in grid.runs(study):
+    for run in stages.runs(study):
         needed = run.stage != "cost" and run.model in models and run.variant in ("", *variants)
         if needed and run not in complete:
             gaps.append((run.model, "" if run.variant == study.baseline else run.variant))

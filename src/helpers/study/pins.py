@@ -15,12 +15,12 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from helpers.study.errors import StudyError
-from helpers.study.fields import Count, Strict
-from helpers.study.paths import StudyPaths
-from helpers.study.records import read_json, write_json
+from helpers.core.errors import StudyError
+from helpers.core.paths import StudyPaths
+from helpers.core.records import read_json, write_json
 from helpers.study.schema import Study
-from helpers.study.source_settings import HubDataset, HubModel, Stream
+from helpers.study.schema_fields import Count, Strict
+from helpers.study.schema_sources import HubDataset, HubModel, Stream
 
 COMMIT = r"^[0-9a-f]{40}$"
 FETCH = "make fetch"

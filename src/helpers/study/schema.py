@@ -9,9 +9,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from helpers.study.fields import Count, Name, Number, Strict, Whole
-from helpers.study.source_settings import DatasetSource, ModelSource
-from helpers.study.variant_settings import Variant
+from helpers.study.schema_fields import Count, Name, Number, Strict, Whole
+from helpers.study.schema_sources import DatasetSource, ModelSource
+from helpers.study.schema_variants import Variant
 
 Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
 
@@ -135,7 +135,7 @@ class Study(Strict):
     `enable_thinking` goes to the chat template of models that think aloud before they
     answer; a study of such a model has to say it.
     `old_rules_chapter` names variants that the report also shows, in one chapter, under the
-    rules of the report this project redoes (helpers.evaluation.old_rules); mostly there are
+    rules of the report this project redoes (helpers.statistics.naive_rules); mostly there are
     none.
     """
 

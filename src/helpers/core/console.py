@@ -1,0 +1,83 @@
+"""What a run of a study says: one line when a job starts, one when it ends.
+
+The lines go to the terminal and, while `make study` runs, to a file in the outputs folder
+that all its jobs share, wherever they run: `STUDY_PROGRESS`. Its first line is the number
+of jobs, each other one is JSON. From it a job knows how many are done, `make study` shows
+what jobs on other machines say, and at the end it is known which ended without a word.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from helpers.core.file_locking import waiting
+
+START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"
+LOST = "lost"  # said by the engine, of any job that did not end well
+ENDS = (DONE, FAILED, STOPPED, LOST)
+
+
+def say(word: str, label: str, rest: str = "") -> None:
+    """Say what became of a job; `[ 3/18]` stands for `done` where jobs are counted."""
+    shared = shared_file()
+    if not shared.is_file():
+        sys.stderr.write(_lines(word, label, rest))  # one write: jobs share the terminal
+        return
+    with waiting(shared):
+        total, events = read(shared)
+        first = word
+        if word == DONE:
+            done = 1 + sum(event["word"] == DONE for event in events)
+            first = f"[{done:>{len(total)}}/{total}]"
+        text = _lines(first, label, rest)
+        _append(shared, word, label, text)
+        sys.stderr.write(text)
+
+
+def lost(label: str) -> None:
+    """Note that a job did not end well; whether it said so itself is seen at the end."""
+    shared = shared_file()
+    if shared.is_file():
+        with waiting(shared):
+            _append(shared, LOST, label, "")
+
+
+def shared_file() -> Path:
+    """The file that all jobs of a run share; none outside of one."""
+    return Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
+
+
+def _append(shared: Path, word: str, label: str, text: str) -> None:
+    with open(shared, "a", encoding="utf-8") as stream:
+        stream.write(json.dumps({"word": word, "label": label, "text": text}) + "\n")
+
+
+def _lines(first: str, label: str, rest: str) -> str:
+    told, *more = rest.split("\n")
+    lines = [f"{first:<8} {label}  {told}".rstrip(), *(f"         {line}" for line in more)]
+    return "\n".join(lines) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """`3 min 07 s`, or `12 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def read(shared: Path) -> tuple[str, list[dict]]:
+    """(number of jobs, what they said so far); a line that is being written is left out."""
+    total, *lines = shared.read_text(encoding="utf-8").split("\n")
+    return total or "0", [json.loads(line) for line in lines[:-1]]
+
+
+def silent(events: list[dict]) -> list[str]:
+    """Names of the jobs that never said how they ended: they were killed."""
+    ended = {name(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
+    begun = dict.fromkeys(name(event) for event in events if event["word"] in (START, LOST))
+    return [job for job in begun if job not in ended]
+
+
+def name(event: dict) -> str:
+    """The job that said something, as `evaluation base noquant`."""
+    return " ".join(event["label"].split())

@@ -1,0 +1,43 @@
+"""The one exception that is the user's to mend, shown as one line without a traceback."""
+
+from helpers.core.plain_text import message
+
+FULL = "free some space and run again; what is finished is kept"
+UNWRITABLE = "make it writable, or name another place with STUDY_OUTPUTS and STUDY_CACHE"
+NO_MEMORY = "give the jobs more memory, or run fewer at once (CORES=1), or lower batch_tokens"
+REMEDIES = {
+    "No space left on device": FULL,
+    "Disk quota exceeded": FULL,
+    "File too large": FULL,
+    "Read-only file system": UNWRITABLE,
+    "Permission denied": UNWRITABLE,
+    "Operation not permitted": UNWRITABLE,
+    "Not a directory": UNWRITABLE,
+    "File exists": UNWRITABLE,
+    "MemoryError": NO_MEMORY,
+    "allocate memory": NO_MEMORY,
+    "bad_alloc": NO_MEMORY,
+}
+
+
+class StudyError(ValueError):
+    """Something in the study's inputs is wrong.
+
+    The message is one line: the place, the value, the limit and the remedy. Values come
+    from files of any origin, so that nothing in it acts on the terminal it is shown on.
+    """
+
+    def __init__(self, text: object):
+        super().__init__(message(text))
+
+
+def remedy(text: str) -> str:
+    """What to do about an error of the system's, told by its message; empty if unknown."""
+    return next((words for sign, words in REMEDIES.items() if sign in text), "")
+
+
+def in_one_line(text: str) -> str:
+    """Some program's account of an error, a traceback perhaps: its last line, and a remedy."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    told = lines[-1] if "Traceback" in text else " ".join(lines)
+    return "; ".join(filter(None, (told, remedy(text))))

@@ -1,0 +1,14 @@
+"""Imported first by a process that shall end with the one its environment names.
+
+The server that measuring processes are forked off (`helpers.core.interleaved_processes`) is started
+by Python, which offers no other moment to tell it so.
+"""
+
+import os
+
+from helpers.core.parent_process import die_with_parent
+
+PARENT = "STUDY_MEASURING_PARENT"
+
+if (parent := os.environ.pop(PARENT, None)) is not None:
+    die_with_parent(int(parent))

@@ -1,0 +1,54 @@
+"""Text of unknown origin, made safe to show: no character of it acts on what shows it.
+
+Terminal escapes, NUL and carriage returns, characters that reorder or hide what stands
+beside them, private and unassigned ones and halves of surrogate pairs become U+FFFD, so
+that something is seen to have been there. What Markdown and HTML act on is another
+matter (`helpers.report.markdown`).
+"""
+
+import unicodedata
+
+REPLACEMENT = "\ufffd"
+LONGEST_LINE = 800  # characters of one line of an error message
+
+
+def visible(text: str, *, keep: str = "") -> str:
+    """The text with every control, format, private and unassigned character replaced.
+
+    Args:
+        keep: characters that stay although they are such, as line ends.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if _shows(c) or c in keep else REPLACEMENT for c in text)
+
+
+def _shows(character: str) -> bool:
+    return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
+
+
+def one_line(text: object) -> str:
+    """The same on one line, all white space as single spaces."""
+    return visible(" ".join(str(text).split()))
+
+
+def message(text: object) -> str:
+    """An error message: its own lines, nothing in them that acts, none of them endless.
+
+    A line that is too long loses its middle: the place stands first, the remedy last.
+    """
+    return "\n".join(map(_shortened, visible(str(text), keep="\n\t").split("\n")))
+
+
+def _shortened(line: str) -> str:
+    half = LONGEST_LINE // 2
+    return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
+
+
+def whole_characters(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair alone becomes U+FFFD."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text

@@ -1,0 +1,124 @@
+"""Which files of a model's folder hold its weights, and which tensors lie in them.
+
+As transformers decides it: `model.safetensors`, or else the shards that the index names;
+whatever other safetensors lie beside them are not read. Headers only: no weight is
+touched, and torch is not needed. The loader and every check take the tensors from here.
+"""
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.core.errors import StudyError
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+ANEW = "save the model anew (model.save_pretrained)"
+AGAIN = "download it again"
+POINTER = b"version https://git-lfs"  # what git leaves where the large file was not fetched
+MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
+SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies and what it looks like; `dtype` in safetensors' words (`BF16`)."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def missing_shards(names: Iterable[str]) -> list[str]:
+    """The numbered shards that files of these names lack, judged by the numbers alone."""
+    names = set(names)
+    counts = {int(match[2]) for match in map(SHARD.fullmatch, names) if match}
+    shards = {f"model-{i:05}-of-{n:05}.safetensors" for n in counts for i in range(1, n + 1)}
+    return sorted(shards - names)
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file only says where git keeps the large file that belongs there."""
+    with open(path, "rb") as stream:
+        return stream.read(len(POINTER)) == POINTER
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads a folder's weights from.
+
+    Raises:
+        StudyError: there are none, or not all; the text goes after the folder's name.
+    """
+    if (folder / WHOLE).is_file():
+        return [folder / WHOLE]
+    if not (folder / INDEX).is_file():
+        raise StudyError(f"holds neither {WHOLE} nor {INDEX}; {ANEW}")
+    names = sorted(set(_weight_map(folder).values()))
+    for name in names:
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise StudyError(
+                f"has an index ({INDEX}) that names {name!r}, which is no safetensors file of "
+                f"this folder; {ANEW}"
+            )
+    if lacking := [name for name in names if not (folder / name).is_file()]:
+        raise StudyError(
+            f"lacks {lacking[0]} ({len(lacking)} of the {len(names)} files that {INDEX} names); "
+            f"{AGAIN}"
+        )
+    return [folder / name for name in names]
+
+
+def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the folder's weights, by the name it has in the files.
+
+    Raises:
+        StudyError: as `weight_files`, or a file is not whole, or lacks a tensor of the index.
+    """
+    stored = {n: t for path in weight_files(folder) for n, t in _header(path).items()}
+    if not (folder / WHOLE).is_file():
+        for name, file in _weight_map(folder).items():
+            if name not in stored or stored[name].path.name != file:
+                raise StudyError(f"lacks {name} in {file}, where {INDEX} has it; {AGAIN}")
+    return stored
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    try:
+        found = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in found.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        names = {}
+    if not names:
+        raise StudyError(f"has an index ({INDEX}) of no tensors; {AGAIN}")
+    return names
+
+
+def _header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name.
+
+    Raises:
+        StudyError: it is a pointer to the file, is cut short, or is no safetensors file.
+    """
+    size = path.stat().st_size
+    if is_pointer(path):
+        raise StudyError(
+            f"holds a git-lfs pointer in place of {path.name}; run git lfs pull, or {AGAIN}"
+        )
+    with open(path, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
+            raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}")
+        text = stream.read(length)
+    try:
+        rows = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
+        end = max((v["data_offsets"][1] for v in rows.values()), default=0)
+        tensors = {k: StoredTensor(path, tuple(v["shape"]), v["dtype"]) for k, v in rows.items()}
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
+        raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}") from None
+    if size != 8 + length + end:
+        raise StudyError(
+            f"holds {size} bytes of {path.name}, whose header promises {8 + length + end}; {AGAIN}"
+        )
+    return tensors

@@ -1,0 +1,1 @@
+"""Operations counted; speed and memory measured."""

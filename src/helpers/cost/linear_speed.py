@@ -1,0 +1,115 @@
+"""What one job multiplies per second on this machine, measured in about two seconds.
+
+    python -m helpers.cost.linear_speed demo '[[576, 1536], [1536, 576]]'
+
+prints operations per second of the very Linears a study's jobs call, reading and writing, in
+each arithmetic; numbers per second that a pass over memory rounds; and the processor seconds
+that importing took what every job imports. As many such processes run side by side as jobs
+will, since these share caches, memory and power. The fastest call counts, and processor time,
+since other work comes and goes.
+"""
+
+import json
+import sys
+import time
+
+import torch
+import transformers.models.llama.modeling_llama  # noqa: F401 - as a job does
+from torch import Tensor, nn
+
+from helpers.cost.operations import READING, TOUCHED, WRITING
+from helpers.quantization.int8_linear import Int8Linear
+from helpers.runtime.devices import settled
+from helpers.runtime.linears import multiplied_by_onednn
+from helpers.study.loading import load_study
+
+SECONDS = 2.0  # all together
+ROWS = {READING: 256, WRITING: 32}
+PASSED = 2**22  # numbers rounded in one pass
+MOST_OPERATIONS = 2e9  # of all measured Linears together, so that no machine takes long
+
+
+def speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, float]:
+    """Operations (or numbers touched) per second by kind of work.
+
+    A kind that the device does not have is left out.
+
+    Args:
+        shapes: (in_features, out_features) of Linears; as many as are soon done are measured.
+    """
+    measured = _soon_done(shapes or [(1024, 1024)])
+    kinds = [(a, how) for a in ("float32", "bfloat16", "int8") for how in ROWS]
+    each = SECONDS / (len(kinds) + 1)
+    numbers = torch.rand(PASSED)
+    found = {TOUCHED: PASSED / _seconds(lambda: numbers.div(0.01).round_(), each, "cpu")}
+    for arithmetic, how in kinds:
+        try:
+            found[f"{arithmetic} {how}"] = _speed(measured, arithmetic, ROWS[how], device, each)
+        except (NotImplementedError, RuntimeError):  # no such product, or no room for it
+            continue
+    return found
+
+
+def _soon_done(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The smallest shape, and those after it that do not take too many operations together."""
+    kept, weights = [], 0
+    for inner, outer in sorted(shapes, key=lambda s: s[0] * s[1]):
+        weights += inner * outer
+        if not kept or 2 * ROWS[READING] * weights <= MOST_OPERATIONS:
+            kept.append((inner, outer))
+    return kept
+
+
+@torch.inference_mode()
+def _speed(shapes: list, arithmetic: str, rows: int, device: str, seconds: float) -> float:
+    linears = [_linear(*shape, arithmetic).to(device) for shape in shapes]
+    dtype = torch.float32 if arithmetic == "int8" else getattr(torch, arithmetic)
+    inputs = [torch.rand(rows, shape[0], device=device).to(dtype) for shape in shapes]
+
+    def call() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(x.view_as(x))  # another tensor: an input is quantized once for all its readers
+
+    operations = 2 * rows * sum(i * o for i, o in shapes)
+    return operations / _seconds(call, seconds, device)
+
+
+def _linear(inner: int, outer: int, arithmetic: str) -> nn.Module:
+    if arithmetic == "int8":
+        weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8)
+        scale = torch.ones(outer, 1)
+        return Int8Linear(weight, scale, None, activations="token_dynamic", input_scale=None)
+    linear = nn.Linear(inner, outer, bias=False).to(getattr(torch, arithmetic))
+    return multiplied_by_onednn(linear)
+
+
+def _seconds(call, limit: float, device: str) -> float:
+    """Seconds of the fastest of as many calls as fit the limit, after one before."""
+    call()
+    _settle(device)
+    began = now = time.perf_counter()
+    shortest = float("inf")
+    while now - began < limit or shortest == float("inf"):
+        before = now
+        call()
+        _settle(device)
+        now = time.perf_counter()
+        shortest = min(shortest, now - before)
+    return shortest
+
+
+def _settle(device: str) -> Tensor | None:
+    return None if device == "cpu" else getattr(torch, device).synchronize()
+
+
+def main(study: str, shapes: str) -> None:
+    """Print what was measured as JSON."""
+    imported = time.process_time()
+    runtime = settled(load_study(study).runtime)
+    torch.set_num_threads(runtime.threads)
+    found = speeds([tuple(shape) for shape in json.loads(shapes)], device=runtime.device)
+    print(json.dumps({"speeds": found, "import_s": imported}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

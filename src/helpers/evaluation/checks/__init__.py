@@ -1,0 +1,1 @@
+"""Gates on an evaluation: items, prompts, answers, numerics."""

@@ -1,0 +1,89 @@
+"""What the float model makes of the shared text: as its states were kept, and off by rounding.
+
+The first tells whether a variant was held against the baseline. The second is how far
+rounding alone takes a float model from itself. A float model rounds each weight once and
+the result of each operation once, by half an eps at most. Here every weight is moved up or
+down by a whole eps, and by what √K of float32's roundings do to a sum of K products. The root
+mean square of that is more than three times that of the roundings it stands for, so that its
+KL is an upper limit.
+"""
+
+import torch
+
+from helpers.core.activity import doing
+from helpers.inference.perplexity import (
+    States,
+    first_scored,
+    load_states,
+    passage_rows,
+    passage_tokens,
+    read_passages,
+    states_path,
+)
+from helpers.sources.models import load_model, model_folder
+from helpers.sources.sampling import shared_passages
+from helpers.study.study_run import Job
+
+PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
+
+
+def read_reference(job: Job, model, tokenizer) -> list[dict]:
+    """Rows of the first passages by the float states that the variant was held against.
+
+    Args:
+        job: the variant at hand; none are read for the baseline.
+        model: that variant, for its device.
+
+    Raises:
+        StudyError: the baseline has not been evaluated yet.
+    """
+    if job.variant == job.study.baseline:
+        return []
+    passages, tokens = _first(job, tokenizer)
+    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
+    return passage_rows(passages, tokens, kept, None, first=first)
+
+
+def read_shaken(job: Job, tokenizer) -> list[dict]:
+    """The same by the float model with every weight off by one rounding, held against itself.
+
+    It is read anew before that too: a baseline that was evaluated wrongly would widen the
+    limit it gives. Only for a variant that stays float and is not the model as it was loaded.
+    """
+    if job.recipe.as_loaded or job.recipe.claim.quantized:
+        return []
+    doing("the float model, off by rounding")
+    passages, tokens = _first(job, tokenizer)
+    runtime = job.study.runtime
+    types = {job.recipe.dtype, runtime.dtype}
+    coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
+    model = load_model(model_folder(job.study, job.model, job.paths), runtime)
+    limit = {"batch_tokens": job.study.evaluation.batch.tokens}
+    hidden = read_passages(model, tokens, **limit).hidden
+    head = _kept(job, model, tokens).head  # of the files: the model's own is shaken too
+    shake_(model, dtype=coarsest)
+    shaken, first = read_passages(model, tokens, **limit), first_scored(tokenizer)
+    return passage_rows(passages, tokens, shaken, States(hidden, head), first=first)
+
+
+def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
+    passages = shared_passages(job.study)[:PASSAGES]
+    limit = job.study.evaluation.shared_text.max_tokens
+    return passages, passage_tokens(tokenizer, passages, max_tokens=limit)
+
+
+def _kept(job: Job, model, tokens: list[list[int]]) -> States:
+    """The baseline's states at the tokens of these passages, the first ones kept."""
+    source = model_folder(job.study, job.model, job.paths)
+    states = load_states(states_path(job), source, model)
+    return States(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
+
+
+@torch.no_grad()
+def shake_(model, *, dtype: torch.dtype) -> None:
+    """Move every weight by one rounding of `dtype`, up or down as a seeded coin falls."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 2 - 1
+        size = torch.finfo(dtype).eps + weight.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+        weight.mul_((1 + size * signs).to(weight))

@@ -1,0 +1,34 @@
+"""Whether scores and metrics are in their range: a percent filed as a fraction is not."""
+
+import math
+
+from helpers.core.gates import Gate, none_of
+
+COUNTS = ("items", "answered", "abstained", "unparsed", "prompt_tokens", "output_tokens")
+COUNTS += ("has_answer_items", "no_answer_items", "passages", "tokens")
+UNBOUNDED = ("median_absolute_difference", "kl")
+ROUNDING = 1e-6  # a KL of zero may come out as less
+
+
+def range_gate(rows: list[dict], metrics: dict[str, dict], name: str) -> Gate:
+    """Scores are 0 to 1, fractions too, counts are whole, perplexity is at least 1."""
+    scores = [(r["id"], key, r[key]) for r in rows for key in ("score", "f1") if key in r]
+    odd = [f"{key} {value} of {i}" for i, key, value in scores if not 0 <= value <= 1]
+    for dataset, values in metrics.items():
+        odd += [f"{dataset} {k} = {v}" for k, v in values.items() if not in_range(k, v)]
+    return none_of(name, odd, len(rows) + sum(map(len, metrics.values())), "values are outside")
+
+
+def in_range(metric: str, value) -> bool:
+    """Whether a metric's value can be one; None stands for what cannot be computed."""
+    if value is None:
+        return True
+    if metric == "finish_reasons":
+        return all(isinstance(n, int) and n > 0 for n in value.values())
+    if metric in COUNTS:
+        return isinstance(value, int) and value >= 0
+    if metric == "perplexity":
+        return 1 <= value < math.inf
+    if metric in UNBOUNDED:
+        return -ROUNDING <= value < math.inf
+    return 0 <= value <= 1

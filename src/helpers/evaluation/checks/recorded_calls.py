@@ -1,0 +1,270 @@
+"""Calls of a model's Linears and norms while an evaluation asks, kept in part.
+
+Of every call of a Linear one row is kept, with a few of its outputs, until it is compared with
+the product of the tensors on disk. Of a few calls, early and late ones of each kind of pass,
+several rows are kept for `call_gates`. Only these rows are copied.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from helpers.evaluation.checks.float64_linears import LinearFile, LinearFiles
+from helpers.runtime.batching import token_owners
+
+PACKED, DECODING, SHARED_TEXT = "packed rows", "decoding", "shared text"
+BUFFERED = 32  # rows compared at once
+CHECKED_COLUMNS = 16  # outputs of every call
+KEPT_ROWS, KEPT_COLUMNS = 3, 512  # of a call that is kept
+MOST_ERRORS = 10
+GROWTH = 1.25  # a late call is kept each time there are so many times more
+
+
+@dataclass(frozen=True)
+class KeptCall:
+    """A few rows of one call.
+
+    Attributes:
+        number: of the call, within its kind of pass.
+        x: (rows, in_features).
+        y: (rows, columns), some of the outputs.
+        absmax: (rows,) largest magnitude in each row's text; only where one scale is a text's.
+    """
+
+    number: int
+    x: Tensor
+    y: Tensor
+    absmax: Tensor | None = None
+
+
+@dataclass
+class ModuleCalls:
+    """The calls of one module.
+
+    Attributes:
+        calls, rows: how many, by kind of pass.
+        kept: first and latest of the calls kept, by kind of pass.
+    """
+
+    name: str
+    columns: Tensor
+    calls: Counter = field(default_factory=Counter)
+    rows: Counter = field(default_factory=Counter)
+    kept: dict[str, list[KeptCall]] = field(default_factory=dict)
+    _next: dict[str, float] = field(default_factory=dict)
+
+    def count(self, kind: str, rows: int) -> int | None:
+        """Count a call; its number if it is to be kept."""
+        self.calls[kind] += 1
+        self.rows[kind] += rows
+        number = self.calls[kind]
+        if number < self._next.get(kind, 1):
+            return None
+        self._next[kind] = number * GROWTH + 1e-9
+        return number
+
+    def keep(self, kind: str, call: KeptCall) -> None:
+        self.kept[kind] = [*self.kept.get(kind, [])[:1], call]
+
+
+@dataclass
+class LinearCalls(ModuleCalls):
+    """The calls of one Linear; one row of each is held to the tensors on disk.
+
+    Attributes:
+        file: the few columns that every call is compared in.
+        arithmetic: calls by what they agree with: `announced`, `float` activations, `neither`.
+    """
+
+    file: LinearFile | None = None
+    checked: Tensor | None = None
+    arithmetic: Counter = field(default_factory=Counter)
+    _x: Tensor | None = None
+    _y: Tensor | None = None
+    _absmax: list[Tensor] = field(default_factory=list)
+    _filled: int = 0
+
+    def add_row(self, x: Tensor, y: Tensor, absmax: Tensor | None) -> None:
+        """Take a row of a call: (in_features,) and (out_features,)."""
+        if self._x is None or self._x.device != x.device or self._x.dtype != x.dtype:
+            self.compare()
+            self._x = x.new_empty(BUFFERED, len(x))
+            self._y = y.new_empty(BUFFERED, len(self.checked))
+            self._places = self.checked.to(x.device)
+        self._x[self._filled] = x
+        self._y[self._filled] = y[self._places]
+        if absmax is not None:
+            self._absmax.append(absmax)
+        self._filled += 1
+        if self._filled == BUFFERED:
+            self.compare()
+
+    def compare(self) -> None:
+        """Sort the rows taken by the arithmetic that gives their outputs."""
+        if not self._filled:
+            return
+        x, y = self._x[: self._filled].cpu(), self._y[: self._filled].cpu().double()
+        absmax = torch.stack(self._absmax).cpu() if self._absmax else None
+        self._filled, self._absmax = 0, []
+        products = self.file.products(x, absmax)
+        agrees = ((y - products.exact).abs() <= products.allowed).all(1)
+        like_float = ((y - products.unrounded).abs() <= products.allowed).all(1)
+        self.arithmetic["announced"] += int(agrees.sum())
+        self.arithmetic["float"] += int((~agrees & like_float).sum())
+        self.arithmetic["neither"] += int((~agrees & ~like_float).sum())
+
+
+class CallRecorder:
+    """Records a model's calls while it is asked.
+
+    Args:
+        model: the variant, on this project's engine.
+        files: what its Linears are on disk.
+        linears: names of all Linears, the head among them.
+        experts: names of Linears that read only the tokens a router sends them.
+
+    Attributes:
+        passes, tokens: forward passes of the decoder and tokens they read, by kind.
+    """
+
+    def __init__(self, model: nn.Module, files: LinearFiles, linears, *, experts=frozenset()):
+        self.model, self.files, self.experts = model, files, frozenset(experts)
+        self.errors: list[str] = []
+        self.linears = {name: self._linear(name) for name in linears}
+        self.norms = {name: ModuleCalls(name, torch.arange(0)) for name in norm_names(model)}
+        self.passes, self.tokens = Counter(), Counter()
+        self._kind, self._phase, self._starts = PACKED, PACKED, None
+
+    def _linear(self, name: str) -> LinearCalls:
+        module = self.model.get_submodule(name)
+        width, seed = module.out_features, sum(name.encode())
+        order = torch.randperm(width, generator=torch.Generator().manual_seed(seed))
+        checked = order[:CHECKED_COLUMNS]
+        calls = LinearCalls(name, order[:KEPT_COLUMNS], checked=checked)
+        self._guarded(self._read, calls)
+        return calls
+
+    def _read(self, calls: LinearCalls) -> None:
+        calls.file = self.files.of(calls.name, calls.checked)
+
+    @property
+    def summary(self) -> str:
+        """How much was recorded, in words."""
+        calls = sum(sum(linear.calls.values()) for linear in self.linears.values())
+        passes = ", ".join(f"{n:,} of {kind}" for kind, n in self.passes.items())
+        return f"{calls:,} calls of {len(self.linears)} Linears in these passes: {passes}"
+
+    def of(self, phase: str, ask: Callable, *args):
+        """What `ask` returns for its arguments, its calls of the model recorded."""
+        with self.during(phase):
+            return ask(*args)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Inside, calls are recorded.
+
+        Args:
+            phase: PACKED while questions are asked, or SHARED_TEXT.
+        """
+        self._phase = self._kind = phase
+        hooks = [self.model.base_model.register_forward_pre_hook(self._pass, with_kwargs=True)]
+        for name, calls in self.linears.items():
+            hooks.append(self.model.get_submodule(name).register_forward_hook(self._of(calls)))
+        for name, calls in self.norms.items():
+            hooks.append(self.model.get_submodule(name).register_forward_hook(self._norm(calls)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for calls in self.linears.values():
+                self._guarded(calls.compare)
+
+    def _pass(self, _module, args: tuple, kwargs: dict) -> None:
+        self._guarded(self._begin, args, kwargs)
+
+    def _begin(self, args: tuple, kwargs: dict) -> None:
+        """Note a forward pass of the decoder, and where its texts begin."""
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        positions = kwargs.get("position_ids")
+        slots = "packed" in kwargs and not hasattr(kwargs["packed"], "spans")
+        decoding = slots or ids.shape[-1] == 1
+        self._kind = DECODING if decoding and self._phase == PACKED else self._phase
+        self.passes[self._kind] += 1
+        self.tokens[self._kind] += ids.numel()
+        if positions is None:
+            positions = torch.arange(ids.shape[-1]).expand(ids.shape)
+        self._single, self._width = decoding, ids.numel()
+        if self.files.activations == "tensor_dynamic":
+            begins = positions.reshape(-1) == 0
+            self._starts = begins.nonzero()[:, 0].tolist()
+
+    def _of(self, calls: LinearCalls):
+        def hook(_module, args: tuple, output: Tensor) -> None:
+            self._guarded(self._record, calls, args[0], output)
+
+        return hook
+
+    def _norm(self, calls: ModuleCalls):
+        def hook(_module, args: tuple, output: Tensor) -> None:
+            self._guarded(self._record_norm, calls, args[0], output)
+
+        return hook
+
+    def _guarded(self, step, *args) -> None:
+        """Do it; an evaluation never stops because of what looks on."""
+        try:
+            step(*args)
+        except Exception as error:
+            if len(self.errors) < MOST_ERRORS:
+                self.errors.append(f"{type(error).__name__}: {' '.join(str(error).split())}"[:160])
+
+    @torch.no_grad()
+    def _record(self, calls: LinearCalls, x: Tensor, y: Tensor) -> None:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        rows = len(x)
+        number = calls.count(self._kind, rows)
+        if not rows or calls.file is None:
+            return
+        shared = calls.file.activations == "tensor_dynamic"
+        place = sum(calls.calls.values()) * 7919 % rows
+        calls.add_row(x[place], y[place], self._absmax(x, place) if shared else None)
+        if number is None:
+            return
+        places = sorted({place, (place + rows // 2) % rows, (place + rows // 3) % rows})
+        tops = torch.stack([self._absmax(x, p) for p in places]).cpu() if shared else None
+        kept = x[places].cpu(), y[places][:, calls.columns.to(y.device)].cpu()
+        calls.keep(self._kind, KeptCall(number, *kept, tops))
+
+    @torch.no_grad()
+    def _record_norm(self, calls: ModuleCalls, x: Tensor, y: Tensor) -> None:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if (number := calls.count(self._kind, len(x))) is not None and len(x):
+            places = sorted({0, number * 7919 % len(x), len(x) - 1})
+            calls.keep(self._kind, KeptCall(number, x[places].cpu(), y[places].cpu()))
+
+    def _absmax(self, x: Tensor, place: int) -> Tensor:
+        """() largest magnitude in the text that a row is of."""
+        if len(x) != self._width:  # an expert reads some of the tokens
+            owners = token_owners(x.device)
+            return (x if owners is None else x[owners == owners[place]]).abs().amax()
+        if self._single:
+            return x[place].abs().amax()
+        begin = max((s for s in self._starts if s <= place), default=0)
+        end = min((s for s in self._starts if s > place), default=len(x))
+        return x[begin:end].abs().amax()
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Names of the modules that are norms: one weight of one dimension, and nothing below."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "weight", None), Tensor)
+        and module.weight.ndim == 1
+        and not list(module.children())
+    ]

@@ -1,0 +1,99 @@
+"""How far two computations of one thing are apart, in parts of what rounding allows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from helpers.core.gates import Gate
+
+ROUNDINGS = 6.0  # how often the rounding that transformers shows itself
+FEWEST_EPS = 8.0  # no limit on states lies below so many spacings of the announced type
+SOFTMAX_EPS = 16.0  # what float32's softmax over a large vocabulary may be off, to one side
+STORED = 2e-6  # log-probabilities are stored with six decimals
+
+
+@dataclass
+class Comparison:
+    """Differences of one kind, in parts of what is allowed.
+
+    Attributes:
+        number: of values compared.
+        worst: the largest difference, in parts of its limit.
+        where: of what.
+        words: that difference and its limit.
+        errors: why something could not be compared.
+    """
+
+    number: int = 0
+    worst: float = 0.0
+    where: str = ""
+    words: str = ""
+    errors: list[str] = field(default_factory=list)
+
+    def add(self, difference: float, limit: float, where: str) -> None:
+        self.number += 1
+        part = difference / limit if math.isfinite(difference) else math.inf
+        if not part <= self.worst:
+            self.worst, self.where = part, where
+            self.words = f"{difference:.2g}, at most {limit:.2g}"
+
+    def cannot(self, where: str, error: Exception) -> None:
+        """Note that something could not be compared."""
+        reason = " ".join(str(error).split())[:160]
+        self.errors.append(f"{where}: {type(error).__name__}: {reason}")
+
+    def gate(self, name: str, what: str, unit: str) -> Gate:
+        """The gate that all of them lie within rounding."""
+        measured = f"{self.number:,} {what} compared"
+        if self.words:
+            measured += f"; the furthest from transformers' ({self.where}) {self.words} {unit}"
+        if self.errors:
+            measured += f"; {len(self.errors)} could not be: {self.errors[0]}"
+        passed = self.number > 0 and self.worst <= 1 and not self.errors
+        return Gate(name, passed, measured, "all of them within rounding")
+
+
+def each_logprob(logits: Tensor, targets: Sequence[int]) -> Tensor:
+    """(rows,) float64 log-probability of each target."""
+    return logits.double().log_softmax(-1).gather(1, torch.tensor(targets)[:, None])[:, 0]
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square."""
+    return float(values.double().square().mean().sqrt())
+
+
+def furthest_row(values: Tensor, reference: Tensor) -> float:
+    """The largest difference of a row, in parts of the row's own size; infinite for NaN."""
+    size = reference.double().norm(dim=1).clamp(min=1e-30)
+    parts = (values.double() - reference.double()).norm(dim=1) / size
+    return float(parts.nan_to_num(torch.inf).max())
+
+
+def sum_limit(change: float, logits: Tensor, count: int, dtype: torch.dtype) -> float:
+    """How far the log-probability of some tokens together may be off by rounding.
+
+    Roundings of logits fall either way; those of a softmax in float32 need not.
+
+    Args:
+        change: root mean square of what rounding does to a logit.
+        logits: (tokens, vocabulary), for their size.
+        count: of tokens.
+        dtype: the announced float type.
+    """
+    size = float(logits.abs().max())
+    one_sided = SOFTMAX_EPS * torch.finfo(torch.float32).eps * size
+    each = ROUNDINGS * change + torch.finfo(dtype).eps * size
+    return count**0.5 * each + count * one_sided + STORED
+
+
+def tie_margin(change: float, logits: Tensor, dtype: torch.dtype) -> float:
+    """How far behind the likeliest token one may lie that is as likely, but for rounding.
+
+    Args:
+        change: the most that rounding does to a logit.
+    """
+    return 3 * change + torch.finfo(dtype).eps * float(logits.abs().max())

@@ -1,0 +1,173 @@
+"""Predictions kept as they are made, so that an evaluation that was cut short goes on.
+
+Each is appended to `evaluation/.partial/<dataset>.jsonl` when it is made. Every line
+carries its own checksum; the first says what the others belong to: model files, variant,
+settings, prompts, code, packages and device. A run that finds the file of the very same
+evaluation asks only what is missing, since an answer is the same in any company; one that
+finds another's says so and begins anew. A last line without its end was being written and
+is dropped; whatever else is wrong is an error, since no one can say what else is.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from helpers.core import console
+from helpers.core.errors import StudyError
+from helpers.core.hashing import canonical_json, sha256_data, sha256_file, sha256_text
+from helpers.core.paths import PROJECT, inside
+from helpers.study import stages
+from helpers.study.fingerprinted_code import imported_modules
+from helpers.study.study_run import Job
+
+CHECK = 16  # characters of a line's checksum
+SYNC_S = 1.0  # what a power cut can cost; a kill costs nothing that was made
+
+
+class Progress:
+    """What an evaluation has answered so far, set by set.
+
+    Args:
+        job: the model and variant at hand.
+        files: content hash of the files they are loaded from.
+        packages: versions of all that computes the answers, as `Record.packages` has them.
+
+    Attributes:
+        resumed: ids of the items that an earlier run had answered, by set.
+    """
+
+    def __init__(self, job: Job, *, files: str, packages: dict[str, str]):
+        self._job, self._files, self._packages = job, files, packages
+        self.resumed: dict[str, set[str]] = {}
+        self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
+
+    def of(self, dataset: str, prompts: dict[str, str]) -> "Kept":
+        """The predictions of one evaluation set, to go on from.
+
+        Args:
+            prompts: hash of every item's prompt, by the item's id.
+
+        Raises:
+            StudyError: the file of this very evaluation is damaged.
+        """
+        job, path = self._job, self._folder / f"{dataset}.jsonl"
+        owner = _owner(job, dataset, prompts) | {"packages": sha256_data(self._packages)}
+        owner |= {"files": self._files}
+        rows, whole, other = read_kept(path, owner, prompts)
+        self.resumed[dataset] = set(rows)
+        label = f"evaluation {job.model} {job.variant}"
+        if other:
+            told = f"{dataset}: discarded answers of another run ({', '.join(other)} differ)"
+            console.say(console.NOTE, label, told)
+        if rows:
+            told = f"{dataset}: goes on after {len(rows)} of {len(prompts)} answers"
+            console.say(console.NOTE, label, told)
+        return Kept(path, owner, rows, whole)
+
+    def discard(self) -> None:
+        """Remove what was kept: the evaluation is finished and written elsewhere."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Kept:
+    """The predictions of one evaluation set so far, and the file that more are appended to.
+
+    Attributes:
+        rows: the predictions by item id.
+    """
+
+    def __init__(self, path: Path, owner: dict, rows: dict[str, dict], whole: int):
+        self._path, self.rows = path, rows
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._stream = open(path, "ab", buffering=0)  # noqa: SIM115 - open while answers come
+        self._stream.truncate(whole)
+        self._synced = time.monotonic()
+        if not whole:
+            self._append(owner)
+
+    def appending(self, predictions: Iterable[dict]) -> Iterator[dict]:
+        """Pass predictions on, each of them once it is on file."""
+        for row in predictions:
+            yield self._append(row)
+
+    def _append(self, row: dict) -> dict:
+        """Write a line; return what it will be read as."""
+        text = canonical_json(row)
+        line = memoryview(f"{sha256_text(text)[:CHECK]} {text}\n".encode())
+        try:
+            while line:  # a disk that took a part says why when it is given the rest
+                line = line[self._stream.write(line) :]
+            if time.monotonic() - self._synced > SYNC_S:
+                os.fsync(self._stream.fileno())
+                self._synced = time.monotonic()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self._path)) from None
+        return json.loads(text)
+
+
+class Unkept:
+    """Stands for `Kept` where nothing is kept."""
+
+    def __init__(self):
+        self.rows: dict[str, dict] = {}
+
+    def appending(self, predictions: Iterable[dict]) -> Iterator[dict]:
+        yield from predictions
+
+
+def read_kept(
+    path: Path, owner: dict, prompts: dict[str, str]
+) -> tuple[dict[str, dict], int, list[str]]:
+    """(rows by item id, bytes of the lines that hold, what differs if they are another's).
+
+    Raises:
+        StudyError: a line is damaged, or is no answer to one of the prompts.
+    """
+    if not path.is_file():
+        return {}, 0, []
+    *lines, _torn = path.read_bytes().split(b"\n")
+    found = [_line(path, number, line) for number, line in enumerate(lines, start=1)]
+    if not found or found[0] != owner:
+        other = found[0] if found else {}
+        differing = [key for key in owner if found and other.get(key) != owner[key]]
+        return {}, 0, differing
+    rows: dict[str, dict] = {}
+    for number, row in enumerate(found[1:], start=2):
+        if row["id"] in rows or prompts.get(row["id"]) != row["prompt_hash"]:
+            raise _wrong(path, number, "answers no prompt of this set, or answers one again")
+        rows[row["id"]] = row
+    return rows, sum(len(line) + 1 for line in lines), []
+
+
+def _line(path: Path, number: int, line: bytes) -> dict:
+    check, _, text = line.partition(b" ")
+    try:
+        if sha256_text(text.decode("utf-8"))[:CHECK].encode() == check:
+            return json.loads(text)
+    except ValueError:
+        pass
+    raise _wrong(path, number, "is not what was written (its checksum differs)")
+
+
+def _wrong(path: Path, number: int, what: str) -> StudyError:
+    shown = "/".join(path.parts[-5:])
+    return StudyError(f"{shown}: line {number} {what}; delete the file to ask that set anew")
+
+
+def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
+    """What predictions belong to: they hold for no other evaluation."""
+    run = stages.Run("evaluation", job.model, job.variant)
+    notebook = PROJECT / "notebooks" / f"{stages.NOTEBOOKS['evaluation']}.ipynb"
+    modules = sorted(imported_modules(notebook, with_report=False))
+    return {
+        "model": job.model,
+        "variant": job.variant,
+        "dataset": dataset,
+        "settings": sha256_text(stages.depends_on(job.study, run)),
+        "prompts": sha256_data(prompts),
+        "code": sha256_data({inside(path): sha256_file(path) for path in modules}),
+        "device": sha256_data(job.runtime),  # another one may round otherwise
+    }

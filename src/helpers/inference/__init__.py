@@ -1,0 +1,1 @@
+"""A model is read and answers: packed rows, greedy generation, log-likelihood, perplexity, vLLM."""

@@ -1,0 +1,153 @@
+"""A checkpoint on vLLM, in a process and an environment of its own, as a model to be asked.
+
+It does what the evaluation needs of a model and nothing else: score continuations,
+answer greedily, give a text's last states (`helpers.inference.vllm_protocols` asks it). vLLM
+batches as it likes, within what one question hands it. The other process
+(`vllm_server`) imports nothing of this project; what is asked and answered is plain data.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import tempfile
+from collections import deque
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from helpers.core.errors import StudyError
+from helpers.core.parent_process import die_with_parent
+from helpers.core.paths import vllm_python
+from helpers.runtime.linears import product
+from helpers.sources.models import load_config, load_head
+from helpers.study.schema import Runtime
+
+SERVER = Path(__file__).with_name("vllm_server.py")
+LONGEST = 4096  # tokens of a prompt with its answer; more needs memory that a study does not use
+CACHE_GIB = 2  # of keys and values
+LINES_KEPT = 40  # of vLLM's own output, to tell why it ended
+NOT_THERE = "vLLM is not set up; run make .venv-vllm/.study-ready"
+
+
+class VllmModel:
+    """One checkpoint, served; the process ends with this one, or when closed.
+
+    Args:
+        folder: a checkpoint, or a float model.
+        runtime: its dtype, and its threads.
+        seed: vLLM wants one; greedy answers do not depend on it.
+
+    Raises:
+        StudyError: vLLM is not set up, or does not take this checkpoint.
+
+    Attributes:
+        config: the checkpoint's, its longest prompt cut to what is served.
+        generation_config: the checkpoint's own list of tokens that end an answer.
+    """
+
+    device = torch.device("cpu")  # where its answers are
+
+    def __init__(self, folder: Path, runtime: Runtime, *, seed: int):
+        if not vllm_python().is_file():
+            raise StudyError(NOT_THERE)
+        self.config = load_config(folder)
+        self.config.max_position_embeddings = min(LONGEST, self.config.max_position_embeddings)
+        self.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+        self._head = load_head(folder, dtype=torch.float32, device="cpu")
+        self._files = tempfile.TemporaryDirectory(prefix="vllm-")
+        self._log = open(Path(self._files.name) / "log", "w+", encoding="utf-8")  # noqa: SIM115
+        command = [str(vllm_python()), str(SERVER), str(folder), "--dtype", runtime.dtype]
+        command += ["--max-tokens", str(self.config.max_position_embeddings)]
+        self._process = subprocess.Popen(
+            [*command, "--seed", str(seed)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=_environment(runtime.threads),
+            preexec_fn=die_with_parent,
+        )
+        self._answer()
+
+    def versions(self) -> dict[str, str]:
+        """Of vLLM and of the torch it runs on."""
+        return self._ask("versions")
+
+    def kernels(self) -> dict[str, str]:
+        """What computes each Linear, by vLLM's name of it."""
+        return self._ask("kernels")["kernels"]
+
+    def score(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
+        """Summed log-probability of each continuation; NaN where one is not finite.
+
+        Args:
+            rows: (context, continuation) as token ids.
+        """
+        sums = self._ask("score", rows=rows)["sums"]
+        return [float("nan") if value is None else value for value in sums]
+
+    def generate(
+        self, prompts: list[list[int]], *, max_new_tokens: int, stop_tokens: set[int]
+    ) -> list[tuple[list[int], str]]:
+        """(tokens, finish reason) of every prompt's greedy answer."""
+        how = {"max_new_tokens": max_new_tokens, "stop_tokens": sorted(stop_tokens)}
+        found = self._ask("generate", prompts=prompts, **how)["answers"]
+        return [(answer["tokens"], answer["finish_reason"]) for answer in found]
+
+    def states(self, tokens: list[int]) -> Tensor:
+        """(tokens, hidden) float32 last states of a text, as the head gets them."""
+        self._ask("states", tokens=tokens, to=self._file("states"))
+        return self._array("states")
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(rows, vocabulary) float32 logits of states, by the checkpoint's own head."""
+        return product(hidden, self._head)
+
+    def linear(self, name: str, inputs: Tensor) -> Tensor:
+        """What one of vLLM's Linears makes of inputs, (rows, in_features)."""
+        np.save(self._file("inputs"), inputs.numpy(), allow_pickle=False)
+        self._ask("linear", name=name, inputs=self._file("inputs"), to=self._file("outputs"))
+        return self._array("outputs")
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+        self._files.cleanup()
+
+    def _file(self, name: str) -> str:
+        return str(Path(self._files.name) / f"{name}.npy")
+
+    def _array(self, name: str) -> Tensor:
+        return torch.from_numpy(np.load(self._file(name), allow_pickle=False))
+
+    def _ask(self, what: str, **named) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # it has ended; the answer says why
+            self._process.stdin.write(json.dumps({"ask": what, **named}) + "\n")
+            self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> Any:
+        line = self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        code = self._process.wait()
+        self._log.seek(0)
+        last = [text.strip() for text in deque(self._log, LINES_KEPT) if "Error" in text]
+        why = last[-1] if last else "it left no message"
+        raise StudyError(f"vLLM ended with code {code}: {why}; make serve-check says more")
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """Of this process's, without what would lead vLLM to this environment's packages."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    sized = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB)}
+    return kept | sized

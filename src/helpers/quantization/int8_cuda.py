@@ -1,0 +1,220 @@
+"""int8 × int8 on a CUDA device: how weights lie, the product, and the passes around it.
+
+cuBLASLt wants more than 16 rows and sizes that are multiples of 8; its fast kernels read both
+operands along the inner size. So a weight is held as (outer, inner), with zeros up to multiples
+of 16 behind both sizes, and a left operand gets such zeros, too: they change no sum.
+
+The passes around the product (abs-max, scale, rounding before; both scales and bias after) are
+one Triton kernel each where torch brings Triton, and the last is part of a Triton product where
+that is the faster one (`int8_cuda_choice`). A process proves them first: they have to give the
+same bits as torch's operations and the same integers as float64 (`proof`). Elsewhere torch's
+operations are used.
+"""
+
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from helpers.quantization import int8_cuda_choice
+
+MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
+ROWS = 17  # the fewest that cuBLASLt takes
+CAPABILITY = (8, 0)  # the first with int8 units that Triton multiplies by
+TORCH, FUSED = "int8 × int8 by cuBLASLt", "int8 × int8, fused in Triton"
+HALF_RANGE = 127.5
+LEAST = torch.finfo(torch.float32).eps
+
+
+def pack(weight: Tensor) -> tuple[Tensor, ...]:
+    """(outer, inner) int8 weight as it is held: a view of a matrix padded with zeros."""
+    outer, inner = weight.shape
+    padded = pad(weight, (0, -inner % MULTIPLE, 0, -outer % MULTIPLE)).contiguous()
+    return (padded[:outer, :inner],)
+
+
+def whole(weight: Tensor) -> Tensor:
+    """The padded (outer, inner) matrix of which a packed weight is a view."""
+    outer, width = len(weight), weight.stride(0)
+    return weight.as_strided((outer + -outer % MULTIPLE, width), (width, 1))
+
+
+def multiply(a: Tensor, weight: Tensor) -> Tensor:
+    """(rows, outer) int32 a @ weightᵀ.
+
+    Args:
+        a: (rows, inner) int8.
+        weight: (outer, inner) int8 as `pack` gave it.
+    """
+    rows, outer, padded = len(a), len(weight), whole(weight)
+    if not rows or not padded.numel():
+        return a.new_zeros(rows, outer, dtype=torch.int32)
+    missing = padded.shape[1] - a.shape[1], max(0, ROWS - rows)
+    a = pad(a, (0, missing[0], 0, missing[1])) if any(missing) else a.contiguous()
+    return torch._int_mm(a, padded.t())[:rows, :outer]
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """((rows, features) int8, (rows, 1) float32 scale) of (rows, features) x on the card."""
+    with torch.cuda.device_of(x):
+        return _triton().quantize_rows(x)
+
+
+def rescaled_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype) -> Tensor:
+    """(rows, outer) a @ weightᵀ · scale · columns + bias in one of the fused ways.
+
+    Args:
+        a: (rows, inner) int8.
+        weight: (outer, inner) int8 as `pack` gave it.
+        scale: (rows, 1) or (1,) float32.
+        columns: (outer,) float32.
+        bias: (outer,) float32 or None.
+        dtype: of the result, rounded to once, from float32.
+    """
+    if not len(a):
+        return torch.empty(0, len(weight), dtype=dtype, device=a.device)
+    operands = a, weight, scale, columns, bias, dtype
+    with torch.cuda.device_of(a):
+        product = _triton().product
+        tile = int8_cuda_choice.choose(product, around_cublas, *operands)
+        return product(*operands, tile=tile) if tile else around_cublas(*operands)
+
+
+def around_cublas(a: Tensor, weight: Tensor, *rest) -> Tensor:
+    """The same by cuBLASLt's product and one pass after it."""
+    return _triton().rescale(multiply(a, weight), *rest)
+
+
+def fused(device: torch.device) -> bool:
+    """Whether the Triton kernels are there and proven in this process."""
+    return device.type == "cuda" and way(device.index or 0) == FUSED
+
+
+@cache
+def way(index: int = 0) -> str:
+    """How this process multiplies on a card: TORCH or FUSED."""
+    proven = proof(torch.device("cuda", index))
+    return FUSED if proven and all(proven.values()) else TORCH
+
+
+def why_not_fused(device: torch.device) -> str | None:
+    """Why a device has no Triton kernels; None if they can be tried."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type != "cuda":
+        return None  # Triton's own interpreter, in tests
+    if torch.cuda.get_device_capability(device) < CAPABILITY:
+        return "compute capability below 8.0: torch's passes around cuBLASLt"
+    return None
+
+
+@torch.inference_mode()
+def proof(device: torch.device) -> dict[str, bool]:
+    """By name, what the Triton kernels have to give here: torch's bits, float64's integers.
+
+    Empty where there are none.
+    """
+    if why_not_fused(device):
+        return {}
+    try:
+        return {name: check() for name, check in _checks(device).items()}
+    except Exception as error:  # of many kinds: a compiler is at work
+        return {f"{type(error).__name__}: {str(error)[:200]}": False}
+
+
+@cache
+def _triton():
+    return import_module("helpers.quantization.int8_triton_passes")
+
+
+def _checks(device: torch.device) -> dict:
+    generator = torch.Generator().manual_seed(0)
+    powers = 10.0 ** torch.linspace(-40, 36, 37)[:, None]  # subnormal to near the largest
+    x = torch.randn(37, 208, generator=generator) * powers
+    x[3], x[5, 0] = 0.0, 0.0
+    ties = (torch.arange(512) - 256.0)[None] / 2  # an abs-max of 127.5 has a step of 1
+    ties[0, 0] = 127.5
+    ties = ties.clamp(-127.5, 127.5)
+    return {
+        "values and scales of rows": lambda: _same_values(x.to(device)),
+        "values and scales of bfloat16": lambda: _same_values(x.to(device, torch.bfloat16)),
+        "ties are rounded to even": lambda: _same_values(ties.to(device)),
+        "a NaN stays one": lambda: _keeps_nan(device),
+        "integers, few rows": lambda: _same_integers(generator, (3, 304, 80), device),
+        "integers, some rows": lambda: _same_integers(generator, (130, 304, 80), device),
+        "integers, many rows": lambda: _same_integers(generator, (1040, 208, 272), device),
+        "odd sizes": lambda: _same_integers(generator, (5, 77, 13), device),
+        "the largest sums": lambda: _same_integers(None, (19, 2100, 40), device),
+        "both scales and a bias": lambda: _same_rescaled(generator, device),
+        "launched again": lambda: _same_again(generator, device),
+    }
+
+
+def _same_values(x: Tensor) -> bool:
+    values, scale = quantize_rows(x)
+    wide = x.float()
+    absmax = wide.abs().amax(-1, keepdim=True)
+    expected = absmax / torch.full_like(absmax, HALF_RANGE)
+    expected = torch.where(expected == 0, LEAST, expected)
+    rounded = torch.div(wide, expected).round_().clamp_(-128, 127).to(torch.int8)
+    return torch.equal(scale, expected) and torch.equal(values, rounded)
+
+
+def _keeps_nan(device: torch.device) -> bool:
+    x = torch.ones(2, 64, device=device)
+    x[0, 7] = float("nan")
+    scale = quantize_rows(x)[1]
+    return bool(scale[0].isnan() & scale[1].isfinite())
+
+
+def _operands(generator, shape: tuple[int, int, int]) -> tuple[Tensor, Tensor]:
+    rows, inner, outer = shape
+    if generator is None:
+        least = torch.full((rows, inner), -128, dtype=torch.int8)
+        return least, least[:1].expand(outer, -1)
+    both = torch.randint(-128, 128, (rows + outer, inner), generator=generator).to(torch.int8)
+    return both[:rows], both[rows:]
+
+
+def _same_integers(generator, shape: tuple[int, int, int], device: torch.device) -> bool:
+    """Every fused product, with scales of 1, is float64's sum rounded once to float32."""
+    a, weight = _operands(generator, shape)
+    expected = (a.double() @ weight.double().t()).float()
+    (packed,), ones = pack(weight.to(device)), torch.ones(len(a) + len(weight), device=device)
+    scale, columns = ones[: len(a), None], ones[len(a) :]
+    found = [
+        make(a.to(device), packed, scale, columns, None, torch.float32)
+        for make in (_in_one_kernel, around_cublas)
+    ]
+    return all(torch.equal(each.cpu(), expected) for each in found)
+
+
+def _same_again(generator, device: torch.device) -> bool:
+    """Kernels that were compiled before give what is due of other operands of the same sizes."""
+    shape = 9, 288, 64
+    again = [_same_integers(generator, shape, device) for _ in range(3)]
+    rows = [torch.randn(9, 288, generator=generator) for _ in range(3)]
+    return all(again) and all(_same_values(x.to(device)) for x in rows)
+
+
+def _in_one_kernel(a: Tensor, *rest) -> Tensor:
+    """By a plain tile; what else is chosen is compared with `around_cublas` when it is."""
+    return _triton().product(a, *rest, tile=int8_cuda_choice.plain_tile(len(a)))
+
+
+def _same_rescaled(generator, device: torch.device) -> bool:
+    """Both scales and the bias are applied in torch's order, without a fused multiply-add."""
+    a, weight = _operands(generator, (33, 1024, 48))
+    scale, columns = torch.rand(33, 1, generator=generator), torch.rand(48, generator=generator)
+    bias, product = torch.randn(48, generator=generator), a.double() @ weight.double().t()
+    given = [t.to(device) for t in (scale, columns, bias)]
+    a, (packed,) = a.to(device), pack(weight.to(device))
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = (product.float().to(device) * given[0] * given[1] + given[2]).to(dtype)
+        for make in (_in_one_kernel, around_cublas):
+            if not torch.equal(make(a, packed, *given, dtype), expected):
+                return False
+    return True

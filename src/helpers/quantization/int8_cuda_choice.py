@@ -1,0 +1,176 @@
+"""Which way a fused int8 product goes on a card: a tile of the Triton product, or cuBLASLt.
+
+The fastest way depends on the card, the sizes and the type of the result. So a process tries the
+candidates once for every shape of weight and class of rows, on the first operands that come. A
+tile that does not fit the card, or whose bits are not those of cuBLASLt and one pass after it, is
+left out; all ways give the same bits, so a choice changes time alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+BULK_CAPABILITY = (9, 0)  # the first with a bulk copy engine
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program of a product computes, and how.
+
+    Attributes:
+        rows, outer, inner: of the blocks.
+        group: row blocks that share their weights in the cache.
+        warps, stages: of the program and of its pipeline.
+        bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
+            makes one tile after the other.
+        stores: results leave by that engine, too.
+    """
+
+    rows: int
+    outer: int
+    inner: int
+    group: int
+    warps: int
+    stages: int
+    bulk: bool = False
+    stores: bool = False
+
+    def sizes(self) -> tuple:
+        """Its fields, in order."""
+        return astuple(self)
+
+
+# For up to so many rows, the last for all more. `make gpu-check` times these and others.
+CANDIDATES = (
+    (
+        16,
+        (
+            Tile(16, 64, 256, 1, 4, 4),
+            Tile(16, 32, 512, 1, 4, 3),
+            Tile(16, 64, 256, 1, 4, 5, bulk=True),
+        ),
+    ),
+    (64, (Tile(64, 64, 128, 1, 4, 4),)),
+    (
+        512,
+        (
+            Tile(64, 64, 128, 8, 4, 5),
+            Tile(64, 128, 128, 8, 4, 4),
+            Tile(128, 256, 128, 8, 8, 3),
+        ),
+    ),
+    (
+        2**31,
+        (
+            Tile(128, 256, 128, 8, 8, 3),
+            Tile(128, 256, 128, 8, 8, 3, bulk=True),
+            Tile(128, 256, 128, 8, 8, 3, bulk=True, stores=True),
+        ),
+    ),
+)
+FEWEST_WEIGHTS = 2**18  # with fewer, a choice gains less than it takes
+FEW_ROWS = 16  # so few that cuBLASLt needs more
+MOST_ROWS = 4096  # of the operands that are tried
+CALLS, ROUNDS = 8, 3
+LAUNCHED_ROWS = 64  # so few that launching takes longer than the work: the time of both counts
+AHEAD = 2**22  # cycles of a card in which CALLS are launched: 2 ms
+CLEARLY = 0.97  # a way replaces an earlier one that takes longer than this share allows
+
+_chosen: dict[tuple, Tile | None] = {}
+
+
+def candidates(rows: int) -> tuple[int, tuple[Tile, ...]]:
+    """The class of so many rows, and the tiles that are tried for it."""
+    return next(each for each in CANDIDATES if rows <= each[0])
+
+
+def plain_tile(rows: int) -> Tile:
+    """The tile that any card with int8 units has room for."""
+    return next(tile for tile in candidates(rows)[1] if not tile.bulk)
+
+
+def choose(
+    product: Callable[..., Tensor], around_cublas: Callable[..., Tensor], *operands
+) -> Tile | None:
+    """The tile of the fastest product for such operands; None if it is cuBLASLt's.
+
+    Args:
+        product: by a tile, which it is given by name.
+        around_cublas: the product by cuBLASLt with one pass after it.
+        operands: a, weight, scale, columns, bias and dtype, as `int8_cuda` has them.
+    """
+    a, weight, scale, _, bias, dtype = operands
+    if weight.numel() < FEWEST_WEIGHTS or not a.is_cuda:
+        return plain_tile(len(a)) if len(a) <= FEW_ROWS else None
+    most, tiles = candidates(len(a))
+    key = a.device, most, *weight.shape, dtype, bias is None, scale.numel() == 1
+    if key not in _chosen:
+        if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
+            return None
+        _chosen[key] = _measured(product, around_cublas, _first_rows(operands), tiles)
+    return _chosen[key]
+
+
+def choices() -> list[dict]:
+    """What this process chose, for a report."""
+    return [
+        {"rows up to": key[1], "outer": key[2], "inner": key[3], "type": str(key[4])[6:]}
+        | {"tile": "cuBLASLt and one pass" if tile is None else str(tile.sizes())}
+        for key, tile in _chosen.items()
+    ]
+
+
+def _first_rows(operands: tuple) -> tuple:
+    a, weight, scale, *rest = operands
+    scale = scale if scale.numel() == 1 else scale[:MOST_ROWS]
+    return a[:MOST_ROWS], weight, scale, *rest
+
+
+def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
+    expected = around_cublas(*operands)
+    ahead = 0 if len(expected) <= LAUNCHED_ROWS else AHEAD
+    fastest, shortest = None, _seconds(lambda: around_cublas(*operands), ahead)
+    for tile in tiles:
+        if tile.bulk and not _has_bulk_copies(expected.device):
+            continue
+        by_tile = lambda tile=tile: product(*operands, tile=tile)  # noqa: E731
+        try:
+            is_exact = torch.equal(by_tile(), expected)
+        except Exception:  # of many kinds: it does not fit the card, or does not compile
+            continue
+        if not is_exact:
+            continue
+        seconds = _seconds(by_tile, ahead)
+        if seconds < CLEARLY * shortest:
+            fastest, shortest = tile, seconds
+    return fastest
+
+
+def _seconds(call: Callable[[], Tensor], ahead: int) -> float:
+    """Seconds of one call among others.
+
+    Args:
+        ahead: cycles for which the card waits while the calls are launched; with 0, the time to
+            launch a call counts if it is the longer.
+    """
+    found = []
+    for _ in range(ROUNDS):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if ahead:
+            torch.cuda._sleep(ahead)
+        start.record()
+        for _ in range(CALLS):
+            call()
+        end.record()
+        end.synchronize()
+        found.append(start.elapsed_time(end) / 1000 / CALLS)
+    return min(found)
+
+
+@cache
+def _has_bulk_copies(device: torch.device) -> bool:
+    """Whether a device has a bulk copy engine."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= BULK_CAPABILITY

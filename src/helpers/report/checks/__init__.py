@@ -1,0 +1,1 @@
+"""Published numbers held to figures computed again from the answers."""

@@ -1,0 +1,160 @@
+"""The float products of Linears on a CPU, by the library that the processor does them best with.
+
+torch hands float32 to MKL, which on some processors does half of what oneDNN does there
+(NOTES.md has figures); oneDNN comes with torch too. bfloat16 on a processor that has no
+instructions for it is emulated there at a tenth of float32's speed: the operands are multiplied
+in float32 instead, and the sum is rounded to bfloat16 once, as the instructions do. A Linear
+multiplied here is still a plain `nn.Linear`, and can be trained; only its `forward` is its own.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear
+from torch.overrides import TorchFunctionMode
+
+from helpers.runtime.processors import has_bfloat16_units
+
+OTHERS = (nn.Linear, nn.Embedding)  # hold a matrix, and multiply otherwise or not at all
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(..., outer) x @ weightᵀ + bias, by oneDNN on a CPU, else by torch's choice.
+
+    Args:
+        x: (..., inner).
+        weight: (outer, inner).
+        bias: (outer,) or None.
+    """
+    if x.dtype == weight.dtype == torch.bfloat16 and is_emulated(x):
+        wide = None if bias is None else bias.float()
+        return product(x.float(), weight.float(), wide).to(torch.bfloat16)
+    if not _by_onednn(x, weight):
+        return linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return _Product.apply(x, weight, bias)
+    return _multiplied(x, weight, bias)
+
+
+def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
+    """(groups, rows, outer) x @ weightᵀ of every group, a row the same among any 16 or more.
+
+    MKL's batched product depends on the number of rows with AVX2, and elsewhere at outer = 1.
+
+    Args:
+        x: (groups, rows, inner).
+        weight: (groups, outer, inner).
+    """
+    if not _by_onednn(x, weight):
+        return x @ weight.transpose(1, 2)
+    return torch.stack([product(*pair) for pair in zip(x, weight, strict=True)])
+
+
+def is_emulated(x: Tensor) -> bool:
+    """Whether x is bfloat16 on a CPU that has no instructions for its products."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not has_bfloat16_units()
+
+
+def widened(*operands: Tensor) -> tuple[Tensor, ...]:
+    """The operands of a product as it is computed here: emulated bfloat16 as float32."""
+    return tuple(x.float() if is_emulated(x) else x for x in operands)
+
+
+def _by_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and x.numel() > 0
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    weight = weight.contiguous()
+    found = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return found.reshape(*x.shape[:-1], len(weight))
+
+
+class _Product(torch.autograd.Function):
+    """The product with its gradients, which are products too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _multiplied(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
+        return (
+            _multiplied(grads, weight.t()).reshape(x.shape) if wanted[0] else None,
+            _multiplied(grads.t(), rows.t()) if wanted[1] else None,
+            grads.sum(0) if wanted[2] else None,
+        )
+
+
+def multiplied_by_onednn(model):
+    """The model, its Linears multiplied by `product` unless they have a forward of their own.
+
+    So are the products of modules that hold a matrix and are no Linears, as routers of mixtures
+    are: by MKL with AVX2 a row of theirs depends on how many rows there are.
+    """
+    for module in model.modules():
+        if "forward" in vars(module):
+            continue
+        if type(module) is nn.Linear:
+            module.forward = MethodType(_forward, module)
+        elif _holds_a_matrix(module):
+            module.forward = MethodType(_with_products, module)
+    return model
+
+
+def _holds_a_matrix(module: nn.Module) -> bool:
+    matrix = module._parameters.get("weight")
+    return matrix is not None and matrix.ndim == 2 and not isinstance(module, OTHERS)
+
+
+class _Products(TorchFunctionMode):
+    """Inside, `torch.nn.functional.linear` is `product`."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (product if function is linear else function)(*args, **(kwargs or {}))
+
+
+def _with_products(module: nn.Module, *args, **kwargs):
+    with _Products():
+        return type(module).forward(module, *args, **kwargs)
+
+
+def _forward(module: nn.Linear, input: Tensor) -> Tensor:
+    return product(input, module.weight, module.bias)
+
+
+class _Linear(nn.Linear):
+    forward = _forward
+
+
+@contextmanager
+def simulated_by_onednn(model) -> Iterator[None]:
+    """Inside, what compressed-tensors simulates is multiplied by `product` too.
+
+    It calls the forward of a Linear's class. The class is taken back afterwards, as only what
+    is an `nn.Linear` itself is saved as int8.
+    """
+    taken = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in taken:
+        module.__class__ = _Linear
+    try:
+        yield
+    finally:
+        for module in taken:
+            module.__class__ = nn.Linear

@@ -1,0 +1,36 @@
+"""The configuration of a model's folder, of a family the project knows."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from helpers.core.architectures import architecture
+from helpers.core.errors import StudyError
+
+
+def load_config(folder: Path):
+    """The configuration of a folder's model.
+
+    Raises:
+        StudyError: there is none, or its family is not known.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise not_loaded(folder, "model", error) from None
+        reason = str(error).strip().splitlines()[0]
+        raise StudyError(f"{folder.name}: its config.json cannot be used ({reason})") from None
+    architecture(config)
+    return config
+
+
+def not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
+    """Why, in one line; code that would have to be run is named as that."""
+    if "trust_remote_code" in str(error):
+        return StudyError(
+            f"{folder.name}: the {what} comes with code of its own, which is never run here; "
+            "give one that transformers itself knows"
+        )
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return StudyError(f"{folder.name}: no {what} can be loaded from it ({reason})")

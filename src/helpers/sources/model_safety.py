@@ -1,0 +1,76 @@
+"""What a model's folder may hold: weights that are only numbers, and no code to run.
+
+Safetensors are read, and GGUF where a source says so. A pickle can run anything while it
+is loaded, so none is ever opened; where there is nothing else it is refused by name.
+Pickles that lie beside (an optimizer's state, a second copy of the weights) are let lie.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from helpers.core.errors import StudyError
+from helpers.core.weight_files import INDEX
+from helpers.study.model_folders import TOKENIZERS, weights_problem
+
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
+
+
+def refuse_unsafe(folder: Path) -> None:
+    """Make sure a folder can be loaded without running anything that lies in it.
+
+    Raises:
+        StudyError: there are only pickles, or a file names a pickle, code to fetch, or
+            another model to load instead.
+    """
+    for name in SETTINGS:
+        _json(folder / name)
+    if problem := weights_problem(path.name for path in folder.iterdir()):
+        raise StudyError(f"{folder.name}: {problem}")
+    _refuse_index(folder)
+    _refuse_pickled_tokenizer(folder)
+    _refuse_foreign_attention(folder)
+
+
+def _refuse_index(folder: Path) -> None:
+    named = _json(folder / INDEX).get("weight_map", {})
+    files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else [str(named)]
+    for name in files:
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise StudyError(
+                f"{folder.name}: {INDEX} names {name!r}, which is no safetensors file of this "
+                "folder; save the model anew"
+            )
+
+
+def _refuse_pickled_tokenizer(folder: Path) -> None:
+    pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".pkl", ".pickle")]
+    if pickles and not any((folder / name).is_file() for name in TOKENIZERS):
+        raise StudyError(
+            f"{folder.name}: its tokenizer is {pickles[0]}, a pickle, which may run anything; "
+            "save the tokenizer as tokenizer.json"
+        )
+
+
+def _refuse_foreign_attention(folder: Path) -> None:
+    """transformers would fetch attention code that is named like a repository."""
+    config = _json(folder / "config.json")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if "/" in str(config.get(key, "")):
+            raise StudyError(
+                f"{folder.name}: config.json asks for attention code to be fetched and run "
+                f"({key} = {config[key]!r}); remove that line"
+            )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON file's mapping; empty if the file is not there."""
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise StudyError(f"{path.parent.name}: {path.name} is not JSON ({error})") from None
+    if not isinstance(found, dict):
+        raise StudyError(f"{path.parent.name}: {path.name} is no mapping; save the model anew")
+    return found

@@ -1,0 +1,1 @@
+"""Statistics and verdicts computed a second time, by other code."""

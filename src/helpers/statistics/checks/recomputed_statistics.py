@@ -1,0 +1,302 @@
+"""The statistics of a comparison a second time, by scipy and statsmodels from the answers.
+
+The second opinion on `intervals`, `bootstrap`, `power` and `comparison`, of whose code nothing
+is used here. Where another way to a figure exists it is taken: Tango's interval from a
+likelihood maximised numerically, a sign-flip test by its exact distribution, power summed
+over gains. A bootstrap is drawn again with the study's seed, and its width held to a jackknife.
+Every fraction is 0-1.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.power import TTestPower
+
+FEWEST_FLIPS = 5  # below, no normal approximation holds
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How a study draws its bootstraps."""
+
+    confidence: float
+    resamples: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class ClusteredMean:
+    """A mean over items in clusters; `low` and `high` are None where all clusters agree."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    standard_error: float
+    clusters: int
+
+
+@dataclass(frozen=True)
+class Recount:
+    """One comparison counted again: the names are those of summary.json.
+
+    `p_room` is how far the study's p may be from this exact one, where it is drawn by lot;
+    `jackknife` the half-width of a normal interval by the jackknife's standard error.
+    """
+
+    n: int
+    clusters: int
+    losses: int
+    gains: int
+    delta: float
+    low: float
+    high: float
+    equivalence_low: float
+    equivalence_high: float
+    p: float
+    p_room: float
+    jackknife: float
+    standard_error: float
+
+
+def recount(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Recount:
+    """Counts, difference, intervals and test of two variants' rows, paired by item id.
+
+    Raises:
+        ValueError: the two have different items, or one has an item twice.
+    """
+    before, after = ({row["id"]: row for row in rows} for rows in (baseline, variant))
+    counts = {len(before), len(after), len(baseline), len(variant)}
+    if before.keys() != after.keys() or len(counts) > 1:
+        raise ValueError("they have different items")
+    ids = sorted(before)
+    changes = [after[i]["score"] - before[i]["score"] for i in ids]
+    clusters = [before[i]["cluster"] or i for i in ids]
+    losses, gains, n = changes.count(-1), changes.count(1), len(ids)
+    mean = clustered_mean(changes, clusters, drawing)
+    independent = len(set(clusters)) == n
+    if independent:
+        limits = [tango(losses, gains, n, level) for level in _levels(drawing)]
+        p, room = mcnemar_p(losses, gains), 0.0
+    else:
+        limits = [_clustered_limits(changes, clusters, drawing, x) for x in _levels(drawing)]
+        p, room = sign_flip_p(changes, clusters, drawing.resamples)
+    z = stats.norm.ppf((1 + drawing.confidence) / 2)
+    return Recount(
+        n=n,
+        clusters=len(set(clusters)),
+        losses=losses,
+        gains=gains,
+        delta=sum(changes) / n,
+        low=limits[0][0],
+        high=limits[0][1],
+        equivalence_low=limits[1][0],
+        equivalence_high=limits[1][1],
+        p=p,
+        p_room=room,
+        jackknife=z * mean.standard_error,
+        standard_error=mean.standard_error,
+    )
+
+
+def _levels(drawing: Drawing) -> tuple[float, float]:
+    """The study's confidence, and that of the interval equivalence is read from."""
+    return drawing.confidence, 1 - 2 * round(1 - drawing.confidence, 12)
+
+
+def mcnemar_p(losses: int, gains: int) -> float:
+    """Two-sided exact McNemar p by statsmodels."""
+    return float(mcnemar([[0, losses], [gains, 0]], exact=True).pvalue)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm-adjusted p by statsmodels, in the same order."""
+    return list(multipletests(p_values, method="holm")[1]) if p_values else []
+
+
+def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
+    """Wilson's interval by scipy."""
+    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(found.low), float(found.high)
+
+
+def tango(losses: int, gains: int, n: int, confidence: float) -> tuple[float, float]:
+    """Differences at which the score statistic is the normal quantile, by bisection."""
+    delta, limit = (gains - losses) / n, stats.chi2.ppf(confidence, 1)
+
+    def excess(difference: float) -> float:
+        rate = _likeliest_loss_rate(difference, losses, gains, n)
+        variance = n * (2 * rate + difference * (1 - difference))
+        gap = (n * (delta - difference)) ** 2
+        return gap - limit * variance
+
+    ends = []
+    for end in (-1.0, 1.0):
+        if delta == end:
+            ends.append(end)
+        else:
+            inside = delta + math.copysign(1e-12, end)  # without flips the variance here is 0
+            ends.append(float(optimize.bisect(excess, inside, end, xtol=1e-13)))
+    return ends[0], ends[1]
+
+
+def _likeliest_loss_rate(difference: float, losses: int, gains: int, n: int) -> float:
+    """P(loss) that maximises the likelihood of the counts, P(gain) being it + `difference`."""
+    low, high = max(0.0, -difference), (1 - difference) / 2
+    if high - low < 1e-15:
+        return low
+
+    def slope(rate: float) -> float:  # of the log-likelihood times all denominators
+        kept = 1 - 2 * rate - difference
+        gained = rate + difference
+        found = losses * gained * kept + gains * rate * kept
+        return found - 2 * (n - losses - gains) * rate * gained
+
+    inner = (high - low) * 1e-13
+    if slope(low + inner) <= 0:
+        return low
+    if slope(high - inner) >= 0:
+        return high
+    return float(optimize.bisect(slope, low + inner, high - inner, xtol=1e-16))
+
+
+def _sums(
+    values: Sequence[float], clusters: Sequence[str], weights: Sequence[float] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of weighted values and of weights by cluster, in the order of the clusters' names."""
+    totals: dict[str, list[float]] = {name: [0.0, 0.0] for name in sorted(map(str, set(clusters)))}
+    for place, (value, name) in enumerate(zip(values, clusters, strict=True)):
+        weight = 1.0 if weights is None else weights[place]
+        totals[str(name)][0] += weight * value
+        totals[str(name)][1] += weight
+    columns = np.array(list(totals.values()))
+    return columns[:, 0], columns[:, 1]
+
+
+def clustered_mean(
+    values: Sequence[float],
+    clusters: Sequence[str],
+    drawing: Drawing,
+    *,
+    weights: Sequence[float] | None = None,
+    confidence: float | None = None,
+    interval: bool = False,
+) -> ClusteredMean:
+    """A mean with the jackknife's standard error and, if asked for, its BCa interval."""
+    sums, sizes = _sums(values, clusters, weights)
+    mean, count = sums.sum() / sizes.sum(), len(sums)
+    each = sums / sizes
+    left_out = [
+        (sums.sum() - s) / (sizes.sum() - k) if count > 1 else mean
+        for s, k in zip(sums, sizes, strict=True)
+    ]
+    error = math.sqrt((count - 1) / count * sum((x - np.mean(left_out)) ** 2 for x in left_out))
+    low = high = None
+    if interval and count > 1 and each.max() - each.min() > 1e-12 * abs(each).max():
+        low, high = _bca(sums, sizes, drawing, confidence or drawing.confidence)
+    return ClusteredMean(float(mean), low, high, error, count)
+
+
+def _bca(sums, sizes, drawing: Drawing, confidence: float) -> tuple[float, float]:
+    scale = abs(sums).sum() / sizes.sum()
+
+    def mean(s, k, axis=-1):
+        """Means that differ by less than rounding are one and the same."""
+        means = s.sum(axis=axis) / k.sum(axis=axis)
+        return np.round(means / scale, 12) * scale
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = stats.bootstrap(
+            (sums, sizes),
+            mean,
+            paired=True,
+            n_resamples=drawing.resamples,
+            confidence_level=confidence,
+            method="BCa",
+            batch=max(1, 250_000 // len(sums)),
+            rng=np.random.default_rng(drawing.seed),
+        ).confidence_interval
+    return float(found.low), float(found.high)
+
+
+def _clustered_limits(changes, clusters, drawing: Drawing, confidence: float):
+    """BCa over clusters; where all agree, Tango's interval with a cluster for an item."""
+    found = clustered_mean(changes, clusters, drawing, confidence=confidence, interval=True)
+    if found.low is not None and found.high is not None:
+        return found.low, found.high
+    flips = round(abs(found.mean) * found.clusters)
+    counts = (flips, 0) if found.mean < 0 else (0, flips)
+    return tango(*counts, found.clusters, confidence)
+
+
+def sign_flip_p(
+    changes: Sequence[float], clusters: Sequence[str], resamples: int
+) -> tuple[float, float]:
+    """(exact two-sided p, how far a drawn one may be off) of whole-numbered changes.
+
+    The distribution of the sum with every cluster's sign drawn is a convolution.
+    """
+    sums = [round(s) for s in _sums(changes, clusters, None)[0] if round(s)]
+    if len(sums) < 2:
+        return 1.0, 0.0
+    reach = sum(map(abs, sums))
+    chances = np.zeros(2 * reach + 1)
+    chances[reach] = 1.0
+    for size in sums:
+        chances = (np.roll(chances, abs(size)) + np.roll(chances, -abs(size))) / 2
+    at_least = chances[abs(np.arange(-reach, reach + 1)) >= abs(sum(sums))].sum()
+    p = min(1.0, float(at_least))
+    if 2 ** min(len(sums), 64) <= resamples:
+        return p, 1e-9
+    return p, 6 * math.sqrt(p * (1 - p) / resamples) + 3 / (resamples + 1)
+
+
+def detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> float | None:
+    """Smallest loss that exact McNemar finds with the wanted power; None if none is."""
+    if gain_rate >= 0.5:
+        return None
+    gains = np.arange(n + 1)
+    chance = stats.binom.pmf(gains, n, gain_rate)
+    gains, chance = gains[chance > 1e-13], chance[chance > 1e-13]
+    fewest = np.array([_fewest_losses(int(g), alpha) for g in gains])
+
+    def shortfall(loss: float) -> float:
+        rate = min(1.0, (gain_rate + loss) / (1 - gain_rate))
+        return float(chance @ stats.binom.sf(fewest - 1, n - gains, rate)) - power
+
+    largest = 1 - 2 * gain_rate
+    if shortfall(largest) < 0:
+        return None
+    return float(optimize.bisect(shortfall, 0.0, largest, xtol=1e-10))
+
+
+def _fewest_losses(gains: int, alpha: float) -> int:
+    """The fewest losses that reject beside so many gains."""
+    low, high = gains, 2 * gains + 64
+    while low < high:
+        middle = (low + high) // 2
+        if 2 * stats.binom.cdf(gains, middle + gains, 0.5) <= alpha:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def detectable_mean(error: float, clusters: int, alpha: float, power: float) -> float | None:
+    """Smallest mean difference a t-test over clusters finds, by statsmodels' power."""
+    if 2.0 ** (1 - clusters) > alpha:
+        return None
+    test = TTestPower()
+
+    def shortfall(effect: float) -> float:  # in standard errors
+        size = effect / math.sqrt(clusters)
+        return float(test.power(size, clusters, alpha / 2, alternative="larger")) - power
+
+    found = optimize.bisect(shortfall, 0.0, 12.0, xtol=1e-10) * error
+    return found if found <= 1 else None

@@ -1,0 +1,168 @@
+"""Two variants on the same items: how many answers were lost and gained, and how sure that is.
+
+Scores are 0 or 1. Independent items take the exact McNemar test and the Tango interval;
+items that share passages a sign-flip test and a bootstrap over the passages. What the
+numbers mean is in `verdicts`.
+"""
+
+from dataclasses import dataclass
+
+from helpers.core.errors import StudyError
+from helpers.evaluation.trivial_answers import answer_of
+from helpers.statistics.bootstrap import BootstrapMean, bootstrap_difference, bootstrap_mean
+from helpers.statistics.intervals import Interval, paired_binary, tango_interval, wilson_interval
+from helpers.statistics.power import detectable_loss, detectable_mean_difference
+from helpers.study.schema import Study
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One variant's predictions of one evaluation set; `problem` says which check it failed."""
+
+    variant: str
+    predictions: list[dict]
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How sure is sure enough; `family` counts the declared primary comparisons."""
+
+    confidence: float
+    power: float
+    margin: float
+    resamples: int
+    seed: int
+    family: int
+
+    @property
+    def alpha(self) -> float:
+        return round(1 - self.confidence, 12)
+
+    @property
+    def random(self) -> dict:
+        return {"resamples": self.resamples, "seed": self.seed}
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two variants on the same items, scored 0 or 1; delta is variant minus baseline.
+
+    Attributes:
+        clusters: independent units: passages where items share them, else items.
+        equivalence: the interval at 1 - 2 alpha that equivalence is read from.
+        detectable: smallest loss found with the wanted power, None if none would be.
+        identical: every answer is the same, not only every score.
+    """
+
+    n: int
+    clusters: int
+    losses: int
+    gains: int
+    delta: float
+    interval: Interval
+    equivalence: Interval
+    p: float
+    method: str
+    detectable: float | None
+    identical: bool
+
+
+def rules_of(study: Study) -> Rules:
+    """The study's statistical settings."""
+    s = study.statistics
+    return Rules(s.confidence, s.power, s.margin, s.resamples, study.seed, len(s.primary))
+
+
+def pair(baseline: Answers, variant: Answers) -> list[tuple[dict, dict]]:
+    """Both predictions of every item, in the order of the items' ids.
+
+    Items asked in other words are paired too: `validity` calls such a comparison invalid.
+
+    Raises:
+        StudyError: the items differ.
+    """
+    before = {p["id"]: p for p in baseline.predictions}
+    after = {p["id"]: p for p in variant.predictions}
+    names = f"{variant.variant} and {baseline.variant}"
+    if odd := sorted(before.keys() ^ after.keys()):
+        raise StudyError(f"{names} answered different items ({odd[0]}); run 03_evaluation again")
+    return [(before[key], after[key]) for key in sorted(before)]
+
+
+def compare(baseline: Answers, variant: Answers, rules: Rules, *, alpha: float) -> Paired:
+    """Losses, gains, difference, interval and test of one comparison.
+
+    Args:
+        alpha: level the smallest detectable loss is computed for.
+    """
+    pairs = pair(baseline, variant)
+    before, after = ([p[i]["score"] for p in pairs] for i in (0, 1))
+    found = paired_binary(before, after, confidence=rules.confidence)
+    losses, gains, n = found.losses, found.gains, found.n
+    clusters = [_cluster(b) for b, _ in pairs]
+    units = len(set(clusters))
+    if units == n:
+        level = 1 - 2 * rules.alpha
+        equivalence = tango_interval(losses, gains, n, confidence=level)
+        interval, p, method = found.interval, found.p, "exact McNemar, Tango interval"
+        detectable = _detectable_loss(n, gains / n, alpha, rules.power)
+    else:
+        differences = [a - b for b, a in zip(before, after, strict=True)]
+        wide = bootstrap_difference(
+            differences, clusters, confidence=rules.confidence, **rules.random
+        )
+        narrow = bootstrap_mean(
+            differences, clusters, confidence=1 - 2 * rules.alpha, **rules.random
+        )
+        interval, equivalence, p = _interval(wide), _interval(narrow), wide.p
+        method = "sign-flip test and bootstrap by passage"
+        detectable = _detectable_by_passage(wide, alpha, rules.power)
+    same = all(answer_of(b) == answer_of(a) for b, a in pairs)
+    return Paired(
+        n, units, losses, gains, found.delta, interval, equivalence, p, method, detectable, same
+    )
+
+
+def score_interval(predictions: list[dict], rules: Rules) -> Interval:
+    """Interval of one variant's share of right answers: Wilson, or by passage where shared."""
+    scores = [p["score"] for p in predictions]
+    clusters = [_cluster(p) for p in predictions]
+    if len(set(clusters)) == len(scores):
+        return wilson_interval(int(sum(scores)), len(scores), confidence=rules.confidence)
+    found = bootstrap_mean(scores, clusters, confidence=rules.confidence, **rules.random)
+    if found.degenerate:  # resampling shows no spread: the passages are the independent items
+        right = round(found.mean * found.clusters)
+        return wilson_interval(right, found.clusters, confidence=rules.confidence)
+    return found.interval
+
+
+def _cluster(prediction: dict) -> str:
+    return prediction["cluster"] or prediction["id"]
+
+
+def _interval(found: BootstrapMean) -> Interval:
+    """The bootstrap's, or where resampling shows no spread, Tango's on the passages."""
+    if not found.degenerate:
+        return found.interval
+    flips = round(abs(found.mean) * found.clusters)
+    losses, gains = (flips, 0) if found.mean < 0 else (0, flips)
+    return tango_interval(losses, gains, found.clusters, confidence=found.interval.confidence)
+
+
+def _detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> float | None:
+    if gain_rate >= 0.5:
+        return None
+    return detectable_loss(n, gain_rate=gain_rate, alpha=alpha, power=power)
+
+
+def _detectable_by_passage(found: BootstrapMean, alpha: float, power: float) -> float | None:
+    if found.degenerate:
+        return _detectable_loss(found.clusters, 0.0, alpha, power)
+    units = found.clusters
+    if 2.0 ** (1 - units) > alpha:  # not even if every passage loses
+        return None
+
+    error = found.standard_error
+    loss = detectable_mean_difference(error, clusters=units, alpha=alpha, power=power)
+    return loss if loss <= 1 else None

@@ -1,0 +1,117 @@
+"""The rules of the report this project began with: the subject of one chapter, never a tool.
+
+They certified a broken model. A study file may ask for a chapter that applies them to the
+study's own answers and shows what they conclude beside what this project concludes; only
+that chapter, `helpers.report.naive_rules_chapter`, imports this module. What they were:
+
+- the higher score wins, whatever the difference, and a tie goes to the baseline;
+- differences are told in percent of a percentage;
+- a win rate counts the sets won;
+- SQuAD is read by its official rule, and an answer without a box is the empty answer, which
+  is right wherever the question has no answer;
+- the mean absolute difference of numbers is over the answers that parse, however few.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from helpers.evaluation.answer_parsing import normalize_answer
+from helpers.statistics.comparison import Answers, pair
+from helpers.statistics.intervals import mcnemar_exact
+
+Side = Literal["baseline", "variant"]
+
+
+@dataclass(frozen=True)
+class OldConclusion:
+    """What the old rules make of one comparison.
+
+    Attributes:
+        before, after: the scores, as fractions.
+        relative_change: (after - before) / before; None where that divides by zero.
+        winner: never undecided.
+    """
+
+    before: float
+    after: float
+    relative_change: float | None
+    winner: Side
+
+
+@dataclass(frozen=True)
+class EmptyAnswers:
+    """What the official rule pays for saying nothing, on one SQuAD set.
+
+    Attributes:
+        empty: answers that are empty to the official rule: unparsed ones and abstentions.
+        unparsed: those of them that say nothing readable at all.
+        unanswerable: questions without an answer.
+        has_answer, no_answer: exact match on the questions with and without one.
+    """
+
+    items: int
+    empty: int
+    unparsed: int
+    unanswerable: int
+    exact_match: float
+    has_answer: float | None
+    no_answer: float | None
+
+
+def old_score(adapter: str, row: dict) -> float:
+    """0 or 1 for one answer by the old rules."""
+    return official_exact_match(row) if adapter == "squad_v2" else row["score"]
+
+
+def official_exact_match(row: dict) -> float:
+    """SQuAD 2.0's official exact match of the text that was parsed, empty if there is none.
+
+    Rajpurkar et al., arXiv:1806.03822: without gold answers the gold is the empty text.
+    """
+    said = normalize_answer(row["parsed"] or "")
+    return float(any(said == normalize_answer(gold) for gold in row["golds"] or [""]))
+
+
+def conclude(adapter: str, baseline: Answers, variant: Answers) -> OldConclusion:
+    """The old rules' conclusion about two variants on the same items."""
+    pairs = pair(baseline, variant)
+    before, after = (sum(old_score(adapter, p[i]) for p in pairs) / len(pairs) for i in (0, 1))
+    change = (after - before) / before if before else None
+    return OldConclusion(before, after, change, "variant" if after > before else "baseline")
+
+
+def win_rate(conclusions: list[OldConclusion], side: Side) -> float:
+    """Share of the sets that one side wins."""
+    return sum(c.winner == side for c in conclusions) / len(conclusions)
+
+
+def certifying_p(adapter: str, baseline: Answers, variant: Answers) -> float:
+    """Exact McNemar p of the old scores: what a test without a look at the answers says."""
+    pairs = [(old_score(adapter, b), old_score(adapter, a)) for b, a in pair(baseline, variant)]
+    return mcnemar_exact(sum(b > a for b, a in pairs), sum(a > b for b, a in pairs))
+
+
+def empty_answers(rows: list[dict]) -> EmptyAnswers:
+    """How a SQuAD score comes about by the official rule."""
+    scores = {True: [], False: []}  # by whether the question has an answer
+    for row in rows:
+        scores[bool(row["golds"])].append(official_exact_match(row))
+    return EmptyAnswers(
+        items=len(rows),
+        empty=sum(not normalize_answer(row["parsed"] or "") for row in rows),
+        unparsed=sum(row["status"] == "unparsed" for row in rows),
+        unanswerable=len(scores[False]),
+        exact_match=_mean(scores[True] + scores[False]),
+        has_answer=_mean(scores[True]) if scores[True] else None,
+        no_answer=_mean(scores[False]) if scores[False] else None,
+    )
+
+
+def mean_absolute_difference(rows: list[dict]) -> tuple[float | None, int]:
+    """(mean over the answers that are numbers, how many they are); it shrinks with them."""
+    found = [row["absolute_difference"] for row in rows if row["absolute_difference"] is not None]
+    return (_mean(found) if found else None), len(found)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,104 @@
+"""What one comparison of a variant with its baseline lets one say: data in, a verdict out.
+
+Three questions in a fixed order. Is this a measurement of the variant at all (*invalid*)?
+Does the evaluation set tell this baseline from a fixed answer (*uninformative*)? Only
+then: what does the test say? Significance cannot certify garbage.
+
+Left out on purpose: winners, relative changes of percentages, p-values of comparisons
+that are invalid, and verdicts on comparisons nobody declared beforehand.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+from helpers.statistics.comparison import Answers, Paired, Rules, compare, rules_of
+from helpers.statistics.intervals import holm, tost_from_interval
+from helpers.statistics.validity import invalid_reason, uninformative_reason
+from helpers.study.schema import Comparison, Study
+
+Kind = Literal[
+    "worse", "better", "equivalent", "inconclusive", "uninformative", "invalid", "exploratory"
+]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The conclusion of one comparison; `holm_p` only where a declared test was made."""
+
+    kind: Kind
+    reason: str
+    primary: bool
+    holm_p: float | None
+    paired: Paired
+
+
+def study_verdicts(
+    study: Study,
+    answers: Mapping[tuple[str, str, str], Answers],
+    disagreeing: Mapping[Comparison, str] = MappingProxyType({}),
+) -> dict[Comparison, Verdict]:
+    """Every variant against the study's baseline, and every declared comparison.
+
+    Holm's family is the declared comparisons, all of them: one that is invalid stays in
+    it with p = 1, so that failing a check never eases the test of another. So does one of
+    which a side is not there yet; it gets no verdict.
+
+    Args:
+        answers: by (model, dataset, variant).
+        disagreeing: comparisons whose figures do not follow from the answers, with the reason:
+            they are invalid.
+    """
+    rules, primary = rules_of(study), study.statistics.primary
+    wanted = [*primary, *_against_baseline(study)]
+    judged, p_values = {}, dict.fromkeys(primary, 1.0)
+    for c in dict.fromkeys(wanted):
+        if not {(c.model, c.dataset, name) for name in (c.baseline, c.variant)} <= answers.keys():
+            continue
+        sides = [answers[c.model, c.dataset, name] for name in (c.baseline, c.variant)]
+        adapter = study.evaluation.datasets[c.dataset].adapter
+        alpha = rules.alpha / rules.family if c in primary else rules.alpha
+        paired = compare(*sides, rules, alpha=alpha)
+        reasons = (
+            disagreeing.get(c) or invalid_reason(adapter, *sides, rules),
+            uninformative_reason(adapter, sides[0], rules),
+        )
+        judged[c] = paired, reasons
+        if c in primary and not reasons[0]:
+            p_values[c] = paired.p
+    adjusted = holm(p_values)
+    return {c: judge(p, *why, adjusted.get(c), rules) for c, (p, why) in judged.items()}
+
+
+def _against_baseline(study: Study) -> list[Comparison]:
+    return [
+        Comparison(model=model, dataset=dataset, baseline=study.baseline, variant=variant)
+        for model in study.models
+        for dataset in study.evaluation.datasets
+        for variant in study.variants
+        if variant != study.baseline
+    ]
+
+
+def judge(
+    paired: Paired,
+    invalid: str | None,
+    uninformative: str | None,
+    holm_p: float | None,
+    rules: Rules,
+) -> Verdict:
+    """The verdict of one comparison; `holm_p` is None for one that was not declared."""
+    primary = holm_p is not None
+    same = f"identical answers on all {paired.n} items" if paired.identical else ""
+    inside = tost_from_interval(paired.equivalence, margin=rules.margin, alpha=rules.alpha)
+    if invalid:
+        return Verdict("invalid", invalid, primary, None, paired)
+    if uninformative:
+        return Verdict("uninformative", uninformative, primary, holm_p, paired)
+    if not primary:
+        return Verdict("exploratory", same, primary, None, paired)
+    if holm_p <= rules.alpha and paired.delta != 0:
+        why = "the difference lies inside the margin all the same" if inside else ""
+        return Verdict("worse" if paired.delta < 0 else "better", why, primary, holm_p, paired)
+    return Verdict("equivalent" if inside else "inconclusive", same, primary, holm_p, paired)

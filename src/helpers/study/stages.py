@@ -1,0 +1,208 @@
+"""Which runs a study takes, what each of them reads, and what each depends on.
+
+The Snakefile is made of this. Two things decide whether a run is repeated:
+
+- `depends_on`: everything in the study file the stage uses, as ONE text with sorted
+  keys. Snakemake compares parameters as a set of values, so that two swapped values
+  would go unseen if they were given one by one.
+- `source_files`: the notebook, every helper module it rests on
+(`helpers.study.fingerprinted_code`),
+  and the local data it reads. What they hold counts, not when they were written
+  (`helpers.study.fingerprints`).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from helpers.core.errors import StudyError
+from helpers.core.hashing import canonical_json
+from helpers.core.paths import PROJECT, StudyPaths
+from helpers.study.fingerprinted_code import HELPERS, imported_modules
+from helpers.study.local_files import files_of, resolve
+from helpers.study.schema import Study
+from helpers.study.schema_sources import FileDataset, FineTunedModel, FolderModel, ShippedDataset
+
+NOTEBOOKS = {
+    "finetuning": "00_finetuning",
+    "calibration": "01_calibration",
+    "quantization": "02_quantization",
+    "cost": "03_cost",
+    "evaluation": "03_evaluation",
+    "analysis": "04_analysis",
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of one stage's notebook."""
+
+    stage: str
+    model: str = ""
+    variant: str = ""
+
+    @property
+    def name(self) -> str:
+        """`02_quantization.base.rtn_w8a8`, the executed notebook's name."""
+        return ".".join(filter(None, (NOTEBOOKS[self.stage], self.model, self.variant)))
+
+    def executed(self, paths: StudyPaths) -> Path:
+        """The executed notebook that is kept for review."""
+        return paths.notebooks / f"{self.name}.ipynb"
+
+    def record(self, paths: StudyPaths) -> Path:
+        """What the run leaves for the next stage to find."""
+        match self.stage:
+            case "finetuning":
+                return paths.finetuned_model(self.model) / "record.json"
+            case "calibration":
+                return paths.calibration(self.model) / "record.json"
+            case "quantization":
+                return paths.quantization(self.model, self.variant) / "record.json"
+            case "cost":
+                return paths.cost(self.model) / "record.json"
+            case "evaluation":
+                return paths.evaluation(self.model, self.variant) / "record.json"
+        return paths.root / "summary.json"
+
+
+def runs(study: Study) -> list[Run]:
+    """Every run before the analysis, stage by stage.
+
+    Raises:
+        StudyError: two runs would share a name.
+    """
+    pairs = [(m, v) for m in study.models for v in study.variants]
+    found = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
+    found += [Run("calibration", m) for m in study.models]
+    found += [Run("quantization", m, v) for m, v in pairs if study.variants[v].changes_model]
+    found += [Run("cost", m) for m in timed_models(study)]
+    found += [Run("evaluation", m, v) for m, v in pairs]
+    names = [run.name for run in found]
+    for run in found:
+        if names.count(run.name) > 1:
+            raise StudyError(
+                f"models.{run.model}, variants.{run.variant}: two runs would be called "
+                f"{run.name}; leave out the dots in the names"
+            )
+    return found
+
+
+def timed_models(study: Study) -> list[str]:
+    """The models whose cost is measured, if it is: one trained here costs what its start costs."""
+    if not study.runtime.cost:
+        return []
+    return [m for m in study.models if not _is_trained(study, m)]
+
+
+def _is_trained(study: Study, model: str) -> bool:
+    return isinstance(study.models[model], FineTunedModel)
+
+
+def before(study: Study, run: Run) -> list[Run]:
+    """The runs whose records this one reads."""
+    trained = [Run("finetuning", run.model)] if run.model and _is_trained(study, run.model) else []
+    match run.stage:
+        case "calibration":
+            return trained
+        case "quantization":
+            return [*trained, Run("calibration", run.model)]
+        case "cost":
+            made = [v for v in study.variants if study.variants[v].changes_model]
+            return [Run("quantization", run.model, v) for v in made]
+        case "evaluation":
+            found = [*trained]
+            if study.variants[run.variant].changes_model:
+                found.append(Run("quantization", run.model, run.variant))
+            if run.variant != study.baseline:  # its gates are held against the baseline
+                found.append(Run("evaluation", run.model, study.baseline))
+            return found
+        case "analysis":
+            return runs(study)
+    return []
+
+
+def depends_on(study: Study, run: Run) -> str:
+    """All the study file says that this run's result depends on, as one text."""
+    if run.stage == "analysis":
+        measured = {"runtime": {"cost"}} if study.runtime.cost else None  # as it always was
+        return canonical_json(study.model_dump(mode="json", exclude=measured))
+    uses: dict[str, Any] = {
+        "seed": study.seed,
+        "runtime": study.runtime.model_dump(exclude={"cost"}),  # of no number but its own
+        "model": _model(study, run.model),
+    }
+    if run.stage in ("finetuning", "calibration"):
+        del uses["runtime"]["quantized"]  # both work on the float model
+    if study.enable_thinking is not None:
+        uses["enable_thinking"] = study.enable_thinking
+    if run.variant:
+        uses["variant"] = _variant(study, run.variant)
+    if run.stage == "cost":
+        del uses["runtime"]["threads"]  # it takes all there are
+        uses["variants"] = {v: _variant(study, v) for v in study.variants}
+        uses["baseline"], uses["batch"] = study.baseline, study.evaluation.batch.model_dump()
+    if run.stage in ("calibration", "quantization", "cost") or (
+        run.variant and study.variants[run.variant].changes_model
+    ):
+        uses["calibration"] = study.calibration.model_dump()
+        uses["barred_from_calibration"] = _drawn(study)
+    if run.stage == "evaluation":
+        uses["evaluation"] = study.evaluation.model_dump()
+        uses["baseline"] = study.baseline
+    return canonical_json(uses)
+
+
+def _variant(study: Study, variant: str) -> dict:
+    wanted = study.variants[variant]
+    return {"settings": wanted.model_dump(mode="json"), "scheme": wanted.scheme}
+
+
+def _model(study: Study, model: str) -> dict:
+    """A model's source; for a trained one, all that its training depends on."""
+    source = study.models[model]
+    uses = {"source": source.model_dump()}
+    if isinstance(source, FineTunedModel):
+        uses["start"] = study.models[source.finetune.start].model_dump()
+        uses["barred_from_training"] = [study.calibration.model_dump(), _drawn(study)]
+    return uses
+
+
+def _drawn(study: Study) -> dict:
+    """What decides which items are evaluation items, and so barred elsewhere."""
+    return {
+        name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
+        for name, dataset in study.evaluation.datasets.items()
+    }
+
+
+def source_files(study: Study, run: Run) -> list[Path]:
+    """The notebook, the modules and the local data of one run.
+
+    Raises:
+        StudyError: the notebook is missing or holds a cell that is not Python.
+    """
+    notebook = PROJECT / "notebooks" / f"{NOTEBOOKS[run.stage]}.ipynb"
+    files = {notebook, *imported_modules(notebook, with_report=run.stage == "analysis")}
+    for source in _data_sources(study, run):
+        match source:
+            case FileDataset():
+                files.update(files_of(source))
+            case ShippedDataset(shipped=name):
+                files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")
+            case FolderModel(folder=folder):
+                files.update(p for p in resolve(folder).iterdir() if p.is_file())
+    return sorted(files)
+
+
+def _data_sources(study: Study, run: Run) -> list:
+    if run.stage == "analysis":
+        return []
+    asked = [dataset.source for dataset in study.evaluation.datasets.values()]
+    model = study.models[run.model]
+    if run.stage == "evaluation":
+        return [model, *asked, study.evaluation.shared_text.dataset]
+    found = [model, study.calibration.dataset, *asked]
+    if run.stage == "finetuning":
+        found += [model.finetune.dataset, study.models[model.finetune.start]]
+    return found

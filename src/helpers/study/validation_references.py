@@ -1,0 +1,123 @@
+"""Whether what a study file says about its own names fits together.
+
+Every setting is sound by itself here; what is looked at is what one says of another.
+"""
+
+from operator import attrgetter
+
+from helpers.study.schema import EvaluationSet, Study
+from helpers.study.schema_names import TAKEN
+from helpers.study.schema_sources import FineTunedModel
+from helpers.study.validation_messages import unknown
+
+PROTOCOLS = {
+    "arc": {"loglikelihood", "generate"},
+    "boolq": {"loglikelihood", "generate"},
+    "squad_v2": {"generate"},
+    "openmath": {"generate"},
+}
+
+
+def broken_references(study: Study) -> list[str]:
+    """What the study file says about its own names that is not so."""
+    problems = _baseline(study) + _float_types(study) + _taken_names(study)
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
+    for name, dataset in study.evaluation.datasets.items():
+        asked = _asking(dataset, thinking=bool(study.enable_thinking))
+        problems += [f"evaluation.datasets.{name}.{problem}" for problem in asked]
+    return problems + _comparisons(study) + _old_rules(study)
+
+
+def _baseline(study: Study) -> list[str]:
+    if study.baseline not in study.variants:
+        return [unknown("baseline", study.baseline, "variant", study.variants)]
+    if study.variants[study.baseline].as_loaded:
+        return []
+    return [
+        f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
+        "that changes nothing ({})"
+    ]
+
+
+def _float_types(study: Study) -> list[str]:
+    """A control in another float type has to differ from the study's own."""
+    problems = []
+    for name, variant in study.variants.items():
+        key = f"variants.{name}.dtype = {variant.dtype!r}"
+        if variant.dtype == study.runtime.dtype:
+            problems.append(
+                f"{key} is runtime.dtype already; name the other one, so that the two differ "
+                "by rounding"
+            )
+        elif variant.dtype and study.runtime.dtype == "auto":
+            problems.append(
+                f"{key} may be what runtime.dtype = 'auto' comes to; name runtime.dtype too"
+            )
+    return problems
+
+
+def _taken_names(study: Study) -> list[str]:
+    return [
+        f"{kind}.{name} names what every run writes itself; rename it"
+        for kind, taken in TAKEN.items()
+        for name in sorted(taken & set(attrgetter(kind)(study)))
+    ]
+
+
+def _start(study: Study, key: str, start: str) -> list[str]:
+    if start not in study.models:
+        return [unknown(key, start, "model", study.models)]
+    if isinstance(study.models[start], FineTunedModel):
+        return [f"{key} = {start!r} is itself fine-tuned by this study; start from a given model"]
+    return []
+
+
+def _asking(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
+    """What does not go together in how one set is asked, each from its key on."""
+    problems, ask = [], dataset.ask
+    if ask.protocol not in PROTOCOLS[dataset.adapter]:
+        problems.append(
+            f"ask.protocol = {ask.protocol!r} cannot ask {dataset.adapter} items; use "
+            f"{' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
+        )
+    if dataset.keep and dataset.adapter != "openmath":
+        problems.append(
+            f"keep = {dataset.keep!r} is for openmath items, not for {dataset.adapter}; remove it"
+        )
+    if thinking and ask.protocol == "generate" and (ask.answer, ask.stop) != ("boxed", "turn"):
+        problems.append(
+            f"ask.answer = {ask.answer!r} with stop = {ask.stop!r} would take thoughts for the "
+            "answer, since enable_thinking = true; use answer: boxed, stop: turn"
+        )
+    return problems
+
+
+def _comparisons(study: Study) -> list[str]:
+    problems, primary = [], study.statistics.primary
+    for index, pair in enumerate(primary):
+        key = f"statistics.primary.{index}"
+        named = [("model", study.models), ("dataset", study.evaluation.datasets)]
+        named += [("baseline", study.variants), ("variant", study.variants)]
+        for field, known in named:
+            value = getattr(pair, field)
+            if value not in known:
+                kind = "variant" if field == "baseline" else field
+                problems.append(unknown(f"{key}.{field}", value, kind, known))
+        if pair.variant == pair.baseline:
+            problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
+        if pair in primary[:index]:
+            problems.append(f"{key} repeats an earlier comparison; remove it")
+    return problems
+
+
+def _old_rules(study: Study) -> list[str]:
+    problems = []
+    for index, name in enumerate(study.old_rules_chapter):
+        key = f"old_rules_chapter.{index}"
+        if name not in study.variants:
+            problems.append(unknown(key, name, "variant", study.variants))
+        elif name == study.baseline:
+            problems.append(f"{key} = {name!r} is the baseline; name what is held against it")
+    return problems

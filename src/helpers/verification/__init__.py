@@ -1,0 +1,1 @@
+"""Gates on what was quantized: files, tensors, calibration, the loaded model."""

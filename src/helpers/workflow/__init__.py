@@ -1,0 +1,1 @@
+"""Commands, Snakemake, notebooks and clusters: what runs a study. Imports no torch."""

@@ -1,0 +1,217 @@
+"""A study in one file, to be looked at again elsewhere: records, answers, report, no weights.
+
+    python -m helpers.workflow.archive pack demo
+    python -m helpers.workflow.archive again outputs/demo.tar.gz --to /some/folder
+
+The same outputs make the same bytes. The first file inside is `manifest.json`, with the
+content hash of every other one. Making the report again needs neither models nor data
+nor torch: everything in it is computed from what is in the archive, and `summary.json`
+has to come out as it went in.
+"""
+
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import os
+import re
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from helpers.core.errors import StudyError
+from helpers.core.file_locking import hold, release
+from helpers.core.file_writing import write_atomically
+from helpers.core.hashing import sha256_file
+from helpers.core.paths import PROJECT, StudyPaths, outputs_root
+from helpers.study.loading import load_study, study_file
+from helpers.study.schema_names import PATTERN
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 64 * 2**20
+MOST_BYTES = 8 * 2**30  # unpacked
+NOTHING = (".failed.ipynb", ".running.ipynb", ".tmp")
+
+
+def pack(study: str, to: Path | None = None) -> Path:
+    """Write a study's archive and return its path, `outputs/<study>.tar.gz` if none is given.
+
+    Raises:
+        StudyError: there is no study file, or its results are not complete.
+    """
+    load_study(study, with_sources=False)
+    source = study_file(study)
+    paths = StudyPaths(source.stem)
+    paths.refuse_links_out()
+    if not (paths.root / "summary.json").is_file():
+        raise StudyError(f"{paths.study} has no results yet; run make study STUDY={paths.study}")
+    with _nobody_writing(paths):
+        files = {f"params/{paths.study}.yaml": source, **_results(paths)}
+        hashes = {name: sha256_file(path) for name, path in files.items()}
+        about = {"format": FORMAT, "study": paths.study, "files": hashes}
+        target = to or outputs_root() / f"{paths.study}.tar.gz"
+        write_atomically(target, lambda path: _write(path, about, files))
+    return target
+
+
+@contextlib.contextmanager
+def _nobody_writing(paths: StudyPaths) -> Iterator[None]:
+    """Hold the study's lock, the one a run holds."""
+    lock = outputs_root() / f".{paths.study}.lock"
+    hold(lock, f"study {paths.study!r} is being run")
+    try:
+        yield
+    finally:
+        release(lock)
+
+
+def _results(paths: StudyPaths) -> dict[str, Path]:
+    """Every file of a study's results by its name in the archive; weights stay behind."""
+    found = {}
+    for path in sorted(p for p in paths.root.rglob("*") if p.is_file()):
+        inside = path.relative_to(paths.root)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        weights = inside.parts[1:2] == ("model",) or inside.parts[2:3] == ("checkpoint",)
+        weights |= path.suffix == ".safetensors" and inside.parts[1] != "calibration"
+        if hidden or path.name.endswith(NOTHING):
+            continue
+        if weights and path.name != "record.json":
+            continue
+        found[f"outputs/{paths.study}/{inside.as_posix()}"] = path
+    return found
+
+
+def _write(target: Path, about: dict, files: dict[str, Path]) -> None:
+    """The same files make the same bytes: in order, of nobody, at no time."""
+    manifest = json.dumps(about, indent=1, sort_keys=True).encode("utf-8")
+    with (
+        open(target, "wb") as raw,
+        gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+    ):
+        archive.addfile(_member(MANIFEST, len(manifest)), io.BytesIO(manifest))
+        for name, path in sorted(files.items()):
+            with open(path, "rb") as content:
+                archive.addfile(_member(name, path.stat().st_size), content)
+
+
+def _member(name: str, size: int) -> tarfile.TarInfo:
+    found = tarfile.TarInfo(name)
+    found.size, found.mode = size, 0o644
+    return found
+
+
+def unpack(archive: Path, to: Path) -> dict:
+    """Put an archive's files into a new folder, each as its hash says; return the manifest.
+
+    Raises:
+        StudyError: the folder is not empty, or the archive is damaged, holds a file that it
+            does not announce, or names one outside the folder.
+    """
+    if to.exists() and any(to.iterdir()):
+        raise StudyError(f"{to} is not empty; give a new folder")
+    to.mkdir(parents=True, exist_ok=True)
+    try:
+        with tarfile.open(archive, "r:gz") as opened:
+            manifest = _manifest(opened, archive)
+            waiting = dict(manifest["files"])
+            whole = 0
+            while member := opened.next():
+                whole += member.size  # of a sparse member what it becomes, not what is stored
+                if whole > MOST_BYTES:
+                    raise StudyError(f"{archive}: has more than {MOST_BYTES:,} bytes in it")
+                _unpack_one(opened, member, waiting, to, archive)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise StudyError(f"{archive}: is no whole archive of a study ({error})") from None
+    if waiting:
+        raise StudyError(f"{archive}: lacks {min(waiting)}; pack the study again")
+    return manifest
+
+
+def _manifest(opened: tarfile.TarFile, archive: Path) -> dict:
+    first = opened.next()
+    try:
+        if first.name != MANIFEST or not first.isreg() or first.size > LARGEST_MANIFEST:
+            raise ValueError(first.name)
+        found = json.loads(opened.extractfile(first).read())
+        names = [PurePosixPath(name) for name in found["files"]]
+        inside = all(n.parts[0] in ("params", "outputs") and ".." not in n.parts for n in names)
+        if found["format"] != FORMAT or not inside or not re.fullmatch(PATTERN, found["study"]):
+            raise ValueError("format")
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
+        raise StudyError(f"{archive}: is no archive of a study; make archive makes one") from None
+    return found
+
+
+def _unpack_one(opened, member: tarfile.TarInfo, waiting: dict, to: Path, archive: Path) -> None:
+    digest = waiting.pop(member.name, None)
+    if digest is None or not member.isreg():
+        raise StudyError(f"{archive}: holds {member.name!r}, which it does not announce")
+    target = to / member.name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb") as stream:
+        content = opened.extractfile(member)
+        while block := content.read(2**20):
+            stream.write(block)
+    if sha256_file(target) != digest:
+        raise StudyError(f"{archive}: {member.name} is not what it was; pack the study again")
+
+
+def look_again(archive: Path, to: Path) -> Path:
+    """Unpack a study and make its report again from what is in it; return the report's folder.
+
+    Raises:
+        StudyError: the archive is damaged, or `summary.json` comes out another.
+        JobFailed: the analysis refuses what it finds.
+    """
+    from helpers.workflow.notebook_execution import run_notebook
+    from helpers.workflow.notebook_export import export_report
+
+    manifest = unpack(archive, to)
+    name = manifest["study"]
+    os.environ["STUDY_OUTPUTS"] = str(to.resolve() / "outputs")
+    study, paths = str(to.resolve() / "params" / f"{name}.yaml"), StudyPaths(name)
+    executed = paths.notebooks / "04_analysis.ipynb"
+    run_notebook(PROJECT / "notebooks" / "04_analysis.ipynb", executed, {"study": study})
+    export_report(executed, study, paths.root)
+    for file in ("summary.json", "summary.csv"):
+        before = manifest["files"].get(f"outputs/{name}/{file}")
+        if sha256_file(paths.root / file) != before:
+            raise StudyError(
+                f"{paths.root / file} is not the archive's: the results in it do not give it with "
+                "this version of the project"
+            )
+    return paths.root
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see `--help`."""
+    from helpers.workflow.notebook_execution import JobFailed
+
+    parser = argparse.ArgumentParser(prog="python -m helpers.workflow.archive", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="write a study's results into one file")
+    packing.add_argument("study")
+    packing.add_argument("--to", type=Path)
+    again = commands.add_parser("again", help="make the report again from such a file")
+    again.add_argument("archive", type=Path)
+    again.add_argument("--to", type=Path, required=True, help="a new folder")
+    given = parser.parse_args(argv)
+    try:
+        if given.command == "pack":
+            made = pack(given.study, given.to)
+            print(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+        else:
+            folder = look_again(given.archive, given.to)
+            print(f"the same summary.json and summary.csv; the report is {folder / 'report.html'}")
+    except (StudyError, JobFailed) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

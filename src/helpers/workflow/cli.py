@@ -1,0 +1,150 @@
+"""Jobs as the terminal sees them, and the command line the Makefile and Snakefile use.
+
+Each job says in one line that it starts, and in one how it ended and how long it took.
+"""
+
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this loads ends it without a word
+
+import argparse
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from helpers.core.activity import told_by
+from helpers.core.console import DONE, FAILED, START, STOPPED, duration, say, shared_file
+from helpers.core.errors import StudyError, remedy
+from helpers.core.parent_process import die_with_parent
+from helpers.workflow.fork_client import run_in_fork
+from helpers.workflow.notebook_execution import JobFailed, kernel, run_notebook
+
+
+def job(label: str, work: Callable[[], None]) -> int:
+    """Do the work; say when it starts, and when and how it ends. Returns the exit code."""
+    die_with_parent()
+    say(START, label)
+    started = time.monotonic()
+    try:
+        with told_by(" ".join(label.split()), shared_file()):
+            work()
+    except (JobFailed, StudyError, OSError) as error:
+        say(FAILED, label, f"{duration(time.monotonic() - started)}\n{_told(error)}")
+        return 1
+    except KeyboardInterrupt:
+        say(STOPPED, label)
+        return 130
+    say(DONE, label, duration(time.monotonic() - started))
+    return 0
+
+
+def _told(error: Exception) -> str:
+    """The message; of a system's error, with what to do about it."""
+    return "; ".join(filter(None, (str(error), isinstance(error, OSError) and remedy(str(error)))))
+
+
+def _label(stage: str, parameters: dict[str, str]) -> str:
+    model, variant = parameters.get("model", ""), parameters.get("variant", "")
+    return f"{stage:<12}  {model:<12}  {variant:<18}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; see `--help`."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here on it is told
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if arguments[:1] == ["kernel"]:
+        kernel(arguments[1:])
+        return 0
+    if arguments[:1] == ["engine"]:
+        return engine(arguments[1:])
+    if arguments[:1] == ["answer"]:
+        importlib.import_module(arguments[1]).main(*arguments[2:])
+        return 0
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    try:
+        given = _parser().parse_args(arguments[:cut])
+        given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
+        return _dispatch(given)
+    except (StudyError, OSError) as error:
+        print(_told(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def engine(arguments: list[str]) -> int:
+    """Become Snakemake, which ends without a word on Ctrl-C while it still loads."""
+    try:
+        from snakemake.cli import main as snakemake
+
+        return int(snakemake(arguments) or 0)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m helpers.workflow.cli", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    check = commands.add_parser("check", help="read a study file and say what is wrong with it")
+    check.add_argument("study")
+    study = commands.add_parser("study", help="check a study, then run what is not current")
+    study.add_argument("study")
+    study.add_argument("--cores", type=int, required=True)
+    study.add_argument("--job-mb", type=int, default=3000, help="memory set aside for one job")
+    study.add_argument("--executor", default="local", help="where jobs run: a folder of profiles/")
+    study.add_argument("--only-report", action="store_true", help="only analysis and export")
+    study.add_argument("--partial", action="store_true", help="report what is complete")
+    run = commands.add_parser("run", help="execute one notebook")
+    run.add_argument("--notebook", type=Path, required=True)
+    run.add_argument("--output", type=Path, required=True)
+    run.add_argument("-p", dest="parameters", nargs=2, action="append", default=[])
+    export = commands.add_parser("export", help="make report.md and report.html")
+    export.add_argument("--notebook", type=Path, required=True)
+    export.add_argument("--study", required=True)
+    export.add_argument("--to", type=Path, required=True)
+    return parser
+
+
+def _dispatch(given: argparse.Namespace) -> int:
+    from helpers.workflow import launcher
+
+    match given.command:
+        case "check":
+            return launcher.check(given.study) or launcher.check_beforehand(given.study, dry=True)
+        case "study":
+            return launcher.run_study(given)
+        case "run":
+            parameters = dict(given.parameters)
+            stage = given.notebook.stem.partition("_")[2] or given.notebook.stem
+            return job(_label(stage, parameters), lambda: _run(given, stage, parameters))
+    from helpers.workflow.notebook_export import export_report
+
+    return job(_label("report", {}), lambda: export_report(given.notebook, given.study, given.to))
+
+
+def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
+    """Execute the notebook; of a run of the grid, leave an account of what it was made from."""
+    from helpers.study import fingerprints, stages
+    from helpers.study.study_run import open_job
+
+    output, account = given.output.absolute(), nullcontext()
+    if stage in stages.NOTEBOOKS and "partial" not in parameters:
+        named = {key: parameters[key] for key in ("study", "model", "variant") if key in parameters}
+        opened = open_job(**named)
+        run = stages.Run(stage, opened.model, opened.variant)
+        account = fingerprints.kept(opened.study, opened.paths, run)
+    with account:
+        run_notebook(given.notebook, output, parameters)
+
+
+if __name__ == "__main__":
+    try:
+        code = run_in_fork(sys.argv[1:])
+        sys.exit(main() if code is None else code)
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be stopped

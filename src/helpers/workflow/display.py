@@ -1,0 +1,222 @@
+"""What the terminal shows while jobs run: what each is doing, how far it is, and time left.
+
+A display that changes every second where the terminal can draw over itself; where it cannot
+(a log file, CI, a cluster), a line every half minute. Names and words only: no text of a model
+or of an item comes here, and what does come is made harmless first.
+"""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Protocol
+
+from helpers.core import activity, console
+from helpers.core.activity import Activity
+from helpers.core.plain_text import one_line, visible
+from helpers.study.stages import Run
+from helpers.workflow.duration_estimate import Estimate, rough
+from helpers.workflow.schedule import time_of
+
+EVERY_S = 25.0  # a plain line; nobody shall wait 30 seconds for one
+LEAST_LEFT = 0.1  # of a job's estimate, as long as it runs
+
+
+@dataclass(frozen=True)
+class Doing:
+    """One job that runs: its name, for how long, and what it tells."""
+
+    name: str
+    elapsed_s: float
+    activity: Activity | None
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run of a study is; `left_s` is None where nobody knows."""
+
+    done: int
+    total: str
+    elapsed_s: float
+    left_s: float | None
+    running: list[Doing]
+
+
+@dataclass
+class Watch:
+    """Follows a run by what its jobs say and write.
+
+    Args:
+        shared: the file that all jobs share.
+        estimate: seconds of each job, if they could be estimated.
+        clock: seconds that only go forward.
+    """
+
+    shared: Path
+    estimate: Estimate | None
+    clock: Callable[[], float] = time.monotonic
+    _begun: dict[str, float] = field(default_factory=dict)
+    _took: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self._started = self.clock()
+
+    def status(self) -> Status:
+        """What can be said now."""
+        (total, events), now = console.read(self.shared), self.clock()
+        ended = {console.name(e): e["word"] for e in events if e["word"] in console.ENDS}
+        for event in events:
+            if event["word"] == console.START:
+                self._begun.setdefault(console.name(event), now)
+        for job, word in ended.items():
+            if word == console.DONE and job in self._begun:
+                self._took.setdefault(job, now - self._begun[job])
+        folder = activity.folder_of(self.shared)
+        running = [
+            Doing(one_line(job), now - begun, activity.read(folder / f"{job}.json"))
+            for job, begun in self._begun.items()
+            if job not in ended
+        ]
+        done = sum(word == console.DONE for word in ended.values())
+        left = self._left(set(ended), running) if self.estimate else None
+        return Status(done, total, now - self._started, left, running)
+
+    def _left(self, ended: set[str], running: list[Doing]) -> float:
+        """Seconds that the rest takes, by how far off the estimates were so far."""
+        known = {job_name(run): (run, s) for run, s in self.estimate.seconds.items()}
+        pairs = [(took, known[job][1]) for job, took in self._took.items() if job in known]
+        late = [(d.elapsed_s, known[d.name][1]) for d in running if d.name in known]
+        pairs += [(elapsed, due) for elapsed, due in late if elapsed > due]
+        due = sum(due for _, due in pairs)
+        scale = sum(took for took, _ in pairs) / due if due else 1.0
+        rest = {run: s * scale for job, (run, s) in known.items() if job not in ended}
+        begun = []
+        for job in running:
+            if job.name in known:
+                run, whole = known[job.name][0], known[job.name][1] * scale
+                told = job.activity.left_s if job.activity else None
+                rest[run] = max(whole - job.elapsed_s, LEAST_LEFT * whole, told or 0.0)
+                begun.append(run)
+        return time_of(self.estimate.study, rest, self.estimate.room, begun=begun)
+
+
+def job_name(run: Run) -> str:
+    """The run as jobs name themselves."""
+    return " ".join(filter(None, (run.stage, run.model, run.variant)))
+
+
+def described(job: Doing) -> str:
+    """What a job is doing, how far it is and how long the rest of that takes."""
+    if job.activity is None:
+        return "starting" if job.elapsed_s < EVERY_S else "at work"
+    left = job.activity.left_s
+    return f"{job.activity}" + (f", {rough(left)} left" if left else "")
+
+
+def headline(status: Status) -> str:
+    """How far the whole study is."""
+    left = "" if status.left_s is None else f", about {rough(status.left_s)} left"
+    return f"{status.done} of {status.total} done after {rough(status.elapsed_s)}{left}"
+
+
+class Screen(Protocol):
+    """Where a run is shown."""
+
+    def show(self, text: str) -> None:
+        """Text that stays: lines of jobs."""
+
+    def update(self, status: Status) -> None:
+        """How far the run is now."""
+
+
+class Lines:
+    """Lines one after the other, for a file or a terminal that draws over nothing."""
+
+    def __init__(self, stream: IO[str], clock: Callable[[], float] = time.monotonic):
+        self.stream, self.clock, self.last = stream, clock, clock()
+
+    def show(self, text: str) -> None:
+        self.stream.write(text)
+
+    def update(self, status: Status) -> None:
+        if self.clock() - self.last < EVERY_S:
+            return
+        self.last = self.clock()
+        jobs = "; ".join(f"{job.name}: {described(job)}" for job in status.running)
+        self.stream.write(f"running  {headline(status)}{': ' if jobs else ''}{jobs}\n")
+        self.stream.flush()
+
+
+class Table:
+    """A table of the running jobs below the lines, drawn anew every second."""
+
+    def __init__(self, live):
+        self.live = live
+
+    def show(self, text: str) -> None:
+        from rich.text import Text
+
+        for line in text.splitlines():
+            self.live.console.print(Text(visible(line, keep="\t")), soft_wrap=True)
+
+    def update(self, status: Status) -> None:
+        self.live.update(drawn(status), refresh=True)
+
+
+def drawn(status: Status):
+    """The status as rich draws it; no word of it is markup."""
+    from rich.console import Group
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table as Columns
+    from rich.text import Text
+
+    columns = Columns.grid(padding=(0, 2))
+    for job in status.running:
+        told = job.activity
+        counted = told is not None and told.of
+        bar = ProgressBar(total=told.of, completed=told.done, width=20) if counted else ""
+        columns.add_row(Text(job.name), bar, Text(described(job)))
+    return Group(columns, Text(headline(status), style="bold"))
+
+
+@contextmanager
+def screen(*, draws: bool) -> Iterator[Screen]:
+    """Where this run is shown: drawn if the terminal can, else lines."""
+    if not draws:
+        yield Lines(sys.stderr)
+        return
+    from rich.console import Console
+    from rich.live import Live
+
+    with Live(
+        console=Console(stderr=True),
+        auto_refresh=False,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    ) as live:
+        yield Table(live)
+
+
+def can_draw() -> bool:
+    """Whether stderr is a terminal that lines can be drawn over."""
+    if not sys.stderr.isatty():
+        return False
+    from rich.console import Console
+
+    return not Console(stderr=True).is_dumb_terminal
+
+
+def copied(stream: IO[str], show: Callable[[str], None]) -> threading.Thread:
+    """A thread that shows each line of a stream until it ends."""
+
+    def copy() -> None:
+        for line in stream:
+            show(line)
+
+    thread = threading.Thread(target=copy, daemon=True)
+    thread.start()
+    return thread

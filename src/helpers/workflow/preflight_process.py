@@ -1,0 +1,71 @@
+"""What people bring, looked at before the first job, in a process of its own.
+
+Models, tokenizers and rows need torch, which this package does without
+(`helpers.evaluation.preflight`). A study of what ships with this project is not looked at, and
+nothing is looked at twice: what was sound stays so until a file, the study or the code changes.
+"""
+
+import contextlib
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from helpers.core.hashing import sha256_data, sha256_file
+from helpers.core.parent_process import die_with_parent
+from helpers.core.paths import PROJECT, cache_root
+from helpers.study.fingerprinted_code import HELPERS
+from helpers.study.local_files import files_of, resolve, sources_of
+from helpers.study.schema import Study
+from helpers.study.schema_sources import (
+    BundledModel,
+    FileDataset,
+    FolderModel,
+    HubDataset,
+    HubModel,
+)
+
+BROUGHT = FileDataset | FolderModel | HubDataset | HubModel
+ELSEWHERE = HubDataset | HubModel | BundledModel  # may not be on this machine yet
+
+
+def check_sources(given: str, study: Study, *, dry: bool) -> int:
+    """Say on stderr what jobs would fail on; 0 if nothing is found, else 2.
+
+    Args:
+        given: the study's name or file, as it was asked for.
+        dry: only what is on this machine is looked at.
+    """
+    sources = [source for _, source in sources_of(study)]
+    if not any(isinstance(source, BROUGHT) for source in sources):
+        return 0
+    partly = dry and any(isinstance(source, ELSEWHERE) for source in sources)
+    mark = cache_root() / "checked" / _state(study, sources)
+    if not partly and mark.is_file():
+        return 0
+    command = [sys.executable, "-m", "helpers.evaluation.preflight", str(given)]
+    command += ["--dry"] if dry else []
+    done = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    if done.returncode == 0 and not partly:
+        with contextlib.suppress(OSError):  # then it is looked at again
+            mark.parent.mkdir(parents=True, exist_ok=True)
+            mark.touch()
+    return done.returncode and 2
+
+
+def _state(study: Study, sources: list) -> str:
+    """Hash of the study, of its local files as they are, and of the code that looks at them."""
+    files = [path for source in sources for path in _local_files(source)]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    code = [sha256_file(path) for path in sorted(HELPERS.rglob("*.py"))]
+    libraries = [version(name) for name in ("transformers", "tokenizers")]
+    return sha256_data([study.model_dump(mode="json"), stats, code, libraries])
+
+
+def _local_files(source) -> list[Path]:
+    match source:
+        case FileDataset():
+            return files_of(source)
+        case FolderModel(folder=folder):
+            return sorted(path for path in resolve(folder).iterdir() if path.is_file())
+    return []

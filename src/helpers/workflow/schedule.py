@@ -1,0 +1,78 @@
+"""Which jobs of a study run side by side, and when the last of them ends.
+
+The engine's own order, played through: a job begins when all it reads is there, and cores and
+memory are free.
+"""
+
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+
+from helpers.study import stages
+from helpers.study.schema import Study
+from helpers.study.stages import Run
+from helpers.workflow.gpus import may_take_gpu
+
+
+@dataclass(frozen=True)
+class Room:
+    """What jobs share: cores, and places for jobs by their memory or a single GPU."""
+
+    cores: int
+    places: int
+
+
+def side_by_side(study: Study, room: Room) -> int:
+    """How many jobs of a study run at once."""
+    return max(1, min(room.places, room.cores // min(study.runtime.threads, room.cores)))
+
+
+def time_of(
+    study: Study, seconds: Mapping[Run, float], room: Room, *, begun: Collection[Run] = ()
+) -> float:
+    """Seconds until the last of some jobs ends, begun in the engine's order as room is free.
+
+    Args:
+        seconds: that each takes, or the rest of it.
+        begun: those that run already.
+    """
+    ended: set[Run] = set()
+    waiting = sorted(_by_priority(study, seconds), key=lambda run: run not in begun)
+    running: dict[Run, float] = {}
+    now = 0.0
+    while waiting or running:
+        for run in list(waiting):
+            if _may_begin(study, run, ended, seconds) and _fits(study, [*running, run], room):
+                waiting.remove(run)
+                running[run] = now + seconds[run]
+        run = min(running, key=running.__getitem__)
+        now = running.pop(run)
+        ended.add(run)
+    return now
+
+
+def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
+    """As the engine begins them: what others wait for first."""
+
+    def rank(run: Run) -> int:
+        if run.stage in ("finetuning", "calibration", "quantization"):
+            return 0
+        return 1 if run.stage == "evaluation" and run.variant == study.baseline else 2
+
+    return sorted(runs, key=rank)
+
+
+def _may_begin(study: Study, run: Run, ended: set[Run], known: Collection[Run]) -> bool:
+    return all(before in ended or before not in known for before in stages.before(study, run))
+
+
+def _fits(study: Study, runs: list[Run], room: Room) -> bool:
+    """Whether jobs can run at once; one alone always can."""
+    threads = min(study.runtime.threads, room.cores)
+    cores = sum({"cost": room.cores, "analysis": 1}.get(run.stage, threads) for run in runs)
+    return len(runs) == 1 or (cores <= room.cores and len(runs) <= room.places)
+
+
+def room_of(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Room:
+    """What a run on this machine has for its jobs."""
+    places = max(1, memory_mb // max(1, job_mb))
+    return Room(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)

@@ -1,0 +1,1 @@
+"""Programs that make what is shipped; nothing of a study imports them."""
