@@ -66,7 +66,7 @@ REPORT = {
         r"\1channel",
         "recipe of smoothquant_o3",
     ),
-    "tokens of calibration": (r"\| 100 \| 9,789 \| 0", "| 100 | 100 | 0", "calibration of base"),
+    "tokens of calibration": (r"\| 9,789 \| 210", "| 100 | 210", "calibration of base"),
     "a channel that rules": (r"channel 1229 reaches", "channel 1230 reaches", "11.mlp.down_proj"),
     "how far a channel reaches": (r"3,065, 2,405 times", "3,065, 2,045 times", "11.mlp.down_proj"),
     "what became of one scale": (r"its perplexity is 126", "its perplexity is 62", "Linear inputs"),

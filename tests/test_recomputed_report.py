@@ -14,8 +14,8 @@ from helpers.report.checks import published_numbers
 from helpers.report.checks.published_numbers import differs, numbers, shows, tables
 from helpers.report.checks.recomputation import recompute
 from helpers.report.results import Results, load_results
-from helpers.statistics import comparison
 from helpers.statistics.verdicts import study_verdicts
+from test_recomputed_statistics import bootstrap_of_four_times_the_items
 from test_report import make_job  # noqa: F401 - a fixture
 
 DEMO = PROJECT / "outputs" / "demo"
@@ -170,16 +170,12 @@ def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  #
     from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread", lambda *_: [])
-    job, true = make_job(), comparison.bootstrap_mean
-
-    def quadrupled(values, clusters, **options):
-        names = [f"{c} {k}" for k in range(4) for c in clusters]
-        return true(list(values) * 4, names, **options)
+    job = make_job()
 
     def unchecked(results):
         return study_verdicts(results.study, results.published.answers)
 
-    monkeypatch.setattr(comparison, "bootstrap_mean", quadrupled)
+    bootstrap_of_four_times_the_items(monkeypatch)
     monkeypatch.setattr(Results, "verdicts", property(unchecked))
     summary.write_summary(load_results(job), job.paths.root)
     named = recompute(str(job.paths.root.parents[1] / "study.yaml"))[1]

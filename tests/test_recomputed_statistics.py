@@ -1,6 +1,7 @@
 """Statistics computed a second time: right ones agree, and wrong ones make a comparison invalid."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,14 +111,20 @@ def test_the_jackknife_of_independent_items_is_the_standard_error():
 
 
 def bootstrap_of_four_times_the_items(patch):
-    """A bootstrap that resamples four times as many passages as there are."""
-    true = comparison.bootstrap_mean
+    """A bootstrap that resamples four times as many passages as there are; its p is right."""
 
-    def quadrupled(values, clusters, **options):
-        names = [f"{c} {k}" for k in range(4) for c in clusters]
-        return true(list(values) * 4, names, **options)
+    def quadrupled(true):
+        def made(values, clusters, **options):
+            names = [f"{c} {k}" for k in range(4) for c in clusters]
+            wrong = true(list(values) * 4, names, **options)
+            if not hasattr(wrong, "p"):
+                return wrong
+            return replace(wrong, p=true(values, clusters, **options).p)
 
-    patch.setattr(comparison, "bootstrap_mean", quadrupled)
+        return made
+
+    for name in ("bootstrap_mean", "bootstrap_difference"):
+        patch.setattr(comparison, name, quadrupled(getattr(comparison, name)))
 
 
 def sorted_rows_paired(patch):

@@ -19,7 +19,7 @@ def headline(report: str) -> str:
     Raises:
         StudyError: the report has no executive summary or no figure.
     """
-    summary = re.search(r"^## Executive summary\n(.*?)^### Key findings", report, re.S | re.M)
+    summary = re.search(r"^## Executive summary\n(.*?)^### ", report, re.S | re.M)
     figure = re.search(r"!\[(.*?)\]\((.+?)\)", report)
     if not summary or not figure:
         raise StudyError(f"{REPORT} has no executive summary or no figure; run make study first")
