@@ -12,7 +12,8 @@ from helpers.core.plain_text import one_line
 from helpers.study.loading import load_study
 
 HIDDEN = "hide-in-report"
-# A page of reading width; a table wider than that scrolls by itself and breaks no name.
+# A page of reading width. In a table wider than that an interval goes below its number; if that is
+# not enough, the table scrolls by itself.
 STYLE = """<style>
 main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon table { display: block; width: fit-content; max-width: 100%;
@@ -20,7 +21,7 @@ main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon :is(td, th) { max-width: 30rem; text-align: left; vertical-align: top;
   overflow-wrap: break-word; }
 .jp-RenderedHTMLCommon :is(td, th) code { white-space: normal; }
-.jp-RenderedHTMLCommon :is(td, th)[style*="right"] { white-space: nowrap; }
+.jp-RenderedHTMLCommon :is(td, th)[style*="right"] { min-width: 4.6em; box-sizing: content-box; }
 </style>
 """
 # The page needs no script, so it has none, and a browser is told to run none: what stands
