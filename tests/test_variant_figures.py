@@ -59,3 +59,10 @@ def test_the_figure_of_costs_uses_the_studys_looks(study):
     study = ["not_measured", *measured]
     looks = figures.variant_looks(study)
     assert {looks[name] for name in measured} <= drawn(throughput(cost, variants=study, title=""))
+
+
+def test_a_partial_report_shows_the_cost_of_what_it_does_not_compare(study):
+    cost = Cost(account(study, "base"), {})
+    measured = [way.variant for way in cost.others]
+    shown = drawn(throughput(cost, variants=measured[1:], title=""))
+    assert set(figures.variant_looks(measured).values()) <= shown

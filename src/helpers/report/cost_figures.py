@@ -44,7 +44,11 @@ def _label(cost: Cost, way: Way) -> str:
 
 
 def _looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str, str]]:
-    """Variants as in every figure of the study; the baseline in ink, its bfloat16 paler."""
-    looks = variant_looks(variants)
+    """Variants as in every figure of the study; the baseline in ink, its bfloat16 paler.
+
+    A partial report may compare fewer variants than were measured: the others come last.
+    """
+    measured = [way.variant for way in cost.others]
+    looks = variant_looks(list(dict.fromkeys([*variants, *measured])))
     found = {way.name: looks[way.variant] for way in cost.others}
     return found | {cost.reference.name: (INK, "o"), cost.bfloat16.name: ("#5b7a9d", "o")}
