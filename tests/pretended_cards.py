@@ -178,7 +178,14 @@ def _computed(function, args: tuple, kwargs: dict):
 
     # As ordinary tensors: of those, inference mode's own cannot be views.
     with torch.inference_mode(False), torch.no_grad():
+        if packet is torch.ops.aten._int_mm:
+            return placed(_exact(*map(_held, args)))
         return tree_map(placed, function(*tree_map(_held, args), **tree_map(_held, kwargs)))
+
+
+def _exact(a: Tensor, b: Tensor) -> Tensor:
+    """A card's integer product; a CPU's own is wrong where oneDNN is kept to less than VNNI."""
+    return (a.double() @ b.double()).int()
 
 
 def _place(function, operands: list[Tensor], named: list[torch.device]) -> torch.device:

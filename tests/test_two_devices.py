@@ -154,13 +154,17 @@ def test_a_spread_int8_checkpoint_gives_the_integers_of_a_whole_one(
 ):
     """Scales a token, a text and none: whose a token is has to be known on every card."""
     folder = sound_runs(family, variant, num_hidden_layers=LAYERS).checkpoint
-    model = load_int8(folder, dtype=torch.float32, device="cpu")
-    expected, whole = answers(model), states(model)
+    if family == "qwen3":
+        model = load_int8(folder, dtype=torch.float32, device="cpu")
+        expected, whole = answers(model), states(model)
+    else:  # a mixture's router is multiplied by oneDNN on a CPU, so that rounding may differ
+        with cards(1):
+            model = load_as(load_int8, folder, settled(ASKED))
+            expected, whole = answers(model), states(model).cpu()
     with cards(2):
         spread = load_as(load_int8, folder, settled(ASKED))
         assert_alike(answers(spread), expected)
-        if family == "qwen3":  # a mixture's router is multiplied by oneDNN on a CPU
-            assert states(spread).cpu().equal(whole)
+        assert states(spread).cpu().equal(whole)
         linears = [m for m in spread.modules() if isinstance(m, Int8Linear) and m.stack.packed]
         for linear in linears:
             held = [*linear.stack.packed, linear.stack.scales, linear.weight_scale]

@@ -16,6 +16,7 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tarfile
 from collections.abc import Iterator
@@ -109,11 +110,20 @@ def unpack(archive: Path, to: Path) -> dict:
 
     Raises:
         StudyError: the folder is not empty, or the archive is damaged, holds a file that it
-            does not announce, or names one outside the folder.
+            does not announce, or names one outside the folder. The folder is empty then.
     """
     if to.exists() and any(to.iterdir()):
         raise StudyError(f"{to} is not empty; give a new folder")
     to.mkdir(parents=True, exist_ok=True)
+    try:
+        return _unpack_all(archive, to)
+    except StudyError:
+        for begun in to.iterdir():  # the folder was empty
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
+        raise
+
+
+def _unpack_all(archive: Path, to: Path) -> dict:
     try:
         with tarfile.open(archive, "r:gz") as opened:
             manifest = _manifest(opened, archive)
