@@ -47,6 +47,18 @@ def test_all_are_drawn_and_look_the_same_everywhere(draw, count):
     assert looks <= drawn(draw(variants))
 
 
+@pytest.mark.parametrize("draw", [forest, tokens, alphas, errors])
+def test_each_variant_has_its_own_look_in_every_figure(draw, monkeypatch):
+    """One variant's data at a time: two that changed places would be seen."""
+    looks = figures.variant_looks(NINE)
+    monkeypatch.setattr(figures, "variant_looks", lambda _: looks)
+    for name in NINE:
+        lines = [line for axes in draw([name]).axes for line in axes.lines if len(line.get_xdata())]
+        own = {(to_hex(x.get_color()), x.get_marker()) for x in lines if x.get_marker() != "None"}
+        assert looks[name] in own
+        assert not own & (set(looks.values()) - {looks[name], (looks[name][0], "o")})
+
+
 def test_thirty_six_variants_look_different():
     names = [str(i) for i in range(36)]
     assert len(set(figures.variant_looks(names).values())) == 36

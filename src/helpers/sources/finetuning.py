@@ -160,18 +160,19 @@ def loss_claim(losses: list[float]) -> str:
     """The course of a training loss in words: its ends compared, by the spread between batches.
 
     The mean of the first and of the last quarter of the steps; they differ if they are further
-    apart than two standard errors of their difference.
+    apart than two standard errors of their difference. Of fewer than eight steps nothing is
+    claimed, since a quarter of them has no spread.
 
     Args:
         losses: nats an answer token, by step.
     """
-    quarter = max(1, len(losses) // 4)
+    if not all(map(math.isfinite, losses)):
+        return "The loss on the answers is not a number"
+    if (quarter := len(losses) // 4) < 2:
+        return "The loss on the answers, by step"
     first, last = losses[:quarter], losses[-quarter:]
     change = fmean(last) - fmean(first)
-    spread = math.sqrt((variance(first) + variance(last)) / quarter) if quarter > 1 else 0.0
-    if not math.isfinite(change):
-        return "The loss on the answers is not a number"
-    if abs(change) <= 2 * spread or change == 0.0:
+    if abs(change) <= 2 * math.sqrt((variance(first) + variance(last)) / quarter):
         return "The loss on the answers does not change clearly"
     ends = f"from {fmean(first):.2f} to {fmean(last):.2f} nats a token"
     return f"The loss on the answers {'falls' if change < 0 else 'rises'} {ends}"
