@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from helpers.core.gates import largest
 from helpers.core.hashing import sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.verification.checkpoint_files import Evidence
@@ -32,7 +33,7 @@ def smoothing_gate(evidence: Evidence):
         folded += not bool((found == 1).all())
         if not error <= 1:  # NaN as well
             where.append(group.producer)
-        worst = max(worst, error) if error == error else float("nan")
+        worst = largest((worst, error))
         riders += _riders_off(evidence, group)
     expected = len(evidence.groups)
     return (
@@ -130,7 +131,7 @@ def grid_gate(evidence: Evidence):
             continue
         weight = evidence.smoothed_weight(name)
         error = (q.double() - weight / step).abs().max().item()
-        worst = max(worst, error) if error == error else float("nan")
+        worst = largest((worst, error))
         if not error <= limit:
             far.append(name)
         parts = q if granularity == "channel" else q.reshape(1, -1)

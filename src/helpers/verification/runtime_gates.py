@@ -5,6 +5,7 @@ import copy
 import torch
 from torch import Tensor
 
+from helpers.core.gates import largest
 from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.verification.checkpoint_files import Evidence
 from helpers.verification.gate_decorator import gate, named
@@ -215,7 +216,7 @@ def kernel_gate(evidence: Evidence):
         found = answers[name].double()
         *_, allowed = _products(evidence, name, x)
         error = ((found - expected).abs() / allowed.clamp(min=1e-30)).max().item()
-        worst = max(worst, error) if error == error else float("nan")
+        worst = largest((worst, error))
         if not error <= 2:  # both of them are rounded
             off.append(name)
     compared = len(inputs)
