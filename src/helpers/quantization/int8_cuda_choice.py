@@ -66,6 +66,7 @@ CANDIDATES = (
         2**31,
         (
             Tile(128, 256, 128, 8, 8, 3),
+            Tile(128, 256, 128, 8, 8, 4, bulk=True),
             Tile(128, 256, 128, 8, 8, 3, bulk=True),
             Tile(128, 256, 128, 8, 8, 3, bulk=True, stores=True),
         ),
