@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from benchmarks.gpu import cards, tiles
+from benchmarks.gpu import cards, layer, tiles
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds, eager_seconds
 from helpers.quantization import int8_cuda, int8_cuda_choice
@@ -48,6 +48,8 @@ def run(part: Part) -> None:
             del case
         part.note("chosen by the library", int8_cuda_choice.choices())
         part.note(f"together at {rows} rows", _together(part, table, rows, shapes))
+        if not part.over(need=4):
+            part.note(f"reading a layer, {rows} rows", layer.measured(part, rows))
 
 
 def _scaled_mm(device: str) -> str:
