@@ -106,6 +106,14 @@ def test_a_proof_that_fails_or_breaks_leaves_torchs_passes(monkeypatch):
     assert int8_cuda.way.__wrapped__(0) == int8_cuda.FUSED
 
 
+def test_a_proof_does_not_depend_on_where_its_caller_makes_tensors(monkeypatch):
+    monkeypatch.setattr(int8_cuda, "why_not_fused", lambda device: None)
+    made_on = lambda: torch.empty(1).device.type == "cpu"  # noqa: E731
+    monkeypatch.setattr(int8_cuda, "_checks", lambda device: {"made on": made_on})
+    with torch.device("meta"):
+        assert int8_cuda.proof(torch.device("cpu")) == {"made on": True}
+
+
 def test_an_old_card_says_what_it_does_instead(monkeypatch):
     monkeypatch.setattr(int8_cuda, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -144,19 +152,6 @@ for rows, width in ((1, 4400), (4096, 4400)):
     block, warps = passes._row_sizes(rows, width)
     assert all(map(torch.equal, whole, passes.quantize_rows(x, block=block, warps=warps)))
 assert passes._row_sizes(1, 4400)[0] > 4400 > passes._row_sizes(4096, 4400)[0]
-# SiLU · up, of two views of one matrix, is quantized as its own rows are. The interpreter has
-# none of the device library's functions; its own exponential is near enough to compare with.
-import triton.language as tl
-from types import SimpleNamespace
-from helpers.quantization import int8_triton_kernels
-int8_triton_kernels.libdevice = SimpleNamespace(exp=lambda x: tl.exp(x))
-for rows, width in ((3, 200), (2, 4400)):
-    gate, up = torch.randn(rows, 2 * width).split(width, dim=1)
-    mixed, values, scale = passes.silu_times(gate, up, needs_mixed=True)
-    torch.testing.assert_close(mixed, torch.nn.functional.silu(gate) * up)
-    assert all(map(torch.equal, (values, scale), passes.quantize_rows(mixed)))
-    none, *again = passes.silu_times(gate, up, needs_mixed=False)
-    assert none is None and all(map(torch.equal, (values, scale), again))
 """
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import silu
 
 from helpers.inference.perplexity import read_passages
-from helpers.quantization import int8_cuda, int8_gated_mlp, int8_linear, int8_matmul, int8_passes
+from helpers.quantization import int8_gated_mlp, int8_linear, int8_matmul, int8_passes
 from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.int8_linear import Int8Linear, Stack, absmax_scale
 from helpers.runtime import processors
@@ -192,47 +192,6 @@ def test_a_part_that_is_exchanged_later_is_used(name):
     setattr(mlp, name, part)
     assert not torch.equal(mlp(x.clone()), before)
     assert torch.equal(mlp(x.clone()), MLP.forward(mlp, x.clone()))
-
-
-@pytest.fixture
-def silu_on_card(monkeypatch):
-    """A card that quantizes SiLU · up in one kernel, by torch's operations; its calls are kept."""
-    calls = []
-
-    def silu_times(gate, up, *, needs_mixed):
-        calls.append(needs_mixed)
-        mixed = silu(gate) * up
-        scale = int8_linear.absmax_scale(mixed.float().abs().amax(-1, keepdim=True))
-        values = int8_linear.quantize_activations(mixed.float(), scale)
-        return (mixed if needs_mixed else None), values, scale
-
-    monkeypatch.setattr(int8_cuda, "fuses_silu", lambda device, dtype: True)
-    monkeypatch.setattr(int8_cuda, "silu_times", silu_times)
-    return calls
-
-
-def test_on_a_card_the_middle_of_an_mlp_is_written_only_if_somebody_looks(silu_on_card):
-    mlp, x, inputs = MLP(), torch.randn(2, 16, 64), []
-    expected = MLP.forward(mlp, x.clone())
-    assert int8_gated_mlp.fuse_gated_mlps_(mlp) == 1
-    silu_on_card.clear()
-    assert torch.equal(mlp(x.clone()), expected)
-    assert silu_on_card == [False]
-    mlp.down_proj.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    assert torch.equal(mlp(x.clone()), expected)
-    assert torch.equal(
-        inputs[0].view(2, 16, 128), silu(mlp.gate_proj(x.clone())) * mlp.up_proj(x.clone())
-    )
-
-
-def test_on_a_card_a_kernel_with_other_bits_is_not_taken(silu_on_card, monkeypatch):
-    wrong = lambda gate, up, *, needs_mixed: (  # noqa: E731
-        None,
-        torch.zeros_like(gate, dtype=torch.int8),
-        gate.new_ones(len(gate), 1),
-    )
-    monkeypatch.setattr(int8_cuda, "silu_times", wrong)
-    assert int8_gated_mlp.fuse_gated_mlps_(MLP()) == 0
 
 
 def test_an_mlp_of_another_function_keeps_its_own_forward():

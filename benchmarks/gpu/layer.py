@@ -68,8 +68,6 @@ def _int8(*sizes: int) -> Layer:
             parent, _, child = name.rpartition(".")
             setattr(layer.get_submodule(parent), child, quantized)
     stack_siblings_(layer)
-    # A model's norms tell the type of its floats; this one has none.
-    layer.register_parameter("norm", nn.Parameter(torch.zeros(1, dtype=torch.bfloat16)))
     int8_gated_mlp.fuse_gated_mlps_(layer)
     return layer
 

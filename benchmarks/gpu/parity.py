@@ -17,9 +17,6 @@ def run(part: Part) -> None:
     if part.device == "cuda":
         part.note("proof", int8_cuda.proof(torch.device("cuda", 0)))
         part.note("way", int8_cuda.way(0))
-        types = torch.bfloat16, torch.float32
-        fused = {str(t)[6:]: int8_cuda.fuses_silu(torch.device("cuda", 0), t) for t in types}
-        part.note("SiLU · up quantized in one kernel", fused)
     part.note("products", _products(part))
     part.note("scales of numbers that torch divides", _scales(part))
     part.note("linears", [_linear(part, *case) for case in _cases(part) if not part.over()])

@@ -100,13 +100,10 @@ class Stack:
 
     def multiplied(self, x: Tensor) -> Tensor:
         """(tokens, all out_features) float32, or x's dtype, of x (…, in_features)."""
-        return self.rescaled(*self.linears[0].quantized(x), x.dtype)
-
-    def rescaled(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """(tokens, all out_features) float32, or `dtype`, of an input in int8 and its scale."""
+        values, scale = self.linears[0].quantized(x)
         if int8_cuda.fused(values.device):
             given = self.packed[0], scale, self.scales, self.bias
-            return int8_cuda.rescaled_product(values, *given, dtype)
+            return int8_cuda.rescaled_product(values, *given, x.dtype)
         product = int8_matmul.multiply(values, self.packed)
         if is_fused(product):
             y = int8_passes.rescale_(product, scale, self.scales)
@@ -213,15 +210,6 @@ class Int8Linear(nn.Module):
             why = (stack, token_owners())
             y = Kept.of(x, MULTIPLIED, why, lambda: stack.multiplied(x))[:, self.columns]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
-
-    def of_quantized(self, values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-        """(tokens, out_features) in `dtype`, of (tokens, in_features) int8 and its scale.
-
-        The forward pass of an input that was quantized where it was made; no hooks are called.
-        """
-        if not self.stack.packed:
-            self.stack.pack()
-        return self.stack.rescaled(values, scale, dtype)[:, self.columns].to(dtype)
 
 
 def is_fused(x: Tensor) -> bool:

@@ -8,7 +8,6 @@ half to even. `int8_triton_passes` launches them. Imported only where Triton is 
 import torch
 import triton
 import triton.language as tl
-from triton.language.extra import libdevice
 
 MAGNITUDE = tl.constexpr(0x7FFFFFFF)  # all bits of a float32 but its sign
 HALF_RANGE = tl.constexpr(127.5)
@@ -50,53 +49,6 @@ def quantize_kernel(
         inside = start + at < length
         x = tl.load(x_ptr + row * x_stride + start + at, mask=inside, other=0.0).to(tl.float32)
         values = tl.where(inside, _quantize(x, step), 0)
-        place = values_ptr + row * values_stride + start + at
-        tl.store(place, values, mask=start + at < values_stride)
-
-
-@triton.jit
-def _silu_times(gate, up, dtype: tl.constexpr):
-    """SiLU(gate) · up in float32, each of the two rounded to `dtype`, as torch rounds them."""
-    sigmoid_divisor = 1.0 + libdevice.exp(-gate)
-    silu = tl.div_rn(gate, sigmoid_divisor).to(dtype).to(tl.float32)
-    return (silu * up).to(dtype).to(tl.float32)
-
-
-@triton.jit
-def silu_times_kernel(
-    gate_ptr,
-    up_ptr,
-    mixed_ptr,
-    values_ptr,
-    scales_ptr,
-    length,
-    gate_stride,
-    up_stride,
-    values_stride,
-    HAS_MIXED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row of SiLU(gate) · up: its scale, its int8 values, and itself if `HAS_MIXED`."""
-    row = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, BLOCK)
-    dtype = gate_ptr.dtype.element_ty
-    gate_at, up_at = gate_ptr + row * gate_stride + at, up_ptr + row * up_stride + at
-    top = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, length, BLOCK):
-        inside = start + at < length
-        gate = tl.load(gate_at + start, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_at + start, mask=inside, other=0.0).to(tl.float32)
-        mixed = _silu_times(gate, up, dtype)
-        if HAS_MIXED:
-            tl.store(mixed_ptr + row * length + start + at, mixed.to(dtype), mask=inside)
-        top = tl.maximum(top, mixed.to(tl.int32, bitcast=True) & MAGNITUDE)
-    step = _step(tl.max(top, 0))
-    tl.store(scales_ptr + row, step)
-    for start in range(0, values_stride, BLOCK):
-        inside = start + at < length
-        gate = tl.load(gate_at + start, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_at + start, mask=inside, other=0.0).to(tl.float32)
-        values = tl.where(inside, _quantize(_silu_times(gate, up, dtype), step), 0)
         place = values_ptr + row * values_stride + start + at
         tl.store(place, values, mask=start + at < values_stride)
 

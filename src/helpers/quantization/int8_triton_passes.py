@@ -16,7 +16,6 @@ from helpers.quantization.int8_triton_kernels import (
     product_kernel,
     quantize_kernel,
     rescale_kernel,
-    silu_times_kernel,
 )
 from helpers.quantization.int8_triton_launcher import launch
 
@@ -49,28 +48,6 @@ def quantize_rows(
     key = x.dtype, x.device, *given[3:], warps
     launch(quantize_kernel, rows, key, given, num_warps=warps)
     return values[:, :length], scales
-
-
-def silu_times(
-    gate: Tensor, up: Tensor, *, needs_mixed: bool
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """SiLU(gate) · up, and its rows quantized as by `quantize_rows`.
-
-    Args:
-        gate, up: (rows, features) in one float type, neighbours in a row beside each other.
-        needs_mixed: whether the (rows, features) product itself is wanted; else it is None.
-    """
-    rows, length = gate.shape
-    width = -(-length // 16) * 16
-    values = torch.empty(rows, width, dtype=torch.int8, device=gate.device)
-    scales = torch.empty(rows, 1, device=gate.device)
-    mixed = torch.empty(rows, length, dtype=gate.dtype, device=gate.device) if needs_mixed else None
-    block, warps = _row_sizes(rows, width)
-    tensors = gate, up, gate if mixed is None else mixed, values, scales
-    sizes = length, gate.stride(0), up.stride(0), width, needs_mixed, block
-    key = gate.dtype, gate.device, *sizes, warps
-    launch(silu_times_kernel, rows, key, (*tensors, *sizes), num_warps=warps)
-    return mixed, values[:, :length], scales
 
 
 @cache
