@@ -288,6 +288,12 @@ def test_modules_in_texts_files_beside_and_packages_count_and_nothing_else(libra
     assert named == set(LIBRARY) - (set() if with_report else left_out)
 
 
+def test_a_relative_import_is_refused_because_its_module_would_go_unseen(library):
+    (library / "helpers" / "report" / "shown.py").write_text("from . import other\n")
+    with pytest.raises(StudyError, match="has a relative import; name the module in full"):
+        fingerprinted_code.imported_modules(library / "notebook.ipynb", with_report=True)
+
+
 def test_local_files_are_inputs(tmp_path):
     rows, folder = tmp_path / "rows.jsonl", tmp_path / "model"
     rows.write_text("{}\n")

@@ -113,13 +113,12 @@ def read(path: Path) -> Activity | None:
         with open(path, encoding="utf-8") as stream:
             told = json.loads(stream.read(LARGEST))
         done, of, left = (_number(told[key]) for key in ("done", "of", "left_s"))
-        words = (one_line(told[key])[:LONGEST] for key in ("doing", "unit"))
+        doing, unit = (one_line(told[key])[:LONGEST] for key in ("doing", "unit"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    doing, unit = words
-    if None in (done, of):
-        done = of = None
-    return Activity(doing, done and int(done), of and int(of), unit, left)
+    if done is None or of is None:
+        return Activity(doing, None, None, unit, left)
+    return Activity(doing, int(done), int(of), unit, left)
 
 
 def _number(value: object) -> float | None:

@@ -19,7 +19,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{ENDING}")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour, then give it the name `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)

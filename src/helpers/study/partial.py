@@ -108,7 +108,10 @@ def _leave_out(gaps: list[tuple[str, str]], models: list, variants: list, baseli
     others = [name for name in variants if name != baseline]
     by_model = {m: len({v for x, v in gaps if x == m}) / len(others) for m in models}
     by_variant = {v: len({m for m, x in gaps if x == v}) / len(models) for v in others}
-    model, variant = max(by_model, key=by_model.get), max(by_variant, key=by_variant.get)
+    model, variant = (
+        max(by_model, key=by_model.__getitem__),
+        max(others, key=by_variant.__getitem__),
+    )
     if by_variant[variant] >= by_model[model]:
         variants.remove(variant)
     else:

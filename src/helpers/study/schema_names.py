@@ -13,7 +13,8 @@ TAKEN = {
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
-TAKEN_STUDIES = {"bench", "serve-check", "scale"}  # folders of outputs/ that are no study's
+# Folders of outputs/ that belong to no study.
+TAKEN_STUDIES = {"bank", "bench", "coverage", "gpu", "scale", "serve-check"}
 DEVICES = {"con", "prn", "aux", "nul"}
 DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 

@@ -100,7 +100,9 @@ class Variant(Strict):
         """(weights, activations) granularity, or None for a float variant."""
         if self.preset:
             return PRESETS[self.preset]
-        return (self.weights, self.activations) if self.weights else None
+        if self.weights is None or self.activations is None:
+            return None
+        return self.weights, self.activations
 
     @property
     def quantized(self) -> bool:
@@ -131,7 +133,7 @@ class Variant(Strict):
 
 def runs_as(variant: Variant) -> tuple:
     """What decides the speed and the bytes of a quantized variant."""
-    return (*variant.scheme, tuple(variant.ignore), variant.dtype)
+    return variant.scheme, variant.ignore, variant.dtype
 
 
 def one_a_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:

@@ -161,7 +161,7 @@ def _variant(study: Study, variant: str) -> dict:
 def _model(study: Study, model: str) -> dict:
     """A model's source; for a trained one, all that its training depends on."""
     source = study.models[model]
-    uses = {"source": source.model_dump()}
+    uses: dict[str, Any] = {"source": source.model_dump()}
     if isinstance(source, FineTunedModel):
         uses["start"] = study.models[source.finetune.start].model_dump()
         uses["barred_from_training"] = [study.calibration.model_dump(), _drawn(study)]
@@ -203,6 +203,6 @@ def _data_sources(study: Study, run: Run) -> list:
     if run.stage == "evaluation":
         return [model, *asked, study.evaluation.shared_text.dataset]
     found = [model, study.calibration.dataset, *asked]
-    if run.stage == "finetuning":
+    if isinstance(model, FineTunedModel) and run.stage == "finetuning":
         found += [model.finetune.dataset, study.models[model.finetune.start]]
     return found

@@ -33,9 +33,13 @@ class Job:
     @property
     def parameters(self) -> dict:
         """The job's own parameters, for its record."""
-        named = {"study": self.name, "model": self.model, "variant": self.variant}
-        named["runtime"] = self.runtime
-        return {key: value for key, value in named.items() if value}
+        parameters = {
+            "study": self.name,
+            "model": self.model,
+            "variant": self.variant,
+            "runtime": self.runtime,
+        }
+        return {key: value for key, value in parameters.items() if value}
 
 
 def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from helpers.core.plain_text import one_line
 
@@ -41,9 +42,10 @@ def unknown(key: str, value: str, kind: str, known: Iterable[str]) -> str:
     return f"{key} = {value!r} is not a {kind} of this study ({', '.join(known)}){hint}"
 
 
-def _locate(problem: dict, data: Any) -> tuple[str, Any]:
+def _locate(problem: ErrorDetails, data: Any) -> tuple[str, Any]:
     """The dotted key and value in the file; pydantic's union tags are left out."""
-    keys, value, tagged = [], data, False
+    keys: list[str] = []
+    value, tagged = data, False
     loc = list(problem["loc"])
     if problem["type"] == "unknown_key":
         loc.append(problem["ctx"]["key"])
@@ -73,7 +75,7 @@ def _is_union(keys: list[str]) -> bool:
     return model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not named)
 
 
-def _message(problem: dict) -> str:
+def _message(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     match problem["type"]:
         case "greater_than_equal":

@@ -3,6 +3,7 @@
 Every setting is sound by itself here; what is looked at is what one says of another.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
 
 from helpers.study.schema import EvaluationSet, Study
@@ -98,9 +99,13 @@ def _comparisons(study: Study) -> list[str]:
     problems, primary = [], study.statistics.primary
     for index, pair in enumerate(primary):
         key = f"statistics.primary.{index}"
-        named = [("model", study.models), ("dataset", study.evaluation.datasets)]
-        named += [("baseline", study.variants), ("variant", study.variants)]
-        for field, known in named:
+        defined: dict[str, Mapping[str, object]] = {
+            "model": study.models,
+            "dataset": study.evaluation.datasets,
+            "baseline": study.variants,
+            "variant": study.variants,
+        }
+        for field, known in defined.items():
             value = getattr(pair, field)
             if value not in known:
                 kind = "variant" if field == "baseline" else field
