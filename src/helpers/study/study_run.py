@@ -59,5 +59,5 @@ def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
         if value and value not in known:
             raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
     paths = StudyPaths(name)
-    paths.refuse_links_out()
+    paths.check_links()
     return Job(name, loaded, paths, model, variant)

@@ -17,7 +17,7 @@ UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file
 UNION_TAGS |= {"loglikelihood", "generate"}
 
 
-def complaints(error: ValidationError, data: dict, place: str) -> list[str]:
+def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
     """Each of pydantic's errors as `file: dotted.key = value message`."""
     lines = []
     for problem in error.errors():
@@ -35,7 +35,7 @@ def complaints(error: ValidationError, data: dict, place: str) -> list[str]:
     return lines
 
 
-def unknown(key: str, value: str, kind: str, known: Iterable[str]) -> str:
+def unknown_name_line(key: str, value: str, kind: str, known: Iterable[str]) -> str:
     """The line for a name that the study does not define."""
     near = difflib.get_close_matches(value, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
