@@ -61,7 +61,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check gpu-check gpu-wheels lint format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
 
 help: ## list what can be asked
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -112,6 +112,17 @@ test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quic
 longtest: $(READY) ## run the tests too long for that: whole studies under faults, a cluster
 	@$(PY) -m pytest -m long $(ARGS)
 
+# Processes that a test starts or forks are measured too, so it takes longer than `make test`.
+COVERAGE := outputs/coverage
+coverage: export COVERAGE_FILE := $(abspath $(COVERAGE))/data
+coverage: $(READY) ## run the tests and write coverage by package into outputs/coverage
+	@rm -rf $(COVERAGE) && mkdir -p $(COVERAGE)
+	@$(PY) -m coverage run -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS); status=$$?; \
+	  $(PY) -m coverage combine --quiet \
+	  && $(PY) -m coverage json --quiet -o $(COVERAGE)/coverage.json \
+	  && $(PY) tools/coverage_by_package.py $(COVERAGE)/coverage.json $(COVERAGE)/packages.md \
+	  && exit $$status
+
 # Its processes have one thread each.
 bank: $(READY) ## put every known silent failure in, and write what catches it, into outputs/bank
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.bank $(ARGS)
@@ -139,6 +150,10 @@ lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)
 	@$(PY) -m ruff format --check $(CODE)
 	@$(if $(NOTEBOOKS),$(PY) -m nbstripout --verify $(NOTEBOOKS))
+	@$(MAKE) --no-print-directory types
+
+types: $(READY) ## check the types of core, study and statistics
+	@$(PY) -m mypy --no-error-summary
 
 format: $(READY) ## mend style, and strip outputs from notebooks
 	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(NOTEBOOKS))
@@ -153,7 +168,7 @@ lock: $(READY) ## resolve pyproject.toml anew into requirements.lock
 	   echo '# CUDA libraries are left to the metadata of the torch build that is installed.'; \
 	   $(PY) -m uv pip compile --quiet --universal --upgrade --extra dev --no-annotate --no-header \
 	     --no-emit-index-url --no-emit-find-links pyproject.toml > requirements.lock.all \
-	   && grep -Ev '^(nvidia-[a-km-z]|cuda-|triton)' requirements.lock.all; } > requirements.lock.tmp \
+	   && grep -Ev '^(nvidia-[a-ln-z]|cuda-|triton)' requirements.lock.all; } > requirements.lock.tmp \
 	   || { rm -f requirements.lock.all requirements.lock.tmp; exit 1; }
 	@rm -f requirements.lock.all
 	@mv requirements.lock.tmp requirements.lock
@@ -162,7 +177,7 @@ lock: $(READY) ## resolve pyproject.toml anew into requirements.lock
 # a changed setting of another study would go unseen.
 clean: ## remove what is not committed of a study's outputs, and caches
 	@test -n '$(NAME)' || { echo 'make: name a study, as in make clean STUDY=demo' >&2; exit 1; }
-	@git clean -fdXq -- 'outputs/$(NAME)' .pytest_cache .ruff_cache .hypothesis
+	@git clean -fdXq -- 'outputs/$(NAME)' .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is removed first and written last: an interrupted set-up is not taken for done.

@@ -13,8 +13,8 @@ import re
 import sys
 
 from helpers.core import console
-from helpers.core.errors import StudyError, in_one_line
-from helpers.core.paths import StudyPaths, inside
+from helpers.core.errors import StudyError, one_line_error
+from helpers.core.paths import StudyPaths, relative_to_project
 from helpers.study import fingerprints, stages
 from helpers.study.loading import load_study, study_file
 from helpers.workflow.gpus import may_take_gpu
@@ -28,7 +28,7 @@ logging.raiseExceptions = False  # a full disk is told by what it stops, not by 
 try:
     STUDY = load_study(GIVEN)
     RUNS = stages.runs(STUDY)
-    DEPENDS = {run: fingerprints.depends(STUDY, run) for run in [*RUNS, stages.Run("analysis")]}
+    DEPENDS = {run: fingerprints.dependency_text(STUDY, run) for run in [*RUNS, stages.Run("analysis")]}
 except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
@@ -37,11 +37,11 @@ GPUS = int(may_take_gpu(STUDY.runtime.device))  # two jobs do not share one
 
 
 def executed(stage, model="", variant=""):
-    return inside(stages.Run(stage, model, variant).executed(PATHS))
+    return relative_to_project(stages.Run(stage, model, variant).executed(PATHS))
 
 
 def record(stage, model="", variant=""):
-    return inside(stages.Run(stage, model, variant).record(PATHS))
+    return relative_to_project(stages.Run(stage, model, variant).record(PATHS))
 
 
 def the_run(stage, wildcards):
@@ -53,7 +53,7 @@ def needs(stage):
     """Input function: the records of the stages before."""
 
     def files(wildcards):
-        return [inside(r.record(PATHS)) for r in stages.before(STUDY, the_run(stage, wildcards))]
+        return [relative_to_project(r.record(PATHS)) for r in stages.upstream_runs(STUDY, the_run(stage, wildcards))]
 
     return files
 
@@ -74,10 +74,10 @@ def trouble(message):
     if event == LogEvent.JOB_ERROR:
         for job in workflow.dag.jobs:
             if workflow.dag.jobid(job) == message.jobid:
-                console.lost(job.message)
+                console.report_lost_job(job.message)
     if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
         return False
-    message.msg, message.args = in_one_line(text), ()
+    message.msg, message.args = one_line_error(text), ()
     return not any(x in text for x in told)
 
 
@@ -116,9 +116,9 @@ COMMAND = (
 
 rule all:
     input:
-        [inside(PATHS.root / name) for name in ("report.md", "report.html")],
-        [inside(run.executed(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
-        [inside(run.record(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
+        [relative_to_project(PATHS.root / name) for name in ("report.md", "report.html")],
+        [relative_to_project(run.executed(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
+        [relative_to_project(run.record(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
     message:
         "all of study {GIVEN}"
 
@@ -221,11 +221,11 @@ rule analysis:
     input:
         needs("analysis"),
         # Every stage's executed notebook too: the report links to what it rests on.
-        [inside(run.executed(PATHS)) for run in RUNS],
+        [relative_to_project(run.executed(PATHS)) for run in RUNS],
     output:
         notebook=executed("analysis"),
         record=record("analysis"),
-        table=inside(PATHS.root / "summary.csv"),
+        table=relative_to_project(PATHS.root / "summary.csv"),
     params:
         notebook=stages.NOTEBOOKS["analysis"],
         depends=depends("analysis"),
@@ -239,11 +239,11 @@ rule export:
     input:
         executed("analysis"),
     output:
-        inside(PATHS.root / "report.md"),
-        inside(PATHS.root / "report.html"),
+        relative_to_project(PATHS.root / "report.md"),
+        relative_to_project(PATHS.root / "report.html"),
     params:
         title=STUDY.title,
-        to=inside(PATHS.root),
+        to=relative_to_project(PATHS.root),
     message:
         "report"
     shell:

@@ -23,7 +23,7 @@ from benchmarks import (
 )
 from benchmarks.material import Material
 from helpers.core.paths import outputs_root
-from helpers.runtime.allocator import keep_spare
+from helpers.runtime.allocator import set_malloc_thresholds
 
 COMPARISONS = {
     "scoring": scoring.compare,
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"of each comparison ({ROUNDS})")
     given = parser.parse_args()
-    keep_spare()
+    set_malloc_thresholds()
     torch.set_num_threads(given.threads)
     started, rows = time.monotonic(), []
     with tempfile.TemporaryDirectory() as scratch:

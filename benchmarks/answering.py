@@ -16,7 +16,7 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
-from helpers.core.plain_text import whole_characters
+from helpers.core.plain_text import valid_unicode
 from helpers.evaluation.engine import box_closes, stop_tokens
 from helpers.evaluation.prompts import prompt
 from helpers.inference.generation import Answer, Ends
@@ -101,7 +101,7 @@ def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
         ends = Ends(wanted.ask.max_new_tokens, frozenset(stops), closes)
         for row in write(tokens, wanted.ask.max_new_tokens, stops):
             kept = tokenizer.decode(up_to_the_end(row, ends), skip_special_tokens=True)
-            answers.append(whole_characters(kept))
+            answers.append(valid_unicode(kept))
     return answers
 
 

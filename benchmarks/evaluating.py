@@ -10,7 +10,7 @@ from benchmarks.turns import Comparison, Turns, take_turns
 from helpers.evaluation.engine import evaluate
 from helpers.inference.perplexity import read_passages
 from helpers.sources.items import Item
-from helpers.sources.sampling import draw, load_items
+from helpers.sources.sampling import draw_items, load_items
 
 SIZES = (50, 100, 200)
 GROWING = ("arc", "openmath")  # a set of each protocol
@@ -114,7 +114,7 @@ def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
     for name in GROWING:
         wanted = study.evaluation.datasets[name]
         known = load_items(wanted.source, adapter=wanted.adapter)
-        items = draw(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
+        items = draw_items(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
         items += [_again(item) for item in items[: size - len(items)]]
         yield name, items
 

@@ -17,7 +17,7 @@ import torch
 from benchmarks.material import Material
 from benchmarks.turns import Comparison
 from helpers.core.file_writing import write_atomically
-from helpers.core.interleaved_processes import measured_in_turns
+from helpers.core.interleaved_processes import interleaved_rounds
 from helpers.core.paths import outputs_root
 from helpers.core.records import write_json
 from helpers.cost.gemm_peak import gemm_peaks
@@ -76,7 +76,7 @@ def _rounds(material: Material) -> dict[str, list[dict]]:
     shapes = sorted(material.linear_shapes)
     limit = {"rows": work.row_tokens, "threads": material.threads, "device": "cpu"}
     tasks["peaks"] = partial(gemm_peaks, shapes, **limit)
-    return measured_in_turns(tasks, rounds=ROUNDS)
+    return interleaved_rounds(tasks, rounds=ROUNDS)
 
 
 def _pair(load: Callable) -> tuple:
@@ -85,9 +85,9 @@ def _pair(load: Callable) -> tuple:
 
 def _described(threads: int) -> dict:
     return {
-        "kind": processors.kind(),
+        "kind": processors.processor_class(),
         "kept_to": processors.restriction(),
-        "name": processors.name(),
+        "name": processors.processor_name(),
         "features": list(processors.features()),
         "threads": threads,
         "int8_products": int8_matmul.cpu_way().name,

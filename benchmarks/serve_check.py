@@ -42,7 +42,7 @@ def check(job: Job, *, passages: int, items: int) -> dict:
     """All that is measured of one variant of one model."""
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=None)
-    changed = job.recipe.changes_model
+    changed = job.recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
     ours, _ = load_variant(job)
     began = time.monotonic()

@@ -51,7 +51,7 @@ def write_cost(job, model: str, record: dict, changed=lambda account: None) -> N
     folder = job.paths.cost(model)
     write_json(folder / "cost.json", told)
     inputs = {
-        name: f"checkpoint of {name}" if recipe.changes_model else f"files of {model}"
+        name: f"checkpoint of {name}" if recipe.needs_checkpoint else f"files of {model}"
         for name, recipe in job.study.variants.items()
     }
     write_json(folder / "record.json", record | {"inputs": inputs})

@@ -173,7 +173,7 @@ def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     assert [r["kl"] for r in float_reference.read_shaken(job, tokenizer)] == [
         r["kl"] for r in sound
     ]
-    monkeypatch.setattr(perplexity, "refuse_damaged", lambda *_, **__: None)
+    monkeypatch.setattr(perplexity, "check_checksums", lambda *_, **__: None)
     rows = perplexity.read_shared_text(job, model, tokenizer)
     (gate,) = reference_gates(job.recipe, rows, float_reference.read_shaken(job, tokenizer))
     assert not gate.passed

@@ -24,27 +24,27 @@ ESCAPES = "\x1b[31mred\x1b[0m\x07\r\u202e[bold]x[/bold]"
 def told(tmp_path, monkeypatch):
     """The file in which the job at hand tells what it does."""
     path = tmp_path / "a job.json"
-    monkeypatch.setenv(activity.FILE, str(path))
+    monkeypatch.setenv(activity.ACTIVITY_VARIABLE, str(path))
     return path
 
 
 def test_a_bar_tells_its_place_and_draws_nothing(told, capfd):
     for number in Bar(range(3), desc="arc", unit="item"):
-        assert activity.read(told).of == 3, number
-    assert activity.read(told) == Activity("arc", 3, 3, "item", 0.0)
+        assert activity.read_activity(told).of == 3, number
+    assert activity.read_activity(told) == Activity("arc", 3, 3, "item", 0.0)
     assert capfd.readouterr() == ("", "")
 
 
 def test_a_bar_that_goes_on_counts_what_was_done_before(told):
     for _ in Bar(iter("ab"), total=7, initial=5, desc="arc", unit="item"):
-        assert activity.read(told).done >= 5
-    assert activity.read(told).done == 7
+        assert activity.read_activity(told).done >= 5
+    assert activity.read_activity(told).done == 7
 
 
 def test_a_bar_nobody_watches_is_drawn(monkeypatch, capfd):
-    monkeypatch.delenv(activity.FILE, raising=False)
+    monkeypatch.delenv(activity.ACTIVITY_VARIABLE, raising=False)
     list(Bar(range(3), desc="arc", unit="item"))
-    activity.doing("something")
+    activity.set_activity("something")
     assert "3/3" in capfd.readouterr().err
 
 
@@ -53,9 +53,9 @@ def test_a_full_disk_stops_no_job(told, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
-    activity.doing("loading a model")
+    activity.set_activity("loading a model")
     assert list(Bar(range(3), desc="arc")) == [0, 1, 2]
-    assert activity.read(told) is None
+    assert activity.read_activity(told) is None
 
 
 GOOD = {"doing": "arc", "done": 1, "of": 2, "unit": "item", "left_s": 3.5}
@@ -63,7 +63,7 @@ GOOD = {"doing": "arc", "done": 1, "of": 2, "unit": "item", "left_s": 3.5}
 
 def test_what_was_written_is_read(told):
     told.write_text(json.dumps(GOOD))
-    assert activity.read(told) == Activity(**GOOD)
+    assert activity.read_activity(told) == Activity(**GOOD)
 
 
 @pytest.mark.parametrize(
@@ -86,27 +86,27 @@ def test_what_was_written_is_read(told):
 )
 def test_what_cannot_be_read_is_nothing(told, content):
     told.write_bytes(content)
-    assert activity.read(told) is None
+    assert activity.read_activity(told) is None
 
 
 def test_nothing_is_read_where_nothing_is(tmp_path):
-    assert activity.read(tmp_path / "none.json") is None
+    assert activity.read_activity(tmp_path / "none.json") is None
     (tmp_path / "folder.json").mkdir()
-    assert activity.read(tmp_path / "folder.json") is None
+    assert activity.read_activity(tmp_path / "folder.json") is None
 
 
 @pytest.mark.parametrize("text", [ESCAPES, HOSTILE, "x" * 10**4, "a\nstart    b"])
 def test_no_text_acts_on_the_terminal(told, text):
     told.write_text(json.dumps(GOOD | {"doing": text, "unit": text}))
-    found = activity.read(told)
+    found = activity.read_activity(told)
     if found is None:  # too large to be a job's own
         return
-    job = display.Doing(f"evaluation {display.one_line(text)}"[:200], 3.0, found)
+    job = display.RunningJob(f"evaluation {display.one_line(text)}"[:200], 3.0, found)
     status = display.Status(1, "2", 100.0, 50.0, [job])
     lines, clock = io.StringIO(), iter([0.0, *[1000.0] * 9])
     display.Lines(lines, clock=lambda: next(clock)).update(status)
     shown = Console(file=io.StringIO(), width=2000, color_system=None, force_terminal=False)
-    shown.print(display.drawn(status))
+    shown.print(display.render_status(status))
     for said in (lines.getvalue(), shown.file.getvalue()):
         assert all(c.isprintable() or c == "\n" for c in said)
         assert ("[bold]" in said) == ("[bold]" in text)  # shown as it is, not obeyed
@@ -136,9 +136,9 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     """Jobs that took twice their estimate double what the rest is thought to take."""
     shared, now = tmp_path / ".s.progress", 0.0
     runs = [Run("calibration", "base"), Run("evaluation", "base", "noquant")]
-    known = duration_estimate.Estimate(study, schedule.Room(1, 9), dict.fromkeys(runs, 10.0))
+    known = duration_estimate.Estimate(study, schedule.Capacity(1, 9), dict.fromkeys(runs, 10.0))
     shared.write_text("2\n")
-    activity.folder_of(shared).mkdir()
+    activity.activity_folder(shared).mkdir()
     watch = display.Watch(shared, known, clock=lambda: now)
     assert watch.status().left_s == 20
     shared.write_text("2\n" + event(console.START, "calibration  base"))
@@ -149,7 +149,7 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     found = watch.status()
     assert (found.done, found.total, found.left_s, found.running) == (1, "2", 20.0, [])
     shared.write_text(shared.read_text() + event(console.START, "evaluation base noquant"))
-    place = activity.folder_of(shared) / "evaluation base noquant.json"
+    place = activity.activity_folder(shared) / "evaluation base noquant.json"
     place.write_text(json.dumps(GOOD | {"left_s": 500.0}))
     [job] = watch.status().running
     assert job.activity.done == 1
@@ -169,14 +169,14 @@ def test_a_job_tells_what_it_does_and_its_notebook_has_no_bars(tmp_path):
     nbformat.write(notebook(cell), project / "notebooks" / "toy.ipynb")
     shared = tmp_path / ".toy.progress"
     shared.write_text("1\n")
-    activity.folder_of(shared).mkdir()
+    activity.activity_folder(shared).mkdir()
     command = ("run", "--notebook", "notebooks/toy.ipynb", "--output", "outputs/x.ipynb")
     done = jobs(project, *command, "-p", "study", "toy", STUDY_PROGRESS=str(shared))
     assert done.returncode == 0, done.stderr
     [output] = read(project / "outputs" / "x.ipynb")["cells"][-1]["outputs"]
     assert output["name"] == "stdout"
     assert json.loads("".join(output["text"]))["done"] == 3
-    assert list(activity.folder_of(shared).iterdir()) == []
+    assert list(activity.activity_folder(shared).iterdir()) == []
 
 
 def test_every_bar_of_a_job_is_one_that_tells():

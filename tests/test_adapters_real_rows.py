@@ -14,7 +14,7 @@ from helpers.core.paths import PROJECT
 from helpers.evaluation.metrics import metrics
 from helpers.evaluation.prompts import loglikelihood_prompt, prompt
 from helpers.evaluation.scoring import score_options, score_text
-from helpers.sources.chat_template import settle_
+from helpers.sources.chat_template import configure_chat_template_
 from helpers.sources.items import normalized_text
 from helpers.sources.rows import load_rows
 from helpers.sources.sampling import is_numeric, load_items
@@ -81,7 +81,7 @@ def test_every_row_adapts_once(adapter):
 def test_every_item_renders_with_its_question(adapter, thoughts, tokenizer):
     """In a plain chat format, and in Qwen3's with an empty thought before the answer."""
     chat = tokenizer if thoughts is None else qwen3_tokenizer()
-    settle_(chat, enable_thinking=thoughts, place="x")
+    configure_chat_template_(chat, enable_thinking=thoughts, place="x")
     texts = set()
     for item in items(adapter):
         text = prompt(item, wanted(adapter), chat).text

@@ -123,7 +123,7 @@ def test_results_that_do_not_give_the_summary_are_told(study, tmp_path):
         patch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
         packed = archive.pack(str(study[0]))
         with pytest.raises(StudyError, match=r"summary\.json is not the archive's"):
-            archive.look_again(packed, tmp_path / "new")
+            archive.remake_report(packed, tmp_path / "new")
 
 
 def rewritten(packed, to, edit) -> None:

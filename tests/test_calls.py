@@ -21,7 +21,7 @@ from helpers.evaluation.checks.call_gates import FLOAT, QUANTIZED, WHOLE, linear
 from helpers.evaluation.checks.recorded_calls import CallRecorder
 from helpers.inference import generation, loglikelihood, packed_rows, perplexity
 from helpers.quantization.int8_checkpoint import Int8Linear
-from helpers.runtime.batching import token_owners
+from helpers.runtime.batching import current_sequence_ids
 from helpers.sources.random_model import random_model
 from quantized_run import QuantizedRun
 from test_plain_beginning import tokenizer_with
@@ -120,7 +120,7 @@ def test_packed_rows_read_by_a_float_copy(sound_runs, monkeypatch):
 
 
 def one_scale_a_text(module, x):
-    owners = token_owners()
+    owners = current_sequence_ids()
     rows = x.reshape(-1, x.shape[-1])
     tops = rows.abs().amax(1)
     whole = torch.stack([tops[owners == owner].amax() for owner in owners])

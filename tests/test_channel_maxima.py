@@ -62,7 +62,7 @@ def test_the_notebook_records_a_model_with_dead_channels(model, tmp_path, where)
     statistics = calibration.run_calibration(model, tokens, batch_tokens=64)
     space = {
         "absmax": calibration.as_arrays(statistics),
-        "account": lambda *_, **__: {},
+        "describe_template": lambda *_, **__: {},
         "calibration": calibration,
         "channel_maxima": channel_maxima,
         "figures": figures,

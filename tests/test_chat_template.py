@@ -15,7 +15,7 @@ from helpers.sources.chat_conversations import (
     tokenize,
     training_tokens,
 )
-from helpers.sources.chat_template import end_of_turn, knows_switch, settle_
+from helpers.sources.chat_template import configure_chat_template_, end_of_turn, knows_switch
 from helpers.sources.items import Item
 from helpers.sources.random_model import CHAT_TEMPLATE, byte_tokenizer
 from helpers.sources.sampling import evaluation_items
@@ -41,7 +41,7 @@ def with_template(template: str):
 
 def refusal(tokenizer, enable_thinking=None) -> str:
     with pytest.raises(StudyError) as caught:
-        settle_(tokenizer, enable_thinking=enable_thinking, place="the-model")
+        configure_chat_template_(tokenizer, enable_thinking=enable_thinking, place="the-model")
     told = str(caught.value)
     assert len(told.splitlines()) == 1, told
     assert told.startswith("the-model: ")
@@ -84,7 +84,7 @@ def test_qwen3_renders_a_late_system_turn_without_complaint(qwen3):
 
 @pytest.mark.parametrize("enable_thinking", [True, False])
 def test_the_switch_reaches_every_text(qwen3, enable_thinking):
-    settle_(qwen3, enable_thinking=enable_thinking, place="x")
+    configure_chat_template_(qwen3, enable_thinking=enable_thinking, place="x")
     prompt = render(qwen3, conversation(ITEM, "openmath", shots=1))
     assert prompt.endswith("assistant\n" + NO_THOUGHT * (not enable_thinking))
     bare = render(qwen3, conversation(ITEM, "openmath", shots=0))
@@ -95,7 +95,7 @@ def test_the_switch_reaches_every_text(qwen3, enable_thinking):
 
 
 def test_the_switch_does_not_go_into_what_is_saved(qwen3, tmp_path):
-    settle_(qwen3, enable_thinking=False, place="x")
+    configure_chat_template_(qwen3, enable_thinking=False, place="x")
     qwen3.save_pretrained(tmp_path)
     from transformers import AutoTokenizer
 
@@ -116,18 +116,19 @@ def test_a_model_that_cannot_think_is_not_told_to():
 def test_a_model_that_cannot_think_may_be_told_not_to(enable_thinking):
     """It is on record that there is no such switch."""
     tokenizer = byte_tokenizer()
-    settle_(tokenizer, enable_thinking=enable_thinking, place="x")
-    account = chat_template.account(tokenizer, enable_thinking=enable_thinking)
+    configure_chat_template_(tokenizer, enable_thinking=enable_thinking, place="x")
+    account = chat_template.describe_template(tokenizer, enable_thinking=enable_thinking)
     assert account["enable_thinking"] == "no such switch"
 
 
 def test_the_account_tells_the_switch_and_the_template(qwen3):
-    settle_(qwen3, enable_thinking=False, place="x")
+    configure_chat_template_(qwen3, enable_thinking=False, place="x")
     assert knows_switch(qwen3)
-    found = chat_template.account(qwen3, enable_thinking=False)
+    found = chat_template.describe_template(qwen3, enable_thinking=False)
     assert found["enable_thinking"] is False
     assert (
-        found["sha256"] != chat_template.account(byte_tokenizer(), enable_thinking=None)["sha256"]
+        found["sha256"]
+        != chat_template.describe_template(byte_tokenizer(), enable_thinking=None)["sha256"]
     )
 
 
@@ -188,7 +189,7 @@ IN_USER_TURN = {"first": "a turn of its own"} | dict.fromkeys(
 
 def settled(template: str):
     tokenizer = with_template(template)
-    settle_(tokenizer, enable_thinking=None, place="x")
+    configure_chat_template_(tokenizer, enable_thinking=None, place="x")
     return tokenizer
 
 
@@ -217,8 +218,11 @@ def test_a_template_says_the_same_tomorrow(monkeypatch):
 
 
 def test_the_date_that_a_template_prints_is_on_record():
-    assert chat_template.account(settled(DATED), enable_thinking=None)["clock"] == "2024-07-26"
-    plain = chat_template.account(settled(CHAT_TEMPLATE), enable_thinking=None)
+    assert (
+        chat_template.describe_template(settled(DATED), enable_thinking=None)["clock"]
+        == "2024-07-26"
+    )
+    plain = chat_template.describe_template(settled(CHAT_TEMPLATE), enable_thinking=None)
     assert plain["clock"] == "not read"
 
 
@@ -237,7 +241,7 @@ def test_inst_templates_render_every_turn_in_order(where, shots):
     assert places == sorted(places)
     assert text.startswith("[INST] " + turns[0]["content"])
     assert text.endswith(turns[-1]["content"] + " [/INST]")
-    account = chat_template.account(tokenizer, enable_thinking=None)
+    account = chat_template.describe_template(tokenizer, enable_thinking=None)
     assert account["system_turn"] == IN_USER_TURN[where]
 
 
@@ -265,7 +269,7 @@ def test_a_base_model_without_a_template_is_read_as_plain_text():
     tokenizer = settled(None)
     text = f"{ITEM.question}\n{ITEM.solution}"
     assert calibration_tokens(tokenizer, ITEM, "openmath") == tokenizer(text).input_ids
-    assert chat_template.account(tokenizer, enable_thinking=None)["sha256"] is None
+    assert chat_template.describe_template(tokenizer, enable_thinking=None)["sha256"] is None
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
     with pytest.raises(StudyError, match="has no chat template, which answers"):
         render(tokenizer, conversation(ITEM, "openmath", shots=0))

@@ -7,8 +7,8 @@ import sys
 
 import pytest
 
-from helpers.core.cached_folders import kept_folder
-from helpers.core.checksums import refuse_damaged
+from helpers.core.cached_folders import cached_folder
+from helpers.core.checksums import check_checksums
 from helpers.core.errors import StudyError
 from helpers.core.file_writing import replace_folder
 from helpers.core.hashing import sha256_text
@@ -16,7 +16,7 @@ from helpers.core.paths import PROJECT, StudyPaths
 from helpers.core.records import Record, read_json
 from helpers.quantization.variants import variant_digest
 from helpers.sources import random_model
-from helpers.study.fingerprints import refuse_damaged_results
+from helpers.study.fingerprints import check_result_checksums
 from helpers.study.stages import Run
 from helpers.study.study_run import open_job
 
@@ -36,7 +36,7 @@ def stage(tmp_path):
 
 def refused(folder) -> str:
     with pytest.raises(StudyError) as caught:
-        refuse_damaged(folder, made_by="02_quantization")
+        check_checksums(folder, made_by="02_quantization")
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -45,7 +45,7 @@ def test_a_record_holds_the_checksum_of_every_file_its_job_wrote(stage):
     files = read_json(stage / "record.json", made_by="")["files"]
     assert set(files) == {"table.json", "../checkpoint/weights"}
     assert files["table.json"] == sha256_text("{}")
-    refuse_damaged(stage, made_by="02_quantization")
+    check_checksums(stage, made_by="02_quantization")
 
 
 @pytest.mark.parametrize("name", ["table.json", "../checkpoint/weights"])
@@ -62,7 +62,7 @@ def test_one_changed_byte_is_named_with_the_remedy(stage, name):
 def test_the_time_of_a_file_says_nothing(stage):
     """A disk that returns other bytes does not change a file's times."""
     path = stage / "../checkpoint/weights"
-    refuse_damaged(stage, made_by="02_quantization")
+    check_checksums(stage, made_by="02_quantization")
     before = path.stat()
     path.write_bytes(b"\1" * 1000)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns - 1))
@@ -72,7 +72,7 @@ def test_the_time_of_a_file_says_nothing(stage):
 def test_a_missing_file_is_named_unless_it_may_be_missing(stage):
     (stage / "../checkpoint/weights").unlink()
     assert "weights is missing, though 02_quantization wrote it" in refused(stage)
-    refuse_damaged(stage, made_by="02_quantization", may_miss="../checkpoint/")
+    check_checksums(stage, made_by="02_quantization", may_miss="../checkpoint/")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]", b"{}", b'{"files": 3}'])
@@ -89,10 +89,10 @@ def test_all_results_of_a_study_are_held_against_their_records(tmp_path, monkeyp
     folder.mkdir(parents=True)
     (folder / "activations.safetensors").write_bytes(b"1")
     record.write({})
-    refuse_damaged_results(paths, [run])
+    check_result_checksums(paths, [run])
     (folder / "activations.safetensors").write_bytes(b"2")
     with pytest.raises(StudyError, match=r"activations\.safetensors is not what 01_calibration"):
-        refuse_damaged_results(paths, [run])
+        check_result_checksums(paths, [run])
 
 
 def test_a_damaged_cached_model_is_named_and_made_anew_once_it_is_deleted(tmp_path, monkeypatch):
@@ -114,20 +114,20 @@ def test_two_that_need_the_same_cached_folder_make_it_once(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from helpers.study.fingerprints import refuse_damaged_results
-from helpers.core.cached_folders import kept_folder
+from helpers.study.fingerprints import check_result_checksums
+from helpers.core.cached_folders import cached_folder
 def fill(folder):
     time.sleep(1)
     (folder / "made").write_text("")
     with open({str(tmp_path / "times")!r}, "a") as stream:
         stream.write("x")
-kept_folder(Path({str(tmp_path / "folder")!r}), fill)
+cached_folder(Path({str(tmp_path / "folder")!r}), fill)
 """
     environment = os.environ | {"PYTHONPATH": str(PROJECT / "src")}
     both = [subprocess.Popen([sys.executable, "-c", script], env=environment) for _ in range(2)]
     assert [one.wait() for one in both] == [0, 0]
     assert (tmp_path / "times").read_text() == "x"
-    assert kept_folder(tmp_path / "folder", None).joinpath("made").is_file()
+    assert cached_folder(tmp_path / "folder", None).joinpath("made").is_file()
 
 
 @pytest.mark.bank(

@@ -5,7 +5,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.runtime import devices, processors
-from helpers.runtime.devices import account, placed, prepare, settled
+from helpers.runtime.devices import describe_runtime, place_on_device, prepare, resolve_runtime
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Runtime
 from helpers.study.study_run import open_job
@@ -34,45 +34,45 @@ def words(runtime: Runtime) -> tuple:
 
 def test_without_a_gpu_it_is_float32_on_the_cpu(machine):
     machine()
-    assert words(settled(OPEN)) == ("cpu", "float32", "int8", None)
+    assert words(resolve_runtime(OPEN)) == ("cpu", "float32", "int8", None)
 
 
 def test_with_gpus_it_is_bfloat16_over_all_of_them(machine):
     machine(cuda=2)
-    assert words(settled(OPEN)) == ("cuda", "bfloat16", "int8", "auto")
-    assert account(settled(OPEN), OPEN)["device_name"] == "card 0, card 1"
+    assert words(resolve_runtime(OPEN)) == ("cuda", "bfloat16", "int8", "auto")
+    assert describe_runtime(resolve_runtime(OPEN), OPEN)["device_name"] == "card 0, card 1"
 
 
 def test_one_gpu_holds_the_whole_model(machine):
     machine(cuda=1)
-    assert words(settled(OPEN)) == ("cuda", "bfloat16", "int8", None)
-    assert "nothing to spread over" in account(settled(OPEN), OPEN)["notes"][0]
+    assert words(resolve_runtime(OPEN)) == ("cuda", "bfloat16", "int8", None)
+    assert "nothing to spread over" in describe_runtime(resolve_runtime(OPEN), OPEN)["notes"][0]
 
 
 def test_a_card_without_bfloat16_computes_in_float32(machine):
     machine(cuda=1, bf16=False)
-    assert settled(OPEN).dtype == "float32"
+    assert resolve_runtime(OPEN).dtype == "float32"
 
 
 def test_where_there_is_no_int8_product_it_is_simulated_and_said(machine, monkeypatch):
     machine(mps=True)
     monkeypatch.setattr(devices, "best_dtype", lambda device: "bfloat16")
-    runtime = settled(OPEN)
+    runtime = resolve_runtime(OPEN)
     assert words(runtime) == ("mps", "bfloat16", "reference", None)
-    assert "no int8 product" in account(runtime, OPEN)["notes"][0]
+    assert "no int8 product" in describe_runtime(runtime, OPEN)["notes"][0]
 
 
 def test_what_the_study_says_is_kept(machine):
     machine(cuda=1)
     given = Runtime(device="cpu", dtype="bfloat16", threads=2, quantized="reference")
-    assert settled(given) == given
+    assert resolve_runtime(given) == given
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_device_that_is_not_there_is_refused(machine, device):
     machine()
     with pytest.raises(StudyError, match=rf"runtime.device = '{device}' but .* use 'auto' or"):
-        settled(OPEN.model_copy(update={"device": device}))
+        resolve_runtime(OPEN.model_copy(update={"device": device}))
 
 
 def test_a_job_is_prepared_for_this_machine(machine, study_settings, write_study):
@@ -92,7 +92,7 @@ def test_a_spread_model_computes_what_a_whole_one_does():
     with torch.inference_mode():
         hidden = model.base_model(ids).last_hidden_state
         expected = model.get_output_embeddings()(hidden)
-        spread = placed(model, OPEN.model_copy(update={"device": "cuda"}))
+        spread = place_on_device(model, OPEN.model_copy(update={"device": "cuda"}))
         assert hasattr(spread.base_model.layers[0], "_hf_hook") or hasattr(spread, "_hf_hook")
         hidden = spread.base_model(ids).last_hidden_state
         torch.testing.assert_close(spread.get_output_embeddings()(hidden), expected)

@@ -27,8 +27,8 @@ from helpers.study import fingerprints
 from helpers.study import stages as study_stages
 from helpers.study.loading import load_study
 from helpers.workflow import duration_estimate, launcher
-from helpers.workflow.duration_estimate import ANALYSIS, Estimate, Machine, seconds_of
-from helpers.workflow.schedule import Room, time_of
+from helpers.workflow.duration_estimate import ANALYSIS, Estimate, Machine, job_seconds
+from helpers.workflow.schedule import Capacity, makespan_s
 
 SIZE = Size(linears=1000, head=100, weights=2000)
 MACHINE = Machine({f"float32 {how}": 1e6 for how in ("reading", "writing")}, start_s=0.0)
@@ -121,7 +121,7 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
 def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     """Backward is two products more for each; the head runs where an answer is predicted."""
     study = load_study("smoke")
-    settings = finetuning.settings_of(study, "finetuned")
+    settings = finetuning.fine_tuning_settings(study, "finetuned")
     examples, heldout = (
         [training_tokens(tokenizer, item) for item in part]
         for part in training_items(study, "finetuned")
@@ -145,19 +145,19 @@ def test_twice_the_items_take_about_twice_as_long(only, tokenizer):
         alone = evaluation._alone(study, "noquant", sets["arc"], SIZE)  # of eight items, always
         counted.subtract(alone)
         run = study_stages.Run("evaluation", "base", "noquant")
-        seconds.append(seconds_of(study, run, counted, MACHINE, Room(2, 9)))
+        seconds.append(job_seconds(study, run, counted, MACHINE, Capacity(2, 9)))
     assert 1.6 < seconds[1] / seconds[0] < 2.4
 
 
 def test_what_a_machine_lacks_takes_its_float32(study):
-    run, room = study_stages.Run("evaluation", "base", "noquant"), Room(1, 1)
-    plain = seconds_of(study, run, {"float32 reading": 10**6}, MACHINE, room)
-    assert seconds_of(study, run, {"int8 reading": 10**6}, MACHINE, room) == plain > 1
+    run, room = study_stages.Run("evaluation", "base", "noquant"), Capacity(1, 1)
+    plain = job_seconds(study, run, {"float32 reading": 10**6}, MACHINE, room)
+    assert job_seconds(study, run, {"int8 reading": 10**6}, MACHINE, room) == plain > 1
 
 
 def finish(study, paths, run):
     """Leave what a run leaves that ended well."""
-    with fingerprints.kept(study, paths, run):
+    with fingerprints.record_fingerprint(study, paths, run):
         write_json(run.record(paths), {"run": run.name})
         write_json(run.executed(paths), {})
 
@@ -165,20 +165,22 @@ def finish(study, paths, run):
 def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     paths, every = StudyPaths("study"), study_stages.runs(study)
-    assert duration_estimate.to_run(study, paths) == [*every, ANALYSIS]
+    assert duration_estimate.runs_to_execute(study, paths) == [*every, ANALYSIS]
     for run in every:  # in the order of the stages, the baseline's evaluation first
         if run.stage != "evaluation":
             finish(study, paths, run)
     for run in sorted(every, key=lambda r: r.variant != study.baseline):
         if run.stage == "evaluation":
             finish(study, paths, run)
-    assert duration_estimate.to_run(study, paths) == [ANALYSIS]
+    assert duration_estimate.runs_to_execute(study, paths) == [ANALYSIS]
     finish(study, paths, ANALYSIS)
-    assert duration_estimate.to_run(study, paths) == []
-    assert duration_estimate.estimate("study", study, paths, Room(2, 9), say=pytest.fail) is None
+    assert duration_estimate.runs_to_execute(study, paths) == []
+    assert (
+        duration_estimate.estimate("study", study, paths, Capacity(2, 9), say=pytest.fail) is None
+    )
     [made] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
     made.record(paths).unlink()
-    again = duration_estimate.to_run(study, paths)
+    again = duration_estimate.runs_to_execute(study, paths)
     assert {made, ANALYSIS, study_stages.Run("evaluation", "base", made.variant)} <= set(again)
     assert study_stages.Run("calibration", "base") not in again
     assert study_stages.Run("evaluation", "base", study.baseline) not in again
@@ -186,7 +188,9 @@ def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypat
 
 def critical_path(study, seconds) -> float:
     def until(run) -> float:
-        return seconds[run] + max((until(b) for b in study_stages.before(study, run)), default=0.0)
+        return seconds[run] + max(
+            (until(b) for b in study_stages.upstream_runs(study, run)), default=0.0
+        )
 
     return max(map(until, seconds))
 
@@ -197,11 +201,11 @@ def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
     study, rng = load_study(name), random.Random(seed)
     seconds = {run: rng.expovariate(0.1) for run in [*study_stages.runs(study), ANALYSIS]}
     work = sum(seconds.values())
-    assert time_of(study, seconds, Room(1, 9)) == pytest.approx(work)
-    assert time_of(study, seconds, Room(8, 1)) == pytest.approx(work)  # memory for one only
+    assert makespan_s(study, seconds, Capacity(1, 9)) == pytest.approx(work)
+    assert makespan_s(study, seconds, Capacity(8, 1)) == pytest.approx(work)  # memory for one only
     alone = seconds[ANALYSIS] + sum(s for run, s in seconds.items() if run.stage == "cost")
     for cores in (2, 4, 100):
-        found = time_of(study, seconds, Room(cores, 100))
+        found = makespan_s(study, seconds, Capacity(cores, 100))
         assert critical_path(study, seconds) <= found * (1 + 1e-9)
         assert alone + (work - alone) / cores <= found * (1 + 1e-9)
         assert found <= work * (1 + 1e-9)
@@ -211,17 +215,19 @@ def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings,
     study_settings["runtime"]["threads"] = 8
     study = load_study(write_study(study_settings))
     seconds = {run: 1.0 for run in study_stages.runs(study)}
-    assert time_of(study, seconds, Room(2, 9)) == pytest.approx(len(seconds))
+    assert makespan_s(study, seconds, Capacity(2, 9)) == pytest.approx(len(seconds))
 
 
 def test_a_long_study_is_told_what_would_shorten_it(study):
     run = study_stages.Run("evaluation", "base", "noquant")
-    long = Estimate(study, Room(2, 9), {run: 2 * duration_estimate.LONG_S})
-    [told] = [line for line in duration_estimate.lines(long) if line.startswith("to shorten it")]
+    long = Estimate(study, Capacity(2, 9), {run: 2 * duration_estimate.LONG_S})
+    [told] = [
+        line for line in duration_estimate.estimate_lines(long) if line.startswith("to shorten it")
+    ]
     assert "evaluation is 100 % of the work" in told
     assert "max_new_tokens" in told
-    short = Estimate(study, Room(2, 9), {run: 60.0}, ("x: \ufffd",))
-    assert duration_estimate.lines(short)[-1] == "not counted: x: \ufffd"
+    short = Estimate(study, Capacity(2, 9), {run: 60.0}, ("x: \ufffd",))
+    assert duration_estimate.estimate_lines(short)[-1] == "not counted: x: \ufffd"
 
 
 def given(path):
@@ -236,7 +242,7 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
         raise error
 
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    monkeypatch.setattr(duration_estimate, "_answers", fails)
+    monkeypatch.setattr(duration_estimate, "_json_outputs", fails)
     assert launcher._estimate(given(study_path), StudyPaths("study")) is None
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("estimate none")
@@ -245,7 +251,7 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
 
 def test_a_counter_that_breaks_says_why(monkeypatch):
     with pytest.raises(StudyError, match="No module named"):
-        duration_estimate._answers([["helpers.nothing"]])
+        duration_estimate._json_outputs([["helpers.nothing"]])
 
 
 def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, monkeypatch, capsys):
@@ -276,7 +282,7 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
     smoke = Smoke(tmp_path)
     for name, value in smoke.environment().items():
         monkeypatch.setenv(name, value)
-    study, room = load_study(smoke.file), Room(2, 2)
+    study, room = load_study(smoke.file), Capacity(2, 2)
     found = duration_estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
     began = time.monotonic()
     said = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")

@@ -367,10 +367,10 @@ def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place
     """And the study then depends on another commit, so that what used the old one is repeated."""
     monkeypatch.setenv("STUDY_OUTPUTS", place["STUDY_OUTPUTS"])
     study, run = of_dataset(), stages.Run("evaluation", "base", "noquant")
-    unpinned = stages.depends_on(load_study(study), run)
+    unpinned = stages.settings_text(load_study(study), run)
     assert fetch(study).returncode == 0
     before = pins(place)["datasets"][0]["commit"]
-    first = stages.depends_on(load_study(study), run)
+    first = stages.settings_text(load_study(study), run)
     assert before in first != unpinned
 
     repository = hub.repositories["dataset", ARC]
@@ -380,12 +380,12 @@ def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place
     after = repository.commit(moved)
     try:
         assert fetch(study).returncode == 0
-        assert stages.depends_on(load_study(study), run) == first
+        assert stages.settings_text(load_study(study), run) == first
         done = fetch(study, "--renew")
         assert f"pinned   {ARC}  main is {after[:12]} (was {before[:12]})" in done.stderr
         assert pins(place)["datasets"][0]["commit"] == after
         assert pins(place)["datasets"][0]["rows"] == len(rows)
-        assert after in stages.depends_on(load_study(study), run)
+        assert after in stages.settings_text(load_study(study), run)
     finally:
         repository.commit(files)
 

@@ -64,10 +64,10 @@ def test_bfloat16_weights_are_not_trained(model, examples):
     with pytest.raises(ValueError, match="would hardly move; load them in float32"):
         finetuning.fine_tune_(model.bfloat16(), examples, settings, seed=1)
     runtime = Runtime(device="cpu", dtype="bfloat16", threads=1, quantized="int8")
-    assert finetuning.in_float32(runtime).dtype == "float32"
+    assert finetuning.float32_runtime(runtime).dtype == "float32"
     trained = model.float()
     finetuning.fine_tune_(trained, examples, settings, seed=1)
-    assert finetuning.rounded(trained, runtime).dtype == torch.bfloat16
+    assert finetuning.cast_to_study_dtype(trained, runtime).dtype == torch.bfloat16
 
 
 def test_every_example_is_seen_once_an_epoch(examples):
@@ -104,9 +104,9 @@ def test_a_broken_loss_stops_the_training(model, examples):
     ],
 )
 def test_the_title_of_the_loss_says_what_it_did(losses, said):
-    assert finetuning.loss_claim(losses).startswith(f"The loss on the answers {said}")
+    assert finetuning.describe_loss(losses).startswith(f"The loss on the answers {said}")
 
 
 @pytest.mark.parametrize("losses", [[1.0], [2.0, 1.0], [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0]])
 def test_of_a_few_steps_nothing_is_claimed(losses):
-    assert finetuning.loss_claim(losses) == "The loss on the answers, by step"
+    assert finetuning.describe_loss(losses) == "The loss on the answers, by step"

@@ -28,7 +28,7 @@ def project(tmp_path_factory):
     patch.setattr(fork_client, "PROJECT", folder)
     for name, value in toy_project.environment(folder).items():
         patch.setenv(name, value)
-    with fork_client.running():
+    with fork_client.fork_server():
         yield folder
     patch.undo()
 
@@ -177,7 +177,7 @@ def test_what_is_forked_off_ends_with_it_and_then_nothing_waits(tmp_path, monkey
     monkeypatch.setattr(fork_client, "PROJECT", project)
     for name, value in toy_project.environment(project).items():
         monkeypatch.setenv(name, value)
-    with fork_client.running():
+    with fork_client.fork_server():
         address = os.environ[fork_client.ADDRESS]
         process, fork = waiting(project, tmp_path / "id")
     assert process.wait(SECONDS) != 0

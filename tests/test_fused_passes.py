@@ -153,10 +153,10 @@ def test_a_changed_input_is_quantized_anew():
 
 
 def test_texts_of_another_packing_are_quantized_anew():
-    from helpers.runtime.batching import owned_by
+    from helpers.runtime.batching import use_sequence_ids
 
     layer, x = linear("tensor_dynamic"), torch.randn(4, 576) * torch.tensor([[1.0], [1], [9], [9]])
-    with owned_by(torch.tensor([0, 0, 1, 1])):
+    with use_sequence_ids(torch.tensor([0, 0, 1, 1])):
         apart = layer(x)
     assert not torch.equal(apart, layer(x))
     assert torch.equal(layer(x), layer(x.clone()))

@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from helpers.core.hashing import canonical_json
-from helpers.core.plain_text import whole_characters
+from helpers.core.plain_text import valid_unicode
 from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
 from helpers.evaluation.prediction_rows import refuse_odd_rows
 from helpers.evaluation.predictions import read_predictions, write_predictions
@@ -65,7 +65,7 @@ def test_any_answer_is_a_row_that_can_be_stored_and_read_back(text, adapter, ans
     stored = json.loads(canonical_json(row).encode("utf-8"))
     refuse_odd_rows([stored], kind=adapter, place="p")
     assert stored == row
-    assert row["output"] == whole_characters(text)
+    assert row["output"] == valid_unicode(text)
     assert best_degenerate(adapter, [row]).score <= 1
     assert loops(row["output"]) in (True, False)
 
@@ -80,7 +80,7 @@ def test_scoring_the_stored_answer_again_gives_the_stored_row(text, adapter):
 @repeatable
 @given(hostile, st.sampled_from(["squad_v2", "openmath"]))
 def test_the_right_answer_is_right_whatever_it_is(gold, adapter):
-    gold = whole_characters(gold)
+    gold = valid_unicode(gold)
     assume(gold.strip() and not is_abstention(gold))
     assert said(item(adapter, gold), adapter, gold)["score"] == 1.0
 
@@ -88,9 +88,7 @@ def test_the_right_answer_is_right_whatever_it_is(gold, adapter):
 @repeatable
 @given(st.lists(hostile, min_size=2, max_size=5), st.integers(0, 4))
 def test_every_label_is_read_as_itself(labels, which):
-    labels = tuple(
-        dict.fromkeys(whole_characters(x).strip().rstrip(".").casefold() for x in labels)
-    )
+    labels = tuple(dict.fromkeys(valid_unicode(x).strip().rstrip(".").casefold() for x in labels))
     assume(all(x.strip() for x in labels))
     gold = labels[which % len(labels)]
     asked = Item("i", "q", (gold,), options=labels, labels=labels)
@@ -124,7 +122,7 @@ DRESSES = ["{}", " {} ", "{} apples", "${}", "{}%", r"{} \text{{ km}}", r"\left(
 def test_another_whole_number_is_wrong_in_any_company(gold, other, dress, before, after):
     """Unless the company spells the right one out, no text around a wrong number helps it."""
     assume(gold != other)
-    text = whole_characters(before + dress.format(other) + after)
+    text = valid_unicode(before + dress.format(other) + after)
     assume(str(gold).lstrip("-") not in text.replace(",", ""))
     made = said(item("openmath", str(gold)), "openmath", text)
     value = parse_number(text)
@@ -168,7 +166,7 @@ def test_a_word_that_changes_the_number_is_no_unit(word):
 @given(hostile)
 def test_an_answer_without_words_matches_no_gold_but_itself(text):
     """Without this any article is the right answer to `A`, and any dash to `?`."""
-    text = whole_characters(text)
+    text = valid_unicode(text)
     asked = item("squad_v2", "A", "?!")
     made = said(asked, "squad_v2", text)
     right = text.strip().casefold() in ("a", "?!")

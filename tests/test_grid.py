@@ -37,7 +37,7 @@ def changed(before: Study, after: Study) -> set[str]:
     return {
         run.name
         for run in [*study_stages.runs(before), Run("analysis")]
-        if study_stages.depends_on(before, run) != study_stages.depends_on(after, run)
+        if study_stages.settings_text(before, run) != study_stages.settings_text(after, run)
     }
 
 
@@ -53,7 +53,9 @@ def test_runs_of_a_study():
 def test_cost_can_be_left_out_and_nothing_else_is_repeated():
     without = study(runtime__cost=False)
     left = [run for run in study_stages.runs(study()) if run.stage != "cost"]
-    assert study_stages.runs(without) == left == study_stages.before(without, Run("analysis"))
+    assert (
+        study_stages.runs(without) == left == study_stages.upstream_runs(without, Run("analysis"))
+    )
     assert changed(study(), without) == {"04_analysis"}
     assert changed(study(), study(runtime__cost=True)) == set()
 
@@ -88,16 +90,16 @@ def test_another_float_type_needs_no_checkpoint():
 
 def test_an_evaluation_waits_for_the_baseline_it_is_held_against():
     baseline = Run("evaluation", "tuned", "noquant")
-    assert baseline in study_stages.before(study(), Run("evaluation", "tuned", "rtn"))
-    assert not [r for r in study_stages.before(study(), baseline) if r.stage == "evaluation"]
+    assert baseline in study_stages.upstream_runs(study(), Run("evaluation", "tuned", "rtn"))
+    assert not [r for r in study_stages.upstream_runs(study(), baseline) if r.stage == "evaluation"]
 
 
 def test_cost_is_measured_once_for_models_of_the_same_shapes_and_after_all_their_variants():
     timed = [run for run in study_stages.runs(study()) if run.stage == "cost"]
     assert timed == [Run("cost", "base")]
-    waits = {run.name for run in study_stages.before(study(), timed[0])}
+    waits = {run.name for run in study_stages.upstream_runs(study(), timed[0])}
     assert waits == {"02_quantization.base.rtn", "02_quantization.base.smooth"}
-    assert timed[0] in study_stages.before(study(), Run("analysis"))
+    assert timed[0] in study_stages.upstream_runs(study(), Run("analysis"))
 
 
 def test_how_many_threads_a_job_has_is_nothing_to_a_measurement_that_takes_them_all():
@@ -216,15 +218,15 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     for path in (run.record(paths), run.executed(paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    with fingerprints.kept(study(), paths, run):
+    with fingerprints.record_fingerprint(study(), paths, run):
         pass
     assert fingerprints.is_current(study(), paths, run)
     modules = loaded_modules[stage, True]
-    as_it_is, stale = fingerprints._fingerprint, set()
+    as_it_is, stale = fingerprints._file_fingerprint, set()
     for changed in modules:
         edited = {changed: "another byte"}
         monkeypatch.setattr(
-            fingerprints, "_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
+            fingerprints, "_file_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
         )
         if not fingerprints.is_current(study(), paths, run):
             stale.add(changed)
@@ -286,6 +288,12 @@ def test_modules_in_texts_files_beside_and_packages_count_and_nothing_else(libra
     named = {path.relative_to(library / "helpers").as_posix() for path in found}
     left_out = {"report/__init__.py", "report/shown.py", "b/fourth.py"}
     assert named == set(LIBRARY) - (set() if with_report else left_out)
+
+
+def test_a_relative_import_is_refused_because_its_module_would_go_unseen(library):
+    (library / "helpers" / "report" / "shown.py").write_text("from . import other\n")
+    with pytest.raises(StudyError, match="has a relative import; name the module in full"):
+        fingerprinted_code.imported_modules(library / "notebook.ipynb", with_report=True)
 
 
 def test_local_files_are_inputs(tmp_path):

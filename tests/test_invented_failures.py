@@ -161,7 +161,7 @@ def settled_tokenizer():
     from helpers.sources import chat_template
 
     tokenizer = byte_tokenizer()
-    chat_template.settle_(tokenizer, enable_thinking=None, place="the test")
+    chat_template.configure_chat_template_(tokenizer, enable_thinking=None, place="the test")
     return tokenizer
 
 
@@ -196,7 +196,7 @@ def question_first(item, adapter):
     return f"Question: {item.question}\n\nPassage: {item.passage}"
 
 
-DRAW = "sources.sampling.draw"
+DRAW = "sources.sampling.draw_items"
 TRUE_OPTION_TOKENS, TRUE_CONVERSATION = prompts.option_tokens, prompts.conversation
 PROMPTS = {
     "options in another order": (prompts, "loglikelihood_prompt", sorted_options, "arc", "options"),
@@ -251,7 +251,7 @@ def test_a_draw_of_some_of_the_items(asked):
     wanted = study.evaluation.datasets["squad_v2"]
     pool = pool_of(wanted)
     able = [item for item in pool if item.golds]
-    chosen = sampling.draw(able, wanted.items, seed=study.seed, excluding=(), what="x")
+    chosen = sampling.draw_items(able, wanted.items, seed=study.seed, excluding=(), what="x")
     assert not draw_gate(chosen, pool, seed=study.seed).passed
 
 
@@ -267,7 +267,7 @@ def test_a_draw_of_some_of_the_items(asked):
 def test_training_and_passages_drawn_by_another_seed(asked):
     study, _ = asked
     items = load_items(study.calibration.dataset, adapter="openmath")
-    drawn = [sampling.draw(items, 8, seed=s, excluding=(), what="x") for s in (study.seed, 1)]
+    drawn = [sampling.draw_items(items, 8, seed=s, excluding=(), what="x") for s in (study.seed, 1)]
     name = "training items as the seed draws them"
     assert [order_gate(name, d, seed=study.seed).passed for d in drawn] == [True, False]
     rows = [{"id": sha256_text(p)[:16]} for p in shared_passages(study)]

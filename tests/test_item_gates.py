@@ -13,7 +13,7 @@ from helpers.evaluation.checks.item_gates import (
 )
 from helpers.sources import rows, sampling
 from helpers.sources.items import ADAPTERS
-from helpers.sources.near_duplicates import Index, clustered
+from helpers.sources.near_duplicates import Index, cluster_near_duplicates
 from helpers.sources.raw_rows import raw_digests
 from helpers.sources.sampling import calibration_items, evaluation_items, load_items, training_items
 from helpers.study.loading import load_study
@@ -85,7 +85,7 @@ def test_four_wordings_of_a_question_are_one_cluster(reworded):
 
 @pytest.mark.bank("items", "25 items in four wordings counted as 100")
 def test_wordings_counted_as_independent_items_are_caught(reworded, monkeypatch):
-    monkeypatch.setattr(sampling, "clustered", list)
+    monkeypatch.setattr(sampling, "cluster_near_duplicates", list)
     items = evaluation_items(reworded, "mine")
     gate = clusters_gate(as_rows(items), items)
     assert not gate.passed
@@ -94,14 +94,14 @@ def test_wordings_counted_as_independent_items_are_caught(reworded, monkeypatch)
 
 def test_the_order_of_items_changes_no_cluster(reworded):
     items = evaluation_items(reworded, "mine")
-    by_id = {item.id: item.cluster for item in clustered(reversed(items))}
+    by_id = {item.id: item.cluster for item in cluster_near_duplicates(reversed(items))}
     assert by_id == {item.id: item.cluster for item in items}
 
 
 @pytest.mark.parametrize("name", ["arc", "squad_v2", "boolq"])
 def test_shipped_questions_are_in_words_of_their_own(name):
     items = load_items(ShippedDataset(shipped=name), adapter=name)
-    assert [i.cluster for i in clustered(items)] == [i.cluster for i in items]
+    assert [i.cluster for i in cluster_near_duplicates(items)] == [i.cluster for i in items]
 
 
 @pytest.mark.bank(
@@ -159,7 +159,7 @@ def test_evaluation_items_in_other_words_are_not_drawn(training_reworded):
 @pytest.mark.bank("items", "{use} on reworded evaluation items")
 def test_drawing_them_all_the_same_is_named_and_counted(training_reworded, monkeypatch, use):
     study, reworded_ids = training_reworded
-    monkeypatch.setattr(sampling, "keys_near", lambda *_: frozenset())
+    monkeypatch.setattr(sampling, "near_duplicate_keys", lambda *_: frozenset())
     drawn = calibration_items(study)
     if use == "training":
         drawn = [item for part in training_items(study, "tuned") for item in part]

@@ -12,7 +12,7 @@ import pytest
 
 import toy_project
 from helpers.core.paths import PROJECT
-from helpers.workflow.notebook_cleaning import clean_notebook, last_states
+from helpers.workflow.notebook_cleaning import clean_notebook, final_line_states
 from helpers.workflow.notebook_export import export_report
 from process_tree import wait_for
 from toy_project import environment, jobs, notebook, read
@@ -115,8 +115,8 @@ def test_one_run_at_a_time(project):
 
 
 def test_progress_bars_keep_their_last_state():
-    assert last_states("a\r 10%\r 50%\r100%\nnext\r\n") == "100%\nnext\n"
-    assert last_states("50%\r") == "50%"
+    assert final_line_states("a\r 10%\r 50%\r100%\nnext\r\n") == "100%\nnext\n"
+    assert final_line_states("50%\r") == "50%"
 
 
 def test_cleaning_merges_streams_and_drops_widgets_and_clock_times():

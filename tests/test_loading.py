@@ -7,7 +7,7 @@ import pytest
 from helpers.core.errors import StudyError
 from helpers.study import loading, local_files
 from helpers.study.loading import load_study
-from helpers.study.local_files import resolve
+from helpers.study.local_files import resolve_path
 
 JARGON = (
     "traceback",
@@ -442,8 +442,8 @@ def test_a_study_of_the_project_is_named_from_its_root(
 
 def test_relative_paths_start_at_the_project(monkeypatch, tmp_path):
     monkeypatch.setattr(local_files, "PROJECT", tmp_path)
-    assert resolve("data/x.jsonl") == tmp_path / "data" / "x.jsonl"
-    assert resolve(str(tmp_path / "x")) == tmp_path / "x"
+    assert resolve_path("data/x.jsonl") == tmp_path / "data" / "x.jsonl"
+    assert resolve_path(str(tmp_path / "x")) == tmp_path / "x"
 
 
 @pytest.mark.parametrize("path", sorted((loading.PROJECT / "params").glob("*.yaml")), ids=str)

@@ -9,7 +9,7 @@ import pytest
 
 from helpers.core import file_locking
 from helpers.core.errors import StudyError
-from helpers.core.file_locking import hold, release
+from helpers.core.file_locking import acquire_lock, release_lock
 from helpers.core.paths import PROJECT
 from helpers.core.records import Record
 
@@ -56,7 +56,7 @@ def test_a_holder_on_another_machine_is_named_with_it(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
     holder.stdout.readline()
     with pytest.raises(StudyError, match="x is being run by process 12 on node7; wait for it"):
-        hold(path, "x is being run")
+        acquire_lock(path, "x is being run")
     holder.kill()
     holder.wait()
 
@@ -70,11 +70,11 @@ def test_a_cell_that_is_run_again_is_not_refused(tmp_path):
 
 def test_a_released_lock_is_free(tmp_path):
     path = tmp_path / ".x.lock"
-    assert hold(path, "x") == hold(path, "x")
-    release(path)
-    release(path)
-    hold(path, "x")
-    release(path)
+    assert acquire_lock(path, "x") == acquire_lock(path, "x")
+    release_lock(path)
+    release_lock(path)
+    acquire_lock(path, "x")
+    release_lock(path)
 
 
 def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkeypatch):
@@ -82,5 +82,5 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(tmp_path, monkey
         raise OSError(file_locking.NO_LOCKS[0], "No locks available")
 
     monkeypatch.setattr(file_locking.fcntl, "flock", none)
-    hold(tmp_path / ".x.lock", "x")
-    release(tmp_path / ".x.lock")
+    acquire_lock(tmp_path / ".x.lock", "x")
+    release_lock(tmp_path / ".x.lock")

@@ -5,20 +5,20 @@ import sys
 
 PROGRAM = """
 import gc, weakref
-from helpers.runtime.allocator import pass_over_libraries
+from helpers.runtime.allocator import exclude_imports_from_gc
 
 class Model:
     def __init__(self):
         self.itself = self
 
 assert not gc.get_freeze_count()
-pass_over_libraries()
+exclude_imports_from_gc()
 passed_over = gc.get_freeze_count()
 assert passed_over > 1000
 model = Model()
 seen = weakref.ref(model)
 del model
-pass_over_libraries()
+exclude_imports_from_gc()
 assert gc.get_freeze_count() <= passed_over
 gc.collect()
 assert seen() is None

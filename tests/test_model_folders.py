@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from helpers.study.loading import load_study
-from helpers.study.model_folders import folder_problem, missing_files
+from helpers.study.model_folders import folder_problem, model_files_problem
 
 WHOLE = {"config.json", "model.safetensors", "tokenizer.json"}
 SHARDS = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)} | {"model.safetensors.index.json"}
@@ -30,7 +30,7 @@ LACKING = [
 
 @pytest.mark.parametrize(("names", "said"), LACKING)
 def test_what_is_lacking_is_named_with_the_remedy(names, said):
-    told = missing_files(names)
+    told = model_files_problem(names)
     assert said in told
     assert "; " in told
 
@@ -40,7 +40,7 @@ def test_what_is_lacking_is_named_with_the_remedy(names, said):
     [WHOLE, WHOLE | {"pytorch_model.bin", "README.md"}, WHOLE - {"model.safetensors"} | SHARDS],
 )
 def test_a_whole_model_lacks_nothing(names):
-    assert missing_files(names) is None
+    assert model_files_problem(names) is None
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.layer_groups import linear_layers
 from helpers.runtime.batching import FEWEST_ROWS
-from helpers.runtime.linears import multiplied_by_onednn, product, simulated_by_onednn
+from helpers.runtime.linears import product, simulated_by_onednn, use_onednn
 from helpers.sources.models import load_model
 from helpers.sources.random_model import random_model
 
@@ -101,7 +101,7 @@ def test_autocast_still_casts(by_onednn):
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_are_those_of_float64_up_to_rounding(by_onednn, shape, biased):
     plain = nn.Sequential(nn.Linear(10, 8, bias=biased), nn.ReLU(), nn.Linear(8, 3, bias=biased))
-    ours, exact = multiplied_by_onednn(copy.deepcopy(plain)), copy.deepcopy(plain).double()
+    ours, exact = use_onednn(copy.deepcopy(plain)), copy.deepcopy(plain).double()
     x, y = drawn(*shape).requires_grad_(), drawn(*shape).double().requires_grad_()
     for model, given in ((ours, x), (exact, y)):
         model(given).square().sum().backward()
@@ -112,7 +112,7 @@ def test_gradients_are_those_of_float64_up_to_rounding(by_onednn, shape, biased)
 
 
 def test_what_needs_no_gradient_is_given_none(by_onednn):
-    model = multiplied_by_onednn(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
+    model = use_onednn(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)))
     model[0].requires_grad_(False)
     model(drawn(3, 4)).sum().backward()
     assert model[0].weight.grad is None
@@ -120,7 +120,7 @@ def test_what_needs_no_gradient_is_given_none(by_onednn):
 
 
 def test_a_gradient_of_a_gradient_is_refused():
-    model = multiplied_by_onednn(nn.Linear(4, 4))
+    model = use_onednn(nn.Linear(4, 4))
     x = drawn(3, 4).requires_grad_()
     (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
@@ -133,7 +133,7 @@ def test_a_model_stays_what_it_was_but_for_its_forward(by_onednn):
 
     taken = nn.Linear(4, 4)
     taken.forward = lambda x: x
-    model = multiplied_by_onednn(nn.ModuleList([nn.Linear(4, 4), Wider(4, 4), taken]))
+    model = use_onednn(nn.ModuleList([nn.Linear(4, 4), Wider(4, 4), taken]))
     x = drawn(2, 4)
     with torch.no_grad():
         assert [type(m) for m in model] == [nn.Linear, Wider, nn.Linear]
@@ -145,7 +145,7 @@ def test_a_model_stays_what_it_was_but_for_its_forward(by_onednn):
 
 
 def test_a_copy_multiplies_its_own_weights():
-    model = multiplied_by_onednn(nn.Sequential(nn.Linear(4, 4, bias=False)))
+    model = use_onednn(nn.Sequential(nn.Linear(4, 4, bias=False)))
     other = copy.deepcopy(model)
     with torch.no_grad():
         other[0].weight.zero_()
@@ -204,7 +204,7 @@ class Router(nn.Module):
 
 
 def test_a_router_is_multiplied_by_it_and_a_row_alike_in_any_company(by_onednn):
-    router, x = multiplied_by_onednn(Router()), drawn(70, 32)
+    router, x = use_onednn(Router()), drawn(70, 32)
     with torch.inference_mode():
         whole = router(x)
         assert len(by_onednn) == 1
@@ -213,7 +213,7 @@ def test_a_router_is_multiplied_by_it_and_a_row_alike_in_any_company(by_onednn):
 
 
 def test_a_mixture_has_its_router_multiplied_by_it():
-    model = multiplied_by_onednn(random_model("qwen3_moe", seed=1))
+    model = use_onednn(random_model("qwen3_moe", seed=1))
     routers = [m for n, m in model.named_modules() if n.endswith("mlp.gate")]
     assert routers
     assert all("forward" in vars(router) for router in routers)

@@ -10,7 +10,7 @@ from helpers.report import chapters
 from helpers.statistics.comparison import Answers
 from helpers.statistics.verdicts import study_verdicts
 from helpers.study import stages
-from helpers.study.partial import folder, part_of, wanted_part
+from helpers.study.partial import largest_complete_part, part_to_report, report_folder
 from helpers.study.schema import Study
 from helpers.study.stages import Run
 
@@ -19,7 +19,7 @@ ALL = set(stages.runs(STUDY))
 
 
 def part(*missing: Run):
-    return part_of(STUDY, ALL - set(missing))
+    return largest_complete_part(STUDY, ALL - set(missing))
 
 
 def test_a_complete_study_is_whole():
@@ -59,7 +59,7 @@ def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
 def test_one_gap_among_many_models_costs_one_model_and_no_variant():
     data = toy_project.STUDY | {"models": {f"m{i}": {"random": "llama"} for i in range(5)}}
     study = Study.model_validate(data | {"statistics": data["statistics"] | {"primary": []}})
-    found = part_of(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
+    found = largest_complete_part(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
     assert list(found.study.models) == ["m0", "m1", "m2", "m4"]
     assert list(found.study.variants) == list(study.variants)
 
@@ -121,10 +121,14 @@ def test_a_partial_report_is_asked_for_by_yes_or_no(study_path):
     from helpers.study.study_run import open_job
 
     job = open_job(study_path)
-    whole = wanted_part(job, partial="no")
+    whole = part_to_report(job, partial="no")
     assert (whole.of(job), whole.missing) == (job, ())
-    assert folder(job.paths, partial="no") == job.paths.root != folder(job.paths, partial="yes")
+    assert (
+        report_folder(job.paths, partial="no")
+        == job.paths.root
+        != report_folder(job.paths, partial="yes")
+    )
     with pytest.raises(StudyError, match="partial = 'some' is neither yes nor no"):
-        wanted_part(job, partial="some")
+        part_to_report(job, partial="some")
     with pytest.raises(StudyError, match="run make study"):
-        wanted_part(job, partial="yes")
+        part_to_report(job, partial="yes")

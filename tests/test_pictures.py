@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.report import figures
-from helpers.workflow.notebook_pictures import with_palette
+from helpers.workflow.notebook_pictures import reduce_palette
 
 
 def encoded(figure) -> str:
@@ -34,12 +34,12 @@ def test_a_figure_shrinks_and_looks_the_same(kind):
         losses = list(rng.uniform(1, 2, 60))
         figure = figures.loss_curve(losses, losses, title="The loss falls")
     before = encoded(figure)
-    after = with_palette(before)
+    after = reduce_palette(before)
     assert len(after) < 0.6 * len(before)
     difference = np.abs(pixels(before) - pixels(after))
     assert difference.shape == pixels(before).shape
     assert difference.mean() < 1
-    assert with_palette(before) == after  # the same bytes again
+    assert reduce_palette(before) == after  # the same bytes again
 
 
 def test_what_cannot_be_made_smaller_stays():
@@ -48,4 +48,4 @@ def test_what_cannot_be_made_smaller_stays():
     stream = io.BytesIO()
     Image.new("P", (1, 1)).save(stream, "PNG", optimize=True)
     tiny = base64.b64encode(stream.getvalue()).decode()
-    assert len(with_palette(tiny)) <= len(tiny)
+    assert len(reduce_palette(tiny)) <= len(tiny)

@@ -45,7 +45,7 @@ def test_every_source_is_found_once_by_its_first_place(of_hub):
 
 def test_a_study_without_a_hub_has_none(study):
     assert p.hub_sources(study) == []
-    assert p.pinned(study, p.Pins()) == study
+    assert p.with_pinned_commits(study, p.Pins()) == study
 
 
 def test_what_is_written_is_read_back(of_hub):

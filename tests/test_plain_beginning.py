@@ -21,7 +21,7 @@ from helpers.inference.perplexity import (
     read_shared_text,
 )
 from helpers.sources.chat_conversations import (
-    beginning,
+    beginning_tokens,
     conversation,
     plain_tokens,
     render,
@@ -69,8 +69,8 @@ def test_plain_tokens_are_the_tokenizers_own(tokenizer, text):
 @pytest.mark.parametrize("post", POST)
 def test_the_beginning_is_there_once(post):
     tokenizer = tokenizer_with(post)
-    assert len(beginning(tokenizer)) == POST[post][1]
-    already = tokenizer.decode(beginning(tokenizer)) + "a text"
+    assert len(beginning_tokens(tokenizer)) == POST[post][1]
+    already = tokenizer.decode(beginning_tokens(tokenizer)) + "a text"
     assert plain_tokens(tokenizer, already) == plain_tokens(tokenizer, "a text")
 
 
@@ -123,7 +123,7 @@ def test_the_shared_text_is_read_as_transformers_reads_it(exact_model, study, to
     rows = passage_rows(passages, tokens, states, states, first=first)
     for row, passage in zip(rows, passages, strict=True):
         ids = as_transformers(tokenizer, passage)[:64]
-        scores = plain_logprobs(exact_model, ids)[max(1, len(beginning(tokenizer))) - 1 :]
+        scores = plain_logprobs(exact_model, ids)[max(1, len(beginning_tokens(tokenizer))) - 1 :]
         assert row["tokens"] == len(scores) == row["top1_agreements"]
         assert row["nll"] == pytest.approx(-scores.sum().item(), abs=1e-3)
         assert row["kl"] == pytest.approx(0, abs=1e-9)

@@ -9,7 +9,7 @@ from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.inference.perplexity import read_passages
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.sensitivity import Probe
-from helpers.runtime.rotary_positions import fixed_up_to
+from helpers.runtime.rotary_positions import length_independent_up_to
 from helpers.sources.finetuning import answer_loss
 from helpers.sources.random_model import random_model
 from helpers.study.schema_variants import Variant
@@ -71,9 +71,9 @@ def plain(case: str, context: list[int], option: list[int]) -> float:
 
 
 def test_the_length_from_which_it_matters_is_known(case):
-    assert fixed_up_to(fresh(case).config) == LIMIT
-    assert fixed_up_to(random_model("llama", seed=1).config) is None
-    assert fixed_up_to(random_model("opt", seed=1).config) is None
+    assert length_independent_up_to(fresh(case).config) == LIMIT
+    assert length_independent_up_to(random_model("llama", seed=1).config) is None
+    assert length_independent_up_to(random_model("opt", seed=1).config) is None
 
 
 def test_company_matters_to_transformers(case):

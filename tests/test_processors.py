@@ -12,7 +12,7 @@ from helpers.core.paths import PROJECT
 from helpers.inference.packed_attention import packed
 from helpers.inference.packed_rows import Segment, read
 from helpers.runtime import linears, processors
-from helpers.runtime.linears import multiplied_by_onednn, product
+from helpers.runtime.linears import product, use_onednn
 from helpers.sources import finetuning
 
 
@@ -26,16 +26,16 @@ def test_a_restriction_leaves_what_the_processor_has_of_it(monkeypatch):
     monkeypatch.setattr(processors, "_of_the_processor", lambda: processors.FEATURES)
     monkeypatch.setenv("STUDY_PROCESSOR", "avx2")
     assert processors.features() == ("avx2",)
-    assert processors.kind() == "AVX2"
+    assert processors.processor_class() == "AVX2"
     assert not processors.has_int8_units()
     assert not processors.has_bfloat16_units()
-    assert processors.name().endswith("(kept to avx2)")
+    assert processors.processor_name().endswith("(kept to avx2)")
     monkeypatch.setenv("STUDY_PROCESSOR", "vnni")
-    assert processors.kind() == "AVX-512 VNNI"
+    assert processors.processor_class() == "AVX-512 VNNI"
     assert processors.has_int8_units()
     assert processors.has_bfloat16_units()
     monkeypatch.delenv("STUDY_PROCESSOR")
-    assert processors.kind() == "AMX"
+    assert processors.processor_class() == "AMX"
 
 
 def test_an_unknown_restriction_is_one_line(monkeypatch):
@@ -78,7 +78,7 @@ def test_where_there_are_units_they_are_used(monkeypatch):
 
 def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch):
     """The engine's packed pass: every product of Linears and attention goes another way."""
-    model = multiplied_by_onednn(model.bfloat16())
+    model = use_onednn(model.bfloat16())
     segments = lambda: [Segment([5, 9, 2, 7, 30, 11]), Segment([8, 3, 1])]  # noqa: E731
     with packed(model):
         expected = read(model, segments())
@@ -92,18 +92,19 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
 
 @pytest.mark.parametrize(("autocast", "casts"), [("bfloat16", False), ("none", False)])
 def test_training_does_not_cast_without_units(no_units, autocast, casts):
-    assert finetuning.casts(autocast, "cpu") is casts
+    assert finetuning.uses_bfloat16(autocast, "cpu") is casts
 
 
 def test_training_casts_where_it_gains(monkeypatch, no_units):
-    assert finetuning.casts("bfloat16", "cuda")
+    assert finetuning.uses_bfloat16("bfloat16", "cuda")
     monkeypatch.setattr(processors, "features", lambda: ("avx512_bf16",))
-    assert finetuning.casts("bfloat16", "cpu")
+    assert finetuning.uses_bfloat16("bfloat16", "cpu")
 
 
 def test_the_record_says_what_is_missing(no_units, study):
-    from helpers.runtime.devices import account
+    from helpers.runtime.devices import describe_runtime
 
     assert any(
-        "no bfloat16 units" in note for note in account(study.runtime, study.runtime)["notes"]
+        "no bfloat16 units" in note
+        for note in describe_runtime(study.runtime, study.runtime)["notes"]
     )

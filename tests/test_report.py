@@ -159,7 +159,7 @@ def write_evaluation(job, model: str, variant: str, seed: int, accuracy: float, 
     metrics = {"datasets": all_metrics(job.study, predictions)}
     write_json(folder / "metrics.json", metrics | {"shared_text": shared_text_metrics(passages)})
     parameters = {"study": job.name, "model": model, "variant": variant}
-    made = job.study.variants[variant].changes_model
+    made = job.study.variants[variant].needs_checkpoint
     inputs = {"variant": f"checkpoint of {variant}" if made else f"files of {model}"}
     inputs["float_states"] = f"states of {model}"
     write_json(folder / "record.json", record("evaluation", parameters, inputs, {"items": {}}))
@@ -184,7 +184,7 @@ def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, f
     for seed, model in enumerate(job.study.models):
         write_calibration(job, model, outlier, median)
         for place, (variant, recipe) in enumerate(job.study.variants.items()):
-            if recipe.changes_model:
+            if recipe.needs_checkpoint:
                 write_quantization(job, model, variant, variant != failed)
             write_evaluation(job, model, variant, 10 * seed + place, 0.8, 0.1 * place)
         if model in timed_models(job.study):

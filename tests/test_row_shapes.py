@@ -7,7 +7,7 @@ import pytest
 from helpers.core.errors import StudyError
 from helpers.evaluation.prompts import loglikelihood_prompt
 from helpers.sources.chat_conversations import user_turn
-from helpers.sources.row_shapes import WANTED, shape
+from helpers.sources.row_shapes import EXPECTED_ROWS, describe_value
 from helpers.sources.sampling import load_items
 from helpers.study.loading import load_study
 from helpers.study.schema_sources import FileDataset
@@ -92,14 +92,14 @@ def test_a_row_of_another_schema_is_shown_beside_the_one_wanted(tmp_path, adapte
     line = refusal(tmp_path, json.dumps(row), adapter)
     assert f"row 1 is no {adapter} item" in line
     assert seen in line
-    assert f"wanted is {WANTED[adapter]}" in line
+    assert f"wanted is {EXPECTED_ROWS[adapter]}" in line
     assert "indices must be" not in line
 
 
 def test_the_shape_of_a_large_row_is_short():
     row = {f"a key that is long {i}" * 9: {"x": [{"y": "z" * 999}]} for i in range(99)}
-    assert len(shape(row)) < 700
-    assert "91 more" in shape(row)
+    assert len(describe_value(row)) < 700
+    assert "91 more" in describe_value(row)
 
 
 @pytest.mark.parametrize(("adapter", "key"), [("squad_v2", "title"), ("openmath", "generated_so")])

@@ -9,7 +9,7 @@ import pytest
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.sources.chat_conversations import render
-from helpers.sources.model_safety import refuse_unsafe
+from helpers.sources.model_safety import check_model_safety
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.random_model import byte_tokenizer, random_model
 from helpers.study.schema import Runtime
@@ -202,4 +202,4 @@ def test_a_model_without_a_chat_template_is_one_line():
 
 
 def test_a_checkpoint_of_our_own_is_safe(sound):
-    refuse_unsafe(sound)
+    check_model_safety(sound)

@@ -14,7 +14,7 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths, outputs_root
 from helpers.study.loading import load_study
 from helpers.study.schema_fields import Name
-from helpers.study.schema_names import TAKEN
+from helpers.study.schema_names import RESERVED_NAMES
 from helpers.study.study_run import open_job
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=300)
@@ -81,18 +81,22 @@ def test_whatever_is_accepted_stays_inside(model, variant):
     assert unicodedata.normalize("NFKC", model).casefold() == model  # one spelling, one folder
 
 
-@pytest.mark.parametrize("kind", TAKEN)
+@pytest.mark.parametrize("kind", RESERVED_NAMES)
 def test_what_every_run_writes_is_no_name(write_study, study_settings, kind):
     inner = study_settings
     for key in kind.split("."):
         inner = inner[key]
-    for name in TAKEN[kind]:
+    for name in RESERVED_NAMES[kind]:
         inner[name] = {"random": "llama"} if kind == "models" else next(iter(inner.values()))
     with pytest.raises(StudyError) as caught:
         load_study(write_study(study_settings))
     lines = str(caught.value).splitlines()
-    told = {name for name in TAKEN[kind] if any(f"{kind}.{name} names what" in x for x in lines)}
-    assert told == TAKEN[kind]
+    told = {
+        name
+        for name in RESERVED_NAMES[kind]
+        if any(f"{kind}.{name} names what" in x for x in lines)
+    }
+    assert told == RESERVED_NAMES[kind]
 
 
 FILES = [

@@ -16,7 +16,7 @@ from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
 import test_report
-from helpers.core.plain_text import one_line, visible
+from helpers.core.plain_text import one_line, printable
 from helpers.report import markdown, notebook_tables
 from hostile_text import HOSTILE, PLAIN
 from made_up_study import analysed
@@ -159,7 +159,7 @@ def test_a_name_that_is_none_is_quoted(text):
 
 
 def test_line_ends_stay_where_they_are_wanted():
-    assert visible("a\nb\x1b[1m", keep="\n") == "a\nb�[1m"
+    assert printable("a\nb\x1b[1m", keep="\n") == "a\nb�[1m"
     assert one_line("a\n b\u2028c\x00") == "a b c�"
 
 

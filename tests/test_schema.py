@@ -77,7 +77,7 @@ def test_presets_are_the_papers_levels(preset, scheme):
 def test_what_a_variant_changes():
     smooth = {"alpha": 0.5, "targets": ["mlp_input"]}
     told = {
-        name: (variant.quantized, variant.changes_model, variant.as_loaded)
+        name: (variant.quantized, variant.needs_checkpoint, variant.is_unmodified)
         for name, variant in {
             "float": Variant(),
             "other float": Variant(dtype="bfloat16"),
@@ -110,7 +110,7 @@ def test_alpha_may_be_either_end(study_settings, alpha):
 def test_the_seed_recipe_is_a_float_checkpoint_that_claims_to_be_w8a8():
     smooth = {"alpha": 0.5, "targets": ["mlp_input"]}
     seed = Variant(recipe="seed", smooth=smooth)
-    assert (seed.quantized, seed.changes_model) == (False, True)
+    assert (seed.quantized, seed.needs_checkpoint) == (False, True)
     assert seed.claim.scheme == ("tensor", "token_dynamic")
     assert seed.claim.smooth == seed.smooth
     assert Variant(preset="o1").claim == Variant(preset="o1")

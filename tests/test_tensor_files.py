@@ -47,7 +47,7 @@ def test_the_tensors_are_those_that_transformers_loads(brought, case):
     assert files.tied == tied == (case != "own_head")
     assert set(files) == set(expected) - ({HEAD} if tied else set())
     assert all(torch.equal(files[name], expected[name]) for name in files)
-    together = files.all_at_once()
+    together = files.load_all()
     assert set(together) == set(files)
     assert all(torch.equal(together[name], files[name]) for name in files)
     head = load_head(folder, dtype=torch.float32, device="cpu")

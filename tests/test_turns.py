@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from helpers.core.errors import StudyError
-from helpers.core.interleaved_processes import in_turns, measured_in_turns
+from helpers.core.interleaved_processes import interleaved_order, interleaved_rounds
 from process_tree import kill, new_mark, processes, wait_for, wait_until_gone
 
 
@@ -21,7 +21,7 @@ def whose() -> dict:
 @pytest.mark.parametrize("rounds", [1, 3, 5])
 @pytest.mark.parametrize("names", ["a", "ab", "abcd"])
 def test_every_round_measures_all_and_begins_one_further(names, rounds):
-    order, size = in_turns(names, rounds), len(names)
+    order, size = interleaved_order(names, rounds), len(names)
     each = [order[i : i + size] for i in range(0, len(order), size)]
     assert len(each) == rounds
     assert all(sorted(one) == sorted(names) for one in each)
@@ -29,7 +29,7 @@ def test_every_round_measures_all_and_begins_one_further(names, rounds):
 
 
 def test_each_measurement_has_a_process_of_its_own():
-    found = measured_in_turns({"a": whose, "b": whose}, rounds=2)
+    found = interleaved_rounds({"a": whose, "b": whose}, rounds=2)
     assert [len(rounds) for rounds in found.values()] == [2, 2]
     processes = {made["process"] for rounds in found.values() for made in rounds}
     assert len(processes | {os.getpid()}) == 5
@@ -37,16 +37,16 @@ def test_each_measurement_has_a_process_of_its_own():
 
 def test_a_process_that_dies_is_named():
     with pytest.raises(StudyError, match="broken: the process that measured it died"):
-        measured_in_turns({"broken": partial(os._exit, 3)}, rounds=1)
+        interleaved_rounds({"broken": partial(os._exit, 3)}, rounds=1)
 
 
 NEVER_ENDING = """
 import time
 from functools import partial
-from helpers.core.interleaved_processes import measured_in_turns
+from helpers.core.interleaved_processes import interleaved_rounds
 
 if __name__ == "__main__":
-    measured_in_turns({"endless": partial(time.sleep, 600)}, rounds=1, preload=["json"])
+    interleaved_rounds({"endless": partial(time.sleep, 600)}, rounds=1, preload=["json"])
 """
 
 

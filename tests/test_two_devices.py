@@ -22,8 +22,8 @@ from helpers.quantization import alpha, compression, int8_cuda, smoothing
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_checkpoint import Int8Linear, load_int8
 from helpers.quantization.variants import load_as, load_reference
-from helpers.runtime.batching import owned_by, token_owners
-from helpers.runtime.devices import modules_by_device, placed, settled
+from helpers.runtime.batching import current_sequence_ids, use_sequence_ids
+from helpers.runtime.devices import modules_by_device, place_on_device, resolve_runtime
 from helpers.sources import models
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, random_model
@@ -106,7 +106,7 @@ def test_the_device_map_reaches_transformers_only_where_two_cards_are(
 
     monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", noted)
     with cards(count):
-        model = load_model(tmp_path, settled(ASKED))
+        model = load_model(tmp_path, resolve_runtime(ASKED))
     assert seen == [expected]
     assert devices_of(model) == (CARDS if count == 2 else {"cuda:0"})
 
@@ -118,8 +118,8 @@ def test_a_spread_float_model_answers_as_a_whole_one(cards, family, tmp_path):
     model.save_pretrained(tmp_path)
     expected, whole = answers(model), states(model)
     with cards(2):
-        runtime = settled(ASKED)
-        for spread in (load_model(tmp_path, runtime), placed(model, runtime)):
+        runtime = resolve_runtime(ASKED)
+        for spread in (load_model(tmp_path, runtime), place_on_device(model, runtime)):
             assert devices_of(spread) == CARDS
             for layer in spread.base_model.modules():
                 if type(layer).__name__ in model._no_split_modules:
@@ -139,7 +139,7 @@ def test_the_head_answers_from_another_card_than_the_last_layers(cards, tied):
     model = random_model("llama", seed=1, num_hidden_layers=LAYERS, tie_word_embeddings=tied)
     expected = answers(model)
     with cards(2):
-        spread = placed(model, settled(ASKED))
+        spread = place_on_device(model, resolve_runtime(ASKED))
         last = spread.base_model.layers[-1].mlp.up_proj.weight.device
         assert str(spread.device) == "cuda:0"
         assert str(last) == "cuda:1"
@@ -159,10 +159,10 @@ def test_a_spread_int8_checkpoint_gives_the_integers_of_a_whole_one(
         expected, whole = answers(model), states(model)
     else:  # a mixture's router is multiplied by oneDNN on a CPU, so that rounding may differ
         with cards(1):
-            model = load_as(load_int8, folder, settled(ASKED))
+            model = load_as(load_int8, folder, resolve_runtime(ASKED))
             expected, whole = answers(model), states(model).cpu()
     with cards(2):
-        spread = load_as(load_int8, folder, settled(ASKED))
+        spread = load_as(load_int8, folder, resolve_runtime(ASKED))
         assert_alike(answers(spread), expected)
         assert states(spread).cpu().equal(whole)
         linears = [m for m in spread.modules() if isinstance(m, Int8Linear) and m.stack.packed]
@@ -176,7 +176,7 @@ def test_a_simulated_checkpoint_is_spread_too(cards, sound_runs):
     folder = sound_runs("qwen3", "rtn_w8a8", num_hidden_layers=LAYERS).checkpoint
     expected = answers(load_reference(folder, dtype=torch.float32, device="cpu"))
     with cards(2):
-        runtime = settled(ASKED.model_copy(update={"quantized": "reference"}))
+        runtime = resolve_runtime(ASKED.model_copy(update={"quantized": "reference"}))
         spread = load_as(load_reference, folder, runtime)
         assert devices_of(spread) == CARDS
         assert_alike(answers(spread), expected)
@@ -199,7 +199,7 @@ def test_keys_values_and_masks_lie_with_the_layer_that_reads_them(cards, monkeyp
     monkeypatch.setattr(generation, "Slots", lambda *given: slots.append(make(*given)) or slots[-1])
     monkeypatch.setattr(Segment, "__post_init__", lambda self: segments.append(self) or keep(self))
     with cards(2):
-        spread = placed(model, settled(ASKED))
+        spread = place_on_device(model, resolve_runtime(ASKED))
         answers(spread)
         places = [layer.mlp.up_proj.weight.device for layer in spread.base_model.layers]
         assert len(set(places)) == 2
@@ -216,13 +216,13 @@ def test_keys_values_and_masks_lie_with_the_layer_that_reads_them(cards, monkeyp
 def test_whose_a_token_is_is_copied_to_a_card_once(cards):
     with cards(2):
         there = torch.device("cuda", 1)
-        with owned_by(torch.tensor([0, 0, 1], device="cuda:0")):
-            assert str(token_owners().device) == "cuda:0"
-            assert token_owners(there).device == there
-            assert token_owners(there) is token_owners(there)
-            assert token_owners(there).tolist() == [0, 0, 1]
-        with owned_by(None):
-            assert token_owners(there) is None
+        with use_sequence_ids(torch.tensor([0, 0, 1], device="cuda:0")):
+            assert str(current_sequence_ids().device) == "cuda:0"
+            assert current_sequence_ids(there).device == there
+            assert current_sequence_ids(there) is current_sequence_ids(there)
+            assert current_sequence_ids(there).tolist() == [0, 0, 1]
+        with use_sequence_ids(None):
+            assert current_sequence_ids(there) is None
 
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
@@ -238,7 +238,7 @@ def test_a_spread_model_is_calibrated_and_smoothed_alike(cards, family):
     whole = smoothed(random_model(family, seed=1, num_hidden_layers=LAYERS))
     model = random_model(family, seed=1, num_hidden_layers=LAYERS)
     with cards(2):
-        spread = smoothed(placed(model, settled(ASKED)))
+        spread = smoothed(place_on_device(model, resolve_runtime(ASKED)))
     torch.testing.assert_close(spread[0], whole[0])
     assert spread[1] == whole[1]
     assert_alike(spread[2], whole[2])
@@ -262,7 +262,7 @@ def test_a_spread_model_is_quantized_alike(cards, ignore):
     whole = quantized(random_model("llama", seed=1, **untied).double())
     model = random_model("llama", seed=1, **untied).double()  # no rounding flips
     with cards(2):
-        spread = quantized(placed(model, settled(ASKED)))
+        spread = quantized(place_on_device(model, resolve_runtime(ASKED)))
         assert devices_of(model) == CARDS
         for layer in model.base_model.layers:
             assert len(devices_of(layer)) == 1
@@ -274,7 +274,7 @@ def test_a_record_says_which_part_ran_where(cards, tmp_path):
     model = random_model("llama", seed=1, num_hidden_layers=6)
     assert modules_by_device(model) == {}
     with cards(2):
-        spread = placed(model, settled(ASKED))
+        spread = place_on_device(model, resolve_runtime(ASKED))
         where = modules_by_device(spread)["modules"]
         assert set(where) == CARDS
         for name, module in spread.named_modules():

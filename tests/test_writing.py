@@ -106,7 +106,7 @@ def test_content_is_on_the_disk_before_its_name_and_the_name_before_it_returns(
         done.append("rename")
         os.rename(old, new)
 
-    monkeypatch.setattr(file_writing, "hand_to_disk", handed)
+    monkeypatch.setattr(file_writing, "flush_to_disk", handed)
     monkeypatch.setattr(file_writing.os, "replace", renamed)
 
     def fill(folder):

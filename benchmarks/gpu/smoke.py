@@ -99,7 +99,7 @@ class Run:
 
     def quantize(self, variant: str) -> None:
         job = self.job(variant)
-        if not job.recipe.changes_model:
+        if not job.recipe.needs_checkpoint:
             return
         source = model_folder(job.study, MODEL, job.paths)
         tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)

@@ -20,7 +20,7 @@ from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import int8_matmul
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_as
-from helpers.runtime.devices import modules_by_device, settled
+from helpers.runtime.devices import modules_by_device, resolve_runtime
 from helpers.sources.models import load_model
 from helpers.sources.random_model import random_model
 from helpers.study.schema import Runtime
@@ -55,8 +55,8 @@ def compared(part: Part, kind: str) -> dict:
     """How far the answers over two cards are from those on one."""
     dtype = kind.split()[-1]
     asked = Runtime(device="cuda", dtype=dtype, threads=1, quantized="int8", device_map="auto")
-    one = loaded(kind, settled(asked.model_copy(update={"device_map": None})))
-    two = loaded(kind, settled(asked))
+    one = loaded(kind, resolve_runtime(asked.model_copy(update={"device_map": None})))
+    two = loaded(kind, resolve_runtime(asked))
     items = drawn_items(one.config.vocab_size, count=ITEMS, longest=256, option=6)
     (options, written), (others, rewritten) = answered(one, items), answered(two, items)
     pairs = [pair for i in options for pair in zip(options[i], others[i], strict=True)]

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 from helpers.core.plain_text import one_line
 
-FILE = "STUDY_ACTIVITY"  # where the job at hand tells it; not set where nobody looks
-OTHERS_BARS = "TQDM_DISABLE"  # libraries draw theirs for nobody there
-SECONDS = 1.0
-LONGEST = 60  # characters of what is shown of a name
-LARGEST = 2**12  # bytes of a file that is read
+ACTIVITY_VARIABLE = "STUDY_ACTIVITY"  # where the job at hand tells it; not set where nobody looks
+TQDM_VARIABLE = "TQDM_DISABLE"  # libraries draw theirs for nobody there
+WRITE_EVERY_S = 1.0
+MOST_CHARACTERS = 60  # characters of what is shown of a name
+MOST_BYTES = 2**12  # bytes of a file that is read
 
 
 @dataclass(frozen=True)
@@ -46,31 +46,31 @@ class Activity:
         return f"{self.doing}{counted}"
 
 
-def folder_of(shared: Path) -> Path:
+def activity_folder(shared: Path) -> Path:
     """Where the jobs of a run write, beside the file they share."""
     return shared.with_suffix(".activity")
 
 
 @contextlib.contextmanager
-def told_by(name: str, shared: Path) -> Iterator[None]:
+def report_activity(name: str, shared: Path) -> Iterator[None]:
     """Inside, this process and those it starts tell what the job of that name does."""
-    path = folder_of(shared) / f"{name}.json"
+    path = activity_folder(shared) / f"{name}.json"
     if not path.parent.is_dir():
         yield
         return
-    os.environ |= {FILE: str(path), OTHERS_BARS: "1"}
+    os.environ |= {ACTIVITY_VARIABLE: str(path), TQDM_VARIABLE: "1"}
     try:
         yield
     finally:
-        for name in (FILE, OTHERS_BARS):
+        for name in (ACTIVITY_VARIABLE, TQDM_VARIABLE):
             os.environ.pop(name, None)
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)
 
 
-def doing(what: str) -> None:
+def set_activity(what: str) -> None:
     """Tell what begins now, where nothing is counted."""
-    if path := os.environ.get(FILE):
+    if path := os.environ.get(ACTIVITY_VARIABLE):
         _write(Path(path), Activity(what))
 
 
@@ -86,7 +86,7 @@ class Bar(tqdm):
     """tqdm's bar, told to the file where there is one, in place of being drawn."""
 
     def __init__(self, *given, **settings):
-        self._path = os.environ.get(FILE)
+        self._path = os.environ.get(ACTIVITY_VARIABLE)
         if self._path:
             settings |= {"file": io.StringIO(), "mininterval": 0, "miniters": 1, "disable": False}
         self._written = 0.0
@@ -95,7 +95,7 @@ class Bar(tqdm):
     def display(self, *given, **settings) -> bool | None:
         if not self._path:
             return super().display(*given, **settings)
-        if time.monotonic() - self._written >= SECONDS or self.n == self.total:
+        if time.monotonic() - self._written >= WRITE_EVERY_S or self.n == self.total:
             self._written = time.monotonic()
             _write(Path(self._path), self._activity())
         return None
@@ -107,19 +107,18 @@ class Bar(tqdm):
         return Activity(self.desc.removesuffix(": "), self.n, self.total, self.unit, left)
 
 
-def read(path: Path) -> Activity | None:
+def read_activity(path: Path) -> Activity | None:
     """What a job tells; None if it tells nothing, or nothing that can be read."""
     try:
         with open(path, encoding="utf-8") as stream:
-            told = json.loads(stream.read(LARGEST))
+            told = json.loads(stream.read(MOST_BYTES))
         done, of, left = (_number(told[key]) for key in ("done", "of", "left_s"))
-        words = (one_line(told[key])[:LONGEST] for key in ("doing", "unit"))
+        doing, unit = (one_line(told[key])[:MOST_CHARACTERS] for key in ("doing", "unit"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    doing, unit = words
-    if None in (done, of):
-        done = of = None
-    return Activity(doing, done and int(done), of and int(of), unit, left)
+    if done is None or of is None:
+        return Activity(doing, None, None, unit, left)
+    return Activity(doing, int(done), int(of), unit, left)
 
 
 def _number(value: object) -> float | None:

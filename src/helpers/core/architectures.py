@@ -21,7 +21,7 @@ HEAD = "lm_head"  # of every family here; often tied to the embeddings
 
 
 @dataclass(frozen=True)
-class Need:
+class Requirement:
     """What must hold of a configuration. `words` say it, and may quote the `{config}`."""
 
     holds: Callable[..., bool]
@@ -44,7 +44,7 @@ class Place:
     producer: str
     consumers: tuple[str, ...]
     readers: tuple[str, ...] = ()
-    need: Need | None = None
+    need: Requirement | None = None
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ class Architecture:
     embeddings: tuple[str, ...] = ("model.embed_tokens",)
     norm_offset: float = 0.0
     experts: str = ""
-    needs: tuple[Need, ...] = ()
+    needs: tuple[Requirement, ...] = ()
 
 
-ONE_VALUE_A_HEAD = Need(
+ONE_VALUE_A_HEAD = Requirement(
     lambda config: config.num_key_value_heads == config.num_attention_heads,
     "as many key/value heads as heads, since a shared value channel feeds several heads; here "
     "are {config.num_key_value_heads} and {config.num_attention_heads}",
@@ -121,7 +121,7 @@ OPT = (
         "mlp_down",
         "fc1",
         ("fc2",),
-        need=Need(
+        need=Requirement(
             lambda config: config.activation_function == "relu",
             "a relu between fc1 and fc2, the one activation that commutes with scales; here is "
             "{config.activation_function}",
@@ -141,7 +141,7 @@ ARCHITECTURES = {
             QWEN3_MOE,
             experts="transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeExperts",
             needs=(
-                Need(
+                Requirement(
                     lambda c: not c.mlp_only_layers and c.decoder_sparse_step == 1,
                     "experts in every block; here mlp_only_layers = {config.mlp_only_layers} and "
                     "decoder_sparse_step = {config.decoder_sparse_step}",
@@ -153,12 +153,12 @@ ARCHITECTURES = {
             GEMMA3,
             norm_offset=1.0,
             needs=(
-                Need(
+                Requirement(
                     lambda c: c.final_logit_softcapping is None,
                     "final_logit_softcapping = null, since the head is read without a cap; here it "
                     "is {config.final_logit_softcapping}",
                 ),
-                Need(
+                Requirement(
                     lambda c: not c.use_bidirectional_attention,
                     "use_bidirectional_attention = false, since a token is scored by those before",
                 ),
@@ -171,12 +171,12 @@ ARCHITECTURES = {
             blocks="model.decoder.layers",
             embeddings=("model.decoder.embed_tokens", "model.decoder.embed_positions"),
             needs=(
-                Need(
+                Requirement(
                     lambda c: c.do_layer_norm_before and c.layer_norm_elementwise_affine,
                     "do_layer_norm_before and layer_norm_elementwise_affine = true, since other "
                     "norms feed the residual too or have no weight",
                 ),
-                Need(
+                Requirement(
                     lambda c: c.word_embed_proj_dim == c.hidden_size,
                     "word_embed_proj_dim = hidden_size; here are {config.word_embed_proj_dim} and "
                     "{config.hidden_size}",
@@ -187,7 +187,7 @@ ARCHITECTURES = {
 }
 
 
-def unknown_family(model_type: str) -> str | None:
+def unknown_family_message(model_type: str) -> str | None:
     """What to say of a family that has no entry; None if it has one."""
     if model_type in ARCHITECTURES:
         return None
@@ -203,7 +203,7 @@ def architecture(config) -> Architecture:
     Raises:
         StudyError: the family has no entry, or the configuration is not as the entry needs.
     """
-    if unknown := unknown_family(config.model_type):
+    if unknown := unknown_family_message(config.model_type):
         raise StudyError(unknown)
     known = ARCHITECTURES[config.model_type]
     for need in known.needs:
@@ -220,11 +220,11 @@ def places(config) -> list[Place]:
         written
         for block in range(config.num_hidden_layers)
         for place in known.places
-        for written in _written_out(place, f"{known.blocks}.{block}.", config)
+        for written in _one_place_per_producer(place, f"{known.blocks}.{block}.", config)
     ]
 
 
-def _written_out(place: Place, block: str, config) -> list[Place]:
+def _one_place_per_producer(place: Place, block: str, config) -> list[Place]:
     """A place of one block; one for each expert if its producer is an expert's."""
     experts = range(config.num_experts) if architecture(config).experts else range(1)
     apart = "{expert}" in place.producer

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from helpers.core.checksums import RECORD, checksums, refuse_damaged
-from helpers.core.file_locking import waiting
+from helpers.core.checksums import RECORD, check_checksums, checksums
+from helpers.core.file_locking import wait_for_lock
 from helpers.core.file_writing import remove_leftovers, replace_folder
 from helpers.core.records import write_json
 
 
-def kept_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """The folder, filled on first use; whoever comes meanwhile waits for it.
 
     Args:
@@ -19,12 +19,12 @@ def kept_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         StudyError: a file in it is not what was written.
     """
     if not (folder / RECORD).is_file():
-        with waiting(folder.with_name(f".{folder.name}.lock")):
+        with wait_for_lock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / RECORD).is_file():
                 remove_leftovers(folder.parent)
                 replace_folder(folder, lambda temporary: _seal(temporary, fill))
     remedy = f"delete {folder} and run again, it is made anew"
-    refuse_damaged(folder, made_by="its conversion", remedy=remedy)
+    check_checksums(folder, made_by="its conversion", remedy=remedy)
     return folder
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from helpers.core.errors import StudyError
-from helpers.core.hashing import file_digests, known_digest, sha256_file
+from helpers.core.hashing import cached_digest, file_digests, sha256_file
 
 RECORD = "record.json"
 
@@ -31,7 +31,7 @@ def checksums(folder: Path, also: Iterable[Path] = ()) -> dict[str, str]:
     return found
 
 
-def refuse_damaged(
+def check_checksums(
     folder: Path, *, made_by: str, may_miss: str | None = None, remedy: str = ""
 ) -> None:
     """Hold the files of a stage against the checksums in its record.
@@ -47,19 +47,19 @@ def refuse_damaged(
     """
     record = folder / RECORD
     remedy = remedy or f"delete {_shown(record)} and run make study"
-    for name, digest in _written(record, made_by, remedy).items():
+    for name, digest in _recorded_checksums(record, made_by, remedy).items():
         path = Path(os.path.normpath(folder / name))
         if not path.is_file():
             if may_miss is not None and name.startswith(may_miss):
                 continue
             raise StudyError(f"{_shown(path)} is missing, though {made_by} wrote it; {remedy}")
-        if known_digest(path, path.stat()) != digest:
+        if cached_digest(path, path.stat()) != digest:
             raise StudyError(
                 f"{_shown(path)} is not what {made_by} wrote (its checksum differs); {remedy}"
             )
 
 
-def _written(record: Path, made_by: str, remedy: str) -> dict[str, str]:
+def _recorded_checksums(record: Path, made_by: str, remedy: str) -> dict[str, str]:
     try:
         return dict(json.loads(record.read_bytes())["files"])
     except FileNotFoundError:

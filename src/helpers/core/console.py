@@ -11,21 +11,21 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.core.file_locking import waiting
+from helpers.core.file_locking import wait_for_lock
 
 START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"
 LOST = "lost"  # said by the engine, of any job that did not end well
 ENDS = (DONE, FAILED, STOPPED, LOST)
 
 
-def say(word: str, label: str, rest: str = "") -> None:
+def report_event(word: str, label: str, rest: str = "") -> None:
     """Say what became of a job; `[ 3/18]` stands for `done` where jobs are counted."""
-    shared = shared_file()
+    shared = progress_file()
     if not shared.is_file():
         sys.stderr.write(_lines(word, label, rest))  # one write: jobs share the terminal
         return
-    with waiting(shared):
-        total, events = read(shared)
+    with wait_for_lock(shared):
+        total, events = read_events(shared)
         first = word
         if word == DONE:
             done = 1 + sum(event["word"] == DONE for event in events)
@@ -35,15 +35,15 @@ def say(word: str, label: str, rest: str = "") -> None:
         sys.stderr.write(text)
 
 
-def lost(label: str) -> None:
+def report_lost_job(label: str) -> None:
     """Note that a job did not end well; whether it said so itself is seen at the end."""
-    shared = shared_file()
+    shared = progress_file()
     if shared.is_file():
-        with waiting(shared):
+        with wait_for_lock(shared):
             _append(shared, LOST, label, "")
 
 
-def shared_file() -> Path:
+def progress_file() -> Path:
     """The file that all jobs of a run share; none outside of one."""
     return Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
 
@@ -59,25 +59,25 @@ def _lines(first: str, label: str, rest: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`3 min 07 s`, or `12 s`."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def read(shared: Path) -> tuple[str, list[dict]]:
+def read_events(shared: Path) -> tuple[str, list[dict]]:
     """(number of jobs, what they said so far); a line that is being written is left out."""
     total, *lines = shared.read_text(encoding="utf-8").split("\n")
     return total or "0", [json.loads(line) for line in lines[:-1]]
 
 
-def silent(events: list[dict]) -> list[str]:
+def jobs_without_result(events: list[dict]) -> list[str]:
     """Names of the jobs that never said how they ended: they were killed."""
-    ended = {name(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
-    begun = dict.fromkeys(name(event) for event in events if event["word"] in (START, LOST))
+    ended = {event_job(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
+    begun = dict.fromkeys(event_job(event) for event in events if event["word"] in (START, LOST))
     return [job for job in begun if job not in ended]
 
 
-def name(event: dict) -> str:
+def event_job(event: dict) -> str:
     """The job that said something, as `evaluation base noquant`."""
     return " ".join(event["label"].split())

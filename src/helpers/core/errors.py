@@ -1,14 +1,14 @@
 """The one exception that is the user's to mend, shown as one line without a traceback."""
 
-from helpers.core.plain_text import message
+from helpers.core.plain_text import safe_message
 
-FULL = "free some space and run again; what is finished is kept"
+DISK_FULL = "free some space and run again; what is finished is kept"
 UNWRITABLE = "make it writable, or name another place with STUDY_OUTPUTS and STUDY_CACHE"
 NO_MEMORY = "give the jobs more memory, or run fewer at once (CORES=1), or lower batch_tokens"
 REMEDIES = {
-    "No space left on device": FULL,
-    "Disk quota exceeded": FULL,
-    "File too large": FULL,
+    "No space left on device": DISK_FULL,
+    "Disk quota exceeded": DISK_FULL,
+    "File too large": DISK_FULL,
     "Read-only file system": UNWRITABLE,
     "Permission denied": UNWRITABLE,
     "Operation not permitted": UNWRITABLE,
@@ -28,16 +28,16 @@ class StudyError(ValueError):
     """
 
     def __init__(self, text: object):
-        super().__init__(message(text))
+        super().__init__(safe_message(text))
 
 
-def remedy(text: str) -> str:
+def remedy_for(text: str) -> str:
     """What to do about an error of the system's, told by its message; empty if unknown."""
     return next((words for sign, words in REMEDIES.items() if sign in text), "")
 
 
-def in_one_line(text: str) -> str:
+def one_line_error(text: str) -> str:
     """Some program's account of an error, a traceback perhaps: its last line, and a remedy."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     told = lines[-1] if "Traceback" in text else " ".join(lines)
-    return "; ".join(filter(None, (told, remedy(text))))
+    return "; ".join(filter(None, (told, remedy_for(text))))

@@ -17,25 +17,25 @@ from helpers.core.errors import StudyError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_held: dict[Path, int] = {}  # of this process: it never stands in its own way
+_open_locks: dict[Path, int] = {}  # of this process: it never stands in its own way
 
 
-def hold(path: Path, what: str) -> int:
+def acquire_lock(path: Path, what: str) -> int:
     """Take the lock for as long as this process lives; return the open file's number.
 
     Raises:
         StudyError: another process holds it; says which, and what of.
     """
-    if path not in _held:
+    if path not in _open_locks:
         number = _open(path)
-        if not _take(number, fcntl.LOCK_EX | fcntl.LOCK_NB):
+        if not _flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB):
             holder = _holder(number)
             os.close(number)
             raise StudyError(f"{what} by {holder}; wait for it or stop it")
         os.ftruncate(number, 0)
         os.pwrite(number, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
-        _held[path] = number
-    return _held[path]
+        _open_locks[path] = number
+    return _open_locks[path]
 
 
 def _holder(number: int) -> str:
@@ -46,18 +46,18 @@ def _holder(number: int) -> str:
     return f"process {process}" + (f" on {machine}" if machine != socket.gethostname() else "")
 
 
-def release(path: Path) -> None:
-    """Give up a lock that `hold` took; nothing happens if it was not taken."""
-    if path in _held:
-        os.close(_held.pop(path))
+def release_lock(path: Path) -> None:
+    """Give up a lock that `acquire_lock` took; nothing happens if it was not taken."""
+    if path in _open_locks:
+        os.close(_open_locks.pop(path))
 
 
 @contextmanager
-def waiting(path: Path) -> Iterator[None]:
+def wait_for_lock(path: Path) -> Iterator[None]:
     """Hold the lock for a while; wait for whoever has it."""
     number = _open(path)
     try:
-        _take(number, fcntl.LOCK_EX)
+        _flock(number, fcntl.LOCK_EX)
         yield
     finally:
         os.close(number)
@@ -68,7 +68,7 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 
-def _take(number: int, how: int) -> bool:
+def _flock(number: int, how: int) -> bool:
     try:
         fcntl.flock(number, how)
     except BlockingIOError:

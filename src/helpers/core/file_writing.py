@@ -19,13 +19,13 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}{ENDING}")
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary neighbour, then give it the name `path`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(path)
     try:
         write(temporary)
-        hand_to_disk(temporary)
+        flush_to_disk(temporary)
         _rename(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -45,7 +45,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     try:
         temporary.mkdir()
         fill(temporary)
-        _content_to_disk(temporary)
+        _flush_folder(temporary)
         if folder.exists():
             os.replace(folder, aside)
         _rename(temporary, folder)
@@ -54,19 +54,19 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _content_to_disk(folder: Path) -> None:
+def _flush_folder(folder: Path) -> None:
     for below, _, files in os.walk(folder):
         for name in files:
-            hand_to_disk(Path(below, name))
-        hand_to_disk(Path(below))
+            flush_to_disk(Path(below, name))
+        flush_to_disk(Path(below))
 
 
 def _rename(temporary: Path, final: Path) -> None:
     os.replace(temporary, final)
-    hand_to_disk(final.parent)
+    flush_to_disk(final.parent)
 
 
-def hand_to_disk(path: Path) -> None:
+def flush_to_disk(path: Path) -> None:
     """Return when a file, or the names in a folder, would survive a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-ABOUT = {"record.json", "README.md"}
+NOT_HASHED = {"record.json", "README.md"}
 
 
 def canonical_json(data: Any) -> str:
@@ -37,13 +37,13 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def known_digest(path: Path, found: os.stat_result) -> str:
+def cached_digest(path: Path, found: os.stat_result) -> str:
     """The file's `sha256_file`, computed once a process while the file stays as it was found."""
-    return _known(path, found.st_size, found.st_mtime_ns, found.st_ino)
+    return _cached_digest(path, found.st_size, found.st_mtime_ns, found.st_ino)
 
 
 @cache
-def _known(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
+def _cached_digest(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
     return sha256_file(path)
 
 
@@ -56,7 +56,7 @@ def file_digests(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         inside = path.relative_to(folder)
-        if path.name not in ABOUT and not any(p.startswith(".") for p in inside.parts):
+        if path.name not in NOT_HASHED and not any(p.startswith(".") for p in inside.parts):
             found[inside.as_posix()] = sha256_file(path)
     return found
 

@@ -17,14 +17,14 @@ from helpers.core.errors import StudyError
 from helpers.core.parent_process import die_with_parent
 
 
-def in_turns(names: Sequence[str], rounds: int) -> list[str]:
+def interleaved_order(names: Sequence[str], rounds: int) -> list[str]:
     """The order of measurements: every name once a round, each round from one place further."""
     order = list(names)
     places = [r % len(order) for r in range(rounds)]
     return [name for p in places for name in order[p:] + order[:p]]
 
 
-def measured_in_turns(
+def interleaved_rounds(
     tasks: dict[str, Callable[[], dict]], *, rounds: int, preload: Sequence[str] = ()
 ) -> dict[str, list[dict]]:
     """What each task returned, round by round.
@@ -38,13 +38,13 @@ def measured_in_turns(
         StudyError: a process died.
     """
     found: dict[str, list[dict]] = {name: [] for name in tasks}
-    order = Bar(in_turns(list(tasks), rounds), desc="measuring", unit="measurement")
+    order = Bar(interleaved_order(list(tasks), rounds), desc="measuring", unit="measurement")
     for name in order:
-        found[name].append(_alone(name, tasks[name], preload))
+        found[name].append(_run_in_own_process(name, tasks[name], preload))
     return found
 
 
-def _alone(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
+def _run_in_own_process(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
     try:
         alone = {"mp_context": _context(preload), "initializer": _end_with_all}
         with ProcessPoolExecutor(1, **alone) as process:

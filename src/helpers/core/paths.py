@@ -25,7 +25,7 @@ def vllm_python() -> Path:
     return Path(os.environ.get("STUDY_VLLM", PROJECT / ".venv-vllm")) / "bin" / "python"
 
 
-def inside(path: Path) -> str:
+def relative_to_project(path: Path) -> str:
     """The path from the project's folder if it lies in it: such results can be moved."""
     return os.path.relpath(path, PROJECT) if path.is_relative_to(PROJECT) else str(path)
 
@@ -40,7 +40,7 @@ class StudyPaths:
     def root(self) -> Path:
         return outputs_root() / self.study
 
-    def refuse_links_out(self) -> None:
+    def check_links(self) -> None:
         """Make sure that what is written below the study's folder lies there.
 
         Raises:

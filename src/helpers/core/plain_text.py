@@ -12,7 +12,7 @@ REPLACEMENT = "\ufffd"
 LONGEST_LINE = 800  # characters of one line of an error message
 
 
-def visible(text: str, *, keep: str = "") -> str:
+def printable(text: str, *, keep: str = "") -> str:
     """The text with every control, format, private and unassigned character replaced.
 
     Args:
@@ -20,24 +20,24 @@ def visible(text: str, *, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(c if _shows(c) or c in keep else REPLACEMENT for c in text)
+    return "".join(c if _is_printable(c) or c in keep else REPLACEMENT for c in text)
 
 
-def _shows(character: str) -> bool:
+def _is_printable(character: str) -> bool:
     return unicodedata.category(character) not in ("Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp")
 
 
 def one_line(text: object) -> str:
     """The same on one line, all white space as single spaces."""
-    return visible(" ".join(str(text).split()))
+    return printable(" ".join(str(text).split()))
 
 
-def message(text: object) -> str:
+def safe_message(text: object) -> str:
     """An error message: its own lines, nothing in them that acts, none of them endless.
 
     A line that is too long loses its middle: the place stands first, the remedy last.
     """
-    return "\n".join(map(_shortened, visible(str(text), keep="\n\t").split("\n")))
+    return "\n".join(map(_shortened, printable(str(text), keep="\n\t").split("\n")))
 
 
 def _shortened(line: str) -> str:
@@ -45,7 +45,7 @@ def _shortened(line: str) -> str:
     return line if len(line) <= LONGEST_LINE else f"{line[:half]} … {line[-half:]}"
 
 
-def whole_characters(text: str) -> str:
+def valid_unicode(text: str) -> str:
     """The text as UTF-8 can hold it: half a surrogate pair alone becomes U+FFFD."""
     try:
         text.encode("utf-8")

@@ -14,7 +14,7 @@ from typing import Any
 
 from helpers.core.checksums import RECORD, checksums
 from helpers.core.errors import StudyError
-from helpers.core.file_locking import hold, release
+from helpers.core.file_locking import acquire_lock, release_lock
 from helpers.core.file_writing import write_atomically
 from helpers.core.hashing import canonical_json
 
@@ -117,7 +117,7 @@ class Record:
         self.packages = package_versions()
         self._started, self._clock = datetime.now(UTC), time.monotonic()
         self._lock = self.folder.with_name(f".{self.folder.name}.lock")
-        hold(self._lock, f"{_shown(self.folder)} is being written")
+        acquire_lock(self._lock, f"{_shown(self.folder)} is being written")
         (self.folder / RECORD).unlink(missing_ok=True)
 
     def add_input(self, name: str, digest: str) -> None:
@@ -165,5 +165,5 @@ class Record:
                 "packages": self.packages,
             },
         )
-        release(self._lock)
+        release_lock(self._lock)
         return path

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from helpers.core.errors import StudyError
 
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-ANEW = "save the model anew (model.save_pretrained)"
-AGAIN = "download it again"
-POINTER = b"version https://git-lfs"  # what git leaves where the large file was not fetched
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SAVE_AGAIN = "save the model anew (model.save_pretrained)"
+DOWNLOAD_AGAIN = "download it again"
+LFS_POINTER = b"version https://git-lfs"  # what git leaves where the large file was not fetched
 MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -39,10 +39,10 @@ def missing_shards(names: Iterable[str]) -> list[str]:
     return sorted(shards - names)
 
 
-def is_pointer(path: Path) -> bool:
+def is_lfs_pointer(path: Path) -> bool:
     """Whether a file only says where git keeps the large file that belongs there."""
     with open(path, "rb") as stream:
-        return stream.read(len(POINTER)) == POINTER
+        return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -51,21 +51,21 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         StudyError: there are none, or not all; the text goes after the folder's name.
     """
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
-    if not (folder / INDEX).is_file():
-        raise StudyError(f"holds neither {WHOLE} nor {INDEX}; {ANEW}")
+    if (folder / WEIGHTS_FILE).is_file():
+        return [folder / WEIGHTS_FILE]
+    if not (folder / INDEX_FILE).is_file():
+        raise StudyError(f"holds neither {WEIGHTS_FILE} nor {INDEX_FILE}; {SAVE_AGAIN}")
     names = sorted(set(_weight_map(folder).values()))
     for name in names:
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise StudyError(
-                f"has an index ({INDEX}) that names {name!r}, which is no safetensors file of "
-                f"this folder; {ANEW}"
+                f"has an index ({INDEX_FILE}) that names {name!r}, which is no safetensors file of "
+                f"this folder; {SAVE_AGAIN}"
             )
     if lacking := [name for name in names if not (folder / name).is_file()]:
         raise StudyError(
-            f"lacks {lacking[0]} ({len(lacking)} of the {len(names)} files that {INDEX} names); "
-            f"{AGAIN}"
+            f"lacks {lacking[0]} ({len(lacking)} of the {len(names)} files that {INDEX_FILE} "
+            f"names); {DOWNLOAD_AGAIN}"
         )
     return [folder / name for name in names]
 
@@ -77,21 +77,23 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
         StudyError: as `weight_files`, or a file is not whole, or lacks a tensor of the index.
     """
     stored = {n: t for path in weight_files(folder) for n, t in _header(path).items()}
-    if not (folder / WHOLE).is_file():
+    if not (folder / WEIGHTS_FILE).is_file():
         for name, file in _weight_map(folder).items():
             if name not in stored or stored[name].path.name != file:
-                raise StudyError(f"lacks {name} in {file}, where {INDEX} has it; {AGAIN}")
+                raise StudyError(
+                    f"lacks {name} in {file}, where {INDEX_FILE} has it; {DOWNLOAD_AGAIN}"
+                )
     return stored
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads((folder / INDEX).read_bytes())["weight_map"]
+        found = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
         names = {str(tensor): str(file) for tensor, file in found.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         names = {}
     if not names:
-        raise StudyError(f"has an index ({INDEX}) of no tensors; {AGAIN}")
+        raise StudyError(f"has an index ({INDEX_FILE}) of no tensors; {DOWNLOAD_AGAIN}")
     return names
 
 
@@ -102,23 +104,27 @@ def _header(path: Path) -> dict[str, StoredTensor]:
         StudyError: it is a pointer to the file, is cut short, or is no safetensors file.
     """
     size = path.stat().st_size
-    if is_pointer(path):
+    if is_lfs_pointer(path):
         raise StudyError(
-            f"holds a git-lfs pointer in place of {path.name}; run git lfs pull, or {AGAIN}"
+            f"holds a git-lfs pointer in place of {path.name}; run git lfs pull, or "
+            f"{DOWNLOAD_AGAIN}"
         )
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size - 8, MOST_HEADER_BYTES):
-            raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}")
+            raise StudyError(f"holds {path.name}, which is no safetensors file; {DOWNLOAD_AGAIN}")
         text = stream.read(length)
     try:
         rows = {k: v for k, v in json.loads(text).items() if k != "__metadata__"}
         end = max((v["data_offsets"][1] for v in rows.values()), default=0)
         tensors = {k: StoredTensor(path, tuple(v["shape"]), v["dtype"]) for k, v in rows.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError, IndexError):
-        raise StudyError(f"holds {path.name}, which is no safetensors file; {AGAIN}") from None
+        raise StudyError(
+            f"holds {path.name}, which is no safetensors file; {DOWNLOAD_AGAIN}"
+        ) from None
     if size != 8 + length + end:
         raise StudyError(
-            f"holds {size} bytes of {path.name}, whose header promises {8 + length + end}; {AGAIN}"
+            f"holds {size} bytes of {path.name}, whose header promises {8 + length + end}; "
+            f"{DOWNLOAD_AGAIN}"
         )
     return tensors

@@ -10,7 +10,7 @@ from helpers.core.architectures import HEAD, linear_names
 from helpers.quantization.variants import arithmetic, load_variant, variant_digest
 from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.models import bytes_by_part, load_config, model_folder
-from helpers.study.schema_variants import one_a_scheme, runs_as
+from helpers.study.schema_variants import speed_key, variant_per_scheme
 from helpers.study.study_run import Job
 
 FLOATS = ("float32", "bfloat16")
@@ -50,14 +50,14 @@ def ways(job: Job) -> dict[str, Way]:
 
 def left_out(job: Job) -> dict[str, str]:
     """Why, by variant, for those whose measurement would say nothing or cannot be made here."""
-    found, measured = {}, one_a_scheme(job.study.variants)
+    found, measured = {}, variant_per_scheme(job.study.variants)
     for name, recipe in job.study.variants.items():
         if not recipe.quantized and name != job.study.baseline:
             found[name] = "runs in float as the baseline does"
         elif recipe.quantized and job.study.runtime.quantized == "vllm":
             found[name] = "is answered by vLLM, in a process that cannot be watched from here"
         elif recipe.quantized and name not in measured.values():
-            found[name] = f"multiplies and scales as {measured[runs_as(recipe)]} does"
+            found[name] = f"multiplies and scales as {measured[speed_key(recipe)]} does"
     return found
 
 
@@ -81,7 +81,7 @@ def _way(job: Job) -> Way:
 def file_bytes(job: Job, way: Way) -> dict[str, int]:
     """Bytes on disk by part of what a way is loaded from."""
     of_way = replace(job, variant=way.variant)
-    if of_way.recipe.changes_model:
+    if of_way.recipe.needs_checkpoint:
         return bytes_by_part(job.paths.checkpoint(job.model, way.variant))
     return bytes_by_part(model_folder(job.study, job.model, job.paths))
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from helpers.cost.operations import READING, TOUCHED, WRITING
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.runtime.devices import settled
-from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.devices import resolve_runtime
+from helpers.runtime.linears import use_onednn
 from helpers.study.loading import load_study
 
 SECONDS = 2.0  # all together
@@ -80,7 +80,7 @@ def _linear(inner: int, outer: int, arithmetic: str) -> nn.Module:
         scale = torch.ones(outer, 1)
         return Int8Linear(weight, scale, None, activations="token_dynamic", input_scale=None)
     linear = nn.Linear(inner, outer, bias=False).to(getattr(torch, arithmetic))
-    return multiplied_by_onednn(linear)
+    return use_onednn(linear)
 
 
 def _seconds(call, limit: float, device: str) -> float:
@@ -105,7 +105,7 @@ def _settle(device: str) -> Tensor | None:
 def main(study: str, shapes: str) -> None:
     """Print what was measured as JSON."""
     imported = time.process_time()
-    runtime = settled(load_study(study).runtime)
+    runtime = resolve_runtime(load_study(study).runtime)
     torch.set_num_threads(runtime.threads)
     found = speeds([tuple(shape) for shape in json.loads(shapes)], device=runtime.device)
     print(json.dumps({"speeds": found, "import_s": imported}))

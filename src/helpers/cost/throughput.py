@@ -19,7 +19,7 @@ from helpers.core.records import peak_memory_bytes
 from helpers.inference.generation import generate_greedy
 from helpers.inference.packed_attention import packed
 from helpers.inference.packed_rows import Segment, read
-from helpers.runtime.allocator import keep_spare
+from helpers.runtime.allocator import set_malloc_thresholds
 from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.sampling import calibration_items
 from helpers.study.schema import Study
@@ -107,7 +107,7 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
         `linear_operations`; `decode_s` and `decode_tokens`; `linear_bytes` held by the
         Linears; `peak_memory_bytes` over what the process held before loading.
     """
-    keep_spare()
+    set_malloc_thresholds()
     torch.set_num_threads(threads)
     disable_progress_bar()
     before, started = _peak_bytes(), time.perf_counter()

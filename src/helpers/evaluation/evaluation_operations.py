@@ -44,7 +44,7 @@ from helpers.study import stages
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import Study
 from helpers.study.schema_sources import FineTunedModel
-from helpers.study.schema_variants import one_a_scheme
+from helpers.study.schema_variants import variant_per_scheme
 from helpers.study.study_run import Job
 
 LOADED = 6  # times an evaluation's weights are loaded, hashed and compared
@@ -120,7 +120,7 @@ def evaluation(
     counted += read(size, how, own, head=own, floats=floats)
     if variant != study.baseline:  # the baseline's states, once more through the head
         counted += read(size, floats, 0, head=own + 2 * few)
-    if not (recipe.as_loaded or recipe.claim.quantized):
+    if not (recipe.is_unmodified or recipe.claim.quantized):
         counted += read(size, floats, few, head=2 * few) + touched(size, 8)
     return counted
 
@@ -139,7 +139,7 @@ def _alone(study: Study, variant: str, wanted: Asked, size: Size) -> Counter:
 
 def cost(study: Study, size: Size) -> Counter:
     """Every way of running a model, each round: one row read, one batch of answers written."""
-    quantized = one_a_scheme(study.variants).values()
+    quantized = variant_per_scheme(study.variants).values()
     ways = [("float32", "float32"), ("bfloat16", "bfloat16")]
     ways += [(arithmetic(study, v), _floats(study, v)) for v in quantized if not _served(study, v)]
     row = min(ROW_TOKENS, study.evaluation.batch.tokens)

@@ -16,8 +16,8 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.evaluation.prompts import option_tokens, prompt, prompt_tokens
 from helpers.inference.perplexity import passage_tokens
-from helpers.runtime.rotary_positions import fixed_up_to
-from helpers.sources.bundled_model import bundled_model_is_here
+from helpers.runtime.rotary_positions import length_independent_up_to
+from helpers.sources.bundled_model import is_bundled_model_converted
 from helpers.sources.chat_conversations import calibration_tokens, training_tokens
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.hub import cached_model
@@ -32,7 +32,7 @@ from helpers.sources.sampling import (
     shared_passages,
     training_items,
 )
-from helpers.study.loading import load_study, place_of, study_file
+from helpers.study.loading import load_study, study_file, study_file_label
 from helpers.study.pins import is_commit
 from helpers.study.schema import Study
 from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
@@ -61,7 +61,7 @@ def _is_here(source: ModelSource) -> bool:
         case HubModel():
             return is_commit(source.revision) and bool(cached_model(source.hub, source.revision))
         case BundledModel():
-            return bundled_model_is_here()
+            return is_bundled_model_converted()
     return True
 
 
@@ -77,7 +77,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, with_texts: 
     if wrong := _tensors(files, config):
         yield f"{key}: {folder.name}: {wrong}"
         return
-    if study.runtime.quantized == "vllm" and fixed_up_to(config) is not None:
+    if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
             "text, which vLLM computes otherwise than transformers; use int8"
@@ -212,7 +212,7 @@ def main(argv: list[str] | None = None) -> int:
         found = list(problems(load_study(study), paths, dry=dry))
     except StudyError as error:
         found = [str(error)]
-    place = place_of(study)
+    place = study_file_label(study)
     for line in found:
         print(line if line.startswith(place) else f"{place}: {line}", file=sys.stderr)
     return 2 if found else 0

@@ -11,7 +11,7 @@ from helpers.sources.chat_conversations import (
     plain_tokens,
     render,
     tokenize,
-    with_mark,
+    with_question_mark,
 )
 from helpers.sources.items import Item
 from helpers.sources.sampling import evaluation_items
@@ -43,7 +43,7 @@ class Prompt:
 def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
     """Plain text, as harnesses ask it; options are full texts, yes/no for BoolQ."""
     if adapter == "boolq":
-        text = f"{item.passage}\nQuestion: {with_mark(item.question)}\nAnswer:"
+        text = f"{item.passage}\nQuestion: {with_question_mark(item.question)}\nAnswer:"
         return Prompt(item, text, (" Yes", " No"), shared=(item.passage,), plain=True)
     options = tuple(f" {option}" for option in item.options)
     return Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from helpers.core import console
 from helpers.core.errors import StudyError
 from helpers.core.hashing import canonical_json, sha256_data, sha256_file, sha256_text
-from helpers.core.paths import PROJECT, inside
+from helpers.core.paths import PROJECT, relative_to_project
 from helpers.study import stages
 from helpers.study.fingerprinted_code import imported_modules
 from helpers.study.study_run import Job
@@ -61,10 +61,10 @@ class Progress:
         label = f"evaluation {job.model} {job.variant}"
         if other:
             told = f"{dataset}: discarded answers of another run ({', '.join(other)} differ)"
-            console.say(console.NOTE, label, told)
+            console.report_event(console.NOTE, label, told)
         if rows:
             told = f"{dataset}: goes on after {len(rows)} of {len(prompts)} answers"
-            console.say(console.NOTE, label, told)
+            console.report_event(console.NOTE, label, told)
         return Kept(path, owner, rows, whole)
 
     def discard(self) -> None:
@@ -166,8 +166,8 @@ def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
         "model": job.model,
         "variant": job.variant,
         "dataset": dataset,
-        "settings": sha256_text(stages.depends_on(job.study, run)),
+        "settings": sha256_text(stages.settings_text(job.study, run)),
         "prompts": sha256_data(prompts),
-        "code": sha256_data({inside(path): sha256_file(path) for path in modules}),
+        "code": sha256_data({relative_to_project(path): sha256_file(path) for path in modules}),
         "device": sha256_data(job.runtime),  # another one may round otherwise
     }

@@ -9,7 +9,7 @@ import math
 from collections import Counter
 from fractions import Fraction
 
-from helpers.core.plain_text import whole_characters
+from helpers.core.plain_text import valid_unicode
 from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
 from helpers.sources.exact_numbers import gold_number, parse_number
 from helpers.sources.items import Item, label_key
@@ -45,7 +45,7 @@ def score_text(item: Item, adapter: str, text: str, *, answer: str, finish: str)
         answer: `boxed` takes the last complete box; `text` takes all of it.
         finish: why generation ended.
     """
-    text = whole_characters(text)
+    text = valid_unicode(text)
     raw = last_boxed(text) if answer == "boxed" else text.strip()
     parsed, status = _parse(item, adapter, raw)
     if finish == "nonfinite":

@@ -16,7 +16,7 @@ from helpers.inference.kv_cache import Slots
 from helpers.inference.packed_attention import packed
 from helpers.inference.packed_rows import Library, Segment, Text, cut, logits_at, read
 from helpers.inference.single_sequence import Continued
-from helpers.runtime.batching import FEWEST_ROWS, owned_by
+from helpers.runtime.batching import FEWEST_ROWS, use_sequence_ids
 from helpers.runtime.rotary_positions import reads_alone
 
 REFILL = 8  # slots are given away by so many at a time: a row of one prompt is slow to read
@@ -179,7 +179,7 @@ class Decoder:
         blank = max(0, min(FEWEST_ROWS, self.rows) - alive)
         tokens = [answer.tokens[-1] for answer in self.alive] + [0] * blank
         positions = self.slots.step(alive, blank, device)
-        with owned_by(torch.arange(alive + blank, device=device)):
+        with use_sequence_ids(torch.arange(alive + blank, device=device)):
             found = self.model.base_model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=positions,

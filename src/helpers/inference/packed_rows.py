@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from helpers.runtime.batching import FEWEST_ROWS, owned_by
+from helpers.runtime.batching import FEWEST_ROWS, use_sequence_ids
 from helpers.runtime.linears import widened
 
 TRUNK = 0
@@ -133,7 +133,7 @@ def read(model, segments: Sequence[Segment]) -> Tensor:
     owners = torch.arange(len(segments), device=device).repeat_interleave(lengths)
     tokens = torch.tensor([[t for s in segments for t in s.tokens]], device=device)
     positions = torch.tensor([[p for s in segments for p in s.positions]], device=device)
-    with owned_by(owners):
+    with use_sequence_ids(owners):
         found = model.base_model(
             input_ids=tokens, position_ids=positions, use_cache=False, packed=row
         )

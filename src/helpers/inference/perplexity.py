@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from helpers.core.activity import Bar
-from helpers.core.checksums import refuse_damaged
+from helpers.core.checksums import check_checksums
 from helpers.core.errors import StudyError
 from helpers.core.file_writing import write_atomically
 from helpers.core.hashing import sha256_text
@@ -25,8 +25,8 @@ from helpers.inference.loglikelihood import HEAD_ROWS
 from helpers.inference.packed_attention import packed
 from helpers.inference.packed_rows import Segment, Text, logits_at, read, rows
 from helpers.runtime.linears import product
-from helpers.runtime.rotary_positions import reads_alone, refuse_beyond_context
-from helpers.sources.chat_conversations import beginning, plain_tokens
+from helpers.runtime.rotary_positions import check_context_length, reads_alone
+from helpers.sources.chat_conversations import beginning_tokens, plain_tokens
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.sampling import shared_passages
 from helpers.study.study_run import Job
@@ -57,10 +57,10 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
     """
     if job.variant != job.study.baseline:
         baseline = job.paths.evaluation(job.model, job.study.baseline)
-        refuse_damaged(baseline, made_by="03_evaluation")
+        check_checksums(baseline, made_by="03_evaluation")
     wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
-    refuse_beyond_context("shared text", list(map(len, tokens)), model.config)
+    check_context_length("shared text", list(map(len, tokens)), model.config)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
     first, reference = first_scored(tokenizer), None
     if job.variant == job.study.baseline:
@@ -90,7 +90,7 @@ def passage_tokens(tokenizer, passages: list[str], *, max_tokens: int) -> list[l
 
 def first_scored(tokenizer) -> int:
     """Place of the first token of a passage that is predicted: of the text, with one before it."""
-    return max(1, len(beginning(tokenizer)))
+    return max(1, len(beginning_tokens(tokenizer)))
 
 
 def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> States:

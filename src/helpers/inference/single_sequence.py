@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from helpers.runtime.rotary_positions import changes_at, forget_longer_texts_
+from helpers.runtime.rotary_positions import changes_at, reset_dynamic_rope_
 
 
 @torch.inference_mode()
 def states(model, tokens: list[int]) -> Tensor:
     """(tokens, hidden) of one text after the last layer, before the head."""
-    forget_longer_texts_(model)
+    reset_dynamic_rope_(model)
     ids = torch.tensor([tokens], device=model.device)
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
@@ -36,7 +36,7 @@ class Continued:
         if self._memory is None or changes_at(self.model.config, len(tokens)):
             self._memory = DynamicCache(config=self.model.config)
         known = self._memory.get_seq_length()
-        forget_longer_texts_(self.model)
+        reset_dynamic_rope_(self.model)
         device = self.model.device
         read = self.model.base_model(
             input_ids=torch.tensor([tokens[known:]], device=device),

@@ -21,7 +21,7 @@ from helpers.quantization.layer_groups import linear_layers
 from helpers.runtime.allocator import trim_heap
 from helpers.runtime.batching import pad, token_budget_batches
 from helpers.runtime.moe_experts import every_expert_reads
-from helpers.runtime.rotary_positions import batch_tokens_for, refuse_beyond_context
+from helpers.runtime.rotary_positions import batch_tokens_for, check_context_length
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
 LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each
@@ -68,7 +68,7 @@ def run_calibration(
     """
     statistics: dict[str, InputStatistics] = {}
     lengths = [len(i) for i in items]
-    refuse_beyond_context("calibration", lengths, model.config)
+    check_context_length("calibration", lengths, model.config)
     budget = batch_tokens_for(model.config, lengths, batch_tokens=batch_tokens)
     with Bar(total=len(items), desc="calibration", unit="item") as bar:
         for batch in token_budget_batches(lengths, batch_tokens=budget):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from helpers.core.activity import doing
+from helpers.core.activity import set_activity
 from helpers.core.errors import StudyError
 from helpers.quantization.layer_groups import linear_layers, quantized_linears
 from helpers.quantization.seed_recipe import apply_seed_recipe_
@@ -80,7 +80,7 @@ def quantize_variant_(
     model, variant: Variant, act_absmax: dict[str, Tensor], done: list[SmoothedGroup]
 ) -> list[str]:
     """Quantize a smoothed model as the variant says; a float variant quantizes nothing."""
-    doing("quantizing")
+    set_activity("quantizing")
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.quantized:
@@ -130,7 +130,7 @@ def scheme(variant: Variant) -> dict:
 
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
     """Write the model as a checkpoint that transformers and vLLM load; replaces the folder."""
-    doing("saving the checkpoint")
+    set_activity("saving the checkpoint")
     from llmcompressor.transformers.compression.compressed_tensors_utils import (
         modify_save_pretrained,
     )

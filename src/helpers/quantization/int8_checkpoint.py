@@ -10,9 +10,9 @@ from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.quantization.int8_gated_mlp import fuse_gated_mlps_
 from helpers.quantization.int8_linear import Int8Linear, stack_siblings_
-from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.linears import use_onednn
 from helpers.sources.model_tensors import TensorFiles
-from helpers.sources.models import empty_model, load_config, take_generation_config_
+from helpers.sources.models import empty_model, load_config, load_generation_config_
 
 
 def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
@@ -41,9 +41,9 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
     _load_float_parts_(model, tensors)
     stack_siblings_(model)
     fuse_gated_mlps_(model.to(device))
-    take_generation_config_(model, folder)
+    load_generation_config_(model, folder)
     model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
-    return multiplied_by_onednn(model).eval()
+    return use_onednn(model).eval()
 
 
 def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
@@ -62,7 +62,7 @@ def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
 
 def read_tensors(folder: Path) -> dict[str, Tensor]:
     """The checkpoint's tensors, one copy of each; the head is missing if it is the embeddings."""
-    return TensorFiles(folder, dtype=None).all_at_once()
+    return TensorFiles(folder, dtype=None).load_all()
 
 
 def declared_activations(folder: Path) -> str:

@@ -7,7 +7,7 @@ from torch.nn.functional import silu
 from helpers.quantization import int8_linear, int8_passes
 from helpers.quantization.int8_activation_cache import QUANTIZED, Kept
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.runtime.batching import token_owners
+from helpers.runtime.batching import current_sequence_ids
 
 
 class GatedMLP:
@@ -27,7 +27,7 @@ class GatedMLP:
             return self.down(silu(gate) * up)
         mixed, values, scale = int8_passes.silu_times(gate.flatten(0, -2), up.flatten(0, -2))
         mixed = mixed.view(gate.shape)
-        why = (self.down.activations, self.down.input_scale, token_owners())
+        why = (self.down.activations, self.down.input_scale, current_sequence_ids())
         Kept.of(mixed, QUANTIZED, why, lambda: (values, scale))
         return self.down(mixed)
 

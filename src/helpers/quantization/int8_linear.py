@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from helpers.quantization import int8_cuda, int8_matmul, int8_passes
 from helpers.quantization.int8_activation_cache import MULTIPLIED, QUANTIZED, Kept
-from helpers.runtime.batching import token_owners
+from helpers.runtime.batching import current_sequence_ids
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -40,7 +40,7 @@ def absmax_scale(absmax: Tensor) -> Tensor:
 
 def _tensor_absmax(x: Tensor) -> Tensor:
     """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
-    owners = token_owners(x.device)
+    owners = current_sequence_ids(x.device)
     if owners is None:
         return x.abs().amax().reshape(1)
     each = x.abs().amax(-1)
@@ -184,7 +184,7 @@ class Int8Linear(nn.Module):
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """((tokens, in_features) int8, scale) of x (…, in_features), made once for all alike."""
-        why = (self.activations, self.input_scale, token_owners())
+        why = (self.activations, self.input_scale, current_sequence_ids())
         return Kept.of(x, QUANTIZED, why, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +207,7 @@ class Int8Linear(nn.Module):
         if len(stack.linears) == 1:
             y = stack.multiplied(x)
         else:
-            why = (stack, token_owners())
+            why = (stack, current_sequence_ids())
             y = Kept.of(x, MULTIPLIED, why, lambda: stack.multiplied(x))[:, self.columns]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 

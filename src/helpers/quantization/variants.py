@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.core.checksums import refuse_damaged
+from helpers.core.checksums import check_checksums
 from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_folder
 from helpers.inference.vllm_client import VllmModel
@@ -15,8 +15,8 @@ from helpers.quantization import int8_cuda, int8_matmul, int8_passes
 from helpers.quantization.int8_checkpoint import declared_activations, load_int8
 from helpers.quantization.int8_linear import unpack_stacks_
 from helpers.runtime import processors
-from helpers.runtime.devices import placed
-from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.devices import place_on_device
+from helpers.runtime.linears import use_onednn
 from helpers.runtime.moe_experts import linear_experts
 from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
 from helpers.study.schema import Runtime
@@ -32,7 +32,7 @@ def load_variant(job: Job):
     runtime = running_type(job)
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
-    if not job.recipe.changes_model:
+    if not job.recipe.needs_checkpoint:
         return load_model(source, runtime), tokenizer
     folder = job.paths.checkpoint(job.model, job.variant)
     if not folder.is_dir():
@@ -51,7 +51,7 @@ def load_as(load, folder: Path, runtime: Runtime):
     model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
     if runtime.device_map:
         unpack_stacks_(model)
-    return placed(model, runtime)
+    return place_on_device(model, runtime)
 
 
 def running_type(job: Job) -> Runtime:
@@ -76,7 +76,7 @@ def arithmetic(job: Job) -> dict[str, str]:
         return {}
     units = "bfloat16" if processors.has_bfloat16_units() else "float32, rounded to bfloat16 once"
     return {
-        "processor": processors.kind(),
+        "processor": processors.processor_class(),
         "int8_units": "yes" if processors.has_int8_units() else "no",
         "int8_products": int8_matmul.cpu_way().name,
         "int8_passes": "fused" if int8_passes.available() else "torch's",
@@ -90,8 +90,8 @@ def variant_digest(job: Job) -> str:
     Raises:
         StudyError: a file is not what its stage wrote.
     """
-    if job.recipe.changes_model:
-        refuse_damaged(job.paths.quantization(job.model, job.variant), made_by="02_quantization")
+    if job.recipe.needs_checkpoint:
+        check_checksums(job.paths.quantization(job.model, job.variant), made_by="02_quantization")
         return sha256_folder(job.paths.checkpoint(job.model, job.variant))
     return sha256_folder(model_folder(job.study, job.model, job.paths))
 
@@ -117,7 +117,7 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
             module.simulated = module.forward
             module.forward = MethodType(_one_text, module)
     model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
-    return multiplied_by_onednn(model)  # the head; what is simulated has a forward of its own
+    return use_onednn(model)  # the head; what is simulated has a forward of its own
 
 
 def _one_text(module: nn.Module, x: Tensor) -> Tensor:

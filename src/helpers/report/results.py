@@ -196,7 +196,7 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
     if metrics != stored:
         raise StudyError(f"{at}: metrics.json is not what its predictions give; run {stage} again")
     verification = quantization = None
-    if job.study.variants[variant].changes_model:
+    if job.study.variants[variant].needs_checkpoint:
         path = job.paths.variant(model, variant) / "verification.json"
         verification = read_json(path, made_by=MAKER)
         path = job.paths.quantization(model, variant) / "record.json"

@@ -14,7 +14,7 @@ SPARE_BYTES = 2**27  # kept for what comes next
 LARGE_BYTES = 2**25  # what is larger is taken from the system by itself, and returned at once
 
 
-def give_back() -> None:
+def release_memory() -> None:
     """Collect what nothing refers to, and return freed pages to the system."""
     gc.collect()
     trim_heap()
@@ -27,7 +27,7 @@ def trim_heap() -> None:
         trim(0)
 
 
-def keep_spare() -> None:
+def set_malloc_thresholds() -> None:
     """Have a process keep a little of what was freed last, where the C library can be told."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
@@ -35,7 +35,7 @@ def keep_spare() -> None:
         set_option(M_TRIM_THRESHOLD, SPARE_BYTES)
 
 
-def pass_over_libraries() -> None:
+def exclude_imports_from_gc() -> None:
     """Have collections of garbage leave alone what is there now: libraries, for the most part.
 
     Once in a process, since models come and go after that. A collection took a third of a second.

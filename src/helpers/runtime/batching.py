@@ -43,7 +43,7 @@ _OWNERS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("owners", de
 
 
 @contextmanager
-def owned_by(owners: Tensor | None) -> Iterator[None]:
+def use_sequence_ids(owners: Tensor | None) -> Iterator[None]:
     """Inside, the tokens of a forward pass belong to different texts.
 
     Args:
@@ -56,7 +56,7 @@ def owned_by(owners: Tensor | None) -> Iterator[None]:
         _OWNERS.reset(before)
 
 
-def token_owners(device: torch.device | None = None) -> Tensor | None:
+def current_sequence_ids(device: torch.device | None = None) -> Tensor | None:
     """(tokens,) whose each token of the running forward pass is; None if all are one text's.
 
     Args:

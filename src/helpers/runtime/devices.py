@@ -12,7 +12,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.runtime import processors
-from helpers.runtime.allocator import keep_spare, pass_over_libraries
+from helpers.runtime.allocator import exclude_imports_from_gc, set_malloc_thresholds
 from helpers.study.schema import Runtime
 from helpers.study.study_run import Job
 
@@ -30,23 +30,23 @@ def prepare(job: Job) -> Job:
         StudyError: the study asks for a device this machine lacks.
     """
     asked = job.study.runtime
-    runtime = settled(asked)
-    keep_spare()
-    pass_over_libraries()
+    runtime = resolve_runtime(asked)
+    set_malloc_thresholds()
+    exclude_imports_from_gc()
     torch.set_num_threads(runtime.threads)
     torch.manual_seed(job.study.seed)
     study = job.study.model_copy(update={"runtime": runtime})
-    return replace(job, study=study, runtime=account(runtime, asked))
+    return replace(job, study=study, runtime=describe_runtime(runtime, asked))
 
 
-def settled(runtime: Runtime) -> Runtime:
+def resolve_runtime(runtime: Runtime) -> Runtime:
     """The runtime with nothing left open: a device that is there, a dtype, a kernel.
 
     Raises:
         StudyError: the study asks for a device this machine lacks.
     """
     device = best_device() if runtime.device == "auto" else runtime.device
-    if not is_there(device):
+    if not is_available(device):
         raise StudyError(
             f"runtime.device = {device!r} but this machine has none; use 'auto' or 'cpu'"
         )
@@ -59,10 +59,10 @@ def settled(runtime: Runtime) -> Runtime:
 
 def best_device() -> str:
     """cuda, else mps, else cpu."""
-    return next(device for device in ("cuda", "mps", "cpu") if is_there(device))
+    return next(device for device in ("cuda", "mps", "cpu") if is_available(device))
 
 
-def is_there(device: str) -> bool:
+def is_available(device: str) -> bool:
     """Whether this machine can compute on a kind of device."""
     match device:
         case "cuda":
@@ -85,7 +85,7 @@ def best_dtype(device: str) -> str:
     return "float32"
 
 
-def account(runtime: Runtime, asked: Runtime) -> dict:
+def describe_runtime(runtime: Runtime, asked: Runtime) -> dict:
     """What was settled, for the record: the device by name, and what differs from what was asked.
 
     Args:
@@ -108,10 +108,10 @@ def device_name(device: str) -> str:
     if device == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(names)
-    return processors.name()
+    return processors.processor_name()
 
 
-def placed(model, runtime: Runtime):
+def place_on_device(model, runtime: Runtime):
     """The model on its device, or in parts on all GPUs where the study spreads it.
 
     What this project calls by itself (the decoder, the head) answers on the device it was
@@ -125,7 +125,7 @@ def placed(model, runtime: Runtime):
     whole = {"no_split_module_classes": list(model._no_split_modules or ())}
     places = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **whole), **whole)
     model = dispatch_model(model, device_map=places, force_hooks=True)
-    return answering_where_asked(model)
+    return return_to_input_device(model)
 
 
 def modules_by_device(model) -> dict[str, dict[str, str]]:
@@ -157,7 +157,7 @@ def _sequence(place: tuple[int, tuple[str, str, str]]) -> tuple[str, int | None]
     return (parent, int(number) - index) if number.isdecimal() else (name, None)
 
 
-def answering_where_asked(model):
+def return_to_input_device(model):
     """Have the decoder and the head of a spread model answer on the device of their input."""
     for part in (model.base_model, model.get_output_embeddings()):
         part.register_forward_hook(_home, with_kwargs=True)

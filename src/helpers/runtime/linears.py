@@ -102,7 +102,7 @@ class _Product(torch.autograd.Function):
         )
 
 
-def multiplied_by_onednn(model):
+def use_onednn(model):
     """The model, its Linears multiplied by `product` unless they have a forward of their own.
 
     So are the products of modules that hold a matrix and are no Linears, as routers of mixtures

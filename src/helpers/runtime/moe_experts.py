@@ -18,7 +18,7 @@ from transformers.conversion_mapping import (
 )
 
 from helpers.core.architectures import architecture
-from helpers.runtime.batching import FEWEST_ROWS, owned_by, token_owners
+from helpers.runtime.batching import FEWEST_ROWS, current_sequence_ids, use_sequence_ids
 
 
 class Expert(nn.Module):
@@ -61,7 +61,7 @@ class LinearExperts(nn.ModuleList):
             if self.every_token:
                 answers = expert(x)[tokens]
             elif len(tokens):
-                answers = _asked(expert, x, tokens)
+                answers = _expert_outputs(expert, x, tokens)
             else:
                 continue
             weighted = answers * shares[tokens, place, None]
@@ -69,7 +69,7 @@ class LinearExperts(nn.ModuleList):
         return mixed
 
 
-class _InTheirPlace:
+class _LinearExpertsFactory:
     """Takes the name of transformers' class and makes ours; nothing is an instance of it,
     so that transformers does not initialize our experts as if they were its own."""
 
@@ -77,7 +77,7 @@ class _InTheirPlace:
         return LinearExperts(config)
 
 
-def _asked(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
+def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
     """The expert's answers to some tokens, the same however many they are.
 
     Few are made more, since products of few rows sum otherwise; and whose they are is
@@ -86,8 +86,8 @@ def _asked(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
     count = len(tokens)
     if count < FEWEST_ROWS:
         tokens = torch.cat([tokens, tokens[-1:].expand(FEWEST_ROWS - count)])
-    owners = token_owners(tokens.device)
-    with owned_by(None if owners is None else owners[tokens]):
+    owners = current_sequence_ids(tokens.device)
+    with use_sequence_ids(None if owners is None else owners[tokens]):
         return expert(x[tokens])[:count]
 
 
@@ -108,7 +108,7 @@ def linear_experts(config):
         getattr(modeling, stacked_class),
         get_checkpoint_conversion_mapping(known.name),
     )
-    setattr(modeling, stacked_class, _InTheirPlace)
+    setattr(modeling, stacked_class, _LinearExpertsFactory)
     register_checkpoint_conversion_mapping(known.name, [], overwrite=True)
     try:
         yield

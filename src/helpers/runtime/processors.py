@@ -14,7 +14,7 @@ from helpers.core.errors import StudyError
 
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
 FEATURES += ("asimddp", "i8mm", "bf16")  # ARM's
-KEPT_TO = {
+RESTRICTIONS = {
     "avx2": ("avx2",),
     "vnni": ("avx2", "avx512f", "avx512_vnni", "avx512_bf16"),
 }
@@ -22,7 +22,7 @@ KEPT_TO = {
 
 def features() -> tuple[str, ...]:
     """The instruction sets that decide matrix products, as far as this process may use them."""
-    allowed = KEPT_TO.get(restriction(), FEATURES)
+    allowed = RESTRICTIONS.get(restriction(), FEATURES)
     return tuple(name for name in _of_the_processor() if name in allowed)
 
 
@@ -33,8 +33,10 @@ def restriction() -> str:
         StudyError: STUDY_PROCESSOR is set to something else.
     """
     wanted = os.environ.get("STUDY_PROCESSOR", "")
-    if wanted and wanted not in KEPT_TO:
-        raise StudyError(f"PROCESSOR = {wanted!r} is not one of {', '.join(KEPT_TO)}; leave it out")
+    if wanted and wanted not in RESTRICTIONS:
+        raise StudyError(
+            f"PROCESSOR = {wanted!r} is not one of {', '.join(RESTRICTIONS)}; leave it out"
+        )
     return wanted
 
 
@@ -55,7 +57,7 @@ def has_bfloat16_units() -> bool:
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(features()))
 
 
-def name() -> str:
+def processor_name() -> str:
     """The CPU as it calls itself, or its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
@@ -64,7 +66,7 @@ def name() -> str:
     return f"{own} (kept to {restriction()})" if restriction() else own
 
 
-def kind() -> str:
+def processor_class() -> str:
     """The processor's class, by what it multiplies int8 with."""
     own = features()
     if "amx_int8" in own:

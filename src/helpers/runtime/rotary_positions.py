@@ -7,7 +7,7 @@ beside a longer one is then read otherwise than alone; such texts are read one a
 from helpers.core.errors import StudyError
 
 
-def refuse_beyond_context(what: str, lengths: list[int], config) -> None:
+def check_context_length(what: str, lengths: list[int], config) -> None:
     """Positions beyond a model's context were never trained.
 
     Raises:
@@ -21,7 +21,7 @@ def refuse_beyond_context(what: str, lengths: list[int], config) -> None:
         )
 
 
-def fixed_up_to(config) -> int | None:
+def length_independent_up_to(config) -> int | None:
     """The length up to which positions do not depend on it; None if they never do."""
     limits = []
     for parameters in _rope_parameters(config):
@@ -42,13 +42,13 @@ def _rope_parameters(config) -> list[dict]:
 
 def reads_alone(config, length: int) -> bool:
     """Whether a text of this length has to be read alone."""
-    limit = fixed_up_to(config)
+    limit = length_independent_up_to(config)
     return limit is not None and length > limit
 
 
 def changes_at(config, length: int) -> bool:
     """Whether the earlier tokens of a text are at other positions than in one a token shorter."""
-    limit = fixed_up_to(config)
+    limit = length_independent_up_to(config)
     if limit is None or length <= limit:
         return False
     changing = any("dynamic" in p.get("rope_type", "") for p in _rope_parameters(config))
@@ -60,7 +60,7 @@ def batch_tokens_for(config, lengths: list[int], *, batch_tokens: int) -> int:
     return 1 if reads_alone(config, max(lengths, default=0)) else batch_tokens
 
 
-def forget_longer_texts_(model) -> None:
+def reset_dynamic_rope_(model) -> None:
     """Undo what a longer text has left behind: dynamic scaling grows, and shrinks late."""
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):

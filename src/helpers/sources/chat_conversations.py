@@ -78,12 +78,12 @@ def user_turn(item: Item, adapter: str) -> str:
         )
         return f"Question: {item.question}\n{options}"
     if item.passage:
-        question = with_mark(item.question) if adapter == "boolq" else item.question
+        question = with_question_mark(item.question) if adapter == "boolq" else item.question
         return f"Passage: {item.passage}\n\nQuestion: {question}"
     return item.question
 
 
-def with_mark(question: str) -> str:
+def with_question_mark(question: str) -> str:
     """The question with a mark at its end: BoolQ's own have none, others' do."""
     return question if question.rstrip().endswith("?") else f"{question}?"
 
@@ -131,7 +131,7 @@ def tokenize(tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def beginning(tokenizer) -> list[int]:
+def beginning_tokens(tokenizer) -> list[int]:
     """Token ids that the tokenizer puts before every plain text: mostly one that says so, or none.
 
     Raises:
@@ -153,7 +153,7 @@ def plain_tokens(tokenizer, text: str) -> list[int]:
 
     What the tokenizer would put after a text is left out: the text goes on.
     """
-    first, own = beginning(tokenizer), tokenize(tokenizer, text)
+    first, own = beginning_tokens(tokenizer), tokenize(tokenizer, text)
     return own if own[: len(first)] == first else first + own
 
 

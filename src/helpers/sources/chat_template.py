@@ -27,7 +27,7 @@ ORDER = "set tokenizer.chat_template to one that keeps the order, and save it"
 ROOM = "set tokenizer.chat_template to one that ends where the answer begins, and save it"
 
 
-def settle_(tokenizer, *, enable_thinking: bool | None, place: str) -> None:
+def configure_chat_template_(tokenizer, *, enable_thinking: bool | None, place: str) -> None:
     """Make the tokenizer render every conversation as the study says, or refuse.
 
     Sets the clock and the thinking switch for good. A template without a usable system turn
@@ -69,7 +69,7 @@ def _now(form: str) -> str:
 
 
 def _settle_system_turn_(tokenizer, place: str) -> str:
-    """Where the system's text is put, as `account` tells it."""
+    """Where the system's text is put, as `describe_template` tells it."""
     if (disorder := _disorder(tokenizer)) is None:
         return OWN_TURN
     own = tokenizer.apply_chat_template
@@ -107,7 +107,7 @@ def reads_clock(tokenizer) -> bool:
     return _rendered(tokenizer, strftime_now=lambda _form: "another day") != _rendered(tokenizer)
 
 
-def account(tokenizer, *, enable_thinking: bool | None) -> dict:
+def describe_template(tokenizer, *, enable_thinking: bool | None) -> dict:
     """For the record: which template, its switch, its clock, and where the system's text goes."""
     if not tokenizer.chat_template:
         return {"sha256": None, "used": "none; texts are plain"}

@@ -15,8 +15,8 @@ from huggingface_hub.utils import logging as client_logging
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.sources.hub import Unreachable, cached_model, commit_of, fetch_model
-from helpers.sources.hub_rows import account, keep_rows
-from helpers.study.loading import place_of, read_study, study_file
+from helpers.sources.hub_rows import cache_rows, cached_rows_info
+from helpers.study.loading import read_study, study_file, study_file_label
 from helpers.study.pins import (
     HubSource,
     PinnedDataset,
@@ -51,7 +51,7 @@ def fetch(study: Study, pins: Pins, *, place: str, renew: bool, say: Say) -> Pin
         name = (type(source), source.hub, source.revision)
         known = commits.get(name) or (None if renew else pins.commit(source))
         try:
-            found.append(_have(source, known, pins, say))
+            found.append(_fetch_and_pin(source, known, pins, say))
         except StudyError as error:
             told = f"{key} = {source.hub!r} at {source.revision!r}"
             problems.append(f"{place}: {told}: {error}")
@@ -67,7 +67,7 @@ def fetch(study: Study, pins: Pins, *, place: str, renew: bool, say: Say) -> Pin
     )
 
 
-def _have(source: HubSource, known: str | None, pins: Pins, say: Say):
+def _fetch_and_pin(source: HubSource, known: str | None, pins: Pins, say: Say):
     """The pin of one source, which is on this machine when this returns."""
     kind = "model" if isinstance(source, HubModel) else "dataset"
     commit = known or commit_of(kind, source.hub, source.revision)
@@ -76,9 +76,9 @@ def _have(source: HubSource, known: str | None, pins: Pins, say: Say):
         was = f" (was {before[:12]})" if before else ""
         say(f"pinned   {source.hub}  {source.revision} is {commit[:12]}{was}")
     if isinstance(source, HubModel):
-        _have_model(source.hub, commit, say)
+        _fetch_model_once(source.hub, commit, say)
         return PinnedModel(hub=source.hub, revision=source.revision, commit=commit)
-    rows = _have_rows(source.model_copy(update={"revision": commit}), say)
+    rows = _fetch_rows_once(source.model_copy(update={"revision": commit}), say)
     pin = PinnedDataset(**source.model_dump(), commit=commit, **rows)
     on_record = pins.rows_of(source)
     if on_record and on_record.commit == commit and on_record.sha256 != pin.sha256:
@@ -89,21 +89,21 @@ def _have(source: HubSource, known: str | None, pins: Pins, say: Say):
     return pin
 
 
-def _have_model(name: str, commit: str, say: Say) -> None:
+def _fetch_model_once(name: str, commit: str, say: Say) -> None:
     if cached_model(name, commit):
         return
     say(f"fetch    {name}  {commit[:12]}")
     fetch_model(name, commit)
 
 
-def _have_rows(source: HubDataset, say: Say) -> dict:
-    if (kept := account(source)) is None:
+def _fetch_rows_once(source: HubDataset, say: Say) -> dict:
+    if (kept := cached_rows_info(source)) is None:
         from helpers.sources.hub_streaming import read_split  # takes seconds to import
 
         how = f", a sample of at most {source.stream.rows} rows" if source.stream else ""
         say(f"fetch    {source.hub}  {source.revision[:12]} ({source.split}{how})")
         read = read_split(source)
-        kept = keep_rows(source, read.rows, of_rows=read.of_rows, pieces=read.pieces)
+        kept = cache_rows(source, read.rows, of_rows=read.of_rows, pieces=read.pieces)
     return kept
 
 
@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     paths = StudyPaths(study_file(given.study).stem)
     try:
         study, pins = read_study(given.study), read_pins(paths)
-        place = place_of(given.study)
+        place = study_file_label(given.study)
         found = fetch(study, pins, place=place, renew=given.renew, say=_say)
         if found != pins:
             write_pins(paths, found)

@@ -50,7 +50,7 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     """
     if coarse := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise ValueError(f"weights in {coarse.pop()} would hardly move; load them in float32")
-    _refuse_long(examples, settings.max_tokens)
+    _check_lengths(examples, settings.max_tokens)
     batches = [b for e in range(settings.epochs) for b in _epoch(examples, settings, seed + e)]
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=settings.learning_rate, weight_decay=0.0, fused=True
@@ -76,7 +76,7 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     return steps
 
 
-def casts(autocast: str, device: str) -> bool:
+def uses_bfloat16(autocast: str, device: str) -> bool:
     """Whether training multiplies in bfloat16: asked for, and not emulated by the processor."""
     return autocast == "bfloat16" and (device != "cpu" or has_bfloat16_units())
 
@@ -101,7 +101,7 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
     mask = pad(
         [[1] * (len(p) + len(a) - 1) for p, a in batch], value=0, side="right", device=device
     )
-    with torch.autocast(device.type, torch.bfloat16, enabled=casts(autocast, device.type)):
+    with torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(autocast, device.type)):
         hidden = model.base_model(
             input_ids=tokens, attention_mask=mask, use_cache=False
         ).last_hidden_state
@@ -126,7 +126,7 @@ def heldout_loss(model, examples: list[Example], *, batch_items: int) -> float:
     return total / tokens
 
 
-def _refuse_long(examples: list[Example], max_tokens: int) -> None:
+def _check_lengths(examples: list[Example], max_tokens: int) -> None:
     longest = max(len(prompt) + len(answer) for prompt, answer in examples)
     if longest > max_tokens:
         raise StudyError(
@@ -134,17 +134,17 @@ def _refuse_long(examples: list[Example], max_tokens: int) -> None:
         )
 
 
-def in_float32(runtime: Runtime) -> Runtime:
+def float32_runtime(runtime: Runtime) -> Runtime:
     """The runtime that the model to be trained is loaded with."""
     return runtime.model_copy(update={"dtype": "float32"})
 
 
-def rounded(model, runtime: Runtime):
+def cast_to_study_dtype(model, runtime: Runtime):
     """The trained model in the study's dtype, as it is saved, and studied from then on."""
     return model.to(getattr(torch, runtime.dtype))
 
 
-def settings_of(study: Study, model: str) -> FineTuning:
+def fine_tuning_settings(study: Study, model: str) -> FineTuning:
     """The fine-tuning settings of a model of the study.
 
     Raises:
@@ -156,7 +156,7 @@ def settings_of(study: Study, model: str) -> FineTuning:
     return source.finetune
 
 
-def loss_claim(losses: list[float]) -> str:
+def describe_loss(losses: list[float]) -> str:
     """The course of a training loss in words: its ends compared, by the spread between batches.
 
     The mean of the first and of the last quarter of the steps; they differ if they are further

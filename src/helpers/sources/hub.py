@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_file
 from helpers.core.weight_files import stored_tensors
-from helpers.study.model_folders import config_problem, missing_files
+from helpers.study.model_folders import config_problem, model_files_problem
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 # Copies in other programs' layouts, and whatever lies in folders.
@@ -45,7 +45,7 @@ class Unreachable(StudyError):
     """There is no Hub to ask; what lies in the cache may do."""
 
 
-def patiently(ask: Callable[[], Answer]) -> Answer:
+def with_retries(ask: Callable[[], Answer]) -> Answer:
     """The answer, asked for again while the server has trouble.
 
     Raises:
@@ -55,17 +55,17 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
         try:
             return ask()
         except Exception as error:  # clients raise many kinds; each means there is no answer
-            if wait_s is None or not _passing(error):
-                raise in_words(error) from None
+            if wait_s is None or not _is_transient(error):
+                raise readable_error(error) from None
             time.sleep(wait_s)
     raise AssertionError("the last attempt returns or raises")
 
 
-def _passing(error: BaseException) -> bool:
+def _is_transient(error: BaseException) -> bool:
     """Whether the same question may be answered a moment later."""
     error = _root(error)
     broken_off = (httpx.RemoteProtocolError, httpx.ReadError)
-    return _has_trouble(_status(error)) or isinstance(error, broken_off)
+    return _is_server_error(_status(error)) or isinstance(error, broken_off)
 
 
 def _root(error: BaseException) -> BaseException:
@@ -80,11 +80,11 @@ def _status(error: BaseException) -> int | None:
     return error.response.status_code if isinstance(error, HfHubHTTPError) else None
 
 
-def _has_trouble(status: int | None) -> bool:
+def _is_server_error(status: int | None) -> bool:
     return status is not None and (status in (408, 429) or status >= 500)
 
 
-def in_words(error: BaseException) -> StudyError:
+def readable_error(error: BaseException) -> StudyError:
     """Why there is no answer, and what to do about it, in one line."""
     error = _root(error)
     if isinstance(error, StudyError):
@@ -115,7 +115,7 @@ def in_words(error: BaseException) -> StudyError:
             return StudyError(
                 f"was refused ({status}); log in with a token that may read it (hf auth login)"
             )
-        case _ if _has_trouble(status):
+        case _ if _is_server_error(status):
             return Unreachable(f"the Hub has trouble ({status}); run again later")
         case httpx.TransportError():
             return Unreachable(f"the Hub cannot be reached ({reason}); {ELSEWHERE}")
@@ -137,7 +137,7 @@ def commit_of(kind: str, name: str, revision: str) -> str:
     api = HfApi(library_name="smoothquant-study")
     where = {"repo_type": kind, "revision": revision}
     try:
-        patiently(lambda: api.repo_info(name, timeout=ANSWER_S, **where))
+        with_retries(lambda: api.repo_info(name, timeout=ANSWER_S, **where))
     except Unreachable:
         try:
             return api.resolve_revision(name, local_files_only=True, **where).resolved
@@ -145,7 +145,7 @@ def commit_of(kind: str, name: str, revision: str) -> str:
             pass
         raise
     # Asked once more, since this call leaves what it hears in the cache.
-    return patiently(lambda: api.resolve_revision(name, **where)).resolved
+    return with_retries(lambda: api.resolve_revision(name, **where)).resolved
 
 
 def cached_model(name: str, commit: str) -> Path | None:
@@ -157,7 +157,7 @@ def cached_model(name: str, commit: str) -> Path | None:
         folder = Path(_snapshot(name, commit, local_files_only=True))
     except (LocalEntryNotFoundError, OSError, ValueError):
         return None
-    if missing_files(p.name for p in folder.iterdir()):
+    if model_files_problem(p.name for p in folder.iterdir()):
         return None
     try:
         stored_tensors(folder)
@@ -174,14 +174,14 @@ def fetch_model(name: str, commit: str) -> Path:
             in the repository, or arrived damaged.
     """
     api = HfApi(library_name="smoothquant-study")
-    tree = patiently(lambda: list(api.list_repo_tree(name, revision=commit)))
+    tree = with_retries(lambda: list(api.list_repo_tree(name, revision=commit)))
     names = [entry.path for entry in tree]
-    if lacking := missing_files(_fetched_names(names)):
-        raise StudyError(missing_files(names) or lacking)
-    config = patiently(lambda: hf_hub_download(name, "config.json", revision=commit))
+    if lacking := model_files_problem(_fetched_names(names)):
+        raise StudyError(model_files_problem(names) or lacking)
+    config = with_retries(lambda: hf_hub_download(name, "config.json", revision=commit))
     if unfit := config_problem(Path(config).read_bytes()):
         raise StudyError(unfit)
-    folder = Path(patiently(lambda: _snapshot(name, commit)))
+    folder = Path(with_retries(lambda: _snapshot(name, commit)))
     for entry in tree:
         path, large = folder / entry.path, getattr(entry, "lfs", None)
         if large and path.is_file() and sha256_file(path) != large.sha256:

@@ -22,7 +22,7 @@ def rows_file(source: HubDataset) -> Path:
     return cache_root() / "datasets" / f"{name}.jsonl"
 
 
-def keep_rows(source: HubDataset, rows: list[dict], **told) -> dict:
+def cache_rows(source: HubDataset, rows: list[dict], **told) -> dict:
     """Write the rows of a source to the cache; return their account, with what else is told.
 
     Raises:
@@ -38,7 +38,7 @@ def keep_rows(source: HubDataset, rows: list[dict], **told) -> dict:
     return found
 
 
-def account(source: HubDataset) -> dict | None:
+def cached_rows_info(source: HubDataset) -> dict | None:
     """Number and hash of the rows that are kept of a source; None if they are not here, whole."""
     path = rows_file(source)
     if not is_commit(source.revision) or not path.is_file():
@@ -61,6 +61,6 @@ def cached_rows(source: HubDataset) -> list[dict]:
     what, remedy = f"{source.hub} ({source.split})", f"run {FETCH} STUDY=… with this study"
     if not is_commit(source.revision):
         raise StudyError(f"{what} at {source.revision!r} is not pinned to a commit; {remedy}")
-    if account(source) is None:
+    if cached_rows_info(source) is None:
         raise StudyError(f"{what}: its rows are not on this machine; {remedy}")
     return read_jsonl(rows_file(source), made_by=FETCH)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from helpers.core.errors import StudyError
-from helpers.sources.hub import Unreachable, in_words, patiently
+from helpers.sources.hub import Unreachable, readable_error, with_retries
 from helpers.study.schema_sources import HubDataset, Stream
 
 RETRIES = 2  # of a read in mid-stream, beside the client's own for each request
@@ -42,7 +42,7 @@ def read_split(source: HubDataset) -> Read:
     Raises:
         StudyError: there is no such configuration or split, or it cannot be read.
     """
-    builder = patiently(lambda: _builder(source))
+    builder = with_retries(lambda: _builder(source))
     files = builder.config.data_files
     if source.split not in files:
         raise StudyError(f"split = {source.split!r} is none of {', '.join(files)}; correct it")
@@ -51,7 +51,7 @@ def read_split(source: HubDataset) -> Read:
             return _sample(list(files[source.split]), source.stream)
         rows = list(builder.as_streaming_dataset(split=source.split))
     except Exception as error:  # pyarrow, fsspec and httpx each have their own
-        raise in_words(error) from None
+        raise readable_error(error) from None
     return Read(rows, len(rows), None)
 
 

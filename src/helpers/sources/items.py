@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 
 from helpers.core.hashing import sha256_data, sha256_text
-from helpers.core.plain_text import whole_characters
+from helpers.core.plain_text import valid_unicode
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def _whole(value) -> str:
     text = "" if value is None else value
     if not isinstance(text, str):
         raise ValueError(f"{value!r} stands where a text belongs")
-    if text != whole_characters(text):
+    if text != valid_unicode(text):
         raise ValueError(f"{value!r} holds half a character")
     return text
 

@@ -18,14 +18,14 @@ def load_config(folder: Path):
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
-            raise not_loaded(folder, "model", error) from None
+            raise loading_error(folder, "model", error) from None
         reason = str(error).strip().splitlines()[0]
         raise StudyError(f"{folder.name}: its config.json cannot be used ({reason})") from None
     architecture(config)
     return config
 
 
-def not_loaded(folder: Path, what: str, error: Exception) -> StudyError:
+def loading_error(folder: Path, what: str, error: Exception) -> StudyError:
     """Why, in one line; code that would have to be run is named as that."""
     if "trust_remote_code" in str(error):
         return StudyError(

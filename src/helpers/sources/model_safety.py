@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core.errors import StudyError
-from helpers.core.weight_files import INDEX
+from helpers.core.weight_files import INDEX_FILE
 from helpers.study.model_folders import TOKENIZERS, weights_problem
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
-def refuse_unsafe(folder: Path) -> None:
+def check_model_safety(folder: Path) -> None:
     """Make sure a folder can be loaded without running anything that lies in it.
 
     Raises:
@@ -27,23 +27,23 @@ def refuse_unsafe(folder: Path) -> None:
         _json(folder / name)
     if problem := weights_problem(path.name for path in folder.iterdir()):
         raise StudyError(f"{folder.name}: {problem}")
-    _refuse_index(folder)
-    _refuse_pickled_tokenizer(folder)
-    _refuse_foreign_attention(folder)
+    _check_index(folder)
+    _check_tokenizer(folder)
+    _check_attention_code(folder)
 
 
-def _refuse_index(folder: Path) -> None:
-    named = _json(folder / INDEX).get("weight_map", {})
+def _check_index(folder: Path) -> None:
+    named = _json(folder / INDEX_FILE).get("weight_map", {})
     files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else [str(named)]
     for name in files:
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise StudyError(
-                f"{folder.name}: {INDEX} names {name!r}, which is no safetensors file of this "
+                f"{folder.name}: {INDEX_FILE} names {name!r}, which is no safetensors file of this "
                 "folder; save the model anew"
             )
 
 
-def _refuse_pickled_tokenizer(folder: Path) -> None:
+def _check_tokenizer(folder: Path) -> None:
     pickles = [p.name for p in sorted(folder.iterdir()) if p.suffix in (".pkl", ".pickle")]
     if pickles and not any((folder / name).is_file() for name in TOKENIZERS):
         raise StudyError(
@@ -52,7 +52,7 @@ def _refuse_pickled_tokenizer(folder: Path) -> None:
         )
 
 
-def _refuse_foreign_attention(folder: Path) -> None:
+def _check_attention_code(folder: Path) -> None:
     """transformers would fetch attention code that is named like a repository."""
     config = _json(folder / "config.json")
     for key in ("attn_implementation", "_attn_implementation"):

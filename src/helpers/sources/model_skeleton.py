@@ -35,7 +35,7 @@ class Skeleton:
     head: str
     table: str
 
-    def passes_over(self, name: str) -> bool:
+    def is_ignored(self, name: str) -> bool:
         """Whether transformers leaves a tensor of this name unread, and says nothing."""
         return self.unread is not None and bool(self.unread.search(name))
 

@@ -67,7 +67,7 @@ class TensorFiles(Mapping[str, Tensor]):
             self._take_as_the_model_does(skeleton(config), says_tied=config.tie_word_embeddings)
 
     def _take_as_the_model_does(self, model: Skeleton, *, says_tied: bool) -> None:
-        read = {n: t for n, t in self._tensors.items() if not model.passes_over(n)}
+        read = {n: t for n, t in self._tensors.items() if not model.is_ignored(n)}
         self._stored_names = {model.name_of(name): name for name in read}
         self._tensors = {name: read[stored] for name, stored in self._stored_names.items()}
         head, table = model.head in self._tensors, model.table in self._tensors
@@ -103,7 +103,7 @@ class TensorFiles(Mapping[str, Tensor]):
         with safe_open(self._tensors[name].path, framework="pt") as file:
             return self._given(file.get_tensor(self._stored_names[name]))
 
-    def all_at_once(self) -> dict[str, Tensor]:
+    def load_all(self) -> dict[str, Tensor]:
         """Every tensor by name, each file opened once."""
         tensors: dict[str, Tensor] = {}
         for path in sorted({tensor.path for tensor in self._tensors.values()}):

@@ -11,23 +11,23 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from helpers.core.activity import doing
+from helpers.core.activity import set_activity
 from helpers.core.architectures import HEAD, architecture, linear_names
-from helpers.core.checksums import RECORD, refuse_damaged
+from helpers.core.checksums import RECORD, check_checksums
 from helpers.core.errors import StudyError
 from helpers.core.file_writing import replace_folder
 from helpers.core.paths import StudyPaths
-from helpers.runtime.devices import answering_where_asked, placed
-from helpers.runtime.linears import multiplied_by_onednn
+from helpers.runtime.devices import place_on_device, return_to_input_device
+from helpers.runtime.linears import use_onednn
 from helpers.runtime.moe_experts import linear_experts
 from helpers.sources import chat_template
 from helpers.sources.bundled_model import bundled_model_folder
 from helpers.sources.hub import cached_model
-from helpers.sources.model_config import load_config, not_loaded
-from helpers.sources.model_safety import refuse_unsafe
+from helpers.sources.model_config import load_config, loading_error
+from helpers.sources.model_safety import check_model_safety
 from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.random_model import random_model_folder
-from helpers.study.local_files import resolve
+from helpers.study.local_files import resolve_path
 from helpers.study.pins import FETCH, is_commit
 from helpers.study.schema import Runtime, Study
 from helpers.study.schema_sources import BundledModel, FolderModel, HubModel, RandomModel
@@ -43,7 +43,7 @@ def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
             damaged; says what to do.
     """
     folder = _folder_of(study, model, paths)
-    refuse_unsafe(folder)
+    check_model_safety(folder)
     return folder
 
 
@@ -54,13 +54,13 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
         case RandomModel(random=family, size=size):
             return random_model_folder(family, size=size, seed=study.seed)
         case FolderModel(folder=folder):
-            return resolve(folder)
+            return resolve_path(folder)
         case HubModel() as source:
             return _fetched(source, paths.study)
     folder = paths.finetuned_model(model)
     if not (folder / RECORD).is_file():
         raise StudyError(f"model {model!r} is not trained yet; run 00_finetuning first")
-    refuse_damaged(folder, made_by="00_finetuning")
+    check_checksums(folder, made_by="00_finetuning")
     return folder
 
 
@@ -84,8 +84,8 @@ def load_model(folder: Path, runtime: Runtime):
             that comes with code of its own, not all of one (what is missing would be drawn at
             random), or more than one (what has no place would go unread).
     """
-    refuse_unsafe(folder)
-    doing("loading a model")
+    check_model_safety(folder)
+    set_activity("loading a model")
     try:
         with linear_experts(load_config(folder)):
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -100,14 +100,14 @@ def load_model(folder: Path, runtime: Runtime):
     except StudyError:
         raise
     except Exception as error:  # of many kinds; each means that the folder is at fault
-        raise not_loaded(folder, "model", error) from None
+        raise loading_error(folder, "model", error) from None
     if problem := tensor_problem(report["missing_keys"], report["unexpected_keys"]):
         raise StudyError(f"{folder.name}: {problem}")
-    tell_tied_(model)
-    tell_greedy_(model)
+    record_tied_head_(model)
+    remove_sampling_settings_(model)
     if runtime.device_map:  # the parts are where they belong already
-        return answering_where_asked(model).eval()
-    return multiplied_by_onednn(placed(model, runtime)).eval()
+        return return_to_input_device(model).eval()
+    return use_onednn(place_on_device(model, runtime)).eval()
 
 
 def tensor_problem(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
@@ -125,13 +125,13 @@ def tensor_problem(missing: Iterable[str], unexpected: Iterable[str]) -> str | N
     return None
 
 
-def tell_tied_(model) -> None:
+def record_tied_head_(model) -> None:
     """Make the configuration say whether the head is the embeddings, as the tensors are."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = head.weight is table.weight
 
 
-def tell_greedy_(model) -> None:
+def remove_sampling_settings_(model) -> None:
     """Leave out settings of sampling that contradict `do_sample`; answers are greedy anyway.
 
     transformers reads such a file and refuses to save it again.
@@ -144,11 +144,11 @@ def tell_greedy_(model) -> None:
         model.generation_config = GenerationConfig(**ids)
 
 
-def take_generation_config_(model, folder: Path) -> None:
+def load_generation_config_(model, folder: Path) -> None:
     """Give a model made from a configuration the folder's own tokens that end a text."""
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
-    tell_greedy_(model)
+    remove_sampling_settings_(model)
 
 
 def empty_model(config, *, dtype: torch.dtype):
@@ -188,20 +188,22 @@ def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
             without which generation cannot stop, or a chat template that cannot be used as
             the study asks.
     """
-    refuse_unsafe(folder)
+    check_model_safety(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     except Exception as error:  # of many kinds; each means that the folder is at fault
-        raise not_loaded(folder, "tokenizer", error) from None
+        raise loading_error(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(
             f"{folder.name}: the tokenizer has no eos token; set eos_token in tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    chat_template.settle_(tokenizer, enable_thinking=enable_thinking, place=folder.name)
+    chat_template.configure_chat_template_(
+        tokenizer, enable_thinking=enable_thinking, place=folder.name
+    )
     return tokenizer
 
 

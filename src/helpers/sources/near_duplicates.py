@@ -46,13 +46,13 @@ class Index:
 
 
 @lru_cache(maxsize=8)
-def keys_near(pool: tuple[Item, ...], others: tuple[Item, ...]) -> frozenset[str]:
+def near_duplicate_keys(pool: tuple[Item, ...], others: tuple[Item, ...]) -> frozenset[str]:
     """Keys of the items of a pool that are near-duplicates of others."""
     index = Index(others)
     return frozenset(item_key(item) for item in pool if index.near(item))
 
 
-def clustered(items: Iterable[Item]) -> list[Item]:
+def cluster_near_duplicates(items: Iterable[Item]) -> list[Item]:
     """The items, near-duplicates and what shares a passage with them in one cluster."""
     return list(_clustered(tuple(items)))
 

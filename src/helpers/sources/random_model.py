@@ -6,7 +6,7 @@ layout and its chat format, and at full size its time and memory.
 
 from pathlib import Path
 
-from helpers.core.cached_folders import kept_folder
+from helpers.core.cached_folders import cached_folder
 from helpers.core.hashing import canonical_json, sha256_text
 from helpers.core.paths import cache_root
 
@@ -118,4 +118,4 @@ def random_model_folder(family: str, *, size: str, seed: int) -> Path:
         byte_tokenizer().save_pretrained(folder)
 
     name = f"random-{family}-{size}-{seed}-{made_of}"
-    return kept_folder(cache_root() / "models" / name, fill)
+    return cached_folder(cache_root() / "models" / name, fill)

@@ -11,7 +11,7 @@ from pathlib import Path
 from helpers.core.hashing import sha256_data
 from helpers.sources.items import Item
 from helpers.sources.rows import load_rows
-from helpers.study.local_files import files_of
+from helpers.study.local_files import dataset_files
 from helpers.study.schema_sources import DatasetSource, FileDataset, ShippedDataset
 
 
@@ -33,7 +33,7 @@ def _rows_of(source: DatasetSource) -> Iterator[dict]:
     if isinstance(source, ShippedDataset):
         paths = [Path(__file__).parent / "data" / f"{source.shipped}.jsonl"]
     elif isinstance(source, FileDataset):
-        paths = files_of(source)
+        paths = dataset_files(source)
     if not paths or any(path.suffix == ".parquet" for path in paths):
         yield from load_rows(source)
         return

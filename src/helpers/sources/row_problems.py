@@ -3,14 +3,14 @@
 from collections.abc import Callable, Iterator
 
 from helpers.core.errors import StudyError
-from helpers.sources.hub_rows import account
+from helpers.sources.hub_rows import cached_rows_info
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
     shared_passages,
     training_items,
 )
-from helpers.study.local_files import sources_of
+from helpers.study.local_files import study_sources
 from helpers.study.schema import Study
 from helpers.study.schema_sources import FineTunedModel, HubDataset
 
@@ -45,8 +45,8 @@ def row_problems(study: Study) -> Iterator[str]:
 
 def rows_are_here(study: Study) -> bool:
     """Whether all rows that a study names on a Hub have been fetched."""
-    return _are_here([source for _, source in sources_of(study)])
+    return _are_here([source for _, source in study_sources(study)])
 
 
 def _are_here(sources: list) -> bool:
-    return all(account(source) for source in sources if isinstance(source, HubDataset))
+    return all(cached_rows_info(source) for source in sources if isinstance(source, HubDataset))

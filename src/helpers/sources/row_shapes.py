@@ -4,17 +4,17 @@ from typing import Any
 
 from helpers.core.plain_text import one_line
 
-WANTED = {
+EXPECTED_ROWS = {
     "arc": "{id: text, question: text, choices: {label: [text], text: [text]}, answerKey: text}",
     "boolq": "{question: text, passage: text, answer: true or false}",
     "squad_v2": "{id: text, question: text, context: text, answers: {text: [text]}}",
     "openmath": "{problem: text, expected_answer: text}",
 }
-PASSAGE = "{context: text}"
+EXPECTED_PASSAGE = "{context: text}"
 MOST_KEYS, MOST_CHARACTERS = 8, 24
 
 
-def shape(value: Any, *, depth: int = 2) -> str:
+def describe_value(value: Any, *, depth: int = 2) -> str:
     """The kind of a value, of a mapping by its keys, of a list by its first value."""
     match value:
         case None:
@@ -30,14 +30,14 @@ def shape(value: Any, *, depth: int = 2) -> str:
         case dict():
             return "{…}"
         case list() | tuple() if depth and value:
-            return f"[{shape(value[0], depth=depth - 1)}]"
+            return f"[{describe_value(value[0], depth=depth - 1)}]"
         case list() | tuple():
             return "[…]" if value else "[]"
     return type(value).__name__
 
 
 def _mapping(value: dict, depth: int) -> str:
-    keys = [f"{_short(key)}: {shape(value[key], depth=depth - 1)}" for key in list(value)]
+    keys = [f"{_short(key)}: {describe_value(value[key], depth=depth - 1)}" for key in list(value)]
     more = [f"{len(keys) - MOST_KEYS} more"] if len(keys) > MOST_KEYS else []
     return "{" + ", ".join(keys[:MOST_KEYS] + more) + "}"
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from helpers.core.errors import StudyError
 from helpers.core.plain_text import one_line
 from helpers.sources.hub_rows import cached_rows
-from helpers.sources.row_shapes import shape
-from helpers.study.local_files import files_of
+from helpers.sources.row_shapes import describe_value
+from helpers.study.local_files import dataset_files
 from helpers.study.schema_sources import DatasetSource, FileDataset, HubDataset, ShippedDataset
 
 WANTED = "wanted is JSON lines: one object a line, as {…}"
@@ -30,7 +30,7 @@ def load_rows(source: DatasetSource) -> list[dict]:
             data = files("helpers.sources").joinpath(f"data/{name}.jsonl").read_bytes()
             return _json_lines(data, name)
         case FileDataset():
-            return [row for path in files_of(source) for row in _file_rows(path, source)]
+            return [row for path in dataset_files(source) for row in _file_rows(path, source)]
         case HubDataset():
             return cached_rows(source)
     raise StudyError(f"{source!r} is not a kind of dataset source")
@@ -65,7 +65,7 @@ def _json_lines(data: bytes, place: str) -> list[dict]:
             told = f"is {seen}" if seen else f"line {number} is not JSON ({error})"
             raise StudyError(f"{place}: {told}; {WANTED}") from None
         if not isinstance(row, dict):
-            seen = _document(text) or f"line {number} is {shape(row)}"
+            seen = _document(text) or f"line {number} is {describe_value(row)}"
             raise StudyError(f"{place}: {seen}; {WANTED}")
         rows.append(row)
     return rows
@@ -90,8 +90,8 @@ def _document(text: str) -> str:
     except (ValueError, RecursionError):
         return ""
     if isinstance(value, list):
-        return f"one JSON array of {len(value)} values, the first {shape(value[:1])[1:-1]}"
-    return f"one JSON value over several lines, {shape(value)}"
+        return f"one JSON array of {len(value)} values, the first {describe_value(value[:1])[1:-1]}"
+    return f"one JSON value over several lines, {describe_value(value)}"
 
 
 def _table(line: str) -> str:

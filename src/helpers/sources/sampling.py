@@ -13,8 +13,8 @@ from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_text
 from helpers.sources.exact_numbers import gold_number
 from helpers.sources.items import ADAPTERS, Item, item_key, text_of
-from helpers.sources.near_duplicates import clustered, keys_near
-from helpers.sources.row_shapes import PASSAGE, WANTED, shape
+from helpers.sources.near_duplicates import cluster_near_duplicates, near_duplicate_keys
+from helpers.sources.row_shapes import EXPECTED_PASSAGE, EXPECTED_ROWS, describe_value
 from helpers.sources.rows import load_rows
 from helpers.study.schema import Study
 from helpers.study.schema_sources import DatasetSource, HubDataset
@@ -47,8 +47,8 @@ def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
         except (KeyError, TypeError, ValueError) as error:
             raise StudyError(
                 f"{_shown(source)}: row {number} is no {adapter} item ({_reason(error)}): it is "
-                f"{shape(row)}, wanted is {WANTED[adapter]}; give the Hub's schema or another "
-                "adapter"
+                f"{describe_value(row)}, wanted is {EXPECTED_ROWS[adapter]}; give the Hub's "
+                "schema or another adapter"
             ) from None
         known = items.setdefault(item_key(item), item)
         if known is item and item.id in ids:
@@ -78,7 +78,7 @@ def _shown(source: DatasetSource) -> str:
     return next(iter(source.model_dump().values()))
 
 
-def draw(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], what: str):
+def draw_items(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], what: str):
     """`count` items in seeded order, none of them with a key in `excluding`.
 
     Items with titles are drawn title by title, since their raw order is clustered.
@@ -114,7 +114,9 @@ def evaluation_items(study: Study, dataset: str) -> list[Item]:
     if wanted.keep == "numeric_answers":
         items = [item for item in items if is_numeric(item)]
     what = f"evaluation.datasets.{dataset}"
-    return clustered(draw(items, wanted.items, seed=study.seed, excluding=(), what=what))
+    return cluster_near_duplicates(
+        draw_items(items, wanted.items, seed=study.seed, excluding=(), what=what)
+    )
 
 
 def item_ids(items: Iterable[Item]) -> list[str]:
@@ -127,7 +129,7 @@ def is_numeric(item: Item) -> bool:
     return gold_number(item.golds[0]) is not None
 
 
-def pools(study: Study) -> dict[str, dict[str, int]]:
+def pool_sizes(study: Study) -> dict[str, dict[str, int]]:
     """What each evaluation set was drawn from: rows read, questions in them, how many numeric.
 
     For the record: the share of answers that are no numbers is known whether they were
@@ -148,7 +150,7 @@ def calibration_items(study: Study) -> list[Item]:
     wanted = study.calibration
     items = load_items(wanted.dataset, adapter=wanted.adapter)
     barred = _evaluation_keys(study, items)
-    return draw(items, wanted.items, seed=study.seed, excluding=barred, what="calibration")
+    return draw_items(items, wanted.items, seed=study.seed, excluding=barred, what="calibration")
 
 
 def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:
@@ -162,7 +164,7 @@ def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:
     barred = _evaluation_keys(study, items) | {item_key(item) for item in calibration_items(study)}
     count = wanted.items + wanted.heldout_items
     what = f"models.{model}.finetune"
-    drawn = draw(items, count, seed=study.seed, excluding=barred, what=what)
+    drawn = draw_items(items, count, seed=study.seed, excluding=barred, what=what)
     return drawn[: wanted.items], drawn[wanted.items :]
 
 
@@ -171,7 +173,7 @@ def _evaluation_keys(study: Study, pool: list[Item]) -> set[str]:
     asked = tuple(
         item for dataset in study.evaluation.datasets for item in evaluation_items(study, dataset)
     )
-    return {item_key(item) for item in asked} | keys_near(tuple(pool), asked)
+    return {item_key(item) for item in asked} | near_duplicate_keys(tuple(pool), asked)
 
 
 def shared_passages(study: Study) -> list[str]:
@@ -197,6 +199,6 @@ def _passage(source: DatasetSource, number: int, row: dict) -> str:
         return text_of(row["context"])
     except (KeyError, TypeError, ValueError):
         raise StudyError(
-            f"{_shown(source)}: row {number} has no 'context' to read: it is {shape(row)}, wanted "
-            f"is {PASSAGE}; give a source in SQuAD's schema"
+            f"{_shown(source)}: row {number} has no 'context' to read: it is "
+            f"{describe_value(row)}, wanted is {EXPECTED_PASSAGE}; give a source in SQuAD's schema"
         ) from None

@@ -81,7 +81,7 @@ def role_of(study: Study, name: str) -> Role | None:
     if recipe.dtype:
         return "noise floor"
     if not recipe.quantized:
-        return "repetition" if recipe.as_loaded else "smoothing alone"
+        return "repetition" if recipe.is_unmodified else "smoothing alone"
     twins = [n for n, other in study.variants.items() if is_unsmoothed_twin(recipe, other)]
     return "without smoothing" if twins else None
 

@@ -11,8 +11,9 @@ items; effect sizes without a unit.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,8 @@ from scipy.optimize import brentq
 from scipy.stats import binomtest, norm
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
+
+Name = TypeVar("Name", bound=Hashable)  # of a comparison
 
 
 @dataclass(frozen=True)
@@ -206,7 +209,7 @@ def paired_binary(baseline: ArrayLike, variant: ArrayLike, *, confidence: float)
     )
 
 
-def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
     """Holm-adjusted p by comparison name, in the same order; an empty family gives {}.
 
     Holm, Scand. J. Stat. 6 (1979) 65: rejecting where the adjusted p is at most

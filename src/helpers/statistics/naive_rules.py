@@ -93,7 +93,7 @@ def certifying_p(adapter: str, baseline: Answers, variant: Answers) -> float:
 
 def empty_answers(rows: list[dict]) -> EmptyAnswers:
     """How a SQuAD score comes about by the official rule."""
-    scores = {True: [], False: []}  # by whether the question has an answer
+    scores: dict[bool, list[float]] = {True: [], False: []}  # by whether the question has an answer
     for row in rows:
         scores[bool(row["golds"])].append(official_exact_match(row))
     return EmptyAnswers(

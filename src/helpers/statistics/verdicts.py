@@ -56,13 +56,13 @@ def study_verdicts(
     for c in dict.fromkeys(wanted):
         if not {(c.model, c.dataset, name) for name in (c.baseline, c.variant)} <= answers.keys():
             continue
-        sides = [answers[c.model, c.dataset, name] for name in (c.baseline, c.variant)]
+        baseline, variant = (answers[c.model, c.dataset, v] for v in (c.baseline, c.variant))
         adapter = study.evaluation.datasets[c.dataset].adapter
         alpha = rules.alpha / rules.family if c in primary else rules.alpha
-        paired = compare(*sides, rules, alpha=alpha)
+        paired = compare(baseline, variant, rules, alpha=alpha)
         reasons = (
-            disagreeing.get(c) or invalid_reason(adapter, *sides, rules),
-            uninformative_reason(adapter, sides[0], rules),
+            disagreeing.get(c) or invalid_reason(adapter, baseline, variant, rules),
+            uninformative_reason(adapter, baseline, rules),
         )
         judged[c] = paired, reasons
         if c in primary and not reasons[0]:
@@ -96,7 +96,7 @@ def judge(
         return Verdict("invalid", invalid, primary, None, paired)
     if uninformative:
         return Verdict("uninformative", uninformative, primary, holm_p, paired)
-    if not primary:
+    if holm_p is None:
         return Verdict("exploratory", same, primary, None, paired)
     if holm_p <= rules.alpha and paired.delta != 0:
         why = "the difference lies inside the margin all the same" if inside else ""

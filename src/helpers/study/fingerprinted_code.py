@@ -64,10 +64,13 @@ def _files_named_in(file: Path) -> frozenset[Path]:
 
 def _named_files(tree: ast.Module, place: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
-        names, beside = [], None
+        names: list[str] = []
+        beside = None
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
+            if node.module is None or node.level:
+                raise StudyError(f"{place.name}: has a relative import; name the module in full")
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             names, beside = [node.value], node.value

@@ -13,11 +13,11 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import PROJECT, StudyPaths
 from helpers.core.plain_text import one_line
 from helpers.study.loading_yaml import MOST_BYTES, read_yaml
-from helpers.study.local_files import found_at, missing_files
-from helpers.study.pins import pinned, read_pins
+from helpers.study.local_files import missing_local_files, path_is
+from helpers.study.pins import read_pins, with_pinned_commits
 from helpers.study.schema import Study
-from helpers.study.schema_names import PATTERN, RULE, TAKEN_STUDIES, trouble_with
-from helpers.study.validation_messages import complaints
+from helpers.study.schema_names import PATTERN, RESERVED_STUDIES, RULE, name_problem
+from helpers.study.validation_messages import error_lines
 from helpers.study.validation_references import broken_references
 
 
@@ -36,7 +36,7 @@ def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
     Args and raises: as `read_study`; a damaged record of commits is refused too.
     """
     read = read_study(study, with_sources=with_sources)
-    return pinned(read, read_pins(StudyPaths(study_file(study).stem)))
+    return with_pinned_commits(read, read_pins(StudyPaths(study_file(study).stem)))
 
 
 def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
@@ -50,11 +50,11 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
     Raises:
         StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
     """
-    path, place = study_file(study), place_of(study)
-    if not found_at(str(path), Path.is_file):
+    path, place = study_file(study), study_file_label(study)
+    if not path_is(str(path), Path.is_file):
         known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
         raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
-    _refuse_name(path.stem, place)
+    _check_name(path.stem, place)
     try:
         with open(path, "rb") as stream:
             data = read_yaml(stream.read(MOST_BYTES + 1))
@@ -65,26 +65,26 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
     try:
         loaded = Study.model_validate(data)
     except ValidationError as error:
-        raise StudyError("\n".join(complaints(error, data, place))) from None
-    found = broken_references(loaded) + (missing_files(loaded) if with_sources else [])
+        raise StudyError("\n".join(error_lines(error, data, place))) from None
+    found = broken_references(loaded) + (missing_local_files(loaded) if with_sources else [])
     problems = [f"{place}: {line}" for line in found]
     if problems:
         raise StudyError("\n".join(problems))
     return loaded
 
 
-def place_of(study: str | Path) -> str:
+def study_file_label(study: str | Path) -> str:
     """A study's file as messages name it."""
     return _shown(study_file(study))
 
 
-def _refuse_name(study: str, place: str) -> None:
+def _check_name(study: str, place: str) -> None:
     """A study's outputs lie in a folder of its file's name, which must not lead elsewhere."""
     if not re.fullmatch(PATTERN, study):
         raise StudyError(f"{one_line(place)}: {study!r} names no folder; rename the file ({RULE})")
-    if study in TAKEN_STUDIES:
+    if study in RESERVED_STUDIES:
         raise StudyError(f"{place}: {study!r} is a folder of outputs/ already; rename the file")
-    if trouble := trouble_with(study):
+    if trouble := name_problem(study):
         raise StudyError(f"{place}: {study!r} {trouble}")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from helpers.core.plain_text import whole_characters
+from helpers.core.plain_text import valid_unicode
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
@@ -43,7 +43,7 @@ def read_yaml(content: bytes) -> Any:
         node = loader.get_single_node()
         if node is None:
             return None
-        _refuse_endless(node)
+        _check_size(node)
         return loader.construct_document(node)
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
@@ -57,7 +57,7 @@ def read_yaml(content: bytes) -> Any:
 _TOO_DEEP = f"more than {DEEPEST} mappings and lists stand inside one another; none needs so many"
 
 
-def _refuse_endless(root: yaml.Node) -> None:
+def _check_size(root: yaml.Node) -> None:
     """Refuse too many values, too deep ones, endless ones, and a value inside itself."""
     sizes: dict[int, tuple[int, int]] = {}
     open_nodes: set[int] = set()
@@ -91,6 +91,6 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
     line = node.start_mark.line + 1
     if len(node.value) > LONGEST_VALUE:
         raise ValueError(f"line {line}: a value has more than {LONGEST_VALUE:,} characters")
-    if node.value != whole_characters(node.value):
+    if node.value != valid_unicode(node.value):
         raise ValueError(f"line {line}: a value holds half a character; write it anew")
     return []

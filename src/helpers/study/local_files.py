@@ -11,39 +11,39 @@ from helpers.study.schema_sources import FileDataset, FineTunedModel, FolderMode
 NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
 
 
-def resolve(path: str) -> Path:
+def resolve_path(path: str) -> Path:
     """A path of the study file; relative ones start at the project's root."""
     given = Path(path).expanduser()
     return given if given.is_absolute() else PROJECT / given
 
 
-def files_of(source: FileDataset) -> list[Path]:
+def dataset_files(source: FileDataset) -> list[Path]:
     """The files a local dataset names, in order of their names; empty if there are none."""
     try:
-        path = resolve(source.file)
+        path = resolve_path(source.file)
         named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
         return sorted(file for file in named if file.is_file())
     except NO_PATH:
         return []
 
 
-def found_at(path: str, kind: Callable[[Path], bool]) -> bool:
+def path_is(path: str, kind: Callable[[Path], bool]) -> bool:
     """Whether a path of the study file is there; one that cannot be a path is not."""
     try:
-        return kind(resolve(path))
+        return kind(resolve_path(path))
     except NO_PATH:
         return False
 
 
-def missing_files(study: Study) -> list[str]:
+def missing_local_files(study: Study) -> list[str]:
     """A line for each that is not there, or cannot be what it is named as."""
     problems = []
     if study.runtime.quantized == "vllm" and not vllm_python().is_file():
         problems.append(
             "runtime.quantized = 'vllm' but vLLM is not set up; run make .venv-vllm/.study-ready"
         )
-    for key, source in sources_of(study):
-        if isinstance(source, FileDataset) and not files_of(source):
+    for key, source in study_sources(study):
+        if isinstance(source, FileDataset) and not dataset_files(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
         if isinstance(source, FolderModel) and (wrong := _folder_problem(source)):
             problems.append(f"{key}.folder = {source.folder!r} {wrong}")
@@ -51,12 +51,12 @@ def missing_files(study: Study) -> list[str]:
 
 
 def _folder_problem(source: FolderModel) -> str | None:
-    if not found_at(source.folder, Path.is_dir):
+    if not path_is(source.folder, Path.is_dir):
         return "is not a folder; correct the path"
-    return folder_problem(resolve(source.folder))
+    return folder_problem(resolve_path(source.folder))
 
 
-def sources_of(study: Study) -> list[tuple[str, object]]:
+def study_sources(study: Study) -> list[tuple[str, object]]:
     """(key, source) of every model and every set of rows that a study names."""
     found: list[tuple[str, object]] = []
     for name, model in study.models.items():

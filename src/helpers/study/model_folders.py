@@ -4,15 +4,15 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from helpers.core.architectures import unknown_family
+from helpers.core.architectures import unknown_family_message
 from helpers.core.errors import StudyError
 from helpers.core.plain_text import one_line
 from helpers.core.weight_files import (
-    AGAIN,
-    ANEW,
-    INDEX,
-    WHOLE,
-    is_pointer,
+    DOWNLOAD_AGAIN,
+    INDEX_FILE,
+    SAVE_AGAIN,
+    WEIGHTS_FILE,
+    is_lfs_pointer,
     missing_shards,
     stored_tensors,
 )
@@ -29,7 +29,7 @@ SAVE = "give one with safetensors (save_pretrained of a model you trust writes t
 def weights_problem(names: Iterable[str]) -> str | None:
     """Why files of these names hold no weights to read, with the remedy; None if they do."""
     names = sorted(names)
-    whole = WHOLE in names or INDEX in names
+    whole = WEIGHTS_FILE in names or INDEX_FILE in names
     if ADAPTER in names and whole:
         return (
             f"holds an adapter ({ADAPTER}) beside a whole model, and transformers would apply it "
@@ -40,14 +40,15 @@ def weights_problem(names: Iterable[str]) -> str | None:
             f"holds an adapter ({ADAPTER}), not a whole model; merge it into its model (PEFT's "
             "merge_and_unload) and save that"
         )
-    if WHOLE in names:
+    if WEIGHTS_FILE in names:
         return None
     if whole and (lacking := missing_shards(names)):
         return f"lacks {lacking[0]} ({len(lacking)} of its shards in all); download it again"
     if whole:
         return None
     if stray := [name for name in names if name.endswith(".safetensors")]:
-        return f"holds {stray[0]}, but neither {WHOLE} nor {INDEX}; {ANEW}, or {AGAIN}"
+        absent = f"neither {WEIGHTS_FILE} nor {INDEX_FILE}"
+        return f"holds {stray[0]}, but {absent}; {SAVE_AGAIN}, or {DOWNLOAD_AGAIN}"
     if pickles := [name for name in names if name.endswith(PICKLES)]:
         return f"holds only {pickles[0]}, a pickle, which may run anything; {SAVE}"
     if others := [name for name in names if name.endswith(OTHER_WEIGHTS)]:
@@ -55,7 +56,7 @@ def weights_problem(names: Iterable[str]) -> str | None:
     return f"holds no weights; {SAVE}"
 
 
-def missing_files(names: Iterable[str]) -> str | None:
+def model_files_problem(names: Iterable[str]) -> str | None:
     """What files of these names lack to be a model and its tokenizer; None if nothing."""
     names = set(names)
     if lacking := weights_problem(names):
@@ -75,13 +76,15 @@ def missing_files(names: Iterable[str]) -> str | None:
 
 def folder_problem(folder: Path) -> str | None:
     """The same for a local folder, its configuration and the headers of its weights read too."""
-    if lacking := missing_files(path.name for path in folder.iterdir()):
+    if lacking := model_files_problem(path.name for path in folder.iterdir()):
         return lacking
     if unfit := config_problem((folder / "config.json").read_bytes()):
         return unfit
     for name in TOKENIZERS:
-        if (folder / name).is_file() and is_pointer(folder / name):
-            return f"holds a git-lfs pointer in place of {name}; run git lfs pull, or {AGAIN}"
+        if (folder / name).is_file() and is_lfs_pointer(folder / name):
+            return (
+                f"holds a git-lfs pointer in place of {name}; run git lfs pull, or {DOWNLOAD_AGAIN}"
+            )
     try:
         stored_tensors(folder)
     except StudyError as error:
@@ -104,4 +107,4 @@ def config_problem(content: bytes) -> str | None:
     if scheme := config.get("quantization_config"):
         how = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
         return f"is quantized already ({how or 'config.json says so'}); give the float model"
-    return unknown_family(str(config.get("model_type", "")))
+    return unknown_family_message(str(config.get("model_type", "")))

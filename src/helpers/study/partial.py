@@ -38,12 +38,12 @@ class Part:
         return replace(job, study=self.study)
 
 
-def folder(paths: StudyPaths, *, partial: str) -> Path:
+def report_folder(paths: StudyPaths, *, partial: str) -> Path:
     """Where a report is written: a partial one never where a whole one lies."""
     return paths.root / "partial" if partial == "yes" else paths.root
 
 
-def wanted_part(job: Job, *, partial: str) -> Part:
+def part_to_report(job: Job, *, partial: str) -> Part:
     """What is to be reported of a job's study.
 
     Args:
@@ -56,10 +56,10 @@ def wanted_part(job: Job, *, partial: str) -> Part:
         raise StudyError(f"partial = {partial!r} is neither yes nor no; give one of them")
     if partial == "no":
         return Part(job.study, tuple(stages.runs(job.study)))
-    return part_of(job.study, fingerprints.complete(job.study, job.paths))
+    return largest_complete_part(job.study, fingerprints.completed_runs(job.study, job.paths))
 
 
-def part_of(study: Study, complete: Collection[Run]) -> Part:
+def largest_complete_part(study: Study, complete: Collection[Run]) -> Part:
     """The part of the study all of whose runs are among the complete ones.
 
     Raises:
@@ -77,10 +77,10 @@ def part_of(study: Study, complete: Collection[Run]) -> Part:
     part = study.model_copy(update=kept)
     shown = tuple(run for run in stages.runs(part) if run in complete)
     left_out = [run for run in stages.runs(study) if run not in shown]
-    return Part(part, shown, tuple(_named(run, run in complete) for run in left_out))
+    return Part(part, shown, tuple(_run_label(run, run in complete) for run in left_out))
 
 
-def _named(run: Run, done: bool) -> str:
+def _run_label(run: Run, done: bool) -> str:
     name = " ".join(filter(None, (run.stage, run.model, run.variant)))
     return f"{name} (complete, but not what it is compared with)" if done else name
 
@@ -108,7 +108,10 @@ def _leave_out(gaps: list[tuple[str, str]], models: list, variants: list, baseli
     others = [name for name in variants if name != baseline]
     by_model = {m: len({v for x, v in gaps if x == m}) / len(others) for m in models}
     by_variant = {v: len({m for m, x in gaps if x == v}) / len(models) for v in others}
-    model, variant = max(by_model, key=by_model.get), max(by_variant, key=by_variant.get)
+    model, variant = (
+        max(by_model, key=by_model.__getitem__),
+        max(others, key=by_variant.__getitem__),
+    )
     if by_variant[variant] >= by_model[model]:
         variants.remove(variant)
     else:

@@ -135,7 +135,7 @@ def _fields(value: Any) -> tuple[str, ...]:
     return tuple(type(value).model_fields) if isinstance(value, BaseModel) else ()
 
 
-def pinned(study: Study, pins: Pins) -> Study:
+def with_pinned_commits(study: Study, pins: Pins) -> Study:
     """The study with commits for revisions, wherever they are known."""
 
     def pin(source: HubSource) -> HubSource:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from helpers.study.schema_names import PATTERN, trouble_with
+from helpers.study.schema_names import PATTERN, name_problem
 
 
 def _in_unit_interval(value: float) -> float:
@@ -31,7 +31,7 @@ def sole_key(value: Any) -> str | None:
 
 
 def _portable(name: str) -> str:
-    if trouble := trouble_with(name):
+    if trouble := name_problem(name):
         raise PydanticCustomError("name", "{trouble}", {"trouble": trouble})
     return name
 

@@ -7,18 +7,19 @@ a path, so that no two differ in case alone, and none that Windows keeps for a d
 PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
 # What the project itself writes beside them, and so no name for them.
-TAKEN = {
+RESERVED_NAMES = {
     "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
     | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json"},
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
-TAKEN_STUDIES = {"bench", "serve-check", "scale"}  # folders of outputs/ that are no study's
+# Folders of outputs/ that belong to no study.
+RESERVED_STUDIES = {"bank", "bench", "coverage", "gpu", "scale", "serve-check"}
 DEVICES = {"con", "prn", "aux", "nul"}
 DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 
 
-def trouble_with(name: str) -> str | None:
+def name_problem(name: str) -> str | None:
     """Why a name that fits the pattern is still none for a folder; None if it is one."""
     if name.endswith("."):
         return "ends in a dot, which Windows leaves out; rename it"

@@ -100,7 +100,9 @@ class Variant(Strict):
         """(weights, activations) granularity, or None for a float variant."""
         if self.preset:
             return PRESETS[self.preset]
-        return (self.weights, self.activations) if self.weights else None
+        if self.weights is None or self.activations is None:
+            return None
+        return self.weights, self.activations
 
     @property
     def quantized(self) -> bool:
@@ -108,14 +110,14 @@ class Variant(Strict):
         return self.scheme is not None
 
     @property
-    def changes_model(self) -> bool:
+    def needs_checkpoint(self) -> bool:
         """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
         return self.quantized or self.smooth is not None
 
     @property
-    def as_loaded(self) -> bool:
+    def is_unmodified(self) -> bool:
         """Whether it is the model itself, in the study's own float type."""
-        return not self.changes_model and self.dtype is None
+        return not self.needs_checkpoint and self.dtype is None
 
     @property
     def claim(self) -> "Variant":
@@ -129,11 +131,11 @@ class Variant(Strict):
         return self.model_copy(update=claimed)
 
 
-def runs_as(variant: Variant) -> tuple:
+def speed_key(variant: Variant) -> tuple:
     """What decides the speed and the bytes of a quantized variant."""
-    return (*variant.scheme, tuple(variant.ignore), variant.dtype)
+    return variant.scheme, variant.ignore, variant.dtype
 
 
-def one_a_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:
+def variant_per_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:
     """Of the quantized variants that run alike the one to measure, the last of them."""
-    return {runs_as(recipe): name for name, recipe in variants.items() if recipe.quantized}
+    return {speed_key(recipe): name for name, recipe in variants.items() if recipe.quantized}

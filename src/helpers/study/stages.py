@@ -2,7 +2,7 @@
 
 The Snakefile is made of this. Two things decide whether a run is repeated:
 
-- `depends_on`: everything in the study file the stage uses, as ONE text with sorted
+- `settings_text`: everything in the study file the stage uses, as ONE text with sorted
   keys. Snakemake compares parameters as a set of values, so that two swapped values
   would go unseen if they were given one by one.
 - `source_files`: the notebook, every helper module it rests on
@@ -19,7 +19,7 @@ from helpers.core.errors import StudyError
 from helpers.core.hashing import canonical_json
 from helpers.core.paths import PROJECT, StudyPaths
 from helpers.study.fingerprinted_code import HELPERS, imported_modules
-from helpers.study.local_files import files_of, resolve
+from helpers.study.local_files import dataset_files, resolve_path
 from helpers.study.schema import Study
 from helpers.study.schema_sources import FileDataset, FineTunedModel, FolderModel, ShippedDataset
 
@@ -75,7 +75,7 @@ def runs(study: Study) -> list[Run]:
     pairs = [(m, v) for m in study.models for v in study.variants]
     found = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
     found += [Run("calibration", m) for m in study.models]
-    found += [Run("quantization", m, v) for m, v in pairs if study.variants[v].changes_model]
+    found += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
     found += [Run("cost", m) for m in timed_models(study)]
     found += [Run("evaluation", m, v) for m, v in pairs]
     names = [run.name for run in found]
@@ -99,7 +99,7 @@ def _is_trained(study: Study, model: str) -> bool:
     return isinstance(study.models[model], FineTunedModel)
 
 
-def before(study: Study, run: Run) -> list[Run]:
+def upstream_runs(study: Study, run: Run) -> list[Run]:
     """The runs whose records this one reads."""
     trained = [Run("finetuning", run.model)] if run.model and _is_trained(study, run.model) else []
     match run.stage:
@@ -108,11 +108,11 @@ def before(study: Study, run: Run) -> list[Run]:
         case "quantization":
             return [*trained, Run("calibration", run.model)]
         case "cost":
-            made = [v for v in study.variants if study.variants[v].changes_model]
+            made = [v for v in study.variants if study.variants[v].needs_checkpoint]
             return [Run("quantization", run.model, v) for v in made]
         case "evaluation":
             found = [*trained]
-            if study.variants[run.variant].changes_model:
+            if study.variants[run.variant].needs_checkpoint:
                 found.append(Run("quantization", run.model, run.variant))
             if run.variant != study.baseline:  # its gates are held against the baseline
                 found.append(Run("evaluation", run.model, study.baseline))
@@ -122,7 +122,7 @@ def before(study: Study, run: Run) -> list[Run]:
     return []
 
 
-def depends_on(study: Study, run: Run) -> str:
+def settings_text(study: Study, run: Run) -> str:
     """All the study file says that this run's result depends on, as one text."""
     if run.stage == "analysis":
         measured = {"runtime": {"cost"}} if study.runtime.cost else None  # as it always was
@@ -143,10 +143,10 @@ def depends_on(study: Study, run: Run) -> str:
         uses["variants"] = {v: _variant(study, v) for v in study.variants}
         uses["baseline"], uses["batch"] = study.baseline, study.evaluation.batch.model_dump()
     if run.stage in ("calibration", "quantization", "cost") or (
-        run.variant and study.variants[run.variant].changes_model
+        run.variant and study.variants[run.variant].needs_checkpoint
     ):
         uses["calibration"] = study.calibration.model_dump()
-        uses["barred_from_calibration"] = _drawn(study)
+        uses["barred_from_calibration"] = _evaluation_draws(study)
     if run.stage == "evaluation":
         uses["evaluation"] = study.evaluation.model_dump()
         uses["baseline"] = study.baseline
@@ -161,14 +161,14 @@ def _variant(study: Study, variant: str) -> dict:
 def _model(study: Study, model: str) -> dict:
     """A model's source; for a trained one, all that its training depends on."""
     source = study.models[model]
-    uses = {"source": source.model_dump()}
+    uses: dict[str, Any] = {"source": source.model_dump()}
     if isinstance(source, FineTunedModel):
         uses["start"] = study.models[source.finetune.start].model_dump()
-        uses["barred_from_training"] = [study.calibration.model_dump(), _drawn(study)]
+        uses["barred_from_training"] = [study.calibration.model_dump(), _evaluation_draws(study)]
     return uses
 
 
-def _drawn(study: Study) -> dict:
+def _evaluation_draws(study: Study) -> dict:
     """What decides which items are evaluation items, and so barred elsewhere."""
     return {
         name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
@@ -187,11 +187,11 @@ def source_files(study: Study, run: Run) -> list[Path]:
     for source in _data_sources(study, run):
         match source:
             case FileDataset():
-                files.update(files_of(source))
+                files.update(dataset_files(source))
             case ShippedDataset(shipped=name):
                 files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")
             case FolderModel(folder=folder):
-                files.update(p for p in resolve(folder).iterdir() if p.is_file())
+                files.update(p for p in resolve_path(folder).iterdir() if p.is_file())
     return sorted(files)
 
 
@@ -203,6 +203,6 @@ def _data_sources(study: Study, run: Run) -> list:
     if run.stage == "evaluation":
         return [model, *asked, study.evaluation.shared_text.dataset]
     found = [model, study.calibration.dataset, *asked]
-    if run.stage == "finetuning":
+    if isinstance(model, FineTunedModel) and run.stage == "finetuning":
         found += [model.finetune.dataset, study.models[model.finetune.start]]
     return found

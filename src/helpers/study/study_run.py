@@ -33,9 +33,13 @@ class Job:
     @property
     def parameters(self) -> dict:
         """The job's own parameters, for its record."""
-        named = {"study": self.name, "model": self.model, "variant": self.variant}
-        named["runtime"] = self.runtime
-        return {key: value for key, value in named.items() if value}
+        parameters = {
+            "study": self.name,
+            "model": self.model,
+            "variant": self.variant,
+            "runtime": self.runtime,
+        }
+        return {key: value for key, value in parameters.items() if value}
 
 
 def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
@@ -55,5 +59,5 @@ def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
         if value and value not in known:
             raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
     paths = StudyPaths(name)
-    paths.refuse_links_out()
+    paths.check_links()
     return Job(name, loaded, paths, model, variant)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from helpers.core.plain_text import one_line
 
@@ -16,7 +17,7 @@ UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file
 UNION_TAGS |= {"loglikelihood", "generate"}
 
 
-def complaints(error: ValidationError, data: dict, place: str) -> list[str]:
+def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
     """Each of pydantic's errors as `file: dotted.key = value message`."""
     lines = []
     for problem in error.errors():
@@ -34,16 +35,17 @@ def complaints(error: ValidationError, data: dict, place: str) -> list[str]:
     return lines
 
 
-def unknown(key: str, value: str, kind: str, known: Iterable[str]) -> str:
+def unknown_name_line(key: str, value: str, kind: str, known: Iterable[str]) -> str:
     """The line for a name that the study does not define."""
     near = difflib.get_close_matches(value, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return f"{key} = {value!r} is not a {kind} of this study ({', '.join(known)}){hint}"
 
 
-def _locate(problem: dict, data: Any) -> tuple[str, Any]:
+def _locate(problem: ErrorDetails, data: Any) -> tuple[str, Any]:
     """The dotted key and value in the file; pydantic's union tags are left out."""
-    keys, value, tagged = [], data, False
+    keys: list[str] = []
+    value, tagged = data, False
     loc = list(problem["loc"])
     if problem["type"] == "unknown_key":
         loc.append(problem["ctx"]["key"])
@@ -73,7 +75,7 @@ def _is_union(keys: list[str]) -> bool:
     return model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not named)
 
 
-def _message(problem: dict) -> str:
+def _message(problem: ErrorDetails) -> str:
     context = problem.get("ctx", {})
     match problem["type"]:
         case "greater_than_equal":

@@ -3,12 +3,13 @@
 Every setting is sound by itself here; what is looked at is what one says of another.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
 
 from helpers.study.schema import EvaluationSet, Study
-from helpers.study.schema_names import TAKEN
+from helpers.study.schema_names import RESERVED_NAMES
 from helpers.study.schema_sources import FineTunedModel
-from helpers.study.validation_messages import unknown
+from helpers.study.validation_messages import unknown_name_line
 
 PROTOCOLS = {
     "arc": {"loglikelihood", "generate"},
@@ -25,15 +26,15 @@ def broken_references(study: Study) -> list[str]:
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
-        asked = _asking(dataset, thinking=bool(study.enable_thinking))
+        asked = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in asked]
     return problems + _comparisons(study) + _old_rules(study)
 
 
 def _baseline(study: Study) -> list[str]:
     if study.baseline not in study.variants:
-        return [unknown("baseline", study.baseline, "variant", study.variants)]
-    if study.variants[study.baseline].as_loaded:
+        return [unknown_name_line("baseline", study.baseline, "variant", study.variants)]
+    if study.variants[study.baseline].is_unmodified:
         return []
     return [
         f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
@@ -61,20 +62,20 @@ def _float_types(study: Study) -> list[str]:
 def _taken_names(study: Study) -> list[str]:
     return [
         f"{kind}.{name} names what every run writes itself; rename it"
-        for kind, taken in TAKEN.items()
+        for kind, taken in RESERVED_NAMES.items()
         for name in sorted(taken & set(attrgetter(kind)(study)))
     ]
 
 
 def _start(study: Study, key: str, start: str) -> list[str]:
     if start not in study.models:
-        return [unknown(key, start, "model", study.models)]
+        return [unknown_name_line(key, start, "model", study.models)]
     if isinstance(study.models[start], FineTunedModel):
         return [f"{key} = {start!r} is itself fine-tuned by this study; start from a given model"]
     return []
 
 
-def _asking(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
+def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
     """What does not go together in how one set is asked, each from its key on."""
     problems, ask = [], dataset.ask
     if ask.protocol not in PROTOCOLS[dataset.adapter]:
@@ -98,13 +99,17 @@ def _comparisons(study: Study) -> list[str]:
     problems, primary = [], study.statistics.primary
     for index, pair in enumerate(primary):
         key = f"statistics.primary.{index}"
-        named = [("model", study.models), ("dataset", study.evaluation.datasets)]
-        named += [("baseline", study.variants), ("variant", study.variants)]
-        for field, known in named:
+        defined: dict[str, Mapping[str, object]] = {
+            "model": study.models,
+            "dataset": study.evaluation.datasets,
+            "baseline": study.variants,
+            "variant": study.variants,
+        }
+        for field, known in defined.items():
             value = getattr(pair, field)
             if value not in known:
                 kind = "variant" if field == "baseline" else field
-                problems.append(unknown(f"{key}.{field}", value, kind, known))
+                problems.append(unknown_name_line(f"{key}.{field}", value, kind, known))
         if pair.variant == pair.baseline:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
         if pair in primary[:index]:
@@ -117,7 +122,7 @@ def _old_rules(study: Study) -> list[str]:
     for index, name in enumerate(study.old_rules_chapter):
         key = f"old_rules_chapter.{index}"
         if name not in study.variants:
-            problems.append(unknown(key, name, "variant", study.variants))
+            problems.append(unknown_name_line(key, name, "variant", study.variants))
         elif name == study.baseline:
             problems.append(f"{key} = {name!r} is the baseline; name what is held against it")
     return problems

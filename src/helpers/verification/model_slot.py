@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.variants import load_as, load_reference, load_variant
-from helpers.runtime.allocator import give_back
+from helpers.runtime.allocator import release_memory
 from helpers.sources.models import load_model, model_folder
 from helpers.study.study_run import Job
 
@@ -59,7 +59,7 @@ class HeldModels:
     def let_go(self) -> None:
         """Free the model at hand; the next to ask for one has it loaded anew."""
         self._held = ("", None)
-        give_back()
+        release_memory()
 
 
 def on_own_kernels(job: Job) -> Job:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from helpers.core.activity import doing
+from helpers.core.activity import set_activity
 from helpers.core.architectures import HEAD
 from helpers.core.gates import Gate
 from helpers.core.hashing import sha256_folder
@@ -24,9 +24,9 @@ from helpers.verification.gate_decorator import gate, named
 
 def loaded_gates(job: Job, model) -> list[Gate]:
     """The gates on a model as it is about to be asked as the job's variant."""
-    doing("checks on the loaded model")
+    set_activity("checks on the loaded model")
     found = [running_gate((job, model)), files_gate((job, model))]
-    return [*found, verified_gate(job)] if job.recipe.changes_model else found
+    return [*found, verified_gate(job)] if job.recipe.needs_checkpoint else found
 
 
 @gate("the arithmetic announced")
@@ -75,7 +75,7 @@ def files_gate(asked):
 def _from_files(job: Job) -> Mapping[str, torch.Tensor]:
     """What the variant's files hold, under the names that the loaded model has."""
     folder = model_folder(job.study, job.model, job.paths)
-    if job.recipe.changes_model:
+    if job.recipe.needs_checkpoint:
         folder = job.paths.checkpoint(job.model, job.variant)
     files = TensorFiles(folder, dtype=getattr(torch, running_type(job).dtype))
     if not job.recipe.quantized:

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from helpers.core.errors import StudyError
-from helpers.core.file_locking import hold, release
+from helpers.core.file_locking import acquire_lock, release_lock
 from helpers.core.file_writing import write_atomically
 from helpers.core.hashing import sha256_file
 from helpers.core.paths import PROJECT, StudyPaths, outputs_root
@@ -34,7 +34,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 LARGEST_MANIFEST = 64 * 2**20
 MOST_BYTES = 8 * 2**30  # unpacked
-NOTHING = (".failed.ipynb", ".running.ipynb", ".tmp")
+EXCLUDED_ENDINGS = (".failed.ipynb", ".running.ipynb", ".tmp")
 
 
 def pack(study: str, to: Path | None = None) -> Path:
@@ -46,10 +46,10 @@ def pack(study: str, to: Path | None = None) -> Path:
     load_study(study, with_sources=False)
     source = study_file(study)
     paths = StudyPaths(source.stem)
-    paths.refuse_links_out()
+    paths.check_links()
     if not (paths.root / "summary.json").is_file():
         raise StudyError(f"{paths.study} has no results yet; run make study STUDY={paths.study}")
-    with _nobody_writing(paths):
+    with _study_lock(paths):
         files = {f"params/{paths.study}.yaml": source, **_results(paths)}
         hashes = {name: sha256_file(path) for name, path in files.items()}
         about = {"format": FORMAT, "study": paths.study, "files": hashes}
@@ -59,14 +59,14 @@ def pack(study: str, to: Path | None = None) -> Path:
 
 
 @contextlib.contextmanager
-def _nobody_writing(paths: StudyPaths) -> Iterator[None]:
+def _study_lock(paths: StudyPaths) -> Iterator[None]:
     """Hold the study's lock, the one a run holds."""
     lock = outputs_root() / f".{paths.study}.lock"
-    hold(lock, f"study {paths.study!r} is being run")
+    acquire_lock(lock, f"study {paths.study!r} is being run")
     try:
         yield
     finally:
-        release(lock)
+        release_lock(lock)
 
 
 def _results(paths: StudyPaths) -> dict[str, Path]:
@@ -77,7 +77,7 @@ def _results(paths: StudyPaths) -> dict[str, Path]:
         hidden = any(part.startswith(".") for part in inside.parts)
         weights = inside.parts[1:2] == ("model",) or inside.parts[2:3] == ("checkpoint",)
         weights |= path.suffix == ".safetensors" and inside.parts[1] != "calibration"
-        if hidden or path.name.endswith(NOTHING):
+        if hidden or path.name.endswith(EXCLUDED_ENDINGS):
             continue
         if weights and path.name != "record.json":
             continue
@@ -170,7 +170,7 @@ def _unpack_one(opened, member: tarfile.TarInfo, waiting: dict, to: Path, archiv
         raise StudyError(f"{archive}: {member.name} is not what it was; pack the study again")
 
 
-def look_again(archive: Path, to: Path) -> Path:
+def remake_report(archive: Path, to: Path) -> Path:
     """Unpack a study and make its report again from what is in it; return the report's folder.
 
     Raises:
@@ -215,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
             made = pack(given.study, given.to)
             print(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
         else:
-            folder = look_again(given.archive, given.to)
+            folder = remake_report(given.archive, given.to)
             print(f"the same summary.json and summary.csv; the report is {folder / 'report.html'}")
     except (StudyError, JobFailed) as error:
         print(error, file=sys.stderr)

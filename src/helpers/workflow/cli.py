@@ -16,35 +16,47 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from helpers.core.activity import told_by
-from helpers.core.console import DONE, FAILED, START, STOPPED, duration, say, shared_file
-from helpers.core.errors import StudyError, remedy
+from helpers.core.activity import report_activity
+from helpers.core.console import (
+    DONE,
+    FAILED,
+    START,
+    STOPPED,
+    format_duration,
+    progress_file,
+    report_event,
+)
+from helpers.core.errors import StudyError, remedy_for
 from helpers.core.parent_process import die_with_parent
 from helpers.workflow.fork_client import run_in_fork
 from helpers.workflow.notebook_execution import JobFailed, kernel, run_notebook
 
 
-def job(label: str, work: Callable[[], None]) -> int:
+def run_job(label: str, work: Callable[[], None]) -> int:
     """Do the work; say when it starts, and when and how it ends. Returns the exit code."""
     die_with_parent()
-    say(START, label)
+    report_event(START, label)
     started = time.monotonic()
     try:
-        with told_by(" ".join(label.split()), shared_file()):
+        with report_activity(" ".join(label.split()), progress_file()):
             work()
     except (JobFailed, StudyError, OSError) as error:
-        say(FAILED, label, f"{duration(time.monotonic() - started)}\n{_told(error)}")
+        report_event(
+            FAILED, label, f"{format_duration(time.monotonic() - started)}\n{_error_line(error)}"
+        )
         return 1
     except KeyboardInterrupt:
-        say(STOPPED, label)
+        report_event(STOPPED, label)
         return 130
-    say(DONE, label, duration(time.monotonic() - started))
+    report_event(DONE, label, format_duration(time.monotonic() - started))
     return 0
 
 
-def _told(error: Exception) -> str:
+def _error_line(error: Exception) -> str:
     """The message; of a system's error, with what to do about it."""
-    return "; ".join(filter(None, (str(error), isinstance(error, OSError) and remedy(str(error)))))
+    return "; ".join(
+        filter(None, (str(error), isinstance(error, OSError) and remedy_for(str(error))))
+    )
 
 
 def _label(stage: str, parameters: dict[str, str]) -> str:
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
         return _dispatch(given)
     except (StudyError, OSError) as error:
-        print(_told(error), file=sys.stderr)
+        print(_error_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
@@ -115,16 +127,20 @@ def _dispatch(given: argparse.Namespace) -> int:
 
     match given.command:
         case "check":
-            return launcher.check(given.study) or launcher.check_beforehand(given.study, dry=True)
+            return launcher.check_study(given.study) or launcher.check_study_sources(
+                given.study, dry=True
+            )
         case "study":
             return launcher.run_study(given)
         case "run":
             parameters = dict(given.parameters)
             stage = given.notebook.stem.partition("_")[2] or given.notebook.stem
-            return job(_label(stage, parameters), lambda: _run(given, stage, parameters))
+            return run_job(_label(stage, parameters), lambda: _run(given, stage, parameters))
     from helpers.workflow.notebook_export import export_report
 
-    return job(_label("report", {}), lambda: export_report(given.notebook, given.study, given.to))
+    return run_job(
+        _label("report", {}), lambda: export_report(given.notebook, given.study, given.to)
+    )
 
 
 def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
@@ -137,7 +153,7 @@ def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> N
         named = {key: parameters[key] for key in ("study", "model", "variant") if key in parameters}
         opened = open_job(**named)
         run = stages.Run(stage, opened.model, opened.variant)
-        account = fingerprints.kept(opened.study, opened.paths, run)
+        account = fingerprints.record_fingerprint(opened.study, opened.paths, run)
     with account:
         run_notebook(given.notebook, output, parameters)
 

@@ -16,17 +16,17 @@ from typing import IO, Protocol
 
 from helpers.core import activity, console
 from helpers.core.activity import Activity
-from helpers.core.plain_text import one_line, visible
+from helpers.core.plain_text import one_line, printable
 from helpers.study.stages import Run
-from helpers.workflow.duration_estimate import Estimate, rough
-from helpers.workflow.schedule import time_of
+from helpers.workflow.duration_estimate import Estimate, rough_duration
+from helpers.workflow.schedule import makespan_s
 
 EVERY_S = 25.0  # a plain line; nobody shall wait 30 seconds for one
 LEAST_LEFT = 0.1  # of a job's estimate, as long as it runs
 
 
 @dataclass(frozen=True)
-class Doing:
+class RunningJob:
     """One job that runs: its name, for how long, and what it tells."""
 
     name: str
@@ -42,7 +42,7 @@ class Status:
     total: str
     elapsed_s: float
     left_s: float | None
-    running: list[Doing]
+    running: list[RunningJob]
 
 
 @dataclass
@@ -66,17 +66,17 @@ class Watch:
 
     def status(self) -> Status:
         """What can be said now."""
-        (total, events), now = console.read(self.shared), self.clock()
-        ended = {console.name(e): e["word"] for e in events if e["word"] in console.ENDS}
+        (total, events), now = console.read_events(self.shared), self.clock()
+        ended = {console.event_job(e): e["word"] for e in events if e["word"] in console.ENDS}
         for event in events:
             if event["word"] == console.START:
-                self._begun.setdefault(console.name(event), now)
+                self._begun.setdefault(console.event_job(event), now)
         for job, word in ended.items():
             if word == console.DONE and job in self._begun:
                 self._took.setdefault(job, now - self._begun[job])
-        folder = activity.folder_of(self.shared)
+        folder = activity.activity_folder(self.shared)
         running = [
-            Doing(one_line(job), now - begun, activity.read(folder / f"{job}.json"))
+            RunningJob(one_line(job), now - begun, activity.read_activity(folder / f"{job}.json"))
             for job, begun in self._begun.items()
             if job not in ended
         ]
@@ -84,7 +84,7 @@ class Watch:
         left = self._left(set(ended), running) if self.estimate else None
         return Status(done, total, now - self._started, left, running)
 
-    def _left(self, ended: set[str], running: list[Doing]) -> float:
+    def _left(self, ended: set[str], running: list[RunningJob]) -> float:
         """Seconds that the rest takes, by how far off the estimates were so far."""
         known = {job_name(run): (run, s) for run, s in self.estimate.seconds.items()}
         pairs = [(took, known[job][1]) for job, took in self._took.items() if job in known]
@@ -100,7 +100,7 @@ class Watch:
                 told = job.activity.left_s if job.activity else None
                 rest[run] = max(whole - job.elapsed_s, LEAST_LEFT * whole, told or 0.0)
                 begun.append(run)
-        return time_of(self.estimate.study, rest, self.estimate.room, begun=begun)
+        return makespan_s(self.estimate.study, rest, self.estimate.room, begun=begun)
 
 
 def job_name(run: Run) -> str:
@@ -108,18 +108,18 @@ def job_name(run: Run) -> str:
     return " ".join(filter(None, (run.stage, run.model, run.variant)))
 
 
-def described(job: Doing) -> str:
+def describe_job(job: RunningJob) -> str:
     """What a job is doing, how far it is and how long the rest of that takes."""
     if job.activity is None:
         return "starting" if job.elapsed_s < EVERY_S else "at work"
     left = job.activity.left_s
-    return f"{job.activity}" + (f", {rough(left)} left" if left else "")
+    return f"{job.activity}" + (f", {rough_duration(left)} left" if left else "")
 
 
-def headline(status: Status) -> str:
+def describe_status(status: Status) -> str:
     """How far the whole study is."""
-    left = "" if status.left_s is None else f", about {rough(status.left_s)} left"
-    return f"{status.done} of {status.total} done after {rough(status.elapsed_s)}{left}"
+    left = "" if status.left_s is None else f", about {rough_duration(status.left_s)} left"
+    return f"{status.done} of {status.total} done after {rough_duration(status.elapsed_s)}{left}"
 
 
 class Screen(Protocol):
@@ -145,8 +145,8 @@ class Lines:
         if self.clock() - self.last < EVERY_S:
             return
         self.last = self.clock()
-        jobs = "; ".join(f"{job.name}: {described(job)}" for job in status.running)
-        self.stream.write(f"running  {headline(status)}{': ' if jobs else ''}{jobs}\n")
+        jobs = "; ".join(f"{job.name}: {describe_job(job)}" for job in status.running)
+        self.stream.write(f"running  {describe_status(status)}{': ' if jobs else ''}{jobs}\n")
         self.stream.flush()
 
 
@@ -160,13 +160,13 @@ class Table:
         from rich.text import Text
 
         for line in text.splitlines():
-            self.live.console.print(Text(visible(line, keep="\t")), soft_wrap=True)
+            self.live.console.print(Text(printable(line, keep="\t")), soft_wrap=True)
 
     def update(self, status: Status) -> None:
-        self.live.update(drawn(status), refresh=True)
+        self.live.update(render_status(status), refresh=True)
 
 
-def drawn(status: Status):
+def render_status(status: Status):
     """The status as rich draws it; no word of it is markup."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
@@ -178,8 +178,8 @@ def drawn(status: Status):
         told = job.activity
         counted = told is not None and told.of
         bar = ProgressBar(total=told.of, completed=told.done, width=20) if counted else ""
-        columns.add_row(Text(job.name), bar, Text(described(job)))
-    return Group(columns, Text(headline(status), style="bold"))
+        columns.add_row(Text(job.name), bar, Text(describe_job(job)))
+    return Group(columns, Text(describe_status(status), style="bold"))
 
 
 @contextmanager
@@ -210,7 +210,7 @@ def can_draw() -> bool:
     return not Console(stderr=True).is_dumb_terminal
 
 
-def copied(stream: IO[str], show: Callable[[str], None]) -> threading.Thread:
+def forward_lines(stream: IO[str], show: Callable[[str], None]) -> threading.Thread:
     """A thread that shows each line of a stream until it ends."""
 
     def copy() -> None:

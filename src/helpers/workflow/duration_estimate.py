@@ -20,15 +20,15 @@ from helpers.study.loading import load_study
 from helpers.study.schema import Study
 from helpers.study.stages import Run
 from helpers.workflow import fork_client
-from helpers.workflow.schedule import Room, room_of, side_by_side, time_of
+from helpers.workflow.schedule import Capacity, concurrent_jobs, machine_capacity, makespan_s
 
 ANALYSIS = Run("analysis")
 COUNTERS = ("helpers.cost.quantization_operations", "helpers.evaluation.evaluation_operations")
-PATIENCE_S = 300  # for counting or measuring
+TIMEOUT_S = 300  # for counting or measuring
 LONG_S = 3600  # from here on it is said what would shorten a study
 # Attention, norms and activations, by the time of the same Linears in float32; answers being
 # written look back at all they continue, one token at a time.
-BESIDE = {"reading": 0.7, "writing": 0.9}
+OVERHEADS = {"reading": 0.7, "writing": 0.9}
 # What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
 # loading and checking a model, tables and pictures.
 STARTS = {"quantization": 2.8, "analysis": 2.8}
@@ -62,33 +62,33 @@ class Estimate:
     """
 
     study: Study
-    room: Room
+    room: Capacity
     seconds: Mapping[Run, float]
     about: tuple[str, ...] = ()
 
     @property
     def whole_s(self) -> float:
         """Seconds of all jobs, side by side as they will run."""
-        return time_of(self.study, self.seconds, self.room)
+        return makespan_s(self.study, self.seconds, self.room)
 
 
-def to_run(study: Study, paths: StudyPaths) -> list[Run]:
+def runs_to_execute(study: Study, paths: StudyPaths) -> list[Run]:
     """The jobs that are not current, the analysis last; none if all is current."""
-    current = fingerprints.complete(study, paths)
+    current = fingerprints.completed_runs(study, paths)
     runs = [run for run in stages.runs(study) if run not in current]
     return [*runs, ANALYSIS] if runs or not fingerprints.is_current(study, paths, ANALYSIS) else []
 
 
-def announced(study_name: str, paths: StudyPaths, **limits: int) -> Estimate | None:
+def print_estimate(study_name: str, paths: StudyPaths, **limits: int) -> Estimate | None:
     """The estimate, told on stderr; None where nothing would run, or none can be made.
 
     Args:
-        limits: of this run, as `schedule.room_of` takes them.
+        limits: of this run, as `schedule.machine_capacity` takes them.
     """
     try:
         study = load_study(study_name)  # again: what was fetched is pinned now
-        found = estimate(study_name, study, paths, room_of(study, **limits), say=_say)
-        for line in lines(found) if found else ():
+        found = estimate(study_name, study, paths, machine_capacity(study, **limits), say=_say)
+        for line in estimate_lines(found) if found else ():
             _say(line)
     except Exception as error:  # whatever it is, the study can be run without
         _say(f"none: {one_line(error)}")
@@ -101,7 +101,7 @@ def _say(line: str) -> None:
 
 
 def estimate(
-    study_name: str, study: Study, paths: StudyPaths, room: Room, *, say: Callable[[str], None]
+    study_name: str, study: Study, paths: StudyPaths, room: Capacity, *, say: Callable[[str], None]
 ) -> Estimate | None:
     """Count and measure; None if nothing would run.
 
@@ -111,26 +111,26 @@ def estimate(
     Raises:
         StudyError: it cannot be counted or measured.
     """
-    if not (runs := to_run(study, paths)):
+    if not (runs := runs_to_execute(study, paths)):
         return None
     say("counting the operations of the study")
-    counted = _answers([[name, study_name] for name in COUNTERS])
+    counted = _json_outputs([[name, study_name] for name in COUNTERS])
     jobs: dict[str, dict] = {}
     about: dict[str, str] = {}
     for found in counted:
         jobs |= found["jobs"]
         about |= found["uncounted"]
     shapes = json.dumps(counted[0]["shapes"])
-    beside = max(1, min(len(runs), side_by_side(study, room)))
+    beside = max(1, min(len(runs), concurrent_jobs(study, room)))
     say(f"measuring this machine with {_count(beside, 'job')} side by side")
-    measured = _answers([["helpers.cost.linear_speed", study_name, shapes]] * beside)
+    measured = _json_outputs([["helpers.cost.linear_speed", study_name, shapes]] * beside)
     machine = _mean_machine(measured)
-    seconds = {run: seconds_of(study, run, jobs.get(run.name, {}), machine, room) for run in runs}
+    seconds = {run: job_seconds(study, run, jobs.get(run.name, {}), machine, room) for run in runs}
     words = tuple(one_line(f"{name}: {why}") for name, why in about.items())
     return Estimate(study, room, seconds, words)
 
 
-def _answers(commands: list[list[str]]) -> list[dict]:
+def _json_outputs(commands: list[list[str]]) -> list[dict]:
     """What some modules print as JSON, run side by side."""
     answer = [sys.executable, "-m", "helpers.workflow.cli", "answer"]
     processes = [
@@ -146,10 +146,10 @@ def _answers(commands: list[list[str]]) -> list[dict]:
         for command in commands
     ]
     try:
-        said = [process.communicate(timeout=PATIENCE_S) for process in processes]
+        said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
         return [json.loads(out.splitlines()[-1]) for out, _ in said]
     except subprocess.TimeoutExpired:
-        raise StudyError(f"counting takes more than {PATIENCE_S} s") from None
+        raise StudyError(f"counting takes more than {TIMEOUT_S} s") from None
     except (IndexError, ValueError):
         last = [line for _, err in said for line in err.splitlines()[-1:]]
         raise StudyError(one_line(last[0] if last else "no reason given")) from None
@@ -166,8 +166,8 @@ def _mean_machine(measured: list[dict]) -> Machine:
     return Machine(speeds, start_s * (FORKED_START if fork_client.is_running() else 1))
 
 
-def seconds_of(
-    study: Study, run: Run, counted: Mapping[str, int], machine: Machine, room: Room
+def job_seconds(
+    study: Study, run: Run, counted: Mapping[str, int], machine: Machine, room: Capacity
 ) -> float:
     """Seconds of one job: its start, and its operations at the speeds measured.
 
@@ -178,7 +178,7 @@ def seconds_of(
     if run.stage == "cost":
         quantized = sum(recipe.quantized for recipe in study.variants.values())
         starts += MEASUREMENT * 3 * (quantized + 3)
-        computing /= side_by_side(study, room)
+        computing /= concurrent_jobs(study, room)
     return machine.start_s * starts + computing
 
 
@@ -190,27 +190,31 @@ def _seconds(kind: str, number: int, machine: Machine) -> float:
         speed = max(speed, plain)
     if not speed:
         return 0.0
-    return number / speed + (number * BESIDE[how] / plain if how in BESIDE and plain else 0.0)
+    return number / speed + (number * OVERHEADS[how] / plain if how in OVERHEADS and plain else 0.0)
 
 
-def lines(found: Estimate) -> list[str]:
+def estimate_lines(found: Estimate) -> list[str]:
     """A line a stage, one on the whole, and what would shorten a long study."""
     shown = [stage for stage in stages.NOTEBOOKS if any(r.stage == stage for r in found.seconds)]
     told = [_stage_line(found, stage) for stage in shown]
-    told.append(f"about {rough(found.whole_s)} in all on {_count(found.room.cores, 'core')}")
+    told.append(
+        f"about {rough_duration(found.whole_s)} in all on {_count(found.room.cores, 'core')}"
+    )
     told += [f"not counted: {words}" for words in found.about]
     if found.whole_s > LONG_S:
-        told.append(f"to shorten it: {'; '.join(shorter(found))}")
+        told.append(f"to shorten it: {'; '.join(shortening_advice(found))}")
     return told
 
 
 def _stage_line(found: Estimate, stage: str) -> str:
     seconds = [s for run, s in found.seconds.items() if run.stage == stage]
-    each = f", {rough(max(seconds))} the longest" if len(seconds) > 1 else ""
-    return f"{stage:<12}  {_count(len(seconds), 'job'):<8}  about {rough(sum(seconds))}{each}"
+    each = f", {rough_duration(max(seconds))} the longest" if len(seconds) > 1 else ""
+    return (
+        f"{stage:<12}  {_count(len(seconds), 'job'):<8}  about {rough_duration(sum(seconds))}{each}"
+    )
 
 
-def shorter(found: Estimate) -> list[str]:
+def shortening_advice(found: Estimate) -> list[str]:
     """What takes most of the time, and what makes it less, the largest first."""
     remedies: dict[str, Callable[[], str]] = {
         "evaluation": lambda: "fewer items, shorter max_new_tokens or fewer variants",
@@ -231,7 +235,7 @@ def shorter(found: Estimate) -> list[str]:
     return [*words, "a machine with more cores, a GPU or int8 units (docs/scaling.md)"]
 
 
-def rough(seconds: float) -> str:
+def rough_duration(seconds: float) -> str:
     """`2 h 10 min`, `12 min` or `40 s`: no more digits than an estimate has."""
     if seconds >= 3600:
         minutes = round(seconds / 60)

@@ -20,10 +20,10 @@ from helpers.core.paths import PROJECT, StudyPaths
 
 PROFILES = PROJECT / "profiles"
 PLUGINS = "executors"  # folder of the environment that holds what only one executor needs
-PATIENCE_S = 60
+TIMEOUT_S = 60
 
 
-def options(executor: str, paths: StudyPaths) -> list[str]:
+def snakemake_options(executor: str, paths: StudyPaths) -> list[str]:
     """Snakemake's options for an executor.
 
     Raises:
@@ -48,7 +48,7 @@ def options(executor: str, paths: StudyPaths) -> list[str]:
     return found
 
 
-def environment(executor: str) -> dict[str, str]:
+def executor_environment(executor: str) -> dict[str, str]:
     """What the engine needs to find an executor that is kept out of the local runs' way."""
     if executor == "local":
         return {}
@@ -73,7 +73,7 @@ def stop_leftover_jobs(paths: StudyPaths) -> None:
     """
     if shutil.which("squeue") is None:
         return
-    deadline = time.monotonic() + PATIENCE_S
+    deadline = time.monotonic() + TIMEOUT_S
     while left := _jobs_of(job_prefix(paths)):
         if time.monotonic() > deadline:
             raise StudyError(

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Iterator
 from subprocess import Popen
 
-from helpers.core.activity import OTHERS_BARS
+from helpers.core.activity import TQDM_VARIABLE
 from helpers.core.parent_process import die_with_parent
 from helpers.core.paths import PROJECT
 from helpers.workflow.notebook_execution import JOB_ENVIRONMENT
@@ -45,7 +45,7 @@ def is_running() -> bool:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[None]:
+def fork_server() -> Iterator[None]:
     """Inside, a server runs, and commands that are started from here find it."""
     address = f"study-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX) as listener:  # clients that connect early wait
@@ -54,7 +54,7 @@ def running() -> Iterator[None]:
         server = Popen(
             [sys.executable, "-m", "helpers.workflow.fork_server", str(listener.fileno())],
             cwd=PROJECT,
-            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT | {OTHERS_BARS: "1"},
+            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT | {TQDM_VARIABLE: "1"},
             pass_fds=[listener.fileno()],
             preexec_fn=die_with_parent,
         )
@@ -84,13 +84,13 @@ def run_in_fork(arguments: list[str]) -> int | None:
         connection.connect(f"\0{address}")
         socket.send_fds(connection, [LENGTH.pack(len(message))], [0, 1, 2])
         connection.sendall(message)
-        fork = STATUS.unpack(received(connection, STATUS.size))[0]
+        fork = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
     except (OSError, EOFError):  # the server has ended; no fork was made
         return None
     for number in FORWARDED:
         signal.signal(number, lambda number, _: _send_signal(fork, number))
     try:
-        status = STATUS.unpack(received(connection, STATUS.size))[0]
+        status = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
     except (OSError, EOFError):  # the server was killed, and its forks end with it
         return 1
     code = os.waitstatus_to_exitcode(status)
@@ -106,7 +106,7 @@ def _send_signal(process: int, number: int) -> None:
         os.kill(process, number)
 
 
-def received(connection: socket.socket, size: int) -> bytes:
+def receive_exactly(connection: socket.socket, size: int) -> bytes:
     """Exactly `size` bytes.
 
     Raises:

@@ -23,7 +23,7 @@ import sys
 import threading
 
 from helpers.core.parent_process import die_with_parent
-from helpers.workflow.fork_client import LENGTH, PARENT, STATUS, received
+from helpers.workflow.fork_client import LENGTH, PARENT, STATUS, receive_exactly
 
 TIMEOUT_S = 10  # for one request
 NOTEBOOK_COLUMNS = 20  # pandas' default outside a terminal
@@ -91,7 +91,7 @@ def _fork_for_client(selector: selectors.BaseSelector, listener: socket.socket) 
         if struct.unpack("3i", credentials)[1] != os.getuid():
             raise PermissionError
         head, streams, *_ = socket.recv_fds(connection, LENGTH.size, 3)
-        request = json.loads(received(connection, LENGTH.unpack(head)[0]))
+        request = json.loads(receive_exactly(connection, LENGTH.unpack(head)[0]))
         connection.settimeout(None)
         fork = os.fork()
     except (OSError, EOFError, ValueError, struct.error):  # killed meanwhile, or another user

@@ -17,11 +17,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 from helpers.core import activity, console
-from helpers.core.errors import FULL, StudyError
-from helpers.core.file_locking import hold
+from helpers.core.errors import DISK_FULL, StudyError
+from helpers.core.file_locking import acquire_lock
 from helpers.core.file_writing import remove_leftovers
 from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT, StudyPaths, cache_root, inside, outputs_root
+from helpers.core.paths import PROJECT, StudyPaths, cache_root, outputs_root, relative_to_project
 from helpers.study import fingerprints, partial, stages
 from helpers.study.loading import load_study, study_file
 from helpers.study.pins import hub_sources
@@ -36,16 +36,16 @@ LEAST_BYTES = 2**24  # free on a disk, for a run to begin at all
 PATIENCE_S = 5  # for the last lines of a run that has ended
 PLAN_WIDTH = 48  # of a job's name in the Snakefile's dry run
 LOCAL = "local"
-DRY = {"-n", "--dry-run", "--dryrun"}
+DRY_RUN_OPTIONS = {"-n", "--dry-run", "--dryrun"}
 
 
-def check(study: str) -> int:
+def check_study(study: str) -> int:
     """Say on stderr what is wrong with a study file; 0 if nothing is, else 2."""
     try:
         loaded = load_study(study)
         for run in [*stages.runs(loaded), stages.Run("analysis")]:
             stages.source_files(loaded, run)
-        StudyPaths(study_file(study).stem).refuse_links_out()
+        StudyPaths(study_file(study).stem).check_links()
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
@@ -61,14 +61,18 @@ def run_study(given: argparse.Namespace) -> int:
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _stop)
-    if wrong := check(given.study):
+    if wrong := check_study(given.study):
         return wrong
     study, paths = load_study(given.study), StudyPaths(study_file(given.study).stem)
-    lock = hold(outputs_root() / f".{paths.study}.lock", f"study {paths.study!r} is being run")
+    lock = acquire_lock(
+        outputs_root() / f".{paths.study}.lock", f"study {paths.study!r} is being run"
+    )
     if not _is_dry(given):
-        _make_ready(given, paths)
-    if given.partial and (runs := fingerprints.complete(study, paths)) != set(stages.runs(study)):
-        return _report_of(given, partial.part_of(study, runs), paths)
+        _prepare_outputs(given, paths)
+    if given.partial and (runs := fingerprints.completed_runs(study, paths)) != set(
+        stages.runs(study)
+    ):
+        return _report_part(given, partial.largest_complete_part(study, runs), paths)
     if given.only_report and (waiting := _not_current(given, study, paths)):
         print(
             f"the report would show results that are not current ({', '.join(waiting)}); "
@@ -78,9 +82,9 @@ def run_study(given: argparse.Namespace) -> int:
         return 2
     if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
         return wrong
-    if not given.only_report and (wrong := check_beforehand(given.study, dry=_is_dry(given))):
+    if not given.only_report and (wrong := check_study_sources(given.study, dry=_is_dry(given))):
         return wrong
-    with _forking(given, study):
+    with _job_fork_server(given, study):
         return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
 
 
@@ -90,7 +94,7 @@ def _estimate(given: argparse.Namespace, paths: StudyPaths) -> estimates.Estimat
     if given.only_report or given.executor != LOCAL or not asked:
         return None
     limits = {"cores": given.cores, "job_mb": given.job_mb, "memory_mb": _memory_mb()}
-    return estimates.announced(given.study, paths, **limits)
+    return estimates.print_estimate(given.study, paths, **limits)
 
 
 def _fetch(study: str) -> int:
@@ -105,7 +109,7 @@ def _fetch(study: str) -> int:
     return done.returncode
 
 
-def check_beforehand(study: str, *, dry: bool) -> int:
+def check_study_sources(study: str, *, dry: bool) -> int:
     """Say on stderr what jobs would fail on; 0 if nothing is found, else 2.
 
     The study is loaded again, at the commits that fetching has pinned.
@@ -113,7 +117,7 @@ def check_beforehand(study: str, *, dry: bool) -> int:
     return check_sources(study, load_study(study), dry=dry)
 
 
-def _make_ready(given: argparse.Namespace, paths: StudyPaths) -> None:
+def _prepare_outputs(given: argparse.Namespace, paths: StudyPaths) -> None:
     """Room to write, and nothing left of a run that was killed or of a clock that was ahead.
 
     Raises:
@@ -121,7 +125,9 @@ def _make_ready(given: argparse.Namespace, paths: StudyPaths) -> None:
     """
     for place in (outputs_root(), PROJECT):
         if (free := shutil.disk_usage(place).free) < LEAST_BYTES:
-            raise StudyError(f"{place}: only {free / 2**20:.1f} MB are free on this disk; {FULL}")
+            raise StudyError(
+                f"{place}: only {free / 2**20:.1f} MB are free on this disk; {DISK_FULL}"
+            )
     for place in (paths.root, cache_root()):
         remove_leftovers(place)
     now = time.time()
@@ -150,9 +156,9 @@ def _not_current(given: argparse.Namespace, study: Study, paths: StudyPaths) -> 
     return [name for name in planned if name not in ("analysis", "report")]
 
 
-def _report_of(given: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
+def _report_part(given: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
     """Analysis and export of a part of the study, into a folder of their own."""
-    folder = partial.folder(paths, partial="yes")
+    folder = partial.report_folder(paths, partial="yes")
     notebook = folder / f"{stages.NOTEBOOKS['analysis']}.ipynb"
     jobs = [sys.executable, "-m", "helpers.workflow.cli"]
     analysis = [*jobs, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
@@ -162,7 +168,7 @@ def _report_of(given: argparse.Namespace, part: partial.Part, paths: StudyPaths)
         done = subprocess.run(command, cwd=PROJECT, env=_environment(), check=False)
         if done.returncode:
             return done.returncode
-    print(f"partial: {inside(folder / 'report.html')}", file=sys.stderr)
+    print(f"partial: {relative_to_project(folder / 'report.html')}", file=sys.stderr)
     print(f"missing: {', '.join(part.missing)}", file=sys.stderr)
     return 0
 
@@ -175,14 +181,14 @@ def _run_snakemake(
     estimate: estimates.Estimate | None,
 ) -> int:
     draws = not _is_dry(given) and display.can_draw()
-    with _progress(paths) as shared, display.screen(draws=draws) as screen:
+    with _progress_file(paths) as shared, display.screen(draws=draws) as screen:
         environment = _environment() | {"STUDY_PROGRESS": str(shared)}
         # What is drawn would be torn by others' lines: they come through here.
         through = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if draws else {}
         engine = subprocess.Popen(
             _command(given, study, paths),
             cwd=PROJECT,
-            env=environment | executors.environment(given.executor),
+            env=environment | executors.executor_environment(given.executor),
             pass_fds=[lock],  # held as long as the engine lives, whatever happens here
             preexec_fn=die_with_parent,
             text=True,
@@ -190,7 +196,7 @@ def _run_snakemake(
             errors="replace",
             **through,
         )
-        copying = display.copied(engine.stdout, screen.show) if draws else None
+        copying = display.forward_lines(engine.stdout, screen.show) if draws else None
         watch = display.Watch(shared, estimate)
         try:
             interrupted = _wait(engine, watch, screen, elsewhere=given.executor != LOCAL)
@@ -201,20 +207,20 @@ def _run_snakemake(
             raise
         if copying:
             copying.join(PATIENCE_S)
-        events = console.read(shared)[1]
+        events = console.read_events(shared)[1]
     if interrupted or engine.returncode < 0:
         print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
         return 130 if interrupted else 128 - engine.returncode
     if not _is_dry(given):
-        _conclude(engine.returncode, events, paths)
+        _print_outcome(engine.returncode, events, paths)
     return engine.returncode
 
 
-def _forking(given: argparse.Namespace, study: Study) -> AbstractContextManager:
+def _job_fork_server(given: argparse.Namespace, study: Study) -> AbstractContextManager:
     """A fork server for the jobs if they can be forks; none for a report alone."""
     here = given.executor == LOCAL and not given.only_report
     supported = here and fork_client.is_supported(gpu=may_take_gpu(study.runtime.device))
-    return fork_client.running() if supported else nullcontext()
+    return fork_client.fork_server() if supported else nullcontext()
 
 
 def _wait(
@@ -233,7 +239,7 @@ def _wait(
             pass
         except KeyboardInterrupt:
             interrupted = True
-        events = console.read(watch.shared)[1]
+        events = console.read_events(watch.shared)[1]
         unseen = [e["text"] for e in events[shown:] if elsewhere or e["word"] == console.NOTE]
         screen.show("".join(unseen))
         shown = len(events)
@@ -242,11 +248,11 @@ def _wait(
 
 
 @contextmanager
-def _progress(paths: StudyPaths) -> Iterator[Path]:
+def _progress_file(paths: StudyPaths) -> Iterator[Path]:
     """The file in which all jobs of this run, wherever they are, say what they do."""
     shared = outputs_root() / f".{paths.study}.progress"
     shared.write_text("", encoding="utf-8")
-    told = activity.folder_of(shared)
+    told = activity.activity_folder(shared)
     shutil.rmtree(told, ignore_errors=True)
     told.mkdir()
     try:
@@ -268,34 +274,37 @@ def _command(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list
         command += ["--default-resources", f"mem_mb={given.job_mb}"]
         command += ["--resources", f"mem_mb={max(given.job_mb, _memory_mb())}", "gpu=1"]
     else:
-        command += executors.options(given.executor, paths)
+        command += executors.snakemake_options(given.executor, paths)
     command += ["--config", f"study={given.study}"]
     command += ["show=plan" if _is_dry(given) else "show=run"]
     if given.only_report:
         command += ["--allowed-rules", "analysis", "export", "--forcerun", "analysis"]
         return [*command, *given.options]
-    if stale := fingerprints.stale(study, paths):
-        command += ["--forcerun", *(inside(run.record(paths)) for run in stale)]
+    if stale := fingerprints.outdated_runs(study, paths):
+        command += ["--forcerun", *(relative_to_project(run.record(paths)) for run in stale)]
     first = [stages.Run("evaluation", model, study.baseline) for model in study.models]
-    command += ["--prioritize", *(inside(run.record(paths)) for run in first)]  # all wait for it
+    command += [
+        "--prioritize",
+        *(relative_to_project(run.record(paths)) for run in first),
+    ]  # all wait for it
     return [*command, *given.options]
 
 
 def _is_dry(given: argparse.Namespace) -> bool:
-    return bool(DRY & set(given.options))
+    return bool(DRY_RUN_OPTIONS & set(given.options))
 
 
 def _memory_mb() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
 
 
-def _conclude(code: int, events: list[dict], paths: StudyPaths) -> None:
+def _print_outcome(code: int, events: list[dict], paths: StudyPaths) -> None:
     """Say how it ended, and what can be done if it did not end well."""
     if code == 0:
-        print(f"current: {inside(paths.root / 'report.html')}", file=sys.stderr)
+        print(f"current: {relative_to_project(paths.root / 'report.html')}", file=sys.stderr)
         return
     failed = sum(event["word"] == console.FAILED for event in events)
-    if killed := console.silent(events):
+    if killed := console.jobs_without_result(events):
         print(
             f"ended without a word: {', '.join(killed)}; a job that is killed was most often "
             "short of memory, or of time on a cluster",

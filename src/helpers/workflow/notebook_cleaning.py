@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from helpers.core.paths import PROJECT, outputs_root
-from helpers.workflow.notebook_pictures import with_palette
+from helpers.workflow.notebook_pictures import reduce_palette
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
@@ -51,7 +51,7 @@ def _clean_outputs(outputs: list[dict]) -> list[dict]:
         if WIDGET in output.get("data", {}):
             continue
         if PNG in output.get("data", {}):
-            smaller = with_palette("".join(output["data"][PNG]))
+            smaller = reduce_palette("".join(output["data"][PNG]))
             output = output | {"data": output["data"] | {PNG: smaller}}
         if output["output_type"] != "stream":
             kept.append(without_machine_paths(output))
@@ -62,12 +62,12 @@ def _clean_outputs(outputs: list[dict]) -> list[dict]:
         kept.append(output | {"text": text})
     for output in kept:
         if output["output_type"] == "stream":
-            text = without_machine_paths(last_states(output["text"]))
+            text = without_machine_paths(final_line_states(output["text"]))
             output["text"] = text.splitlines(keepends=True)
     return kept
 
 
-def last_states(text: str) -> str:
+def final_line_states(text: str) -> str:
     """What a terminal shows at the end: of a line rewritten in place, its last state."""
     text = text.replace("\x1b[A", "").replace("\r\n", "\n")
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))

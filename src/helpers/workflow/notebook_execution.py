@@ -10,11 +10,11 @@ import os
 import sys
 from pathlib import Path
 
-from helpers.core.errors import StudyError, remedy
+from helpers.core.errors import StudyError, remedy_for
 from helpers.core.file_writing import write_atomically
 from helpers.core.parent_process import die_with_parent
 from helpers.core.paths import PROJECT
-from helpers.core.plain_text import message
+from helpers.core.plain_text import safe_message
 from helpers.workflow.notebook_cleaning import cleaned_text
 
 JOB_ENVIRONMENT = {
@@ -30,7 +30,7 @@ class JobFailed(Exception):
     """A job's notebook did not run to its end; the message is for the terminal."""
 
     def __init__(self, text: str):
-        super().__init__(message(text))
+        super().__init__(safe_message(text))
 
 
 def kernel(arguments: list[str]) -> None:
@@ -76,7 +76,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, str]) -> No
         _publish(running, output)
         failed.unlink(missing_ok=True)
     except Exception as error:
-        raise JobFailed(_reason(error) + _kept(running, failed)) from error
+        raise JobFailed(_reason(error) + _keep_failed(running, failed)) from error
     finally:
         running.unlink(missing_ok=True)
 
@@ -111,7 +111,7 @@ def _publish(running: Path, final: Path) -> None:
     write_atomically(final, lambda path: path.write_text(text, encoding="utf-8"))
 
 
-def _kept(running: Path, failed: Path) -> str:
+def _keep_failed(running: Path, failed: Path) -> str:
     """Keep the notebook of a failure if that can be done; say where it is."""
     try:
         _publish(running, failed)
@@ -131,7 +131,7 @@ def _reason(error: Exception) -> str:
     if name == StudyError.__name__:
         return value
     told = f"{name}: {value.splitlines()[-1] if value else 'no message'}"
-    return "; ".join(filter(None, (told, remedy(f"{name} {value}"))))
+    return "; ".join(filter(None, (told, remedy_for(f"{name} {value}"))))
 
 
 def _shown(path: Path) -> Path:

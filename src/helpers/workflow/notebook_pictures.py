@@ -10,7 +10,7 @@ import io
 COLORS = 128
 
 
-def with_palette(png: str) -> str:
+def reduce_palette(png: str) -> str:
     """A base64 PNG with a palette of 128 colours, or as it is where that is no smaller.
 
     White stands behind what is transparent, as it does on the page.

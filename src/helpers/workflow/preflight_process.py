@@ -15,7 +15,7 @@ from helpers.core.hashing import sha256_data, sha256_file
 from helpers.core.parent_process import die_with_parent
 from helpers.core.paths import PROJECT, cache_root
 from helpers.study.fingerprinted_code import HELPERS
-from helpers.study.local_files import files_of, resolve, sources_of
+from helpers.study.local_files import dataset_files, resolve_path, study_sources
 from helpers.study.schema import Study
 from helpers.study.schema_sources import (
     BundledModel,
@@ -25,8 +25,8 @@ from helpers.study.schema_sources import (
     HubModel,
 )
 
-BROUGHT = FileDataset | FolderModel | HubDataset | HubModel
-ELSEWHERE = HubDataset | HubModel | BundledModel  # may not be on this machine yet
+USER_SOURCES = FileDataset | FolderModel | HubDataset | HubModel
+DOWNLOADED_SOURCES = HubDataset | HubModel | BundledModel  # may not be on this machine yet
 
 
 def check_sources(given: str, study: Study, *, dry: bool) -> int:
@@ -36,10 +36,10 @@ def check_sources(given: str, study: Study, *, dry: bool) -> int:
         given: the study's name or file, as it was asked for.
         dry: only what is on this machine is looked at.
     """
-    sources = [source for _, source in sources_of(study)]
-    if not any(isinstance(source, BROUGHT) for source in sources):
+    sources = [source for _, source in study_sources(study)]
+    if not any(isinstance(source, USER_SOURCES) for source in sources):
         return 0
-    partly = dry and any(isinstance(source, ELSEWHERE) for source in sources)
+    partly = dry and any(isinstance(source, DOWNLOADED_SOURCES) for source in sources)
     mark = cache_root() / "checked" / _state(study, sources)
     if not partly and mark.is_file():
         return 0
@@ -65,7 +65,7 @@ def _state(study: Study, sources: list) -> str:
 def _local_files(source) -> list[Path]:
     match source:
         case FileDataset():
-            return files_of(source)
+            return dataset_files(source)
         case FolderModel(folder=folder):
-            return sorted(path for path in resolve(folder).iterdir() if path.is_file())
+            return sorted(path for path in resolve_path(folder).iterdir() if path.is_file())
     return []

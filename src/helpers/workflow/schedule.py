@@ -14,20 +14,20 @@ from helpers.workflow.gpus import may_take_gpu
 
 
 @dataclass(frozen=True)
-class Room:
+class Capacity:
     """What jobs share: cores, and places for jobs by their memory or a single GPU."""
 
     cores: int
     places: int
 
 
-def side_by_side(study: Study, room: Room) -> int:
+def concurrent_jobs(study: Study, room: Capacity) -> int:
     """How many jobs of a study run at once."""
     return max(1, min(room.places, room.cores // min(study.runtime.threads, room.cores)))
 
 
-def time_of(
-    study: Study, seconds: Mapping[Run, float], room: Room, *, begun: Collection[Run] = ()
+def makespan_s(
+    study: Study, seconds: Mapping[Run, float], room: Capacity, *, begun: Collection[Run] = ()
 ) -> float:
     """Seconds until the last of some jobs ends, begun in the engine's order as room is free.
 
@@ -62,17 +62,19 @@ def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
 
 
 def _may_begin(study: Study, run: Run, ended: set[Run], known: Collection[Run]) -> bool:
-    return all(before in ended or before not in known for before in stages.before(study, run))
+    return all(
+        before in ended or before not in known for before in stages.upstream_runs(study, run)
+    )
 
 
-def _fits(study: Study, runs: list[Run], room: Room) -> bool:
+def _fits(study: Study, runs: list[Run], room: Capacity) -> bool:
     """Whether jobs can run at once; one alone always can."""
     threads = min(study.runtime.threads, room.cores)
     cores = sum({"cost": room.cores, "analysis": 1}.get(run.stage, threads) for run in runs)
     return len(runs) == 1 or (cores <= room.cores and len(runs) <= room.places)
 
 
-def room_of(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Room:
+def machine_capacity(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Capacity:
     """What a run on this machine has for its jobs."""
     places = max(1, memory_mb // max(1, job_mb))
-    return Room(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)
+    return Capacity(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)

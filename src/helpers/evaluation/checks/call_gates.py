@@ -65,7 +65,7 @@ def linear_files(job: Job) -> LinearFiles:
     """The files of the job's variant, and what it claims of them."""
     source, recipe = model_folder(job.study, job.model, job.paths), job.recipe
     claim, runtime = recipe.claim, job.study.runtime
-    changed = recipe.changes_model
+    changed = recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
     names = linear_names(load_config(source)) if claim.quantized else []
     kept_float = [n for n in names if any(n == i or n.endswith("." + i) for i in claim.ignore)]

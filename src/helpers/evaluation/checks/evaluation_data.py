@@ -4,7 +4,7 @@ import json
 from functools import partial
 from hashlib import sha256
 
-from helpers.core.activity import Bar, doing
+from helpers.core.activity import Bar, set_activity
 from helpers.core.gates import Gate, as_record
 from helpers.core.records import read_json
 from helpers.evaluation.checks.batch_invariance import exact, sample
@@ -26,7 +26,7 @@ from helpers.evaluation.prompts import Prompt, asked_tokens, prompt
 from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.sources.chat_conversations import EXAMPLES
 from helpers.sources.exact_numbers import gold_number
-from helpers.sources.finetuning import settings_of
+from helpers.sources.finetuning import fine_tuning_settings
 from helpers.sources.items import Item
 from helpers.sources.models import model_folder
 from helpers.sources.raw_rows import raw_digests
@@ -59,7 +59,7 @@ def check(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recompu
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     evidence = gather(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
-    doing("checks on the answers")
+    set_activity("checks on the answers")
     record = as_record(evaluation_gates(evidence))
     made_of = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
@@ -121,7 +121,9 @@ def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
     results = training_results(job)
     if results is None or job.variant != job.study.baseline:
         return ()
-    settings, (drawn, heldout) = (f(job.study, job.model) for f in (settings_of, training_items))
+    settings, (drawn, heldout) = (
+        f(job.study, job.model) for f in (fine_tuning_settings, training_items)
+    )
     folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
     start = model_folder(job.study, settings.start, job.paths)
     return (
@@ -190,7 +192,7 @@ def asked_of(tokenizer, asked: Prompt, shown: Shown) -> Asked:
 def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
     """The items the variant knows: examples in its prompts, calibration, and training items."""
     found = {"worked-example": worked_examples(study)}
-    if study.variants[variant].changes_model:
+    if study.variants[variant].needs_checkpoint:
         found["calibration"] = calibration_items(study)
     if isinstance(study.models[model], FineTunedModel):
         found["training"] = [item for part in training_items(study, model) for item in part]

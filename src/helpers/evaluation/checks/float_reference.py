@@ -10,7 +10,7 @@ KL is an upper limit.
 
 import torch
 
-from helpers.core.activity import doing
+from helpers.core.activity import set_activity
 from helpers.inference.perplexity import (
     States,
     first_scored,
@@ -50,9 +50,9 @@ def read_shaken(job: Job, tokenizer) -> list[dict]:
     It is read anew before that too: a baseline that was evaluated wrongly would widen the
     limit it gives. Only for a variant that stays float and is not the model as it was loaded.
     """
-    if job.recipe.as_loaded or job.recipe.claim.quantized:
+    if job.recipe.is_unmodified or job.recipe.claim.quantized:
         return []
-    doing("the float model, off by rounding")
+    set_activity("the float model, off by rounding")
     passages, tokens = _first(job, tokenizer)
     runtime = job.study.runtime
     types = {job.recipe.dtype, runtime.dtype}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.evaluation.checks.float64_linears import LinearFile, LinearFiles
-from helpers.runtime.batching import token_owners
+from helpers.runtime.batching import current_sequence_ids
 
 PACKED, DECODING, SHARED_TEXT = "packed rows", "decoding", "shared text"
 BUFFERED = 32  # rows compared at once
@@ -250,7 +250,7 @@ class CallRecorder:
     def _absmax(self, x: Tensor, place: int) -> Tensor:
         """() largest magnitude in the text that a row is of."""
         if len(x) != self._width:  # an expert reads some of the tokens
-            owners = token_owners(x.device)
+            owners = current_sequence_ids(x.device)
             return (x if owners is None else x[owners == owners[place]]).abs().amax()
         if self._single:
             return x[place].abs().amax()

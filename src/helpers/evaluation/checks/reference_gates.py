@@ -34,7 +34,7 @@ def reference_gates(recipe: Variant, passages: list[dict], shaken: list[dict]) -
         return [moved_gate(passages)]
     if recipe.dtype:
         return [moved_gate(passages), rounding_gate(passages, shaken)]
-    return [] if recipe.as_loaded else [rounding_gate(passages, shaken)]
+    return [] if recipe.is_unmodified else [rounding_gate(passages, shaken)]
 
 
 def same_reference_gate(read_now: list[dict], baseline: list[dict], *, dtype: str) -> Gate:

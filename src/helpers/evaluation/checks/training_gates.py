@@ -9,7 +9,7 @@ import math
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.core.activity import doing
+from helpers.core.activity import set_activity
 from helpers.core.gates import Gate, largest
 from helpers.sources.chat_conversations import SYSTEM
 from helpers.sources.items import Item
@@ -68,7 +68,7 @@ def loss_gate(folder, tokenizer, heldout: list[Item], results: dict, *, dtype: s
         results: of the record of the fine-tuning.
     """
     name, told = "held-out loss as transformers computes it", results["heldout_loss_after"]
-    doing("the held-out loss a second time")
+    set_activity("the held-out loss a second time")
     try:
         again = heldout_loss(folder, tokenizer, heldout)
     except Exception as error:  # a folder that cannot be read, a template without the solution

@@ -37,7 +37,7 @@ from helpers.report.checks.recomputed_tables import (
     wrong_cells,
     wrong_verdict_words,
 )
-from helpers.sources.near_duplicates import clustered
+from helpers.sources.near_duplicates import cluster_near_duplicates
 from helpers.sources.sampling import load_items
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
 from helpers.statistics.published_answers import Published, read_answers
@@ -128,7 +128,7 @@ def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
     told = []
     first = next(iter(found.asked.values())).predictions[dataset]
     answered = [items[row["id"]] for row in first if row["id"] in items]
-    items |= {item.id: item for item in clustered(answered)} if joined else {}
+    items |= {item.id: item for item in cluster_near_duplicates(answered)} if joined else {}
     for (model, variant), asked in found.asked.items():
         at = f"{model}/{variant}: {NAMES.get(dataset, dataset)} item"
         for row in asked.predictions[dataset]:

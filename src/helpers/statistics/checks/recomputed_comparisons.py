@@ -57,8 +57,10 @@ def drawing_of(study: Study) -> Drawing:
 
 def _of_one(c: Comparison, paired, answers: Mapping, drawing: Drawing) -> str:
     try:
-        rows = [answers[c.model, c.dataset, v].predictions for v in (c.baseline, c.variant)]
-        return "; ".join(differences(paired, recount(*rows, drawing)))
+        baseline, variant = (
+            answers[c.model, c.dataset, v].predictions for v in (c.baseline, c.variant)
+        )
+        return "; ".join(differences(paired, recount(baseline, variant, drawing)))
     except Exception as error:  # rows of any shape: the report goes on and says so
         return f"they cannot be computed again ({type(error).__name__}: {error})"
 

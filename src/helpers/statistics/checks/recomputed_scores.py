@@ -19,8 +19,8 @@ def shared_text_figures(rows: list[dict], drawing: Drawing) -> dict[str, Figure]
     loss, low, high, tokens = token_figure(rows, "nll", drawing)
     perplexity: Figure = (None, None, None, tokens)
     if loss is not None and loss <= LARGEST:
-        limits = (None if x is None else math.exp(x) for x in (low, high))
-        perplexity = (math.exp(loss), *limits, tokens)
+        lowest, highest = (None if x is None else math.exp(x) for x in (low, high))
+        perplexity = (math.exp(loss), lowest, highest, tokens)
     return {
         "perplexity": perplexity,
         "kl": token_figure(rows, "kl", drawing),

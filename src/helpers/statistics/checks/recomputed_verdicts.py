@@ -42,9 +42,9 @@ def comparison_rows(
     drawing, declared = drawing_of(study), list(dict.fromkeys(study.statistics.primary))
     rows = {}
     for c in dict.fromkeys([*declared, *_against_baseline(study)]):
-        sides = [answers.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant)]
-        if None not in sides:
-            rows[c] = _row(study, c, *sides, drawing, declared=c in declared)
+        baseline, variant = (answers.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant))
+        if baseline is not None and variant is not None:
+            rows[c] = _row(study, c, baseline, variant, drawing, declared=c in declared)
     for c, row in rows.items():
         row["p_drawn"] = _drawn(row, published_p.get(c))
     p_values = [1.0 if c not in rows else rows[c]["p_drawn"] for c in declared]
