@@ -39,7 +39,7 @@ def asked(run, change=None, *, resumed=None):
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
         with calls.during(SHARED_TEXT):
             states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-            first = perplexity.first_scored(tokenizer)
+            first = perplexity.first_scored_token(tokenizer)
             rows = passage_rows(passages, tokens, states, None, first=first)
         return call_gates(job, calls, predictions, rows, resumed or {})
 
@@ -58,7 +58,7 @@ def looked_at(run, change=None):
         wanted, passages = job.study.evaluation, shared_passages(job.study)
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
-        first = perplexity.first_scored(tokenizer)
+        first = perplexity.first_scored_token(tokenizer)
         rows = perplexity.passage_rows(passages, tokens, states, None, first=first)
         predictions = ask_all(model, tokenizer, job.study)
         opinion = second_opinion(job, model, tokenizer)

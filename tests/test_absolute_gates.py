@@ -168,7 +168,7 @@ def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     sound = float_reference.read_shaken(job, tokenizer)
     path = perplexity.states_path(job)
     states = perplexity.load_file(path)["hidden"]
-    off = perplexity.States(states + 0.01 * torch.randn_like(states), None)
+    off = perplexity.HiddenStates(states + 0.01 * torch.randn_like(states), None)
     perplexity.save_states(path, off)
     assert [r["kl"] for r in float_reference.read_shaken(job, tokenizer)] == [
         r["kl"] for r in sound

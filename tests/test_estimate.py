@@ -14,7 +14,7 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.core.records import write_json
 from helpers.cost import quantization_operations as quantization
-from helpers.cost.operations import Size, operations, training
+from helpers.cost.operations import Size, count_finetuning, without_weight_passes
 from helpers.evaluation import evaluation_operations as evaluation
 from helpers.evaluation.engine import ask_all
 from helpers.inference.perplexity import passage_tokens, read_passages
@@ -114,7 +114,7 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
     texts = [calibration_tokens(tokenizer, i, study.calibration.adapter) for i in items]
     run_calibration(model, texts, batch_tokens=study.calibration.batch_tokens)
     picture = 2 * size.linears * max(map(len, texts))
-    counted = quantization.calibration(study, size, tokenizer)["float32 reading"]
+    counted = quantization.count_calibration(study, size, tokenizer)["float32 reading"]
     assert multiplied.operations == counted - picture
 
 
@@ -130,7 +130,7 @@ def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     finetuning.fine_tune_(model, examples, settings, seed=study.seed)
     head = sum(len(answer) for _, answer in examples)
     trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
-    found = operations(training(study, "finetuned", size, tokenizer))
+    found = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
     tokens = sum(len(p) + len(a) for p, a in heldout)
     apart = sum(found.values()) - trained
     assert 2 * 2 * size.linears * tokens * 0.9 < apart < 4 * (size.linears + size.head) * tokens * 2
@@ -314,7 +314,7 @@ def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
     """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
     study = only("arc", "squad_v2")
     found = [
-        operations(job)
+        without_weight_passes(job)
         for _ in range(2)
         for job in evaluation.of_model(study, "base", SIZE, tokenizer).values()
     ]

@@ -248,11 +248,13 @@ def test_a_score_that_is_not_one_is_refused(folder, asked):
 
 def test_every_way_an_answer_can_end_is_known_to_its_row():
     """Or a finished evaluation could not be read back."""
-    from helpers.inference.generation import Answer, Ends
+    from helpers.inference.generation import AnswerInProgress, StopRules
 
-    ends = Ends(max_new_tokens=2, stop_tokens=frozenset({0}), complete=lambda tokens: 7 in tokens)
+    ends = StopRules(
+        max_new_tokens=2, stop_tokens=frozenset({0}), complete=lambda tokens: 7 in tokens
+    )
     tokens = {"nonfinite": (1, False), "stop": (0, True), "answer": (7, True)}
-    reasons = {Answer(0).take(*given, ends) for given in tokens.values()}
-    reasons |= {Answer(0, tokens=[1]).take(1, True, ends), "scored"}
+    reasons = {AnswerInProgress(0).append_token(*given, ends) for given in tokens.values()}
+    reasons |= {AnswerInProgress(0, tokens=[1]).append_token(1, True, ends), "scored"}
     assert reasons == {*tokens, "length", "scored"}
     assert all(map(FIELDS["squad_v2"]["finish_reason"], reasons))

@@ -14,7 +14,7 @@ from helpers.evaluation.metrics import shared_text_metrics
 from helpers.evaluation.prompts import option_tokens, prompt
 from helpers.inference import perplexity
 from helpers.inference.perplexity import (
-    first_scored,
+    first_scored_token,
     passage_rows,
     passage_tokens,
     read_passages,
@@ -119,7 +119,7 @@ def test_the_shared_text_is_read_as_transformers_reads_it(exact_model, study, to
     passages = shared_passages(study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=64)
     states = read_passages(exact_model, tokens, batch_tokens=512)
-    first = first_scored(tokenizer)
+    first = first_scored_token(tokenizer)
     rows = passage_rows(passages, tokens, states, states, first=first)
     for row, passage in zip(rows, passages, strict=True):
         ids = as_transformers(tokenizer, passage)[:64]

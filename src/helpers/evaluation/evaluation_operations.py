@@ -18,11 +18,11 @@ from helpers.core.paths import StudyPaths
 from helpers.cost.operations import (
     Size,
     folder_to_count,
-    operations,
-    read,
+    reading_operations,
     size_of,
-    touched,
-    written,
+    weight_passes,
+    without_weight_passes,
+    writing_operations,
 )
 from helpers.cost.throughput import (
     NEW_TOKENS,
@@ -35,7 +35,7 @@ from helpers.cost.throughput import (
 from helpers.evaluation.checks.batch_invariance import SAMPLE, exact
 from helpers.evaluation.checks.float_reference import PASSAGES
 from helpers.evaluation.prompts import cuts, option_tokens, prompt, prompt_tokens
-from helpers.inference.packed_rows import Text, cut
+from helpers.inference.packed_rows import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.batching import FEWEST_ROWS
 from helpers.sources.models import load_tokenizer
@@ -77,15 +77,15 @@ def asked(study: Study, name: str, tokenizer) -> Asked:
     prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
     if wanted.ask.protocol == "loglikelihood":
         tokens = [option_tokens(tokenizer, p) for p in prompts]
-        texts = [cut(t.context, t.cuts) for t in tokens]
+        texts = [split_at(t.context, t.cuts) for t in tokens]
         options = sum(len(option) - 1 for t in tokens for option in t.options)
         return _asked(texts, options, options + len(texts), 0)
     ids = [prompt_tokens(tokenizer, p) for p in prompts]
-    texts = [cut(t, cuts(tokenizer, p, t)) for p, t in zip(prompts, ids, strict=True)]
+    texts = [split_at(t, cuts(tokenizer, p, t)) for p, t in zip(prompts, ids, strict=True)]
     return _asked(texts, 0, len(texts), wanted.ask.max_new_tokens)
 
 
-def _asked(texts: Sequence[Text], options: int, predicted: int, cap: int) -> Asked:
+def _asked(texts: Sequence[SplitText], options: int, predicted: int, cap: int) -> Asked:
     beginnings = {t.shared[:end] for t in texts for end in range(1, len(t.shared) + 1)}
     together = sum(len(b[-1]) for b in beginnings) + sum(len(t.rest) for t in texts)
     return Asked(len(texts), sum(map(len, texts)), together, options, predicted, cap)
@@ -110,18 +110,20 @@ def evaluation(
     recipe, floats = study.variants[variant], _floats(study, variant)
     how = arithmetic(study, variant)
     sharing = not recipe.quantized or recipe.scheme[1] != "tensor_dynamic"
-    counted = touched(size, LOADED)
+    counted = weight_passes(size, LOADED)
     for wanted in sets.values():
         tokens = (wanted.together if sharing else wanted.alone) + wanted.options
-        counted += read(size, how, tokens, head=wanted.predicted, floats=floats)
-        counted += written(size, how, wanted.items * max(0, wanted.cap - 1), floats=floats)
+        counted += reading_operations(size, how, tokens, head=wanted.predicted, floats=floats)
+        counted += writing_operations(
+            size, how, wanted.items * max(0, wanted.cap - 1), floats=floats
+        )
         counted += _alone(study, variant, wanted, size)
     own, few = sum(passages), sum(passages[:PASSAGES])
-    counted += read(size, how, own, head=own, floats=floats)
+    counted += reading_operations(size, how, own, head=own, floats=floats)
     if variant != study.baseline:  # the baseline's states, once more through the head
-        counted += read(size, floats, 0, head=own + 2 * few)
+        counted += reading_operations(size, floats, 0, head=own + 2 * few)
     if not (recipe.as_loaded or recipe.claim.quantized):
-        counted += read(size, floats, few, head=2 * few) + touched(size, 8)
+        counted += reading_operations(size, floats, few, head=2 * few) + weight_passes(size, 8)
     return counted
 
 
@@ -132,9 +134,9 @@ def _alone(study: Study, variant: str, wanted: Asked, size: Size) -> Counter:
     few = min(wanted.items, SAMPLE["generate" if wanted.cap else "loglikelihood"] + again)
     tokens = few * (wanted.alone + wanted.options) // wanted.items
     rows = few * min(FEWEST_ROWS, study.evaluation.batch.rows)
-    return read(size, how, tokens, head=FEWEST_ROWS * few, floats=floats) + written(
-        size, how, rows * max(0, wanted.cap - 1), floats=floats
-    )
+    return reading_operations(
+        size, how, tokens, head=FEWEST_ROWS * few, floats=floats
+    ) + writing_operations(size, how, rows * max(0, wanted.cap - 1), floats=floats)
 
 
 def cost(study: Study, size: Size) -> Counter:
@@ -146,9 +148,9 @@ def cost(study: Study, size: Size) -> Counter:
     counted: Counter = Counter()
     for how, floats in ways:
         tokens = ROUNDS * (row + WARM_TOKENS + PROMPTS * PROMPT_TOKENS)
-        counted += read(size, how, tokens, head=ROUNDS * PROMPTS, floats=floats)
-        counted += written(size, how, ROUNDS * PROMPTS * (NEW_TOKENS - 1), floats=floats)
-        counted += touched(size, 4 * ROUNDS)
+        counted += reading_operations(size, how, tokens, head=ROUNDS * PROMPTS, floats=floats)
+        counted += writing_operations(size, how, ROUNDS * PROMPTS * (NEW_TOKENS - 1), floats=floats)
+        counted += weight_passes(size, 4 * ROUNDS)
     return counted
 
 
@@ -187,10 +189,10 @@ def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
     """Operations of an evaluation, or of measuring cost, by arithmetic."""
     study, size = job.study, size_of(folder_to_count(job.study, job.model, job.paths))
     if stage == "cost":
-        return operations(cost(study, size))
+        return without_weight_passes(cost(study, size))
     sets = {name: asked(study, name, tokenizer) for name in study.evaluation.datasets}
     passages = shared_text(study, tokenizer)
-    return operations(evaluation(study, job.variant, size, sets, passages))
+    return without_weight_passes(evaluation(study, job.variant, size, sets, passages))
 
 
 def main(study_name: str) -> None:

@@ -12,8 +12,8 @@ import torch
 
 from helpers.core.activity import doing
 from helpers.inference.perplexity import (
-    States,
-    first_scored,
+    HiddenStates,
+    first_scored_token,
     load_states,
     passage_rows,
     passage_tokens,
@@ -40,7 +40,7 @@ def read_reference(job: Job, model, tokenizer) -> list[dict]:
     if job.variant == job.study.baseline:
         return []
     passages, tokens = _first(job, tokenizer)
-    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
+    kept, first = _kept(job, model, tokens), first_scored_token(tokenizer)
     return passage_rows(passages, tokens, kept, None, first=first)
 
 
@@ -62,8 +62,8 @@ def read_shaken(job: Job, tokenizer) -> list[dict]:
     hidden = read_passages(model, tokens, **limit).hidden
     head = _kept(job, model, tokens).head  # of the files: the model's own is shaken too
     shake_(model, dtype=coarsest)
-    shaken, first = read_passages(model, tokens, **limit), first_scored(tokenizer)
-    return passage_rows(passages, tokens, shaken, States(hidden, head), first=first)
+    shaken, first = read_passages(model, tokens, **limit), first_scored_token(tokenizer)
+    return passage_rows(passages, tokens, shaken, HiddenStates(hidden, head), first=first)
 
 
 def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
@@ -72,11 +72,11 @@ def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
     return passages, passage_tokens(tokenizer, passages, max_tokens=limit)
 
 
-def _kept(job: Job, model, tokens: list[list[int]]) -> States:
+def _kept(job: Job, model, tokens: list[list[int]]) -> HiddenStates:
     """The baseline's states at the tokens of these passages, the first ones kept."""
     source = model_folder(job.study, job.model, job.paths)
     states = load_states(states_path(job), source, model)
-    return States(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
+    return HiddenStates(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
 
 
 @torch.no_grad()
