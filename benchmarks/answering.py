@@ -18,7 +18,7 @@ from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
 from helpers.core.plain_text import whole_characters
 from helpers.evaluation.engine import box_closes, stop_tokens
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import render_prompt
 from helpers.inference.generation import AnswerInProgress, StopRules
 from helpers.runtime.batching import pad
 from helpers.sources.chat_conversations import tokenize
@@ -96,7 +96,7 @@ def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
     tokenizer, answers = material.tokenizer, []
     stops, closes = stop_tokens(model, tokenizer), box_closes(tokenizer)
     for wanted, items in material.sets(SETS, None):
-        asked = [prompt(item, wanted, tokenizer) for item in items]
+        asked = [render_prompt(item, wanted, tokenizer) for item in items]
         tokens = [tokenize(tokenizer, p.text) for p in asked]
         ends = StopRules(wanted.ask.max_new_tokens, frozenset(stops), closes)
         for row in write(tokens, wanted.ask.max_new_tokens, stops):

@@ -12,7 +12,7 @@ import pytest
 
 from helpers.core.paths import PROJECT
 from helpers.evaluation.metrics import metrics
-from helpers.evaluation.prompts import loglikelihood_prompt, prompt
+from helpers.evaluation.prompts import loglikelihood_prompt, render_prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import settle_
 from helpers.sources.items import normalized_text
@@ -84,7 +84,7 @@ def test_every_item_renders_with_its_question(adapter, thoughts, tokenizer):
     settle_(chat, enable_thinking=thoughts, place="x")
     texts = set()
     for item in items(adapter):
-        text = prompt(item, wanted(adapter), chat).text
+        text = render_prompt(item, wanted(adapter), chat).text
         assert text.startswith("<|im_start|>system\n")
         assert item.question in text
         assert item.passage in text

@@ -11,7 +11,7 @@ from helpers.evaluation.checks.integrity import length_gate, prompts_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.metrics import shared_text_metrics
-from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.prompts import option_tokens, render_prompt
 from helpers.inference import perplexity
 from helpers.inference.perplexity import (
     first_scored_token,
@@ -93,7 +93,7 @@ def test_options_are_scored_as_transformers_scores_them(exact_model, study, toke
     limits = Batch(tokens=512, rows=16)
     found = {p["id"]: p for p in evaluate(exact_model, tokenizer, items, wanted, limits=limits)}
     for item in items:
-        asked = prompt(item, wanted, tokenizer)
+        asked = render_prompt(item, wanted, tokenizer)
         context = as_transformers(tokenizer, asked.text)
         due = []
         for continuation in asked.continuations:
@@ -108,7 +108,7 @@ def test_options_are_scored_as_transformers_scores_them(exact_model, study, toke
 def test_what_prompts_share_is_counted_with_the_beginning(study_settings, study, tokenizer):
     wanted = study.evaluation.datasets["arc"].model_copy(update={"adapter": "boolq"})
     item = evaluation_items(study, "squad_v2")[0]
-    tokens = option_tokens(tokenizer, prompt(item, wanted, tokenizer))
+    tokens = option_tokens(tokenizer, render_prompt(item, wanted, tokenizer))
     shared = as_transformers(tokenizer, item.passage)
     assert tokens.cuts == (len(shared),)
     assert tokens.context[: len(shared)] == shared

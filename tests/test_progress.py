@@ -177,15 +177,15 @@ def ask(run, stop_after=None):
     asked = []
 
     def counted(*args, **more):
-        for row in evaluate(*args, **more):
+        for row in answer(*args, **more):
             if len(asked) == stop_after:
                 raise KeyboardInterrupt
             asked.append(row["id"])
             yield row
 
     with run.outputs(), pytest.MonkeyPatch.context() as patch:
-        job, evaluate = run.job, engine.evaluate
-        patch.setattr(engine, "evaluate", counted)
+        job, answer = run.job, engine.answer
+        patch.setattr(engine, "answer", counted)
         model, tokenizer = load_variant(job)
         kept = Progress(job, files="the same", packages=PACKAGES)
         try:

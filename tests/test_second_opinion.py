@@ -258,12 +258,12 @@ def test_the_second_likeliest_token(runs, monkeypatch, variant):
 @pytest.mark.bank("reading", "answers cut short, as if they had ended")
 def test_an_answer_cut_short(runs, monkeypatch, variant):
     """The text is the beginning of what the model says, and its end was made up."""
-    take = generation.AnswerInProgress.take
+    take = generation.AnswerInProgress.append_token
 
     def early(self, token, finite, ends):
         return take(self, token, finite, ends) or ("stop" if len(self.tokens) == 4 else None)
 
-    monkeypatch.setattr(generation.AnswerInProgress, "take", early)
+    monkeypatch.setattr(generation.AnswerInProgress, "append_token", early)
     assert failed(looked_at(runs("llama", variant))) == {TOKENS}
 
 

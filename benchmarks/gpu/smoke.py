@@ -15,7 +15,7 @@ from helpers.core.paths import PROJECT
 from helpers.core.records import Record, write_json
 from helpers.evaluation.engine import ask_all
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
+from helpers.evaluation.prompts import input_digest, model_inputs, render_prompt
 from helpers.evaluation.scoring import score_text
 from helpers.inference.perplexity import read_shared_text
 from helpers.quantization import alpha, calibration, compression, smoothing
@@ -142,8 +142,8 @@ class Run:
         found = {}
         for name, wanted in self.study.evaluation.datasets.items():
             for item in evaluation_items(self.study, name):
-                asked = prompt(item, wanted, self.tokenizer)
-                found[item.id] = asked_hash(asked, asked_tokens(self.tokenizer, asked))
+                asked = render_prompt(item, wanted, self.tokenizer)
+                found[item.id] = input_digest(asked, model_inputs(self.tokenizer, asked))
         return found
 
     def scored_anew(self, name: str, row: dict) -> dict:

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
-from helpers.evaluation.prompts import option_tokens, prompt, prompt_tokens
+from helpers.evaluation.prompts import context_tokens, option_tokens, render_prompt
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.rotary_positions import fixed_up_to
 from helpers.sources.bundled_model import bundled_model_is_here
@@ -153,7 +153,7 @@ def _texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, st
     """(key, its texts, what to do if one is too long) of all that the model is given."""
     for name, wanted in study.evaluation.datasets.items():
         key = f"evaluation.datasets.{name}"
-        asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
+        asked = [render_prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
         if wanted.ask.protocol == "loglikelihood":
             yield key, _scored(tokenizer, asked), "leave the item out"
         else:
@@ -192,7 +192,7 @@ def _scored(tokenizer, asked) -> Texts:
 def _answered(tokenizer, asked, cap: int) -> Texts:
     end = end_of_turn(tokenizer)
     for each in asked:
-        yield f"item {each.item.id}", [*prompt_tokens(tokenizer, each), end], cap - 1
+        yield f"item {each.item.id}", [*context_tokens(tokenizer, each), end], cap - 1
 
 
 def _within(texts: Texts, key: str, limit: int) -> Texts:

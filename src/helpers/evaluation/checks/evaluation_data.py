@@ -22,7 +22,7 @@ from helpers.evaluation.checks.second_opinion import (
 from helpers.evaluation.checks.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
-from helpers.evaluation.prompts import Prompt, asked_tokens, prompt
+from helpers.evaluation.prompts import Prompt, model_inputs, render_prompt
 from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.sources.chat_conversations import EXAMPLES
 from helpers.sources.exact_numbers import gold_number
@@ -163,13 +163,15 @@ def asked_now(study: Study, tokenizer, own) -> dict[str, list[Asked]]:
     opening = answer_opening(tokenizer)
 
     def told(asked: Prompt) -> Asked:
-        handed = len(asked_tokens(tokenizer, asked).context)
+        handed = len(model_inputs(tokenizer, asked).context)
         whole = len(own(asked.text, add_special_tokens=False).input_ids)
         texts = asked.text, tuple(asked.continuations)
         return asked_of(own, asked, Shown(asked.item, *texts, opening, handed, whole))
 
     return {
-        name: [told(prompt(item, wanted, tokenizer)) for item in evaluation_items(study, name)]
+        name: [
+            told(render_prompt(item, wanted, tokenizer)) for item in evaluation_items(study, name)
+        ]
         for name, wanted in study.evaluation.datasets.items()
     }
 

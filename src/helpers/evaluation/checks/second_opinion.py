@@ -31,7 +31,7 @@ from helpers.evaluation.checks.rounding_bounds import (
     tie_margin,
 )
 from helpers.evaluation.checks.traces import FINAL, OUTPUT, Trace, traced
-from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.prompts import option_tokens, render_prompt
 from helpers.inference.vllm_protocols import is_served
 from helpers.sources.chat_conversations import tokenize
 from helpers.sources.chat_template import end_of_turn
@@ -100,7 +100,7 @@ class SecondOpinion:
             return
         self._looked_at[dataset] = number + 1
         compared = self.answers.setdefault(dataset, Comparison())
-        asked = prompt(item, asking, self.tokenizer)
+        asked = render_prompt(item, asking, self.tokenizer)
         if asking.ask.protocol == "loglikelihood":
             tokens, look = option_tokens(self.tokenizer, asked), self._options
             length = len(tokens.context) + sum(map(len, tokens.options))
