@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from helpers.core.paths import PROJECT
-from helpers.evaluation.metrics import metrics
+from helpers.evaluation.metrics import set_metrics
 from helpers.evaluation.prompts import loglikelihood_prompt, render_prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import settle_
@@ -56,7 +56,7 @@ def generated(adapter: str, texts) -> dict:
         | {"prompt_tokens": 1, "output_tokens": 1}
         for item, text in zip(items(adapter), texts, strict=True)
     ]
-    return metrics(adapter, made)
+    return set_metrics(adapter, made)
 
 
 def wanted(adapter: str) -> EvaluationSet:

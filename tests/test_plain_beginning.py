@@ -5,7 +5,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from helpers.evaluation import prompts
-from helpers.evaluation.checks.evaluation_data import asked_now
+from helpers.evaluation.checks.evaluation_data import render_items_again
 from helpers.evaluation.checks.full_logits import Passes, recompute
 from helpers.evaluation.checks.integrity import length_gate, prompts_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
@@ -139,7 +139,7 @@ def test_options_asked_without_their_beginning_are_caught(model, study, monkeypa
     """For baseline and variants alike, so that only the tokenizer itself tells."""
     tokenizer, wanted = tokenizer_with(post), study.evaluation.datasets["arc"]
     items, limits = evaluation_items(study, "arc"), Batch(tokens=512, rows=16)
-    asked = asked_now(study, tokenizer, tokenizer)["arc"]
+    asked = render_items_again(study, tokenizer, tokenizer)["arc"]
 
     def gates():
         rows = list(evaluate(model, tokenizer, items, wanted, limits=limits))

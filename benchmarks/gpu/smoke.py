@@ -25,7 +25,7 @@ from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items, evaluation_items, item_ids
 from helpers.study.study_run import open_job
-from helpers.verification.variant_gates import verify
+from helpers.verification.variant_gates import verify_checkpoint
 
 STUDY, MODEL = "smoke", "base"
 VARIANTS = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "smoothquant_o3", "noquant_bf16")
@@ -129,7 +129,7 @@ class Run:
 
     def verified(self) -> dict:
         """The gates of a checkpoint made and run here, and the names of those that fail."""
-        gates = verify(self.job(VERIFIED), source_hash=self.source)
+        gates = verify_checkpoint(self.job(VERIFIED), source_hash=self.source)
         failed = [f"{gate.name}: {gate.measured}" for gate in gates if not gate.passed]
         return {"gates": len(gates), "passed": len(gates) - len(failed), "failed": failed}
 

@@ -7,9 +7,9 @@ from functools import partial
 from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
 from helpers.evaluation.answer_parsing import last_boxed
-from helpers.evaluation.out_of_memory import halving
+from helpers.evaluation.out_of_memory import with_halved_batch
 from helpers.evaluation.prompts import TokenizedPrompt, study_prompts, tokenize_prompts
-from helpers.evaluation.resume import Progress, Unkept
+from helpers.evaluation.resume import Progress, UnsavedPredictions
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.inference import vllm_protocols
 from helpers.inference.generation import generate_greedy
@@ -36,7 +36,7 @@ def ask_all(
     predictions = {}
     for name, evaluation_set in study.evaluation.datasets.items():
         digests = {p.item.id: p.digest for p in prompts[name]}
-        saved = progress.of(name, digests) if progress else Unkept()
+        saved = progress.of(name, digests) if progress else UnsavedPredictions()
         remaining = [p for p in prompts[name] if p.item.id not in saved.rows]
         answers = answer(model, tokenizer, remaining, evaluation_set, limits=study.evaluation.batch)
         bar = {"total": len(digests), "initial": len(saved.rows), "desc": name, "unit": "item"}
@@ -79,7 +79,9 @@ def answer(
         limits = Batch(tokens=1, rows=1)
     scored = evaluation_set.ask.protocol == "loglikelihood"
     protocol = _score_options if scored else _generate_answers
-    yield from halving(partial(protocol, model, tokenizer, evaluation_set), prompts, limits)
+    yield from with_halved_batch(
+        partial(protocol, model, tokenizer, evaluation_set), prompts, limits
+    )
 
 
 def _score_options(

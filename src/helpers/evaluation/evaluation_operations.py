@@ -33,7 +33,7 @@ from helpers.cost.throughput import (
     ROW_TOKENS,
     WARM_TOKENS,
 )
-from helpers.evaluation.checks.batch_invariance import SAMPLE, exact
+from helpers.evaluation.checks.batch_invariance import SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.float_reference import PASSAGES
 from helpers.evaluation.prompts import TokenizedPrompt, study_prompts
 from helpers.inference.packed_rows import SplitText, split_at
@@ -137,7 +137,7 @@ def _operations_of(study: Study, variant: str, size: Size) -> tuple[Callable, Ca
 def _count_asked_alone(study: Study, variant: str, tokens: SetTokens, size: Size) -> Counter:
     """Counts of the items asked alone, and of those asked twice if answers depend on the batch."""
     read, write = _operations_of(study, variant, size)
-    asked_twice = bool(tokens.cap) and not exact(study, variant)
+    asked_twice = bool(tokens.cap) and not is_batch_invariant(study, variant)
     protocol = "generate" if tokens.cap else "loglikelihood"
     items = min(tokens.items, SAMPLE[protocol] + asked_twice)
     prompt_tokens = items * (tokens.alone + tokens.options) // tokens.items
