@@ -18,8 +18,8 @@ from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
 from helpers.core.plain_text import valid_unicode
 from helpers.evaluation.engine import box_closes, stop_tokens
-from helpers.evaluation.prompts import prompt
-from helpers.inference.generation import Answer, Ends
+from helpers.evaluation.prompts import render_prompt
+from helpers.inference.generation import AnswerInProgress, StopRules
 from helpers.runtime.batching import pad
 from helpers.sources.chat_conversations import tokenize
 
@@ -96,20 +96,20 @@ def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
     tokenizer, answers = material.tokenizer, []
     stops, closes = stop_tokens(model, tokenizer), box_closes(tokenizer)
     for wanted, items in material.sets(SETS, None):
-        asked = [prompt(item, wanted, tokenizer) for item in items]
+        asked = [render_prompt(item, wanted, tokenizer) for item in items]
         tokens = [tokenize(tokenizer, p.text) for p in asked]
-        ends = Ends(wanted.ask.max_new_tokens, frozenset(stops), closes)
+        ends = StopRules(wanted.ask.max_new_tokens, frozenset(stops), closes)
         for row in write(tokens, wanted.ask.max_new_tokens, stops):
             kept = tokenizer.decode(up_to_the_end(row, ends), skip_special_tokens=True)
             answers.append(valid_unicode(kept))
     return answers
 
 
-def up_to_the_end(tokens: list[int], ends: Ends) -> list[int]:
+def up_to_the_end(tokens: list[int], ends: StopRules) -> list[int]:
     """The tokens up to where an answer of the study ends."""
-    answer = Answer(0)
+    answer = AnswerInProgress(0)
     for token in tokens:
-        if answer.take(token, True, ends):
+        if answer.append_token(token, True, ends):
             break
     return answer.tokens
 

@@ -73,12 +73,12 @@ def verified(model: str, variant: str) -> dict:
     from helpers.core.hashing import sha256_folder
     from helpers.runtime.devices import prepare
     from helpers.sources.models import model_folder
-    from helpers.verification.variant_gates import verify
+    from helpers.verification.variant_gates import verify_checkpoint
 
     job = prepare(open_job(STUDY, model=model, variant=variant))
     source_hash = sha256_folder(model_folder(job.study, job.model, job.paths))
     started = time.monotonic()
-    gates = verify(job, source_hash=source_hash)
+    gates = verify_checkpoint(job, source_hash=source_hash)
     return {
         "duration_s": round(time.monotonic() - started, 3),
         "peak_bytes": peak_memory_bytes(),

@@ -9,7 +9,7 @@ from lm_eval.models.huggingface import HFLM
 from benchmarks import agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, Turns, take_turns
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import render_prompt
 from helpers.evaluation.scoring import score_options
 
 SETS = ("arc", "boolq")
@@ -65,7 +65,7 @@ def _row(turns: Turns, sets: str, kind: str, goal: float | None) -> Comparison:
 def harness_answers(harness: HFLM, material: Material, name: str, turn: int) -> list[dict]:
     """Predictions of the round's share of one set by the harness's log-likelihoods."""
     asked = [
-        (wanted, prompt(item, wanted, material.tokenizer))
+        (wanted, render_prompt(item, wanted, material.tokenizer))
         for wanted, items in material.sets([name], turn)
         for item in items
     ]

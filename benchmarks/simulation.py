@@ -11,7 +11,7 @@ from benchmarks.turns import Comparison, take_turns
 from helpers.inference.perplexity import read_passages
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_reference
-from helpers.verification.hooks import inputs_of
+from helpers.verification.hooks import capture_inputs
 
 PEER = "the same checkpoint in plain transformers (simulated)"
 FLOAT = "float32 model in plain transformers"
@@ -57,7 +57,7 @@ def by_linear(ours, peer, tokens: list[int]) -> Agreement:
     """The largest difference of any Linear's output on the same inputs, of its largest output."""
     names = [name for name, module in ours.named_modules() if isinstance(module, Int8Linear)]
     worst = 0.0
-    for name, x in inputs_of(peer, names, tokens).items():
+    for name, x in capture_inputs(peer, names, tokens).items():
         a, b = (model.get_submodule(name)(x) for model in (ours, peer))
         worst = max(worst, ((a - b).abs().max() / b.abs().max()).item())
     text = f"each of {len(names)} Linears within {worst:.1g} of its largest output"

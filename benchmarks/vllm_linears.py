@@ -12,7 +12,7 @@ from torch import Tensor
 
 from helpers.inference.vllm_client import VllmModel
 from helpers.sources.model_tensors import TensorFiles
-from helpers.verification.hooks import inputs_of
+from helpers.verification.hooks import capture_inputs
 
 VLLM_HALF_RANGE = 127
 TIE = 4 * 2**-24  # float32 roundings of a quotient, relative: by 1 / step, or by the step
@@ -46,7 +46,7 @@ def largest_difference(
         tokens: a text.
     """
     files = TensorFiles(folder, dtype=None)
-    inputs = inputs_of(ours, [parts(name)[0] for name in names], tokens)
+    inputs = capture_inputs(ours, [parts(name)[0] for name in names], tokens)
     worst = 0.0
     for name in names:
         x = inputs[parts(name)[0]].flatten(0, -2).float()

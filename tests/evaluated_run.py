@@ -10,9 +10,9 @@ import torch
 from torch.nn.functional import linear
 
 from helpers.evaluation.checks.call_gates import call_gates, call_recorder
-from helpers.evaluation.checks.evaluation_data import ask_alone, opinions
+from helpers.evaluation.checks.evaluation_data import ask_alone, opinion_gates
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
-from helpers.evaluation.checks.second_opinion import second_opinion
+from helpers.evaluation.checks.second_opinion import open_second_opinion
 from helpers.evaluation.engine import ask_all
 from helpers.inference import perplexity
 from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
@@ -39,7 +39,7 @@ def asked(run, change=None, *, resumed=None):
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
         with calls.during(SHARED_TEXT):
             states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-            first = perplexity.first_scored(tokenizer)
+            first = perplexity.first_scored_token(tokenizer)
             rows = passage_rows(passages, tokens, states, None, first=first)
         return call_gates(job, calls, predictions, rows, resumed or {})
 
@@ -58,12 +58,12 @@ def looked_at(run, change=None):
         wanted, passages = job.study.evaluation, shared_passages(job.study)
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)
-        first = perplexity.first_scored(tokenizer)
+        first = perplexity.first_scored_token(tokenizer)
         rows = perplexity.passage_rows(passages, tokens, states, None, first=first)
         predictions = ask_all(model, tokenizer, job.study)
-        opinion = second_opinion(job, model, tokenizer)
+        opinion = open_second_opinion(job, model, tokenizer)
         ask_alone(model, tokenizer, job.study, opinion)
-        return opinions(job, model, tokenizer, opinion, predictions, rows)
+        return opinion_gates(job, model, tokenizer, opinion, predictions, rows)
 
 
 def failed(gates) -> set[str]:

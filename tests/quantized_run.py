@@ -148,7 +148,7 @@ class QuantizedRun:
 
     def verify(self):
         with self.outputs():
-            return variant_gates.verify(self.job, source_hash=self.source_hash)
+            return variant_gates.verify_checkpoint(self.job, source_hash=self.source_hash)
 
     def failed(self) -> set[str]:
         """Names of the gates that do not hold."""

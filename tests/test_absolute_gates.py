@@ -165,17 +165,19 @@ def smoothed(study_path, study_settings, write_study, monkeypatch, tmp_path):
 def test_a_wrong_baseline_does_not_raise_its_own_limit(smoothed, monkeypatch):
     """Kept states that are off once made the limit as wide as what they were off by."""
     job, tokenizer, model = smoothed
-    sound = float_reference.read_shaken(job, tokenizer)
+    sound = float_reference.read_perturbed_passages(job, tokenizer)
     path = perplexity.states_path(job)
     states = perplexity.load_file(path)["hidden"]
-    off = perplexity.States(states + 0.01 * torch.randn_like(states), None)
+    off = perplexity.HiddenStates(states + 0.01 * torch.randn_like(states), None)
     perplexity.save_states(path, off)
-    assert [r["kl"] for r in float_reference.read_shaken(job, tokenizer)] == [
+    assert [r["kl"] for r in float_reference.read_perturbed_passages(job, tokenizer)] == [
         r["kl"] for r in sound
     ]
     monkeypatch.setattr(perplexity, "check_checksums", lambda *_, **__: None)
     rows = perplexity.read_shared_text(job, model, tokenizer)
-    (gate,) = reference_gates(job.recipe, rows, float_reference.read_shaken(job, tokenizer))
+    (gate,) = reference_gates(
+        job.recipe, rows, float_reference.read_perturbed_passages(job, tokenizer)
+    )
     assert not gate.passed
 
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from helpers.core.paths import PROJECT
-from helpers.evaluation.metrics import metrics
-from helpers.evaluation.prompts import loglikelihood_prompt, prompt
+from helpers.evaluation.metrics import set_metrics
+from helpers.evaluation.prompts import loglikelihood_prompt, render_prompt
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.chat_template import configure_chat_template_
 from helpers.sources.items import normalized_text
@@ -56,7 +56,7 @@ def generated(adapter: str, texts) -> dict:
         | {"prompt_tokens": 1, "output_tokens": 1}
         for item, text in zip(items(adapter), texts, strict=True)
     ]
-    return metrics(adapter, made)
+    return set_metrics(adapter, made)
 
 
 def wanted(adapter: str) -> EvaluationSet:
@@ -84,7 +84,7 @@ def test_every_item_renders_with_its_question(adapter, thoughts, tokenizer):
     configure_chat_template_(chat, enable_thinking=thoughts, place="x")
     texts = set()
     for item in items(adapter):
-        text = prompt(item, wanted(adapter), chat).text
+        text = render_prompt(item, wanted(adapter), chat).text
         assert text.startswith("<|im_start|>system\n")
         assert item.question in text
         assert item.passage in text

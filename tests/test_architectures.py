@@ -15,7 +15,7 @@ from helpers.quantization.variants import load_reference
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, SIZES, byte_tokenizer, random_model
 from helpers.study.schema import Runtime
-from helpers.verification.hooks import inputs_of
+from helpers.verification.hooks import capture_inputs
 from quantized_run import QuantizedRun, lived_in
 
 ALL = sorted(ARCHITECTURES)
@@ -135,7 +135,7 @@ def test_int8_layers_equal_the_simulation(sound_run, family):
     names = {n for n, m in fast.named_modules() if isinstance(m, Int8Linear)}
     assert names | {"lm_head"} == set(linear_names(fast.config))
     with torch.inference_mode():
-        for name, x in inputs_of(simulated, names, texts()[1]).items():
+        for name, x in capture_inputs(simulated, names, texts()[1]).items():
             expected = simulated.get_submodule(name)(x)
             size = expected.abs().max().item()
             found = fast.get_submodule(name)(x)

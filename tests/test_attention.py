@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from helpers.inference.kv_cache import Slots
-from helpers.inference.packed_attention import PACKED, packed, packed_attention
-from helpers.inference.packed_rows import Row, Segment
+from helpers.inference.kv_cache import KVCache
+from helpers.inference.packed_attention import PACKED, packed_attention, use_packed_attention
+from helpers.inference.packed_rows import PackedBatch, Segment
 
 
 def random(*shape: int, seed: int) -> torch.Tensor:
@@ -17,7 +17,7 @@ def random(*shape: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_row_attends_as_each_of_its_texts_alone(heads, key_heads, window):
     sizes = [5, 1, 8]
-    row = Row([Segment([7] * size) for size in sizes])
+    row = PackedBatch([Segment([7] * size) for size in sizes])
     q = random(1, heads, sum(sizes), 16, seed=0)
     k, v = (random(1, key_heads, sum(sizes), 16, seed=s) for s in (1, 2))
     found = row.attend(0, q, k, v, scaling=0.25, window=window)
@@ -40,7 +40,7 @@ def test_a_slot_attends_to_all_before_it(offset, window):
         random(1, key_heads, offset, dim, seed=1),
         random(1, key_heads, offset, dim, seed=2),
     )
-    slots = Slots(16, 20, (common,) if offset else ())
+    slots = KVCache(16, 20, (common,) if offset else ())
     own = []
     for slot, length in enumerate(lengths):
         leaf = Segment([7] * length, kept=True)
@@ -83,7 +83,7 @@ def test_other_slots_and_the_width_change_no_bit(dtype):
     q, k, v = (random(1, h, most, dim, seed=s).to(dtype) for s, h in ((5, heads), (6, 3), (7, 3)))
 
     def attended(chosen: list[int]) -> torch.Tensor:
-        slots = Slots(most, 90, (common,))
+        slots = KVCache(most, 90, (common,))
         for slot, i in enumerate(chosen):
             slots.fill(slot, [leaves[i]])
         blank = max(0, 16 - len(chosen))
@@ -106,7 +106,7 @@ def test_what_it_does_not_do_is_refused():
 def test_a_model_goes_back_to_its_own_attention(exact_model):
     ids = torch.arange(3, 20)[None]
     expected = exact_model(ids).logits
-    with packed(exact_model):
+    with use_packed_attention(exact_model):
         assert exact_model.config._attn_implementation == PACKED
         with pytest.raises(TypeError, match="packed rows"):
             exact_model(ids)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from helpers.inference.generation import generate_greedy
-from helpers.inference.kv_cache import Slots
+from helpers.inference.kv_cache import KVCache
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.inference.packed_rows import Segment
 from helpers.quantization.int8_checkpoint import load_int8
@@ -69,7 +69,7 @@ def test_a_slot_beside_longer_ones(threads, own, beside, dim):
     """The newest token of one answer, its slot as wide as the longest answer beside it."""
 
     def mixed(lengths: list[int]):
-        slots = Slots(FEWEST_ROWS, max(lengths) + 1, (drawn(99, 5),))
+        slots = KVCache(FEWEST_ROWS, max(lengths) + 1, (drawn(99, 5),))
         for slot, length in enumerate(lengths):
             slots.fill(slot, [drawn(slot, length)])
         slots.step(len(lengths), FEWEST_ROWS - len(lengths), "cpu")
@@ -101,7 +101,7 @@ def test_what_all_answers_share_among_few_and_many(shared, shape):
         return Segment([0] * length, memory={0: tuple(memory)})
 
     def mixed(rows: int):
-        slots = Slots(64, 20, (drawn(99, shared),))
+        slots = KVCache(64, 20, (drawn(99, shared),))
         for slot in range(rows):
             slots.fill(slot, [drawn(slot, 9)])
         slots.step(rows, 0, "cpu")

@@ -6,7 +6,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from helpers.core.errors import StudyError
-from helpers.evaluation.prompts import prompt
+from helpers.evaluation.prompts import render_prompt
 from helpers.sources import chat_template
 from helpers.sources.chat_conversations import (
     calibration_tokens,
@@ -85,8 +85,8 @@ def test_qwen3_renders_a_late_system_turn_without_complaint(qwen3):
 @pytest.mark.parametrize("enable_thinking", [True, False])
 def test_the_switch_reaches_every_text(qwen3, enable_thinking):
     configure_chat_template_(qwen3, enable_thinking=enable_thinking, place="x")
-    prompt = render(qwen3, conversation(ITEM, "openmath", shots=1))
-    assert prompt.endswith("assistant\n" + NO_THOUGHT * (not enable_thinking))
+    render_prompt = render(qwen3, conversation(ITEM, "openmath", shots=1))
+    assert render_prompt.endswith("assistant\n" + NO_THOUGHT * (not enable_thinking))
     bare = render(qwen3, conversation(ITEM, "openmath", shots=0))
     asked, answered = training_tokens(qwen3, ITEM)
     assert qwen3.decode(asked) == bare
@@ -260,7 +260,7 @@ def test_training_and_calibration_have_the_system_text_too():
 def test_prompts_share_what_they_did_before(study):
     """The system's text and the worked examples are read once for all items."""
     wanted, tokenizer = study.evaluation.datasets["squad_v2"], settled(INST["last"])
-    prompts = [prompt(i, wanted, tokenizer) for i in evaluation_items(study, "squad_v2")]
+    prompts = [render_prompt(i, wanted, tokenizer) for i in evaluation_items(study, "squad_v2")]
     assert all(p.shared and p.text.startswith(p.shared[0]) for p in prompts)
     assert len({p.shared[0] for p in prompts}) == 1
 

@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.evaluation.answer_parsing import is_abstention, last_boxed
-from helpers.evaluation.prompts import loglikelihood_prompt, option_tokens, prompt
+from helpers.evaluation.prompts import loglikelihood_prompt, option_tokens, render_prompt
 from helpers.evaluation.scoring import score_text
 from helpers.sources.chat_conversations import (
     EXAMPLES,
@@ -145,7 +145,7 @@ def test_training_calibration_and_generation_ask_alike(tokenizer):
     wanted = EvaluationSet(
         adapter="openmath", source={"shipped": "openmath_eval"}, items=1, ask=ask
     )
-    generated = tokenize(tokenizer, prompt(item, wanted, tokenizer).text)
+    generated = tokenize(tokenizer, render_prompt(item, wanted, tokenizer).text)
     assert training_tokens(tokenizer, item)[0] == generated
     calibrated = calibration_tokens(tokenizer, item, "openmath")
     assert calibrated == generated + tokenize(tokenizer, item.solution)

@@ -83,23 +83,26 @@ def test_every_variant_is_a_way_under_its_true_name(sound_run):
     run = sound_run("llama", "rtn_w8a8")
     kinds = {
         w.name: (w.arithmetic, w.simulated)
-        for w in configurations.ways(of(run.job, "int8")).values()
+        for w in configurations.measured_configurations(of(run.job, "int8")).values()
     }
     assert list(kinds)[:2] == ["noquant float32", "noquant bfloat16"]
     assert kinds["noquant bfloat16"] == ("bfloat16", False)
     assert kinds["o2 float32"] == ("int8", False)
     floats = {"smooth_only", "smooth_only_down", "seed_recipe"}  # run as the baseline does
-    left_out = configurations.left_out(of(run.job, "int8"))
+    left_out = configurations.skipped_variants(of(run.job, "int8"))
     assert floats <= left_out.keys()
     assert len(kinds) + len(left_out) == len(run.job.study.variants) + 1
-    simulated = configurations.ways(of(run.job, "reference"))["o3_down float32"]
+    simulated = configurations.measured_configurations(of(run.job, "reference"))["o3_down float32"]
     assert (simulated.arithmetic, simulated.simulated) == ("float32", True)
-    assert list(configurations.ways(of(run.job, "vllm"))) == ["noquant float32", "noquant bfloat16"]
+    assert list(configurations.measured_configurations(of(run.job, "vllm"))) == [
+        "noquant float32",
+        "noquant bfloat16",
+    ]
 
 
 def test_variants_that_run_alike_are_measured_once(sound_run):
     job = of(sound_run("llama", "rtn_w8a8").job, "int8")
-    variants, left_out = job.study.variants, configurations.left_out(job)
+    variants, left_out = job.study.variants, configurations.skipped_variants(job)
     for name, recipe in variants.items():
         if recipe.quantized and name in left_out:
             twin = left_out[name].removeprefix("multiplies and scales as ").removesuffix(" does")
@@ -128,13 +131,13 @@ def test_the_account_is_complete_and_its_bytes_are_the_files(sound_run):
         job = of(run.job, "int8")
         alone = {name: job.study.variants[name] for name in ("noquant", "rtn_w8a8")}
         job = replace(job, study=job.study.model_copy(update={"variants": alone}))
-        found = configurations.ways(job)
+        found = configurations.measured_configurations(job)
         rounds = {name: [measure(w.load, WORK, threads=1)] * 3 for name, w in found.items()}
         shapes = configurations.linear_shapes(job)
         rounds[configurations.PEAKS] = [
             gemm_peak.gemm_peaks(shapes, rows=16, threads=1, device="cpu")
         ] * 3
-        told = configurations.account(job, found, rounds, throughput.as_plain(WORK))
+        told = configurations.cost_report(job, found, rounds, throughput.workload_sizes(WORK))
         checkpoint, source = job.paths.checkpoint("base", "rtn_w8a8"), run.root / "source"
         sizes = [bytes_in_headers(f) for f in (source, source, checkpoint)]
         digest = variant_digest(replace(job, variant="rtn_w8a8"))

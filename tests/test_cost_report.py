@@ -97,7 +97,7 @@ def test_a_simulation_is_called_one(costs):
 def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs):
     cost = costs()
     assert cost.peak(cost.reference).high == 100e9
-    assert cost.of_peak(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
+    assert cost.peak_fraction(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
     assert "did more than the limit" not in cost_chapter.limit(cost)
     faster = costs(lambda told: told["peaks"].update(float32=[30e9, 30e9, 30e9]))
     assert "`noquant` float32 did more than the limit measured" in cost_chapter.limit(faster)

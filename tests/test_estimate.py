@@ -14,9 +14,10 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.core.records import write_json
 from helpers.cost import quantization_operations as quantization
-from helpers.cost.operations import Size, operations, training
+from helpers.cost.operations import Size, count_finetuning, without_weight_passes
 from helpers.evaluation import evaluation_operations as evaluation
 from helpers.evaluation.engine import ask_all
+from helpers.evaluation.prompts import study_prompts
 from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.quantization.calibration import run_calibration
 from helpers.sources import finetuning
@@ -83,11 +84,16 @@ def only(study_settings, write_study):
     return make
 
 
+def tokens_of(study, name: str, tokenizer):
+    prompts = study_prompts(study, tokenizer)[name]
+    return evaluation.count_set_tokens(prompts, study.evaluation.datasets[name])
+
+
 def test_scored_options_are_counted_to_the_token(only, model, size, tokenizer):
     study = only("arc")
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = evaluation.asked(study, "arc", tokenizer)
+    found = tokens_of(study, "arc", tokenizer)
     assert multiplied.operations == 2 * size.linears * (found.together + found.options)
 
 
@@ -95,7 +101,7 @@ def test_answers_are_counted_at_their_longest(only, model, size, tokenizer):
     study = only("squad_v2", max_new_tokens=5)
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = evaluation.asked(study, "squad_v2", tokenizer)
+    found = tokens_of(study, "squad_v2", tokenizer)
     longest = 2 * size.linears * (found.together + found.items * (found.cap - 1))
     # Blank rows beside few answers are multiplied too; see helpers.inference.generation.
     blank = 2 * size.linears * 16 * found.cap
@@ -107,14 +113,14 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
     limit = study.evaluation.shared_text.max_tokens
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
     read_passages(model, tokens, batch_tokens=128)
-    due = sum(evaluation.shared_text(study, tokenizer))
+    due = sum(evaluation.shared_text_lengths(study, tokenizer))
     assert multiplied.operations == 2 * size.linears * due
     multiplied.operations = 0
     items = calibration_items(study)
     texts = [calibration_tokens(tokenizer, i, study.calibration.adapter) for i in items]
     run_calibration(model, texts, batch_tokens=study.calibration.batch_tokens)
     picture = 2 * size.linears * max(map(len, texts))
-    counted = quantization.calibration(study, size, tokenizer)["float32 reading"]
+    counted = quantization.count_calibration(study, size, tokenizer)["float32 reading"]
     assert multiplied.operations == counted - picture
 
 
@@ -130,7 +136,7 @@ def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     finetuning.fine_tune_(model, examples, settings, seed=study.seed)
     head = sum(len(answer) for _, answer in examples)
     trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
-    found = operations(training(study, "finetuned", size, tokenizer))
+    found = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
     tokens = sum(len(p) + len(a) for p, a in heldout)
     apart = sum(found.values()) - trained
     assert 2 * 2 * size.linears * tokens * 0.9 < apart < 4 * (size.linears + size.head) * tokens * 2
@@ -140,9 +146,11 @@ def test_twice_the_items_take_about_twice_as_long(only, tokenizer):
     seconds = []
     for items in (10, 20):
         study = only("arc", items=items)
-        sets = {"arc": evaluation.asked(study, "arc", tokenizer)}
-        counted = evaluation.evaluation(study, "noquant", SIZE, sets, [])
-        alone = evaluation._alone(study, "noquant", sets["arc"], SIZE)  # of eight items, always
+        sets = {"arc": tokens_of(study, "arc", tokenizer)}
+        counted = evaluation.count_evaluation(study, "noquant", SIZE, sets, [])
+        alone = evaluation._count_asked_alone(
+            study, "noquant", sets["arc"], SIZE
+        )  # of eight items, always
         counted.subtract(alone)
         run = study_stages.Run("evaluation", "base", "noquant")
         seconds.append(job_seconds(study, run, counted, MACHINE, Capacity(2, 9)))
@@ -320,9 +328,9 @@ def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
     """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
     study = only("arc", "squad_v2")
     found = [
-        operations(job)
+        without_weight_passes(job)
         for _ in range(2)
-        for job in evaluation.of_model(study, "base", SIZE, tokenizer).values()
+        for job in evaluation.count_model(study, "base", SIZE, tokenizer).values()
     ]
     half = len(found) // 2
     assert found[:half] == found[half:]

@@ -112,7 +112,7 @@ def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
 
     def shifted(*arguments):
         states = load(*arguments)
-        return perplexity.States(states.hidden.roll(1, 0), states.head)
+        return perplexity.HiddenStates(states.hidden.roll(1, 0), states.head)
 
     monkeypatch.setattr(perplexity, "load_states", shifted)
     assert AGAIN in failed(evaluated()[1])
@@ -136,7 +136,7 @@ def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
 
     def exchanged(model, tokens, **options):
         states = read(model, tokens, **options)
-        return perplexity.States(states.hidden.flip(0), states.head)
+        return perplexity.HiddenStates(states.hidden.flip(0), states.head)
 
     monkeypatch.setattr(perplexity, "read_passages", exchanged)
     assert AGAIN in failed(evaluated()[1])

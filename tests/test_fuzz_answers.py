@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from helpers.core.hashing import canonical_json
 from helpers.core.plain_text import valid_unicode
 from helpers.evaluation.answer_parsing import is_abstention, last_boxed, normalize_answer
-from helpers.evaluation.prediction_rows import refuse_odd_rows
+from helpers.evaluation.prediction_rows import check_prediction_rows
 from helpers.evaluation.predictions import read_predictions, write_predictions
 from helpers.evaluation.scoring import score_text
-from helpers.evaluation.trivial_answers import best_degenerate, loops
+from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop
 from helpers.sources.exact_numbers import parse_number
 from helpers.sources.items import Item
 
@@ -63,11 +63,11 @@ def test_any_answer_is_a_row_that_can_be_stored_and_read_back(text, adapter, ans
     row = said(item(adapter), adapter, text, answer=answer)
     row |= {"prompt_hash": "h", "prompt_tokens": 1, "output_tokens": 1}
     stored = json.loads(canonical_json(row).encode("utf-8"))
-    refuse_odd_rows([stored], kind=adapter, place="p")
+    check_prediction_rows([stored], kind=adapter, place="p")
     assert stored == row
     assert row["output"] == valid_unicode(text)
-    assert best_degenerate(adapter, [row]).score <= 1
-    assert loops(row["output"]) in (True, False)
+    assert best_fixed_answer(adapter, [row]).score <= 1
+    assert ends_in_loop(row["output"]) in (True, False)
 
 
 @repeatable

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.inference.generation import Generated, generate_greedy
+from helpers.inference.generation import GeneratedAnswer, generate_greedy
 from helpers.runtime.batching import pad, token_budget_batches
 
 CAP = 14
@@ -31,7 +31,7 @@ def answers(model, asked=PROMPTS, *, stop=frozenset(), cap=CAP, tokens=10**6, ro
 
 
 @torch.inference_mode()
-def reference(model, prompt: list[int], *, stop, cap=CAP) -> Generated:
+def reference(model, prompt: list[int], *, stop, cap=CAP) -> GeneratedAnswer:
     """transformers' greedy search on the prompt alone."""
     made = model.generate(
         torch.tensor([prompt]),
@@ -42,8 +42,8 @@ def reference(model, prompt: list[int], *, stop, cap=CAP) -> Generated:
         pad_token_id=0,
     )[0, len(prompt) :].tolist()
     if made[-1] in stop:
-        return Generated(made[:-1], "stop")
-    return Generated(made, "length")
+        return GeneratedAnswer(made[:-1], "stop")
+    return GeneratedAnswer(made, "length")
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_answers_with_stop_tokens_are_those_of_transformers(endless, stop):
     found = answers(endless, stop=stop)
     assert found == [reference(endless, p, stop=stop) for p in PROMPTS]
     assert {answer.finish_reason for answer in found} >= {"stop"}
-    assert found[1] == Generated([], "stop")
+    assert found[1] == GeneratedAnswer([], "stop")
 
 
 def test_different_prompts_get_different_answers(endless):
@@ -100,7 +100,7 @@ def test_an_answer_ends_when_it_is_complete(endless):
     for answer, whole in zip(found, free, strict=True):
         place = whole.tokens.index(end) + 1 if end in whole.tokens else CAP
         reason = "answer" if end in whole.tokens else "length"
-        assert answer == Generated(whole.tokens[:place], reason)
+        assert answer == GeneratedAnswer(whole.tokens[:place], reason)
 
 
 def test_order_changes_no_answer(endless, stop):
@@ -120,7 +120,7 @@ def test_an_answer_ends_before_its_stop_token(endless, stop):
 def test_the_cap_cuts_and_says_so(endless, cap):
     longest = answers(endless)
     for answer, free in zip(answers(endless, cap=cap), longest, strict=True):
-        assert answer == Generated(free.tokens[:cap], "length")
+        assert answer == GeneratedAnswer(free.tokens[:cap], "length")
 
 
 def test_a_stop_token_just_past_the_cap_is_not_seen(endless):
@@ -130,15 +130,15 @@ def test_a_stop_token_just_past_the_cap_is_not_seen(endless):
     end = {free[place]}
     at = answers(endless, PROMPTS[2:3], stop=end, cap=place + 1)[0]
     before = answers(endless, PROMPTS[2:3], stop=end, cap=max(1, place))[0]
-    assert at == Generated(free[:place], "stop")
-    assert place == 0 or before == Generated(free[:place], "length")
+    assert at == GeneratedAnswer(free[:place], "stop")
+    assert place == 0 or before == GeneratedAnswer(free[:place], "length")
 
 
 @pytest.mark.parametrize("broken", [math.nan, math.inf])
 def test_a_broken_model_answers_nothing_and_says_why(model, broken):
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = broken
-    assert answers(model) == [Generated([], "nonfinite")] * len(PROMPTS)
+    assert answers(model) == [GeneratedAnswer([], "nonfinite")] * len(PROMPTS)
 
 
 def test_generating_leaves_the_model_as_it_was(model):

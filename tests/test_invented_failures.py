@@ -16,21 +16,21 @@ from helpers.core.hashing import sha256_text
 from helpers.core.paths import PROJECT
 from helpers.evaluation import prompts
 from helpers.evaluation.checks import training_gates
-from helpers.evaluation.checks.evaluation_data import asked_now, pool_of
+from helpers.evaluation.checks.evaluation_data import item_pool, render_items_again
 from helpers.evaluation.checks.prompt_gates import (
     contents_gate,
     draw_gate,
     order_gate,
     passages_gate,
 )
-from helpers.evaluation.checks.second_scoring import last_box, second_reading_gate
+from helpers.evaluation.checks.second_scoring import last_closed_box, second_reading_gate
 from helpers.report.checks import recomputation as module
 from helpers.sources import chat_conversations, sampling
 from helpers.sources.models import load_tokenizer, save_model
 from helpers.sources.random_model import byte_tokenizer, random_model
 from helpers.sources.sampling import evaluation_items, load_items, shared_passages
 from helpers.study.study_run import open_job
-from helpers.verification.record_gates import bytes_gate, sqnr_gate, words_gate
+from helpers.verification.record_gates import bytes_gate, scheme_gate, sqnr_gate
 
 DEMO = PROJECT / "outputs" / "demo"
 REPORT_MD = "report.md"
@@ -150,7 +150,7 @@ def asked(study_path):
 
     def told(name: str) -> str:
         wanted = study.evaluation.datasets[name]
-        shown = [a.shown for a in asked_now(study, tokenizer, tokenizer)[name]]
+        shown = [a.shown for a in render_items_again(study, tokenizer, tokenizer)[name]]
         gate = contents_gate(wanted, shown)
         return "" if gate.passed else gate.measured
 
@@ -227,7 +227,7 @@ def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     wanted = study.evaluation.datasets["boolq"]
 
     def shown():
-        return [a.shown for a in asked_now(study, tokenizer, tokenizer)["boolq"]]
+        return [a.shown for a in render_items_again(study, tokenizer, tokenizer)["boolq"]]
 
     assert contents_gate(wanted, shown()).passed
     monkeypatch.setattr(prompts, "loglikelihood_prompt", without_passage)
@@ -238,7 +238,7 @@ def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
 @pytest.mark.parametrize("dataset", ["arc", "squad_v2"])
 def test_a_draw_that_the_seed_does_not_make(asked, dataset):
     study, _ = asked
-    pool, drawn = pool_of(study.evaluation.datasets[dataset]), evaluation_items(study, dataset)
+    pool, drawn = item_pool(study.evaluation.datasets[dataset]), evaluation_items(study, dataset)
     assert draw_gate(drawn, pool, seed=study.seed).passed
     assert not draw_gate(drawn, pool, seed=study.seed + 1).passed
 
@@ -249,7 +249,7 @@ def test_a_draw_that_the_seed_does_not_make(asked, dataset):
 def test_a_draw_of_some_of_the_items(asked):
     study, _ = asked
     wanted = study.evaluation.datasets["squad_v2"]
-    pool = pool_of(wanted)
+    pool = item_pool(wanted)
     able = [item for item in pool if item.golds]
     chosen = sampling.draw_items(able, wanted.items, seed=study.seed, excluding=(), what="x")
     assert not draw_gate(chosen, pool, seed=study.seed).passed
@@ -325,7 +325,7 @@ def test_the_second_reading_scores_as_the_official_script(asked, said):
     f1 = squad_metrics.compute_f1("the mill", said)
     row = answer(rf"\boxed{{{said}}}", "answered", exact) | {"f1": f1}
     assert misread(study.evaluation.datasets["squad_v2"], row) == ""
-    assert last_box(row["output"]) == said
+    assert last_closed_box(row["output"]) == said
 
 
 # Training: the failures that a loss falls under all the same.
@@ -494,7 +494,7 @@ RECORD = {
         lambda m: m | {"quantized_linears": m["quantized_linears"] + 1},
     ),
     "another alpha in words": (
-        words_gate,
+        scheme_gate,
         lambda m: m | {"scheme": m["scheme"].replace("α = 0.5", "α = 0.625")},
     ),
 }
@@ -503,15 +503,15 @@ RECORD = {
 @pytest.mark.bank("checkpoint", "on record: {case}", at="the record of the quantization")
 @pytest.mark.parametrize("case", RECORD)
 def test_what_a_quantizations_record_says(quantized, case):
-    from helpers.verification.checkpoint_files import Evidence
+    from helpers.verification.checkpoint_files import CheckpointFiles
 
     gate, failure = RECORD[case]
     with quantized.outputs():
-        evidence = Evidence(quantized.job, source_hash=quantized.source_hash)
+        evidence = CheckpointFiles(quantized.job, source_hash=quantized.source_hash)
         made = record_of(evidence)
-        evidence.made = made
+        evidence.record = made
         assert gate(evidence).passed, gate(evidence).measured
-        evidence.made = failure(made)
+        evidence.record = failure(made)
         assert not gate(evidence).passed
 
 
@@ -530,10 +530,10 @@ def test_what_a_quantizations_record_says(quantized, case):
 def test_a_calibration_on_other_texts(quantized):
     from helpers.verification.calibration_gates import order_gate as calibration_order
     from helpers.verification.calibration_gates import texts_gate
-    from helpers.verification.checkpoint_files import Evidence
+    from helpers.verification.checkpoint_files import CheckpointFiles
 
     with quantized.outputs():
-        evidence = Evidence(quantized.job, source_hash=quantized.source_hash)
+        evidence = CheckpointFiles(quantized.job, source_hash=quantized.source_hash)
         assert texts_gate(evidence).passed
         assert calibration_order(evidence).passed
         tokenizer, items = evidence.tokenizer, evidence.items
@@ -555,13 +555,13 @@ def test_a_calibration_on_other_texts(quantized):
 def test_a_picture_of_another_item(quantized):
     from safetensors.torch import save_file
 
-    from helpers.verification.calibration_gates import picture_gate
-    from helpers.verification.checkpoint_files import Evidence
+    from helpers.verification.calibration_gates import surface_gate
+    from helpers.verification.checkpoint_files import CheckpointFiles
 
     with quantized.outputs():
-        evidence = Evidence(quantized.job, source_hash=quantized.source_hash)
+        evidence = CheckpointFiles(quantized.job, source_hash=quantized.source_hash)
         name, top = next(iter(evidence.absmax.items()))
         for share, passes in ((1.0, True), (0.9, False)):
             path = evidence.calibration_folder / "surface.safetensors"
             save_file({name: share * top.max() * torch.ones(2, len(top))}, path)
-            assert picture_gate(evidence).passed == passes
+            assert surface_gate(evidence).passed == passes

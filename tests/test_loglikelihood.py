@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from helpers.evaluation.scoring import score_options
-from helpers.inference.loglikelihood import OptionTokens, branched, option_loglikelihoods, targets
+from helpers.inference.loglikelihood import (
+    OptionTokens,
+    option_loglikelihoods,
+    option_segment,
+    scored_tokens,
+)
 from helpers.inference.packed_rows import Segment
 from helpers.sources.items import Item
 
@@ -135,12 +140,12 @@ def test_the_probabilities_of_all_next_tokens_sum_to_one(exact_model):
 
 def test_each_token_is_read_once_and_every_one_scored():
     item = ITEMS[4]
-    leaf = branched(item, ())
+    leaf = option_segment(item, ())
     assert len(leaf.tokens) == len(item.context) + sum(len(o) - 1 for o in item.options)
     assert len(leaf.tokens) == len(leaf.positions) == len(leaf.branches)
-    scored_tokens = [token for _, token, _ in targets(item, leaf.branches)]
-    assert scored_tokens == [token for option in item.options for token in option]
-    for place, _, option in targets(item, leaf.branches):
+    token_ids = [token for _, token, _ in scored_tokens(item, leaf.branches)]
+    assert token_ids == [token for option in item.options for token in option]
+    for place, _, option in scored_tokens(item, leaf.branches):
         assert leaf.branches[place] in (0, option + 1)
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from helpers.evaluation.metrics import macro_f1, metrics, shared_text_metrics
+from helpers.evaluation.metrics import macro_f1, set_metrics, shared_text_metrics
 from helpers.evaluation.scoring import score_text
 from helpers.sources.items import Item
 
@@ -66,7 +66,7 @@ def test_macro_f1_is_the_mean_of_each_class(pairs):
 
 def test_a_constant_answer_has_the_accuracy_of_its_class_and_a_low_macro_f1():
     """62 % yes, always yes: accuracy 0.62, F1 2·0.62/1.62 for yes and 0 for no."""
-    found = metrics("boolq", choices([("yes", "yes")] * 62 + [("no", "yes")] * 38))
+    found = set_metrics("boolq", choices([("yes", "yes")] * 62 + [("no", "yes")] * 38))
     assert found["accuracy"] == pytest.approx(0.62)
     assert found["macro_f1"] == pytest.approx((2 * 0.62 / 1.62 + 0) / 2)
 
@@ -80,7 +80,7 @@ def test_answering_less_never_raises_accuracy(pairs, data):
     hushed = [
         (gold, data.draw(st.sampled_from([parsed, None]), label="said")) for gold, parsed in pairs
     ]
-    full, less = metrics("arc", choices(pairs)), metrics("arc", choices(hushed))
+    full, less = set_metrics("arc", choices(pairs)), set_metrics("arc", choices(hushed))
     assert less["accuracy"] <= full["accuracy"]
     assert less["items"] == full["items"]
     assert less["format_success"] == pytest.approx(
@@ -89,7 +89,7 @@ def test_answering_less_never_raises_accuracy(pairs, data):
 
 
 def test_every_item_has_one_status():
-    found = metrics("arc", choices([("A", "A"), ("A", None), ("B", "A"), ("B", None)]))
+    found = set_metrics("arc", choices([("A", "A"), ("A", None), ("B", "A"), ("B", None)]))
     assert found["answered"] + found["abstained"] + found["unparsed"] == found["items"] == 4
     assert found["unparsed"] == 2
     assert found["finish_reasons"] == {"length": 2, "stop": 2}
@@ -102,14 +102,14 @@ SQUAD = [Item(f"s{i}", "q", ("Rosa Field",) if i < 6 else ()) for i in range(10)
 def test_silence_wins_nothing_on_squad():
     """Empty and truncated outputs on 4 unanswerable items of 10: 0, where the seed said 0.4."""
     for text in ("", r"\boxed{", "the the the"):
-        found = metrics("squad_v2", answered(SQUAD, "squad_v2", [text] * 10))
+        found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", [text] * 10))
         assert found["exact_match"] == found["f1"] == 0.0
         assert found["format_success"] == 0.0
 
 
 def test_abstaining_always_wins_the_unanswerable_and_nothing_else():
     texts = [r"\boxed{unanswerable}"] * 10
-    found = metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
+    found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
     assert found["exact_match"] == found["f1"] == pytest.approx(0.4)
     assert (found["has_answer_exact_match"], found["no_answer_exact_match"]) == (0.0, 1.0)
     assert (found["abstained"], found["unparsed"]) == (10, 0)
@@ -124,7 +124,7 @@ def test_abstaining_always_wins_the_unanswerable_and_nothing_else():
     )
 )
 def test_the_parts_of_squad_make_up_the_whole(texts):
-    found = metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
+    found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
     assert (found["has_answer_items"], found["no_answer_items"]) == (6, 4)
     for name in ("exact_match", "f1"):
         parts = 6 * found[f"has_answer_{name}"] + 4 * found[f"no_answer_{name}"]
@@ -135,7 +135,7 @@ def test_the_parts_of_squad_make_up_the_whole(texts):
 
 
 def test_a_part_of_squad_without_items_has_no_score():
-    found = metrics("squad_v2", answered(SQUAD[:6], "squad_v2", [""] * 6))
+    found = set_metrics("squad_v2", answered(SQUAD[:6], "squad_v2", [""] * 6))
     assert (found["no_answer_items"], found["no_answer_exact_match"]) == (0, None)
 
 
@@ -145,21 +145,21 @@ MATH = [Item(f"m{i}", "q", (str(i),)) for i in range(10)]
 def test_the_median_difference_carries_its_coverage():
     """Off by 0, 1 and 9 where it answers: median 1 at 30 %; the rest counts against accuracy."""
     texts = [r"\boxed{0}", r"\boxed{2}", r"\boxed{11}"] + ["no idea"] * 7
-    found = metrics("openmath", answered(MATH, "openmath", texts))
+    found = set_metrics("openmath", answered(MATH, "openmath", texts))
     assert found["median_absolute_difference"] == 1.0
     assert found["median_absolute_difference_coverage"] == pytest.approx(0.3)
     assert found["accuracy"] == pytest.approx(0.1)
 
 
 def test_without_a_number_there_is_no_difference():
-    found = metrics("openmath", answered(MATH, "openmath", ["no idea"] * 10))
+    found = set_metrics("openmath", answered(MATH, "openmath", ["no idea"] * 10))
     assert found["median_absolute_difference"] is None
     assert found["median_absolute_difference_coverage"] == 0.0
 
 
 def test_one_absurd_answer_does_not_decide_the_difference():
     texts = [rf"\boxed{{{i}}}" for i in range(9)] + [r"\boxed{" + "9" * 300 + "}"]
-    found = metrics("openmath", answered(MATH, "openmath", texts))
+    found = set_metrics("openmath", answered(MATH, "openmath", texts))
     assert found["median_absolute_difference"] == 0.0
     assert found["accuracy"] == pytest.approx(0.9)
 
@@ -167,9 +167,9 @@ def test_one_absurd_answer_does_not_decide_the_difference():
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2", "openmath"])
 def test_nothing_and_twice_are_refused(adapter):
     with pytest.raises(ValueError, match="no predictions"):
-        metrics(adapter, [])
+        set_metrics(adapter, [])
     with pytest.raises(ValueError, match="item i0 is predicted more than once"):
-        metrics(adapter, choices([("A", "A")]) * 2)
+        set_metrics(adapter, choices([("A", "A")]) * 2)
 
 
 @repeatable
@@ -181,7 +181,7 @@ def test_the_order_of_predictions_does_not_matter(pairs, shuffler):
     made = choices(pairs)
     mixed = made.copy()
     shuffler.shuffle(mixed)
-    assert metrics("arc", mixed) == metrics("arc", made)
+    assert set_metrics("arc", mixed) == set_metrics("arc", made)
 
 
 def passage(index: int, tokens: int, nll: float, kl: float = 0.0, same: int = 0) -> dict:

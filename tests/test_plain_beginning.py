@@ -5,16 +5,16 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from helpers.evaluation import prompts
-from helpers.evaluation.checks.evaluation_data import asked_now
+from helpers.evaluation.checks.evaluation_data import render_items_again
 from helpers.evaluation.checks.full_logits import Passes, recompute
 from helpers.evaluation.checks.integrity import length_gate, prompts_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.metrics import shared_text_metrics
-from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.prompts import option_tokens, render_prompt
 from helpers.inference import perplexity
 from helpers.inference.perplexity import (
-    first_scored,
+    first_scored_token,
     passage_rows,
     passage_tokens,
     read_passages,
@@ -93,7 +93,7 @@ def test_options_are_scored_as_transformers_scores_them(exact_model, study, toke
     limits = Batch(tokens=512, rows=16)
     found = {p["id"]: p for p in evaluate(exact_model, tokenizer, items, wanted, limits=limits)}
     for item in items:
-        asked = prompt(item, wanted, tokenizer)
+        asked = render_prompt(item, wanted, tokenizer)
         context = as_transformers(tokenizer, asked.text)
         due = []
         for continuation in asked.continuations:
@@ -108,7 +108,7 @@ def test_options_are_scored_as_transformers_scores_them(exact_model, study, toke
 def test_what_prompts_share_is_counted_with_the_beginning(study_settings, study, tokenizer):
     wanted = study.evaluation.datasets["arc"].model_copy(update={"adapter": "boolq"})
     item = evaluation_items(study, "squad_v2")[0]
-    tokens = option_tokens(tokenizer, prompt(item, wanted, tokenizer))
+    tokens = option_tokens(tokenizer, render_prompt(item, wanted, tokenizer))
     shared = as_transformers(tokenizer, item.passage)
     assert tokens.cuts == (len(shared),)
     assert tokens.context[: len(shared)] == shared
@@ -119,7 +119,7 @@ def test_the_shared_text_is_read_as_transformers_reads_it(exact_model, study, to
     passages = shared_passages(study)
     tokens = passage_tokens(tokenizer, passages, max_tokens=64)
     states = read_passages(exact_model, tokens, batch_tokens=512)
-    first = first_scored(tokenizer)
+    first = first_scored_token(tokenizer)
     rows = passage_rows(passages, tokens, states, states, first=first)
     for row, passage in zip(rows, passages, strict=True):
         ids = as_transformers(tokenizer, passage)[:64]
@@ -139,7 +139,7 @@ def test_options_asked_without_their_beginning_are_caught(model, study, monkeypa
     """For baseline and variants alike, so that only the tokenizer itself tells."""
     tokenizer, wanted = tokenizer_with(post), study.evaluation.datasets["arc"]
     items, limits = evaluation_items(study, "arc"), Batch(tokens=512, rows=16)
-    asked = asked_now(study, tokenizer, tokenizer)["arc"]
+    asked = render_items_again(study, tokenizer, tokenizer)["arc"]
 
     def gates():
         rows = list(evaluate(model, tokenizer, items, wanted, limits=limits))

@@ -9,7 +9,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import PROJECT
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.runtime import linears, processors
 from helpers.runtime.linears import product, use_onednn
@@ -80,7 +80,7 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
     """The engine's packed pass: every product of Linears and attention goes another way."""
     model = use_onednn(model.bfloat16())
     segments = lambda: [Segment([5, 9, 2, 7, 30, 11]), Segment([8, 3, 1])]  # noqa: E731
-    with packed(model):
+    with use_packed_attention(model):
         expected = read(model, segments())
         monkeypatch.setattr(processors, "features", lambda: ("avx2",))
         assert linears.is_emulated(expected)

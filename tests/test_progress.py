@@ -10,7 +10,7 @@ import pytest
 
 from helpers.core.errors import StudyError
 from helpers.evaluation import resume
-from helpers.evaluation.resume import Kept, Progress, read_kept
+from helpers.evaluation.resume import Progress, SavedPredictions, read_saved
 from helpers.study.study_run import open_job
 
 OWNER = {"dataset": "arc", "files": "f" * 64}
@@ -29,14 +29,14 @@ def path(tmp_path):
 
 
 def keep(path, rows, owner=OWNER):
-    known, whole, _ = read_kept(path, owner, PROMPTS)
-    return list(Kept(path, owner, known, whole).appending(rows))
+    known, whole, _ = read_saved(path, owner, PROMPTS)
+    return list(SavedPredictions(path, owner, known, whole).appending(rows))
 
 
 def test_what_was_kept_is_read(path):
     assert keep(path, ROWS[:3]) == ROWS[:3]
     keep(path, ROWS[3:])
-    rows, whole, other = read_kept(path, OWNER, PROMPTS)
+    rows, whole, other = read_saved(path, OWNER, PROMPTS)
     assert list(rows.values()) == ROWS
     assert (whole, other) == (path.stat().st_size, [])
 
@@ -48,7 +48,7 @@ def test_a_file_cut_anywhere_loses_its_last_line_and_no_other(path):
     ends = [i + 1 for i, byte in enumerate(data) if byte == ord("\n")]
     for length in range(len(data)):
         path.write_bytes(data[:length])
-        rows, whole, _ = read_kept(path, OWNER, PROMPTS)
+        rows, whole, _ = read_saved(path, OWNER, PROMPTS)
         lines = sum(end <= length for end in ends)
         assert list(rows.values()) == ROWS[: max(0, lines - 1)]
         assert whole == max([0, *(end for end in ends if end <= length)])
@@ -69,7 +69,7 @@ def test_any_other_change_is_an_error_naming_the_line(path):
             continue
         line = sum(start <= place for start in starts)
         with pytest.raises(StudyError, match=rf"arc\.jsonl: line {line} .*; delete the file"):
-            read_kept(path, OWNER, PROMPTS)
+            read_saved(path, OWNER, PROMPTS)
 
 
 @pytest.mark.parametrize("edit", ["twice", "removed line end", "another prompt", "no item"])
@@ -86,13 +86,13 @@ def test_lines_that_are_whole_but_wrong_are_errors(path, edit):
     if edit == "removed line end":
         path.write_bytes(data.replace(b"\n", b"", 1))
     with pytest.raises(StudyError, match=r"line [1-4] "):
-        read_kept(path, OWNER, PROMPTS)
+        read_saved(path, OWNER, PROMPTS)
 
 
 def test_answers_of_another_setting_are_not_used(path):
     keep(path, ROWS)
     for key in OWNER:
-        rows, whole, other = read_kept(path, OWNER | {key: "another"}, PROMPTS)
+        rows, whole, other = read_saved(path, OWNER | {key: "another"}, PROMPTS)
         assert (rows, whole, other) == ({}, 0, [key])
     keep(path, ROWS[:1], OWNER | {"files": "another"})
     assert len(path.read_bytes().splitlines()) == 2
@@ -101,8 +101,8 @@ def test_answers_of_another_setting_are_not_used(path):
 def test_a_full_disk_is_named_and_what_was_kept_goes_on(path, monkeypatch):
     """The disk takes half a line and then no more; with room again, nothing is lost."""
     keep(path, ROWS[:2])
-    known, whole, _ = read_kept(path, OWNER, PROMPTS)
-    kept = Kept(path, OWNER, known, whole)
+    known, whole, _ = read_saved(path, OWNER, PROMPTS)
+    kept = SavedPredictions(path, OWNER, known, whole)
     real, taken = kept._stream, []
 
     class Full:
@@ -117,9 +117,9 @@ def test_a_full_disk_is_named_and_what_was_kept_goes_on(path, monkeypatch):
     kept._stream = Full()
     with pytest.raises(OSError, match=r"No space left on device: .*arc\.jsonl"):
         list(kept.appending(ROWS[2:]))
-    assert len(read_kept(path, OWNER, PROMPTS)[0]) == 2
+    assert len(read_saved(path, OWNER, PROMPTS)[0]) == 2
     keep(path, ROWS[2:])
-    assert list(read_kept(path, OWNER, PROMPTS)[0].values()) == ROWS
+    assert list(read_saved(path, OWNER, PROMPTS)[0].values()) == ROWS
 
 
 def test_answers_belong_to_files_settings_prompts_code_and_packages(
@@ -177,15 +177,15 @@ def ask(run, stop_after=None):
     asked = []
 
     def counted(*args, **more):
-        for row in evaluate(*args, **more):
+        for row in answer(*args, **more):
             if len(asked) == stop_after:
                 raise KeyboardInterrupt
             asked.append(row["id"])
             yield row
 
     with run.outputs(), pytest.MonkeyPatch.context() as patch:
-        job, evaluate = run.job, engine.evaluate
-        patch.setattr(engine, "evaluate", counted)
+        job, answer = run.job, engine.answer
+        patch.setattr(engine, "answer", counted)
         model, tokenizer = load_variant(job)
         kept = Progress(job, files="the same", packages=PACKAGES)
         try:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.evaluation import scoring
-from helpers.evaluation.checks.integrity import Asked, rescored_gate
+from helpers.evaluation.checks.integrity import RenderedItem, rescored_gate
 from helpers.evaluation.checks.recomputed_answers import box_of, rescored
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.sources.items import Item
@@ -148,7 +148,7 @@ TEXTS = {
 @pytest.mark.parametrize("break_", TEXTS, ids=lambda f: f.__name__)
 def test_wrong_scoring_of_every_variant_alike(study, monkeypatch, break_):
     wanted, items = study.evaluation.datasets["squad_v2"], evaluation_items(study, "squad_v2")
-    asked = [Asked(item, "", 0) for item in items]
+    asked = [RenderedItem(item, "", 0) for item in items]
     texts = [TEXTS[break_].replace("%s", next(iter(i.golds), "unanswerable")) for i in items]
 
     def gate():
@@ -170,7 +170,7 @@ def test_wrong_scoring_of_numbers(study, monkeypatch, break_):
     item = item_of("openmath", ("100",))
     row = score_text(item, "openmath", r"\boxed{105}", answer="boxed", finish="stop")
     assert row["score"] == 1.0
-    gate = rescored_gate(wanted_of(study, "openmath"), [row], [Asked(item, "", 0)])
+    gate = rescored_gate(wanted_of(study, "openmath"), [row], [RenderedItem(item, "", 0)])
     assert not gate.passed
 
 
@@ -183,4 +183,4 @@ def test_options_scored_by_another_length(study):
     wanted = wanted_of(study, "arc", "loglikelihood", normalize="bytes")
     assert row["score"] == 0.0
     assert rescored(wanted, item, row)["score"] == 1.0
-    assert not rescored_gate(wanted, [row], [Asked(item, "", 0)]).passed
+    assert not rescored_gate(wanted, [row], [RenderedItem(item, "", 0)]).passed

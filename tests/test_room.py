@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.core.errors import StudyError
-from helpers.evaluation.out_of_memory import halving
+from helpers.evaluation.out_of_memory import with_halved_batch
 from helpers.study.schema import Batch
 
 LIMITS = Batch(tokens=4096, rows=64)
@@ -28,7 +28,7 @@ def asking(fits, calls):
 
 def test_a_batch_that_fits_is_left_alone(recwarn):
     calls = []
-    assert len(list(halving(asking(64, calls), PROMPTS, LIMITS))) == 9
+    assert len(list(with_halved_batch(asking(64, calls), PROMPTS, LIMITS))) == 9
     assert calls == [(9, LIMITS)]
     assert not recwarn
 
@@ -38,7 +38,7 @@ def test_the_rest_is_asked_with_half_a_batch():
     with pytest.warns(
         UserWarning, match=r"= \{tokens: 4096, rows: 64\}; .* \{tokens: 2048, rows: 32\}"
     ):
-        found = list(halving(asking(32, calls), PROMPTS, LIMITS))
+        found = list(with_halved_batch(asking(32, calls), PROMPTS, LIMITS))
     assert [made["id"] for made in found] == [str(i) for i in range(9)]
     assert calls == [(9, LIMITS), (6, Batch(tokens=2048, rows=32))]
 
@@ -50,7 +50,7 @@ def test_a_second_time_the_study_file_has_to_say_less():
             StudyError, match=r"set evaluation.batch to \{tokens: 1024, rows: 16\}"
         ) as told,
     ):
-        list(halving(asking(16, []), PROMPTS, LIMITS))
+        list(with_halved_batch(asking(16, []), PROMPTS, LIMITS))
     assert "\n" not in str(told.value)
 
 
@@ -60,4 +60,4 @@ def test_other_errors_are_not_caught():
         raise RuntimeError("another")
 
     with pytest.raises(RuntimeError, match="another"):
-        list(halving(ask, PROMPTS, LIMITS))
+        list(with_halved_batch(ask, PROMPTS, LIMITS))

@@ -135,14 +135,14 @@ def options_that_see_each_other(patch):
 
 
 def a_key_too_many_in_a_slot(patch):
-    beyond = kv_cache.Slots._beyond
+    beyond = kv_cache.KVCache._masks
 
     def one_more(self, window):
         common, own = beyond(self, window)
         places = torch.arange(self._width)
         return common, own & (places > self._at[:, None] + 1)[:, None, None]
 
-    patch.setattr(kv_cache.Slots, "_beyond", one_more)
+    patch.setattr(kv_cache.KVCache, "_masks", one_more)
 
 
 def attention_in_bfloat16(patch):
@@ -155,26 +155,26 @@ def attention_in_bfloat16(patch):
 
 
 def decoding_in_bfloat16(patch):
-    attend = kv_cache.Slots.attend
+    attend = kv_cache.KVCache.attend
 
     def coarse(self, layer, query, key, value, **how):
         return attend(self, layer, query, key, value, **how).bfloat16().to(query.dtype)
 
-    patch.setattr(kv_cache.Slots, "attend", coarse)
+    patch.setattr(kv_cache.KVCache, "attend", coarse)
 
 
 def scores_scaled_otherwise(patch):
-    attend = packed_rows.Row.attend
+    attend = packed_rows.PackedBatch.attend
 
     def warm(self, layer, query, key, value, **how):
         return attend(self, layer, query * 0.97, key, value, **how)
 
-    patch.setattr(packed_rows.Row, "attend", warm)
+    patch.setattr(packed_rows.PackedBatch, "attend", warm)
 
 
 def positions_of_decoding_off_by_one(patch):
-    step = kv_cache.Slots.step
-    patch.setattr(kv_cache.Slots, "step", lambda self, *args: step(self, *args) + 1)
+    step = kv_cache.KVCache.step
+    patch.setattr(kv_cache.KVCache, "step", lambda self, *args: step(self, *args) + 1)
 
 
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
@@ -223,34 +223,34 @@ def test_log_probabilities_of_the_baseline(runs, monkeypatch, lapse):
 @pytest.mark.bank("reading", "log-probabilities of the token before")
 def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
     """The model is sound; the token before the right one is looked up."""
-    whole = loglikelihood.targets
+    whole = loglikelihood.scored_tokens
 
     def shifted(item, branches):
         return [(max(0, at - 1), token, k) for at, token, k in whole(item, branches)]
 
-    monkeypatch.setattr(loglikelihood, "targets", shifted)
+    monkeypatch.setattr(loglikelihood, "scored_tokens", shifted)
     assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.bank("reading", "an option scored without its last token")
 def test_an_option_without_its_last_token(runs, monkeypatch, variant):
-    whole = loglikelihood.targets
-    monkeypatch.setattr(loglikelihood, "targets", lambda *args: whole(*args)[:-1])
+    whole = loglikelihood.scored_tokens
+    monkeypatch.setattr(loglikelihood, "scored_tokens", lambda *args: whole(*args)[:-1])
     assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.bank("reading", "the second likeliest token is taken")
 def test_the_second_likeliest_token(runs, monkeypatch, variant):
-    take = generation.Decoder._take
+    take = generation.Decoder._append_tokens
 
     def second(self, first, logits):
-        if first == 0 and self.alive and len(self.alive[0].tokens) == 2:
+        if first == 0 and self.active and len(self.active[0].tokens) == 2:
             logits = logits.clone().scatter_(1, logits.argmax(1)[:, None], -50.0)
         yield from take(self, first, logits)
 
-    monkeypatch.setattr(generation.Decoder, "_take", second)
+    monkeypatch.setattr(generation.Decoder, "_append_tokens", second)
     assert failed(looked_at(runs("llama", variant))) == {TOKENS}
 
 
@@ -258,12 +258,12 @@ def test_the_second_likeliest_token(runs, monkeypatch, variant):
 @pytest.mark.bank("reading", "answers cut short, as if they had ended")
 def test_an_answer_cut_short(runs, monkeypatch, variant):
     """The text is the beginning of what the model says, and its end was made up."""
-    take = generation.Answer.take
+    take = generation.AnswerInProgress.append_token
 
     def early(self, token, finite, ends):
         return take(self, token, finite, ends) or ("stop" if len(self.tokens) == 4 else None)
 
-    monkeypatch.setattr(generation.Answer, "take", early)
+    monkeypatch.setattr(generation.AnswerInProgress, "append_token", early)
     assert failed(looked_at(runs("llama", variant))) == {TOKENS}
 
 

@@ -193,9 +193,9 @@ def test_its_versions_are_in_the_record_beside_ours(folder, stand_in, sides, tmp
     model = VllmModel(folder, RUNTIME, seed=0)
     record = Record(tmp_path / "evaluation", stage="evaluation", parameters={})
     ours = dict(record.packages)
-    record.add_packages(vllm_protocols.packages(sides[0]))
+    record.add_packages(vllm_protocols.engine_packages(sides[0]))
     assert record.packages == ours
-    record.add_packages(vllm_protocols.packages(model))
+    record.add_packages(vllm_protocols.engine_packages(model))
     model.close()
     written = json.loads(record.write({}).read_text())["packages"]
     assert written["vllm (serving)"] == "0"

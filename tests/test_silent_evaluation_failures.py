@@ -8,11 +8,16 @@ from dataclasses import replace
 import pytest
 
 from helpers.core.gates import WHOLE_VARIANT, as_record
-from helpers.evaluation.checks.evaluation_data import ask_again, ask_alone, asked_now, seen_items
-from helpers.evaluation.checks.integrity import Evidence, evaluation_gates
+from helpers.evaluation.checks.evaluation_data import (
+    ask_alone,
+    ask_alone_again,
+    render_items_again,
+    used_items,
+)
+from helpers.evaluation.checks.integrity import EvaluationData, evaluation_gates
 from helpers.evaluation.checks.reference_gates import reference_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.trivial_answers import best_degenerate, loops
+from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop
 from helpers.sources.raw_rows import raw_digests
 from helpers.study.schema_variants import Variant
 
@@ -87,10 +92,10 @@ def shaken_in(tiny, settled, dtype: str) -> list[dict]:
 
     import torch
 
-    from helpers.evaluation.checks.float_reference import shake_
+    from helpers.evaluation.checks.float_reference import perturb_by_rounding_
 
     model = copy.deepcopy(tiny[0])
-    shake_(model, dtype=getattr(torch, dtype))
+    perturb_by_rounding_(model, dtype=getattr(torch, dtype))
     return shared_text(settled, model, *tiny)
 
 
@@ -99,7 +104,7 @@ def computed_again(tiny, study):
     import torch
 
     from helpers.core.hashing import sha256_text
-    from helpers.evaluation.checks.full_logits import Recomputed, compared
+    from helpers.evaluation.checks.full_logits import Recomputed, compare_passage
     from helpers.sources.sampling import shared_passages
 
     rows, counts = [], {}
@@ -108,13 +113,15 @@ def computed_again(tiny, study):
         with torch.inference_mode():
             logits = tiny[0](input_ids=torch.tensor([tokens[:-1]])).logits[0].double()
         counts[sha256_text(text)[:16]] = len(tokens) - 1
-        rows.append({"id": sha256_text(text)[:16], **compared(tokens, logits, logits, logits)})
+        rows.append(
+            {"id": sha256_text(text)[:16], **compare_passage(tokens, logits, logits, logits)}
+        )
     texts = {sha256_text(t)[:16]: t[1:64] for t in shared_passages(study)}
     return Recomputed([rows[0], rows[-1]], counts, texts)
 
 
 @pytest.fixture(scope="module")
-def sound(tiny, settled) -> Evidence:
+def sound(tiny, settled) -> EvaluationData:
     """A float variant that equals its baseline, as it must: asked once, in earnest."""
     from helpers.evaluation.engine import ask_all
 
@@ -122,7 +129,7 @@ def sound(tiny, settled) -> Evidence:
     answers = ask_all(model, tokenizer, settled)
     passages = shared_text(settled, model, model, tokenizer)
     alone = ask_alone(model, tokenizer, settled)
-    return Evidence(
+    return EvaluationData(
         settled,
         MODEL,
         VARIANT,
@@ -131,11 +138,11 @@ def sound(tiny, settled) -> Evidence:
         {"datasets": all_metrics(settled, answers), "shared_text": shared_text_metrics(passages)},
         answers,
         passages,
-        asked_now(settled, tokenizer, tokenizer),
-        seen_items(settled, MODEL, VARIANT),
+        render_items_again(settled, tokenizer, tokenizer),
+        used_items(settled, MODEL, VARIANT),
         alone,
-        again=ask_again(model, tokenizer, settled, VARIANT, alone),
-        shaken=shaken_in(tiny, settled, "float32"),
+        repeated=ask_alone_again(model, tokenizer, settled, VARIANT, alone),
+        perturbed=shaken_in(tiny, settled, "float32"),
         reference=passages,
         recomputed=computed_again(tiny, settled),
         raw={
@@ -145,12 +152,14 @@ def sound(tiny, settled) -> Evidence:
     )
 
 
-def failed(evidence: Evidence) -> set[tuple[str, str]]:
+def failed(evidence: EvaluationData) -> set[tuple[str, str]]:
     """(what it invalidates, name) of every gate that fails."""
     return {(what, gate.name) for what, gate in evaluation_gates(evidence) if not gate.passed}
 
 
-def with_rows(evidence: Evidence, dataset: str, edit, side: str = "predictions") -> Evidence:
+def with_rows(
+    evidence: EvaluationData, dataset: str, edit, side: str = "predictions"
+) -> EvaluationData:
     """The evidence with one set's rows replaced by what `edit` makes of copies of them."""
     rows = edit([dict(row) for row in getattr(evidence, side)[dataset]])
     return replace(evidence, **{side: getattr(evidence, side) | {dataset: rows}})
@@ -170,11 +179,11 @@ def first(**changes):
 def answered(text: str, finish: str = "stop"):
     """Every item answered by one text, parsed and scored as an evaluation would."""
 
-    def edit(evidence: Evidence, dataset: str, rows: list[dict]) -> list[dict]:
+    def edit(evidence: EvaluationData, dataset: str, rows: list[dict]) -> list[dict]:
         from helpers.evaluation.scoring import score_text
 
         adapter = evidence.study.evaluation.datasets[dataset].adapter
-        items = {a.item.id: a.item for a in evidence.asked[dataset]}
+        items = {a.item.id: a.item for a in evidence.rendered[dataset]}
         return [
             row | score_text(items[row["id"]], adapter, text, answer="boxed", finish=finish)
             for row in rows
@@ -183,7 +192,7 @@ def answered(text: str, finish: str = "stop"):
     return edit
 
 
-def able(evidence: Evidence, dataset: str = "openmath") -> Evidence:
+def able(evidence: EvaluationData, dataset: str = "openmath") -> EvaluationData:
     """A baseline and a variant that answer a set rightly and stop."""
 
     def edit(rows: list[dict]) -> list[dict]:
@@ -196,7 +205,7 @@ def able(evidence: Evidence, dataset: str = "openmath") -> Evidence:
     return with_rows(with_rows(evidence, dataset, edit), dataset, edit, side="baseline")
 
 
-def saying(evidence: Evidence, text: str, finish: str = "stop", dataset: str = "openmath"):
+def saying(evidence: EvaluationData, text: str, finish: str = "stop", dataset: str = "openmath"):
     """The able evidence, its variant saying one thing."""
     edit = answered(text, finish)
     return with_rows(able(evidence, dataset), dataset, lambda rows: edit(evidence, dataset, rows))
@@ -266,7 +275,7 @@ def test_another_chat_template_for_one_variant(tiny, settled, sound):
     other = copy.deepcopy(tiny[1])
     other.chat_template = tiny[1].chat_template.replace("assistant", "helper")
     asked = {name: {a.item.id: a.hash for a in found} for name, found in
-             asked_now(settled, other, other).items()}  # fmt: skip
+             render_items_again(settled, other, other).items()}  # fmt: skip
     edit = each(prompt_hash=lambda row: asked["openmath"][row["id"]])
     assert failed(with_rows(sound, "openmath", edit)) == {
         ("openmath", "prompts as rendered now"),
@@ -350,7 +359,7 @@ def test_a_variant_that_answers_as_the_float_model_to_the_bit_was_not_asked(
     tiny, settled, sound, recipe
 ):
     """No quantization at run time, or a float type that was ignored: a flawless null result."""
-    gates = reference_gates(Variant(**recipe), sound.passages, sound.shaken)
+    gates = reference_gates(Variant(**recipe), sound.passages, sound.perturbed)
     names = {g.name for g in gates if not g.passed}
     assert names == {"other arithmetic than the float model's"}
 
@@ -358,7 +367,7 @@ def test_a_variant_that_answers_as_the_float_model_to_the_bit_was_not_asked(
 def test_a_distance_that_cannot_be_told_does_not_hold(settled, sound):
     lost = [row | {"kl": None} for row in sound.passages]
     recipe = settled.variants[VARIANT]
-    assert not any(g.passed for g in reference_gates(recipe, lost, sound.shaken))
+    assert not any(g.passed for g in reference_gates(recipe, lost, sound.perturbed))
     assert not any(g.passed for g in reference_gates(recipe, sound.passages, []))
 
 
@@ -461,10 +470,10 @@ def test_a_model_that_always_abstains(sound):
 @pytest.mark.bank("items", "an evaluation item in {use}", at="items of calibration and training")
 def test_items_the_variant_was_made_from(sound, use):
     """Found by its normalised text: another id, other case and punctuation."""
-    item = sound.asked["openmath"][3].item
+    item = sound.rendered["openmath"][3].item
     twin = replace(item, id="another", question=f"  {item.question.upper()} !")
-    seen = sound.seen | {use: [*sound.seen[use], twin]}
-    assert failed(replace(sound, seen=seen)) == {("openmath", "no leakage")}
+    seen = sound.used | {use: [*sound.used[use], twin]}
+    assert failed(replace(sound, used=seen)) == {("openmath", "no leakage")}
 
 
 def crowd_dependent(model):
@@ -539,11 +548,11 @@ def rotated(rows: list[dict]) -> list[dict]:
     ]
 
 
-def as_scored(evidence: Evidence, edit):
+def as_scored(evidence: EvaluationData, edit):
     """The edited log-probabilities with the choice and the score that follow from them."""
     from helpers.evaluation.scoring import score_options
 
-    items = {a.item.id: a.item for a in evidence.asked["arc"]}
+    items = {a.item.id: a.item for a in evidence.rendered["arc"]}
 
     def score(row: dict) -> dict:
         item = items[row["id"]]
@@ -622,9 +631,9 @@ def test_answers_drawn_by_lot(sound):
 def test_answers_drawn_by_lot_where_company_may_change_them(sound):
     """In bfloat16 an answer alone may be another than in the batch; asked again it may not."""
     first = {name: rows[:1] for name, rows in sound.alone.items() if name != "arc"}
-    repeated = replace(sound, variant="float_bf16", again=first)
-    drawn = with_rows(repeated, "openmath", each(output="another"), side="again")
-    never = replace(repeated, again={})
+    repeated = replace(sound, variant="float_bf16", repeated=first)
+    drawn = with_rows(repeated, "openmath", each(output="another"), side="repeated")
+    never = replace(repeated, repeated={})
     found = [
         {what for what, name in failed(evidence) if name == "same answer again"}
         for evidence in (repeated, drawn, never)
@@ -652,22 +661,22 @@ def test_a_variant_held_against_another_model_than_the_baseline(tiny, settled, s
 
 @pytest.mark.bank("items", "a worked example that is an evaluation item", at="worked examples")
 def test_an_example_of_the_prompt_that_is_an_item(sound):
-    item = sound.asked["openmath"][3].item
-    seen = sound.seen | {"worked-example": [*sound.seen["worked-example"], item]}
-    assert failed(replace(sound, seen=seen)) == {("openmath", "no leakage")}
+    item = sound.rendered["openmath"][3].item
+    seen = sound.used | {"worked-example": [*sound.used["worked-example"], item]}
+    assert failed(replace(sound, used=seen)) == {("openmath", "no leakage")}
 
 
 def test_a_loop_is_told_from_a_long_answer():
-    assert loops("The answer is " + "4 + " * 9 + "4")
-    assert loops("a" * 24)
-    assert not loops("a" * 23)
-    assert not loops("First 12 and 15 make 27; then 27 and 8 make 35, so the answer is 35.")
-    assert not loops("")
+    assert ends_in_loop("The answer is " + "4 + " * 9 + "4")
+    assert ends_in_loop("a" * 24)
+    assert not ends_in_loop("a" * 23)
+    assert not ends_in_loop("First 12 and 15 make 27; then 27 and 8 make 35, so the answer is 35.")
+    assert not ends_in_loop("")
 
 
 def test_the_best_fixed_answer_to_a_passage_may_be_a_text():
     golds = [{"golds": x} for x in (["The Mill"], ["the mill"], [], ["Denby"])]
-    assert best_degenerate("squad_v2", golds).answer == "answering “mill”"
+    assert best_fixed_answer("squad_v2", golds).answer == "answering “mill”"
 
 
 def swapped(tokenize, letters: str = "qz"):
@@ -703,8 +712,8 @@ def asked_alike(tiny, settled, sound):
 
     answers = ask_all(*tiny, settled)
     rows = {name: each(**OWNER)(found) for name, found in answers.items()}
-    asked = asked_now(settled, tiny[1], tiny[1])
-    return replace(sound, predictions=rows, baseline=answers, asked=asked)
+    asked = render_items_again(settled, tiny[1], tiny[1])
+    return replace(sound, predictions=rows, baseline=answers, rendered=asked)
 
 
 @pytest.mark.bank("tokens", "two token ids swapped for all variants alike")

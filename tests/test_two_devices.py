@@ -16,7 +16,7 @@ from helpers.core.records import Record, read_json
 from helpers.inference import generation
 from helpers.inference.generation import generate_greedy
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import alpha, compression, int8_cuda, smoothing
 from helpers.quantization.calibration import run_calibration
@@ -60,7 +60,7 @@ def answers(model) -> tuple:
 
 @torch.inference_mode()
 def states(model) -> torch.Tensor:
-    with packed(model):
+    with use_packed_attention(model):
         return read(model, [Segment(prompt) for prompt in PROMPTS])
 
 
@@ -195,8 +195,10 @@ def test_the_gates_on_calls_hold_of_a_spread_model(cards, sound_runs, tmp_path, 
 def test_keys_values_and_masks_lie_with_the_layer_that_reads_them(cards, monkeypatch):
     model = random_model("mistral", seed=1, num_hidden_layers=LAYERS)
     slots, segments = [], []
-    make, keep = generation.Slots, Segment.__post_init__
-    monkeypatch.setattr(generation, "Slots", lambda *given: slots.append(make(*given)) or slots[-1])
+    make, keep = generation.KVCache, Segment.__post_init__
+    monkeypatch.setattr(
+        generation, "KVCache", lambda *given: slots.append(make(*given)) or slots[-1]
+    )
     monkeypatch.setattr(Segment, "__post_init__", lambda self: segments.append(self) or keep(self))
     with cards(2):
         spread = place_on_device(model, resolve_runtime(ASKED))

@@ -6,7 +6,7 @@ from helpers.core.errors import StudyError
 from helpers.statistics.comparison import Answers, Rules, compare
 from helpers.statistics.intervals import mcnemar_exact
 from helpers.statistics.power import detectable_mean_difference
-from helpers.statistics.validity import best_degenerate, invalid_reason, uninformative_reason
+from helpers.statistics.validity import best_fixed_answer, invalid_reason, uninformative_reason
 from helpers.statistics.verdicts import judge, study_verdicts
 from helpers.study.loading import load_study
 
@@ -193,11 +193,11 @@ def test_a_baseline_that_is_seldom_readable_measures_the_format():
 
 def test_fixed_answers_see_through_label_styles_and_number_styles():
     digits = [{"golds": [x]} for x in ("1", "1", "A", "2", "C")]
-    assert best_degenerate("arc", digits).score == pytest.approx(3 / 5)
+    assert best_fixed_answer("arc", digits).score == pytest.approx(3 / 5)
     numbers = [{"golds": [x]} for x in ("12", "12.0", "3", "x+1")]
-    assert best_degenerate("openmath", numbers).score == pytest.approx(2 / 4)
+    assert best_fixed_answer("openmath", numbers).score == pytest.approx(2 / 4)
     empty = [{"golds": x} for x in ([], ["a"], [])]
-    assert best_degenerate("squad_v2", empty).score == pytest.approx(2 / 3)
+    assert best_fixed_answer("squad_v2", empty).score == pytest.approx(2 / 3)
 
 
 def test_other_items_are_refused_by_name():

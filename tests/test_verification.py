@@ -51,7 +51,7 @@ def test_smoothing_alone_computes_what_the_source_does(sound_run, family, target
     run = sound_run(family, targets)
     with run.outputs():
         job = run.job
-        assert {c.gate_name for c in variant_gates.checks(job.recipe)} == APPLY_TO_FLOAT
+        assert {c.gate_name for c in variant_gates.checks_of(job.recipe)} == APPLY_TO_FLOAT
         smoothed = load_variant(job)[0]
         source = load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
         assert sha256_folder(run.checkpoint) != run.source_hash

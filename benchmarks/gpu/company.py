@@ -12,7 +12,7 @@ import torch
 from benchmarks.gpu.part import Part
 from helpers.inference.generation import generate_greedy
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.quantization.int8_gated_mlp import fuse_gated_mlps_
 from helpers.quantization.int8_linear import Int8Linear, absmax_scale, stack_siblings_
@@ -112,7 +112,7 @@ def _best(sums: list[float]) -> int:
 def _states(model, items: list[OptionTokens]) -> dict:
     """How many last states of whole contexts differ between a row of all and a row of one."""
     segments = [Segment(item.context) for item in items]
-    with packed(model):
+    with use_packed_attention(model):
         among = read(model, segments).split([len(s.tokens) for s in segments])
         alone = [read(model, [Segment(item.context)]) for item in items[:ALONE]]
     distances = [float((a - b).abs().max()) for a, b in zip(among, alone, strict=False)]

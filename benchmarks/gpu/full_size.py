@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.prompts import asked_tokens, prompt
+from helpers.evaluation.prompts import model_inputs, render_prompt
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.quantization import compression, int8_cuda, int8_cuda_choice
 from helpers.quantization.calibration import run_calibration
@@ -119,7 +119,7 @@ def asked_items(study, folder: Path, number: int) -> list[OptionTokens]:
     """So many items as token ids; an item that comes again is made of other bytes of its text."""
     tokenizer, wanted = load_tokenizer(folder, enable_thinking=None), study.evaluation.datasets[SET]
     known = load_items(wanted.source, adapter=wanted.adapter)
-    asked = [asked_tokens(tokenizer, prompt(item, wanted, tokenizer)) for item in known]
+    asked = [model_inputs(tokenizer, render_prompt(item, wanted, tokenizer)) for item in known]
     every = (
         OptionTokens(
             tokens.context[turn % BYTES_A_TOKEN :: BYTES_A_TOKEN],

@@ -15,7 +15,7 @@ from helpers.core.paths import PROJECT
 from helpers.core.records import Record, write_json
 from helpers.evaluation.engine import ask_all
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.prompts import asked_hash, asked_tokens, prompt
+from helpers.evaluation.prompts import input_digest, model_inputs, render_prompt
 from helpers.evaluation.scoring import score_text
 from helpers.inference.perplexity import read_shared_text
 from helpers.quantization import alpha, calibration, compression, smoothing
@@ -25,7 +25,7 @@ from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items, evaluation_items, item_ids
 from helpers.study.study_run import open_job
-from helpers.verification.variant_gates import verify
+from helpers.verification.variant_gates import verify_checkpoint
 
 STUDY, MODEL = "smoke", "base"
 VARIANTS = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "smoothquant_o3", "noquant_bf16")
@@ -129,7 +129,7 @@ class Run:
 
     def verified(self) -> dict:
         """The gates of a checkpoint made and run here, and the names of those that fail."""
-        gates = verify(self.job(VERIFIED), source_hash=self.source)
+        gates = verify_checkpoint(self.job(VERIFIED), source_hash=self.source)
         failed = [f"{gate.name}: {gate.measured}" for gate in gates if not gate.passed]
         return {"gates": len(gates), "passed": len(gates) - len(failed), "failed": failed}
 
@@ -142,8 +142,8 @@ class Run:
         found = {}
         for name, wanted in self.study.evaluation.datasets.items():
             for item in evaluation_items(self.study, name):
-                asked = prompt(item, wanted, self.tokenizer)
-                found[item.id] = asked_hash(asked, asked_tokens(self.tokenizer, asked))
+                asked = render_prompt(item, wanted, self.tokenizer)
+                found[item.id] = input_digest(asked, model_inputs(self.tokenizer, asked))
         return found
 
     def scored_anew(self, name: str, row: dict) -> dict:

@@ -10,7 +10,7 @@ from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import eager_seconds
 from helpers.core.architectures import HEAD, linear_names
 from helpers.inference.generation import generate_greedy
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import compression
 from helpers.study.loading import load_study
@@ -95,7 +95,7 @@ def _linear_weights(model) -> int:
 
 
 def _read(model, ids: torch.Tensor):
-    with packed(model):
+    with use_packed_attention(model):
         return read(model, [Segment(row) for row in ids.tolist()])
 
 

@@ -15,7 +15,7 @@ from benchmarks.gpu.company import MEDIUM, drawn_items, quantized_by_rounding_
 from benchmarks.gpu.part import Part
 from helpers.inference.generation import generate_greedy
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import int8_matmul
 from helpers.quantization.int8_linear import Int8Linear
@@ -108,7 +108,7 @@ def integers_off(one, two, prompt: list[int]) -> list[bool]:
 
     linears = {n: m for n, m in one.named_modules() if isinstance(m, Int8Linear)}
     hooks = [linear.register_forward_pre_hook(keep(n)) for n, linear in linears.items()]
-    with packed(one):
+    with use_packed_attention(one):
         read(one, [Segment(prompt)])
     for hook in hooks:
         hook.remove()

@@ -41,7 +41,7 @@ def gemm_peaks(
 def _best(sizes: list[tuple[int, int, int]], kind: str, device: str) -> float | None:
     try:
         return max(_operations_a_second(*size, kind, device) for size in sizes)
-    except NotImplementedError:  # what kernels.multiply says of a device without the product
+    except NotImplementedError:  # `int8_matmul.multiply` on a device without the product
         return None
 
 
@@ -61,27 +61,27 @@ def _operations_a_second(rows: int, inner: int, outer: int, kind: str, device: s
 
 
 def _products(kind: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
-    """The ways in which torch can multiply two matrices here."""
+    """The functions that multiply two matrices in torch here."""
     if kind == "bfloat16" and not has_bfloat16_units():
-        return [_as_linears_do]  # torch's own emulation takes seconds for one product
-    return [torch.matmul, _as_linears_do]
+        return [_linear_product]  # torch's own emulation takes seconds for one product
+    return [torch.matmul, _linear_product]
 
 
 @torch.inference_mode()
-def _as_linears_do(left: Tensor, right: Tensor) -> Tensor:
+def _linear_product(left: Tensor, right: Tensor) -> Tensor:
     return product(left, right.t())
 
 
 def _shortest(multiply: Callable, device: str) -> float:
-    """Seconds of the fastest of several runs, after one that does not count."""
+    """Seconds of the fastest of several runs, after one warm-up run."""
     multiply()
-    shortest, began, runs = float("inf"), time.perf_counter(), 0
-    while runs < FEWEST or time.perf_counter() - began < SECONDS_A_SHAPE:
+    shortest, start, runs = float("inf"), time.perf_counter(), 0
+    while runs < FEWEST or time.perf_counter() - start < SECONDS_A_SHAPE:
         _settle(device)
-        started = time.perf_counter()
+        call_start = time.perf_counter()
         multiply()
         _settle(device)
-        shortest, runs = min(shortest, time.perf_counter() - started), runs + 1
+        shortest, runs = min(shortest, time.perf_counter() - call_start), runs + 1
     return shortest
 
 

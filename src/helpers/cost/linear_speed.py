@@ -29,35 +29,37 @@ PASSED = 2**22  # numbers rounded in one pass
 MOST_OPERATIONS = 2e9  # of all measured Linears together, so that no machine takes long
 
 
-def speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, float]:
+def measure_speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, float]:
     """Operations (or numbers touched) per second by kind of work.
 
     A kind that the device does not have is left out.
 
     Args:
-        shapes: (in_features, out_features) of Linears; as many as are soon done are measured.
+        shapes: (in_features, out_features) of Linears; the smallest ones are measured.
     """
-    measured = _soon_done(shapes or [(1024, 1024)])
-    kinds = [(a, how) for a in ("float32", "bfloat16", "int8") for how in ROWS]
-    each = SECONDS / (len(kinds) + 1)
-    numbers = torch.rand(PASSED)
-    found = {TOUCHED: PASSED / _seconds(lambda: numbers.div(0.01).round_(), each, "cpu")}
-    for arithmetic, how in kinds:
+    measured_shapes = _affordable(shapes or [(1024, 1024)])
+    kinds = [(a, kind) for a in ("float32", "bfloat16", "int8") for kind in ROWS]
+    seconds_each = SECONDS / (len(kinds) + 1)
+    values = torch.rand(PASSED)
+    speeds = {TOUCHED: PASSED / _seconds(lambda: values.div(0.01).round_(), seconds_each, "cpu")}
+    for arithmetic, kind in kinds:
         try:
-            found[f"{arithmetic} {how}"] = _speed(measured, arithmetic, ROWS[how], device, each)
+            speeds[f"{arithmetic} {kind}"] = _speed(
+                measured_shapes, arithmetic, ROWS[kind], device, seconds_each
+            )
         except (NotImplementedError, RuntimeError):  # no such product, or no room for it
             continue
-    return found
+    return speeds
 
 
-def _soon_done(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The smallest shape, and those after it that do not take too many operations together."""
-    kept, weights = [], 0
+def _affordable(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The smallest shapes whose operations together stay below MOST_OPERATIONS; at least one."""
+    chosen, weights = [], 0
     for inner, outer in sorted(shapes, key=lambda s: s[0] * s[1]):
         weights += inner * outer
-        if not kept or 2 * ROWS[READING] * weights <= MOST_OPERATIONS:
-            kept.append((inner, outer))
-    return kept
+        if not chosen or 2 * ROWS[READING] * weights <= MOST_OPERATIONS:
+            chosen.append((inner, outer))
+    return chosen
 
 
 @torch.inference_mode()
@@ -84,12 +86,12 @@ def _linear(inner: int, outer: int, arithmetic: str) -> nn.Module:
 
 
 def _seconds(call, limit: float, device: str) -> float:
-    """Seconds of the fastest of as many calls as fit the limit, after one before."""
+    """Seconds of the fastest of as many calls as fit the limit, after one warm-up call."""
     call()
     _settle(device)
-    began = now = time.perf_counter()
+    start = now = time.perf_counter()
     shortest = float("inf")
-    while now - began < limit or shortest == float("inf"):
+    while now - start < limit or shortest == float("inf"):
         before = now
         call()
         _settle(device)
@@ -103,12 +105,12 @@ def _settle(device: str) -> Tensor | None:
 
 
 def main(study: str, shapes: str) -> None:
-    """Print what was measured as JSON."""
+    """Print the measured speeds as JSON."""
     imported = time.process_time()
     runtime = resolve_runtime(load_study(study).runtime)
     torch.set_num_threads(runtime.threads)
-    found = speeds([tuple(shape) for shape in json.loads(shapes)], device=runtime.device)
-    print(json.dumps({"speeds": found, "import_s": imported}))
+    speeds = measure_speeds([tuple(shape) for shape in json.loads(shapes)], device=runtime.device)
+    print(json.dumps({"speeds": speeds, "import_s": imported}))
 
 
 if __name__ == "__main__":

@@ -30,13 +30,13 @@ OPTIMIZER = 12  # times that a step of AdamW reads or writes something the size 
 
 @dataclass(frozen=True)
 class Size:
-    """What of a model a token is multiplied by.
+    """Numbers of weights of a model, as operation counts need them.
 
     Attributes:
-        linears: weights of all Linears but the head; of a mixture, of the experts that a token
-            is sent to.
+        linears: weights of all Linears but the head; in a mixture, of the experts that one
+            token is routed to.
         head: weights of the head, tied to the embeddings or not.
-        weights: all of the model's, as they are loaded and saved.
+        weights: all weights of the model, as they are loaded and saved.
         shapes: (in_features, out_features) of every Linear but the head.
     """
 
@@ -56,18 +56,18 @@ def size_of(folder: Path) -> Size:
     with torch.device("meta"):
         model = empty_model(config, dtype=torch.float32)
     linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != HEAD}
-    sent = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
-    counted = sum(
-        round(m.weight.numel() * (sent if ".experts." in name else 1))
+    routed_share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
+    linear_weights = sum(
+        round(m.weight.numel() * (routed_share if ".experts." in name else 1))
         for name, m in linears.items()
     )
     shapes = tuple((m.in_features, m.out_features) for m in linears.values())
     head = model.get_output_embeddings().weight.numel()
-    return Size(counted, head, sum(p.numel() for p in model.parameters()), shapes)
+    return Size(linear_weights, head, sum(p.numel() for p in model.parameters()), shapes)
 
 
 def folder_to_count(study: Study, model: str, paths: StudyPaths) -> Path:
-    """The folder that has a model's size and tokenizer: of one that is trained here, its start's.
+    """The folder with a model's config and tokenizer; for a fine-tuned model its start's folder.
 
     Raises:
         StudyError: the model is not on this machine.
@@ -77,68 +77,70 @@ def folder_to_count(study: Study, model: str, paths: StudyPaths) -> Path:
     return model_folder(study, start, paths)
 
 
-def read(size: Size, arithmetic: str, tokens: int, *, head: int = 0, floats: str = "") -> Counter:
-    """Operations of reading some tokens.
+def reading_operations(
+    size: Size, arithmetic: str, tokens: int, *, head: int = 0, floats: str = ""
+) -> Counter:
+    """Operations of reading tokens.
 
     Args:
-        arithmetic: what the Linears multiply in.
-        head: at how many of the tokens the head is asked.
-        floats: what the head multiplies in, if not in the same.
+        arithmetic: the type the Linears multiply in.
+        head: for how many of the tokens the head runs.
+        floats: the type the head multiplies in; by default that of the Linears.
     """
     return _forward(size, tokens, head, f"{arithmetic} {READING}", f"{floats or arithmetic} ")
 
 
-def written(size: Size, arithmetic: str, tokens: int, *, floats: str = "") -> Counter:
-    """Operations of writing some tokens: each is read and predicts the next."""
+def writing_operations(size: Size, arithmetic: str, tokens: int, *, floats: str = "") -> Counter:
+    """Operations of generating tokens: each is read and predicts the next."""
     return _forward(size, tokens, tokens, f"{arithmetic} {WRITING}", f"{floats or arithmetic} ")
 
 
-def _forward(size: Size, tokens: int, head: int, how: str, floats: str) -> Counter:
-    counted = Counter({how: 2 * size.linears * tokens})
-    counted[floats + how.rpartition(" ")[2]] += 2 * size.head * head
-    return counted
+def _forward(size: Size, tokens: int, head: int, kind: str, floats: str) -> Counter:
+    counts = Counter({kind: 2 * size.linears * tokens})
+    counts[floats + kind.rpartition(" ")[2]] += 2 * size.head * head
+    return counts
 
 
-def touched(size: Size, times: int) -> Counter:
-    """All weights of a model, some times over."""
+def weight_passes(size: Size, times: int) -> Counter:
+    """Passes over all weights of a model: numbers read, not operations."""
     return Counter({TOUCHED: size.weights * times})
 
 
-def operations(counted: Counter) -> dict[str, int]:
-    """Operations by arithmetic, without what is none: for a record."""
-    found: Counter = Counter()
-    for kind, number in counted.items():
+def without_weight_passes(counts: Counter) -> dict[str, int]:
+    """Operations by arithmetic, without passes over weights: for a record."""
+    by_arithmetic: Counter = Counter()
+    for kind, number in counts.items():
         if kind != TOUCHED:
-            found[kind.partition(" ")[0]] += number
-    return dict(sorted(found.items()))
+            by_arithmetic[kind.partition(" ")[0]] += number
+    return dict(sorted(by_arithmetic.items()))
 
 
-def for_record(job: Job, tokenizer) -> dict[str, int]:
-    """Operations of a fine-tuning by arithmetic."""
+def finetuning_operations(job: Job, tokenizer) -> dict[str, int]:
+    """Operations of a fine-tuning job by arithmetic, for its record."""
     size = size_of(folder_to_count(job.study, job.model, job.paths))
-    return operations(training(job.study, job.model, size, tokenizer))
+    return without_weight_passes(count_finetuning(job.study, job.model, size, tokenizer))
 
 
-def training(study: Study, model: str, size: Size, tokenizer) -> Counter:
-    """What fine-tuning a model of the study takes: its epochs, and the held-out loss twice."""
+def count_finetuning(study: Study, model: str, size: Size, tokenizer) -> Counter:
+    """Counts of fine-tuning one model: its epochs, and the held-out loss twice."""
     settings = study.models[model].finetune
     examples, heldout = training_items(study, model)
-    in_batches = settings.batch_items
-    tokens, answers = _padded([training_tokens(tokenizer, i) for i in examples], in_batches)
+    batch_items = settings.batch_items
+    tokens, answers = _padded([training_tokens(tokenizer, i) for i in examples], batch_items)
     arithmetic = "bfloat16" if settings.autocast == "bfloat16" else "float32"
-    once = read(size, arithmetic, tokens, head=answers)
-    counted = Counter({k: settings.epochs * (1 + BACKWARD) * n for k, n in once.items()})
-    tokens, answers = _padded([training_tokens(tokenizer, i) for i in heldout], in_batches)
-    steps = settings.epochs * -(-len(examples) // in_batches)
+    one_epoch = reading_operations(size, arithmetic, tokens, head=answers)
+    counts = Counter({k: settings.epochs * (1 + BACKWARD) * n for k, n in one_epoch.items()})
+    tokens, answers = _padded([training_tokens(tokenizer, i) for i in heldout], batch_items)
+    steps = settings.epochs * -(-len(examples) // batch_items)
     return (
-        counted
-        + read(size, "float32", 2 * tokens, head=2 * answers)
-        + touched(size, OPTIMIZER * steps + 6)  # loaded, hashed and saved beside
+        counts
+        + reading_operations(size, "float32", 2 * tokens, head=2 * answers)
+        + weight_passes(size, OPTIMIZER * steps + 6)  # loaded, hashed and saved beside
     )
 
 
 def _padded(examples: list[tuple[list[int], list[int]]], batch_items: int) -> tuple[int, int]:
-    """(tokens with their padding, in batches of similar length; tokens of the answers)."""
+    """(tokens with padding, in batches of similar length; tokens of the answers)."""
     lengths = sorted(len(prompt) + len(answer) - 1 for prompt, answer in examples)
     batches = [lengths[i : i + batch_items] for i in range(0, len(lengths), batch_items)]
     return sum(len(b) * b[-1] for b in batches), sum(len(answer) for _, answer in examples)

@@ -14,12 +14,12 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.cost.operations import (
     Size,
+    count_finetuning,
     folder_to_count,
-    operations,
-    read,
+    reading_operations,
     size_of,
-    touched,
-    training,
+    weight_passes,
+    without_weight_passes,
 )
 from helpers.quantization.calibration import first_judge
 from helpers.runtime.batching import token_budget_batches
@@ -39,54 +39,58 @@ KEPT = 25  # times a checkpoint's weights are made, saved, hashed, loaded and co
 SIMULATED = 4  # passes over all weights that rounding them for one forward pass takes
 
 
-def calibration(study: Study, size: Size, tokenizer) -> Counter:
-    """One pass over the calibration items, and one of them again for its picture."""
+def count_calibration(study: Study, size: Size, tokenizer) -> Counter:
+    """One pass over the calibration items, and the longest once more for its figure."""
     lengths = list(map(len, _tokens(study, tokenizer)))
     batches = token_budget_batches(lengths, batch_tokens=study.calibration.batch_tokens)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
-    return read(size, _dtype(study), padded + max(lengths)) + touched(size, 4)
+    return reading_operations(size, _dtype(study), padded + max(lengths)) + weight_passes(size, 4)
 
 
-def quantization(study: Study, variant: Variant, size: Size, tokenizer) -> Counter:
-    """The choice of α, what it does to each Linear, Linears left float, and the checks."""
+def count_quantization(study: Study, variant: Variant, size: Size, tokenizer) -> Counter:
+    """The choice of α, the SQNR of each Linear, the sensitivity analysis, and the checks."""
     tokens, dtype = _tokens(study, tokenizer), _dtype(study)
-    judges = list(map(len, tokens[first_judge(len(tokens)) :]))
-    few, judged = sum(judges[:LOSS_ITEMS]), sum(judges)
-    looks = 2 if variant.smooth and not variant.recipe else 1
-    compared = sum(map(len, tokens[:SQNR_ITEMS]))
-    counted = read(size, dtype, compared * (1 + 2 * looks)) + read(size, dtype, few, head=few)
-    rounded = 2 * looks * min(SQNR_ITEMS, len(tokens))
+    judge_lengths = list(map(len, tokens[first_judge(len(tokens)) :]))
+    probe_tokens, judge_tokens = sum(judge_lengths[:LOSS_ITEMS]), sum(judge_lengths)
+    curves = 2 if variant.smooth and not variant.recipe else 1
+    sqnr_tokens = sum(map(len, tokens[:SQNR_ITEMS]))
+    counts = reading_operations(size, dtype, sqnr_tokens * (1 + 2 * curves)) + reading_operations(
+        size, dtype, probe_tokens, head=probe_tokens
+    )
+    weight_roundings = 2 * curves * min(SQNR_ITEMS, len(tokens))
     alpha = variant.smooth.alpha if variant.smooth else None
     if isinstance(alpha, tuple):
-        counted += read(size, dtype, judged * (1 + len(alpha)), head=judged * (1 + len(alpha)))
-        rounded += len(alpha)
+        counts += reading_operations(
+            size, dtype, judge_tokens * (1 + len(alpha)), head=judge_tokens * (1 + len(alpha))
+        )
+        weight_roundings += len(alpha)
     elif alpha == "auto":
-        counted += read(size, dtype, judged * (1 + 2 * LOOKS))
-        rounded += 2 * LOOKS * len(judges)
+        counts += reading_operations(size, dtype, judge_tokens * (1 + 2 * LOOKS))
+        weight_roundings += 2 * LOOKS * len(judge_lengths)
     if variant.quantized:
-        counted += read(size, dtype, few * LOOKS, head=few * LOOKS)
-        rounded += LOOKS
-    probed = PROBES * PROBE_TOKENS
-    counted += read(size, "float32", 3 * probed, head=3 * probed)
-    counted += read(size, dtype, 5 * probed, head=2 * probed)
-    return counted + touched(size, KEPT + SIMULATED * rounded)
+        counts += reading_operations(size, dtype, probe_tokens * LOOKS, head=probe_tokens * LOOKS)
+        weight_roundings += LOOKS
+    gate_tokens = PROBES * PROBE_TOKENS
+    counts += reading_operations(size, "float32", 3 * gate_tokens, head=3 * gate_tokens)
+    counts += reading_operations(size, dtype, 5 * gate_tokens, head=2 * gate_tokens)
+    return counts + weight_passes(size, KEPT + SIMULATED * weight_roundings)
 
 
-def of_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
-    """What one job of fine-tuning, calibration or quantization takes."""
+def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
+    """Counts of one job of fine-tuning, calibration or quantization."""
     match run.stage:
         case "finetuning":
-            return training(study, run.model, size, tokenizer)
+            return count_finetuning(study, run.model, size, tokenizer)
         case "calibration":
-            return calibration(study, size, tokenizer)
-    return quantization(study, study.variants[run.variant], size, tokenizer)
+            return count_calibration(study, size, tokenizer)
+    return count_quantization(study, study.variants[run.variant], size, tokenizer)
 
 
-def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
-    """Operations of a calibration or quantization by arithmetic."""
+def quantization_stage_operations(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
+    """Operations of a calibration or quantization job by arithmetic, for its record."""
     size = size_of(folder_to_count(job.study, job.model, job.paths))
     run = stages.Run(stage, job.model, job.variant)
-    return operations(of_run(job.study, run, size, tokenizer))
+    return without_weight_passes(count_run(job.study, run, size, tokenizer))
 
 
 def _dtype(study: Study) -> str:
@@ -99,22 +103,22 @@ def _tokens(study: Study, tokenizer) -> list[list[int]]:
 
 
 def main(study_name: str) -> None:
-    """Print the counts of a study's jobs, why others have none, and the shapes of Linears."""
+    """Print the counts of a study's jobs, the reasons for missing counts, and Linear shapes."""
     study, paths = load_study(study_name), StudyPaths(study_file(study_name).stem)
-    counted, jobs, shapes, uncounted = ("finetuning", "calibration", "quantization"), {}, [], {}
-    runs = [run for run in stages.runs(study) if run.stage in counted]
+    stages_here, jobs, shapes, uncounted = ("finetuning", "calibration", "quantization"), {}, [], {}
+    runs = [run for run in stages.runs(study) if run.stage in stages_here]
     for model in study.models:
         try:
             folder = folder_to_count(study, model, paths)
             size = size_of(folder)
             tokenizer = load_tokenizer(folder, enable_thinking=study.enable_thinking)
-            mine = [run for run in runs if run.model == model]
-            jobs |= {run.name: of_run(study, run, size, tokenizer) for run in mine}
+            model_runs = [run for run in runs if run.model == model]
+            jobs |= {run.name: count_run(study, run, size, tokenizer) for run in model_runs}
             shapes += size.shapes
         except StudyError as error:
             uncounted[model] = str(error)
-    found = {"jobs": jobs, "uncounted": uncounted, "shapes": sorted(set(shapes))}
-    print(json.dumps(found))
+    report = {"jobs": jobs, "uncounted": uncounted, "shapes": sorted(set(shapes))}
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

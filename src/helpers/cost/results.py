@@ -32,132 +32,141 @@ def spread(values: list[float]) -> Spread:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of running a model; `told` is its entry in `cost.json`, lists by round."""
+class ConfigurationResult:
+    """One measured configuration; `entry` is its object in `cost.json`, with lists by round."""
 
-    told: dict
+    entry: dict
 
     @property
     def name(self) -> str:
-        return self.told["name"]
+        return self.entry["name"]
 
     @property
     def variant(self) -> str:
-        return self.told["variant"]
+        return self.entry["variant"]
 
     @property
     def file_bytes(self) -> int:
-        return sum(self.told["file_bytes"].values())
+        return sum(self.entry["file_bytes"].values())
 
     @property
     def linear_bytes(self) -> int:
-        return self.told["linear_bytes"][0]
+        return self.entry["linear_bytes"][0]
 
     @property
     def multiplies_in(self) -> str:
-        """What the Linears multiply in; a simulation is called one."""
-        kind = self.told["arithmetic"]
-        return f"int8 simulated in {kind}" if self.told["simulated"] else kind
+        """The type the Linears multiply in; a simulation is named as one."""
+        kind = self.entry["arithmetic"]
+        return f"int8 simulated in {kind}" if self.entry["simulated"] else kind
 
     def rounds(self, quantity: str, prefill_tokens: int = 0) -> list[float]:
         """One value a round of `load`, `memory`, `prefill` or `decode` (tokens a second)."""
-        told = self.told
+        entry = self.entry
         match quantity:
             case "load":
-                return told["load_s"]
+                return entry["load_s"]
             case "memory":
-                return told["peak_memory_bytes"]
+                return entry["peak_memory_bytes"]
             case "prefill":
-                return [prefill_tokens / s for s in told["prefill_s"]]
+                return [prefill_tokens / s for s in entry["prefill_s"]]
             case "decode":
-                pairs = zip(told["decode_tokens"], told["decode_s"], strict=True)
+                pairs = zip(entry["decode_tokens"], entry["decode_s"], strict=True)
                 return [tokens / s for tokens, s in pairs]
         raise ValueError(f"no quantity is called {quantity!r}")
 
 
 @dataclass(frozen=True)
 class Cost:
-    """All that was measured of one model, and the record of the measurement."""
+    """The measurements of one model (the content of `cost.json`), and their record."""
 
-    account: dict
+    measurements: dict
     record: dict
 
     @property
-    def ways(self) -> list[Way]:
-        return [Way(told) for told in self.account["ways"]]
+    def configurations(self) -> list[ConfigurationResult]:
+        return [ConfigurationResult(entry) for entry in self.measurements["ways"]]
 
     @property
-    def reference(self) -> Way:
-        """The baseline in float32, which all ratios are against."""
+    def reference(self) -> ConfigurationResult:
+        """The baseline in float32, the denominator of all ratios."""
         return self._float("float32")
 
     @property
-    def bfloat16(self) -> Way:
+    def bfloat16(self) -> ConfigurationResult:
         return self._float("bfloat16")
 
-    def _float(self, dtype: str) -> Way:
-        baseline = self.account["baseline"]
+    def _float(self, dtype: str) -> ConfigurationResult:
+        baseline = self.measurements["baseline"]
         wanted = (baseline, dtype)
-        return next(w for w in self.ways if (w.variant, w.told["dtype"]) == wanted)
+        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == wanted)
 
     @property
-    def others(self) -> list[Way]:
-        """All ways but the baseline's."""
-        return [w for w in self.ways if w.variant != self.account["baseline"]]
+    def others(self) -> list[ConfigurationResult]:
+        """All configurations but the baseline's."""
+        return [w for w in self.configurations if w.variant != self.measurements["baseline"]]
 
-    def measured(self, way: Way, quantity: str) -> Spread:
-        return spread(self._rounds(way, quantity))
+    def measured(self, configuration: ConfigurationResult, quantity: str) -> Spread:
+        return spread(self._rounds(configuration, quantity))
 
-    def ratio(self, way: Way, quantity: str, against: Way) -> Spread:
-        """The quantity as a multiple of another way's, round by round."""
-        pairs = zip(self._rounds(way, quantity), self._rounds(against, quantity), strict=True)
+    def ratio(
+        self, configuration: ConfigurationResult, quantity: str, against: ConfigurationResult
+    ) -> Spread:
+        """The quantity as a multiple of another configuration's, round by round."""
+        pairs = zip(
+            self._rounds(configuration, quantity), self._rounds(against, quantity), strict=True
+        )
         return spread([own / other for own, other in pairs])
 
-    def _rounds(self, way: Way, quantity: str) -> list[float]:
-        return way.rounds(quantity, self.account["work"]["prefill_tokens"])
+    def _rounds(self, configuration: ConfigurationResult, quantity: str) -> list[float]:
+        return configuration.rounds(quantity, self.measurements["work"]["prefill_tokens"])
 
-    def unquiet(self) -> list[Way]:
-        """Ways whose reading or writing took far longer in one round than in another."""
-        spreads = {w.name: [self.measured(w, q) for q in ("prefill", "decode")] for w in self.ways}
-        return [w for w in self.ways if any(s.high > QUIET * s.low for s in spreads[w.name])]
+    def noisy(self) -> list[ConfigurationResult]:
+        """Configurations whose prefill or decode speed differs widely between rounds."""
+        spreads = {
+            w.name: [self.measured(w, q) for q in ("prefill", "decode")]
+            for w in self.configurations
+        }
+        return [
+            w for w in self.configurations if any(s.high > QUIET * s.low for s in spreads[w.name])
+        ]
 
-    def peak(self, way: Way) -> Spread | None:
-        """Operations a second of the bare product in this arithmetic; the best is the limit."""
-        values = self.account["peaks"][way.told["arithmetic"]]
+    def peak(self, configuration: ConfigurationResult) -> Spread | None:
+        """Operations a second of the bare matrix product in this arithmetic."""
+        values = self.measurements["peaks"][configuration.entry["arithmetic"]]
         return None if None in values else spread(values)
 
-    def achieved(self, way: Way) -> Spread | None:
-        """Operations a second inside the Linears while reading; None if it was not timed."""
-        seconds = way.told["linears_s"]
+    def achieved(self, configuration: ConfigurationResult) -> Spread | None:
+        """Operations a second inside the Linears during prefill; None if they were not timed."""
+        seconds = configuration.entry["linears_s"]
         if None in seconds:
             return None
-        pairs = zip(way.told["linear_operations"], seconds, strict=True)
+        pairs = zip(configuration.entry["linear_operations"], seconds, strict=True)
         return spread([operations / s for operations, s in pairs])
 
-    def of_peak(self, way: Way) -> float | None:
-        """The median achieved, as a fraction of the limit."""
-        achieved, peak = self.achieved(way), self.peak(way)
+    def peak_fraction(self, configuration: ConfigurationResult) -> float | None:
+        """The median achieved, as a fraction of the highest peak."""
+        achieved, peak = self.achieved(configuration), self.peak(configuration)
         return achieved.value / peak.high if achieved and peak else None
 
-    def in_linears(self, way: Way) -> float | None:
-        """The fraction of the reading time that Linears take."""
-        pairs = zip(way.told["linears_s"], way.told["prefill_s"], strict=True)
+    def linear_time_fraction(self, configuration: ConfigurationResult) -> float | None:
+        """The fraction of the prefill time that Linears take."""
+        pairs = zip(configuration.entry["linears_s"], configuration.entry["prefill_s"], strict=True)
         shares = [inside / whole for inside, whole in pairs if inside is not None]
         return median(shares) if shares else None
 
-    def fastest_reading(self, way: Way) -> float | None:
-        """Tokens a second if Linears ran at the limit and nothing else took any time."""
-        if (peak := self.peak(way)) is None:
+    def prefill_limit(self, configuration: ConfigurationResult) -> float | None:
+        """Prefill tokens a second if Linears ran at the peak and nothing else took time."""
+        if (peak := self.peak(configuration)) is None:
             return None
-        tokens = self.account["work"]["prefill_tokens"]
-        return peak.high * tokens / way.told["linear_operations"][0]
+        tokens = self.measurements["work"]["prefill_tokens"]
+        return peak.high * tokens / configuration.entry["linear_operations"][0]
 
 
 def read_costs(job: Job) -> dict[str, Cost | None]:
-    """The cost of every model that has one of its own; None where it was not measured.
+    """The cost of every model that the study times; None where it was not measured.
 
     Raises:
-        StudyError: a measurement is torn.
+        StudyError: a measurement file is damaged.
     """
     return {model: _read(job, model) for model in timed_models(job.study)}
 
@@ -170,19 +179,19 @@ def _read(job: Job, model: str) -> Cost | None:
     return Cost(account, read_json(folder / "record.json", made_by=MADE_BY))
 
 
-def refuse_other_files(
-    costs: dict[str, Cost | None], evaluated: dict[tuple[str, str], str]
+def check_measured_files(
+    costs: dict[str, Cost | None], evaluated_digests: dict[tuple[str, str], str]
 ) -> None:
-    """Make sure that what was measured is what was evaluated.
+    """Check that costs were measured on the files that were evaluated.
 
     Args:
         costs: by model.
-        evaluated: (model, variant) to the hash of the files that were evaluated.
+        evaluated_digests: (model, variant) to the hash of the evaluated files.
 
     Raises:
         StudyError: a variant was measured on other files.
     """
-    for (model, variant), digest in evaluated.items():
+    for (model, variant), digest in evaluated_digests.items():
         cost = costs.get(model)
         if cost and cost.record["inputs"].get(variant) != digest:
             raise StudyError(

@@ -17,7 +17,7 @@ from transformers.utils.logging import disable_progress_bar
 from helpers.core.architectures import HEAD, linear_names
 from helpers.core.records import peak_memory_bytes
 from helpers.inference.generation import generate_greedy
-from helpers.inference.packed_attention import packed
+from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.runtime.allocator import set_malloc_thresholds
 from helpers.sources.chat_conversations import calibration_tokens
@@ -33,12 +33,12 @@ ROW_TOKENS = 1024  # at most; longer rows read no faster and take longer to meas
 
 @dataclass(frozen=True)
 class Workload:
-    """What is read and what is answered, as token ids.
+    """Texts to read and prompts to answer, as token ids.
 
     Attributes:
-        texts: read in one row.
-        prompts: answered side by side.
-        new_tokens: of each answer, none of which ends earlier.
+        texts: read together in one row.
+        prompts: answered in one batch.
+        new_tokens: tokens of each answer; no answer ends earlier.
     """
 
     texts: list[list[int]]
@@ -51,19 +51,19 @@ class Workload:
 
 
 def workload(study: Study, tokenizer) -> Workload:
-    """The calibration texts, as many as fill one row as evaluation reads it; the last is cut."""
+    """As many calibration texts as fill one row of the evaluation; the last one is cut."""
     adapter, budget = study.calibration.adapter, min(ROW_TOKENS, study.evaluation.batch.tokens)
-    drawn = [calibration_tokens(tokenizer, i, adapter) for i in calibration_items(study)]
+    drawn_texts = [calibration_tokens(tokenizer, i, adapter) for i in calibration_items(study)]
     texts: list[list[int]] = []
     while missing := budget - sum(map(len, texts)):
-        texts.append(drawn[len(texts) % len(drawn)][:missing])
-    flat = [token for text in drawn for token in text]
-    starts = [i * PROMPT_TOKENS % max(1, len(flat) - PROMPT_TOKENS) for i in range(PROMPTS)]
-    return Workload(texts, [flat[s : s + PROMPT_TOKENS] for s in starts], NEW_TOKENS)
+        texts.append(drawn_texts[len(texts) % len(drawn_texts)][:missing])
+    all_tokens = [token for text in drawn_texts for token in text]
+    starts = [i * PROMPT_TOKENS % max(1, len(all_tokens) - PROMPT_TOKENS) for i in range(PROMPTS)]
+    return Workload(texts, [all_tokens[s : s + PROMPT_TOKENS] for s in starts], NEW_TOKENS)
 
 
 @dataclass
-class Linears:
+class LinearTotals:
     """Multiplications and additions inside Linears, and the seconds they took."""
 
     operations: int = 0
@@ -80,29 +80,29 @@ class Linears:
 
 
 @contextmanager
-def watched_linears(model) -> Iterator[Linears]:
-    """Inside, the model's Linears are counted and timed; the head is none of them."""
-    found = Linears()
+def time_linears(model) -> Iterator[LinearTotals]:
+    """Inside, the operations and the time of the model's Linears are summed, without the head."""
+    totals = LinearTotals()
     modules = [model.get_submodule(n) for n in linear_names(model.config) if n != HEAD]
-    hooks = [m.register_forward_pre_hook(found.begin) for m in modules]
-    hooks += [m.register_forward_hook(found.end) for m in modules]
+    hooks = [m.register_forward_pre_hook(totals.begin) for m in modules]
+    hooks += [m.register_forward_hook(totals.end) for m in modules]
     try:
-        yield found
+        yield totals
     finally:
         for hook in hooks:
             hook.remove()
 
 
 def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
-    """One round: load a model, read, write. Meant for a process that does nothing else.
+    """One round: load a model, read, write. Run it in a process that does nothing else.
 
     Args:
         load: returns (model, tokenizer).
-        work: the same for all that is compared.
+        work: the same for all configurations that are compared.
         threads: how many cores to use.
 
     Returns:
-        `load_s` until a first short text is read, since files are read when first used;
+        `load_s` up to the end of a first short text, since files are read when first used;
         `prefill_s` of one row, `linears_s` of it in Linears (None off the CPU) and their
         `linear_operations`; `decode_s` and `decode_tokens`; `linear_bytes` held by the
         Linears; `peak_memory_bytes` over what the process held before loading.
@@ -113,20 +113,22 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
     before, started = _peak_bytes(), time.perf_counter()
     model, _ = load()
     texts, prompts = work.texts, work.prompts
-    alone = getattr(model, "scale_scope", "token") == "pass"  # evaluated one text at a time
-    rows = 1 if alone else len(prompts)
-    with packed(model):
+    one_text_a_pass = (
+        getattr(model, "scale_scope", "token") == "pass"
+    )  # evaluated one text at a time
+    rows = 1 if one_text_a_pass else len(prompts)
+    with use_packed_attention(model):
         read(model, [Segment(texts[0][:WARM_TOKENS])])
-        _settle(model)
+        _synchronize(model)
         load_s = time.perf_counter() - started
-        passes = [[Segment(t)] for t in texts] if alone else [[Segment(t) for t in texts]]
-        with watched_linears(model) as linears:
+        passes = [[Segment(t)] for t in texts] if one_text_a_pass else [[Segment(t) for t in texts]]
+        with time_linears(model) as linears:
             started = time.perf_counter()
             for segments in passes:
                 read(model, segments)
-            _settle(model)
+            _synchronize(model)
             prefill_s = time.perf_counter() - started
-    made, decode_s = _written(model, prompts[:rows], work.new_tokens)
+    decode_tokens, decode_s = _decode_rate(model, prompts[:rows], work.new_tokens)
     on_cpu = model.device.type == "cpu"
     return {
         "load_s": load_s,
@@ -134,23 +136,23 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
         "linears_s": linears.seconds if on_cpu else None,
         "linear_operations": linears.operations,
         "decode_s": decode_s,
-        "decode_tokens": made,
+        "decode_tokens": decode_tokens,
         "linear_bytes": _linear_bytes(model),
         "peak_memory_bytes": _peak_bytes() - before,
     }
 
 
-def _written(model, prompts: list[list[int]], new_tokens: int) -> tuple[int, float]:
-    """(tokens written after the first ones, seconds they took); no answer ends before the cap."""
-    first, last, made = 0.0, 0.0, 0
+def _decode_rate(model, prompts: list[list[int]], new_tokens: int) -> tuple[int, float]:
+    """(tokens decoded after the first of each answer, seconds); no answer ends before the cap."""
+    first_time, last_time, later_tokens = 0.0, 0.0, 0
 
     def watch(tokens: list[int]) -> bool:
-        nonlocal first, last, made
-        last = time.perf_counter()
+        nonlocal first_time, last_time, later_tokens
+        last_time = time.perf_counter()
         if len(tokens) == 1:
-            first = last
+            first_time = last_time
         else:
-            made += 1
+            later_tokens += 1
         return False
 
     answers = generate_greedy(
@@ -164,16 +166,16 @@ def _written(model, prompts: list[list[int]], new_tokens: int) -> tuple[int, flo
     )
     for _ in answers:
         pass
-    return made, last - first
+    return later_tokens, last_time - first_time
 
 
 def _linear_bytes(model) -> int:
-    """Bytes of everything the Linears hold, the head left out."""
+    """Bytes in memory of all Linears but the head."""
     modules = [model.get_submodule(n) for n in linear_names(model.config) if n != HEAD]
-    packed = sum(module.held_bytes() for module in modules if hasattr(module, "held_bytes"))
-    plain = [module for module in modules if not hasattr(module, "held_bytes")]
-    held = {t.data_ptr(): t.nbytes for module in plain for t in _tensors(module)}
-    return packed + sum(held.values())
+    packed_bytes = sum(module.held_bytes() for module in modules if hasattr(module, "held_bytes"))
+    unpacked = [module for module in modules if not hasattr(module, "held_bytes")]
+    unpacked_bytes = {t.data_ptr(): t.nbytes for module in unpacked for t in _tensors(module)}
+    return packed_bytes + sum(unpacked_bytes.values())
 
 
 def _tensors(module) -> list[torch.Tensor]:
@@ -181,22 +183,22 @@ def _tensors(module) -> list[torch.Tensor]:
 
 
 def _peak_bytes() -> int:
-    """The most this process has held: of the device's memory, or else resident."""
+    """Peak bytes of this process: allocated on its devices, or else resident."""
     if torch.cuda.is_available():
         return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
     return peak_memory_bytes()
 
 
-def _settle(model) -> None:
-    """Wait until what was queued is done."""
+def _synchronize(model) -> None:
+    """Wait until the device has finished the queued work."""
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     elif model.device.type == "mps":
         torch.mps.synchronize()
 
 
-def as_plain(work: Workload) -> dict:
-    """The workload's sizes, for the record."""
+def workload_sizes(work: Workload) -> dict:
+    """The sizes of the workload, for the record."""
     return {
         "prefill_tokens": work.row_tokens,
         "texts": len(work.texts),

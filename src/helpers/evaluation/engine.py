@@ -1,120 +1,148 @@
 """Asks a model its evaluation sets: one prediction an item, in the items' order."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 
 from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
 from helpers.evaluation.answer_parsing import last_boxed
-from helpers.evaluation.out_of_memory import halving
-from helpers.evaluation.prompts import Prompt, asked_hash, asked_tokens, prompt
-from helpers.evaluation.resume import Progress, Unkept
+from helpers.evaluation.out_of_memory import with_halved_batch
+from helpers.evaluation.prompts import TokenizedPrompt, study_prompts, tokenize_prompts
+from helpers.evaluation.resume import Progress, UnsavedPredictions
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.inference import vllm_protocols
 from helpers.inference.generation import generate_greedy
 from helpers.inference.loglikelihood import option_loglikelihoods
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
-from helpers.sources.sampling import evaluation_items
 from helpers.study.schema import Batch, EvaluationSet, Study
 
 
 def ask_all(
-    model, tokenizer, study: Study, progress: Progress | None = None
+    model,
+    tokenizer,
+    study: Study,
+    progress: Progress | None = None,
+    prompts: Mapping[str, list[TokenizedPrompt]] | None = None,
 ) -> dict[str, list[dict]]:
     """The predictions of every evaluation set of the study, by its name.
 
     Args:
-        progress: keeps them as they are made, and holds those of a run that was cut short.
+        progress: saves predictions as they come, and holds those of an interrupted run.
+        prompts: what `study_prompts` returned for this job; rendered here if None.
     """
-    answers = {}
-    for name, wanted in study.evaluation.datasets.items():
-        items = evaluation_items(study, name)
-        prompts = [prompt(item, wanted, tokenizer) for item in items]
-        asked = {p.item.id: asked_hash(p, asked_tokens(tokenizer, p)) for p in prompts}
-        kept = progress.of(name, asked) if progress else Unkept()
-        rest = [item for item in items if item.id not in kept.rows]
-        fresh = evaluate(model, tokenizer, rest, wanted, limits=study.evaluation.batch)
-        counted = {"total": len(items), "initial": len(kept.rows), "desc": name, "unit": "item"}
-        found = kept.rows | {p["id"]: p for p in Bar(kept.appending(fresh), **counted)}
-        answers[name] = [found[item.id] for item in items]
-    return answers
+    prompts = study_prompts(study, tokenizer) if prompts is None else prompts
+    predictions = {}
+    for name, evaluation_set in study.evaluation.datasets.items():
+        digests = {p.item.id: p.digest for p in prompts[name]}
+        saved = progress.of(name, digests) if progress else UnsavedPredictions()
+        remaining = [p for p in prompts[name] if p.item.id not in saved.rows]
+        answers = answer(model, tokenizer, remaining, evaluation_set, limits=study.evaluation.batch)
+        bar = {"total": len(digests), "initial": len(saved.rows), "desc": name, "unit": "item"}
+        rows = saved.rows | {p["id"]: p for p in Bar(saved.appending(answers), **bar)}
+        predictions[name] = [rows[item_id] for item_id in digests]
+    return predictions
 
 
 def evaluate(
-    model, tokenizer, items: list[Item], wanted: EvaluationSet, *, limits: Batch
+    model, tokenizer, items: list[Item], evaluation_set: EvaluationSet, *, limits: Batch
 ) -> Iterator[dict]:
-    """Yield one prediction an item, in the order they are ready.
+    """Render the items' prompts and yield their predictions; see `answer`."""
+    prompts = tokenize_prompts(items, evaluation_set, tokenizer)
+    yield from answer(model, tokenizer, prompts, evaluation_set, limits=limits)
+
+
+def answer(
+    model,
+    tokenizer,
+    prompts: list[TokenizedPrompt],
+    evaluation_set: EvaluationSet,
+    *,
+    limits: Batch,
+) -> Iterator[dict]:
+    """Yield one prediction per prompt, in the order in which they finish.
 
     Args:
         model: a causal language model of transformers, on any runtime, or a served one.
-        items: the evaluation set's items.
-        wanted: adapter and protocol.
+        prompts: of the evaluation set's items.
+        evaluation_set: adapter and protocol.
         limits: the most tokens and the most answers of one forward pass.
 
     Raises:
-        StudyError: a prompt does not fit the model's context, or half a batch the card.
+        StudyError: a prompt exceeds the model's context, or half a batch the card's memory.
     """
-    prompts = [prompt(item, wanted, tokenizer) for item in items]
     scope = getattr(model, "scale_scope", "token")
-    if scope != "token":  # what shares one activation scale is read in one piece
-        prompts = [replace(asked, shared=()) for asked in prompts]
+    if scope != "token":  # texts with one activation scale are read in one piece
+        prompts = [replace(p, tokens=replace(p.tokens, cuts=())) for p in prompts]
     if scope == "pass":
         limits = Batch(tokens=1, rows=1)
-    ask = _score if wanted.ask.protocol == "loglikelihood" else _generate
-    yield from halving(partial(ask, model, tokenizer, wanted), prompts, limits)
+    scored = evaluation_set.ask.protocol == "loglikelihood"
+    protocol = _score_options if scored else _generate_answers
+    yield from with_halved_batch(
+        partial(protocol, model, tokenizer, evaluation_set), prompts, limits
+    )
 
 
-def _score(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) -> Iterator[dict]:
-    tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
+def _score_options(
+    model, tokenizer, evaluation_set, prompts: list[TokenizedPrompt], limits: Batch
+) -> Iterator[dict]:
+    tokens = [p.tokens for p in prompts]
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
-    _refuse_long(model, prompts, longest)
+    _check_context_length(model, prompts, longest)
     score = (
         vllm_protocols.option_loglikelihoods
         if vllm_protocols.is_served(model)
         else option_loglikelihoods
     )
     for index, logprobs in score(model, tokens, batch_tokens=limits.tokens):
-        asked = prompts[index]
-        made = score_options(
-            asked.item, logprobs, asked.continuations, normalize=wanted.ask.normalize
-        )
-        made |= {"prompt_hash": asked_hash(asked, tokens[index])}
-        made |= {"prompt_tokens": len(tokens[index].context)}
-        yield made | {"output_tokens": sum(map(len, tokens[index].options))}
+        prompt, normalize = prompts[index].prompt, evaluation_set.ask.normalize
+        prediction = score_options(prompt.item, logprobs, prompt.continuations, normalize=normalize)
+        yield prediction | _counts(prompts[index], sum(map(len, tokens[index].options)))
 
 
-def _generate(model, tokenizer, wanted, prompts: list[Prompt], limits: Batch) -> Iterator[dict]:
-    tokens = [asked_tokens(tokenizer, asked) for asked in prompts]
-    contexts = [t.context for t in tokens]
-    cap = wanted.ask.max_new_tokens
-    _refuse_long(model, prompts, [len(context) + cap for context in contexts])
+def _generate_answers(
+    model, tokenizer, evaluation_set, prompts: list[TokenizedPrompt], limits: Batch
+) -> Iterator[dict]:
+    contexts = [p.tokens.context for p in prompts]
+    max_new_tokens = evaluation_set.ask.max_new_tokens
+    _check_context_length(model, prompts, [len(c) + max_new_tokens for c in contexts])
     generate = (
         vllm_protocols.generate_greedy if vllm_protocols.is_served(model) else generate_greedy
     )
     answers = generate(
         model,
         contexts,
-        max_new_tokens=cap,
+        max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens(model, tokenizer),
         batch_tokens=limits.tokens,
         batch_rows=limits.rows,
-        cuts=[t.cuts for t in tokens],
-        complete=box_closes(tokenizer) if wanted.ask.stop == "answer" else None,
+        cuts=[p.tokens.cuts for p in prompts],
+        complete=box_closes(tokenizer) if evaluation_set.ask.stop == "answer" else None,
     )
-    for index, answer in answers:
-        asked, text = prompts[index], tokenizer.decode(answer.tokens, skip_special_tokens=True)
-        made = score_text(
-            asked.item, wanted.adapter, text, answer=wanted.ask.answer, finish=answer.finish_reason
+    for index, generated in answers:
+        text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        prediction = score_text(
+            prompts[index].item,
+            evaluation_set.adapter,
+            text,
+            answer=evaluation_set.ask.answer,
+            finish=generated.finish_reason,
         )
-        made |= {"prompt_hash": asked_hash(asked, tokens[index])}
-        made |= {"prompt_tokens": len(contexts[index])}
-        yield made | {"output_tokens": len(answer.tokens)}
+        yield prediction | _counts(prompts[index], len(generated.tokens))
+
+
+def _counts(prompt: TokenizedPrompt, output_tokens: int) -> dict:
+    """The fields of a prediction that say what was asked, and how many tokens it took."""
+    return {
+        "prompt_hash": prompt.digest,
+        "prompt_tokens": len(prompt.tokens.context),
+        "output_tokens": output_tokens,
+    }
 
 
 def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end an answer: of a turn or of a text, and the model's own list."""
+    """Ids that end an answer: end of turn, end of text, and the model's own list."""
     declared = model.generation_config.eos_token_id
     listed = declared if isinstance(declared, list) else [declared]
     ends = {end_of_turn(tokenizer), tokenizer.eos_token_id}
@@ -122,7 +150,7 @@ def stop_tokens(model, tokenizer) -> set[int]:
 
 
 def box_closes(tokenizer) -> Callable[[list[int]], bool]:
-    """Whether the newest token of an answer completes a box; only a brace is looked at twice."""
+    """A test of whether an answer's newest token closes its box; it decodes only after a brace."""
     pieces = tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
     closing = {i for i, piece in enumerate(pieces) if piece and "}" in piece}
 
@@ -134,11 +162,11 @@ def box_closes(tokenizer) -> Callable[[list[int]], bool]:
     return complete
 
 
-def _refuse_long(model, prompts: list[Prompt], lengths: list[int]) -> None:
+def _check_context_length(model, prompts: list[TokenizedPrompt], lengths: list[int]) -> None:
     limit = model.config.max_position_embeddings
-    for asked, length in zip(prompts, lengths, strict=True):
+    for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             raise StudyError(
-                f"item {asked.item.id} needs {length} tokens but the model reads {limit}; "
+                f"item {prompt.item.id} needs {length} tokens but the model reads {limit}; "
                 "lower max_new_tokens or shots, or leave the item out"
             )

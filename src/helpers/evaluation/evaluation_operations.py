@@ -10,19 +10,20 @@ engine reads it; checks on answers are counted with the answers. See
 import json
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
 from helpers.cost.operations import (
     Size,
     folder_to_count,
-    operations,
-    read,
+    reading_operations,
     size_of,
-    touched,
-    written,
+    weight_passes,
+    without_weight_passes,
+    writing_operations,
 )
 from helpers.cost.throughput import (
     NEW_TOKENS,
@@ -32,17 +33,17 @@ from helpers.cost.throughput import (
     ROW_TOKENS,
     WARM_TOKENS,
 )
-from helpers.evaluation.checks.batch_invariance import SAMPLE, exact
+from helpers.evaluation.checks.batch_invariance import SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.float_reference import PASSAGES
-from helpers.evaluation.prompts import cuts, option_tokens, prompt, prompt_tokens
-from helpers.inference.packed_rows import Text, cut
+from helpers.evaluation.prompts import TokenizedPrompt, study_prompts
+from helpers.inference.packed_rows import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.batching import FEWEST_ROWS
 from helpers.sources.models import load_tokenizer
-from helpers.sources.sampling import evaluation_items, shared_passages
+from helpers.sources.sampling import shared_passages
 from helpers.study import stages
 from helpers.study.loading import load_study, study_file
-from helpers.study.schema import Study
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.schema_sources import FineTunedModel
 from helpers.study.schema_variants import variant_per_scheme
 from helpers.study.study_run import Job
@@ -51,16 +52,16 @@ LOADED = 6  # times an evaluation's weights are loaded, hashed and compared
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The tokens of one evaluation set.
+class SetTokens:
+    """Token counts of one evaluation set.
 
     Attributes:
-        items: how many.
+        items: how many items.
         alone: tokens of all prompts, each read from its beginning.
-        together: the same with shared beginnings read once.
-        options: tokens of the options that are read; none where answers are written.
-        predicted: how many tokens' predictions are looked at before any is written.
-        cap: the most new tokens of an answer; 0 where none is written.
+        together: the same if shared prefixes are read once.
+        options: tokens of the options that are read; 0 for generated answers.
+        predicted: tokens at which the head runs before any token is generated.
+        cap: the most new tokens of an answer; 0 for scored options.
     """
 
     items: int
@@ -71,130 +72,153 @@ class Asked:
     cap: int
 
 
-def asked(study: Study, name: str, tokenizer) -> Asked:
-    """The tokens of one evaluation set of the study."""
-    wanted = study.evaluation.datasets[name]
-    prompts = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-    if wanted.ask.protocol == "loglikelihood":
-        tokens = [option_tokens(tokenizer, p) for p in prompts]
-        texts = [cut(t.context, t.cuts) for t in tokens]
+def count_set_tokens(
+    prompts: Sequence[TokenizedPrompt], evaluation_set: EvaluationSet
+) -> SetTokens:
+    """The tokens of one evaluation set, from its prompts."""
+    tokens = [p.tokens for p in prompts]
+    texts = [split_at(t.context, t.cuts) for t in tokens]
+    if evaluation_set.ask.protocol == "loglikelihood":
         options = sum(len(option) - 1 for t in tokens for option in t.options)
-        return _asked(texts, options, options + len(texts), 0)
-    ids = [prompt_tokens(tokenizer, p) for p in prompts]
-    texts = [cut(t, cuts(tokenizer, p, t)) for p, t in zip(prompts, ids, strict=True)]
-    return _asked(texts, 0, len(texts), wanted.ask.max_new_tokens)
+        return _set_tokens(texts, options, options + len(texts), 0)
+    return _set_tokens(texts, 0, len(texts), evaluation_set.ask.max_new_tokens)
 
 
-def _asked(texts: Sequence[Text], options: int, predicted: int, cap: int) -> Asked:
-    beginnings = {t.shared[:end] for t in texts for end in range(1, len(t.shared) + 1)}
-    together = sum(len(b[-1]) for b in beginnings) + sum(len(t.rest) for t in texts)
-    return Asked(len(texts), sum(map(len, texts)), together, options, predicted, cap)
+def _set_tokens(texts: Sequence[SplitText], options: int, predicted: int, cap: int) -> SetTokens:
+    prefixes = {t.shared[:end] for t in texts for end in range(1, len(t.shared) + 1)}
+    together = sum(len(prefix[-1]) for prefix in prefixes) + sum(len(t.rest) for t in texts)
+    return SetTokens(len(texts), sum(map(len, texts)), together, options, predicted, cap)
 
 
-def shared_text(study: Study, tokenizer) -> list[int]:
-    """Tokens that are predicted in each passage of the shared text."""
+def shared_text_lengths(study: Study, tokenizer) -> list[int]:
+    """Predicted tokens of each passage of the shared text."""
     limit = study.evaluation.shared_text.max_tokens
-    found = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
-    return [len(tokens) - 1 for tokens in found]
+    passages = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
+    return [len(tokens) - 1 for tokens in passages]
 
 
-def evaluation(
-    study: Study, variant: str, size: Size, sets: dict[str, Asked], passages: list[int]
+def count_evaluation(
+    study: Study, variant: str, size: Size, set_tokens: dict[str, SetTokens], passages: list[int]
 ) -> Counter:
-    """All sets, the shared text, and what the checks ask again.
+    """Counts of one evaluation: all sets, the shared text, and the checks that ask again.
 
     Args:
-        sets: every evaluation set by name.
+        set_tokens: of every evaluation set, by its name.
         passages: predicted tokens of each passage of the shared text.
     """
-    recipe, floats = study.variants[variant], _floats(study, variant)
-    how = arithmetic(study, variant)
-    sharing = not recipe.quantized or recipe.scheme[1] != "tensor_dynamic"
-    counted = touched(size, LOADED)
-    for wanted in sets.values():
-        tokens = (wanted.together if sharing else wanted.alone) + wanted.options
-        counted += read(size, how, tokens, head=wanted.predicted, floats=floats)
-        counted += written(size, how, wanted.items * max(0, wanted.cap - 1), floats=floats)
-        counted += _alone(study, variant, wanted, size)
-    own, few = sum(passages), sum(passages[:PASSAGES])
-    counted += read(size, how, own, head=own, floats=floats)
-    if variant != study.baseline:  # the baseline's states, once more through the head
-        counted += read(size, floats, 0, head=own + 2 * few)
+    recipe, floats = study.variants[variant], _float_type(study, variant)
+    read, write = _operations_of(study, variant, size)
+    shares_prefixes = not recipe.quantized or recipe.scheme[1] != "tensor_dynamic"
+    counts = weight_passes(size, LOADED)
+    for one in set_tokens.values():
+        prompt_tokens = one.together if shares_prefixes else one.alone
+        counts += read(prompt_tokens + one.options, head=one.predicted)
+        counts += write(one.items * max(0, one.cap - 1))
+        counts += _count_asked_alone(study, variant, one, size)
+    text_tokens, checked_tokens = sum(passages), sum(passages[:PASSAGES])
+    counts += read(text_tokens, head=text_tokens)
+    if variant != study.baseline:  # the head runs again on the baseline's states
+        counts += reading_operations(size, floats, 0, head=text_tokens + 2 * checked_tokens)
     if not (recipe.is_unmodified or recipe.claim.quantized):
-        counted += read(size, floats, few, head=2 * few) + touched(size, 8)
-    return counted
+        counts += reading_operations(size, floats, checked_tokens, head=2 * checked_tokens)
+        counts += weight_passes(size, 8)
+    return counts
 
 
-def _alone(study: Study, variant: str, wanted: Asked, size: Size) -> Counter:
-    """What is asked in a batch of its own, and once more where answers depend on company."""
-    how, floats = arithmetic(study, variant), _floats(study, variant)
-    again = bool(wanted.cap) and not exact(study, variant)
-    few = min(wanted.items, SAMPLE["generate" if wanted.cap else "loglikelihood"] + again)
-    tokens = few * (wanted.alone + wanted.options) // wanted.items
-    rows = few * min(FEWEST_ROWS, study.evaluation.batch.rows)
-    return read(size, how, tokens, head=FEWEST_ROWS * few, floats=floats) + written(
-        size, how, rows * max(0, wanted.cap - 1), floats=floats
+def _operations_of(study: Study, variant: str, size: Size) -> tuple[Callable, Callable]:
+    """(reading operations, writing operations) of a variant, as functions of token counts."""
+    arithmetic, floats = linear_arithmetic(study, variant), _float_type(study, variant)
+    return (
+        partial(reading_operations, size, arithmetic, floats=floats),
+        partial(writing_operations, size, arithmetic, floats=floats),
     )
 
 
-def cost(study: Study, size: Size) -> Counter:
-    """Every way of running a model, each round: one row read, one batch of answers written."""
-    quantized = variant_per_scheme(study.variants).values()
-    ways = [("float32", "float32"), ("bfloat16", "bfloat16")]
-    ways += [(arithmetic(study, v), _floats(study, v)) for v in quantized if not _served(study, v)]
-    row = min(ROW_TOKENS, study.evaluation.batch.tokens)
-    counted: Counter = Counter()
-    for how, floats in ways:
-        tokens = ROUNDS * (row + WARM_TOKENS + PROMPTS * PROMPT_TOKENS)
-        counted += read(size, how, tokens, head=ROUNDS * PROMPTS, floats=floats)
-        counted += written(size, how, ROUNDS * PROMPTS * (NEW_TOKENS - 1), floats=floats)
-        counted += touched(size, 4 * ROUNDS)
-    return counted
+def _count_asked_alone(study: Study, variant: str, tokens: SetTokens, size: Size) -> Counter:
+    """Counts of the items asked alone, and of those asked twice if answers depend on the batch."""
+    read, write = _operations_of(study, variant, size)
+    asked_twice = bool(tokens.cap) and not is_batch_invariant(study, variant)
+    protocol = "generate" if tokens.cap else "loglikelihood"
+    items = min(tokens.items, SAMPLE[protocol] + asked_twice)
+    prompt_tokens = items * (tokens.alone + tokens.options) // tokens.items
+    rows = items * min(FEWEST_ROWS, study.evaluation.batch.rows)
+    return read(prompt_tokens, head=FEWEST_ROWS * items) + write(rows * max(0, tokens.cap - 1))
 
 
-def arithmetic(study: Study, variant: str) -> str:
-    """What the Linears of a variant multiply in."""
-    real = study.variants[variant].quantized and study.runtime.quantized != "reference"
-    return "int8" if real else _floats(study, variant)
+def count_cost(study: Study, size: Size) -> Counter:
+    """Counts of all measured configurations: per round, one row read and one batch answered."""
+    quantized = [v for v in variant_per_scheme(study.variants).values() if not _served(study, v)]
+    types = [("float32", "float32"), ("bfloat16", "bfloat16")]
+    types += [(linear_arithmetic(study, v), _float_type(study, v)) for v in quantized]
+    row_tokens = min(ROW_TOKENS, study.evaluation.batch.tokens)
+    tokens = ROUNDS * (row_tokens + WARM_TOKENS + PROMPTS * PROMPT_TOKENS)
+    new_tokens, prompts = ROUNDS * PROMPTS * (NEW_TOKENS - 1), ROUNDS * PROMPTS
+    counts: Counter = Counter()
+    for arithmetic, floats in types:
+        counts += reading_operations(size, arithmetic, tokens, head=prompts, floats=floats)
+        counts += writing_operations(size, arithmetic, new_tokens, floats=floats)
+        counts += weight_passes(size, 4 * ROUNDS)
+    return counts
 
 
-def _floats(study: Study, variant: str) -> str:
+def linear_arithmetic(study: Study, variant: str) -> str:
+    """The type that the Linears of a variant multiply in."""
+    on_int8_kernels = study.variants[variant].quantized and study.runtime.quantized != "reference"
+    return "int8" if on_int8_kernels else _float_type(study, variant)
+
+
+def _float_type(study: Study, variant: str) -> str:
     dtype = study.variants[variant].dtype or study.runtime.dtype
     return "float32" if dtype == "auto" else dtype
 
 
 def _served(study: Study, variant: str) -> bool:
-    """Whether vLLM answers, whose speed is not known from here."""
+    """Whether the variant runs on vLLM, whose speed is not measured here."""
     return study.variants[variant].quantized and study.runtime.quantized == "vllm"
 
 
-def of_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Counter]:
-    """By job: every evaluation of a model but vLLM's, and its cost if that is measured."""
-    sets = {name: asked(study, name, tokenizer) for name in study.evaluation.datasets}
-    passages = shared_text(study, tokenizer)
-    found = {}
+def count_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Counter]:
+    """Counts by job: every evaluation of a model but vLLM's, and its cost if it is measured."""
+    set_tokens = _study_tokens(study, study_prompts(study, tokenizer))
+    passages = shared_text_lengths(study, tokenizer)
+    counts = {}
     for variant in study.variants:
         if _served(study, variant):
             continue
         run = stages.Run("evaluation", model, variant)
-        found[run.name] = evaluation(study, variant, size, sets, passages)
+        counts[run.name] = count_evaluation(study, variant, size, set_tokens, passages)
     if not isinstance(study.models[model], FineTunedModel):
-        found[stages.Run("cost", model).name] = cost(study, size)
-    return found
+        counts[stages.Run("cost", model).name] = count_cost(study, size)
+    return counts
 
 
-def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
-    """Operations of an evaluation, or of measuring cost, by arithmetic."""
+def _study_tokens(study: Study, prompts: Mapping[str, list[TokenizedPrompt]]) -> dict:
+    sets = study.evaluation.datasets
+    return {name: count_set_tokens(prompts[name], sets[name]) for name in sets}
+
+
+def evaluation_stage_operations(
+    job: Job, tokenizer, prompts: Mapping[str, list[TokenizedPrompt]]
+) -> dict[str, int]:
+    """Operations of an evaluation job by arithmetic, for its record.
+
+    Args:
+        prompts: of every evaluation set, by its name.
+    """
     study, size = job.study, size_of(folder_to_count(job.study, job.model, job.paths))
-    if stage == "cost":
-        return operations(cost(study, size))
-    sets = {name: asked(study, name, tokenizer) for name in study.evaluation.datasets}
-    passages = shared_text(study, tokenizer)
-    return operations(evaluation(study, job.variant, size, sets, passages))
+    set_tokens, passages = _study_tokens(study, prompts), shared_text_lengths(study, tokenizer)
+    counts = count_evaluation(study, job.variant, size, set_tokens, passages)
+    return without_weight_passes(counts)
+
+
+def cost_stage_operations(job: Job) -> dict[str, int]:
+    """Operations of a cost measurement by arithmetic, for its record."""
+    size = size_of(folder_to_count(job.study, job.model, job.paths))
+    return without_weight_passes(count_cost(job.study, size))
 
 
 def main(study_name: str) -> None:
-    """Print the counts of a study's jobs, and why others have none."""
+    """Print the counts of a study's jobs, and the reasons for missing counts."""
     study, paths = load_study(study_name), StudyPaths(study_file(study_name).stem)
     jobs, uncounted = {}, {}
     for model in study.models:
@@ -202,7 +226,7 @@ def main(study_name: str) -> None:
             folder = folder_to_count(study, model, paths)
             size = size_of(folder)
             tokenizer = load_tokenizer(folder, enable_thinking=study.enable_thinking)
-            jobs |= of_model(study, model, size, tokenizer)
+            jobs |= count_model(study, model, size, tokenizer)
         except StudyError as error:
             uncounted[model] = str(error)
     for variant in study.variants:

@@ -19,22 +19,22 @@ def all_metrics(study: Study, predictions: dict[str, list[dict]]) -> dict[str, d
     """The metrics of every evaluation set of the study, by its name.
 
     Raises:
-        ValueError: a set the study announces has no predictions.
+        ValueError: a set of the study has no predictions.
     """
-    found = {}
-    for name, wanted in study.evaluation.datasets.items():
+    by_set = {}
+    for name, evaluation_set in study.evaluation.datasets.items():
         if name not in predictions:
             raise ValueError(f"evaluation set {name!r} has no predictions; run 03_evaluation again")
-        found[name] = metrics(wanted.adapter, predictions[name])
-    return found
+        by_set[name] = set_metrics(evaluation_set.adapter, predictions[name])
+    return by_set
 
 
-def metrics(adapter: str, predictions: list[dict]) -> dict:
+def set_metrics(adapter: str, predictions: list[dict]) -> dict:
     """All metrics of one evaluation set.
 
     Args:
         adapter: `arc`, `boolq`, `squad_v2` or `openmath`.
-        predictions: one a item, as `helpers.evaluation.engine` yields them.
+        predictions: one per item, as `helpers.evaluation.engine` yields them.
 
     Raises:
         ValueError: there are no predictions, or an item occurs twice.
@@ -43,18 +43,18 @@ def metrics(adapter: str, predictions: list[dict]) -> dict:
         raise ValueError("there are no predictions to score; run 03_evaluation")
     if repeated := [i for i, n in Counter(p["id"] for p in predictions).items() if n > 1]:
         raise ValueError(f"item {repeated[0]} is predicted more than once; run 03_evaluation again")
-    found = {"items": len(predictions), "accuracy": mean(p["score"] for p in predictions)}
+    values = {"items": len(predictions), "accuracy": mean(p["score"] for p in predictions)}
     if adapter == "squad_v2":
-        found = squad_metrics(predictions)
+        values = squad_metrics(predictions)
     elif adapter == "openmath":
-        found |= number_metrics(predictions)
+        values |= number_metrics(predictions)
     else:
-        found["macro_f1"] = macro_f1(predictions)
-    return found | conduct(predictions)
+        values["macro_f1"] = macro_f1(predictions)
+    return values | behavior_counts(predictions)
 
 
-def conduct(predictions: list[dict]) -> dict:
-    """How the answers came about: statuses, ends, lengths."""
+def behavior_counts(predictions: list[dict]) -> dict:
+    """Counts of the answers' statuses, finish reasons and tokens."""
     statuses = Counter(p["status"] for p in predictions)
     finishes = Counter(p["finish_reason"] for p in predictions)
     return {
@@ -70,30 +70,30 @@ def macro_f1(predictions: list[dict]) -> float:
     """Unweighted mean of per-class F1 over the classes that occur as gold answers."""
     scores = []
     for label in sorted({p["golds"][0] for p in predictions}):
-        right = sum(p["parsed"] == label and p["golds"][0] == label for p in predictions)
-        said = sum(p["parsed"] == label for p in predictions)
-        due = sum(p["golds"][0] == label for p in predictions)
-        scores.append(2 * right / (said + due))
+        true_positives = sum(p["parsed"] == label and p["golds"][0] == label for p in predictions)
+        predicted = sum(p["parsed"] == label for p in predictions)
+        actual = sum(p["golds"][0] == label for p in predictions)
+        scores.append(2 * true_positives / (predicted + actual))
     return mean(scores)
 
 
 def squad_metrics(predictions: list[dict]) -> dict:
-    """Exact match and F1, over all items and apart for those with and without an answer."""
-    found = {"items": len(predictions), "exact_match": mean(p["score"] for p in predictions)}
-    found["f1"] = mean(p["f1"] for p in predictions)
+    """Exact match and F1 over all items, and separately for items with and without an answer."""
+    values = {"items": len(predictions), "exact_match": mean(p["score"] for p in predictions)}
+    values["f1"] = mean(p["f1"] for p in predictions)
     parts = {
         "has_answer": [p for p in predictions if p["golds"]],
         "no_answer": [p for p in predictions if not p["golds"]],
     }
     for name, part in parts.items():
-        found[f"{name}_items"] = len(part)
-        found[f"{name}_exact_match"] = mean(p["score"] for p in part) if part else None
-        found[f"{name}_f1"] = mean(p["f1"] for p in part) if part else None
-    return found
+        values[f"{name}_items"] = len(part)
+        values[f"{name}_exact_match"] = mean(p["score"] for p in part) if part else None
+        values[f"{name}_f1"] = mean(p["f1"] for p in part) if part else None
+    return values
 
 
 def number_metrics(predictions: list[dict]) -> dict:
-    """Median absolute difference over the numeric answers, with the share they are of all."""
+    """Median absolute difference over the numeric answers, and their share of all answers."""
     differences = [
         p["absolute_difference"] for p in predictions if p["absolute_difference"] is not None
     ]
@@ -104,9 +104,9 @@ def number_metrics(predictions: list[dict]) -> dict:
 
 
 def shared_text_metrics(rows: list[dict]) -> dict:
-    """Perplexity, mean KL and top-1 agreement a token, over all passages.
+    """Perplexity, mean KL and top-1 agreement per token, over all passages.
 
-    Perplexity and KL are None where a passage's sum is not finite, or their own value is not.
+    Perplexity and KL are None if they, or a passage's sum, are not finite.
     """
     tokens = sum(row["tokens"] for row in rows)
     nll = _finite_mean([row["nll"] for row in rows], tokens)
@@ -127,5 +127,5 @@ def _finite_mean(sums: list[float | None], tokens: int) -> float | None:
 
 def mean(values) -> float:
     """Arithmetic mean of at least one value, summed exactly."""
-    listed = list(values)
-    return math.fsum(listed) / len(listed)
+    numbers = list(values)
+    return math.fsum(numbers) / len(numbers)

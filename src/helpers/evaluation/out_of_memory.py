@@ -14,53 +14,53 @@ from helpers.core.errors import StudyError
 from helpers.study.schema import Batch
 
 
-def halving(ask: Callable[[list, Batch], Iterator[dict]], prompts: list, limits: Batch):
-    """Yield the predictions of `ask`, with half the batch from where memory ran out.
+def with_halved_batch(ask: Callable[[list, Batch], Iterator[dict]], prompts: list, limits: Batch):
+    """Yield the predictions of `ask`; after running out of memory, continue with half the batch.
 
     Args:
-        ask: (prompts, limits) → one prediction a prompt, whose `id` is the prompt's item's.
-        prompts: all of them.
+        ask: (prompts, limits) → one prediction per prompt, with the `id` of the prompt's item.
+        prompts: all prompts, with an `item` each.
         limits: the most tokens and answers of one forward pass.
 
     Raises:
-        StudyError: half a batch does not fit either; names one that is smaller.
+        StudyError: half a batch does not fit either; the message suggests a smaller one.
     """
     answered: set[str] = set()
     try:
-        for made in ask(prompts, limits):
-            answered.add(made["id"])
-            yield made
+        for prediction in ask(prompts, limits):
+            answered.add(prediction["id"])
+            yield prediction
         return
     except torch.OutOfMemoryError:
-        pass  # what the failed pass holds is let go with the error
-    half = halved(limits)
-    _let_go()
+        pass  # the error's traceback references the memory of the failed pass
+    half_batch = half_of(limits)
+    _free_memory()
     warnings.warn(
-        f"out of memory with evaluation.batch = {_words(limits)}; the rest is asked with "
-        f"{_words(half)}, which the study file can set",
+        f"out of memory with evaluation.batch = {_describe(limits)}; the rest is asked with "
+        f"{_describe(half_batch)}, which the study file can set",
         stacklevel=2,
     )
-    rest = [prompt for prompt in prompts if prompt.item.id not in answered]
+    remaining = [prompt for prompt in prompts if prompt.item.id not in answered]
     try:
-        yield from ask(rest, half)
+        yield from ask(remaining, half_batch)
     except torch.OutOfMemoryError:
-        _let_go()
+        _free_memory()
         raise StudyError(
-            f"out of memory with evaluation.batch = {_words(limits)}, and with half of it; "
-            f"set evaluation.batch to {_words(halved(half))}"
+            f"out of memory with evaluation.batch = {_describe(limits)}, and with half of it; "
+            f"set evaluation.batch to {_describe(half_of(half_batch))}"
         ) from None
 
 
-def halved(limits: Batch) -> Batch:
-    """Half the tokens and answers of a batch, one at least."""
+def half_of(limits: Batch) -> Batch:
+    """Half the tokens and answers of a batch, at least one each."""
     return Batch(tokens=max(1, limits.tokens // 2), rows=max(1, limits.rows // 2))
 
 
-def _words(limits: Batch) -> str:
+def _describe(limits: Batch) -> str:
     return f"{{tokens: {limits.tokens}, rows: {limits.rows}}}"
 
 
-def _let_go() -> None:
+def _free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -4,9 +4,9 @@ A file may have been cut, edited or swapped since it was written; whatever is wr
 it is one line that names the file, the line and the field. Imports no torch.
 """
 
-import math
-from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from helpers.core.errors import StudyError
 from helpers.evaluation.metrics import STATUSES
@@ -14,73 +14,68 @@ from helpers.evaluation.metrics import STATUSES
 PASSAGES = "passages"  # rows of the shared text, beside the adapters
 FINISH_REASONS = ("stop", "answer", "length", "nonfinite", "scored")
 
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _name(value: Any) -> bool:
-    return isinstance(value, str) and value != ""
+Name = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_text, value))
+class Row(BaseModel):
+    """A line of a predictions file; fields that are not declared are not checked."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    id: Name
 
 
-def _some_texts(value: Any) -> bool:
-    return _texts(value) and value != []
+class AnswerRow(Row):
+    """The prediction of one item."""
+
+    cluster: str
+    golds: Annotated[list[str], Field(min_length=1)]
+    output: str
+    parsed: str | None
+    status: Literal[STATUSES]
+    finish_reason: Literal[FINISH_REASONS]
+    prompt_hash: Name
+    prompt_tokens: Count
+    output_tokens: Count
+    score: Fraction
+    logprobs: list[float] = []
 
 
-def _count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**53
+class SquadRow(AnswerRow):
+    """A prediction for SQuAD v2, where a question may have no gold answer."""
+
+    golds: list[str]
+    f1: Fraction
 
 
-def _number(value: Any) -> bool:
-    """A finite number; one too large for a float is none."""
-    try:
-        return not isinstance(value, bool) and math.isfinite(value)
-    except (OverflowError, TypeError):
-        return False
+class NumberRow(AnswerRow):
+    """A prediction of a number; the difference is None if either is not a number."""
+
+    absolute_difference: float | None
 
 
-def _fraction(value: Any) -> bool:
-    return _number(value) and 0 <= value <= 1
+class PassageRow(Row):
+    """The figures of one passage of the shared text; None stands for a sum that is not finite."""
+
+    tokens: Annotated[int, Field(ge=1, lt=2**53)]
+    nll: float | None
+    kl: float | None
+    top1_agreements: Count
 
 
-def _or_none(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: value is None or fits(value)
-
-
-ANSWER: dict[str, Callable[[Any], bool]] = {
-    "id": _name,
-    "cluster": _text,
-    "golds": _some_texts,
-    "output": _text,
-    "parsed": _or_none(_text),
-    "status": STATUSES.__contains__,
-    "finish_reason": FINISH_REASONS.__contains__,
-    "prompt_hash": _name,
-    "prompt_tokens": _count,
-    "output_tokens": _count,
-    "score": _fraction,
-}
-FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
-    "arc": ANSWER,
-    "boolq": ANSWER,
-    "squad_v2": ANSWER | {"golds": _texts, "f1": _fraction},
-    "openmath": ANSWER | {"absolute_difference": _or_none(_number)},
-    PASSAGES: {
-        "id": _name,
-        "tokens": lambda value: _count(value) and value > 0,
-        "nll": _or_none(_number),
-        "kl": _or_none(_number),
-        "top1_agreements": _count,
-    },
+ROW_MODELS: dict[str, type[Row]] = {
+    "arc": AnswerRow,
+    "boolq": AnswerRow,
+    "squad_v2": SquadRow,
+    "openmath": NumberRow,
+    PASSAGES: PassageRow,
 }
 
 
-def refuse_odd_rows(rows: list, *, kind: str, place: str) -> None:
-    """Make sure that every row is one of its kind, and no id occurs twice.
+def check_prediction_rows(rows: list, *, kind: str, place: str) -> None:
+    """Check that every row is valid for its kind, and that no id occurs twice.
 
     Args:
         kind: the adapter of the evaluation set, or `PASSAGES`.
@@ -89,33 +84,32 @@ def refuse_odd_rows(rows: list, *, kind: str, place: str) -> None:
     Raises:
         StudyError: a row lacks a field or holds an impossible one; names file, line, field.
     """
-    seen: dict[str, int] = {}
+    line_of_id: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
-        odd = _odd_field(row, FIELDS[kind])
-        if odd is None and row["id"] in seen:
-            odd = f"repeats the id of line {seen[row['id']]}"
-        if odd:
-            raise StudyError(f"{place}: line {number} {odd}; run 03_evaluation again")
-        seen[row["id"]] = number
+        problem = _problem(row, ROW_MODELS[kind])
+        if problem is None and row["id"] in line_of_id:
+            problem = f"repeats the id of line {line_of_id[row['id']]}"
+        if problem:
+            raise StudyError(f"{place}: line {number} {problem}; run 03_evaluation again")
+        line_of_id[row["id"]] = number
 
 
-def _odd_field(row: Any, fields: dict[str, Callable[[Any], bool]]) -> str | None:
-    if not isinstance(row, dict):
-        return "is no row of named values"
-    for name, fits in fields.items():
-        if name not in row:
-            return f"lacks {name!r}"
-        if not fits(row[name]):
-            return f"has {name} = {_shown(row[name])}, which cannot be"
-    logprobs = row.get("logprobs", [])
-    if not isinstance(logprobs, list) or not all(map(_number, logprobs)):
-        return "has log-probabilities that are no numbers"
+def _problem(row: Any, model: type[Row]) -> str | None:
+    """The first invalid field of a row, as the end of a sentence; None if all are valid."""
+    try:
+        model.model_validate(row)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        if not first["loc"]:
+            return "is not an object with named fields"
+        field = first["loc"][0]
+        if first["type"] == "missing":
+            return f"lacks {field!r}"
+        return f"has {field} = {_short_repr(row[field])}, which is not valid"
     return None
 
 
-def _shown(value: Any) -> str:
-    return (
-        repr(value)[:60]
-        if isinstance(value, str | int | float | None)
-        else f"a {type(value).__name__}"
-    )
+def _short_repr(value: Any) -> str:
+    if isinstance(value, str | int | float | None):
+        return repr(value)[:60]
+    return f"a {type(value).__name__}"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from helpers.core.hashing import sha256_file
 from helpers.core.records import read_jsonl, write_jsonl
-from helpers.evaluation.prediction_rows import PASSAGES, refuse_odd_rows
+from helpers.evaluation.prediction_rows import PASSAGES, check_prediction_rows
 from helpers.study.schema import Study
 
 SHARED_TEXT = "shared_text"
@@ -21,7 +21,7 @@ def write_predictions(
 ):
     """Write `predictions/<dataset>.jsonl` and the rows of the shared text beside them.
 
-    Every row names the model and the variant it is of.
+    Every row names its model and its variant.
     """
     owner = {"model": model, "variant": variant}
     for name, rows in {**predictions, SHARED_TEXT: passages}.items():
@@ -32,29 +32,29 @@ def read_predictions(folder: Path, study: Study) -> dict[str, list[dict]]:
     """The predictions of every evaluation set of the study, in their items' order.
 
     Raises:
-        StudyError: they are missing, damaged, or no predictions.
+        StudyError: a file is missing or damaged, or a row is not a valid prediction.
     """
-    wanted = study.evaluation.datasets
-    return {name: _rows(folder, name, wanted[name].adapter) for name in wanted}
+    sets = study.evaluation.datasets
+    return {name: _read_rows(folder, name, sets[name].adapter) for name in sets}
 
 
 def read_passage_rows(folder: Path) -> list[dict]:
-    """What was measured on every passage of the shared text.
+    """The rows of the shared text, one per passage.
 
     Raises:
-        StudyError: it is missing, damaged, or something else.
+        StudyError: the file is missing or damaged, or a row is not valid.
     """
-    return _rows(folder, SHARED_TEXT, PASSAGES)
+    return _read_rows(folder, SHARED_TEXT, PASSAGES)
 
 
-def _rows(folder: Path, name: str, kind: str) -> list[dict]:
+def _read_rows(folder: Path, name: str, kind: str) -> list[dict]:
     path = folder / "predictions" / f"{name}.jsonl"
     rows = read_jsonl(path, made_by="03_evaluation")
-    refuse_odd_rows(rows, kind=kind, place="/".join(path.parts[-5:]))
+    check_prediction_rows(rows, kind=kind, place="/".join(path.parts[-5:]))
     return rows
 
 
 def prediction_digests(folder: Path, datasets: Iterable[str]) -> dict[str, str]:
-    """Content hash of every prediction file, so that what was checked is what is shown."""
+    """Content hash of every prediction file, which ties a report to the checked files."""
     names = [*datasets, SHARED_TEXT]
     return {name: sha256_file(folder / "predictions" / f"{name}.jsonl") for name in names}

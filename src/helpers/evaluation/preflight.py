@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
-from helpers.evaluation.prompts import option_tokens, prompt, prompt_tokens
+from helpers.evaluation.prompts import context_tokens, option_tokens, render_prompt
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.rotary_positions import length_independent_up_to
 from helpers.sources.bundled_model import is_bundled_model_converted
@@ -37,26 +37,28 @@ from helpers.study.pins import is_commit
 from helpers.study.schema import Study
 from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
 
-ANEW = "resize them with model.resize_token_embeddings and train, or take the tokenizer it had"
-Texts = Iterable[tuple[str, list[int], int]]  # (what it is, token ids, tokens to be written)
+REMEDY_TOKENIZER = (
+    "resize them with model.resize_token_embeddings and train, or take the tokenizer it had"
+)
+Texts = Iterable[tuple[str, list[int], int]]  # (name, token ids, tokens to generate)
 
 
 def problems(study: Study, paths: StudyPaths, *, dry: bool) -> Iterator[str]:
-    """A line for each thing that a job of the study would fail on, beginning with its key.
+    """A line for each problem that would stop a job of the study; it starts with the key.
 
     Args:
-        dry: what is not on this machine is passed over.
+        dry: skip models and data that are not on this machine.
     """
-    wrong = list(row_problems(study))
-    yield from wrong
-    with_texts = not wrong and rows_are_here(study)
+    row_lines = list(row_problems(study))
+    yield from row_lines
+    check_texts = not row_lines and rows_are_here(study)
     for model, source in study.models.items():
-        passed_over = isinstance(source, FineTunedModel) or (dry and not _is_here(source))
-        if not passed_over:
-            yield from _model_problems(study, model, paths, with_texts=with_texts)
+        skipped = isinstance(source, FineTunedModel) or (dry and not _is_local(source))
+        if not skipped:
+            yield from _model_problems(study, model, paths, check_texts=check_texts)
 
 
-def _is_here(source: ModelSource) -> bool:
+def _is_local(source: ModelSource) -> bool:
     match source:
         case HubModel():
             return is_commit(source.revision) and bool(cached_model(source.hub, source.revision))
@@ -65,7 +67,7 @@ def _is_here(source: ModelSource) -> bool:
     return True
 
 
-def _model_problems(study: Study, model: str, paths: StudyPaths, *, with_texts: bool):
+def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts: bool):
     key = f"models.{model}"
     try:
         folder = model_folder(study, model, paths)
@@ -74,28 +76,28 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, with_texts: 
     except StudyError as error:
         yield f"{key}: {error}"
         return
-    if wrong := _tensors(files, config):
-        yield f"{key}: {folder.name}: {wrong}"
+    if tensor_problems := _tensor_problem(files, config):
+        yield f"{key}: {folder.name}: {tensor_problems}"
         return
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
             "text, which vLLM computes otherwise than transformers; use int8"
         )
-    if refusals := list(_without_template(study, model, tokenizer)):
-        yield from refusals
-    elif with_texts:
+    if template_problems := list(_template_problems(study, model, tokenizer)):
+        yield from template_problems
+    elif check_texts:
         rows = files.shape(skeleton(config).table)[0]
         yield from _text_problems(study, model, tokenizer, rows, config.max_position_embeddings)
 
 
-def _tensors(files: TensorFiles, config) -> str | None:
-    """What is missing, has no place, or has another shape than config.json says."""
+def _tensor_problem(files: TensorFiles, config) -> str | None:
+    """A tensor that is missing, unexpected, or of another shape than config.json implies."""
     model = skeleton(config)
-    due = set(model.shapes) - ({model.head} if files.tied else set())
-    if problem := tensor_problem(due - set(files), set(files) - due):
+    expected = set(model.shapes) - ({model.head} if files.tied else set())
+    if problem := tensor_problem(expected - set(files), set(files) - expected):
         return problem
-    for name in sorted(due):
+    for name in sorted(expected):
         if files.shape(name) != model.shapes[name]:
             return (
                 f"{name} is {list(files.shape(name))} in its files and {list(model.shapes[name])} "
@@ -104,13 +106,13 @@ def _tensors(files: TensorFiles, config) -> str | None:
     return None
 
 
-def _without_template(study: Study, model: str, tokenizer) -> Iterator[str]:
-    """What of the study needs a chat template that the model does not have."""
+def _template_problems(study: Study, model: str, tokenizer) -> Iterator[str]:
+    """A line for each setting that needs a chat template, if the model has none."""
     if tokenizer.chat_template:
         return
     remedy = "set tokenizer.chat_template and save it"
-    for name, wanted in study.evaluation.datasets.items():
-        if wanted.ask.protocol == "generate":
+    for name, evaluation_set in study.evaluation.datasets.items():
+        if evaluation_set.ask.protocol == "generate":
             yield (
                 f"evaluation.datasets.{name}.ask.protocol = 'generate' but models.{model} has no "
                 f"chat template; use loglikelihood, or {remedy}"
@@ -124,44 +126,47 @@ def _without_template(study: Study, model: str, tokenizer) -> Iterator[str]:
 
 
 def _text_problems(study: Study, model: str, tokenizer, rows: int, positions: int):
-    """The first text of each kind that is too long for the model, or has ids it does not know."""
-    for key, texts, remedy in _texts(study, model, tokenizer):
-        beyond = long = ""
+    """The first text of each kind that exceeds the model's context or its vocabulary."""
+    for key, texts, remedy in _model_texts(study, model, tokenizer):
+        unknown_id = too_long = ""
         try:
-            for what, tokens, cap in texts:
+            for name, tokens, cap in texts:
                 length = len(tokens) + cap
-                if length > positions and not long:
-                    long = (
-                        f"{key}: {what} needs {length} tokens but models.{model} reads "
+                if length > positions and not too_long:
+                    too_long = (
+                        f"{key}: {name} needs {length} tokens but models.{model} reads "
                         f"{positions}; {remedy}"
                     )
-                if max(tokens) >= rows and not beyond:
+                if max(tokens) >= rows and not unknown_id:
                     token = tokenizer.convert_ids_to_tokens(max(tokens))
-                    beyond = (
+                    unknown_id = (
                         f"models.{model}: its tokenizer gives {token!r} the id {max(tokens)}, "
-                        f"beyond the {rows} rows of its embeddings ({key}: {what}); {ANEW}"
+                        f"beyond the {rows} rows of its embeddings ({key}: {name}); "
+                        f"{REMEDY_TOKENIZER}"
                     )
         except StudyError as error:
             yield f"{key}: {error}"
             continue
-        yield from filter(None, (long, beyond))
-        if beyond:
-            return  # the same of every text
+        yield from filter(None, (too_long, unknown_id))
+        if unknown_id:
+            return  # every other text would show the same problem
 
 
-def _texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, str]]:
-    """(key, its texts, what to do if one is too long) of all that the model is given."""
-    for name, wanted in study.evaluation.datasets.items():
+def _model_texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, str]]:
+    """(key, its texts, remedy if one is too long) for everything that the model reads."""
+    for name, evaluation_set in study.evaluation.datasets.items():
         key = f"evaluation.datasets.{name}"
-        asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(study, name)]
-        if wanted.ask.protocol == "loglikelihood":
-            yield key, _scored(tokenizer, asked), "leave the item out"
+        prompts = [
+            render_prompt(item, evaluation_set, tokenizer) for item in evaluation_items(study, name)
+        ]
+        if evaluation_set.ask.protocol == "loglikelihood":
+            yield key, _scored_texts(tokenizer, prompts), "leave the item out"
         else:
             cap, remedy = (
-                wanted.ask.max_new_tokens,
+                evaluation_set.ask.max_new_tokens,
                 "lower max_new_tokens or shots, or leave the item out",
             )
-            yield key, _answered(tokenizer, asked, cap), remedy
+            yield key, _generated_texts(tokenizer, prompts, cap), remedy
     shared = study.evaluation.shared_text
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=shared.max_tokens)
     texts = ((f"passage {i}", ids, 0) for i, ids in enumerate(tokens, start=1))
@@ -172,50 +177,54 @@ def _texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, st
         for item in calibration_items(study)
     )
     limit = study.calibration.max_tokens
-    yield "calibration", _within(texts, "calibration", limit), "leave the item out"
-    for name, other in study.models.items():
-        if isinstance(other, FineTunedModel) and other.finetune.start == model:
+    yield "calibration", _check_max_tokens(texts, "calibration", limit), "leave the item out"
+    for name, source in study.models.items():
+        if isinstance(source, FineTunedModel) and source.finetune.start == model:
             key = f"models.{name}.finetune"
             items = [item for part in training_items(study, name) for item in part]
             pairs = ((item.id, *training_tokens(tokenizer, item)) for item in items)
-            texts = ((f"item {ident}", asked + said, 0) for ident, asked, said in pairs)
-            yield key, _within(texts, key, other.finetune.max_tokens), "leave the item out"
+            texts = ((f"item {item_id}", prompts + answer, 0) for item_id, prompts, answer in pairs)
+            yield (
+                key,
+                _check_max_tokens(texts, key, source.finetune.max_tokens),
+                "leave the item out",
+            )
 
 
-def _scored(tokenizer, asked) -> Texts:
-    for each in asked:
-        found = option_tokens(tokenizer, each)
-        longest = max(found.options, key=len)
-        yield f"item {each.item.id}", found.context + longest, 0
+def _scored_texts(tokenizer, prompts) -> Texts:
+    for prompt in prompts:
+        tokens = option_tokens(tokenizer, prompt)
+        longest = max(tokens.options, key=len)
+        yield f"item {prompt.item.id}", tokens.context + longest, 0
 
 
-def _answered(tokenizer, asked, cap: int) -> Texts:
+def _generated_texts(tokenizer, prompts, cap: int) -> Texts:
     end = end_of_turn(tokenizer)
-    for each in asked:
-        yield f"item {each.item.id}", [*prompt_tokens(tokenizer, each), end], cap - 1
+    for prompt in prompts:
+        yield f"item {prompt.item.id}", [*context_tokens(tokenizer, prompt), end], cap - 1
 
 
-def _within(texts: Texts, key: str, limit: int) -> Texts:
-    """The texts, as long as none is longer than the study says."""
-    for what, tokens, cap in texts:
+def _check_max_tokens(texts: Texts, key: str, limit: int) -> Texts:
+    """The texts; raises at the first one that exceeds the study's `max_tokens`."""
+    for name, tokens, cap in texts:
         if len(tokens) > limit:
-            raise StudyError(f"max_tokens = {limit} but {what} has {len(tokens)} tokens; raise it")
-        yield what, tokens, cap
+            raise StudyError(f"max_tokens = {limit} but {name} has {len(tokens)} tokens; raise it")
+        yield name, tokens, cap
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 if nothing is wrong, 2 after a line for each thing that is."""
+    """The command line: prints a line for each problem; returns 2 if there are any, else 0."""
     study, *options = sys.argv[1:] if argv is None else argv
     paths, dry = StudyPaths(study_file(study).stem), options == ["--dry"]
-    logging.set_verbosity_error()  # each problem is told in one line, and only here
+    logging.set_verbosity_error()  # each problem is reported once, in one line
     try:
-        found = list(problems(load_study(study), paths, dry=dry))
+        lines = list(problems(load_study(study), paths, dry=dry))
     except StudyError as error:
-        found = [str(error)]
+        lines = [str(error)]
     place = study_file_label(study)
-    for line in found:
+    for line in lines:
         print(line if line.startswith(place) else f"{place}: {line}", file=sys.stderr)
-    return 2 if found else 0
+    return 2 if lines else 0
 
 
 if __name__ == "__main__":

@@ -22,12 +22,12 @@ def prompt_digest(
     tokens: Sequence[int] | None = None,
     options: Sequence[Sequence[int]] = (),
 ) -> str:
-    """Equal for two variants if and only if they were asked the same thing.
+    """Digest of a prompt, equal for two variants if and only if their prompts are equal.
 
     Args:
         text, continuations: the words.
-        tokens, options: their token ids, as they are handed to the model; without them the
-            hash is of the words alone, as it was in older records.
+        tokens, options: their token ids, as the model receives them; without them the digest
+            covers the words alone, as in older records.
     """
     words = [text, list(continuations)]
     if tokens is None:
@@ -36,29 +36,29 @@ def prompt_digest(
 
 
 def read_prompts(folder: Path, dataset: str) -> dict[str, dict]:
-    """What was asked by item id; empty if the evaluation kept no record of it.
+    """The recorded prompts by item id; empty if the evaluation has no record of them.
 
     Args:
         folder: the baseline's evaluation.
 
     Raises:
-        StudyError: a line is damaged, or not what its hash says.
+        StudyError: a line is damaged or does not match its digest.
     """
     path = folder / FOLDER / f"{dataset}.jsonl"
     if not path.is_file():
         return {}
-    found = {}
+    rows = {}
     for number, row in enumerate(read_jsonl(path, made_by="03_evaluation"), start=1):
         try:
             ids = row.get("tokens"), row.get("continuation_tokens", ())
-            asked = prompt_digest(row["prompt"], row["continuations"], *ids)
-            whole = asked == row["prompt_hash"]
-            found[row["id"]] = row
+            digest = prompt_digest(row["prompt"], row["continuations"], *ids)
+            is_valid = digest == row["prompt_hash"]
+            rows[row["id"]] = row
         except (KeyError, TypeError, ValueError):
-            whole = False
-        if not whole or not isinstance(row.get("question"), str):
+            is_valid = False
+        if not is_valid or not isinstance(row.get("question"), str):
             raise StudyError(
-                f"{'/'.join(path.parts[-5:])}: line {number} is not what was asked; "
+                f"{'/'.join(path.parts[-5:])}: line {number} is damaged (its hash differs); "
                 "run 03_evaluation again"
             )
-    return found
+    return rows

@@ -1,5 +1,6 @@
 """An item as the exact text a protocol shows the model, with a hash to pair results by."""
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -15,17 +16,17 @@ from helpers.sources.chat_conversations import (
 )
 from helpers.sources.items import Item
 from helpers.sources.sampling import evaluation_items
-from helpers.study.schema import EvaluationSet
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.study_run import Job
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What is asked: the text before the answer and, for log-likelihood, its continuations.
+    """The text before the answer and, for log-likelihood, its continuations.
 
     Attributes:
-        shared: beginnings of the text that other prompts may have too, shortest first.
-        plain: not rendered by a chat template; it begins as the tokenizer begins a text.
+        shared: prefixes of the text that other prompts may have too, shortest first.
+        plain: not rendered by a chat template; it starts as the tokenizer starts any text.
     """
 
     item: Item
@@ -36,12 +37,12 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Of the words alone; what the model is handed is in `asked_hash`."""
+        """Digest of the words alone; `input_digest` covers the token ids too."""
         return prompt_digest(self.text, self.continuations)
 
 
 def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
-    """Plain text, as harnesses ask it; options are full texts, yes/no for BoolQ."""
+    """Plain text as lm-evaluation-harness renders it; options are full texts, BoolQ's yes/no."""
     if adapter == "boolq":
         text = f"{item.passage}\nQuestion: {with_question_mark(item.question)}\nAnswer:"
         return Prompt(item, text, (" Yes", " No"), shared=(item.passage,), plain=True)
@@ -49,93 +50,126 @@ def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
     return Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)
 
 
-def prompt(item: Item, wanted: EvaluationSet, tokenizer) -> Prompt:
-    """The item as the evaluation set asks it."""
-    if wanted.ask.protocol == "loglikelihood":
-        return loglikelihood_prompt(item, wanted.adapter)
-    messages = conversation(item, wanted.adapter, shots=wanted.ask.shots)
+def render_prompt(item: Item, evaluation_set: EvaluationSet, tokenizer) -> Prompt:
+    """The item's prompt in the protocol of its evaluation set."""
+    if evaluation_set.ask.protocol == "loglikelihood":
+        return loglikelihood_prompt(item, evaluation_set.adapter)
+    messages = conversation(item, evaluation_set.adapter, shots=evaluation_set.ask.shots)
     text = render(tokenizer, messages)
-    return Prompt(item, text, shared=_beginnings(text, messages[-1]["content"], item.passage))
+    return Prompt(item, text, shared=_shared_prefixes(text, messages[-1]["content"], item.passage))
 
 
-def _beginnings(text: str, question: str, passage: str) -> tuple[str, ...]:
-    """What comes before the item's own turn, and that with the item's passage."""
+def _shared_prefixes(text: str, question: str, passage: str) -> tuple[str, ...]:
+    """The text before the item's own turn, and the same with the item's passage."""
     own = text.rfind(question)
-    if own < 0:  # the template rewrites what it is given
+    if own < 0:  # the template changes the question
         return ()
     end = question.find(passage) + len(passage) if passage else 0
     return (text[:own], text[: own + end]) if end else (text[:own],)
 
 
-def prompt_tokens(tokenizer, asked: Prompt) -> list[int]:
+def context_tokens(tokenizer, prompt: Prompt) -> list[int]:
     """Token ids of the text before the answer."""
-    return (plain_tokens if asked.plain else tokenize)(tokenizer, asked.text)
+    return (plain_tokens if prompt.plain else tokenize)(tokenizer, prompt.text)
 
 
-def cuts(tokenizer, asked: Prompt, tokens: list[int]) -> tuple[int, ...]:
-    """How many of the prompt's tokens lie in each of its shared beginnings."""
-    found = []
-    for beginning in asked.shared:
-        alone = _tokens_of(tokenizer, beginning, asked.plain)
+def prefix_lengths(tokenizer, prompt: Prompt, tokens: list[int]) -> tuple[int, ...]:
+    """The number of prompt tokens in each of the prompt's shared prefixes."""
+    lengths = []
+    for prefix in prompt.shared:
+        alone = _cached_tokens(tokenizer, prefix, prompt.plain)
         pairs = enumerate(zip(alone, tokens, strict=False))
-        found.append(next((i for i, (a, b) in pairs if a != b), min(len(alone), len(tokens))))
-    return tuple(found)
+        shorter = min(len(alone), len(tokens))
+        lengths.append(next((i for i, (a, b) in pairs if a != b), shorter))
+    return tuple(lengths)
 
 
 @lru_cache(maxsize=64)  # the worked examples come before every item
-def _tokens_of(tokenizer, text: str, plain: bool) -> tuple[int, ...]:
+def _cached_tokens(tokenizer, text: str, plain: bool) -> tuple[int, ...]:
     return tuple((plain_tokens if plain else tokenize)(tokenizer, text))
 
 
-def option_tokens(tokenizer, asked: Prompt) -> OptionTokens:
+def option_tokens(tokenizer, prompt: Prompt) -> OptionTokens:
     """Context and continuations as token ids, split where the context alone ends.
 
     Tokenizing the whole and cutting at the context's length is what
     lm-evaluation-harness does, so that the two score the same tokens.
     """
-    context = plain_tokens(tokenizer, asked.text)
-    wholes = [plain_tokens(tokenizer, asked.text + c) for c in asked.continuations]
-    options = [whole[len(context) :] for whole in wholes]
-    return OptionTokens(context, options, cuts(tokenizer, asked, context))
+    context = plain_tokens(tokenizer, prompt.text)
+    full_texts = [plain_tokens(tokenizer, prompt.text + c) for c in prompt.continuations]
+    options = [full_text[len(context) :] for full_text in full_texts]
+    return OptionTokens(context, options, prefix_lengths(tokenizer, prompt, context))
 
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """A prompt to be answered in writing, as token ids; see `OptionTokens`."""
+    """Token ids of a prompt that is answered in writing; fields as in `OptionTokens`."""
 
     context: list[int]
     cuts: tuple[int, ...]
     options: tuple[()] = ()
 
 
-def asked_tokens(tokenizer, asked: Prompt) -> OptionTokens | PromptTokens:
-    """Token ids of the prompt and its continuations, as they are handed to the model."""
-    if asked.continuations:
-        return option_tokens(tokenizer, asked)
-    context = prompt_tokens(tokenizer, asked)
-    return PromptTokens(context, cuts(tokenizer, asked, context))
+def model_inputs(tokenizer, prompt: Prompt) -> OptionTokens | PromptTokens:
+    """Token ids of the prompt and its continuations, as the model receives them."""
+    if prompt.continuations:
+        return option_tokens(tokenizer, prompt)
+    context = context_tokens(tokenizer, prompt)
+    return PromptTokens(context, prefix_lengths(tokenizer, prompt, context))
 
 
-def asked_hash(asked: Prompt, tokens: OptionTokens | PromptTokens) -> str:
-    """Equal for two variants if and only if they were handed the same token ids."""
-    return prompt_digest(asked.text, asked.continuations, tokens.context, tokens.options)
+def input_digest(prompt: Prompt, tokens: OptionTokens | PromptTokens) -> str:
+    """Equal for two variants if and only if they receive the same token ids."""
+    return prompt_digest(prompt.text, prompt.continuations, tokens.context, tokens.options)
 
 
-def record_prompts(job: Job, tokenizer) -> None:
-    """Write `prompts/<dataset>.jsonl` of the baseline; other variants are asked the same."""
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt with its token ids and the digest of both, rendered once for a whole job."""
+
+    prompt: Prompt
+    tokens: OptionTokens | PromptTokens
+    digest: str
+
+    @property
+    def item(self) -> Item:
+        return self.prompt.item
+
+
+def tokenize_prompts(
+    items: Iterable[Item], evaluation_set: EvaluationSet, tokenizer
+) -> list[TokenizedPrompt]:
+    """The items' prompts as the evaluation set asks them, in the items' order."""
+    prompts = [render_prompt(item, evaluation_set, tokenizer) for item in items]
+    tokens = [model_inputs(tokenizer, prompt) for prompt in prompts]
+    return [TokenizedPrompt(p, t, input_digest(p, t)) for p, t in zip(prompts, tokens, strict=True)]
+
+
+def study_prompts(study: Study, tokenizer) -> dict[str, list[TokenizedPrompt]]:
+    """Draw the items of every evaluation set and render their prompts, by the set's name."""
+    return {
+        name: tokenize_prompts(evaluation_items(study, name), evaluation_set, tokenizer)
+        for name, evaluation_set in study.evaluation.datasets.items()
+    }
+
+
+def record_prompts(job: Job, prompts: Mapping[str, list[TokenizedPrompt]]) -> None:
+    """Write the baseline's `prompts/<dataset>.jsonl`; other variants get the same prompts.
+
+    Args:
+        prompts: of every evaluation set, by its name.
+    """
     if job.variant != job.study.baseline:
         return
     folder = job.paths.evaluation(job.model, job.variant) / FOLDER
-    for name, wanted in job.study.evaluation.datasets.items():
-        asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(job.study, name)]
-        rows = (_as_row(p, asked_tokens(tokenizer, p)) for p in asked)
-        write_jsonl(folder / f"{name}.jsonl", rows)
+    for name, of_set in prompts.items():
+        write_jsonl(folder / f"{name}.jsonl", map(_record_row, of_set))
 
 
-def _as_row(asked: Prompt, tokens: OptionTokens | PromptTokens) -> dict:
-    item = asked.item
+def _record_row(tokenized: TokenizedPrompt) -> dict:
+    item, prompt, tokens = tokenized.item, tokenized.prompt, tokenized.tokens
     row = {"id": item.id, "question": item.question, "passage": item.passage}
     row |= {"options": list(item.options), "labels": list(item.labels)}
-    row |= {"prompt": asked.text, "continuations": list(asked.continuations)}
+    row |= {"prompt": prompt.text, "continuations": list(prompt.continuations)}
     row |= {"tokens": tokens.context, "continuation_tokens": list(tokens.options)}
-    return row | {"prompt_hash": asked_hash(asked, tokens)}
+    return row | {"prompt_hash": tokenized.digest}

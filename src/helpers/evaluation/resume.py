@@ -28,15 +28,15 @@ SYNC_S = 1.0  # what a power cut can cost; a kill costs nothing that was made
 
 
 class Progress:
-    """What an evaluation has answered so far, set by set.
+    """The saved predictions of an unfinished evaluation, set by set.
 
     Args:
-        job: the model and variant at hand.
+        job: names the model and the variant.
         files: content hash of the files they are loaded from.
-        packages: versions of all that computes the answers, as `Record.packages` has them.
+        packages: versions of the packages that compute the answers, as in `Record.packages`.
 
     Attributes:
-        resumed: ids of the items that an earlier run had answered, by set.
+        resumed: ids of the items that an interrupted run had answered, by set.
     """
 
     def __init__(self, job: Job, *, files: str, packages: dict[str, str]):
@@ -44,61 +44,61 @@ class Progress:
         self.resumed: dict[str, set[str]] = {}
         self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
 
-    def of(self, dataset: str, prompts: dict[str, str]) -> "Kept":
-        """The predictions of one evaluation set, to go on from.
+    def of(self, dataset: str, prompts: dict[str, str]) -> "SavedPredictions":
+        """Open the saved predictions of one evaluation set.
 
         Args:
-            prompts: hash of every item's prompt, by the item's id.
+            prompts: digest of every item's prompt, by the item's id.
 
         Raises:
-            StudyError: the file of this very evaluation is damaged.
+            StudyError: the file belongs to this evaluation and is damaged.
         """
         job, path = self._job, self._folder / f"{dataset}.jsonl"
         owner = _owner(job, dataset, prompts) | {"packages": sha256_data(self._packages)}
         owner |= {"files": self._files}
-        rows, whole, other = read_kept(path, owner, prompts)
+        rows, valid_bytes, differing = read_saved(path, owner, prompts)
         self.resumed[dataset] = set(rows)
         label = f"evaluation {job.model} {job.variant}"
-        if other:
-            told = f"{dataset}: discarded answers of another run ({', '.join(other)} differ)"
-            console.report_event(console.NOTE, label, told)
+        if differing:
+            note = f"{dataset}: discarded answers of another run ({', '.join(differing)} differ)"
+            console.report_event(console.NOTE, label, note)
         if rows:
-            told = f"{dataset}: goes on after {len(rows)} of {len(prompts)} answers"
-            console.report_event(console.NOTE, label, told)
-        return Kept(path, owner, rows, whole)
+            note = f"{dataset}: goes on after {len(rows)} of {len(prompts)} answers"
+            console.report_event(console.NOTE, label, note)
+        return SavedPredictions(path, owner, rows, valid_bytes)
 
     def discard(self) -> None:
-        """Remove what was kept: the evaluation is finished and written elsewhere."""
+        """Remove the saved predictions, after the evaluation has written its files."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class Kept:
-    """The predictions of one evaluation set so far, and the file that more are appended to.
+class SavedPredictions:
+    """The saved predictions of one evaluation set, and the file that takes new ones.
 
     Attributes:
         rows: the predictions by item id.
     """
 
-    def __init__(self, path: Path, owner: dict, rows: dict[str, dict], whole: int):
+    def __init__(self, path: Path, owner: dict, rows: dict[str, dict], valid_bytes: int):
         self._path, self.rows = path, rows
         path.parent.mkdir(parents=True, exist_ok=True)
         self._stream = open(path, "ab", buffering=0)  # noqa: SIM115 - open while answers come
-        self._stream.truncate(whole)
+        self._stream.truncate(valid_bytes)
         self._synced = time.monotonic()
-        if not whole:
+        if not valid_bytes:
             self._append(owner)
 
     def appending(self, predictions: Iterable[dict]) -> Iterator[dict]:
-        """Pass predictions on, each of them once it is on file."""
+        """Yield each prediction after it has been saved."""
         for row in predictions:
             yield self._append(row)
 
     def _append(self, row: dict) -> dict:
-        """Write a line; return what it will be read as."""
+        """Write a line; return the row as it will be read back."""
         text = canonical_json(row)
         line = memoryview(f"{sha256_text(text)[:CHECK]} {text}\n".encode())
         try:
-            while line:  # a disk that took a part says why when it is given the rest
+            while line:  # after a partial write, writing the rest raises the reason
                 line = line[self._stream.write(line) :]
             if time.monotonic() - self._synced > SYNC_S:
                 os.fsync(self._stream.fileno())
@@ -108,8 +108,8 @@ class Kept:
         return json.loads(text)
 
 
-class Unkept:
-    """Stands for `Kept` where nothing is kept."""
+class UnsavedPredictions:
+    """Replaces `SavedPredictions` if nothing is saved."""
 
     def __init__(self):
         self.rows: dict[str, dict] = {}
@@ -118,26 +118,26 @@ class Unkept:
         yield from predictions
 
 
-def read_kept(
+def read_saved(
     path: Path, owner: dict, prompts: dict[str, str]
 ) -> tuple[dict[str, dict], int, list[str]]:
-    """(rows by item id, bytes of the lines that hold, what differs if they are another's).
+    """(rows by item id, bytes of the valid lines, keys in which another owner differs).
 
     Raises:
-        StudyError: a line is damaged, or is no answer to one of the prompts.
+        StudyError: a line is damaged, or does not answer one of the prompts.
     """
     if not path.is_file():
         return {}, 0, []
     *lines, _torn = path.read_bytes().split(b"\n")
-    found = [_line(path, number, line) for number, line in enumerate(lines, start=1)]
-    if not found or found[0] != owner:
-        other = found[0] if found else {}
-        differing = [key for key in owner if found and other.get(key) != owner[key]]
+    lines_read = [_line(path, number, line) for number, line in enumerate(lines, start=1)]
+    if not lines_read or lines_read[0] != owner:
+        other_owner = lines_read[0] if lines_read else {}
+        differing = [key for key in owner if lines_read and other_owner.get(key) != owner[key]]
         return {}, 0, differing
     rows: dict[str, dict] = {}
-    for number, row in enumerate(found[1:], start=2):
+    for number, row in enumerate(lines_read[1:], start=2):
         if row["id"] in rows or prompts.get(row["id"]) != row["prompt_hash"]:
-            raise _wrong(path, number, "answers no prompt of this set, or answers one again")
+            raise _damaged_line(path, number, "answers no prompt of this set, or repeats an answer")
         rows[row["id"]] = row
     return rows, sum(len(line) + 1 for line in lines), []
 
@@ -149,16 +149,18 @@ def _line(path: Path, number: int, line: bytes) -> dict:
             return json.loads(text)
     except ValueError:
         pass
-    raise _wrong(path, number, "is not what was written (its checksum differs)")
+    raise _damaged_line(path, number, "is damaged (its checksum differs)")
 
 
-def _wrong(path: Path, number: int, what: str) -> StudyError:
-    shown = "/".join(path.parts[-5:])
-    return StudyError(f"{shown}: line {number} {what}; delete the file to ask that set anew")
+def _damaged_line(path: Path, number: int, problem: str) -> StudyError:
+    place = "/".join(path.parts[-5:])
+    return StudyError(
+        f"{place}: line {number} {problem}; delete the file to evaluate that set again"
+    )
 
 
 def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
-    """What predictions belong to: they hold for no other evaluation."""
+    """Everything that the predictions depend on; they are valid only for equal values."""
     run = stages.Run("evaluation", job.model, job.variant)
     notebook = PROJECT / "notebooks" / f"{stages.NOTEBOOKS['evaluation']}.ipynb"
     modules = sorted(imported_modules(notebook, with_report=False))
@@ -169,5 +171,5 @@ def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
         "settings": sha256_text(stages.settings_text(job.study, run)),
         "prompts": sha256_data(prompts),
         "code": sha256_data({relative_to_project(path): sha256_file(path) for path in modules}),
-        "device": sha256_data(job.runtime),  # another one may round otherwise
+        "device": sha256_data(job.runtime),  # another device may round differently
     }

@@ -22,7 +22,7 @@ def score_options(item: Item, logprobs: list[float], continuations, *, normalize
 
     Args:
         logprobs: summed log-probability of each continuation.
-        continuations: the texts they belong to.
+        continuations: the options' texts.
         normalize: `bytes` divides each sum by its text's UTF-8 length without the leading space.
     """
     if not all(map(math.isfinite, logprobs)):
@@ -30,34 +30,36 @@ def score_options(item: Item, logprobs: list[float], continuations, *, normalize
     lengths = [len(c.strip().encode("utf-8")) if normalize == "bytes" else 1 for c in continuations]
     scores = [s / n for s, n in zip(logprobs, lengths, strict=True)]
     best = item.labels[max(range(len(scores)), key=scores.__getitem__)]
-    made = _prediction(item, output=best, parsed=best, status="answered", finish="scored")
-    made["score"] = float(best in item.golds)
-    made["logprobs"] = [round(s, 6) for s in logprobs]
-    return made
+    prediction = _prediction(item, output=best, parsed=best, status="answered", finish="scored")
+    prediction["score"] = float(best in item.golds)
+    prediction["logprobs"] = [round(s, 6) for s in logprobs]
+    return prediction
 
 
 def score_text(item: Item, adapter: str, text: str, *, answer: str, finish: str) -> dict:
     """The prediction of a generate protocol.
 
     Args:
-        text: what the model wrote, its end-of-turn token removed; half a surrogate pair
-            is stored as U+FFFD.
+        text: the model's answer without its end-of-turn token; half a surrogate pair is
+            stored as U+FFFD.
         answer: `boxed` takes the last complete box; `text` takes all of it.
-        finish: why generation ended.
+        finish: the finish reason of the generation.
     """
     text = valid_unicode(text)
-    raw = last_boxed(text) if answer == "boxed" else text.strip()
-    parsed, status = _parse(item, adapter, raw)
+    answer_text = last_boxed(text) if answer == "boxed" else text.strip()
+    parsed, status = _parse(item, adapter, answer_text)
     if finish == "nonfinite":
         parsed, status = None, "unparsed"
-    made = _prediction(item, output=text, parsed=parsed, status=status, finish=finish)
+    prediction = _prediction(item, output=text, parsed=parsed, status=status, finish=finish)
     if adapter == "squad_v2":
-        made["score"], made["f1"] = squad_scores(parsed, status, item.golds)
+        prediction["score"], prediction["f1"] = squad_scores(parsed, status, item.golds)
     elif adapter == "openmath":
-        made["score"], made["absolute_difference"] = number_scores(parsed, item.golds[0])
+        prediction["score"], prediction["absolute_difference"] = number_scores(
+            parsed, item.golds[0]
+        )
     else:
-        made["score"] = float(parsed is not None and parsed in item.golds)
-    return made
+        prediction["score"] = float(parsed is not None and parsed in item.golds)
+    return prediction
 
 
 def _prediction(item: Item, *, output: str, parsed, status: str, finish: str) -> dict:
@@ -73,29 +75,31 @@ def _prediction(item: Item, *, output: str, parsed, status: str, finish: str) ->
     }
 
 
-def _parse(item: Item, adapter: str, raw: str | None) -> tuple[str | None, str]:
+def _parse(item: Item, adapter: str, answer_text: str | None) -> tuple[str | None, str]:
     """(parsed answer, status)."""
-    if raw is None or not raw.strip():
+    if answer_text is None or not answer_text.strip():
         return None, "unparsed"
     if adapter == "squad_v2":
-        return (None, "abstained") if is_abstention(raw) else (raw.strip(), "answered")
+        return (
+            (None, "abstained") if is_abstention(answer_text) else (answer_text.strip(), "answered")
+        )
     if adapter == "openmath":
-        return raw.strip(), "answered"
-    wanted = label_key(raw)
+        return answer_text.strip(), "answered"
+    key = label_key(answer_text)
     for label in item.labels:
-        if label_key(label) == wanted:
+        if label_key(label) == key:
             return label, "answered"
     return None, "unparsed"
 
 
 def squad_scores(parsed: str | None, status: str, golds) -> tuple[float, float]:
-    """(exact match, token F1), the best over all golds; 1 and 1 for a due abstention.
+    """(exact match, token F1), the best over all golds; (1, 1) for a correct abstention.
 
-    SQuAD 2.0's official evaluation, but that an unparsed answer never counts as empty.
+    SQuAD 2.0's official evaluation, except that an unparsed answer never counts as empty.
     """
     if not golds:
-        due = float(status == "abstained")
-        return due, due
+        score = float(status == "abstained")
+        return score, score
     if parsed is None:
         return 0.0, 0.0
     exact = max(float(_words(parsed) == _words(gold)) for gold in golds)
@@ -103,38 +107,37 @@ def squad_scores(parsed: str | None, status: str, golds) -> tuple[float, float]:
 
 
 def _words(text: str) -> list[str]:
-    """The normalised words; of a text that has none ("A", "!") the text itself is its word.
+    """The normalised words; a text without any ("A", "!") is itself one word.
 
-    Compared without words, any article would be the right answer to vitamin "A".
+    Without this rule, any article would match the gold answer "A" (as in vitamin A).
     """
     return normalize_answer(text).split() or [text.strip().casefold()]
 
 
 def token_f1(answer: str, gold: str) -> float:
     """Harmonic mean of precision and recall over normalized words."""
-    words, wanted = _words(answer), _words(gold)
-    shared = sum((Counter(words) & Counter(wanted)).values())
-    return 2 * shared / (len(words) + len(wanted))
+    words, gold_words = _words(answer), _words(gold)
+    shared = sum((Counter(words) & Counter(gold_words)).values())
+    return 2 * shared / (len(words) + len(gold_words))
 
 
 def number_scores(parsed: str | None, gold: str) -> tuple[float, float | None]:
-    """(right or not, |answer - gold| if both are numbers).
+    """(1 if right else 0, |answer - gold| if both are numbers).
 
-    Numbers agree within a relative tolerance of 1e-6, which is for decimals cut short: two
-    whole numbers have to be the same. Golds that are no numbers have to be matched as text
-    without spaces.
+    Numbers agree within a relative tolerance of 1e-6, which allows for rounded decimals; two
+    integers must be equal. A gold that is not a number must match as text without spaces.
     """
     if parsed is None:
         return 0.0, None
-    value, wanted = parse_number(parsed), gold_number(gold)
-    if value is None or wanted is None:
-        same = "".join(parsed.split()) == "".join(gold.split())
-        return float(same), None
-    difference = abs(value - wanted)
-    whole = value.denominator == wanted.denominator == 1
-    tolerance = 0 if whole else RELATIVE_TOLERANCE * max(abs(wanted), Fraction(1, 10**6))
-    right = difference <= tolerance
-    return float(right), _finite_float(difference)
+    value, expected = parse_number(parsed), gold_number(gold)
+    if value is None or expected is None:
+        is_equal = "".join(parsed.split()) == "".join(gold.split())
+        return float(is_equal), None
+    difference = abs(value - expected)
+    both_whole = value.denominator == expected.denominator == 1
+    tolerance = 0 if both_whole else RELATIVE_TOLERANCE * max(abs(expected), Fraction(1, 10**6))
+    is_right = difference <= tolerance
+    return float(is_right), _finite_float(difference)
 
 
 def _finite_float(value: Fraction) -> float | None:

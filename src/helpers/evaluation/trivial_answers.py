@@ -20,92 +20,102 @@ MOST_LOST_SHARE = 0.25  # of all answers; more are no exceptions
 
 
 @dataclass(frozen=True)
-class Degenerate:
-    """The best score a fixed answer gets on the same items."""
+class FixedAnswer:
+    """A fixed answer and its score on the same items."""
 
     answer: str
     score: float
 
 
-def best_degenerate(adapter: str, predictions: list[dict]) -> Degenerate:
-    """The fixed answer that scores best on these items: a label, number, text, or abstaining.
+def best_fixed_answer(adapter: str, predictions: list[dict]) -> FixedAnswer:
+    """The fixed answer with the best score on these items: a label, number, text or abstention.
 
-    An echo of a worked example is a fixed answer too, and so never scores more.
+    Echoing one worked example is a fixed answer too, so it never scores more.
     """
     golds = [p["golds"] for p in predictions]
-    abstaining = Degenerate("abstaining", sum(not g for g in golds) / len(golds))
-    readings = {"arc": _position, "openmath": _number, "squad_v2": normalize_answer}
-    read = readings.get(adapter, str)
-    said = Counter(key for g in golds for key in {read(text) for text in g})
-    if not said:
+    abstaining = FixedAnswer(
+        "abstaining", sum(not golds_of_item for golds_of_item in golds) / len(golds)
+    )
+    readings = {"arc": _label_position, "openmath": _gold_value, "squad_v2": normalize_answer}
+    key_of = readings.get(adapter, str)
+    counts = Counter(
+        key for golds_of_item in golds for key in {key_of(text) for text in golds_of_item}
+    )
+    if not counts:
         return abstaining
-    best = min(said, key=lambda key: (-said[key], str(key)))
-    fixed = Degenerate(f"answering “{best}”", said[best] / len(golds))
-    return abstaining if adapter == "squad_v2" and abstaining.score >= fixed.score else fixed
+    best = min(counts, key=lambda key: (-counts[key], str(key)))
+    fixed_answer = FixedAnswer(f"answering “{best}”", counts[best] / len(golds))
+    return (
+        abstaining
+        if adapter == "squad_v2" and abstaining.score >= fixed_answer.score
+        else fixed_answer
+    )
 
 
-def _position(label: str) -> str:
-    """Labels "1" to "5" name the same places as "A" to "E"."""
+def _label_position(label: str) -> str:
+    """Labels "1" to "5" as "A" to "E", since they name the same positions."""
     return "ABCDE"[int(label) - 1] if label in ("1", "2", "3", "4", "5") else label
 
 
-def _number(gold: str):
+def _gold_value(gold: str):
     value = parse_number(gold)
     return gold if value is None else value
 
 
-def answer_of(prediction: dict) -> tuple[str, str | None]:
-    """What was answered, apart from how it was worded."""
+def status_and_answer(prediction: dict) -> tuple[str, str | None]:
+    """The status and the parsed answer, without the wording."""
     return prediction["status"], prediction["parsed"]
 
 
-def readable(predictions: list[dict]) -> float:
-    """Share of answers that could be parsed, abstentions among them."""
+def readable_share(predictions: list[dict]) -> float:
+    """Share of answers that could be parsed, including abstentions."""
     return sum(p["status"] != "unparsed" for p in predictions) / len(predictions)
 
 
-def capped(predictions: list[dict]) -> float:
-    """Share of answers that the cap on new tokens stopped."""
+def capped_share(predictions: list[dict]) -> float:
+    """Share of answers that the token limit stopped."""
     return sum(p["finish_reason"] == "length" for p in predictions) / len(predictions)
 
 
-def looping(predictions: list[dict]) -> float:
+def looping_share(predictions: list[dict]) -> float:
     """Share of answers that end in a loop."""
-    return sum(loops(p.get("output", "")) for p in predictions) / len(predictions)
+    return sum(ends_in_loop(p.get("output", "")) for p in predictions) / len(predictions)
 
 
-def one_answer(predictions: list[dict]) -> bool:
-    """Whether questions with different right answers all got the same one."""
+def is_one_answer(predictions: list[dict]) -> bool:
+    """Whether questions with different gold answers all got the same answer."""
     golds = {tuple(p["golds"]) for p in predictions}
-    return len({answer_of(p) for p in predictions}) == 1 and len(golds) > 1
+    return len({status_and_answer(p) for p in predictions}) == 1 and len(golds) > 1
 
 
-def lost_its_answers(predictions: list[dict], baseline: list[dict]) -> bool:
-    """Whether all answers have become one, and the baseline gave others that count.
+def collapsed_to_one_answer(predictions: list[dict], baseline: list[dict]) -> bool:
+    """Whether all answers are the same although the baseline's answers differ significantly.
 
-    A baseline that nearly always says the same may lose its exceptions to rounding: as many
-    as an exact sign test could not tell from chance, if they are few beside the rest, and if
-    what is left is what the baseline says.
+    A baseline with nearly constant answers may lose its few exceptions to rounding. That is
+    tolerated if an exact sign test could not tell their number from chance, if they are a
+    small share, and if the remaining answer is the baseline's usual one.
     """
-    [(usual, times)] = Counter(map(answer_of, baseline)).most_common(1)
+    [(usual_answer, times)] = Counter(map(status_and_answer, baseline)).most_common(1)
     exceptions = len(baseline) - times
     may_be_chance = exceptions <= min(MOST_LOST, MOST_LOST_SHARE * len(baseline))
-    same = answer_of(predictions[0]) == usual
-    return one_answer(predictions) and not (may_be_chance and same)
+    is_usual = status_and_answer(predictions[0]) == usual_answer
+    return is_one_answer(predictions) and not (may_be_chance and is_usual)
 
 
-def example_answers(wanted: EvaluationSet) -> set[str]:
-    """The answers of the worked examples in this set's prompts, as they are compared."""
-    shots = wanted.ask.shots if wanted.ask.protocol == "generate" else 0
-    boxed = (last_boxed(answer) or answer for _, answer in EXAMPLES[wanted.adapter][:shots])
-    return {normalize_answer(text) for text in boxed}
+def example_answers(evaluation_set: EvaluationSet) -> set[str]:
+    """The normalized answers of the worked examples in this set's prompts."""
+    shots = evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
+    answers = (
+        last_boxed(answer) or answer for _, answer in EXAMPLES[evaluation_set.adapter][:shots]
+    )
+    return {normalize_answer(text) for text in answers}
 
 
-def loops(text: str) -> bool:
-    """Whether a text ends in one piece said over and over.
+def ends_in_loop(text: str) -> bool:
+    """Whether a text ends in repetitions of one piece.
 
-    The last 24 characters or more are a piece of at most 60, four times or more; the
-    last time it may be cut short.
+    At least the last 24 characters repeat a piece of at most 60 characters four times or
+    more; the last repetition may be incomplete.
     """
     ends = ((unit, text[-max(LOOP, REPEATS * unit) :]) for unit in range(1, LONGEST_UNIT + 1))
     return any(

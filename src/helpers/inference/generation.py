@@ -12,10 +12,10 @@ from itertools import count, groupby
 import torch
 from torch import Tensor
 
-from helpers.inference.kv_cache import Slots
-from helpers.inference.packed_attention import packed
-from helpers.inference.packed_rows import Library, Segment, Text, cut, logits_at, read
-from helpers.inference.single_sequence import Continued
+from helpers.inference.kv_cache import KVCache
+from helpers.inference.packed_attention import use_packed_attention
+from helpers.inference.packed_rows import PrefixCache, Segment, SplitText, logits_at, read, split_at
+from helpers.inference.single_sequence import CachedSequence
 from helpers.runtime.batching import FEWEST_ROWS, use_sequence_ids
 from helpers.runtime.rotary_positions import reads_alone
 
@@ -23,8 +23,8 @@ REFILL = 8  # slots are given away by so many at a time: a row of one prompt is 
 
 
 @dataclass(frozen=True)
-class Generated:
-    """What one prompt was answered.
+class GeneratedAnswer:
+    """The answer to one prompt.
 
     Attributes:
         tokens: the new tokens, without the one that ended the turn.
@@ -37,13 +37,13 @@ class Generated:
 
 
 @dataclass(frozen=True)
-class Ends:
-    """When an answer ends.
+class StopRules:
+    """The conditions that end an answer.
 
     Attributes:
         max_new_tokens: the cap.
         stop_tokens: ids that end a turn.
-        complete: whether the tokens so far are a complete answer; None never asks.
+        complete: whether the tokens so far are a complete answer; None if nothing tests that.
     """
 
     max_new_tokens: int
@@ -52,22 +52,22 @@ class Ends:
 
 
 @dataclass
-class Answer:
-    """An answer being written in a slot."""
+class AnswerInProgress:
+    """An unfinished answer: the index of its prompt, and its tokens so far."""
 
     index: int
     tokens: list[int] = field(default_factory=list)
 
-    def take(self, token: int, finite: bool, ends: Ends) -> str | None:
-        """Append the token, and return why the answer ends with or before it, if it does."""
+    def append_token(self, token: int, finite: bool, stop_rules: StopRules) -> str | None:
+        """Append the token; return the finish reason if the answer ends here, else None."""
         if not finite:
             return "nonfinite"
-        if token in ends.stop_tokens:
+        if token in stop_rules.stop_tokens:
             return "stop"
         self.tokens.append(token)
-        if ends.complete and ends.complete(self.tokens):
+        if stop_rules.complete and stop_rules.complete(self.tokens):
             return "answer"
-        return "length" if len(self.tokens) == ends.max_new_tokens else None
+        return "length" if len(self.tokens) == stop_rules.max_new_tokens else None
 
 
 def generate_greedy(
@@ -80,7 +80,7 @@ def generate_greedy(
     batch_rows: int,
     cuts: Sequence[Sequence[int]] = (),
     complete: Callable[[list[int]], bool] | None = None,
-) -> Iterator[tuple[int, Generated]]:
+) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yield (prompt index, answer) as answers end.
 
     Args:
@@ -91,122 +91,135 @@ def generate_greedy(
         batch_tokens: the most tokens of one row of prompts.
         batch_rows: the most answers written at once.
         cuts: for each prompt, token counts at which it may be shared with others.
-        complete: whether the tokens of an answer so far are all that is wanted.
+        complete: whether the tokens so far are a complete answer.
     """
-    ends = Ends(max_new_tokens, frozenset(stop_tokens), complete)
-    texts = [cut(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
-    apart = {i for i, p in enumerate(prompts) if reads_alone(model.config, len(p) + max_new_tokens)}
-    for index in apart:
-        yield index, _alone(model, prompts[index], ends)
-    start = lambda i: texts[i].shared[:1]  # noqa: E731 - what its whole batch begins with
-    together = [i for i in range(len(texts)) if i not in apart]
-    for _, group in groupby(sorted(together, key=start), key=start):
+    stop_rules = StopRules(max_new_tokens, frozenset(stop_tokens), complete)
+    texts = [split_at(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
+    alone = {i for i, p in enumerate(prompts) if reads_alone(model.config, len(p) + max_new_tokens)}
+    for index in alone:
+        yield index, _generate_alone(model, prompts[index], stop_rules)
+    shared_prefix = lambda i: texts[i].shared[:1]  # noqa: E731 - common to its batch
+    batched = [i for i in range(len(texts)) if i not in alone]
+    for _, group in groupby(sorted(batched, key=shared_prefix), key=shared_prefix):
         chosen = list(group)
-        decoder = Decoder(model, [texts[i] for i in chosen], ends, batch_tokens, batch_rows)
-        with packed(model):
+        decoder = Decoder(model, [texts[i] for i in chosen], stop_rules, batch_tokens, batch_rows)
+        with use_packed_attention(model):
             for index, answer in decoder.answers():
                 yield chosen[index], answer
 
 
-def _alone(model, prompt: list[int], ends: Ends) -> Generated:
-    """The answer to a prompt that is read by itself, by the model's own forward pass."""
-    answer, text = Answer(0), Continued(model)
+def _generate_alone(model, prompt: list[int], stop_rules: StopRules) -> GeneratedAnswer:
+    """The answer to one prompt by the model's own forward pass, without packing."""
+    answer, sequence = AnswerInProgress(0), CachedSequence(model)
     while True:
-        logits = logits_at(model, text.last_state(prompt + answer.tokens))[0]
+        logits = logits_at(model, sequence.last_state(prompt + answer.tokens))[0]
         finite = bool(logits.isfinite().all())
-        if reason := answer.take(int(logits.argmax()), finite, ends):
-            return Generated(answer.tokens, reason)
+        if reason := answer.append_token(int(logits.argmax()), finite, stop_rules):
+            return GeneratedAnswer(answer.tokens, reason)
 
 
 class Decoder:
-    """Prompts that begin alike, and the slots their answers are written in."""
+    """Decodes prompts that share their beginning, each in one slot of the KV cache."""
 
-    def __init__(self, model, texts: list[Text], ends: Ends, batch_tokens: int, batch_rows: int):
-        self.model, self.texts, self.ends = model, texts, ends
+    def __init__(
+        self,
+        model,
+        texts: list[SplitText],
+        stop_rules: StopRules,
+        batch_tokens: int,
+        batch_rows: int,
+    ):
+        self.model, self.texts, self.ends = model, texts, stop_rules
         self.batch_tokens, self.rows = batch_tokens, batch_rows
-        self.library, self.held = Library(), []
-        self.alive: list[Answer] = []  # the answer in slot 0, 1, …
+        self.prefixes, self.recent_segments = PrefixCache(), []
+        self.active: list[AnswerInProgress] = []  # the answer in slot 0, 1, …
 
     @torch.inference_mode()
-    def answers(self) -> Iterator[tuple[int, Generated]]:
+    def answers(self) -> Iterator[tuple[int, GeneratedAnswer]]:
         """Yield (index of the text, answer) as answers end."""
-        self.shared, new = self.library.before(Text(self.texts[0].shared[:1], ()))
+        self.shared, new = self.prefixes.before(SplitText(self.texts[0].shared[:1], ()))
         if new:
             read(self.model, new)
         offset = sum(len(s.tokens) for s in self.shared)
         longest = max(map(len, self.texts)) - offset + self.ends.max_new_tokens
-        self.slots = Slots(self.rows, longest, self.shared)
+        self.slots = KVCache(self.rows, longest, self.shared)
         by_beginning = lambda i: (self.texts[i].shared, -len(self.texts[i]), i)  # noqa: E731
         waiting = deque(sorted(range(len(self.texts)), key=by_beginning))
-        while waiting or self.alive:
-            free = self.rows - len(self.alive)
-            if waiting and (not self.alive or free >= min(REFILL, self.rows)):
-                yield from self._begin(self._next(waiting, free))
+        while waiting or self.active:
+            free = self.rows - len(self.active)
+            if waiting and (not self.active or free >= min(REFILL, self.rows)):
+                yield from self._read_prompts(self._next_prompts(waiting, free))
             else:
-                yield from self._step()
+                yield from self._decode_step()
 
-    def _next(self, waiting: deque[int], free: int) -> list[int]:
-        """The prompts to read now: as many as have a slot and fit one row."""
-        chosen, size = [], 0
+    def _next_prompts(self, waiting: deque[int], free: int) -> list[int]:
+        """The next prompts to read: as many as there are free slots and as fit one row."""
+        chosen, row_tokens = [], 0
         while waiting and len(chosen) < free:
-            size += len(self.texts[waiting[0]])
-            if chosen and size > self.batch_tokens:
+            row_tokens += len(self.texts[waiting[0]])
+            if chosen and row_tokens > self.batch_tokens:
                 break
             chosen.append(waiting.popleft())
         return chosen
 
-    def _begin(self, indices: list[int]) -> Iterator[tuple[int, Generated]]:
+    def _read_prompts(self, indices: list[int]) -> Iterator[tuple[int, GeneratedAnswer]]:
         """Read prompts, give each a slot, and take their first tokens."""
-        segments, leaves = [], []
+        segments, suffixes = [], []
         for index in indices:
-            before, new = self.library.before(self.texts[index])
-            leaves.append(Segment(list(self.texts[index].rest), before, kept=True))
-            segments += [*new, leaves[-1]]
+            prefix, new = self.prefixes.before(self.texts[index])
+            suffixes.append(Segment(list(self.texts[index].rest), prefix, kept=True))
+            segments += [*new, suffixes[-1]]
         hidden = read(self.model, segments)
-        ends = torch.tensor([len(s.tokens) for s in segments]).cumsum(0) - 1
-        last = [int(end) for end, s in zip(ends, segments, strict=True) if s in set(leaves)]
-        first = len(self.alive)
-        for index, leaf in zip(indices, leaves, strict=True):
-            own = [*leaf.before[len(self.shared) :], leaf]
-            self.slots.fill(len(self.alive), own)
-            self.alive.append(Answer(index))
-        self.held = leaves  # what they continue may serve the next prompts
-        yield from self._take(first, logits_at(self.model, hidden[last]))
+        last_rows = torch.tensor([len(s.tokens) for s in segments]).cumsum(0) - 1
+        answer_rows = [
+            int(end) for end, s in zip(last_rows, segments, strict=True) if s in set(suffixes)
+        ]
+        first_slot = len(self.active)
+        for index, suffix in zip(indices, suffixes, strict=True):
+            own_segments = [*suffix.before[len(self.shared) :], suffix]
+            self.slots.fill(len(self.active), own_segments)
+            self.active.append(AnswerInProgress(index))
+        self.recent_segments = suffixes  # keeps their prefixes alive for the next prompts
+        yield from self._append_tokens(first_slot, logits_at(self.model, hidden[answer_rows]))
 
-    def _step(self) -> Iterator[tuple[int, Generated]]:
-        """One token for every answer."""
-        device, alive = self.model.device, len(self.alive)
-        blank = max(0, min(FEWEST_ROWS, self.rows) - alive)
-        tokens = [answer.tokens[-1] for answer in self.alive] + [0] * blank
-        positions = self.slots.step(alive, blank, device)
-        with use_sequence_ids(torch.arange(alive + blank, device=device)):
-            found = self.model.base_model(
+    def _decode_step(self) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Decode one token of every unfinished answer."""
+        device, alive = self.model.device, len(self.active)
+        padding = max(0, min(FEWEST_ROWS, self.rows) - alive)
+        tokens = [answer.tokens[-1] for answer in self.active] + [0] * padding
+        positions = self.slots.step(alive, padding, device)
+        with use_sequence_ids(torch.arange(alive + padding, device=device)):
+            output = self.model.base_model(
                 input_ids=torch.tensor([tokens], device=device),
                 position_ids=positions,
                 use_cache=False,
                 packed=self.slots,
             )
-        hidden = found.last_hidden_state[0, :alive]
-        yield from self._take(0, logits_at(self.model, hidden))
+        hidden = output.last_hidden_state[0, :alive]
+        yield from self._append_tokens(0, logits_at(self.model, hidden))
 
-    def _take(self, first: int, logits: Tensor) -> Iterator[tuple[int, Generated]]:
-        """Give each answer from a slot on its token; ended ones leave, the last take their slots.
+    def _append_tokens(
+        self, first_slot: int, logits: Tensor
+    ) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Append the likeliest token to each answer; yield those that end and free their slots.
+
+        The last slots move into the freed ones.
 
         Args:
             logits: (answers, vocabulary) of the answers in slot `first` and after.
         """
-        most, first_of_most = logits.max(-1)  # five times as fast as argmax on a CPU
-        tokens = first_of_most.tolist()
-        finite = (most.isfinite() & logits.amin(-1).isfinite()).tolist()
-        ended = []
-        for slot, token, is_finite in zip(count(first), tokens, finite, strict=False):
-            answer = self.alive[slot]
-            if reason := answer.take(token, is_finite, self.ends):
-                ended.append(slot)
-                yield answer.index, Generated(answer.tokens, reason)
-        for slot in reversed(ended):
-            last = len(self.alive) - 1
+        largest, largest_ids = logits.max(-1)  # five times as fast as argmax on a CPU
+        tokens = largest_ids.tolist()
+        finite = (largest.isfinite() & logits.amin(-1).isfinite()).tolist()
+        ended_slots = []
+        for slot, token, is_finite in zip(count(first_slot), tokens, finite, strict=False):
+            answer = self.active[slot]
+            if reason := answer.append_token(token, is_finite, self.ends):
+                ended_slots.append(slot)
+                yield answer.index, GeneratedAnswer(answer.tokens, reason)
+        for slot in reversed(ended_slots):
+            last = len(self.active) - 1
             if slot != last:
                 self.slots.move(last, slot)
-                self.alive[slot] = self.alive[last]
-            self.alive.pop()
+                self.active[slot] = self.active[last]
+            self.active.pop()

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from helpers.inference import single_sequence
-from helpers.inference.packed_attention import packed
-from helpers.inference.packed_rows import TRUNK, Segment, cut, logits_at, read, rows
+from helpers.inference.packed_attention import use_packed_attention
+from helpers.inference.packed_rows import TRUNK, Segment, logits_at, packed_batches, read, split_at
 from helpers.runtime.rotary_positions import reads_alone
 
 HEAD_ROWS = 128  # positions whose logits over the vocabulary are held at once
@@ -40,10 +40,10 @@ class OptionTokens:
             raise ValueError("an item needs a context and options of at least one token each")
 
 
-def branched(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
-    """What is left of the context, and the options as its branches.
+def option_segment(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
+    """The segment of an item: the rest of its context, then its options as branches.
 
-    An option's last token is predicted but never read.
+    The last token of an option is predicted but never read.
     """
     length = len(item.context)
     tokens = item.context[sum(len(s.tokens) for s in before) :]
@@ -56,15 +56,15 @@ def branched(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
     return Segment(tokens, before, branches, positions)
 
 
-def targets(item: OptionTokens, branches: list[int]) -> list[tuple[int, int, int]]:
-    """(place in the segment that predicts it, token, option) of every scored token."""
+def scored_tokens(item: OptionTokens, branches: list[int]) -> list[tuple[int, int, int]]:
+    """(predicting place in the segment, token, option index) of every scored token."""
     trunk = branches.count(TRUNK)
-    found, place = [], trunk
+    scored, branch_start = [], trunk
     for k, option in enumerate(item.options):
-        places = [trunk - 1, *range(place, place + len(option) - 1)]
-        found += [(at, token, k) for at, token in zip(places, option, strict=True)]
-        place += len(option) - 1
-    return found
+        predicting = [trunk - 1, *range(branch_start, branch_start + len(option) - 1)]
+        scored += [(place, token, k) for place, token in zip(predicting, option, strict=True)]
+        branch_start += len(option) - 1
+    return scored
 
 
 @torch.inference_mode()
@@ -78,45 +78,45 @@ def option_loglikelihoods(
         items: contexts and options as token ids.
         batch_tokens: the most tokens of one forward pass.
     """
-    apart = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
-    for index in apart:
-        yield index, [_alone(model, items[index].context, o) for o in items[index].options]
-    together = [i for i in range(len(items)) if i not in set(apart)]
-    packed_items = [items[i] for i in together]
-    for index, sums in _packed(model, packed_items, batch_tokens):
-        yield together[index], sums
+    alone = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
+    for index in alone:
+        yield index, [_logprob_alone(model, items[index].context, o) for o in items[index].options]
+    batched = [i for i in range(len(items)) if i not in set(alone)]
+    packed_items = [items[i] for i in batched]
+    for index, sums in _packed_logprobs(model, packed_items, batch_tokens):
+        yield batched[index], sums
 
 
-def _alone(model, context: list[int], option: list[int]) -> float:
-    """The option's summed log-probability by one pass over context and option."""
-    hidden, first = single_sequence.states(model, context + option), len(context) - 1
+def _logprob_alone(model, context: list[int], option: list[int]) -> float:
+    """The option's summed log-probability, from one pass over context and option."""
+    hidden, first = single_sequence.hidden_states(model, context + option), len(context) - 1
     places = list(range(first, first + len(option)))
     return sum(target_logprobs(model, hidden, places, option).tolist())
 
 
-def _packed(
+def _packed_logprobs(
     model, items: list[OptionTokens], batch_tokens: int
 ) -> Iterator[tuple[int, list[float]]]:
-    texts = [cut(item.context, item.cuts) for item in items]
-    make = lambda index, before: branched(items[index], before)  # noqa: E731
-    for indices, segments, leaves in rows(texts, make, row_tokens=batch_tokens):
-        with packed(model):
+    texts = [split_at(item.context, item.cuts) for item in items]
+    make_segment = lambda index, before: option_segment(items[index], before)  # noqa: E731
+    for indices, segments, suffixes in packed_batches(texts, make_segment, row_tokens=batch_tokens):
+        with use_packed_attention(model):
             hidden = read(model, segments)
-        starts = _starts(segments)
-        wanted = [
-            (starts[leaf] + at, token, (index, k))
-            for index, leaf in zip(indices, leaves, strict=True)
-            for at, token, k in targets(items[index], leaf.branches)
+        starts = _segment_starts(segments)
+        scored = [
+            (starts[suffix] + at, token, (index, k))
+            for index, suffix in zip(indices, suffixes, strict=True)
+            for at, token, k in scored_tokens(items[index], suffix.branches)
         ]
         sums = {(i, k): 0.0 for i in indices for k in range(len(items[i].options))}
-        logprobs = target_logprobs(model, hidden, [w[0] for w in wanted], [w[1] for w in wanted])
-        for (_, _, owner), value in zip(wanted, logprobs.tolist(), strict=True):
+        logprobs = target_logprobs(model, hidden, [w[0] for w in scored], [w[1] for w in scored])
+        for (_, _, owner), value in zip(scored, logprobs.tolist(), strict=True):
             sums[owner] += value
         for i in indices:
             yield i, [sums[i, k] for k in range(len(items[i].options))]
 
 
-def _starts(segments: list[Segment]) -> dict[Segment, int]:
+def _segment_starts(segments: list[Segment]) -> dict[Segment, int]:
     starts, end = {}, 0
     for segment in segments:
         starts[segment] = end
@@ -132,14 +132,16 @@ def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int])
         places: a row of `hidden` for every target; several may share one.
         tokens: the target tokens.
     """
-    used, inverse = torch.unique(torch.tensor(places), return_inverse=True)
+    distinct_places, inverse = torch.unique(torch.tensor(places), return_inverse=True)
     order = torch.argsort(inverse, stable=True)
-    targets = torch.tensor(tokens)
-    found = torch.empty(len(places), dtype=torch.float64)
-    for start in range(0, len(used), HEAD_ROWS):
-        chunk = used[start : start + HEAD_ROWS].to(hidden.device)
-        logprobs = logits_at(model, hidden[chunk]).log_softmax(-1)
-        here = order[(inverse[order] >= start) & (inverse[order] < start + HEAD_ROWS)]
-        rows, columns = (x.to(logprobs.device) for x in (inverse[here] - start, targets[here]))
-        found[here] = logprobs[rows, columns].cpu().double()
-    return found
+    token_ids = torch.tensor(tokens)
+    logprobs = torch.empty(len(places), dtype=torch.float64)
+    for start in range(0, len(distinct_places), HEAD_ROWS):
+        chunk = distinct_places[start : start + HEAD_ROWS].to(hidden.device)
+        chunk_logprobs = logits_at(model, hidden[chunk]).log_softmax(-1)
+        in_chunk = order[(inverse[order] >= start) & (inverse[order] < start + HEAD_ROWS)]
+        packed_batches, columns = (
+            x.to(chunk_logprobs.device) for x in (inverse[in_chunk] - start, token_ids[in_chunk])
+        )
+        logprobs[in_chunk] = chunk_logprobs[packed_batches, columns].cpu().double()
+    return logprobs

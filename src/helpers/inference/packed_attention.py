@@ -17,21 +17,21 @@ PACKED = "packed"
 def packed_attention(
     module, query: Tensor, key: Tensor, value: Tensor, attention_mask, scaling=None, **options
 ) -> tuple[Tensor, None]:
-    """softmax(q kᵀ · scaling) v over what each token may see.
+    """softmax(q kᵀ · scaling) v over the keys that each token may see.
 
     Args:
-        module: the attention layer; its `layer_idx` tells whose keys these are.
+        module: the attention layer; its `layer_idx` is the key of its cached keys and values.
         query: (1, heads, tokens, head_dim).
         key: (1, key_heads, tokens, head_dim); heads is a multiple of key_heads.
         value: as key.
-        options: `packed` says who sees whom; `sliding_window` how far back a layer looks.
+        options: `packed` computes the attention; `sliding_window` limits how far back it looks.
 
     Returns:
         (1, tokens, heads, head_dim), and None for the weights.
 
     Raises:
         NotImplementedError: the model caps its scores or has attention sinks.
-        TypeError: the model is called without saying what is packed.
+        TypeError: the model is called without `packed`.
     """
     if "packed" not in options:
         raise TypeError("a model that attends by packed rows is called through `packed_rows.read`")
@@ -45,8 +45,8 @@ def packed_attention(
 
 
 @contextmanager
-def packed(model) -> Iterator[None]:
-    """Inside, the model attends by packed rows."""
+def use_packed_attention(model) -> Iterator[None]:
+    """Inside, the model uses the attention of packed rows."""
     before = model.config._attn_implementation
     model.set_attn_implementation(PACKED)
     try:
@@ -56,7 +56,7 @@ def packed(model) -> Iterator[None]:
 
 
 def _no_mask(*_args, **_options) -> None:
-    """Segments know who sees whom; no mask over the whole row is made."""
+    """No mask over the whole row: each segment builds its own."""
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -23,14 +23,15 @@ TRUNK = 0
 
 @dataclass(eq=False)
 class Segment:
-    """Tokens read in one go, after the segments they continue.
+    """Consecutive tokens of one text, read in one pass after the segments they continue.
 
     Attributes:
         tokens: ids, at least one.
-        before: what is read before them, oldest first.
+        before: the segments they continue, oldest first.
         branches: TRUNK, or k for the k-th of several continuations that do not see each
             other; None if all is trunk.
         positions: of each token; None if they follow one another.
+        kept: whether later segments may continue this one, so that its memory stays.
         memory: layer to its keys and values, (1, key_heads, tokens, head_dim) each, if kept.
     """
 
@@ -48,7 +49,7 @@ class Segment:
             self.positions = list(range(self.start, self.start + len(self.tokens)))
 
     def allowed(self, window: int | None, device="cpu") -> Tensor | None:
-        """(tokens, before + tokens) bool: who may look at whom; None if plainly causal.
+        """(tokens, before + tokens) bool: which keys each token sees; None if plainly causal.
 
         Args:
             window: how many positions back a layer looks at most; None for all.
@@ -75,7 +76,7 @@ class Segment:
         return allowed
 
 
-class Row:
+class PackedBatch:
     """The segments of one forward pass, one after the other."""
 
     def __init__(self, segments: Sequence[Segment]):
@@ -86,7 +87,7 @@ class Row:
             end += len(segment.tokens)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, **how) -> Tensor:
-        """(1, heads, tokens, head_dim) attention of every segment to itself and what it continues.
+        """(1, heads, tokens, head_dim) attention of every segment to itself and its predecessors.
 
         Args:
             layer: index of the decoder's layer.
@@ -126,32 +127,32 @@ def read(model, segments: Sequence[Segment]) -> Tensor:
 
     Args:
         model: a causal language model of transformers, inside `attention.packed`.
-        segments: what they continue is among them, or was read before and kept.
+        segments: their predecessors are among them, or were read before and kept.
     """
-    row, device = Row(segments), model.device
+    row, device = PackedBatch(segments), model.device
     lengths = torch.tensor([len(s.tokens) for s in segments], device=device)
     owners = torch.arange(len(segments), device=device).repeat_interleave(lengths)
     tokens = torch.tensor([[t for s in segments for t in s.tokens]], device=device)
     positions = torch.tensor([[p for s in segments for p in s.positions]], device=device)
     with use_sequence_ids(owners):
-        found = model.base_model(
+        output = model.base_model(
             input_ids=tokens, position_ids=positions, use_cache=False, packed=row
         )
-    return found.last_hidden_state[0]
+    return output.last_hidden_state[0]
 
 
 @torch.inference_mode()
 def logits_at(model, hidden: Tensor) -> Tensor:
     """(rows, vocabulary) float32 logits of (rows, hidden), the same for any number of rows."""
-    rows = len(hidden)
-    if rows < FEWEST_ROWS:
-        hidden = torch.cat([hidden, hidden[-1:].expand(FEWEST_ROWS - rows, -1)])
-    return model.get_output_embeddings()(hidden)[:rows].float()
+    packed_batches = len(hidden)
+    if packed_batches < FEWEST_ROWS:
+        hidden = torch.cat([hidden, hidden[-1:].expand(FEWEST_ROWS - packed_batches, -1)])
+    return model.get_output_embeddings()(hidden)[:packed_batches].float()
 
 
 @dataclass(frozen=True)
-class Text:
-    """A text in pieces: what it may share with others, from its beginning, and the rest."""
+class SplitText:
+    """The token ids of a text in pieces: shareable prefixes, oldest first, and the rest."""
 
     shared: tuple[tuple[int, ...], ...]
     rest: tuple[int, ...]
@@ -160,60 +161,60 @@ class Text:
         return sum(map(len, self.shared)) + len(self.rest)
 
 
-def cut(tokens: list[int], cuts: Sequence[int]) -> Text:
-    """The text cut at token counts; the rest keeps a token at least, empty pieces go."""
-    edges = [0, *sorted({c for c in cuts if 0 < c < len(tokens)}), len(tokens)]
-    pieces = [tuple(tokens[a:b]) for a, b in pairwise(edges)]
-    return Text(tuple(pieces[:-1]), pieces[-1])
+def split_at(tokens: list[int], cuts: Sequence[int]) -> SplitText:
+    """The text split at token counts; the rest has at least one token, no piece is empty."""
+    bounds = [0, *sorted({c for c in cuts if 0 < c < len(tokens)}), len(tokens)]
+    pieces = [tuple(tokens[a:b]) for a, b in pairwise(bounds)]
+    return SplitText(tuple(pieces[:-1]), pieces[-1])
 
 
-class Library:
-    """Shared pieces as segments, each made once as long as somebody holds it."""
+class PrefixCache:
+    """Shared prefixes as segments, each read once while something references it."""
 
     def __init__(self):
         self._known: WeakValueDictionary = WeakValueDictionary()
 
-    def before(self, text: Text) -> tuple[tuple[Segment, ...], list[Segment]]:
-        """(the segments a text continues, those of them not known before)."""
-        chain: tuple[Segment, ...] = ()
-        new = []
+    def before(self, text: SplitText) -> tuple[tuple[Segment, ...], list[Segment]]:
+        """(all segments of a text's shared prefix, those of them that are new)."""
+        prefix: tuple[Segment, ...] = ()
+        new_segments = []
         for end in range(1, len(text.shared) + 1):
             key = text.shared[:end]
             segment = self._known.get(key)
             if segment is None:
-                segment = Segment(list(text.shared[end - 1]), before=chain, kept=True)
+                segment = Segment(list(text.shared[end - 1]), before=prefix, kept=True)
                 self._known[key] = segment
-                new.append(segment)
-            chain = (*chain, segment)
-        return chain, new
+                new_segments.append(segment)
+            prefix = (*prefix, segment)
+        return prefix, new_segments
 
 
-def rows(
-    texts: Sequence[Text], leaf, *, row_tokens: int
+def packed_batches(
+    texts: Sequence[SplitText], make_suffix, *, row_tokens: int
 ) -> Iterator[tuple[list[int], list[Segment], list[Segment]]]:
-    """Yield (indices of texts, segments to read, the leaf of each text), row after row.
+    """Yield (indices of texts, segments to read, the suffix of each text), batch after batch.
 
-    Texts with the same beginnings are neighbours. A row holds a text at least, and more
-    as long as their new tokens fit.
+    Texts that share a prefix are neighbours. A batch holds at least one text, and more
+    while their new tokens fit.
 
     Args:
-        leaf: (index, segments before) → the segment of the text's rest.
+        make_suffix: (index, prefix segments) → the segment of the text's rest.
         row_tokens: the most tokens of one row.
     """
-    library = Library()
+    prefixes = PrefixCache()
     order = sorted(range(len(texts)), key=lambda i: (texts[i].shared, -len(texts[i]), i))
     indices: list[int] = []
     segments: list[Segment] = []
-    leaves: list[Segment] = []
+    suffixes: list[Segment] = []
     for index in order:
-        chain, new = library.before(texts[index])
-        new = [*new, leaf(index, chain)]
-        size = sum(len(s.tokens) for s in [*segments, *new])
+        prefix, new_segments = prefixes.before(texts[index])
+        new_segments = [*new_segments, make_suffix(index, prefix)]
+        size = sum(len(s.tokens) for s in [*segments, *new_segments])
         if indices and size > row_tokens:
-            yield indices, segments, leaves
-            indices, segments, leaves = [], [], []
+            yield indices, segments, suffixes
+            indices, segments, suffixes = [], [], []
         indices.append(index)
-        segments += new
-        leaves.append(new[-1])
+        segments += new_segments
+        suffixes.append(new_segments[-1])
     if indices:
-        yield indices, segments, leaves
+        yield indices, segments, suffixes

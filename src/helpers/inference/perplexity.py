@@ -22,8 +22,8 @@ from helpers.core.file_writing import write_atomically
 from helpers.core.hashing import sha256_text
 from helpers.inference import single_sequence, vllm_protocols
 from helpers.inference.loglikelihood import HEAD_ROWS
-from helpers.inference.packed_attention import packed
-from helpers.inference.packed_rows import Segment, Text, logits_at, read, rows
+from helpers.inference.packed_attention import use_packed_attention
+from helpers.inference.packed_rows import Segment, SplitText, logits_at, packed_batches, read
 from helpers.runtime.linears import product
 from helpers.runtime.rotary_positions import check_context_length, reads_alone
 from helpers.sources.chat_conversations import beginning_tokens, plain_tokens
@@ -33,11 +33,11 @@ from helpers.study.study_run import Job
 
 
 @dataclass(frozen=True)
-class States:
-    """What a model has in mind at every token of the shared text, and the head that says it.
+class HiddenStates:
+    """Last hidden state at every token of the shared text, and the head that reads it.
 
     Attributes:
-        hidden: (tokens, hidden) last states, passage after passage, but each one's last token.
+        hidden: (tokens, hidden), passage after passage, without each passage's last token.
         head: (rows, hidden) → (rows, vocabulary) float32 logits.
     """
 
@@ -46,10 +46,10 @@ class States:
 
 
 def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
-    """One row a passage of what every variant reads; the baseline's states are kept.
+    """One row per passage of the shared text; the baseline's states are saved.
 
     Args:
-        job: the variant at hand; any but the baseline is held against the baseline's states.
+        job: names the variant; every variant is compared with the baseline's states.
         model: that variant, loaded.
 
     Raises:
@@ -58,11 +58,11 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
     if job.variant != job.study.baseline:
         baseline = job.paths.evaluation(job.model, job.study.baseline)
         check_checksums(baseline, made_by="03_evaluation")
-    wanted, passages = job.study.evaluation.shared_text, shared_passages(job.study)
-    tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.max_tokens)
+    settings, passages = job.study.evaluation.shared_text, shared_passages(job.study)
+    tokens = passage_tokens(tokenizer, passages, max_tokens=settings.max_tokens)
     check_context_length("shared text", list(map(len, tokens)), model.config)
     states = read_passages(model, tokens, batch_tokens=job.study.evaluation.batch.tokens)
-    first, reference = first_scored(tokenizer), None
+    first, reference = first_scored_token(tokenizer), None
     if job.variant == job.study.baseline:
         save_states(states_path(job), states)
     else:
@@ -72,67 +72,69 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
 
 
 def states_path(job: Job) -> Path:
-    """Where the baseline's states of the job's model are kept."""
+    """The file of the baseline's hidden states for the job's model."""
     return job.paths.evaluation(job.model, job.study.baseline) / "states.safetensors"
 
 
 def passage_tokens(tokenizer, passages: list[str], *, max_tokens: int) -> list[list[int]]:
-    """Token ids of each passage as the tokenizer begins a text, cut at `max_tokens`.
+    """Token ids of each passage with the tokenizer's start tokens, cut at `max_tokens`.
 
     Raises:
-        StudyError: a passage is too short to predict anything in.
+        StudyError: a passage has no token to predict.
     """
-    found = [plain_tokens(tokenizer, passage)[:max_tokens] for passage in passages]
-    if (shortest := min(map(len, found))) <= first_scored(tokenizer):
+    token_ids = [plain_tokens(tokenizer, passage)[:max_tokens] for passage in passages]
+    if (shortest := min(map(len, token_ids))) <= first_scored_token(tokenizer):
         raise StudyError(f"shared text: a passage has {shortest} tokens; give longer ones")
-    return found
+    return token_ids
 
 
-def first_scored(tokenizer) -> int:
-    """Place of the first token of a passage that is predicted: of the text, with one before it."""
+def first_scored_token(tokenizer) -> int:
+    """Index of a passage's first scored token: it belongs to the text and has a token before it."""
     return max(1, len(beginning_tokens(tokenizer)))
 
 
-def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> States:
-    """The model's states at every token that has a next one; each passage is read alone.
+def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> HiddenStates:
+    """The model's hidden states at every token that has a next one; passages do not mix.
 
     Args:
-        passages: token ids, two at least.
+        passages: token ids, at least two each.
         batch_tokens: the most tokens of one forward pass.
     """
     if vllm_protocols.is_served(model):
-        return States(vllm_protocols.passage_states(model, passages), model.head)
+        return HiddenStates(vllm_protocols.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
-    apart = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
-    together = [i for i in range(len(passages)) if i not in apart]
-    texts = [Text((), tuple(passages[i][:-1])) for i in together]
-    leaf = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
-    found: dict[int, Tensor] = {}
+    alone = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
+    batched = [i for i in range(len(passages)) if i not in alone]
+    texts = [SplitText((), tuple(passages[i][:-1])) for i in batched]
+    make_suffix = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731
+    hidden_by_passage: dict[int, Tensor] = {}
     with Bar(total=len(passages), desc="shared text", unit="passage") as bar:
-        for index in apart:
-            found[index] = single_sequence.states(model, passages[index])[:-1]
+        for index in alone:
+            hidden_by_passage[index] = single_sequence.hidden_states(model, passages[index])[:-1]
             bar.update()
-        with packed(model):
-            for indices, segments, _ in rows(texts, leaf, row_tokens=batch_tokens):
+        with use_packed_attention(model):
+            for indices, segments, _ in packed_batches(texts, make_suffix, row_tokens=batch_tokens):
                 hidden = read(model, segments).split([len(s.tokens) for s in segments])
-                found |= {together[i]: h for i, h in zip(indices, hidden, strict=True)}
+                hidden_by_passage |= {batched[i]: h for i, h in zip(indices, hidden, strict=True)}
                 bar.update(len(indices))
-    return States(torch.cat([found[i] for i in range(len(passages))]), partial(logits_at, model))
+    return HiddenStates(
+        torch.cat([hidden_by_passage[i] for i in range(len(passages))]), partial(logits_at, model)
+    )
 
 
-def save_states(path: Path, states: States) -> None:
-    """Keep a model's states, for the variants that are held against it."""
+def save_states(path: Path, states: HiddenStates) -> None:
+    """Write a model's hidden states, for the variants that are compared with it."""
     write_atomically(path, lambda p: save_file({"hidden": states.hidden.contiguous().cpu()}, p))
 
 
-def load_states(path: Path, source: Path, like) -> States:
+def load_states(path: Path, source: Path, like) -> HiddenStates:
     """The float model's states with the head of its own files.
 
     Args:
         path: what `save_states` wrote.
         source: the float model's folder.
-        like: the model that is held against them, for its device.
+        like: the model to compare with; its device is used.
 
     Raises:
         StudyError: the states are not there.
@@ -141,72 +143,74 @@ def load_states(path: Path, source: Path, like) -> States:
         raise StudyError(f"{path.name} of the baseline is missing; run 03_evaluation for it first")
     hidden = load_file(path)["hidden"].to(like.device)
     head = load_head(source, dtype=hidden.dtype, device=like.device)
-    return States(hidden, lambda x: product(x, head).float())
+    return HiddenStates(hidden, lambda x: product(x, head).float())
 
 
 @torch.inference_mode()
 def passage_rows(
     passages: list[str],
     tokens: list[list[int]],
-    states: States,
-    reference: States | None,
+    states: HiddenStates,
+    reference: HiddenStates | None,
     *,
     first: int = 1,
 ) -> list[dict]:
     """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements.
 
-    A sum that is not finite is None, as JSON has no other word for it.
+    A sum that is not finite becomes None, since JSON has no NaN.
 
     Args:
         passages: the texts, for their ids.
         tokens: their token ids.
         states: the variant's.
         reference: the float model's; None if the variant is that model itself.
-        first: place of the first token of each passage that is scored.
+        first: index of the first scored token of each passage.
     """
     targets = torch.tensor([t for passage in tokens for t in passage[first:]])
-    places = _places(tokens, first)
-    nll, kl, same = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
+    places = _predicting_rows(tokens, first)
+    nll, kl, top1_agreements = (torch.zeros(len(targets), dtype=torch.float64) for _ in range(3))
     starts = range(0, len(targets), HEAD_ROWS)
     for start in Bar(starts, desc="comparing distributions", unit="part"):
         chunk = slice(start, start + HEAD_ROWS)
         at = places[chunk].to(states.hidden.device)
         logprobs = log_softmax(states.head(states.hidden[at]))  # (chunk, vocabulary)
-        wanted = targets[chunk, None].to(logprobs.device)
-        nll[chunk] = -logprobs.gather(1, wanted)[:, 0].double().cpu()
-        same[chunk] = 1
+        chunk_targets = targets[chunk, None].to(logprobs.device)
+        nll[chunk] = -logprobs.gather(1, chunk_targets)[:, 0].double().cpu()
+        top1_agreements[chunk] = 1
         if reference is not None:
-            expected = log_softmax(reference.head(reference.hidden[at]))
-            terms = expected.exp() * (expected - logprobs)
+            reference_logprobs = log_softmax(reference.head(reference.hidden[at]))
+            terms = reference_logprobs.exp() * (reference_logprobs - logprobs)
             kl[chunk] = terms.sum(-1, dtype=torch.float64).cpu()
-            same[chunk] = (expected.max(-1).indices == logprobs.max(-1).indices).double().cpu()
-    found, lengths = [], [len(passage) - first for passage in tokens]
-    sums = zip(*(x.split(lengths) for x in (nll, kl, same)), strict=True)
-    for passage, length, (n, k, s) in zip(passages, lengths, sums, strict=True):
+            top1_agreements[chunk] = (
+                (reference_logprobs.max(-1).indices == logprobs.max(-1).indices).double().cpu()
+            )
+    rows, lengths = [], [len(passage) - first for passage in tokens]
+    sums = zip(*(x.split(lengths) for x in (nll, kl, top1_agreements)), strict=True)
+    for passage, length, (nlls, kls, agreements) in zip(passages, lengths, sums, strict=True):
         row = {"id": sha256_text(passage)[:16], "tokens": length}
-        row |= {"nll": _finite(n.sum().item()), "kl": _finite(k.sum().item())}
-        found.append(row | {"top1_agreements": int(s.sum().item())})
-    return found
+        row |= {"nll": _finite(nlls.sum().item()), "kl": _finite(kls.sum().item())}
+        rows.append(row | {"top1_agreements": int(agreements.sum().item())})
+    return rows
 
 
 def log_softmax(logits: Tensor) -> Tensor:
     """(rows, vocabulary) float32 log-probabilities, normalized by a sum in float64.
 
-    Over 49,152 tokens torch's own, summed in float32, is off to one side by 1e-5 nats, and by
-    more the flatter a distribution is: a large KL is not known to its digits (NOTES.md).
+    torch sums in float32. Over 49,152 tokens that biases each log-probability by 1e-5 nats,
+    and by more the flatter the distribution is, which shows in a large KL (NOTES.md).
     """
-    most = logits.amax(-1, keepdim=True)
-    total = (logits - most).exp().sum(-1, keepdim=True, dtype=torch.float64)
-    return logits - (most + total.log()).float()
+    largest = logits.amax(-1, keepdim=True)
+    total = (logits - largest).exp().sum(-1, keepdim=True, dtype=torch.float64)
+    return logits - (largest + total.log()).float()
 
 
-def _places(tokens: list[list[int]], first: int) -> Tensor:
-    """(scored tokens,) rows of the states that predict them."""
-    found, start = [], 0
+def _predicting_rows(tokens: list[list[int]], first: int) -> Tensor:
+    """(scored tokens,) the row of the hidden states that predicts each."""
+    rows, start = [], 0
     for passage in tokens:
-        found += range(start + first - 1, start + len(passage) - 1)
+        rows += range(start + first - 1, start + len(passage) - 1)
         start += len(passage) - 1
-    return torch.tensor(found)
+    return torch.tensor(rows)
 
 
 def _finite(value: float) -> float | None:

@@ -13,18 +13,18 @@ from helpers.runtime.rotary_positions import changes_at, reset_dynamic_rope_
 
 
 @torch.inference_mode()
-def states(model, tokens: list[int]) -> Tensor:
+def hidden_states(model, tokens: list[int]) -> Tensor:
     """(tokens, hidden) of one text after the last layer, before the head."""
     reset_dynamic_rope_(model)
     ids = torch.tensor([tokens], device=model.device)
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
 
 
-class Continued:
-    """One text that grows by a token at a time.
+class CachedSequence:
+    """One text that grows token by token, with its KV cache.
 
-    Keys and values are kept as long as they are at the positions they would have in the
-    longer text, and computed anew where they are not.
+    Cached keys and values are used while their positions are those of the longer text, and
+    computed again when the model changes the positions.
     """
 
     def __init__(self, model):
@@ -32,16 +32,16 @@ class Continued:
 
     @torch.inference_mode()
     def last_state(self, tokens: list[int]) -> Tensor:
-        """(1, hidden) at the text's last token."""
+        """(1, hidden) state of the text's last token."""
         if self._memory is None or changes_at(self.model.config, len(tokens)):
             self._memory = DynamicCache(config=self.model.config)
-        known = self._memory.get_seq_length()
+        cached_tokens = self._memory.get_seq_length()
         reset_dynamic_rope_(self.model)
         device = self.model.device
-        read = self.model.base_model(
-            input_ids=torch.tensor([tokens[known:]], device=device),
-            position_ids=torch.arange(known, len(tokens), device=device)[None],
+        output = self.model.base_model(
+            input_ids=torch.tensor([tokens[cached_tokens:]], device=device),
+            position_ids=torch.arange(cached_tokens, len(tokens), device=device)[None],
             past_key_values=self._memory,
             use_cache=True,
         )
-        return read.last_hidden_state[0, -1:]
+        return output.last_hidden_state[0, -1:]

@@ -35,19 +35,19 @@ NOT_THERE = "vLLM is not set up; run make .venv-vllm/.study-ready"
 
 
 class VllmModel:
-    """One checkpoint, served; the process ends with this one, or when closed.
+    """One checkpoint on a vLLM process, which ends with this process or on `close`.
 
     Args:
         folder: a checkpoint, or a float model.
         runtime: its dtype, and its threads.
-        seed: vLLM wants one; greedy answers do not depend on it.
+        seed: vLLM requires one; greedy answers do not depend on it.
 
     Raises:
         StudyError: vLLM is not set up, or does not take this checkpoint.
 
     Attributes:
-        config: the checkpoint's, its longest prompt cut to what is served.
-        generation_config: the checkpoint's own list of tokens that end an answer.
+        config: the checkpoint's, its context length limited to what vLLM serves.
+        generation_config: the checkpoint's, with its list of tokens that end an answer.
     """
 
     device = torch.device("cpu")  # where its answers are
@@ -72,15 +72,15 @@ class VllmModel:
             env=_environment(runtime.threads),
             preexec_fn=die_with_parent,
         )
-        self._answer()
+        self._response()
 
     def versions(self) -> dict[str, str]:
-        """Of vLLM and of the torch it runs on."""
-        return self._ask("versions")
+        """Versions of vLLM and of its torch."""
+        return self._request("versions")
 
     def kernels(self) -> dict[str, str]:
-        """What computes each Linear, by vLLM's name of it."""
-        return self._ask("kernels")["kernels"]
+        """The kernel of each Linear, by vLLM's name of the Linear."""
+        return self._request("kernels")["kernels"]
 
     def score(self, rows: list[tuple[list[int], list[int]]]) -> list[float]:
         """Summed log-probability of each continuation; NaN where one is not finite.
@@ -88,30 +88,30 @@ class VllmModel:
         Args:
             rows: (context, continuation) as token ids.
         """
-        sums = self._ask("score", rows=rows)["sums"]
+        sums = self._request("score", rows=rows)["sums"]
         return [float("nan") if value is None else value for value in sums]
 
     def generate(
         self, prompts: list[list[int]], *, max_new_tokens: int, stop_tokens: set[int]
     ) -> list[tuple[list[int], str]]:
         """(tokens, finish reason) of every prompt's greedy answer."""
-        how = {"max_new_tokens": max_new_tokens, "stop_tokens": sorted(stop_tokens)}
-        found = self._ask("generate", prompts=prompts, **how)["answers"]
-        return [(answer["tokens"], answer["finish_reason"]) for answer in found]
+        limits = {"max_new_tokens": max_new_tokens, "stop_tokens": sorted(stop_tokens)}
+        answers = self._request("generate", prompts=prompts, **limits)["answers"]
+        return [(answer["tokens"], answer["finish_reason"]) for answer in answers]
 
     def states(self, tokens: list[int]) -> Tensor:
-        """(tokens, hidden) float32 last states of a text, as the head gets them."""
-        self._ask("states", tokens=tokens, to=self._file("states"))
+        """(tokens, hidden) float32 last hidden states of a text, as the head reads them."""
+        self._request("states", tokens=tokens, to=self._file("states"))
         return self._array("states")
 
     def head(self, hidden: Tensor) -> Tensor:
-        """(rows, vocabulary) float32 logits of states, by the checkpoint's own head."""
+        """(rows, vocabulary) float32 logits of hidden states, by the checkpoint's own head."""
         return product(hidden, self._head)
 
     def linear(self, name: str, inputs: Tensor) -> Tensor:
-        """What one of vLLM's Linears makes of inputs, (rows, in_features)."""
+        """(rows, out_features) output of one of vLLM's Linears for (rows, in_features) inputs."""
         np.save(self._file("inputs"), inputs.numpy(), allow_pickle=False)
-        self._ask("linear", name=name, inputs=self._file("inputs"), to=self._file("outputs"))
+        self._request("linear", name=name, inputs=self._file("inputs"), to=self._file("outputs"))
         return self._array("outputs")
 
     def close(self) -> None:
@@ -129,25 +129,25 @@ class VllmModel:
     def _array(self, name: str) -> Tensor:
         return torch.from_numpy(np.load(self._file(name), allow_pickle=False))
 
-    def _ask(self, what: str, **named) -> Any:
-        with contextlib.suppress(BrokenPipeError):  # it has ended; the answer says why
-            self._process.stdin.write(json.dumps({"ask": what, **named}) + "\n")
+    def _request(self, operation: str, **arguments) -> Any:
+        with contextlib.suppress(BrokenPipeError):  # the process ended; `_response` reports why
+            self._process.stdin.write(json.dumps({"ask": operation, **arguments}) + "\n")
             self._process.stdin.flush()
-        return self._answer()
+        return self._response()
 
-    def _answer(self) -> Any:
+    def _response(self) -> Any:
         line = self._process.stdout.readline()
         if line:
             return json.loads(line)
         code = self._process.wait()
         self._log.seek(0)
-        last = [text.strip() for text in deque(self._log, LINES_KEPT) if "Error" in text]
-        why = last[-1] if last else "it left no message"
-        raise StudyError(f"vLLM ended with code {code}: {why}; make serve-check says more")
+        errors = [text.strip() for text in deque(self._log, LINES_KEPT) if "Error" in text]
+        reason = errors[-1] if errors else "it left no message"
+        raise StudyError(f"vLLM ended with code {code}: {reason}; make serve-check says more")
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Of this process's, without what would lead vLLM to this environment's packages."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    sized = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB)}
-    return kept | sized
+    """This process's environment without the variables that select its Python packages."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    limits = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB)}
+    return inherited | limits

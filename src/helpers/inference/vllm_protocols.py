@@ -9,18 +9,18 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from helpers.inference.generation import Generated
+from helpers.inference.generation import GeneratedAnswer
 from helpers.inference.loglikelihood import OptionTokens
 from helpers.runtime.batching import token_budget_batches
 
 
 def is_served(model) -> bool:
-    """Whether a model can only be asked, and has no modules of its own here."""
+    """Whether another engine runs the model, so that it has no torch modules here."""
     return not isinstance(model, torch.nn.Module)
 
 
-def packages(model) -> dict[str, str]:
-    """Versions of the engine that runs a served model, for records; none of a model of torch."""
+def engine_packages(model) -> dict[str, str]:
+    """Package versions of the engine of a served model, for records; empty for a torch model."""
     if not is_served(model):
         return {}
     return {f"{name} (serving)": version for name, version in model.versions().items()}
@@ -46,24 +46,26 @@ def generate_greedy(
     stop_tokens: set[int],
     batch_tokens: int,
     complete: Callable[[list[int]], bool] | None = None,
-    **_its_own_affair,
-) -> Iterator[tuple[int, Generated]]:
-    """Yield (prompt index, answer); an answer that was complete before its end is cut there."""
+    **_batch_options,
+) -> Iterator[tuple[int, GeneratedAnswer]]:
+    """Yield (prompt index, answer); an answer is cut where it was first complete."""
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
-        asked = [prompts[i] for i in batch]
-        found = model.generate(asked, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-        for i, (tokens, reason) in zip(batch, found, strict=True):
-            yield i, _cut(tokens, reason, complete)
+        batch_prompts = [prompts[i] for i in batch]
+        answers = model.generate(
+            batch_prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
+        )
+        for i, (tokens, reason) in zip(batch, answers, strict=True):
+            yield i, _cut_at_complete(tokens, reason, complete)
 
 
-def _cut(tokens: list[int], reason: str, complete) -> Generated:
+def _cut_at_complete(tokens: list[int], reason: str, complete) -> GeneratedAnswer:
     for end in range(1, len(tokens) + 1) if complete else ():
         if complete(tokens[:end]):
-            return Generated(tokens[:end], "answer")
-    return Generated(tokens, reason)
+            return GeneratedAnswer(tokens[:end], "answer")
+    return GeneratedAnswer(tokens, reason)
 
 
 def passage_states(model, passages: list[list[int]]) -> torch.Tensor:
-    """(tokens, hidden) last states, passage after passage, but each one's last token."""
+    """(tokens, hidden) last states, passage after passage, without each passage's last token."""
     return torch.cat([model.states(tokens[:-1]) for tokens in passages])

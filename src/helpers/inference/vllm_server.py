@@ -22,7 +22,7 @@ os.environ |= {
 
 
 class Server:
-    """The engine and what can be asked of it."""
+    """The engine and the operations it offers."""
 
     def __init__(self, folder: str, *, dtype: str, max_tokens: int, seed: int):
         from vllm import LLM
@@ -39,20 +39,20 @@ class Server:
         self.model = self.llm.apply_model(lambda model: model)[0]
 
     def versions(self) -> dict:
-        """Of what answers."""
+        """Versions of vLLM and torch."""
         import torch
         import vllm
 
         return {"vllm": vllm.__version__, "torch": torch.__version__}
 
     def kernels(self) -> dict:
-        """What computes each Linear: the name of the kernel, or of the method without one."""
-        found = {}
+        """The kernel of each Linear, or its quantization method if it has no kernel."""
+        kernels = {}
         for name, module in self.model.named_modules():
             if method := getattr(module, "quant_method", None):
                 kernel = getattr(getattr(module, "scheme", None), "kernel", None)
-                found[name] = type(kernel or method).__name__
-        return {"kernels": found}
+                kernels[name] = type(kernel or method).__name__
+        return {"kernels": kernels}
 
     def score(self, rows: list) -> dict:
         """Summed log-probability of each continuation after its context.
@@ -60,23 +60,25 @@ class Server:
         Args:
             rows: (context, continuation) as token ids.
         """
-        asked = [context + option for context, option in rows]
-        done = self._generate(asked, max_tokens=1, prompt_logprobs=0)
+        texts = [context + option for context, option in rows]
+        outputs = self._generate(texts, max_tokens=1, prompt_logprobs=0)
         sums = []
-        for (context, option), answer in zip(rows, done, strict=True):
-            told = answer.prompt_logprobs[len(context) :]
-            values = [place[t].logprob for t, place in zip(option, told, strict=True)]
+        for (context, option), answer in zip(rows, outputs, strict=True):
+            predicted = answer.prompt_logprobs[len(context) :]
+            values = [place[t].logprob for t, place in zip(option, predicted, strict=True)]
             sums.append(math.fsum(values) if all(map(math.isfinite, values)) else None)
         return {"sums": sums}
 
     def generate(self, prompts: list, max_new_tokens: int, stop_tokens: list) -> dict:
-        """Greedy answers, each with why it ended; the token that ended it is left out."""
+        """Greedy answers with their finish reasons, without the token that ended them."""
         stops = {"stop_token_ids": stop_tokens, "max_tokens": max_new_tokens, "logprobs": 0}
         answers = []
-        for done in self._generate(prompts, **stops):
-            found, tokens = done.outputs[0], list(done.outputs[0].token_ids)
-            values = [place[t].logprob for t, place in zip(tokens, found.logprobs, strict=True)]
-            reason = "stop" if found.finish_reason == "stop" else "length"
+        for output in self._generate(prompts, **stops):
+            completion, tokens = output.outputs[0], list(output.outputs[0].token_ids)
+            values = [
+                place[t].logprob for t, place in zip(tokens, completion.logprobs, strict=True)
+            ]
+            reason = "stop" if completion.finish_reason == "stop" else "length"
             if tokens and tokens[-1] in stop_tokens:
                 tokens, reason = tokens[:-1], "stop"
             if not all(map(math.isfinite, values)):
@@ -85,42 +87,42 @@ class Server:
         return {"answers": answers}
 
     def states(self, tokens: list, to: str) -> dict:
-        """(tokens, hidden) last states, as the head gets them, into a file."""
+        """Write (tokens, hidden) last states, as the head reads them, to a file."""
         import numpy
 
-        kept, compute = [], self.model.compute_logits
+        captured, compute = [], self.model.compute_logits
 
-        def keeping(hidden, *rest, **named):
-            kept.append(hidden.float().numpy())
-            return compute(hidden, *rest, **named)
+        def capture(hidden, *rest, **keywords):
+            captured.append(hidden.float().numpy())
+            return compute(hidden, *rest, **keywords)
 
-        self.model.compute_logits = keeping
+        self.model.compute_logits = capture
         try:  # the logits of all tokens but the last are asked for with the prompt's
             self._generate([[*tokens, 0]], max_tokens=1, prompt_logprobs=0)
         finally:
             del self.model.compute_logits  # the class's own again
-        found = [states for states in kept if len(states) == len(tokens)]
-        numpy.save(to, found[-1], allow_pickle=False)
-        return {"rows": len(found[-1])}
+        matching = [states for states in captured if len(states) == len(tokens)]
+        numpy.save(to, matching[-1], allow_pickle=False)
+        return {"rows": len(matching[-1])}
 
     def linear(self, name: str, inputs: str, to: str) -> dict:
-        """What one Linear makes of given inputs, (rows, in_features) to (rows, out_features)."""
+        """Write the output of one Linear: (rows, in_features) to (rows, out_features)."""
         import numpy
         import torch
 
         module = self.model.get_submodule(name)
         with torch.inference_mode():
-            made = module(torch.from_numpy(numpy.load(inputs, allow_pickle=False)))
-        made = made[0] if isinstance(made, tuple) else made
-        numpy.save(to, made.float().numpy(), allow_pickle=False)
-        return {"columns": made.shape[-1]}
+            output = module(torch.from_numpy(numpy.load(inputs, allow_pickle=False)))
+        output = output[0] if isinstance(output, tuple) else output
+        numpy.save(to, output.float().numpy(), allow_pickle=False)
+        return {"columns": output.shape[-1]}
 
     def _generate(self, prompts: list, **options):
         from vllm import SamplingParams
 
-        asked = [{"prompt_token_ids": tokens} for tokens in prompts]
-        how = SamplingParams(temperature=0.0, detokenize=False, **options)
-        return self.llm.generate(asked, how, use_tqdm=False)
+        token_prompts = [{"prompt_token_ids": tokens} for tokens in prompts]
+        sampling = SamplingParams(temperature=0.0, detokenize=False, **options)
+        return self.llm.generate(token_prompts, sampling, use_tqdm=False)
 
 
 def main() -> None:
@@ -130,14 +132,16 @@ def main() -> None:
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--max-tokens", type=int, required=True)
     parser.add_argument("--seed", type=int, required=True)
-    given = parser.parse_args()
+    options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
-    server = Server(given.folder, dtype=given.dtype, max_tokens=given.max_tokens, seed=given.seed)
+    server = Server(
+        options.folder, dtype=options.dtype, max_tokens=options.max_tokens, seed=options.seed
+    )
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        print(json.dumps(getattr(server, asked.pop("ask"))(**asked)), file=answers, flush=True)
+        request = json.loads(line)
+        print(json.dumps(getattr(server, request.pop("ask"))(**request)), file=answers, flush=True)
 
 
 if __name__ == "__main__":

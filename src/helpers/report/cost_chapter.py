@@ -3,7 +3,7 @@
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from helpers.cost.results import QUIET, TOLERANCE, Cost, Way
+from helpers.cost.results import QUIET, TOLERANCE, ConfigurationResult, Cost
 from helpers.report import cost_figures, cost_tables
 from helpers.report.markdown import code, count, escape, listed, markdown_table, percent
 from helpers.report.results import Results
@@ -39,7 +39,7 @@ def measured(cost: Cost, variants: list[str]) -> Shown:
     Args:
         variants: all that the study compares with its baseline.
     """
-    model = code(cost.account["model"])
+    model = code(cost.measurements["model"])
     return [
         Markdown(f"### Model {model}\n\n{arithmetic(cost)}{gains(cost)}\n\n{how(cost)}\n"),
         Markdown(markdown_table(cost_tables.relative(cost))),
@@ -51,7 +51,7 @@ def measured(cost: Cost, variants: list[str]) -> Shown:
 
 def arithmetic(cost: Cost) -> str:
     """How processor or card multiplies int8 and bfloat16; nothing where that is not on record."""
-    record = cost.account.get("arithmetic")
+    record = cost.measurements.get("arithmetic")
     if not record:
         return ""
     int8 = f"int8 products are computed as {record['int8_products']}, exactly"
@@ -72,13 +72,13 @@ def gains(cost: Cost) -> str:
     """One line a variant: bytes and tokens a second, against the baseline in both floats."""
     told = [_gain(cost, way) for way in cost.others]
     told += [
-        f"{code(v)} {why}; it was not measured." for v, why in cost.account["left_out"].items()
+        f"{code(v)} {why}; it was not measured." for v, why in cost.measurements["left_out"].items()
     ]
     return "\n".join(f"- {line}" for line in told) or "This study has no variant but the baseline."
 
 
-def _gain(cost: Cost, way: Way) -> str:
-    reference, baseline = cost.reference, code(cost.account["baseline"])
+def _gain(cost: Cost, way: ConfigurationResult) -> str:
+    reference, baseline = cost.reference, code(cost.measurements["baseline"])
     kind = way.multiplies_in
     size = f"{percent(way.file_bytes / reference.file_bytes)} of {baseline}'s bytes on disk"
     held = f"its Linears {percent(way.linear_bytes / reference.linear_bytes)} of float32's memory"
@@ -87,7 +87,7 @@ def _gain(cost: Cost, way: Way) -> str:
     return f"{code(way.variant)} ({kind}) takes {size} and {held}; it {reads}, and {writes}."
 
 
-def _speed(cost: Cost, way: Way, quantity: str, verb: str) -> str:
+def _speed(cost: Cost, way: ConfigurationResult, quantity: str, verb: str) -> str:
     """`reads 645 tokens a second, 1.62 times as many as float32 and 1.05 times … bfloat16`."""
     told = [f"{verb} {cost_tables.whole(cost.measured(way, quantity).value)} tokens a second"]
     for rival, name in ((cost.reference, "float32"), (cost.bfloat16, "bfloat16")):
@@ -103,7 +103,7 @@ def _speed(cost: Cost, way: Way, quantity: str, verb: str) -> str:
 
 def claim(cost: Cost) -> str:
     """The figure's title: how the int8 variants stand to float32, the slowest and the fastest."""
-    model = cost.account["model"]
+    model = cost.measurements["model"]
     int8 = [way for way in cost.others if "int8" in way.multiplies_in]
     if not int8:
         return f"{model}: tokens a second; nothing here multiplies in int8"
@@ -122,9 +122,9 @@ def _range(ordered: list[float]) -> str:
 
 def how(cost: Cost) -> str:
     """What was read and written, in which order, on what."""
-    told, work = cost.account, cost.account["work"]
-    rounds = len(cost.reference.told["load_s"])
-    odd = listed([cost_tables.way_name(cost, way) for way in cost.unquiet()])
+    told, work = cost.measurements, cost.measurements["work"]
+    rounds = len(cost.reference.entry["load_s"])
+    odd = listed([cost_tables.way_name(cost, way) for way in cost.noisy()])
     warned = f" **The machine was not quiet**: rounds of {odd} lie more than {QUIET}× apart."
     return (
         f"Reading is a row of {work['prefill_tokens']:,} tokens in "
@@ -147,10 +147,10 @@ def limit(cost: Cost) -> str:
         "scales its output. The bars in the figure are the reading speed if Linears ran at that "
         "limit and all else took no time."
     ]
-    lacking = [k for k, values in cost.account["peaks"].items() if None in values]
+    lacking = [k for k, values in cost.measurements["peaks"].items() if None in values]
     if lacking:
         told.append(f"This device has no product in {listed(lacking)}.")
-    odd = [w for w in cost.ways if (cost.of_peak(w) or 0) > TOLERANCE]
+    odd = [w for w in cost.configurations if (cost.peak_fraction(w) or 0) > TOLERANCE]
     if odd:
         names = listed([cost_tables.way_name(cost, w) for w in odd])
         told.append(

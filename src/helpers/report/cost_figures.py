@@ -2,7 +2,7 @@
 
 from matplotlib.figure import Figure
 
-from helpers.cost.results import Cost, Way
+from helpers.cost.results import ConfigurationResult, Cost
 from helpers.report.figures import INK, QUIET, in_house_style, new_figure
 from helpers.report.figures_comparison import variant_looks
 
@@ -16,7 +16,7 @@ def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
     The bar beside a point is the reading speed if the Linears ran at the speed of the bare
     matrix product and all else took no time.
     """
-    ways = cost.ways
+    ways = cost.configurations
     figure, panels = new_figure(8.4, 1.5 + 0.36 * len(ways), ncols=2, sharey=True)
     looks = _looks(cost, variants)
     for axes, (quantity, label) in zip(panels, PANELS.items(), strict=True):
@@ -27,7 +27,7 @@ def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
         axes.set_xlabel(label)
         axes.axvline(cost.measured(cost.reference, quantity).value, color=QUIET, linewidth=0.8)
     for place, way in enumerate(ways):
-        if limit := cost.fastest_reading(way):
+        if limit := cost.prefill_limit(way):
             color = looks[way.name][0]
             panels[0].vlines(limit, place - 0.32, place + 0.32, color=color, linewidth=2)
     for axes in panels:
@@ -39,8 +39,8 @@ def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
     return figure
 
 
-def _label(cost: Cost, way: Way) -> str:
-    return way.name if way.variant == cost.account["baseline"] else way.variant
+def _label(cost: Cost, way: ConfigurationResult) -> str:
+    return way.name if way.variant == cost.measurements["baseline"] else way.variant
 
 
 def _looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str, str]]:

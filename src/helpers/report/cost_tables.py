@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 
-from helpers.cost.results import Cost, Spread, Way
+from helpers.cost.results import ConfigurationResult, Cost, Spread
 from helpers.report.markdown import MISSING, Markup, Rows, code, megabytes, number, percent
 
 
-def way_name(cost: Cost, way: Way) -> Markup:
+def way_name(cost: Cost, way: ConfigurationResult) -> Markup:
     """The variant; of the baseline, which runs in two, the dtype too."""
-    dtype = f" {way.told['dtype']}" if way.variant == cost.account["baseline"] else ""
+    dtype = f" {way.entry['dtype']}" if way.variant == cost.measurements["baseline"] else ""
     return Markup(f"{code(way.variant)}{dtype}")
 
 
@@ -26,7 +26,7 @@ def relative(cost: Cost) -> Rows:
     """Every way against the baseline in float32: bytes, load time, memory, speed."""
     reference = cost.reference
 
-    def ratio(way: Way, quantity: str) -> Markup:
+    def ratio(way: ConfigurationResult, quantity: str) -> Markup:
         if way.name == reference.name:
             return Markup(times(1))
         return with_rounds(cost.ratio(way, quantity, reference), times)
@@ -42,18 +42,18 @@ def relative(cost: Cost) -> Rows:
             "peak memory": ratio(way, "memory"),
             "load time": ratio(way, "load"),
         }
-        for way in cost.ways
+        for way in cost.configurations
     ]
 
 
 def absolute(cost: Cost) -> Rows:
     """The same in tokens a second, megabytes and seconds; the file part by part."""
     rows = []
-    for way in cost.ways:
+    for way in cost.configurations:
         row = {"variant": way_name(cost, way)}
         row["reading [tokens/s]"] = with_rounds(cost.measured(way, "prefill"), whole)
         row["writing [tokens/s]"] = with_rounds(cost.measured(way, "decode"), whole)
-        parts = way.told["file_bytes"].items()
+        parts = way.entry["file_bytes"].items()
         row |= {f"{part}, file": megabytes(size) for part, size in parts}
         row["Linears in memory"] = megabytes(way.linear_bytes)
         row["peak memory [MB]"] = with_rounds(cost.measured(way, "memory"), millions)
@@ -77,14 +77,14 @@ def billions(operations: float) -> str:
 def near_the_limit(cost: Cost) -> Rows:
     """How much of the machine's matrix product the Linears use while reading."""
     rows = []
-    for way in cost.ways:
+    for way in cost.configurations:
         peak, achieved = cost.peak(way), cost.achieved(way)
-        fastest = cost.fastest_reading(way)
+        fastest = cost.prefill_limit(way)
         row = {"variant": way_name(cost, way), "Linears multiply in": way.multiplies_in}
         row["bare product [GOP/s]"] = with_rounds(peak, billions) if peak else MISSING
         row["Linears [GOP/s]"] = with_rounds(achieved, billions) if achieved else MISSING
-        row["Linears, of the limit"] = percent(cost.of_peak(way))
-        row["time in Linears"] = percent(cost.in_linears(way))
+        row["Linears, of the limit"] = percent(cost.peak_fraction(way))
+        row["time in Linears"] = percent(cost.linear_time_fraction(way))
         row["reading at the limit [tokens/s]"] = MISSING if fastest is None else number(fastest)
         rows.append(row)
     return rows

@@ -1,6 +1,6 @@
 """The controls, shown as what they are: their duties, and what rounding alone is worth."""
 
-from helpers.evaluation.trivial_answers import answer_of
+from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.report.estimates import token_estimates
 from helpers.report.markdown import Markup, Rows, code, count, escape, listed, number, percent
 from helpers.report.results import Results
@@ -92,8 +92,8 @@ def changed_answers(variant: Evaluated, baseline: Evaluated) -> tuple[int, int]:
     """(answers that are not the baseline's, all answers) over every evaluation set."""
     changed = total = 0
     for name, rows in baseline.predictions.items():
-        after = {row["id"]: answer_of(row) for row in variant.predictions[name]}
-        changed += sum(answer_of(row) != after[row["id"]] for row in rows)
+        after = {row["id"]: status_and_answer(row) for row in variant.predictions[name]}
+        changed += sum(status_and_answer(row) != after[row["id"]] for row in rows)
         total += len(rows)
     return changed, total
 

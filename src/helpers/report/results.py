@@ -14,7 +14,7 @@ import numpy as np
 
 from helpers.core.errors import StudyError
 from helpers.core.records import read_json
-from helpers.cost.results import Cost, read_costs, refuse_other_files
+from helpers.cost.results import Cost, check_measured_files, read_costs
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompt_records import read_prompts
@@ -153,7 +153,7 @@ def load_results(job: Job) -> Results:
     )
     refuse_broken_chain(job, found.calibrations, found.evaluations, found.training)
     hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
-    refuse_other_files(found.costs, hashes)
+    check_measured_files(found.costs, hashes)
     return found
 
 

@@ -1,6 +1,6 @@
 """What was found, as tables: the headline, one model's comparisons, its token-level cost."""
 
-from helpers.evaluation.trivial_answers import Degenerate, best_degenerate
+from helpers.evaluation.trivial_answers import FixedAnswer, best_fixed_answer
 from helpers.report.estimates import (
     Estimate,
     dataset_estimates,
@@ -97,12 +97,12 @@ def main_estimate(results: Results, found: Evaluated, dataset: str) -> Estimate:
     return rows[main_metric(adapter)]
 
 
-def best_fixed(results: Results) -> dict[str, Degenerate]:
+def best_fixed(results: Results) -> dict[str, FixedAnswer]:
     """The best degenerate answer of every evaluation set; the items are every model's."""
     first = results.baseline_of(results.models[0])
     datasets = results.study.evaluation.datasets
     return {
-        name: best_degenerate(wanted.adapter, first.predictions[name])
+        name: best_fixed_answer(wanted.adapter, first.predictions[name])
         for name, wanted in datasets.items()
     }
 

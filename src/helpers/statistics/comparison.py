@@ -8,7 +8,7 @@ numbers mean is in `verdicts`.
 from dataclasses import dataclass
 
 from helpers.core.errors import StudyError
-from helpers.evaluation.trivial_answers import answer_of
+from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.statistics.bootstrap import BootstrapMean, bootstrap_difference, bootstrap_mean
 from helpers.statistics.intervals import Interval, paired_binary, tango_interval, wilson_interval
 from helpers.statistics.power import detectable_loss, detectable_mean_difference
@@ -118,7 +118,7 @@ def compare(baseline: Answers, variant: Answers, rules: Rules, *, alpha: float) 
         interval, equivalence, p = _interval(wide), _interval(narrow), wide.p
         method = "sign-flip test and bootstrap by passage"
         detectable = _detectable_by_passage(wide, alpha, rules.power)
-    same = all(answer_of(b) == answer_of(a) for b, a in pairs)
+    same = all(status_and_answer(b) == status_and_answer(a) for b, a in pairs)
     return Paired(
         n, units, losses, gains, found.delta, interval, equivalence, p, method, detectable, same
     )

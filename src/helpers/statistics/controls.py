@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from helpers.core.gates import WHOLE_VARIANT
-from helpers.evaluation.checks.reference_gates import kl_a_token, resolution
-from helpers.evaluation.trivial_answers import answer_of
+from helpers.evaluation.checks.reference_gates import kl_per_token, kl_resolution
+from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.statistics.intervals import wilson_interval
 from helpers.study.schema import Study
 from helpers.study.schema_variants import Variant
@@ -121,7 +121,7 @@ def _equal(role: Role, asked: Asked, baseline: Asked) -> Duty:
     items = changed = odd = 0
     for name, before in baseline.predictions.items():
         pairs = _pairs(before, asked.predictions[name])
-        other = [(b, a) for b, a in pairs if answer_of(b) != answer_of(a)]
+        other = [(b, a) for b, a in pairs if status_and_answer(b) != status_and_answer(a)]
         items, changed = items + len(pairs), changed + len(other)
         odd += unexplained(other, asked.passages, tokens=sum(a["output_tokens"] for _, a in pairs))
     told = f"{items - changed} of {items} answers are the baseline's"
@@ -159,7 +159,7 @@ def unexplained(changed: list[tuple[dict, dict]], passages: list[dict], *, token
 
 def _tied(before: dict, after: dict, passages: list[dict]) -> bool:
     """No option moved by more than so small a KL moves a log-probability, token by token."""
-    kl = abs(kl_a_token(passages)) + resolution(passages)
+    kl = abs(kl_per_token(passages)) + kl_resolution(passages)
     limit = SPREAD * math.sqrt(2 * kl) * after["output_tokens"]
     pairs = zip(before["logprobs"], after.get("logprobs", ()), strict=True)
     return all(abs(b - a) <= limit for b, a in pairs)

@@ -8,12 +8,12 @@ answer, so nothing follows about ability, whatever the variant scores.
 
 from helpers.evaluation.checks.behavior import FORMAT_DROP
 from helpers.evaluation.trivial_answers import (
-    best_degenerate,
-    capped,
-    looping,
-    lost_its_answers,
-    one_answer,
-    readable,
+    best_fixed_answer,
+    capped_share,
+    collapsed_to_one_answer,
+    is_one_answer,
+    looping_share,
+    readable_share,
 )
 from helpers.statistics.comparison import Answers, Rules, score_interval
 
@@ -41,12 +41,12 @@ def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rul
     if other := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
         told = f"{len(other)} of its items were asked in other words or tokens"
         return f"{told} ({min(other)})"
-    if readable(before) - readable(after) > FORMAT_DROP:
-        shares = f"{_percent(readable(after))} of its answers are readable"
-        return f"{shares}, against {_percent(readable(before))} for {baseline.variant}"
-    if lost_its_answers(after, before):
+    if readable_share(before) - readable_share(after) > FORMAT_DROP:
+        shares = f"{_percent(readable_share(after))} of its answers are readable"
+        return f"{shares}, against {_percent(readable_share(before))} for {baseline.variant}"
+    if collapsed_to_one_answer(after, before):
         return "it gives the same answer to every question"
-    fixed = best_degenerate(adapter, after)
+    fixed = best_fixed_answer(adapter, after)
     if uninformative_reason(adapter, baseline, rules) is None and _score(after) <= fixed.score:
         return f"it does not beat always {fixed.answer} ({_percent(fixed.score)} of these items)"
     return None
@@ -59,17 +59,17 @@ def uninformative_reason(adapter: str, baseline: Answers, rules: Rules) -> str |
     its interval lies above it.
     """
     asked, name = baseline.predictions, baseline.variant
-    if (share := readable(asked)) < FEWEST_READABLE:
+    if (share := readable_share(asked)) < FEWEST_READABLE:
         return f"only {_percent(share)} of {name}'s own answers are readable"
-    if one_answer(asked):
+    if is_one_answer(asked):
         return f"{name} itself gives the same answer to every question"
-    fixed, score = best_degenerate(adapter, asked), _score(asked)
+    fixed, score = best_fixed_answer(adapter, asked), _score(asked)
     if score_interval(asked, rules).low <= fixed.score:
         clearly = "clearly " if score > fixed.score else ""
         shares = f"{_percent(score)} against {_percent(fixed.score)}"
         return f"{name} itself does not {clearly}beat always {fixed.answer} ({shares})"
-    if (share := capped(asked)) > MOST_BROKEN:
+    if (share := capped_share(asked)) > MOST_BROKEN:
         return f"{_percent(share)} of {name}'s own answers are stopped by the cap"
-    if (share := looping(asked)) > MOST_BROKEN:
+    if (share := looping_share(asked)) > MOST_BROKEN:
         return f"{_percent(share)} of {name}'s own answers end in a loop"
     return None

@@ -3,15 +3,15 @@
 import json
 
 from helpers.core.architectures import float_matrices
-from helpers.verification.checkpoint_files import Evidence
-from helpers.verification.gate_decorator import gate, named
+from helpers.verification.checkpoint_files import CheckpointFiles
+from helpers.verification.gate_decorator import examples, gate
 
 
 @gate("layer census")
-def census_gate(evidence: Evidence):
-    """The Linears stored as int8 are the architecture's, but for those left float by name.
+def census_gate(evidence: CheckpointFiles):
+    """The Linears stored as int8 are all of the architecture's, except those ignored by name.
 
-    Every matrix of the source is accounted for: a Linear, an embedding, or a router.
+    Every matrix of the source must be a known Linear, embedding or router.
     """
     stored, expected = evidence.stored_int8, set(evidence.targets)
     missing, extra = sorted(expected - stored), sorted(stored - expected)
@@ -19,25 +19,29 @@ def census_gate(evidence: Evidence):
     return (
         stored == expected and not unknown,
         f"{len(stored)} of {len(evidence.linears)} Linears are int8 on disk; "
-        f"{len(missing)} missing{named(missing)}, {len(extra)} too many{named(extra)}; "
-        f"{len(unknown)} matrices of the source are no known part{named(unknown)}",
+        f"{len(missing)} missing{examples(missing)}, {len(extra)} too many{examples(extra)}; "
+        f"{len(unknown)} matrices of the source are no known part{examples(unknown)}",
         f"{len(expected)}, by name; none unknown",
     )
 
 
-def _matrices(evidence: Evidence) -> set[str]:
+def _matrices(evidence: CheckpointFiles) -> set[str]:
     source = evidence.source
     return {k.removesuffix(".weight") for k in source if len(source.shape(k)) > 1}
 
 
 @gate("metadata agree with the tensors")
-def metadata_gate(evidence: Evidence):
-    """Bits, granularities and layers: read from tensors, from the config, from the study file."""
+def metadata_gate(evidence: CheckpointFiles):
+    """Bits, granularities and layers agree between tensors, config and study file."""
     weights, activations = evidence.claim.scheme
     study = _in_words(8, weights, 8, activations, set(evidence.targets))
-    told = {"tensors": _from_tensors(evidence), "config": _from_config(evidence)}
-    differ = [f"{where}: {words}" for where, words in told.items() if words != study]
-    return not differ, "; ".join(differ) or f"tensors and config: {study}", f"study file: {study}"
+    descriptions = {"tensors": _from_tensors(evidence), "config": _from_config(evidence)}
+    differing = [f"{source}: {words}" for source, words in descriptions.items() if words != study]
+    return (
+        not differing,
+        "; ".join(differing) or f"tensors and config: {study}",
+        f"study file: {study}",
+    )
 
 
 def _in_words(weight_bits, weights, activation_bits, activations, layers: set[str]) -> str:
@@ -48,7 +52,7 @@ def _in_words(weight_bits, weights, activation_bits, activations, layers: set[st
     )
 
 
-def _from_tensors(evidence: Evidence) -> str:
+def _from_tensors(evidence: CheckpointFiles) -> str:
     names = sorted(evidence.stored_int8)
     if not names:
         return "no Linear is int8"
@@ -63,7 +67,7 @@ def _from_tensors(evidence: Evidence) -> str:
     return _in_words(bits, weights, 8, activations, set(names))
 
 
-def _from_config(evidence: Evidence) -> str:
+def _from_config(evidence: CheckpointFiles) -> str:
     config = json.loads((evidence.folder / "config.json").read_text("utf-8"))
     groups = config.get("quantization_config", {}).get("config_groups", {})
     if len(groups) != 1:

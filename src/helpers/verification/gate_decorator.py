@@ -13,7 +13,7 @@ from helpers.core.gates import Gate
 
 
 def gate(name: str) -> Callable:
-    """Make a check, evidence → (passed, measured, limit), into a function that returns its Gate."""
+    """Decorate a check, evidence → (passed, measured, limit), so that it returns its Gate."""
 
     def decorate(check: Callable) -> Callable:
         @wraps(check)
@@ -32,15 +32,15 @@ def gate(name: str) -> Callable:
     return decorate
 
 
-def named(names: list[str]) -> str:
-    """How many, and the first of them, for a gate's words: ` (a, b, …)` or nothing."""
+def examples(names: list[str]) -> str:
+    """The first names in parentheses, for a gate's text: ` (a, b, …)`; empty without names."""
     if not names:
         return ""
     return f" ({', '.join(names[:2])}{', …' if len(names) > 2 else ''})"
 
 
 def as_record(gates: list[Gate]) -> dict:
-    """The gates as plain data, with the one answer: do all hold."""
+    """The gates as plain data, and whether all of them passed."""
     return {
         "passed": bool(gates) and all(g.passed for g in gates),
         "gates": [asdict(g) for g in gates],

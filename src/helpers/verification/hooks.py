@@ -13,19 +13,19 @@ from helpers.runtime.moe_experts import every_expert_reads
 @torch.inference_mode()
 def logits_of(model, items: list[list[int]]) -> list[Tensor]:
     """Float32 logits of each item read alone: (tokens, vocabulary)."""
-    found = []
+    logits = []
     for tokens in items:
         ids = torch.tensor([tokens], device=model.device)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        found.append(model.get_output_embeddings()(hidden).float().cpu())
-    return found
+        logits.append(model.get_output_embeddings()(hidden).float().cpu())
+    return logits
 
 
 @torch.inference_mode()
-def inputs_of(model, names: Iterable[str], tokens: list[int]) -> dict[str, Tensor]:
-    """Module name to its input on one text, in the very shape it is given.
+def capture_inputs(model, names: Iterable[str], tokens: list[int]) -> dict[str, Tensor]:
+    """Module name to its input on one text, in the original shape.
 
-    In a mixture every expert reads every token, so that none goes unseen.
+    In a mixture every expert reads every token, so that each expert has an input.
     """
     inputs: dict[str, Tensor] = {}
 
@@ -67,7 +67,7 @@ def input_maxima(model, items: list[list[int]]) -> dict[str, Tensor]:
 
 @contextmanager
 def first_block_only(model):
-    """Inside, the model ends after its first decoder block."""
+    """Inside, the model has only its first decoder block."""
     parent, _, name = architecture(model.config).blocks.rpartition(".")
     holder = model.get_submodule(parent)
     blocks = getattr(holder, name)

@@ -18,87 +18,98 @@ from helpers.quantization.variants import load_variant, running_type
 from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.models import model_folder
 from helpers.study.study_run import Job
-from helpers.verification.checkpoint_files import Evidence
-from helpers.verification.gate_decorator import gate, named
+from helpers.verification.checkpoint_files import CheckpointFiles
+from helpers.verification.gate_decorator import examples, gate
 
 
 def loaded_gates(job: Job, model) -> list[Gate]:
-    """The gates on a model as it is about to be asked as the job's variant."""
+    """The gates on a loaded model, before it is evaluated as the job's variant."""
     set_activity("checks on the loaded model")
-    found = [running_gate((job, model)), files_gate((job, model))]
-    return [*found, verified_gate(job)] if job.recipe.needs_checkpoint else found
+    gates = [memory_layers_gate((job, model)), memory_weights_gate((job, model))]
+    return [*gates, verified_gate(job)] if job.recipe.needs_checkpoint else gates
 
 
 @gate("the arithmetic announced")
-def running_gate(asked):
-    """Every Linear the variant claims in int8 is one in memory, no other is; floats by type."""
-    job, model = asked
-    evidence = Evidence(job, source_hash="")
+def memory_layers_gate(loaded):
+    """In memory, exactly the declared Linears are int8, and floats have the declared type."""
+    job, model = loaded
+    evidence = CheckpointFiles(job, source_hash="")
     expected, linears = set(evidence.targets), evidence.linears
-    found = {name for name in linears if is_int8(model.get_submodule(name))}
-    missing, extra = sorted(expected - found), sorted(found - expected)
-    due, dtype = running_type(job).dtype, str(model.dtype).removeprefix("torch.")
+    int8 = {name for name in linears if is_int8(model.get_submodule(name))}
+    missing, extra = sorted(expected - int8), sorted(int8 - expected)
+    declared_dtype, dtype = running_type(job).dtype, str(model.dtype).removeprefix("torch.")
     return (
-        found == expected and dtype == due,
-        f"{len(found)} of {len(linears)} Linears in int8, floats in {dtype}; {len(missing)} "
-        f"missing{named(missing)}, {len(extra)} too many{named(extra)}",
-        f"{len(expected)} in int8, floats in {due}",
+        int8 == expected and dtype == declared_dtype,
+        f"{len(int8)} of {len(linears)} Linears in int8, floats in {dtype}; {len(missing)} "
+        f"missing{examples(missing)}, {len(extra)} too many{examples(extra)}",
+        f"{len(expected)} in int8, floats in {declared_dtype}",
     )
 
 
 def is_int8(linear: nn.Module) -> bool:
-    """Whether a Linear computes in int8: on kernels of its own, or simulated by its scheme."""
+    """Whether a Linear computes in int8, on its own kernels or simulated by its scheme."""
     return type(linear) is not nn.Linear or hasattr(linear, "quantization_scheme")
 
 
 @gate("the files announced")
-def files_gate(asked):
-    """Every tensor in memory is what the variant's own files hold.
+def memory_weights_gate(loaded):
+    """Every tensor in memory equals the variant's files.
 
-    Float tensors are read from the files one at a time; of a quantized Linear, whose tensors
-    each runtime keeps in its own way, they are those that loading gives once more.
+    Float tensors are compared with the files one at a time. Each runtime stores the tensors of
+    quantized Linears in its own layout, so these are compared with a second load.
     """
-    job, model = asked
-    again, found = _from_files(job), model.state_dict()
+    job, model = loaded
+    expected, in_memory = _expected_tensors(job), model.state_dict()
     head, table = f"{HEAD}.weight", model.get_input_embeddings().weight
-    if head not in again and head in found and torch.equal(found[head].cpu(), table.cpu()):
-        del found[head]  # it is the embeddings, and compared as those
-    odd = sorted(found.keys() ^ again.keys())
-    odd += [k for k in sorted(found.keys() & again.keys()) if not _same(found[k], again[k])]
+    if (
+        head not in expected
+        and head in in_memory
+        and torch.equal(in_memory[head].cpu(), table.cpu())
+    ):
+        del in_memory[head]  # it is tied, and compared as the embeddings
+    differing = sorted(in_memory.keys() ^ expected.keys())
+    differing += [
+        k
+        for k in sorted(in_memory.keys() & expected.keys())
+        if not _is_equal(in_memory[k], expected[k])
+    ]
     return (
-        not odd,
-        f"{len(odd)} of {len(again)} tensors differ{named(odd)}",
+        not differing,
+        f"{len(differing)} of {len(expected)} tensors differ{examples(differing)}",
         f"none, from the files of {job.model}/{job.variant}",
     )
 
 
-def _from_files(job: Job) -> Mapping[str, torch.Tensor]:
-    """What the variant's files hold, under the names that the loaded model has."""
+def _expected_tensors(job: Job) -> Mapping[str, torch.Tensor]:
+    """The tensors of the variant's files, under the loaded model's names."""
     folder = model_folder(job.study, job.model, job.paths)
     if job.recipe.needs_checkpoint:
         folder = job.paths.checkpoint(job.model, job.variant)
     files = TensorFiles(folder, dtype=getattr(torch, running_type(job).dtype))
     if not job.recipe.quantized:
         return files
-    again = load_variant(job)[0].state_dict()
-    of_linears = tuple(f"{name}." for name in Evidence(job, source_hash="").targets)
+    reloaded = load_variant(job)[0].state_dict()
+    of_linears = tuple(f"{name}." for name in CheckpointFiles(job, source_hash="").targets)
     floats = {name: files[name] for name in files if not name.startswith(of_linears)}
-    return floats | {name: t for name, t in again.items() if name.startswith(of_linears)}
+    return floats | {name: t for name, t in reloaded.items() if name.startswith(of_linears)}
 
 
 @gate("the checkpoint that was verified")
 def verified_gate(job):
-    """The checkpoint on disk is the one whose gates are on record, under this very name."""
+    """The checkpoint on disk is the one that was verified under the same model and variant."""
     path = job.paths.variant(job.model, job.variant) / "verification.json"
     verified = read_json(path, made_by="02_quantization")
-    now, then = sha256_folder(job.paths.checkpoint(job.model, job.variant)), verified["checkpoint"]
-    of, due = f"{verified['model']}/{verified['variant']}", f"{job.model}/{job.variant}"
+    digest, verified_digest = (
+        sha256_folder(job.paths.checkpoint(job.model, job.variant)),
+        verified["checkpoint"],
+    )
+    verified_name, name = f"{verified['model']}/{verified['variant']}", f"{job.model}/{job.variant}"
     return (
-        (now, due) == (then, of),
-        f"files {now[:12]}",
-        f"files {then[:12]}, verified as {of}",
+        (digest, name) == (verified_digest, verified_name),
+        f"files {digest[:12]}",
+        f"files {verified_digest[:12]}, verified as {verified_name}",
     )
 
 
-def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.cpu(), other.cpu())
+def _is_equal(first: torch.Tensor, second: torch.Tensor) -> bool:
+    return first.dtype == second.dtype and torch.equal(first.cpu(), second.cpu())

@@ -14,8 +14,8 @@ from transformers import AutoTokenizer
 from helpers.sources.items import Item
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.schema import Study
-from helpers.verification.checkpoint_files import Evidence
-from helpers.verification.gate_decorator import gate, named
+from helpers.verification.checkpoint_files import CheckpointFiles
+from helpers.verification.gate_decorator import examples, gate
 
 ENDS = ("bos_token_id", "eos_token_id")
 CONVERSATION = [
@@ -27,22 +27,23 @@ CONVERSATION = [
 
 
 @gate("the source's tokenizer beside the checkpoint")
-def tokenizer_gate(evidence: Evidence):
-    """Same vocabulary, ends and chat format, and the same tokens of every text."""
+def tokenizer_gate(evidence: CheckpointFiles):
+    """Both tokenizers agree in vocabulary, special tokens, chat format and tokens of every text."""
     source, saved = _load(evidence.source_folder), _load(evidence.folder)
-    odd = [name for name in ENDS if getattr(source, name) != getattr(saved, name)]
+    differences = [name for name in ENDS if getattr(source, name) != getattr(saved, name)]
     vocabularies = [tokenizer.get_vocab() for tokenizer in (source, saved)]
-    moved = sorted(vocabularies[0].items() ^ vocabularies[1].items())
-    odd += [f"vocabulary: {moved[0][0]!r}"] if moved else []
-    written = {"tokenize": False, "add_generation_prompt": True}
-    chats = [t.apply_chat_template(CONVERSATION, **written) for t in (source, saved)]
-    odd += ["chat format"] if chats[0] != chats[1] else []
-    texts = list(texts_of(evidence.job.study))
-    read = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
-    other = [t for t, a, b in zip(texts, *read, strict=True) if a != b]
+    vocabulary_changes = sorted(vocabularies[0].items() ^ vocabularies[1].items())
+    differences += [f"vocabulary: {vocabulary_changes[0][0]!r}"] if vocabulary_changes else []
+    options = {"tokenize": False, "add_generation_prompt": True}
+    chats = [t.apply_chat_template(CONVERSATION, **options) for t in (source, saved)]
+    differences += ["chat format"] if chats[0] != chats[1] else []
+    texts = list(study_texts(evidence.job.study))
+    token_ids = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
+    differing_texts = [t for t, a, b in zip(texts, *token_ids, strict=True) if a != b]
     return (
-        not odd and not other,
-        f"{len(other)} of {len(texts)} texts have other tokens; other: {len(odd)}{named(odd)}",
+        not differences and not differing_texts,
+        f"{len(differing_texts)} of {len(texts)} texts have other tokens; other: "
+        f"{len(differences)}{examples(differences)}",
         "none, none",
     )
 
@@ -51,13 +52,13 @@ def _load(folder: Path):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
-def texts_of(study: Study) -> Iterator[str]:
-    """Every text of the study's items, and the passages that all variants read."""
+def study_texts(study: Study) -> Iterator[str]:
+    """Every text of the study's items, and the passages of the shared text."""
     for name in study.evaluation.datasets:
-        yield from map(_text, evaluation_items(study, name))
-    yield from map(_text, calibration_items(study))
+        yield from map(_item_text, evaluation_items(study, name))
+    yield from map(_item_text, calibration_items(study))
     yield from shared_passages(study)
 
 
-def _text(item: Item) -> str:
+def _item_text(item: Item) -> str:
     return "\n".join((item.passage, item.question, *item.options, *item.golds, item.solution))

@@ -18,58 +18,58 @@ from helpers.verification import (
     runtime_gates,
     tokenizer_gates,
 )
-from helpers.verification.checkpoint_files import Evidence
+from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import Gate
 
 # First what needs no model, then what runs the source, then what runs the checkpoint: the
 # evidence holds one model at a time, and in this order each is loaded once or twice.
-ON_FILES = (
+FILE_CHECKS = (
     checkpoint_gates.smoothing_gate,
-    checkpoint_gates.kept_gate,
+    checkpoint_gates.unchanged_gate,
     checkpoint_gates.source_gate,
     calibration_gates.items_gate,
-    calibration_gates.leak_gate,
+    calibration_gates.leakage_gate,
     tokenizer_gates.tokenizer_gate,
 )
-ON_RECORDS = (  # what a calibration alone has left, and the making of the checkpoint told
+RECORD_CHECKS = (  # what a calibration alone has left, and the making of the checkpoint told
     calibration_gates.texts_gate,
     calibration_gates.order_gate,
-    calibration_gates.picture_gate,
+    calibration_gates.surface_gate,
 )
-ON_INT8_FILES = (
+INT8_FILE_CHECKS = (
     checkpoint_gates.grid_gate,
     checkpoint_metadata_gates.census_gate,
     checkpoint_metadata_gates.metadata_gate,
 )
-ON_THE_SOURCE = (calibration_gates.statistics_gate, runtime_gates.function_gate)
-ON_THE_CHECKPOINT = (runtime_gates.reload_gate,)
-ON_INT8_LAYERS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
+SOURCE_MODEL_CHECKS = (calibration_gates.statistics_gate, runtime_gates.function_gate)
+CHECKPOINT_MODEL_CHECKS = (runtime_gates.reload_gate,)
+INT8_LAYER_CHECKS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
 
-def checks(claim: Variant) -> tuple:
-    """The gates that apply to what a variant claims to be."""
-    running = (*ON_THE_SOURCE, *ON_THE_CHECKPOINT)
-    chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
-    if chosen:
-        running = (alpha_gates.choice_gate, *running)
+def checks_of(claim: Variant) -> tuple:
+    """The gates that apply to a variant's declared scheme."""
+    model_checks = (*SOURCE_MODEL_CHECKS, *CHECKPOINT_MODEL_CHECKS)
+    alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
+    if alpha_is_chosen:
+        model_checks = (alpha_gates.alpha_choice_gate, *model_checks)
     if not claim.quantized:
-        return (*ON_FILES, checkpoint_gates.float_weights_gate, *running)
+        return (*FILE_CHECKS, checkpoint_gates.float_weights_gate, *model_checks)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()
-    return (*ON_FILES, *ON_INT8_FILES, *static, *running, *ON_INT8_LAYERS)
+    return (*FILE_CHECKS, *INT8_FILE_CHECKS, *static, *model_checks, *INT8_LAYER_CHECKS)
 
 
-def verify(job: Job, *, source_hash: str, made: dict | None = None) -> list[Gate]:
-    """Hold the job's checkpoint, as saved, to all it claims.
+def verify_checkpoint(job: Job, *, source_hash: str, record: dict | None = None) -> list[Gate]:
+    """Run all gates on the job's saved checkpoint.
 
     Args:
-        job: the model and variant whose checkpoint, source and calibration are read.
+        job: names the model and variant whose checkpoint, source and calibration are read.
         source_hash: content hash of the source's folder before the run.
-        made: what the record of the quantization will say; None asks nothing of it.
+        record: results that the quantization will record; None skips the gates on them.
     """
-    evidence = Evidence(job, source_hash=source_hash, made=made)
-    evidence.let_go()  # of what the making of the checkpoint left behind
-    asked = checks(job.recipe.claim)
-    if made:  # those on the record run the source, and so come first
-        asked = (*ON_RECORDS, *record_gates.on_record(job.recipe.claim), *asked)
-    gates = Bar(asked, desc="checks on the checkpoint", unit="check")
+    evidence = CheckpointFiles(job, source_hash=source_hash, record=record)
+    evidence.release()  # frees the memory that quantization left in use
+    checks = checks_of(job.recipe.claim)
+    if record:  # the gates on the record run the source, so they come first
+        checks = (*RECORD_CHECKS, *record_gates.record_gates_of(job.recipe.claim), *checks)
+    gates = Bar(checks, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]

@@ -18,7 +18,7 @@ RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
 
 
 def is_random(study: Study, model: str) -> bool:
-    """Whether the study itself says that a model's weights are random, or began so."""
+    """Whether the study declares that a model's weights are random, or were before training."""
     source = study.models[model]
     if isinstance(source, FineTunedModel):
         return is_random(study, source.finetune.start)
@@ -26,27 +26,31 @@ def is_random(study: Study, model: str) -> bool:
 
 
 def plain_text_gate(study: Study, model: str, rows: list[dict], texts: dict[str, str]) -> Gate:
-    """The baseline predicts plain text better than a compressor that knows no language.
+    """The baseline predicts plain text better than a general-purpose compressor.
 
-    In bits a byte, so that no tokenizer matters. Text that no model has seen compresses to
-    3 to 5 bits a byte passage by passage; a language model of any use needs 1 to 2.
+    Measured in bits per byte, which no tokenizer changes. Compressed passage by passage, text
+    takes 3 to 5 bits per byte; a usable language model needs 1 to 2.
 
     Args:
         rows: the baseline's rows of the shared text.
-        texts: each passage's part that was read, by its id.
+        texts: the scored part of each passage, by its id.
     """
     name = "plain text read as a language model reads it"
-    read = [row for row in rows if row["id"] in texts and row["nll"] is not None]
-    size = sum(len(texts[row["id"]].encode()) for row in read)
-    if not size or len(read) != len(rows):
-        told = f"{len(read)} of {len(rows)} passages have a loss and a text"
-        return Gate(name, False, told, "all")
-    bits = sum(row["nll"] for row in read) / math.log(2) / size
-    limit = 8 * sum(compressed_bytes(texts[row["id"]]) for row in read) / size
-    measured = f"{bits:.2f} bits a byte"
+    scored_rows = [row for row in rows if row["id"] in texts and row["nll"] is not None]
+    text_bytes = sum(len(texts[row["id"]].encode()) for row in scored_rows)
+    if not text_bytes or len(scored_rows) != len(rows):
+        measured = f"{len(scored_rows)} of {len(rows)} passages have a loss and a text"
+        return Gate(name, False, measured, "all")
+    bits = sum(row["nll"] for row in scored_rows) / math.log(2) / text_bytes
+    limit = 8 * sum(compressed_bytes(texts[row["id"]]) for row in scored_rows) / text_bytes
+    bits_measured = f"{bits:.2f} bits a byte"
     if is_random(study, model):
-        return Gate(name, True, f"{measured}; its weights are random", "none for random weights")
-    return Gate(name, bits < limit, measured, f"less than {limit:.2f}, what a compressor needs")
+        return Gate(
+            name, True, f"{bits_measured}; its weights are random", "none for random weights"
+        )
+    return Gate(
+        name, bits < limit, bits_measured, f"less than {limit:.2f}, what a compressor needs"
+    )
 
 
 def compressed_bytes(text: str) -> int:
@@ -64,7 +68,7 @@ def training_gate(results: dict) -> Gate:
     """Training changed the loss on held-out items by more than rounding.
 
     Args:
-        results: of the record of the fine-tuning.
+        results: from the record of the fine-tuning.
     """
     before, after = results["heldout_loss_before"], results["heldout_loss_after"]
     change = abs(after - before) / abs(before) if before else math.inf
@@ -77,18 +81,18 @@ def training_gate(results: dict) -> Gate:
 
 
 def trained_on_gate(results: dict, drawn: list[str]) -> Gate:
-    """The record of the training names the items that the study draws for it now.
+    """The recorded training items equal those that the study draws.
 
     Args:
-        results: of the record of the fine-tuning.
+        results: from the record of the fine-tuning.
         drawn: ids of the training items, then of the held-out ones.
     """
     items = results.get("items", {})
-    found = [*items.get("training", []), *items.get("heldout", [])]
-    others = len(set(found) ^ set(drawn))
+    recorded = [*items.get("training", []), *items.get("heldout", [])]
+    differing = len(set(recorded) ^ set(drawn))
     return Gate(
         "trained on the items drawn",
-        bool(drawn) and found == drawn,
-        f"{len(found)} items on record, {others} of them others",
+        bool(drawn) and recorded == drawn,
+        f"{len(recorded)} items on record, {differing} of them others",
         f"the {len(drawn)} drawn, in their order",
     )

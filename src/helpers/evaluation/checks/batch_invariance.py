@@ -27,8 +27,8 @@ DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
 ROUNDING = 1e-5  # of stored log-probabilities, with room
 
 
-def sample(ids: list[str], protocol: str, *, seed: int) -> set[str]:
-    """The ids asked again, the same for every variant."""
+def sampled_ids(ids: list[str], protocol: str, *, seed: int) -> set[str]:
+    """Ids of the items to ask alone, the same for every variant."""
     order = sorted(ids, key=lambda i: sha256_text(f"{seed}:alone:{i}"))
     return set(order[: SAMPLE[protocol]])
 
@@ -36,97 +36,106 @@ def sample(ids: list[str], protocol: str, *, seed: int) -> set[str]:
 def invariance_gate(
     study: Study, variant: str, rows: list[dict], baseline: list[dict], alone: list[dict]
 ) -> Gate:
-    """The sampled items are answered alone as they were answered among others."""
+    """The sampled items get the same answers alone as in their batch."""
     batched = {row["id"]: row for row in rows}
     pairs = [(batched[a["id"]], a) for a in alone if a["id"] in batched]
-    changed = [b["id"] for b, a in pairs if _said(a) != _said(b)]
-    told = f"{len(changed)} of {len(pairs)} answers change"
-    if exact(study, variant):
-        return _exactly_alone(pairs, changed, told)
+    changed = [b["id"] for b, a in pairs if _answer(a) != _answer(b)]
+    changes = f"{len(changed)} of {len(pairs)} answers change"
+    if is_batch_invariant(study, variant):
+        return _exactly_alone(pairs, changed, changes)
     if any("logprobs" in row for row in alone) and variant != study.baseline:
-        return _options_alone(pairs, {row["id"]: row for row in baseline}, told)
+        return _options_alone(pairs, {row["id"]: row for row in baseline}, changes)
     finite = not any(a["finish_reason"] == "nonfinite" for _, a in pairs)
-    own, others = _likeness(pairs, rows)
+    own_overlap, other_overlap = _word_overlaps(pairs, rows)
     return Gate(
         "same answer alone",
-        bool(pairs) and finite and own >= others,
-        f"{told}; words in common {own:.2f}, with other items' answers {others:.2f}",
+        bool(pairs) and finite and own_overlap >= other_overlap,
+        f"{changes}; words in common {own_overlap:.2f}, with other items' answers "
+        f"{other_overlap:.2f}",
         "each is more like its own answer in the batch than like others'; logits are finite",
     )
 
 
-def _exactly_alone(pairs: list[tuple[dict, dict]], changed: list[str], told: str) -> Gate:
-    """No answer changes, and no option's log-probability by more than it is stored to."""
+def _exactly_alone(pairs: list[tuple[dict, dict]], changed: list[str], changes: str) -> Gate:
+    """No answer changes; log-probabilities change by no more than their stored precision."""
     if not any("logprobs" in row for pair in pairs for row in pair):
-        return Gate("same answer alone", bool(pairs) and not changed, told, "none changes")
-    moved = _largest_change(pairs)
+        return Gate("same answer alone", bool(pairs) and not changed, changes, "none changes")
+    largest_difference = _largest_change(pairs)
     return Gate(
         "same answer alone",
-        bool(pairs) and not changed and moved <= ROUNDING,
-        f"{told}; log-probabilities of options by {moved:.2g} at most",
+        bool(pairs) and not changed and largest_difference <= ROUNDING,
+        f"{changes}; log-probabilities of options by {largest_difference:.2g} at most",
         f"none changes; log-probabilities by {ROUNDING:g}",
     )
 
 
-def _options_alone(pairs: list[tuple[dict, dict]], floats: dict[str, dict], told: str) -> Gate:
-    """Log-probabilities move no more than they are away from the baseline's.
+def _options_alone(
+    pairs: list[tuple[dict, dict]], baseline_rows: dict[str, dict], changes: str
+) -> Gate:
+    """Log-probabilities change by no more than their distance from the baseline's.
 
-    The baseline is held against both answers, and the nearer one counts: a batch that was
-    mixed up is far from it, and must not widen its own limit.
+    Both answers are compared with the baseline, and the smaller distance counts: a batch that
+    was mixed up lies far from the baseline and must not widen its own limit.
     """
-    moved = _rms_change(pairs)
+    difference = _rms_change(pairs)
     distances = [
-        _rms_change([(floats[pair[side]["id"]], pair[side]) for pair in pairs]) for side in (0, 1)
+        _rms_change([(baseline_rows[pair[side]["id"]], pair[side]) for pair in pairs])
+        for side in (0, 1)
     ]
-    if moved is None or None in distances:
-        return Gate("same answer alone", False, told, "log-probabilities are there to compare")
+    if difference is None or None in distances:
+        return Gate("same answer alone", False, changes, "log-probabilities are there to compare")
     limit = DRAWS * min(distances) + ROUNDING
     return Gate(
         "same answer alone",
-        moved <= limit,
-        f"{told}; log-probabilities by {moved:.2g}",
+        difference <= limit,
+        f"{changes}; log-probabilities by {difference:.2g}",
         f"at most {limit:.2g}, {DRAWS:g} times what separates them from the baseline",
     )
 
 
-def repeat_gate(alone: list[dict], again: list[dict]) -> Gate:
-    """Asked once more in the same way, an item gets the same answer: nothing is drawn by lot."""
+def repeat_gate(alone: list[dict], repeated: list[dict]) -> Gate:
+    """An item asked alone twice gets the same answer: nothing is random."""
     first = {row["id"]: row for row in alone}
-    odd = [row["id"] for row in again if _said(row) != _said(first[row["id"]])]
-    told = f"{len(odd)} of {len(again)} answers change" + (f" ({odd[0]})" if odd else "")
-    return Gate("same answer again", bool(again) and not odd, told, "none")
+    changed = [row["id"] for row in repeated if _answer(row) != _answer(first[row["id"]])]
+    changes = f"{len(changed)} of {len(repeated)} answers change" + (
+        f" ({changed[0]})" if changed else ""
+    )
+    return Gate("same answer again", bool(repeated) and not changed, changes, "none")
 
 
-def exact(study: Study, variant: str) -> bool:
-    """Whether the variant's runtime computes a text the same in any company."""
+def is_batch_invariant(study: Study, variant: str) -> bool:
+    """Whether the variant's runtime computes a text independently of its batch."""
     runtime, recipe = study.runtime, study.variants[variant]
     simulated = recipe.quantized and runtime.quantized != "int8"
     dtype = recipe.dtype or runtime.dtype
     return (runtime.device, dtype) == ("cpu", "float32") and not simulated
 
 
-def _said(row: dict) -> tuple:
+def _answer(row: dict) -> tuple:
     return row["status"], row["parsed"], row["output"]
 
 
-def _likeness(pairs: list[tuple[dict, dict]], rows: list[dict]) -> tuple[float, float]:
-    """Mean F1 of the words of an answer alone with its own in the batch, and with the others."""
-    own = [token_f1(a["output"], b["output"]) for b, a in pairs]
-    others = [
+def _word_overlaps(pairs: list[tuple[dict, dict]], rows: list[dict]) -> tuple[float, float]:
+    """Mean word F1 of answers alone with (the same items', other items') answers in the batch."""
+    own_overlaps = [token_f1(a["output"], b["output"]) for b, a in pairs]
+    other_overlaps = [
         token_f1(a["output"], row["output"])
         for _, a in pairs
         for row in rows
         if row["id"] != a["id"]
     ]
-    mean = [math.fsum(found) / len(found) if found else 0.0 for found in (own, others)]
-    return mean[0], mean[1]
+    means = [
+        math.fsum(overlaps) / len(overlaps) if overlaps else 0.0
+        for overlaps in (own_overlaps, other_overlaps)
+    ]
+    return means[0], means[1]
 
 
 def _largest_change(pairs: list[tuple[dict, dict]]) -> float:
-    """The largest change of an option's log-probability; infinite where one has none, or NaN."""
+    """The largest change of an option's log-probability; infinite if one is missing or NaN."""
     changes = [0.0]
-    for one, other in pairs:
-        before, after = one.get("logprobs", ()), other.get("logprobs", ())
+    for first, second in pairs:
+        before, after = first.get("logprobs", ()), second.get("logprobs", ())
         changes += [abs(x - y) for x, y in zip(before, after, strict=False)]
         changes += [math.inf] * (len(before) != len(after))
     return largest(changes)
@@ -136,7 +145,7 @@ def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:
     """Root mean square change of the options' log-probabilities; None if there are none."""
     squares = [
         (x - y) ** 2
-        for one, other in pairs
-        for x, y in zip(one.get("logprobs", ()), other.get("logprobs", ()), strict=False)
+        for first, second in pairs
+        for x, y in zip(first.get("logprobs", ()), second.get("logprobs", ()), strict=False)
     ]
     return math.sqrt(math.fsum(squares) / len(squares)) if squares else None

@@ -10,114 +10,131 @@ import math
 from helpers.core.gates import Gate
 from helpers.evaluation.answer_parsing import normalize_answer
 from helpers.evaluation.trivial_answers import (
-    answer_of,
-    best_degenerate,
+    best_fixed_answer,
+    collapsed_to_one_answer,
+    ends_in_loop,
     example_answers,
-    loops,
-    lost_its_answers,
-    readable,
+    readable_share,
+    status_and_answer,
 )
 from helpers.study.schema import EvaluationSet
 
 FORMAT_DROP = 0.25  # losing this share of readable answers is a broken run, not a lower score
-CONDUCT_MARGIN = 0.25  # the same for endless, looping and echoing answers
+BEHAVIOR_MARGIN = 0.25  # the same for endless, looping and echoing answers
 
 
-def conduct_gates(
-    wanted: EvaluationSet, predictions: list[dict], baseline: list[dict]
+def behavior_gates(
+    evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]
 ) -> list[Gate]:
-    """The gates on how one set was answered.
+    """The gates on the answering behaviour in one set.
 
     Args:
         predictions: the variant's, at least one.
-        baseline: the study's baseline's on the same items; at least one.
+        baseline: the baseline's on the same items, at least one.
     """
     return [
         end_gate(predictions, baseline),
         loop_gate(predictions, baseline),
         format_gate(predictions, baseline),
         one_answer_gate(predictions, baseline),
-        echo_gate(wanted, predictions, baseline),
-        fixed_answer_gate(wanted, predictions, baseline),
+        echo_gate(evaluation_set, predictions, baseline),
+        fixed_answer_gate(evaluation_set, predictions, baseline),
     ]
 
 
 def end_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
-    """The cap on new tokens stops few more answers than it stops of the baseline."""
-    capped = (_share(p["finish_reason"] == "length" for p in s) for s in (predictions, baseline))
-    return _more_often("answers end", "stopped by the cap", *capped)
+    """The token limit stops hardly more answers than it stops of the baseline."""
+    capped = (
+        _mean_share(p["finish_reason"] == "length" for p in s) for s in (predictions, baseline)
+    )
+    return _not_more_often_gate("answers end", "stopped by the cap", *capped)
 
 
 def loop_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
-    """Few more answers end in a loop than of the baseline's."""
-    looping = (_share(loops(p["output"]) for p in s) for s in (predictions, baseline))
-    return _more_often("answers do not loop", "end in a loop", *looping)
+    """Hardly more answers end in a loop than of the baseline's."""
+    looping = (_mean_share(ends_in_loop(p["output"]) for p in s) for s in (predictions, baseline))
+    return _not_more_often_gate("answers do not loop", "end in a loop", *looping)
 
 
 def format_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
     """The share of readable answers is not far below the baseline's."""
-    found, before = readable(predictions), readable(baseline)
+    share, baseline_share = readable_share(predictions), readable_share(baseline)
     return Gate(
         "format kept",
-        before - found <= FORMAT_DROP,
-        f"{_percent(found)} of the answers are readable",
-        f"at most {_points(FORMAT_DROP)} points below the baseline's {_percent(before)}",
+        baseline_share - share <= FORMAT_DROP,
+        f"{_percent(share)} of the answers are readable",
+        f"at most {_points(FORMAT_DROP)} points below the baseline's {_percent(baseline_share)}",
     )
 
 
 def one_answer_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
-    """Questions with different right answers do not all get the same one."""
-    different = len(set(map(answer_of, predictions)))
+    """Questions with different gold answers do not all get the same answer."""
+    distinct_answers = len(set(map(status_and_answer, predictions)))
     return Gate(
         "answers differ",
-        not lost_its_answers(predictions, baseline),
-        f"{different} different answers to {len(predictions)} items",
+        not collapsed_to_one_answer(predictions, baseline),
+        f"{distinct_answers} different answers to {len(predictions)} items",
         "more than one, unless the baseline gives that one but for as few as chance may take "
-        f"(here it gives {len(set(map(answer_of, baseline)))})",
+        f"(here it gives {len(set(map(status_and_answer, baseline)))})",
     )
 
 
-def echo_gate(wanted: EvaluationSet, predictions: list[dict], baseline: list[dict]) -> Gate:
-    """The answers of the prompt's worked examples are not given far more often than due."""
-    examples = example_answers(wanted)
+def echo_gate(evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]) -> Gate:
+    """The prompt's worked examples are not given as answers far more often than they are gold."""
+    examples = example_answers(evaluation_set)
 
-    def echoes(rows: list[dict]) -> float:
-        return _share(p["parsed"] and normalize_answer(p["parsed"]) in examples for p in rows)
+    def echo_share(rows: list[dict]) -> float:
+        return _mean_share(p["parsed"] and normalize_answer(p["parsed"]) in examples for p in rows)
 
-    due = _share(any(normalize_answer(g) in examples for g in p["golds"]) for p in predictions)
-    said = "are the answer of a worked example"
-    return _more_often("examples not echoed", said, echoes(predictions), max(due, echoes(baseline)))
+    gold_share = _mean_share(
+        any(normalize_answer(g) in examples for g in p["golds"]) for p in predictions
+    )
+    description = "are the answer of a worked example"
+    return _not_more_often_gate(
+        "examples not echoed",
+        description,
+        echo_share(predictions),
+        max(gold_share, echo_share(baseline)),
+    )
 
 
-def fixed_answer_gate(wanted: EvaluationSet, predictions: list[dict], baseline: list[dict]) -> Gate:
-    """Where the baseline beats the best fixed answer clearly, the variant beats it too.
+def fixed_answer_gate(
+    evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]
+) -> Gate:
+    """If the baseline clearly beats the best fixed answer, the variant beats it too.
 
-    Clearly: by more than two standard errors. The verdict asks the same with the
-    study's own confidence; this gate needs none of its statistics.
+    Clearly: by more than two standard errors. The verdict tests the same at the study's
+    own confidence level; this gate uses none of that code.
     """
-    fixed = best_degenerate(wanted.adapter, predictions)
-    score, before = (_share(p["score"] for p in rows) for rows in (predictions, baseline))
-    clearly = fixed.score + 2 * math.sqrt(max(0.0, before * (1 - before)) / len(baseline))
+    fixed_answer = best_fixed_answer(evaluation_set.adapter, predictions)
+    score, baseline_score = (
+        _mean_share(p["score"] for p in rows) for rows in (predictions, baseline)
+    )
+    threshold = fixed_answer.score + 2 * math.sqrt(
+        max(0.0, baseline_score * (1 - baseline_score)) / len(baseline)
+    )
     return Gate(
         "beats fixed answers",
-        before <= clearly or score > fixed.score,
-        f"{_percent(score)} right, baseline {_percent(before)}",
-        f"more than {_percent(fixed.score)} (always {fixed.answer}), "
-        f"if the baseline has more than {_percent(clearly)}",
+        baseline_score <= threshold or score > fixed_answer.score,
+        f"{_percent(score)} right, baseline {_percent(baseline_score)}",
+        f"more than {_percent(fixed_answer.score)} (always {fixed_answer.answer}), "
+        f"if the baseline has more than {_percent(threshold)}",
     )
 
 
-def _more_often(name: str, said: str, found: float, before: float) -> Gate:
-    limit, measured = before + CONDUCT_MARGIN, f"{_percent(found)} {said}"
+def _not_more_often_gate(name: str, description: str, share: float, baseline_share: float) -> Gate:
+    limit, measured = baseline_share + BEHAVIOR_MARGIN, f"{_percent(share)} {description}"
     if limit >= 1:  # no share is above it; `validity` calls such a set uninformative
-        return Gate(name, True, measured, f"none: the baseline itself has {_percent(before)}")
-    told = f"at most {_points(CONDUCT_MARGIN)} points above {_percent(before)}"
-    return Gate(name, found <= limit, measured, told)
+        return Gate(
+            name, True, measured, f"none: the baseline itself has {_percent(baseline_share)}"
+        )
+    wording = f"at most {_points(BEHAVIOR_MARGIN)} points above {_percent(baseline_share)}"
+    return Gate(name, share <= limit, measured, wording)
 
 
-def _share(values) -> float:
-    listed = [float(value or 0) for value in values]
-    return math.fsum(listed) / len(listed)
+def _mean_share(values) -> float:
+    numbers = [float(value or 0) for value in values]
+    return math.fsum(numbers) / len(numbers)
 
 
 def _percent(fraction: float) -> str:

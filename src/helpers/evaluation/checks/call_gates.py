@@ -25,7 +25,7 @@ from helpers.evaluation.checks.recorded_calls import (
 from helpers.inference.vllm_protocols import is_served
 from helpers.sources.models import load_config, model_folder
 from helpers.study.study_run import Job
-from helpers.verification.source_tokenizer import own_tokenizer, own_tokens
+from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
 QUANTIZED, FLOAT = "quantized Linears as evaluated", "float parts as evaluated"
 WHOLE = "every token through every Linear"
@@ -33,10 +33,10 @@ Measured = tuple[bool, str, str]
 
 
 class NoCalls:
-    """Stands for a recorder where calls are not seen.
+    """Replaces a recorder if calls cannot be recorded.
 
     Args:
-        reason: why not, if that is a failure; a model that another engine runs has none.
+        reason: why not, if that is a failure; empty for a model on another engine.
     """
 
     summary = "calls are not recorded"
@@ -49,7 +49,7 @@ class NoCalls:
 
 
 def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
-    """What records the calls of a job's variant."""
+    """The recorder of the calls of a job's variant, or its replacement."""
     if is_served(model):
         return NoCalls()
     try:
@@ -62,7 +62,7 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
 
 
 def linear_files(job: Job) -> LinearFiles:
-    """The files of the job's variant, and what it claims of them."""
+    """The files of the job's variant, with the scheme it declares."""
     source, recipe = model_folder(job.study, job.model, job.paths), job.recipe
     claim, runtime = recipe.claim, job.study.runtime
     changed = recipe.needs_checkpoint
@@ -85,28 +85,28 @@ def call_gates(
     passages: list[dict],
     resumed: Mapping[str, set[str]],
 ) -> list[Gate]:
-    """The gates on an evaluation's calls; none where they are not seen.
+    """The gates on an evaluation's calls; none if another engine ran the model.
 
     Args:
         predictions: rows of every evaluation set.
         passages: rows of the shared text.
-        resumed: ids of the items that an earlier run had answered, by set.
+        resumed: ids of the items that an interrupted run had answered, by set.
     """
     if isinstance(calls, NoCalls):
         measured = f"could not be checked: {calls.reason}"
         return [Gate(WHOLE, False, measured, "can be checked")] if calls.reason else []
-    fresh = {
+    new_predictions = {
         name: [row for row in rows if row["id"] not in resumed.get(name, set())]
         for name, rows in predictions.items()
     }
-    gates = [guarded(WHOLE, lambda: _whole(job, calls, fresh, passages))]
+    gates = [guarded_gate(WHOLE, lambda: _every_token_check(job, calls, new_predictions, passages))]
     if calls.files.quantized:
-        gates.append(guarded(QUANTIZED, lambda: _quantized(calls)))
-    return [*gates, guarded(FLOAT, lambda: _float(job, calls))]
+        gates.append(guarded_gate(QUANTIZED, lambda: _quantized_check(calls)))
+    return [*gates, guarded_gate(FLOAT, lambda: _float_check(job, calls))]
 
 
-def guarded(name: str, check: Callable[[], Measured]) -> Gate:
-    """The gate of a check; one that cannot be made does not hold, for the reason it gives."""
+def guarded_gate(name: str, check: Callable[[], Measured]) -> Gate:
+    """The gate of a check; an exception fails the gate and becomes its reason."""
     try:
         passed, measured, limit = check()
     except Exception as error:
@@ -116,30 +116,32 @@ def guarded(name: str, check: Callable[[], Measured]) -> Gate:
     return Gate(name, bool(passed), measured, limit)
 
 
-def _whole(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
-    """The decoder read what was asked, and each of its Linears was called for all of that."""
-    odd = [
+def _every_token_check(job: Job, calls: CallRecorder, fresh, passages) -> Measured:
+    """The decoder read every token that the answers need, and each Linear processed them all."""
+    miscounted = [
         name
         for name, linear in calls.linears.items()
         if name != HEAD and name not in calls.experts
         if (linear.calls, linear.rows) != (calls.passes, calls.tokens)
     ]
-    due = _fewest_tokens(job, fresh, passages)
-    read = {kind: calls.tokens[kind] for kind in due}
-    lacking = [kind for kind in due if read[kind] < due[kind]]
-    extra = read[SHARED_TEXT] != due[SHARED_TEXT]
-    passed = not (odd or lacking or extra or calls.errors)
+    expected = _fewest_tokens(job, fresh, passages)
+    read = {kind: calls.tokens[kind] for kind in expected}
+    missing = [kind for kind in expected if read[kind] < expected[kind]]
+    extra = read[SHARED_TEXT] != expected[SHARED_TEXT]
+    passed = not (miscounted or missing or extra or calls.errors)
     measured = f"all {len(calls.linears)} Linears in every pass; every token was read"
     if not passed:
-        tokens = ", ".join(f"{read[kind]:,} of {n:,} tokens in {kind}" for kind, n in due.items())
-        example = f" ({odd[0]})" if odd else ""
-        measured = f"{tokens}; {len(odd)} Linears were called for others{example}"
+        tokens = ", ".join(
+            f"{read[kind]:,} of {n:,} tokens in {kind}" for kind, n in expected.items()
+        )
+        example = f" ({miscounted[0]})" if miscounted else ""
+        measured = f"{tokens}; {len(miscounted)} Linears were called for others{example}"
         measured += f"; {calls.errors[0]}" if calls.errors else ""
     return passed, measured, "every Linear for every token, as many as the answers need"
 
 
 def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[str, int]:
-    """How many tokens have to be read for these answers, whatever is shared among them."""
+    """The least number of tokens that these answers require, by kind of pass."""
     packed = decoding = 0
     for name, rows in fresh.items():
         if job.study.evaluation.datasets[name].ask.protocol == "generate":
@@ -150,100 +152,101 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[
             packed += sum(
                 1 + row["output_tokens"] - n for row, n in zip(rows, options, strict=True)
             )
-    before = own_tokens(own_tokenizer(job), "a text", plain=True)[
+    special_tokens = source_token_ids(source_tokenizer(job), "a text", plain=True)[
         1
     ]  # all but one are read and not predicted
-    shared = sum(row["tokens"] + max(0, before - 1) for row in passages)
+    shared = sum(row["tokens"] + max(0, special_tokens - 1) for row in passages)
     return {PACKED: packed, DECODING: decoding, SHARED_TEXT: shared}
 
 
-def _quantized(calls: CallRecorder) -> Measured:
-    """Every call is the integer product of the files, at the declared granularity."""
-    chosen = [calls.linears[name] for name in sorted(calls.files.quantized)]
-    arithmetic = sum((linear.arithmetic for linear in chosen), Counter())
-    total = sum(sum(linear.calls.values()) for linear in chosen)
-    number, worst, where = _kept_calls(calls, chosen)
+def _quantized_check(calls: CallRecorder) -> Measured:
+    """Every call returns the integer product of the stored weights at the declared granularity."""
+    linears = [calls.linears[name] for name in sorted(calls.files.quantized)]
+    arithmetic = sum((linear.arithmetic for linear in linears), Counter())
+    total = sum(sum(linear.calls.values()) for linear in linears)
+    number, worst, worst_name = _worst_linear_call(calls, linears)
     granularity = calls.files.activations.replace("_", " ")
     passed = arithmetic["announced"] == total > 0 and worst <= 1
-    measured = f"every call of {len(chosen)} Linears is int8, {granularity}"
+    measured = f"every call of {len(linears)} Linears is int8, {granularity}"
     if not passed:
         measured = (
-            f"{total:,} calls of {len(chosen)} Linears: {arithmetic['announced']:,} int8 "
+            f"{total:,} calls of {len(linears)} Linears: {arithmetic['announced']:,} int8 "
             f"{granularity}, {arithmetic['float']:,} float, {arithmetic['neither']:,} neither; of "
-            f"{number:,} calls kept, the furthest{where} is {worst:.2g} roundings off"
+            f"{number:,} calls kept, the furthest{worst_name} is {worst:.2g} roundings off"
         )
     return passed, measured, "every call the integer product of the files, but for rounding"
 
 
-def _float(job: Job, calls: CallRecorder) -> Measured:
-    """Norms, head and float Linears compute what float64 makes of the files, but for rounding."""
-    chosen = [c for name, c in calls.linears.items() if name not in calls.files.quantized]
-    total = sum(sum(linear.calls.values()) for linear in chosen)
-    arithmetic = sum((linear.arithmetic for linear in chosen), Counter())
-    number, worst, where = _kept_calls(calls, chosen)
-    norms, worst_norm, at = _kept_norms(job, calls)
+def _float_check(job: Job, calls: CallRecorder) -> Measured:
+    """Norms, head and float Linears agree with float64 on the stored tensors within rounding."""
+    linears = [c for name, c in calls.linears.items() if name not in calls.files.quantized]
+    total = sum(sum(linear.calls.values()) for linear in linears)
+    arithmetic = sum((linear.arithmetic for linear in linears), Counter())
+    number, worst, worst_name = _worst_linear_call(calls, linears)
+    norms, worst_norm, worst_norm_name = _worst_norm_call(job, calls)
     dtype = str(calls.files.dtype).removeprefix("torch.")
-    unseen = [c.name for c in [*chosen, *calls.norms.values()] if not c.calls]
-    unseen = [name for name in unseen if name not in calls.experts]
-    passed = arithmetic["announced"] == total and largest((worst, worst_norm)) <= 1 and not unseen
-    measured = f"every call of {len(chosen)} float Linears and {len(calls.norms)} norms in {dtype}"
+    uncalled = [c.name for c in [*linears, *calls.norms.values()] if not c.calls]
+    uncalled = [name for name in uncalled if name not in calls.experts]
+    passed = arithmetic["announced"] == total and largest((worst, worst_norm)) <= 1 and not uncalled
+    measured = f"every call of {len(linears)} float Linears and {len(calls.norms)} norms in {dtype}"
     if not passed:
         measured = (
-            f"{arithmetic['announced']:,} of {total:,} calls of {len(chosen)} float Linears in "
-            f"{dtype}; of {number:,} calls kept, the furthest{where} is {worst:.2g} roundings "
-            f"off; of {norms:,} calls of norms, the furthest{at} is {worst_norm:.2g} off"
+            f"{arithmetic['announced']:,} of {total:,} calls of {len(linears)} float Linears in "
+            f"{dtype}; of {number:,} calls kept, the furthest{worst_name} is {worst:.2g} roundings "
+            f"off; of {norms:,} calls of norms, the furthest{worst_norm_name} is "
+            f"{worst_norm:.2g} off"
         )
-        measured += f"; {unseen[0]} was never called" if unseen else ""
+        measured += f"; {uncalled[0]} was never called" if uncalled else ""
     return passed, measured, "every call what float64 makes of the files, but for rounding"
 
 
-def _kept_calls(calls: CallRecorder, chosen: list[LinearCalls]) -> tuple[int, float, str]:
-    """(calls kept, largest difference in parts of what is allowed, of which Linear)."""
-    number, worst, where = 0, 0.0, ""
-    for linear in chosen:
-        kept = [call for pair in linear.kept.values() for call in pair]
-        if not kept:
+def _worst_linear_call(calls: CallRecorder, linears: list[LinearCalls]) -> tuple[int, float, str]:
+    """(calls compared, largest difference as a multiple of the allowed one, name of its Linear)."""
+    number, worst, worst_name = 0, 0.0, ""
+    for linear in linears:
+        recorded = [call for pair in linear.kept.values() for call in pair]
+        if not recorded:
             continue
         file = calls.files.of(linear.name, linear.columns)
-        tops = [call.absmax for call in kept if call.absmax is not None]
+        tops = [call.absmax for call in recorded if call.absmax is not None]
         products = file.products(
-            torch.cat([call.x for call in kept]), torch.cat(tops) if tops else None
+            torch.cat([call.x for call in recorded]), torch.cat(tops) if tops else None
         )
-        y = torch.cat([call.y for call in kept]).double()
-        ratio = _ratio(y, products.exact, products.allowed)
-        number += len(kept)
+        y = torch.cat([call.y for call in recorded]).double()
+        ratio = _largest_ratio(y, products.exact, products.allowed)
+        number += len(recorded)
         if not ratio <= worst:
-            worst, where = ratio, f" ({linear.name})"
-    return number, worst, where
+            worst, worst_name = ratio, f" ({linear.name})"
+    return number, worst, worst_name
 
 
-def _ratio(y: Tensor, exact: Tensor, allowed: Tensor) -> float:
-    """The largest difference in parts of what is allowed; infinite where one is not finite."""
+def _largest_ratio(y: Tensor, exact: Tensor, allowed: Tensor) -> float:
+    """The largest difference as a multiple of the allowed one; infinite if one is not finite."""
     ratios = (y - exact).abs() / allowed.clamp(min=1e-300)
     return float(ratios.nan_to_num(nan=torch.inf).max())
 
 
-def _kept_norms(job: Job, calls: CallRecorder) -> tuple[int, float, str]:
-    """(calls of norms kept, largest difference in parts of what is allowed, of which norm)."""
+def _worst_norm_call(job: Job, calls: CallRecorder) -> tuple[int, float, str]:
+    """(calls compared, largest difference as a multiple of the allowed one, name of its norm)."""
     config = load_config(model_folder(job.study, job.model, job.paths))
-    number, worst, where = 0, 0.0, ""
+    number, worst, worst_name = 0, 0.0, ""
     for name, norm in calls.norms.items():
-        kept = [call for pair in norm.kept.values() for call in pair]
-        if not kept:
+        recorded = [call for pair in norm.kept.values() for call in pair]
+        if not recorded:
             continue
-        x = torch.cat([call.x for call in kept]).double()
-        y = torch.cat([call.y for call in kept]).double()
-        exact, size = normalized(x, calls.files, name, config)
+        x = torch.cat([call.x for call in recorded]).double()
+        y = torch.cat([call.y for call in recorded]).double()
+        exact, size = exact_norm(x, calls.files, name, config)
         eps = torch.finfo(calls.files.dtype).eps
-        ratio = _ratio(y, exact, 4 * eps * size + 8 * 2.0**-23 * size)
-        number += len(kept)
+        ratio = _largest_ratio(y, exact, 4 * eps * size + 8 * 2.0**-23 * size)
+        number += len(recorded)
         if not ratio <= worst:
-            worst, where = ratio, f" ({name})"
-    return number, worst, where
+            worst, worst_name = ratio, f" ({name})"
+    return number, worst, worst_name
 
 
-def normalized(x: Tensor, files: LinearFiles, name: str, config) -> tuple[Tensor, Tensor]:
-    """((rows, features) float64 of a norm's own formula, magnitude that its roundings go by)."""
+def exact_norm(x: Tensor, files: LinearFiles, name: str, config) -> tuple[Tensor, Tensor]:
+    """((rows, features) float64 output of a norm, magnitude that scales its rounding)."""
     tensors = files.tensors
     weight = tensors[f"{name}.weight"].to(files.dtype).double()
     weight = weight + architecture(config).norm_offset

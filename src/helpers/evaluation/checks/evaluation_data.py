@@ -1,28 +1,32 @@
 """What the gates of an evaluation look at, gathered from the disk, the study and the model."""
 
 import json
+from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 
 from helpers.core.activity import Bar, set_activity
 from helpers.core.gates import Gate, as_record
 from helpers.core.records import read_json
-from helpers.evaluation.checks.batch_invariance import exact, sample
-from helpers.evaluation.checks.float_reference import read_reference, read_shaken
+from helpers.evaluation.checks.batch_invariance import is_batch_invariant, sampled_ids
+from helpers.evaluation.checks.float_reference import (
+    read_perturbed_passages,
+    read_reference_passages,
+)
 from helpers.evaluation.checks.full_logits import Recomputed
-from helpers.evaluation.checks.integrity import Asked, Evidence, evaluation_gates
-from helpers.evaluation.checks.prompt_gates import Shown, answer_opening, order_gate
+from helpers.evaluation.checks.integrity import EvaluationData, RenderedItem, evaluation_gates
+from helpers.evaluation.checks.prompt_gates import RenderedPrompt, answer_opening, order_gate
 from helpers.evaluation.checks.second_opinion import (
-    LOOKED_AT,
+    COMPARED_TEXTS,
     TEXT,
     NoOpinion,
     SecondOpinion,
-    second_opinion,
+    open_second_opinion,
 )
 from helpers.evaluation.checks.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
-from helpers.evaluation.prompts import Prompt, asked_tokens, prompt
+from helpers.evaluation.prompts import Prompt, model_inputs, render_prompt
 from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.sources.chat_conversations import EXAMPLES
 from helpers.sources.exact_numbers import gold_number
@@ -41,38 +45,46 @@ from helpers.sources.sampling import (
 from helpers.study.schema import EvaluationSet, Study
 from helpers.study.schema_sources import FineTunedModel
 from helpers.study.study_run import Job
-from helpers.verification.source_tokenizer import own_tokenizer, own_tokens
+from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
-NOBODY = NoOpinion()
+NO_OPINION = NoOpinion()
 
 
-def check(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> dict:
-    """The record `gates.json`: every gate, and which files it was held against.
+def check_evaluation(
+    job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed
+) -> dict:
+    """The content of `gates.json`: every gate, and the digests of the files it checked.
 
     Args:
-        model: the variant, as it was asked.
-        loaded: gates on the model, made when it was loaded.
-        recomputed: figures of the shared text computed a second time.
+        model: the variant, as it was evaluated.
+        loaded: gates on the model from when it was loaded.
+        recomputed: independently recomputed figures of the shared text.
 
     Raises:
         StudyError: the baseline has not been evaluated yet.
     """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
-    evidence = gather(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
+    data = gather_evaluation_data(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
     set_activity("checks on the answers")
-    record = as_record(evaluation_gates(evidence))
-    made_of = prediction_digests(folder, study.evaluation.datasets)
-    return {"model": job.model, "variant": job.variant, **record, "predictions": made_of}
+    record = as_record(evaluation_gates(data))
+    digests = prediction_digests(folder, study.evaluation.datasets)
+    return {"model": job.model, "variant": job.variant, **record, "predictions": digests}
 
 
-def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed) -> Evidence:
-    """The evidence on the evaluation of the job's model and variant, as it lies on disk."""
+def gather_evaluation_data(
+    job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomputed
+) -> EvaluationData:
+    """All data that the gates on the job's evaluation compare.
+
+    The items are drawn here once, apart from the draw of the evaluation itself.
+    """
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     baseline = job.paths.evaluation(job.model, study.baseline)
-    opinion = second_opinion(job, model, tokenizer)
-    alone = ask_alone(model, tokenizer, study, opinion)
+    sets, items = study.evaluation.datasets, draw_sets(study)
+    opinion = open_second_opinion(job, model, tokenizer)
+    alone = ask_alone(model, tokenizer, study, opinion, items)
     predictions, passages = read_predictions(folder, study), read_passage_rows(folder)
-    return Evidence(
+    return EvaluationData(
         study=study,
         model=job.model,
         variant=job.variant,
@@ -81,35 +93,37 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         metrics=read_json(folder / "metrics.json", made_by="03_evaluation"),
         baseline=read_predictions(baseline, study),
         baseline_passages=read_passage_rows(baseline),
-        asked=asked_now(study, tokenizer, own_tokenizer(job)),
-        seen=seen_items(study, job.model, job.variant),
+        rendered=render_items_again(study, tokenizer, source_tokenizer(job), items),
+        used=used_items(study, job.model, job.variant),
         alone=alone,
-        again=ask_again(model, tokenizer, study, job.variant, alone),
-        reference=read_reference(job, model, tokenizer),
-        shaken=read_shaken(job, tokenizer),
+        repeated=ask_alone_again(model, tokenizer, study, job.variant, alone, items),
+        reference=read_reference_passages(job, model, tokenizer),
+        perturbed=read_perturbed_passages(job, tokenizer),
         loaded=tuple(loaded),
         recomputed=recomputed,
         training=training_results(job),
         trained=trained_gates(job, tokenizer),
-        raw={
-            name: raw_digests(wanted.source, adapter=wanted.adapter)
-            for name, wanted in study.evaluation.datasets.items()
-        },
+        raw={name: raw_digests(s.source, adapter=s.adapter) for name, s in sets.items()},
         texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
-        pools={name: pool_of(wanted) for name, wanted in study.evaluation.datasets.items()},
-        opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
+        pools={name: item_pool(evaluation_set) for name, evaluation_set in sets.items()},
+        opinions=opinion_gates(job, model, tokenizer, opinion, predictions, passages),
     )
 
 
-def pool_of(wanted: EvaluationSet) -> list[Item]:
-    """The items that a set may be drawn from, as its settings say."""
-    items = load_items(wanted.source, adapter=wanted.adapter)
-    numeric = wanted.keep == "numeric_answers"
-    return [item for item in items if not numeric or gold_number(item.golds[0]) is not None]
+def draw_sets(study: Study) -> dict[str, list[Item]]:
+    """The items of every evaluation set, by its name."""
+    return {name: evaluation_items(study, name) for name in study.evaluation.datasets}
+
+
+def item_pool(evaluation_set: EvaluationSet) -> list[Item]:
+    """The items that a set is drawn from, by its settings."""
+    items = load_items(evaluation_set.source, adapter=evaluation_set.adapter)
+    numeric_only = evaluation_set.keep == "numeric_answers"
+    return [item for item in items if not numeric_only or gold_number(item.golds[0]) is not None]
 
 
 def training_results(job: Job) -> dict | None:
-    """Results of the record of the model's fine-tuning; None where the study trained none."""
+    """Results in the record of the model's fine-tuning; None if the study did not train it."""
     if not isinstance(job.study.models[job.model], FineTunedModel):
         return None
     record = job.paths.finetuned_model(job.model) / "record.json"
@@ -117,24 +131,24 @@ def training_results(job: Job) -> dict | None:
 
 
 def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
-    """Gates on the fine-tuning of the job's model; asked once, with the baseline."""
+    """Gates on the fine-tuning of the job's model; they run once, with the baseline."""
     results = training_results(job)
     if results is None or job.variant != job.study.baseline:
         return ()
-    settings, (drawn, heldout) = (
+    settings, (training, heldout) = (
         f(job.study, job.model) for f in (fine_tuning_settings, training_items)
     )
     folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
     start = model_folder(job.study, settings.start, job.paths)
     return (
-        order_gate("training items as the seed draws them", drawn, seed=job.study.seed),
+        order_gate("training items as the seed draws them", training, seed=job.study.seed),
         steps_gate(settings, results),
         weights_gate(start, folder, settings, results, dtype=dtype),
         loss_gate(folder, tokenizer, heldout, results, dtype=dtype),
     )
 
 
-def opinions(
+def opinion_gates(
     job: Job,
     model,
     tokenizer,
@@ -142,102 +156,133 @@ def opinions(
     predictions: dict[str, list[dict]],
     passages: list[dict],
 ) -> tuple[tuple[str, Gate], ...]:
-    """What transformers' own forward pass says of the items asked alone and of a few passages.
+    """Compare answers and a few passages with transformers' own forward pass.
 
     Args:
-        opinion: has looked on while the items were asked.
-        predictions, passages: what the evaluation stored.
+        opinion: has traced the items that were asked alone.
+        predictions, passages: rows that the evaluation stored.
     """
-    few, wanted = shared_passages(job.study)[: LOOKED_AT[TEXT]], job.study.evaluation
-    tokens = passage_tokens(tokenizer, few, max_tokens=wanted.shared_text.max_tokens)
-    read = partial(read_passages, model, batch_tokens=wanted.batch.tokens)
+    few_passages, evaluation = (
+        shared_passages(job.study)[: COMPARED_TEXTS[TEXT]],
+        job.study.evaluation,
+    )
+    tokens = passage_tokens(tokenizer, few_passages, max_tokens=evaluation.shared_text.max_tokens)
+    read = partial(read_passages, model, batch_tokens=evaluation.batch.tokens)
     opinion.passages(tokens, passages[: len(tokens)], read)
     return tuple(opinion.gates(predictions))
 
 
-def asked_now(study: Study, tokenizer, own) -> dict[str, list[Asked]]:
-    """The items of every set, drawn again, with the prompts the study gives them now.
+def render_items_again(
+    study: Study, tokenizer, own, items: Mapping[str, list[Item]] | None = None
+) -> dict[str, list[RenderedItem]]:
+    """The items of every set with their prompts, rendered again.
 
     Args:
-        tokenizer: renders them.
-        own: the source's tokenizer as transformers loads it, which makes tokens of them.
+        tokenizer: renders the prompts.
+        own: the source's tokenizer as transformers loads it, for the token ids.
+        items: of every set; drawn here if None.
     """
     opening = answer_opening(tokenizer)
 
-    def told(asked: Prompt) -> Asked:
-        handed = len(asked_tokens(tokenizer, asked).context)
-        whole = len(own(asked.text, add_special_tokens=False).input_ids)
-        texts = asked.text, tuple(asked.continuations)
-        return asked_of(own, asked, Shown(asked.item, *texts, opening, handed, whole))
+    def render_again(item: Item, evaluation_set: EvaluationSet) -> RenderedItem:
+        prompt = render_prompt(item, evaluation_set, tokenizer)
+        shown = RenderedPrompt(
+            item,
+            prompt.text,
+            tuple(prompt.continuations),
+            opening,
+            tokens=len(model_inputs(tokenizer, prompt).context),
+            whole=len(own(prompt.text, add_special_tokens=False).input_ids),
+        )
+        return rendered_item(own, prompt, shown)
 
     return {
-        name: [told(prompt(item, wanted, tokenizer)) for item in evaluation_items(study, name)]
-        for name, wanted in study.evaluation.datasets.items()
+        name: [render_again(item, study.evaluation.datasets[name]) for item in of_set]
+        for name, of_set in (items or draw_sets(study)).items()
     }
 
 
-def asked_of(tokenizer, asked: Prompt, shown: Shown) -> Asked:
-    """A prompt with its tokens, and the digest of both that a prediction has to have stored.
+def rendered_item(tokenizer, prompt: Prompt, shown: RenderedPrompt) -> RenderedItem:
+    """A prompt with its token count, and the digest that its prediction must have stored.
 
-    The digest is written out again, so that one of the words alone is seen.
+    The digest is computed by separate code, so that a digest of the words alone is noticed.
     """
-    texts = [asked.text, *(asked.text + c for c in asked.continuations)]
-    context, *wholes = (own_tokens(tokenizer, text, plain=asked.plain)[0] for text in texts)
-    options = [whole[len(context) :] for whole in wholes]
-    told = [asked.text, list(asked.continuations), context, options]
-    text = json.dumps(told, ensure_ascii=False, separators=(",", ":"))
-    return Asked(asked.item, sha256(text.encode()).hexdigest()[:16], len(context), shown)
+    texts = [prompt.text, *(prompt.text + c for c in prompt.continuations)]
+    context, *full_texts = (
+        source_token_ids(tokenizer, text, plain=prompt.plain)[0] for text in texts
+    )
+    options = [full_text[len(context) :] for full_text in full_texts]
+    content = [prompt.text, list(prompt.continuations), context, options]
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+    return RenderedItem(prompt.item, sha256(text.encode()).hexdigest()[:16], len(context), shown)
 
 
-def seen_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
-    """The items the variant knows: examples in its prompts, calibration, and training items."""
-    found = {"worked-example": worked_examples(study)}
+def used_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
+    """Items used for the variant, by use: prompt examples, calibration, training."""
+    items_by_use = {"worked-example": worked_examples(study)}
     if study.variants[variant].needs_checkpoint:
-        found["calibration"] = calibration_items(study)
+        items_by_use["calibration"] = calibration_items(study)
     if isinstance(study.models[model], FineTunedModel):
-        found["training"] = [item for part in training_items(study, model) for item in part]
-    return found
+        items_by_use["training"] = [item for part in training_items(study, model) for item in part]
+    return items_by_use
 
 
 def worked_examples(study: Study) -> list[Item]:
-    """The examples that stand in the prompts of the study's sets."""
-    asked = [(w.adapter, w.ask) for w in study.evaluation.datasets.values()]
-    shots = [(adapter, ask.shots) for adapter, ask in asked if ask.protocol == "generate"]
+    """The worked examples in the prompts of the study's sets."""
+    asks = [(w.adapter, w.ask) for w in study.evaluation.datasets.values()]
+    shots = [(adapter, ask.shots) for adapter, ask in asks if ask.protocol == "generate"]
     return [item for adapter, n in shots for item, _ in EXAMPLES[adapter][:n]]
 
 
-def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, list[dict]]) -> dict:
-    """Predictions of one item of every generated set, asked once more in a batch of its own.
+def ask_alone_again(
+    model,
+    tokenizer,
+    study: Study,
+    variant: str,
+    alone: dict[str, list[dict]],
+    items: Mapping[str, list[Item]] | None = None,
+) -> dict[str, list[dict]]:
+    """Predictions of one item of every generated set, asked alone a second time.
 
-    None where an answer is the same in any company: there it was asked twice already.
+    Empty if the runtime is batch-invariant: there, asking alone is the second time.
+
+    Args:
+        alone: what `ask_alone` returned.
+        items: of every set; drawn here if None.
     """
-    if exact(study, variant):
+    if is_batch_invariant(study, variant):
         return {}
-    found, limits = {}, study.evaluation.batch
-    for name, wanted in study.evaluation.datasets.items():
-        if wanted.ask.protocol == "generate":
-            first = [i for i in evaluation_items(study, name) if i.id == alone[name][0]["id"]]
-            found[name] = list(evaluate(model, tokenizer, first, wanted, limits=limits))
-    return found
+    predictions, limits = {}, study.evaluation.batch
+    for name, of_set in (items or draw_sets(study)).items():
+        evaluation_set = study.evaluation.datasets[name]
+        if evaluation_set.ask.protocol == "generate":
+            first = [item for item in of_set if item.id == alone[name][0]["id"]]
+            rows = evaluate(model, tokenizer, first, evaluation_set, limits=limits)
+            predictions[name] = list(rows)
+    return predictions
 
 
 def ask_alone(
-    model, tokenizer, study: Study, opinion: SecondOpinion | NoOpinion = NOBODY
+    model,
+    tokenizer,
+    study: Study,
+    opinion: SecondOpinion | NoOpinion = NO_OPINION,
+    items: Mapping[str, list[Item]] | None = None,
 ) -> dict[str, list[dict]]:
     """Predictions of a few items of every set, each asked in a batch of its own.
 
     Args:
-        opinion: looks on.
+        opinion: traces the model meanwhile.
+        items: of every set; drawn here if None.
     """
-    found = {}
-    for name, wanted in study.evaluation.datasets.items():
-        items = evaluation_items(study, name)
-        chosen = sample([item.id for item in items], wanted.ask.protocol, seed=study.seed)
-        few = [item for item in items if item.id in chosen]
-        limits = study.evaluation.batch
-        found[name] = []
-        for item in Bar(few, desc=f"{name}, asked alone", unit="item"):
+    predictions, limits = {}, study.evaluation.batch
+    for name, of_set in (items or draw_sets(study)).items():
+        evaluation_set = study.evaluation.datasets[name]
+        ids = sampled_ids([i.id for i in of_set], evaluation_set.ask.protocol, seed=study.seed)
+        sampled = [item for item in of_set if item.id in ids]
+        predictions[name] = []
+        for item in Bar(sampled, desc=f"{name}, asked alone", unit="item"):
             with opinion.of(name, item) as rows:
-                rows += evaluate(model, tokenizer, [item], wanted, limits=limits)
-            found[name] += rows
-    return found
+                rows += evaluate(model, tokenizer, [item], evaluation_set, limits=limits)
+            predictions[name] += rows
+    return predictions

@@ -20,7 +20,7 @@ HEADS = ("lm_head.weight", "model.embed_tokens.weight", "model.decoder.embed_tok
 
 
 class TensorReader:
-    """The tensors of a folder by name: those its index lists, else of its one file or its files."""
+    """The tensors of a folder by name, from its index, its single file, or all its files."""
 
     def __init__(self, folder: Path):
         index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
@@ -44,19 +44,19 @@ class TensorReader:
             return file.get_tensor(name)
 
     def weight_name(self, module: str) -> str:
-        """The tensor of a module's weight; of a head that has none, the embeddings' table."""
+        """The name of a module's weight tensor; for a tied head, that of the embeddings."""
         names = HEADS if module == "lm_head" else (f"{module}.weight",)
         return next((name for name in names if name in self), names[0])
 
 
 @dataclass(frozen=True)
 class Products:
-    """What rows multiply to, each (rows, columns) float64.
+    """Expected outputs of a Linear for some rows, each (rows, columns) float64.
 
     Attributes:
-        exact: as the Linear is declared.
-        allowed: the largest rounding of a correct implementation.
-        unrounded: with activations that are not quantized.
+        exact: by the declared scheme.
+        allowed: the largest rounding error of a correct implementation.
+        unrounded: with float activations.
     """
 
     exact: Tensor
@@ -66,7 +66,7 @@ class Products:
 
 @dataclass(frozen=True)
 class LinearFile:
-    """Some columns of one Linear, as the files of a variant have them.
+    """Some columns of one Linear, from the files of a variant.
 
     Attributes:
         weight: (columns, in_features), int8 or float.
@@ -75,7 +75,7 @@ class LinearFile:
         activations: the declared granularity; None for a float Linear.
         input_scale: () float32 of `tensor_static`, else None.
         eps: relative spacing of the float type that inputs and outputs have.
-        simulated: int8 is rounded to and multiplied in that float type.
+        simulated: whether int8 is simulated in that float type.
     """
 
     weight: Tensor
@@ -87,10 +87,10 @@ class LinearFile:
     simulated: bool = False
 
     def products(self, x: Tensor, absmax: Tensor | None = None) -> Products:
-        """The rows' products.
+        """The expected outputs.
 
         Args:
-            x: (rows, in_features), as the Linear was given them.
+            x: (rows, in_features), the Linear's inputs.
             absmax: (rows,) largest magnitude in each row's text, for `tensor_dynamic`.
         """
         x = x.float()
@@ -112,13 +112,13 @@ class LinearFile:
         return Products(exact, allowed, unrounded)
 
     def _narrow(self, size: Tensor, weight: Tensor) -> Tensor | float:
-        """What a float type narrower than float32 may lose within a sum of products."""
+        """The rounding error of sums of products in a float type narrower than float32."""
         if self.eps <= EPS32 or self.activations is not None:
             return 0.0
         return 4 * self.eps * size / weight.shape[1] ** 0.5
 
     def _rounded(self, x: Tensor, absmax: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """((rows, in) float64 quantized values, (rows, 1) their step, bool where one is a tie)."""
+        """((rows, in) float64 quantized values, (rows, 1) step, (rows, in) bool: near a tie)."""
         if self.activations == "tensor_static":
             scale = self.input_scale.float().expand(len(x))
         else:
@@ -137,11 +137,11 @@ class LinearFiles:
     """Every Linear of a variant's folder.
 
     Attributes:
-        folder: the checkpoint, or the source of a variant that has none.
-        quantized: names of the Linears that the variant claims to have in int8.
-        activations: the granularity it declares for them.
-        dtype: the float type announced for everything else.
-        simulated: int8 is simulated in that type.
+        folder: the checkpoint, or the source of a variant without one.
+        quantized: names of the Linears that the variant declares as int8.
+        activations: their declared granularity.
+        dtype: the declared float type of everything else.
+        simulated: whether int8 is simulated in that type.
     """
 
     folder: Path
@@ -158,7 +158,7 @@ class LinearFiles:
         """Some columns of a Linear.
 
         Raises:
-            KeyError: a tensor that the Linear needs is not there.
+            KeyError: a tensor of the Linear is missing.
         """
         tensors, int8 = self.tensors, name in self.quantized
         weight = tensors[tensors.weight_name(name)][columns]

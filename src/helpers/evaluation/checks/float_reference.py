@@ -12,8 +12,8 @@ import torch
 
 from helpers.core.activity import set_activity
 from helpers.inference.perplexity import (
-    States,
-    first_scored,
+    HiddenStates,
+    first_scored_token,
     load_states,
     passage_rows,
     passage_tokens,
@@ -27,11 +27,11 @@ from helpers.study.study_run import Job
 PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
 
 
-def read_reference(job: Job, model, tokenizer) -> list[dict]:
-    """Rows of the first passages by the float states that the variant was held against.
+def read_reference_passages(job: Job, model, tokenizer) -> list[dict]:
+    """Rows of the first passages, from the saved float states that the variant is compared with.
 
     Args:
-        job: the variant at hand; none are read for the baseline.
+        job: names the variant; the baseline gets no rows.
         model: that variant, for its device.
 
     Raises:
@@ -39,49 +39,52 @@ def read_reference(job: Job, model, tokenizer) -> list[dict]:
     """
     if job.variant == job.study.baseline:
         return []
-    passages, tokens = _first(job, tokenizer)
-    kept, first = _kept(job, model, tokens), first_scored(tokenizer)
-    return passage_rows(passages, tokens, kept, None, first=first)
+    passages, tokens = _first_passages(job, tokenizer)
+    states, first = _saved_states(job, model, tokens), first_scored_token(tokenizer)
+    return passage_rows(passages, tokens, states, None, first=first)
 
 
-def read_shaken(job: Job, tokenizer) -> list[dict]:
-    """The same by the float model with every weight off by one rounding, held against itself.
+def read_perturbed_passages(job: Job, tokenizer) -> list[dict]:
+    """The same rows for the float model with every weight perturbed by one rounding.
 
-    It is read anew before that too: a baseline that was evaluated wrongly would widen the
-    limit it gives. Only for a variant that stays float and is not the model as it was loaded.
+    The reference is the same model before the perturbation, read again here: a baseline that
+    was evaluated wrongly would widen the limit. Only for float variants that change the model
+    or its float type.
     """
     if job.recipe.is_unmodified or job.recipe.claim.quantized:
         return []
     set_activity("the float model, off by rounding")
-    passages, tokens = _first(job, tokenizer)
+    passages, tokens = _first_passages(job, tokenizer)
     runtime = job.study.runtime
     types = {job.recipe.dtype, runtime.dtype}
     coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
     model = load_model(model_folder(job.study, job.model, job.paths), runtime)
-    limit = {"batch_tokens": job.study.evaluation.batch.tokens}
-    hidden = read_passages(model, tokens, **limit).hidden
-    head = _kept(job, model, tokens).head  # of the files: the model's own is shaken too
-    shake_(model, dtype=coarsest)
-    shaken, first = read_passages(model, tokens, **limit), first_scored(tokenizer)
-    return passage_rows(passages, tokens, shaken, States(hidden, head), first=first)
+    batch = {"batch_tokens": job.study.evaluation.batch.tokens}
+    hidden = read_passages(model, tokens, **batch).hidden
+    head = _saved_states(
+        job, model, tokens
+    ).head  # from the files, since the model's own head is perturbed too
+    perturb_by_rounding_(model, dtype=coarsest)
+    perturbed, first = read_passages(model, tokens, **batch), first_scored_token(tokenizer)
+    return passage_rows(passages, tokens, perturbed, HiddenStates(hidden, head), first=first)
 
 
-def _first(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
+def _first_passages(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
     passages = shared_passages(job.study)[:PASSAGES]
     limit = job.study.evaluation.shared_text.max_tokens
     return passages, passage_tokens(tokenizer, passages, max_tokens=limit)
 
 
-def _kept(job: Job, model, tokens: list[list[int]]) -> States:
-    """The baseline's states at the tokens of these passages, the first ones kept."""
+def _saved_states(job: Job, model, tokens: list[list[int]]) -> HiddenStates:
+    """The baseline's saved states at the tokens of these passages, which come first."""
     source = model_folder(job.study, job.model, job.paths)
     states = load_states(states_path(job), source, model)
-    return States(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
+    return HiddenStates(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
 
 
 @torch.no_grad()
-def shake_(model, *, dtype: torch.dtype) -> None:
-    """Move every weight by one rounding of `dtype`, up or down as a seeded coin falls."""
+def perturb_by_rounding_(model, *, dtype: torch.dtype) -> None:
+    """Move every weight by one rounding of `dtype`, up or down at random with a fixed seed."""
     generator = torch.Generator().manual_seed(0)
     for weight in model.parameters():
         signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 2 - 1

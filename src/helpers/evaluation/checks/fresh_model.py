@@ -14,21 +14,21 @@ from helpers.core.gates import largest
 from helpers.evaluation.checks.float64_linears import LinearFiles
 from helpers.evaluation.checks.rounding_bounds import Comparison, rms
 
-SHAKEN_ROWS = 8192  # of a weight at a time
+PERTURBED_ROWS = 8192  # of a weight at a time
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A text to be read, and what the engine said of it.
+    """A text to read again, and the engine's result for it.
 
     Attributes:
-        compared: where differences go.
-        where: what it is, in words.
+        compared: collects the differences.
+        where: a name of the text for messages.
         text: token ids.
-        places: after which of them a next token is asked for.
-        targets: these next tokens; None where the likeliest were written.
-        engine: the summed log-probability of the targets, or the row of what was written.
-        option: which of its item's options it is, if it is one.
+        places: indices whose next token is predicted.
+        targets: these next tokens; None for generated text, which takes the likeliest.
+        engine: the summed log-probability of the targets, or the prediction's row.
+        option: index among its item's options, if the text ends with one.
     """
 
     compared: Comparison
@@ -41,7 +41,7 @@ class Reading:
 
 
 class FreshModel:
-    """A float variant as transformers loads it, with the attention it spells out in full."""
+    """A float variant as transformers loads it, with its eager attention."""
 
     def __init__(self, files: LinearFiles, device):
         model = AutoModelForCausalLM.from_pretrained(
@@ -55,7 +55,7 @@ class FreshModel:
 
     @torch.inference_mode()
     def logits(self, text: Sequence[int], places: Sequence[int]) -> Tensor:
-        """(places, vocabulary) float32 logits of what follows some tokens of one sequence."""
+        """(places, vocabulary) float32 next-token logits at some places of one sequence."""
         ids = torch.tensor([list(text)], device=self.model.device)
         keep = torch.tensor(list(places), device=self.model.device)
         output = self.model(input_ids=ids, use_cache=False, logits_to_keep=keep)
@@ -63,40 +63,40 @@ class FreshModel:
 
     @torch.no_grad()
     def shake_(self) -> None:
-        """Put every weight off by one rounding of its type, up or down by a seeded coin.
+        """Move every weight by one rounding of its type, up or down at random with a fixed seed.
 
-        What that does to a log-probability is as much as two correct programs may differ by.
+        Two correct programs may differ by as much as that changes a log-probability.
         """
         generator = torch.Generator().manual_seed(1)
         for weight in self.model.parameters():
             eps = torch.finfo(weight.dtype).eps
-            for rows in weight.split(SHAKEN_ROWS):
-                coin = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8)
-                rows.mul_((1 + eps * (2 * coin - 1).float()).to(rows))
+            for rows in weight.split(PERTURBED_ROWS):
+                signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8)
+                rows.mul_((1 + eps * (2 * signs - 1).float()).to(rows))
 
 
 def read_whole(
     readings: list[Reading], files: LinearFiles, device
 ) -> tuple[list[Tensor], float, float]:
-    """Every text read by transformers' own model, and how far rounding goes in it.
+    """Read every text with transformers' own model, and measure the effect of rounding.
 
     Returns:
-        logits of each reading; the root mean square, and the most, of what one rounding of
-        every weight changes a logit by, in a scored text of every kind.
+        logits of each reading; the root mean square and the maximum of the logit changes that
+        one rounding of every weight causes, over one scored text of every kind.
     """
     fresh = FreshModel(files, device)
     logits = [fresh.logits(r.text, r.places) for r in readings]
     fresh.shake_()
-    mean = most = 0.0
-    for index in _one_of_each(readings):
-        change = fresh.logits(readings[index].text, readings[index].places) - logits[index]
-        mean = largest((mean, rms(change)))
-        most = largest((most, float(change.abs().max())))
-    return logits, mean, most
+    rms_change = largest_change = 0.0
+    for index in _one_of_each_kind(readings):
+        difference = fresh.logits(readings[index].text, readings[index].places) - logits[index]
+        rms_change = largest((rms_change, rms(difference)))
+        largest_change = largest((largest_change, float(difference.abs().max())))
+    return logits, rms_change, largest_change
 
 
-def _one_of_each(readings: list[Reading]) -> list[int]:
-    """The first scored text of every kind; the first of all where none is scored."""
+def _one_of_each_kind(readings: list[Reading]) -> list[int]:
+    """Index of the first scored text of every kind; 0 if none is scored."""
     first: dict[int, int] = {}
     for index, reading in enumerate(readings):
         if reading.targets is not None:

@@ -22,7 +22,7 @@ from helpers.sources.models import model_folder
 from helpers.sources.sampling import shared_passages
 from helpers.study.schema import Runtime
 from helpers.study.study_run import Job
-from helpers.verification.source_tokenizer import own_tokenizer, own_tokens
+from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
 ATTENTION = ("sdpa", "eager")  # two ways that transformers itself has
 ROWS, COLUMNS = 64, 16384  # of a matrix that are in float64 at once
@@ -30,14 +30,14 @@ ROWS, COLUMNS = 64, 16384  # of a matrix that are in float64 at once
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What `recompute` found.
+    """Results of `recompute`.
 
     Attributes:
-        rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, and how far
-            rounding moves them: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
+        rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, and their
+            rounding errors: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
         token_counts: predicted tokens of every passage, by its id.
-        texts: the part of every passage that is predicted, by its id.
-        unread: ids of the passages whose own tokens stand in none of the model's passes.
+        texts: the scored part of every passage, by its id.
+        unread: ids of the passages whose tokens occur in no pass of the model.
     """
 
     rows: list[dict] = field(default_factory=list)
@@ -47,10 +47,10 @@ class Recomputed:
 
 
 class Passes:
-    """What the decoder of a model reads from now on: token ids and last states of every pass.
+    """Records token ids and last hidden states of every pass of a decoder.
 
     Attributes:
-        read: a (token ids, (tokens, hidden) last states) for every row of every pass.
+        read: (token ids, (tokens, hidden) last states) of every row of every pass.
     """
 
     def __init__(self, model):
@@ -64,47 +64,57 @@ class Passes:
         self.read += [(i.tolist(), s.detach()) for i, s in zip(ids, states, strict=True)]
 
     def end(self) -> None:
-        """Record no more."""
+        """Stop recording."""
         if self._hook is not None:
             self._hook.remove()
 
 
 def recompute(job: Job, model, passes: Passes) -> Recomputed:
-    """The figures of the first and the last passage, and the token counts of all.
+    """Compute the figures of the first and the last passage, and the token counts of all.
 
     Args:
-        job: the variant at hand.
-        model: that variant; asked again only where another engine runs it.
-        passes: what its evaluation read; ended here.
+        job: names the variant.
+        model: that variant; it reads again only if another engine runs it.
+        passes: the recorded passes of its evaluation; recording stops here.
     """
     passes.end()
     folder, texts = model_folder(job.study, job.model, job.paths), shared_passages(job.study)
     limit = job.study.evaluation.shared_text.max_tokens
-    tokenizer = own_tokenizer(job)
-    begun = [own_tokens(tokenizer, text, plain=True) for text in texts]
-    tokens = [found[:limit] for found, _ in begun]
-    starts = [max(1, before) for _, before in begun]  # of what is predicted
+    tokenizer = source_tokenizer(job)
+    tokenized = [source_token_ids(tokenizer, text, plain=True) for text in texts]
+    tokens = [ids_of_text[:limit] for ids_of_text, _ in tokenized]
+    starts = [max(1, special_tokens) for _, special_tokens in tokenized]  # of what is predicted
     ids = [sha256_text(text)[:16] for text in texts]
     baseline = transformers_model(folder, job.study.runtime)
     dtype = getattr(torch, job.recipe.dtype or job.study.runtime.dtype)
     rows = []
     for place in sorted({0, len(texts) - 1}):
-        first, second = (_own_logits(baseline, tokens[place], way) for way in ATTENTION)
+        first, second = (
+            _transformers_logits(baseline, tokens[place], implementation)
+            for implementation in ATTENTION
+        )
         logits = None
         if job.variant != job.study.baseline:
-            states = _states_of(tokens[place][:-1], passes.read, model)
-            logits = None if states is None else _head(baseline, states, dtype)
+            states = _recorded_states(tokens[place][:-1], passes.read, model)
+            logits = None if states is None else _head_logits(baseline, states, dtype)
             if logits is None:
-                continue  # no pass read it: the gate misses its row
-        begin = slice(starts[place] - 1, None)
-        logits = None if logits is None else logits[begin]
-        row = compared(tokens[place][begin], first[begin], second[begin], logits)
+                continue  # no pass read it, and the gate reports the missing row
+        scored = slice(starts[place] - 1, None)
+        logits = None if logits is None else logits[scored]
+        row = compare_passage(tokens[place][scored], first[scored], second[scored], logits)
         rows.append({"id": ids[place], **row})
     predicted = {k: t[start:] for k, t, start in zip(ids, tokens, starts, strict=True)}
-    counts = {key: len(found) for key, found in predicted.items()}
-    read = {k: tokenizer.decode(found, skip_special_tokens=True) for k, found in predicted.items()}
+    counts = {key: len(ids_of_text) for key, ids_of_text in predicted.items()}
+    read = {
+        k: tokenizer.decode(ids_of_text, skip_special_tokens=True)
+        for k, ids_of_text in predicted.items()
+    }
     places = zip(ids, tokens, strict=True)
-    unread = [key for key, found in places if _states_of(found[:-1], passes.read, model) is None]
+    unread = [
+        key
+        for key, ids_of_text in places
+        if _recorded_states(ids_of_text[:-1], passes.read, model) is None
+    ]
     return Recomputed(rows, counts, read, unread)
 
 
@@ -122,15 +132,15 @@ def transformers_model(folder: Path, runtime: Runtime):
 
 
 @torch.inference_mode()
-def _own_logits(model, tokens: list[int], attention: str) -> Tensor:
+def _transformers_logits(model, tokens: list[int], attention: str) -> Tensor:
     """(tokens - 1, vocabulary) logits of the next tokens, by the model's own forward."""
     model.set_attn_implementation(attention)
     ids = torch.tensor([tokens[:-1]], device=model.device)
     return model(input_ids=ids, use_cache=False).logits[0].cpu()
 
 
-def _states_of(tokens: list[int], passes: list, model) -> Tensor | None:
-    """(tokens, hidden) states of a passage, where it stands in a recorded pass; None nowhere."""
+def _recorded_states(tokens: list[int], passes: list, model) -> Tensor | None:
+    """(tokens, hidden) states of a passage in the recorded passes; None if no pass has it."""
     if not isinstance(model, torch.nn.Module):
         return model.states(tokens)
     for read, states in passes:
@@ -141,8 +151,8 @@ def _states_of(tokens: list[int], passes: list, model) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _head(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
-    """(tokens, vocabulary) logits: the product in float64, rounded once to the type announced.
+def _head_logits(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
+    """(tokens, vocabulary) logits: the product in float64, rounded once to the declared type.
 
     No variant changes the head, so it is the baseline's.
     """
@@ -157,14 +167,16 @@ def _head(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | None) -> dict:
+def compare_passage(
+    tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | None
+) -> dict:
     """The row of one passage.
 
     Args:
         tokens: token ids; the rows of the matrices predict all but the first one.
-        first: (tokens - 1, vocabulary) the baseline's logits, which are compared with.
-        second: the same by another implementation of attention: their distance is rounding.
-        logits: the variant's; None where it is the baseline itself.
+        first: (tokens - 1, vocabulary) the baseline's logits, the reference.
+        second: the same by another implementation of attention; they differ by rounding.
+        logits: the variant's; None for the baseline itself.
     """
     total: Counter[str] = Counter()
     for start in range(0, len(first), ROWS):
@@ -186,32 +198,32 @@ def compared(tokens: list[int], first: Tensor, second: Tensor, logits: Tensor | 
 def _sums(first: Tensor, second: Tensor, logits: Tensor | None, targets: Tensor) -> dict:
     """Sums over some tokens, of float64 logits (tokens, vocabulary) and (tokens, 1) targets.
 
-    The KL, and the baseline's own loss, are from both readings of the baseline; `softmax` is
-    what float32 loses in its loss.
+    The KL and the baseline's own loss come from both readings of the baseline; `softmax` is
+    the error of a float32 softmax in its loss.
     """
     references = [matrix.log_softmax(-1) for matrix in (first, second)]
-    found = references if logits is None else [logits.log_softmax(-1)] * 2
-    losses = [-matrix.gather(1, targets).sum().item() for matrix in (*found, references[0])]
-    single = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
-    terms = [p.exp() * (p - q) for p, q in zip(references, found, strict=True)]
+    logprobs = references if logits is None else [logits.log_softmax(-1)] * 2
+    losses = [-matrix.gather(1, targets).sum().item() for matrix in (*logprobs, references[0])]
+    float32_loss = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
+    terms = [p.exp() * (p - q) for p, q in zip(references, logprobs, strict=True)]
     chosen, blur = first if logits is None else logits, (first - second).abs().amax(-1)
     return {
         "nll": losses[0],
         "other_nll": losses[1],
-        "softmax": single - losses[2],
+        "softmax": float32_loss - losses[2],
         "kl": terms[0].sum().item(),
         "other_kl": terms[1].sum().item(),
         "same": int((first.argmax(-1) == chosen.argmax(-1)).sum()),
-        "ties": int((_undecided(first, blur) | _undecided(chosen, blur)).sum()),
+        "ties": int((_is_tied(first, blur) | _is_tied(chosen, blur)).sum()),
     }
 
 
-def _undecided(logits: Tensor, blur: Tensor) -> Tensor:
+def _is_tied(logits: Tensor, blur: Tensor) -> Tensor:
     """(tokens,) bool: whether rounding may change which token is the most likely one.
 
     Args:
         logits: (tokens, vocabulary).
-        blur: (tokens,) how far rounding moves them.
+        blur: (tokens,) how much rounding changes them.
     """
     best = logits.topk(2, dim=-1).values
     size = best[:, 0].abs() * torch.finfo(torch.float32).eps

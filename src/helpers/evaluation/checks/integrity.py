@@ -14,11 +14,15 @@ from helpers.evaluation.checks.absolute_limits import (
     trained_on_gate,
     training_gate,
 )
-from helpers.evaluation.checks.batch_invariance import exact, invariance_gate, repeat_gate
-from helpers.evaluation.checks.behavior import conduct_gates
+from helpers.evaluation.checks.batch_invariance import (
+    invariance_gate,
+    is_batch_invariant,
+    repeat_gate,
+)
+from helpers.evaluation.checks.behavior import behavior_gates
 from helpers.evaluation.checks.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
-from helpers.evaluation.checks.prompt_gates import Shown, contents_gate, draw_gate
+from helpers.evaluation.checks.prompt_gates import RenderedPrompt, contents_gate, draw_gate
 from helpers.evaluation.checks.range_gates import range_gate
 from helpers.evaluation.checks.recomputed_answers import rescored
 from helpers.evaluation.checks.reference_gates import (
@@ -32,40 +36,40 @@ from helpers.study.schema import EvaluationSet, Study
 
 
 @dataclass(frozen=True)
-class Asked:
-    """An item as it is asked: its prompt, rendered now."""
+class RenderedItem:
+    """An item with the digest and the token count of its prompt, rendered again."""
 
     item: Item
     hash: str
     tokens: int
-    shown: Shown | None = None
+    shown: RenderedPrompt | None = None
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """All that the gates of one evaluation look at.
+class EvaluationData:
+    """The data that the gates of one evaluation compare.
 
     Attributes:
-        predictions, passages, metrics: what the evaluation stored, read back.
+        predictions, passages, metrics: as the evaluation stored them, read from disk.
         baseline: the predictions of the study's baseline for the same model.
         baseline_passages: its rows of the shared text.
-        asked: the items of every evaluation set, drawn and rendered now.
-        seen: items the variant was made from, by use (calibration, training).
-        alone: predictions of a few items asked in a batch of one.
-        again: the same of one item of each generated set, asked once more; none where an
-            answer alone has to be the one in the batch, which is asking twice.
-        shaken: rows of the shared text read by the float model after one rounding of every
-            weight; for float variants.
-        reference: rows of the shared text read by the float model now; none for the baseline.
-        loaded: gates on the model that was asked, made where it was loaded.
-        recomputed: rows and token counts of the shared text computed a second time, by
-            `full_logits`; None if they were not.
-        training: results of the record of the model's fine-tuning; None if there was none.
-        raw: by set and item id, hashes of the raw rows, taken before any adapter.
+        rendered: the items of every evaluation set, drawn and rendered again.
+        used: items the variant was made with, by use (worked examples, calibration, training).
+        alone: predictions of a few items, each asked in a batch of one.
+        repeated: the same for one item of each generated set, asked alone a second time;
+            empty if the runtime is batch-invariant, where `alone` is the second time.
+        perturbed: for float variants, rows of the shared text read by the float model after one
+            rounding of every weight.
+        reference: rows of the shared text from the saved float states; empty for the baseline.
+        loaded: gates on the evaluated model from when it was loaded.
+        recomputed: rows and token counts of the shared text, recomputed by `full_logits`; None
+            if they were not.
+        training: results in the record of the model's fine-tuning; None without one.
+        raw: by set and item id, digests of the raw rows before any adapter.
         pools: by set, the items it is drawn from.
         texts: raw passages of the shared text's source.
-        trained: gates on the fine-tuning, made with the trained model's files.
-        opinions: gates on its answers by transformers' own forward pass, with what they guard.
+        trained: gates on the fine-tuning, from the trained model's files.
+        opinions: gates by transformers' own forward pass, with what they invalidate.
     """
 
     study: Study
@@ -76,11 +80,11 @@ class Evidence:
     metrics: dict[str, dict]
     baseline: dict[str, list[dict]]
     baseline_passages: list[dict]
-    asked: dict[str, list[Asked]]
-    seen: dict[str, list[Item]]
+    rendered: dict[str, list[RenderedItem]]
+    used: dict[str, list[Item]]
     alone: dict[str, list[dict]]
-    again: dict[str, list[dict]] = field(default_factory=dict)
-    shaken: list[dict] = field(default_factory=list)
+    repeated: dict[str, list[dict]] = field(default_factory=dict)
+    perturbed: list[dict] = field(default_factory=list)
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
     recomputed: object = None
@@ -92,151 +96,172 @@ class Evidence:
     texts: set[str] = field(default_factory=set)
 
 
-def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
+def evaluation_gates(data: EvaluationData) -> list[tuple[str, Gate]]:
     """Every gate with what it invalidates: one evaluation set, or the whole variant."""
-    found = [(WHOLE_VARIANT, gate) for gate in shared_gates(e)]
-    for name in e.study.evaluation.datasets:
-        found += [(name, gate) for gate in dataset_gates(e, name)]
-    return [*found, *e.opinions]
+    gates = [(WHOLE_VARIANT, gate) for gate in shared_gates(data)]
+    for name in data.study.evaluation.datasets:
+        gates += [(name, gate) for gate in dataset_gates(data, name)]
+    return [*gates, *data.opinions]
 
 
-def shared_gates(e: Evidence) -> list[Gate]:
-    """The gates on what all sets have in common: the model, the logits, the shared text."""
-    dtype, before = e.study.runtime.dtype, e.baseline_passages
-    held = e.variant != e.study.baseline
+def shared_gates(data: EvaluationData) -> list[Gate]:
+    """The gates on the whole variant: the model, the logits, the shared text."""
+    dtype, baseline_passages = data.study.runtime.dtype, data.baseline_passages
+    is_variant = data.variant != data.study.baseline
     return [
-        *e.loaded,
-        finite_gate(e.predictions, e.metrics["shared_text"]),
-        owner_gate("shared text of this variant", e.passages, e.model, e.variant),
-        passages_gate(e.passages, e.baseline_passages),
-        prompt_gates.passages_gate(e.passages, e.texts, seed=e.study.seed),
-        range_gate([], {"shared_text": e.metrics["shared_text"]}, "shared text in its range"),
-        *recomputed_gates(e.passages, e.metrics["shared_text"], e.recomputed, is_baseline=not held),
-        *([same_reference_gate(e.reference, before, dtype=dtype)] if held else []),
-        *reference_gates(e.study.variants[e.variant], e.passages, e.shaken),
-        *([] if held else absolute_gates(e)),
+        *data.loaded,
+        finite_gate(data.predictions, data.metrics["shared_text"]),
+        owner_gate("shared text of this variant", data.passages, data.model, data.variant),
+        passages_gate(data.passages, data.baseline_passages),
+        prompt_gates.passages_gate(data.passages, data.texts, seed=data.study.seed),
+        range_gate([], {"shared_text": data.metrics["shared_text"]}, "shared text in its range"),
+        *recomputed_gates(
+            data.passages, data.metrics["shared_text"], data.recomputed, is_baseline=not is_variant
+        ),
+        *(
+            [same_reference_gate(data.reference, baseline_passages, dtype=dtype)]
+            if is_variant
+            else []
+        ),
+        *reference_gates(data.study.variants[data.variant], data.passages, data.perturbed),
+        *([] if is_variant else absolute_gates(data)),
     ]
 
 
-def absolute_gates(e: Evidence) -> list[Gate]:
-    """The gates on the baseline that are held to limits of their own."""
-    texts = e.recomputed.texts if e.recomputed else {}
-    gates = [plain_text_gate(e.study, e.model, e.passages, texts)]
-    if not e.training:
+def absolute_gates(data: EvaluationData) -> list[Gate]:
+    """The gates on the baseline, with limits that do not depend on it."""
+    texts = data.recomputed.texts if data.recomputed else {}
+    gates = [plain_text_gate(data.study, data.model, data.passages, texts)]
+    if not data.training:
         return gates
-    drawn = [item.id for item in e.seen.get("training", [])]
-    return [*gates, training_gate(e.training), trained_on_gate(e.training, drawn), *e.trained]
+    drawn_ids = [item.id for item in data.used.get("training", [])]
+    return [
+        *gates,
+        training_gate(data.training),
+        trained_on_gate(data.training, drawn_ids),
+        *data.trained,
+    ]
 
 
-def dataset_gates(e: Evidence, name: str) -> list[Gate]:
+def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
     """The gates on one evaluation set; an empty one has only the first."""
-    wanted, asked = e.study.evaluation.datasets[name], e.asked[name]
-    rows, before = e.predictions.get(name, []), e.baseline.get(name, [])
-    gates = [items_gate(rows, asked)]
-    if not rows or not before:
+    evaluation_set, rendered = data.study.evaluation.datasets[name], data.rendered[name]
+    rows, baseline = data.predictions.get(name, []), data.baseline.get(name, [])
+    gates = [items_gate(rows, rendered)]
+    if not rows or not baseline:
         return gates
-    generated = wanted.ask.protocol == "generate"
-    alone, items = e.alone.get(name, []), [a.item for a in asked]
+    generated = evaluation_set.ask.protocol == "generate"
+    alone, items = data.alone.get(name, []), [a.item for a in rendered]
     gates = [
         *gates,
-        owner_gate("answers of this variant", rows, e.model, e.variant),
-        prompts_gate(rows, asked),
-        same_prompts_gate(rows, before),
-        length_gate(rows, asked),
-        contents_gate(wanted, [a.shown for a in asked if a.shown]),
-        draw_gate(items, e.pools.get(name, []), seed=e.study.seed),
-        rescored_gate(wanted, rows, asked),
-        second_reading_gate(wanted, rows),
-        range_gate(rows, {name: e.metrics["datasets"].get(name, {})}, "scores in their range"),
-        *conduct_gates(wanted, rows, before),
-        raw_rows_gate(rows, items, e.raw.get(name, {})),
+        owner_gate("answers of this variant", rows, data.model, data.variant),
+        prompts_gate(rows, rendered),
+        same_prompts_gate(rows, baseline),
+        length_gate(rows, rendered),
+        contents_gate(evaluation_set, [a.shown for a in rendered if a.shown]),
+        draw_gate(items, data.pools.get(name, []), seed=data.study.seed),
+        rescored_gate(evaluation_set, rows, rendered),
+        second_reading_gate(evaluation_set, rows),
+        range_gate(rows, {name: data.metrics["datasets"].get(name, {})}, "scores in their range"),
+        *behavior_gates(evaluation_set, rows, baseline),
+        raw_rows_gate(rows, items, data.raw.get(name, {})),
         clusters_gate(rows, items),
-        leakage_gate(items, e.seen),
-        invariance_gate(e.study, e.variant, rows, before, alone),
+        leakage_gate(items, data.used),
+        invariance_gate(data.study, data.variant, rows, baseline, alone),
     ]
     if not generated:
-        return [*gates, options_gate(rows, before)]
-    if exact(e.study, e.variant):
+        return [*gates, options_gate(rows, baseline)]
+    if is_batch_invariant(data.study, data.variant):
         return gates
-    return [*gates, repeat_gate(alone, e.again.get(name, []))]
+    return [*gates, repeat_gate(alone, data.repeated.get(name, []))]
 
 
-def items_gate(rows: list[dict], asked: list[Asked]) -> Gate:
-    """The items drawn for the set are answered, each once, and no others."""
-    due, found = {a.item.id for a in asked}, Counter(row["id"] for row in rows)
-    twice = [i for i, times in found.items() if times > 1]
-    missing, extra = sorted(due - found.keys()), sorted(found.keys() - due)
-    odd = f" ({(missing + extra + twice)[0]})" if missing or extra or twice else ""
+def items_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
+    """Each item drawn for the set is answered once, and no other item is."""
+    expected, answers = {a.item.id for a in rendered}, Counter(row["id"] for row in rows)
+    repeated = [i for i, times in answers.items() if times > 1]
+    missing, extra = sorted(expected - answers.keys()), sorted(answers.keys() - expected)
+    example = f" ({(missing + extra + repeated)[0]})" if missing or extra or repeated else ""
     return Gate(
         "every item answered once",
-        bool(rows) and not odd,
+        bool(rows) and not example,
         f"{len(rows)} answers: {len(missing)} items missing, {len(extra)} others, "
-        f"{len(twice)} answered twice{odd}",
-        f"the {len(asked)} items drawn, each once",
+        f"{len(repeated)} answered twice{example}",
+        f"the {len(rendered)} items drawn, each once",
     )
 
 
 def owner_gate(name: str, rows: list[dict], model: str, variant: str) -> Gate:
-    """Every row says it is of this model and this variant."""
+    """Every row names this model and this variant."""
     owners = Counter(f"{row.get('model')}/{row.get('variant')}" for row in rows)
-    told = ", ".join(f"{n} of {owner}" for owner, n in sorted(owners.items()))
-    due = f"{model}/{variant}"
-    return Gate(name, set(owners) == {due}, told or "no rows", f"all of {due}")
+    listed = ", ".join(f"{n} of {owner}" for owner, n in sorted(owners.items()))
+    expected = f"{model}/{variant}"
+    return Gate(name, set(owners) == {expected}, listed or "no rows", f"all of {expected}")
 
 
-def prompts_gate(rows: list[dict], asked: list[Asked]) -> Gate:
-    """The stored hashes are those of the prompts as the study renders them now."""
-    due = {a.item.id: a.hash for a in asked}
-    odd = [r["id"] for r in rows if r["id"] in due and r["prompt_hash"] != due[r["id"]]]
-    return none_of("prompts as rendered now", odd, len(rows), "prompts were others")
+def prompts_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
+    """The stored hashes equal those of the prompts rendered again."""
+    expected = {a.item.id: a.hash for a in rendered}
+    differing = [
+        r["id"] for r in rows if r["id"] in expected and r["prompt_hash"] != expected[r["id"]]
+    ]
+    return none_of("prompts as rendered now", differing, len(rows), "prompts were others")
 
 
 def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
-    """The baseline was asked the same items in the same words and as many tokens."""
-    due = {b["id"]: (b["prompt_hash"], b["prompt_tokens"]) for b in baseline}
-    odd = [r["id"] for r in rows if (r["prompt_hash"], r["prompt_tokens"]) != due.get(r["id"])]
-    odd += sorted(due.keys() - {r["id"] for r in rows})
-    return none_of("prompts of the baseline", odd, len(rows), "items were asked otherwise")
+    """The baseline was asked the same items with the same prompts of the same length."""
+    expected = {b["id"]: (b["prompt_hash"], b["prompt_tokens"]) for b in baseline}
+    differing = [
+        r["id"] for r in rows if (r["prompt_hash"], r["prompt_tokens"]) != expected.get(r["id"])
+    ]
+    differing += sorted(expected.keys() - {r["id"] for r in rows})
+    return none_of("prompts of the baseline", differing, len(rows), "items were asked otherwise")
 
 
-def length_gate(rows: list[dict], asked: list[Asked]) -> Gate:
-    """Every prompt was read to its end."""
-    due = {a.item.id: a.tokens for a in asked}
-    odd = [r["id"] for r in rows if r["id"] in due and r["prompt_tokens"] != due[r["id"]]]
-    return none_of("prompts not cut short", odd, len(rows), "prompts have another length")
+def length_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
+    """No prompt was truncated."""
+    expected = {a.item.id: a.tokens for a in rendered}
+    differing = [
+        r["id"] for r in rows if r["id"] in expected and r["prompt_tokens"] != expected[r["id"]]
+    ]
+    return none_of("prompts not cut short", differing, len(rows), "prompts have another length")
 
 
-def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -> Gate:
-    """Read and scored by code of its own, the output gives the stored score, status and golds."""
-    items = {a.item.id: a.item for a in asked}
-    odd = []
+def rescored_gate(
+    evaluation_set: EvaluationSet, rows: list[dict], rendered: list[RenderedItem]
+) -> Gate:
+    """Separate scoring code derives the stored score, status and golds from the output."""
+    items = {a.item.id: a.item for a in rendered}
+    differing = []
     for row in (r for r in rows if r["id"] in items):
-        again = rescored(wanted, items[row["id"]], row)
-        if any(row.get(key) != value for key, value in again.items()):
-            odd.append(row["id"])
-    return none_of("scores follow from the answers", odd, len(rows), "rows score otherwise")
+        recomputed = rescored(evaluation_set, items[row["id"]], row)
+        if any(row.get(key) != value for key, value in recomputed.items()):
+            differing.append(row["id"])
+    return none_of("scores follow from the answers", differing, len(rows), "rows score otherwise")
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
-    """No answer ended in logits that are not finite, and the shared text has its figures."""
-    broken = sum(r["finish_reason"] == "nonfinite" for rows in predictions.values() for r in rows)
-    lacking = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
-    told = f"; no {' and no '.join(lacking)}" if lacking else ""
+    """No answer ended in NaN or infinite logits, and no figure of the shared text is missing."""
+    nonfinite = sum(
+        r["finish_reason"] == "nonfinite" for rows in predictions.values() for r in rows
+    )
+    missing = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
+    note = f"; no {' and no '.join(missing)}" if missing else ""
     return Gate(
         "finite logits",
-        not broken and not lacking,
-        f"{broken} answers with logits that are not finite{told}",
+        not nonfinite and not missing,
+        f"{nonfinite} answers with logits that are not finite{note}",
         "none; perplexity and KL are finite",
     )
 
 
 def passages_gate(rows: list[dict], baseline: list[dict]) -> Gate:
-    """The shared text is the baseline's, passage by passage and token by token."""
-    found, due = ([(r["id"], r["tokens"]) for r in side] for side in (rows, baseline))
-    tokens = [sum(n for _, n in side) for side in (found, due)]
+    """The shared text has the baseline's passages with the baseline's token counts."""
+    passages, expected = ([(r["id"], r["tokens"]) for r in side] for side in (rows, baseline))
+    tokens = [sum(n for _, n in side) for side in (passages, expected)]
     return Gate(
         "shared text of the baseline",
-        bool(found) and found == due,
-        f"{len(found)} passages, {tokens[0]} tokens",
-        f"the baseline's {len(due)} passages, {tokens[1]} tokens, in its order",
+        bool(passages) and passages == expected,
+        f"{len(passages)} passages, {tokens[0]} tokens",
+        f"the baseline's {len(expected)} passages, {tokens[1]} tokens, in its order",
     )

@@ -17,82 +17,86 @@ EXACT_ONLY = ("worked-example",)  # a few words long
 
 
 def raw_rows_gate(rows: list[dict], items: list[Item], digests: dict[str, set[str]]) -> Gate:
-    """Texts and golds are those of the raw row with the item's id.
+    """Texts and golds equal those of the raw row with the item's id.
 
     Args:
         rows: predictions.
-        items: as drawn now.
+        items: the set's items, drawn again.
         digests: by item id, hashes of the raw rows, taken before any adapter.
     """
     golds = {row["id"]: row["golds"] for row in rows}
-    odd = [
+    differing = [
         item.id
         for item in items
-        for said in (item.golds, golds.get(item.id, item.golds))
-        if item_digest(item, said) not in digests.get(item.id, ())
+        for golds_shown in (item.golds, golds.get(item.id, item.golds))
+        if item_digest(item, golds_shown) not in digests.get(item.id, ())
     ]
     return none_of(
-        "golds and texts of the raw rows", list(dict.fromkeys(odd)), len(items), "are others"
+        "golds and texts of the raw rows", list(dict.fromkeys(differing)), len(items), "are others"
     )
 
 
 def clusters_gate(rows: list[dict], items: list[Item]) -> Gate:
-    """Items on one passage, and items in nearly the same words, count as one cluster."""
+    """Items on one passage, and near-duplicates, belong to one cluster."""
     clusters = {row["id"]: row["cluster"] or row["id"] for row in rows}
-    odd = [
-        f"{one.id} and {other.id}"
-        for one, other in [*near_pairs(items, items), *_same_passage(items)]
-        if one.id in clusters and other.id in clusters and clusters[one.id] != clusters[other.id]
+    split_pairs = [
+        f"{first.id} and {second.id}"
+        for first, second in [*near_pairs(items, items), *_same_passage(items)]
+        if first.id in clusters
+        and second.id in clusters
+        and clusters[first.id] != clusters[second.id]
     ]
     return Gate(
         "near-duplicates in one cluster",
-        not odd,
-        f"{len(set(clusters.values()))} clusters of {len(items)} items; {len(odd)} pairs "
-        f"apart{f' ({odd[0]})' if odd else ''}",
+        not split_pairs,
+        f"{len(set(clusters.values()))} clusters of {len(items)} items; {len(split_pairs)} pairs "
+        f"apart{f' ({split_pairs[0]})' if split_pairs else ''}",
         "none apart that share a passage or half of their four-word runs",
     )
 
 
-def leakage_gate(items: list[Item], seen: dict[str, list[Item]]) -> Gate:
-    """No question, word for word or nearly so, was used to make the variant."""
+def leakage_gate(items: list[Item], used_items: dict[str, list[Item]]) -> Gate:
+    """No question, nor a near-duplicate of one, was used to make the variant."""
     keys = {item_key(i): i.id for i in items}
-    same = [
+    repeated = [
         f"{keys[item_key(other)]} in {use}"
-        for use, others in seen.items()
+        for use, others in used_items.items()
         for other in others
         if item_key(other) in keys
     ]
-    near = [
+    reworded = [
         f"{one.id} in other words in {use}"
-        for use, others in seen.items()
+        for use, others in used_items.items()
         if use not in EXACT_ONLY
         for one, other in near_pairs(items, others)
         if item_key(one) != item_key(other)
     ]
-    used = " and ".join(f"{len(others)} {use} items" for use, others in seen.items())
-    odd = same + near
+    counts = " and ".join(f"{len(others)} {use} items" for use, others in used_items.items())
+    leaked = repeated + reworded
     return Gate(
         "no leakage",
-        not odd,
-        f"{len(same)} of {len(items)} items among {used or 'no other items'}, {len(near)} in "
-        f"other words" + (f" ({odd[0]})" if odd else ""),
+        not leaked,
+        f"{len(repeated)} of {len(items)} items among {counts or 'no other items'}, "
+        f"{len(reworded)} in other words" + (f" ({leaked[0]})" if leaked else ""),
         "none",
     )
 
 
 def near_pairs(items: list[Item], others: list[Item]) -> Iterator[tuple[Item, Item]]:
-    """Pairs of two items that share half of the runs of the one that has fewer."""
+    """Pairs of items that share at least half the word runs of the one with fewer runs."""
     runs = {id(item): _runs(item) for item in [*items, *others]}
-    having = defaultdict(list)
+    items_with_run = defaultdict(list)
     for other in others:
         for run in runs[id(other)]:
-            having[run].append(other)
+            items_with_run[run].append(other)
     for item in items:
-        mine = runs[id(item)]
-        together = Counter(id(other) for run in mine for other in having.get(run, ()))
-        by_id = {id(other): other for run in mine for other in having.get(run, ())}
-        for key, shared in together.items():
-            if by_id[key] is not item and 2 * shared >= min(len(mine), len(runs[key])):
+        own_runs = runs[id(item)]
+        shared_runs = Counter(
+            id(other) for run in own_runs for other in items_with_run.get(run, ())
+        )
+        by_id = {id(other): other for run in own_runs for other in items_with_run.get(run, ())}
+        for key, shared in shared_runs.items():
+            if by_id[key] is not item and 2 * shared >= min(len(own_runs), len(runs[key])):
                 yield item, by_id[key]
 
 
@@ -102,10 +106,10 @@ def _runs(item: Item) -> set[str]:
 
 
 def _same_passage(items: list[Item]) -> Iterator[tuple[Item, Item]]:
-    """Neighbours among the items that have one passage."""
+    """Consecutive pairs of the items on each passage."""
     by_passage = defaultdict(list)
     for item in items:
         if item.passage:
             by_passage[item.passage].append(item)
-    for found in by_passage.values():
-        yield from pairwise(found)
+    for neighbours in by_passage.values():
+        yield from pairwise(neighbours)

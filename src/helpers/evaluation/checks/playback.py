@@ -24,11 +24,11 @@ States = Mapping[tuple[str, str], Tensor]
 
 
 class Playback:
-    """A model of transformers with the norms, embeddings and head of a folder, and no Linears.
+    """A transformers model with a folder's norms, embeddings and head, and no Linear weights.
 
     Args:
         files: the variant's folder.
-        dtype: what it computes in; float64, or the announced type for the size of its rounding.
+        dtype: the computing type: float64, or the declared type to measure its rounding.
     """
 
     def __init__(self, files: LinearFiles, dtype: torch.dtype):
@@ -50,7 +50,7 @@ class Playback:
         self._blocks = [self.model.get_submodule(name) for name in self.layers.blocks]
 
     def _tensor(self, name: str) -> Tensor:
-        """A float tensor of the folder, as the announced type holds it."""
+        """A float tensor of the folder, rounded to the declared type."""
         return self.files.tensors[name].to(self.files.dtype).to(self.dtype)
 
     def _set(self, name: str, tensor: Tensor) -> None:
@@ -59,14 +59,14 @@ class Playback:
 
     @torch.inference_mode()
     def states(self, ids: list[int], played: States, chosen: list[int]) -> dict:
-        """What transformers gives to every Linear of the chosen layers, and makes of the layers.
+        """Inputs of every Linear of the chosen layers and outputs of these layers.
 
         Args:
-            ids: the text.
-            played: (rows, features) of the same tokens by (module, INPUT or OUTPUT).
-            chosen: layers that are computed; the others are passed over.
+            ids: the token ids of the text.
+            played: recorded (rows, features) of the same tokens by (module, INPUT or OUTPUT).
+            chosen: the layers to compute; the others are skipped.
         """
-        made: dict[tuple[str, str], Tensor] = {}
+        outputs: dict[tuple[str, str], Tensor] = {}
         unique = sorted(set(ids))
         table = self.files.tensors[f"{self._table}.weight"][unique]
         self._set(f"{self._table}.weight", table.to(self.files.dtype).to(self.dtype))
@@ -74,43 +74,43 @@ class Playback:
         for index, block in enumerate(self._blocks):
             name = self.layers.blocks[index]
             if index in chosen:
-                block.forward = self._computed(block, name, played, made)
+                block.forward = self._computed(block, name, played, outputs)
                 for linear in self.layers.played[index]:
                     module = self.model.get_submodule(linear)
-                    module.forward = self._played(linear, played, made)
+                    module.forward = self._played(linear, played, outputs)
             else:
                 block.forward = self._skipped(played[name, OUTPUT] if index == last else None)
         tokens = torch.tensor([[unique.index(i) for i in ids]])
         output = self.model.base_model(input_ids=tokens, use_cache=False)
-        made[FINAL, OUTPUT] = output.last_hidden_state[0]
-        return made
+        outputs[FINAL, OUTPUT] = output.last_hidden_state[0]
+        return outputs
 
-    def _computed(self, block, name: str, played: States, made: dict) -> Callable:
-        """A layer's own forward, on the states that the engine gave to it."""
-        own = type(block).forward
+    def _computed(self, block, name: str, played: States, outputs: dict) -> Callable:
+        """A layer's own forward on the engine's input of that layer."""
+        own_forward = type(block).forward
 
         def forward(hidden_states, *args, **kwargs):
             if name == self.layers.blocks[0]:
-                made[name, INPUT] = hidden_states[0]
-            given = played[name, INPUT].to(self.dtype)[None]
-            output = own(block, given, *args, **kwargs)
-            made[name, OUTPUT] = (output[0] if isinstance(output, tuple) else output)[0]
+                outputs[name, INPUT] = hidden_states[0]
+            layer_input = played[name, INPUT].to(self.dtype)[None]
+            output = own_forward(block, layer_input, *args, **kwargs)
+            outputs[name, OUTPUT] = (output[0] if isinstance(output, tuple) else output)[0]
             return output
 
         return forward
 
-    def _played(self, name: str, played: States, made: dict) -> Callable:
-        """Takes what transformers gives to a Linear; answers as the evaluation's did."""
+    def _played(self, name: str, played: States, outputs: dict) -> Callable:
+        """A forward that stores a Linear's input and returns the engine's output."""
 
         def forward(x, *_args):
-            made[name, INPUT] = x.reshape(-1, x.shape[-1])
+            outputs[name, INPUT] = x.reshape(-1, x.shape[-1])
             output = played[name, OUTPUT].to(self.dtype)
             return output.reshape(*x.shape[:-1], output.shape[-1])
 
         return forward
 
     def _skipped(self, output: Tensor | None) -> Callable:
-        """Passes a layer over, or answers for it."""
+        """A forward that returns its input, or the engine's output if there is one."""
 
         def forward(hidden_states, *_args, **_kwargs):
             return hidden_states if output is None else output.to(self.dtype)[None]

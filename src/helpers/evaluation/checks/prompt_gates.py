@@ -14,19 +14,20 @@ from helpers.sources.chat_conversations import EXAMPLES, SYSTEM
 from helpers.sources.items import Item, item_key
 from helpers.study.schema import EvaluationSet
 
-SAID = {"boolq": [" Yes", " No"]}  # what is scored where it is not the options
+FIXED_OPTIONS = {"boolq": [" Yes", " No"]}  # what is scored where it is not the options
 
-MOST_BEFORE = 2  # tokens that a tokenizer puts before a text
+MOST_SPECIAL_TOKENS = 2  # tokens that a tokenizer puts before a text
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One item's prompt as it is rendered now.
+class RenderedPrompt:
+    """One item's prompt, rendered again.
 
     Attributes:
         text: before the answer; continuations: texts that are scored after it.
-        opening: what the template ends a prompt with, where the answer begins.
-        tokens: as many as the model is handed; whole: as many as the tokenizer makes of the text.
+        opening: the template's text between the prompt and the answer.
+        tokens: number of token ids that the model receives.
+        whole: number of token ids that the tokenizer returns for the text.
     """
 
     item: Item
@@ -38,91 +39,113 @@ class Shown:
 
 
 def answer_opening(tokenizer) -> str:
-    """What a chat template adds for an answer; empty without a template."""
+    """The text with which a chat template opens an answer; empty without a template."""
     if not tokenizer.chat_template:
         return ""
-    turn = [{"role": "user", "content": "a question"}]
-    asked, bare = (
-        tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=room)
-        for room in (True, False)
+    conversation = [{"role": "user", "content": "a question"}]
+    with_opening, without_opening = (
+        tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)
+        for opening in (True, False)
     )
-    return asked.removeprefix(bare)
+    return with_opening.removeprefix(without_opening)
 
 
 def draw_gate(drawn: list[Item], pool: list[Item], *, seed: int, name: str = "") -> Gate:
-    """The items are those that the seed puts first, title by title.
+    """The drawn items are the first ones in the seed's order, title by title.
 
     Args:
-        drawn: as they are asked.
-        pool: all that could have been.
+        drawn: the items of the set, in its order.
+        pool: all items that the set is drawn from.
     """
-    ranked = sorted(pool, key=lambda i: hashlib.sha256(_lot(seed, i)).hexdigest())
-    taken, turns = Counter(), {}
+    ranked = sorted(pool, key=lambda i: hashlib.sha256(_draw_key(seed, i)).hexdigest())
+    drawn_by_title, ranks = Counter(), {}
     for place, item in enumerate(ranked):
-        turns[item.id] = (taken[item.title] if item.title else 0, place)
-        taken[item.title] += 1
-    due = sorted(turns, key=turns.get)[: len(drawn)]
-    found = [item.id for item in drawn]
-    odd = [a for a, b in zip(found, due, strict=False) if a != b]
-    return none_of(name or "items as the seed draws them", odd, len(drawn), "are not drawn by it")
+        ranks[item.id] = (drawn_by_title[item.title] if item.title else 0, place)
+        drawn_by_title[item.title] += 1
+    expected = sorted(ranks, key=ranks.get)[: len(drawn)]
+    drawn_ids = [item.id for item in drawn]
+    differing = [a for a, b in zip(drawn_ids, expected, strict=False) if a != b]
+    return none_of(
+        name or "items as the seed draws them", differing, len(drawn), "are not drawn by it"
+    )
 
 
 def order_gate(name: str, drawn: list[Item], *, seed: int) -> Gate:
-    """Items without titles, whatever was left out of their draw, lie in the seed's order."""
-    lots = [hashlib.sha256(_lot(seed, item)).hexdigest() for item in drawn if not item.title]
-    odd = [item.id for item, a, b in zip(drawn, lots, lots[1:], strict=False) if a > b]
-    return none_of(name, odd, len(drawn), "lie before one that the seed draws first")
+    """Items without titles lie in the seed's order, whichever items the draw left out."""
+    draw_keys = [
+        hashlib.sha256(_draw_key(seed, item)).hexdigest() for item in drawn if not item.title
+    ]
+    misplaced = [
+        item.id for item, a, b in zip(drawn, draw_keys, draw_keys[1:], strict=False) if a > b
+    ]
+    return none_of(name, misplaced, len(drawn), "lie before one that the seed draws first")
 
 
 def passages_gate(rows: list[dict], texts: set[str], *, seed: int) -> Gate:
-    """The passages of the shared text are those that the seed shuffles to the front."""
+    """The passages of the shared text are the first ones in the seed's order."""
     pool = sorted(texts)
     random.Random(seed).shuffle(pool)
-    due = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in pool[: len(rows)]]
-    odd = [r["id"] for r, d in zip(rows, due, strict=False) if r["id"] != d]
-    return none_of("passages as the seed draws them", odd, len(rows), "are not drawn by it")
+    expected = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in pool[: len(rows)]]
+    differing = [r["id"] for r, d in zip(rows, expected, strict=False) if r["id"] != d]
+    return none_of("passages as the seed draws them", differing, len(rows), "are not drawn by it")
 
 
-def _lot(seed: int, item: Item) -> bytes:
+def _draw_key(seed: int, item: Item) -> bytes:
     return f"{seed}:{item_key(item)}".encode()
 
 
-def contents_gate(wanted: EvaluationSet, shown: list[Shown]) -> Gate:
-    """Every prompt holds its item's texts, the worked examples, and room for the answer."""
-    odd = [f"{s.item.id}: {told}" for s in shown if (told := lacking(wanted, s))]
-    return none_of("prompts hold what they announce", odd, len(shown), "prompts lack a part")
+def contents_gate(evaluation_set: EvaluationSet, prompts: list[RenderedPrompt]) -> Gate:
+    """Every prompt contains its item's texts, the worked examples, and the answer's opening."""
+    incomplete = [
+        f"{s.item.id}: {part}" for s in prompts if (part := missing_part(evaluation_set, s))
+    ]
+    return none_of(
+        "prompts hold what they announce", incomplete, len(prompts), "prompts lack a part"
+    )
 
 
-def lacking(wanted: EvaluationSet, shown: Shown) -> str:
-    """What a prompt lacks, in words; empty if nothing."""
+def missing_part(evaluation_set: EvaluationSet, shown: RenderedPrompt) -> str:
+    """The name of a missing part of a prompt; empty if it is complete."""
     item, text = shown.item, _words(shown.text)
-    if not shown.whole <= shown.tokens <= shown.whole + MOST_BEFORE:
+    if not shown.whole <= shown.tokens <= shown.whole + MOST_SPECIAL_TOKENS:
         return f"{shown.whole - shown.tokens} of its tokens"
-    own = text.rfind(_words(item.question))
-    if own < 0:
+    question_start = text.rfind(_words(item.question))
+    if question_start < 0:
         return "its question"
-    if wanted.ask.protocol == "loglikelihood":
-        due = SAID.get(wanted.adapter, [f" {option}" for option in item.options])
-        if list(shown.continuations) != due:
+    if evaluation_set.ask.protocol == "loglikelihood":
+        expected = FIXED_OPTIONS.get(
+            evaluation_set.adapter, [f" {option}" for option in item.options]
+        )
+        if list(shown.continuations) != expected:
             return "its options, in their order"
-        needs_passage = wanted.adapter != "arc"
-        return "its passage" if needs_passage and not _holds(text[:own], item.passage) else ""
-    if not _holds(text[:own], item.passage):
+        needs_passage = evaluation_set.adapter != "arc"
+        return (
+            "its passage"
+            if needs_passage and not _holds(text[:question_start], item.passage)
+            else ""
+        )
+    if not _holds(text[:question_start], item.passage):
         return "its passage before the question"
-    if not _holds(text[:own], SYSTEM[wanted.adapter]):
+    if not _holds(text[:question_start], SYSTEM[evaluation_set.adapter]):
         return "its set's instruction"
-    if wanted.adapter == "arc":
-        listed = [f"{la}. {o}" for la, o in zip(item.labels, item.options, strict=True)]
-        if not _holds(text[own:], " ".join(listed)):
+    if evaluation_set.adapter == "arc":
+        labelled_options = [
+            f"{label}. {o}" for label, o in zip(item.labels, item.options, strict=True)
+        ]
+        if not _holds(text[question_start:], " ".join(labelled_options)):
             return "its options with their labels"
     place = 0
-    for number, (example, answer) in enumerate(EXAMPLES[wanted.adapter], start=1):
+    for number, (example, answer) in enumerate(EXAMPLES[evaluation_set.adapter], start=1):
         parts = (example.passage, example.question, *example.options, answer)
-        found = [text.find(_words(part), place) for part in parts if part]
-        there = min(found) >= 0 and found == sorted(found) and found[-1] < own
-        if there != (number <= wanted.ask.shots):
-            return f"just {wanted.ask.shots} worked examples"
-        place = found[-1] if there else place
+        positions = [text.find(_words(part), place) for part in parts if part]
+        is_present = (
+            min(positions) >= 0
+            and positions == sorted(positions)
+            and positions[-1] < question_start
+        )
+        if is_present != (number <= evaluation_set.ask.shots):
+            return f"just {evaluation_set.ask.shots} worked examples"
+        place = positions[-1] if is_present else place
     return "" if shown.text.endswith(shown.opening) else "the opening of an answer"
 
 

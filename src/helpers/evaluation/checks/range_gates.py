@@ -11,16 +11,16 @@ ROUNDING = 1e-6  # a KL of zero may come out as less
 
 
 def range_gate(rows: list[dict], metrics: dict[str, dict], name: str) -> Gate:
-    """Scores are 0 to 1, fractions too, counts are whole, perplexity is at least 1."""
+    """Scores and fractions lie in [0, 1], counts are whole numbers, perplexity is at least 1."""
     scores = [(r["id"], key, r[key]) for r in rows for key in ("score", "f1") if key in r]
-    odd = [f"{key} {value} of {i}" for i, key, value in scores if not 0 <= value <= 1]
+    outside = [f"{key} {value} of {i}" for i, key, value in scores if not 0 <= value <= 1]
     for dataset, values in metrics.items():
-        odd += [f"{dataset} {k} = {v}" for k, v in values.items() if not in_range(k, v)]
-    return none_of(name, odd, len(rows) + sum(map(len, metrics.values())), "values are outside")
+        outside += [f"{dataset} {k} = {v}" for k, v in values.items() if not in_range(k, v)]
+    return none_of(name, outside, len(rows) + sum(map(len, metrics.values())), "values are outside")
 
 
 def in_range(metric: str, value) -> bool:
-    """Whether a metric's value can be one; None stands for what cannot be computed."""
+    """Whether a metric's value is possible; None, for one that cannot be computed, is."""
     if value is None:
         return True
     if metric == "finish_reasons":

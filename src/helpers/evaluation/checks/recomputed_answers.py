@@ -19,37 +19,41 @@ ARTICLE = re.compile(r"(?<!\w)(?:the|an|a)(?!\w)")
 PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 
-def rescored(wanted: EvaluationSet, item: Item, row: dict) -> dict:
-    """What a prediction has to hold, made again from its raw output or its log-probabilities."""
-    told = {"id": item.id, "cluster": item.cluster, "golds": list(item.golds)}
-    if wanted.ask.protocol == "loglikelihood":
-        return told | _chosen(item, row, in_bytes=wanted.ask.normalize == "bytes")
-    text, broken = row["output"], row["finish_reason"] == "nonfinite"
-    raw = box_of(text) if wanted.ask.answer == "boxed" else text
-    parsed, status = (None, "unparsed") if broken else _read(item, wanted.adapter, raw)
-    told |= {"parsed": parsed, "status": status}
-    return told | _scored(item, wanted.adapter, parsed, status)
+def rescored(evaluation_set: EvaluationSet, item: Item, row: dict) -> dict:
+    """The fields of a prediction, derived again from its output or its log-probabilities."""
+    fields = {"id": item.id, "cluster": item.cluster, "golds": list(item.golds)}
+    if evaluation_set.ask.protocol == "loglikelihood":
+        return fields | _chosen_option(item, row, in_bytes=evaluation_set.ask.normalize == "bytes")
+    text, nonfinite = row["output"], row["finish_reason"] == "nonfinite"
+    answer_text = box_of(text) if evaluation_set.ask.answer == "boxed" else text
+    parsed, status = (
+        (None, "unparsed")
+        if nonfinite
+        else _parsed_answer(item, evaluation_set.adapter, answer_text)
+    )
+    fields |= {"parsed": parsed, "status": status}
+    return fields | _scores(item, evaluation_set.adapter, parsed, status)
 
 
-def _chosen(item: Item, row: dict, *, in_bytes: bool) -> dict:
-    """The option with the largest log-probability, for each byte of its text if so declared."""
+def _chosen_option(item: Item, row: dict, *, in_bytes: bool) -> dict:
+    """The option with the largest log-probability, per byte of its text if the study says so."""
     stored = row.get("logprobs", [])
     if len(stored) != len(item.labels) or not all(map(math.isfinite, stored)):
         return {"parsed": None, "status": "unparsed", "finish_reason": "nonfinite", "score": 0.0}
     sizes = [len(o.strip().encode()) if in_bytes else 1 for o in item.options]
     best = max(s / n for s, n in zip(stored, sizes, strict=True))
-    near = [
+    tied = [
         label
         for label, s, n in zip(item.labels, stored, sizes, strict=True)
         if (s + ROUNDING) / n >= best
     ]
-    parsed = row["parsed"] if row["parsed"] in near else near[0]
-    told = {"parsed": parsed, "output": parsed, "status": "answered", "finish_reason": "scored"}
-    return told | {"score": 1.0 if parsed in item.golds else 0.0}
+    parsed = row["parsed"] if row["parsed"] in tied else tied[0]
+    fields = {"parsed": parsed, "output": parsed, "status": "answered", "finish_reason": "scored"}
+    return fields | {"score": 1.0 if parsed in item.golds else 0.0}
 
 
 def box_of(text: str) -> str | None:
-    """The content of the box that begins last, among those that end."""
+    """The content of the last box to open, among those that close."""
     at = text.rfind(BOX)
     while at >= 0:
         depth = 1
@@ -61,17 +65,17 @@ def box_of(text: str) -> str | None:
     return None
 
 
-def _read(item: Item, adapter: str, raw: str | None) -> tuple[str | None, str]:
+def _parsed_answer(item: Item, adapter: str, raw: str | None) -> tuple[str | None, str]:
     """(parsed answer, status)."""
-    said = (raw or "").strip()
-    if not said:
+    answer = (raw or "").strip()
+    if not answer:
         return None, "unparsed"
-    if adapter == "squad_v2" and " ".join(words_of(said, or_itself=False)) == "unanswerable":
+    if adapter == "squad_v2" and " ".join(words_of(answer, or_itself=False)) == "unanswerable":
         return None, "abstained"
     if adapter in ("squad_v2", "openmath"):
-        return said, "answered"
-    same = [label for label in item.labels if _label(label) == _label(said)]
-    return (same[0], "answered") if same else (None, "unparsed")
+        return answer, "answered"
+    matching = [label for label in item.labels if _label(label) == _label(answer)]
+    return (matching[0], "answered") if matching else (None, "unparsed")
 
 
 def _label(text: str) -> str:
@@ -81,7 +85,7 @@ def _label(text: str) -> str:
     return text.casefold()
 
 
-def _scored(item: Item, adapter: str, parsed: str | None, status: str) -> dict:
+def _scores(item: Item, adapter: str, parsed: str | None, status: str) -> dict:
     if adapter == "openmath":
         score, difference = _number(parsed, item.golds[0])
         return {"score": score, "absolute_difference": difference}
@@ -97,28 +101,30 @@ def _scored(item: Item, adapter: str, parsed: str | None, status: str) -> dict:
 
 
 def words_of(text: str, *, or_itself: bool = True) -> list[str]:
-    """SQuAD's words; of a text that has none, the text itself."""
-    kept = "".join(c for c in text.lower() if c not in PUNCTUATION)
-    words = ARTICLE.sub(" ", kept).split()
+    """SQuAD's normalized words; if there are none, the text itself."""
+    letters = "".join(c for c in text.lower() if c not in PUNCTUATION)
+    words = ARTICLE.sub(" ", letters).split()
     return words or ([text.strip().casefold()] if or_itself else [])
 
 
-def _f1(said: list[str], gold: list[str]) -> float:
-    left, hits = list(gold), 0
-    for word in said:
-        if word in left:
-            left.remove(word)
+def _f1(words: list[str], gold: list[str]) -> float:
+    unmatched, hits = list(gold), 0
+    for word in words:
+        if word in unmatched:
+            unmatched.remove(word)
             hits += 1
-    return 2 * hits / (len(said) + len(gold))
+    return 2 * hits / (len(words) + len(gold))
 
 
 def _number(parsed: str | None, gold: str) -> tuple[float, float | None]:
-    """(right or not, distance): equal if both are whole, else within a millionth."""
+    """(1 if right, absolute difference): integers must be equal, others within a millionth."""
     if parsed is None:
         return 0.0, None
-    pair = [DECIMAL.fullmatch(text.strip()) for text in (parsed, gold)]
-    if None in pair:
+    matches = [DECIMAL.fullmatch(text.strip()) for text in (parsed, gold)]
+    if None in matches:
         return number_scores(parsed, gold)
-    value, due = (Fraction(match[0]) for match in pair)
-    room = 0 if value % 1 == due % 1 == 0 else max(abs(due), Fraction(1, 10**6)) / 10**6
-    return 1.0 if abs(value - due) <= room else 0.0, float(abs(value - due))
+    value, expected = (Fraction(match[0]) for match in matches)
+    tolerance = (
+        0 if value % 1 == expected % 1 == 0 else max(abs(expected), Fraction(1, 10**6)) / 10**6
+    )
+    return 1.0 if abs(value - expected) <= tolerance else 0.0, float(abs(value - expected))

@@ -47,7 +47,7 @@ class ModuleCalls:
 
     Attributes:
         calls, rows: how many, by kind of pass.
-        kept: first and latest of the calls kept, by kind of pass.
+        kept: the first and the latest of the kept calls, by kind of pass.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ModuleCalls:
     _next: dict[str, float] = field(default_factory=dict)
 
     def count(self, kind: str, rows: int) -> int | None:
-        """Count a call; its number if it is to be kept."""
+        """Count a call; return its number if it should be kept, else None."""
         self.calls[kind] += 1
         self.rows[kind] += rows
         number = self.calls[kind]
@@ -73,11 +73,12 @@ class ModuleCalls:
 
 @dataclass
 class LinearCalls(ModuleCalls):
-    """The calls of one Linear; one row of each is held to the tensors on disk.
+    """The calls of one Linear; one row of each is compared with the tensors on disk.
 
     Attributes:
-        file: the few columns that every call is compared in.
-        arithmetic: calls by what they agree with: `announced`, `float` activations, `neither`.
+        file: the few columns in which every call is compared.
+        arithmetic: number of calls that agree with the `announced` arithmetic, with `float`
+            activations, or with `neither`.
     """
 
     file: LinearFile | None = None
@@ -89,7 +90,7 @@ class LinearCalls(ModuleCalls):
     _filled: int = 0
 
     def add_row(self, x: Tensor, y: Tensor, absmax: Tensor | None) -> None:
-        """Take a row of a call: (in_features,) and (out_features,)."""
+        """Buffer one row of a call: (in_features,) and (out_features,)."""
         if self._x is None or self._x.device != x.device or self._x.dtype != x.dtype:
             self.compare()
             self._x = x.new_empty(BUFFERED, len(x))
@@ -104,7 +105,7 @@ class LinearCalls(ModuleCalls):
             self.compare()
 
     def compare(self) -> None:
-        """Sort the rows taken by the arithmetic that gives their outputs."""
+        """Count the buffered rows by the arithmetic that explains their outputs."""
         if not self._filled:
             return
         x, y = self._x[: self._filled].cpu(), self._y[: self._filled].cpu().double()
@@ -119,13 +120,13 @@ class LinearCalls(ModuleCalls):
 
 
 class CallRecorder:
-    """Records a model's calls while it is asked.
+    """Records the calls of a model's Linears and norms.
 
     Args:
         model: the variant, on this project's engine.
-        files: what its Linears are on disk.
-        linears: names of all Linears, the head among them.
-        experts: names of Linears that read only the tokens a router sends them.
+        files: its Linears on disk.
+        linears: names of all Linears, including the head.
+        experts: names of the Linears that read only the tokens routed to them.
 
     Attributes:
         passes, tokens: forward passes of the decoder and tokens they read, by kind.
@@ -153,13 +154,13 @@ class CallRecorder:
 
     @property
     def summary(self) -> str:
-        """How much was recorded, in words."""
+        """The numbers of recorded calls and passes, as a sentence."""
         calls = sum(sum(linear.calls.values()) for linear in self.linears.values())
         passes = ", ".join(f"{n:,} of {kind}" for kind, n in self.passes.items())
         return f"{calls:,} calls of {len(self.linears)} Linears in these passes: {passes}"
 
     def of(self, phase: str, ask: Callable, *args):
-        """What `ask` returns for its arguments, its calls of the model recorded."""
+        """Return `ask(*args)` and record its calls of the model."""
         with self.during(phase):
             return ask(*args)
 
@@ -168,7 +169,7 @@ class CallRecorder:
         """Inside, calls are recorded.
 
         Args:
-            phase: PACKED while questions are asked, or SHARED_TEXT.
+            phase: PACKED for questions, or SHARED_TEXT.
         """
         self._phase = self._kind = phase
         hooks = [self.model.base_model.register_forward_pre_hook(self._pass, with_kwargs=True)]
@@ -188,7 +189,7 @@ class CallRecorder:
         self._guarded(self._begin, args, kwargs)
 
     def _begin(self, args: tuple, kwargs: dict) -> None:
-        """Note a forward pass of the decoder, and where its texts begin."""
+        """Count a forward pass of the decoder, and note where its texts start."""
         ids = kwargs.get("input_ids", args[0] if args else None)
         positions = kwargs.get("position_ids")
         slots = "packed" in kwargs and not hasattr(kwargs["packed"], "spans")
@@ -216,7 +217,7 @@ class CallRecorder:
         return hook
 
     def _guarded(self, step, *args) -> None:
-        """Do it; an evaluation never stops because of what looks on."""
+        """Run a step; an error is noted and never stops the evaluation."""
         try:
             step(*args)
         except Exception as error:
@@ -230,15 +231,15 @@ class CallRecorder:
         number = calls.count(self._kind, rows)
         if not rows or calls.file is None:
             return
-        shared = calls.file.activations == "tensor_dynamic"
+        one_scale_a_text = calls.file.activations == "tensor_dynamic"
         place = sum(calls.calls.values()) * 7919 % rows
-        calls.add_row(x[place], y[place], self._absmax(x, place) if shared else None)
+        calls.add_row(x[place], y[place], self._absmax(x, place) if one_scale_a_text else None)
         if number is None:
             return
         places = sorted({place, (place + rows // 2) % rows, (place + rows // 3) % rows})
-        tops = torch.stack([self._absmax(x, p) for p in places]).cpu() if shared else None
-        kept = x[places].cpu(), y[places][:, calls.columns.to(y.device)].cpu()
-        calls.keep(self._kind, KeptCall(number, *kept, tops))
+        tops = torch.stack([self._absmax(x, p) for p in places]).cpu() if one_scale_a_text else None
+        rows_kept = x[places].cpu(), y[places][:, calls.columns.to(y.device)].cpu()
+        calls.keep(self._kind, KeptCall(number, *rows_kept, tops))
 
     @torch.no_grad()
     def _record_norm(self, calls: ModuleCalls, x: Tensor, y: Tensor) -> None:
@@ -248,7 +249,7 @@ class CallRecorder:
             calls.keep(self._kind, KeptCall(number, x[places].cpu(), y[places].cpu()))
 
     def _absmax(self, x: Tensor, place: int) -> Tensor:
-        """() largest magnitude in the text that a row is of."""
+        """() largest magnitude in the text that contains a row."""
         if len(x) != self._width:  # an expert reads some of the tokens
             owners = current_sequence_ids(x.device)
             return (x if owners is None else x[owners == owners[place]]).abs().amax()
@@ -260,7 +261,7 @@ class CallRecorder:
 
 
 def norm_names(model: nn.Module) -> list[str]:
-    """Names of the modules that are norms: one weight of one dimension, and nothing below."""
+    """Names of the norms: modules without children whose weight has one dimension."""
     return [
         name
         for name, module in model.named_modules()

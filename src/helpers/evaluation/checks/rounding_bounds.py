@@ -17,14 +17,14 @@ STORED = 2e-6  # log-probabilities are stored with six decimals
 
 @dataclass
 class Comparison:
-    """Differences of one kind, in parts of what is allowed.
+    """Differences of one kind, as multiples of their limits.
 
     Attributes:
-        number: of values compared.
-        worst: the largest difference, in parts of its limit.
-        where: of what.
-        words: that difference and its limit.
-        errors: why something could not be compared.
+        number: of compared values.
+        worst: the largest difference, as a multiple of its limit.
+        where: the name of that value.
+        words: that difference and its limit, in words.
+        errors: reasons why values could not be compared.
     """
 
     number: int = 0
@@ -41,13 +41,13 @@ class Comparison:
             self.words = f"{difference:.2g}, at most {limit:.2g}"
 
     def cannot(self, where: str, error: Exception) -> None:
-        """Note that something could not be compared."""
+        """Note that a value could not be compared."""
         reason = " ".join(str(error).split())[:160]
         self.errors.append(f"{where}: {type(error).__name__}: {reason}")
 
-    def gate(self, name: str, what: str, unit: str) -> Gate:
-        """The gate that all of them lie within rounding."""
-        measured = f"{self.number:,} {what} compared"
+    def gate(self, name: str, compared: str, unit: str) -> Gate:
+        """The gate that all differences lie within rounding."""
+        measured = f"{self.number:,} {compared} compared"
         if self.words:
             measured += f"; the furthest from transformers' ({self.where}) {self.words} {unit}"
         if self.errors:
@@ -67,19 +67,19 @@ def rms(values: Tensor) -> float:
 
 
 def furthest_row(values: Tensor, reference: Tensor) -> float:
-    """The largest difference of a row, in parts of the row's own size; infinite for NaN."""
+    """The largest relative difference of a row, by norms; infinite for NaN."""
     size = reference.double().norm(dim=1).clamp(min=1e-30)
     parts = (values.double() - reference.double()).norm(dim=1) / size
     return float(parts.nan_to_num(torch.inf).max())
 
 
 def sum_limit(change: float, logits: Tensor, count: int, dtype: torch.dtype) -> float:
-    """How far the log-probability of some tokens together may be off by rounding.
+    """The rounding error allowed in a summed log-probability.
 
-    Roundings of logits fall either way; those of a softmax in float32 need not.
+    Roundings of logits have random signs; those of a float32 softmax may be biased.
 
     Args:
-        change: root mean square of what rounding does to a logit.
+        change: root mean square change of a logit by rounding.
         logits: (tokens, vocabulary), for their size.
         count: of tokens.
         dtype: the announced float type.
@@ -91,9 +91,9 @@ def sum_limit(change: float, logits: Tensor, count: int, dtype: torch.dtype) -> 
 
 
 def tie_margin(change: float, logits: Tensor, dtype: torch.dtype) -> float:
-    """How far behind the likeliest token one may lie that is as likely, but for rounding.
+    """The logit difference within which rounding may swap the two likeliest tokens.
 
     Args:
-        change: the most that rounding does to a logit.
+        change: the largest change of a logit by rounding.
     """
     return 3 * change + torch.finfo(dtype).eps * float(logits.abs().max())

@@ -31,7 +31,7 @@ from helpers.evaluation.checks.rounding_bounds import (
     tie_margin,
 )
 from helpers.evaluation.checks.traces import FINAL, OUTPUT, Trace, traced
-from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.prompts import option_tokens, render_prompt
 from helpers.inference.vllm_protocols import is_served
 from helpers.sources.chat_conversations import tokenize
 from helpers.sources.chat_template import end_of_turn
@@ -42,17 +42,17 @@ LAYERS = "layers as transformers computes them"
 LOGPROBS = "log-probabilities as transformers computes them"
 TOKENS = "generated tokens as transformers decodes them"
 TEXT = "shared text as transformers reads it"
-LOOKED_AT = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
+COMPARED_TEXTS = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
 TRACE_BYTES = 48 * 2**20  # of one text's states
 
-Both = tuple[Tensor, Tensor]  # in float64, and in the announced type
+ExactAndRounded = tuple[Tensor, Tensor]  # in float64, and in the announced type
 
 
 class NoOpinion:
-    """Stands for a second opinion that cannot be had.
+    """Replaces a second opinion that is not available.
 
     Args:
-        gates: why not, if that is a failure.
+        gates: failed gates with the reason, if that is a failure.
     """
 
     def __init__(self, gates: Sequence[Gate] = ()):
@@ -63,17 +63,17 @@ class NoOpinion:
         yield []
 
     def passages(self, *_args) -> None:
-        """None is read again."""
+        """Read no passage again."""
 
     def gates(self, _predictions) -> list[tuple[str, Gate]]:
         return [(WHOLE_VARIANT, gate) for gate in self._gates]
 
 
 class SecondOpinion:
-    """Looks on while a model is asked, and compares afterwards, text by text.
+    """Traces a model while it answers, and compares text by text afterwards.
 
     Args:
-        job: the variant at hand.
+        job: names the variant.
         model: the variant, on this project's engine.
         tokenizer: its tokenizer.
     """
@@ -92,34 +92,34 @@ class SecondOpinion:
 
     @contextmanager
     def of(self, dataset: str, item: Item) -> Iterator[list[dict]]:
-        """Inside, one item is asked alone; its prediction is put into the list."""
-        asking, rows = self.job.study.evaluation.datasets[dataset], []
+        """Inside, the caller asks one item alone and appends its prediction to the list."""
+        evaluation_set, rows = self.job.study.evaluation.datasets[dataset], []
         number = self._looked_at.get(dataset, 0)
-        if number >= LOOKED_AT[asking.ask.protocol]:
+        if number >= COMPARED_TEXTS[evaluation_set.ask.protocol]:
             yield rows
             return
         self._looked_at[dataset] = number + 1
         compared = self.answers.setdefault(dataset, Comparison())
-        asked = prompt(item, asking, self.tokenizer)
-        if asking.ask.protocol == "loglikelihood":
-            tokens, look = option_tokens(self.tokenizer, asked), self._options
+        prompt = render_prompt(item, evaluation_set, self.tokenizer)
+        if evaluation_set.ask.protocol == "loglikelihood":
+            tokens, compare = option_tokens(self.tokenizer, prompt), self._options
             length = len(tokens.context) + sum(map(len, tokens.options))
         else:
-            tokens, look = tokenize(self.tokenizer, asked.text), self._written
-            length = len(tokens) + asking.ask.max_new_tokens
+            tokens, compare = tokenize(self.tokenizer, prompt.text), self._written
+            length = len(tokens) + evaluation_set.ask.max_new_tokens
         with ExitStack() as stack:
             trace = self._guarded(compared, item.id, self._trace, stack, length)
             yield rows
         if trace:
-            self._guarded(compared, item.id, look, trace, tokens, rows, item.id, compared)
+            self._guarded(compared, item.id, compare, trace, tokens, rows, item.id, compared)
 
     def passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
-        """Have passages read once more, and hold what was stored of them to transformers.
+        """Read passages once more, and compare their stored rows with transformers.
 
         Args:
-            tokens: of each passage.
-            rows: what the evaluation stored of each.
-            read: has the engine read a list of passages.
+            tokens: token ids of each passage.
+            rows: the stored row of each.
+            read: makes the engine read a list of passages.
         """
         for passage, row in zip(tokens, rows, strict=True):
             with ExitStack() as stack:
@@ -133,7 +133,7 @@ class SecondOpinion:
         """Every gate with what it invalidates.
 
         Args:
-            predictions: what the evaluation stored, by set.
+            predictions: stored rows, by set.
         """
         if not self.files.quantized and self._readings:
             self._guarded(self.by_layer, "as a whole", self._read_whole, predictions)
@@ -148,7 +148,7 @@ class SecondOpinion:
         return gates
 
     def _guarded(self, compared: Comparison, where: str, step: Callable, *args):
-        """What a step returns; one that cannot be made is a failure, and stops nothing."""
+        """Run a step and return its result; an error is noted as a failed comparison."""
         try:
             return step(*args)
         except Exception as error:
@@ -159,7 +159,7 @@ class SecondOpinion:
         return stack.enter_context(traced(self.model, self.layers, self._chosen(length)))
 
     def _chosen(self, tokens: int) -> list[int]:
-        """The layers to look into for a text of so many tokens; over all texts, all of them."""
+        """The layers to trace for a text of so many tokens; successive texts cover all layers."""
         count, size = len(self.layers.blocks), torch.finfo(self.files.dtype).bits // 8
         config = self.model.config
         inner = getattr(config, "intermediate_size", None) or getattr(config, "ffn_dim", 0)
@@ -168,11 +168,13 @@ class SecondOpinion:
         first, self._next_layer = self._next_layer, (self._next_layer + chosen) % count
         return sorted({(first + i) % count for i in range(chosen)})
 
-    def _states(self, trace: Trace, rows: list[int] | None, text: list[int], where: str) -> Both:
-        """(tokens, hidden) states before the head, by transformers; layers compared on the way.
+    def _states(
+        self, trace: Trace, rows: list[int] | None, text: list[int], where: str
+    ) -> ExactAndRounded:
+        """(tokens, hidden) states before the head by transformers; compares the layers too.
 
         Raises:
-            LookupError: the engine read no such text.
+            LookupError: the engine did not read this text.
         """
         if trace.errors:
             raise LookupError(trace.errors[0])
@@ -187,32 +189,32 @@ class SecondOpinion:
             self.by_layer.add(furthest_row(engine[key], reference), limit, f"{where} {key[0]}")
         return exact[FINAL, OUTPUT], rounded[FINAL, OUTPUT]
 
-    def _head(self, states: Both, places: list[int]) -> Both:
-        """(places, vocabulary) logits of what follows these places."""
+    def _head(self, states: ExactAndRounded, places: list[int]) -> ExactAndRounded:
+        """(places, vocabulary) next-token logits at these places."""
         exact, rounded = states
         return self.exact.logits(exact[places]), self.rounded.logits(rounded[places])
 
     def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
-        """The log-probability of every option, summed over its tokens."""
+        """Compare the summed log-probability of every option."""
         [row] = rows
         if len(row.get("logprobs", ())) != len(tokens.options):
             raise LookupError("the item has no log-probabilities")
         first = len(tokens.context) - 1
         for k, (option, logprob) in enumerate(zip(tokens.options, row["logprobs"], strict=True)):
             text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
-            found = trace.rows_of_option(tokens.context, tokens.options, k)
-            states = self._states(trace, found, text, where)
+            trace_rows = trace.rows_of_option(tokens.context, tokens.options, k)
+            states = self._states(trace, trace_rows, text, where)
             self._scored(Reading(compared, where, text, places, option, logprob, k), states)
 
     def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
-        """The loss on a passage, but for what is not predicted of its beginning."""
+        """Compare the loss on a passage, over its scored tokens."""
         text, first = passage[:-1], max(0, len(passage) - 1 - row["tokens"])
         states = self._states(trace, trace.rows_of(text), text, "shared text")
         places, targets = list(range(first, len(text))), passage[1 + first :]
         self._scored(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)
 
-    def _scored(self, reading: Reading, states: Both) -> None:
-        """Hold the log-probability of some tokens to the states before the head."""
+    def _scored(self, reading: Reading, states: ExactAndRounded) -> None:
+        """Compare a summed log-probability with the states before the head."""
         self._readings.append(reading)
         exact, rounded = self._head(states, reading.places)
         self._sum(reading, exact, rms(exact - rounded))
@@ -222,31 +224,35 @@ class SecondOpinion:
         limit = sum_limit(change, logits, len(reading.targets), self.files.dtype)
         reading.compared.add(difference, limit, reading.where)
 
-    def _written(self, trace: Trace, asked: list[int], rows: list[dict], where, compared) -> None:
-        """Every generated token is the likeliest, but for ties."""
-        [row], written = rows, trace.written()
-        text = [*asked, *(trace.ids[i] for i in written)]
-        begin = trace.rows_of(asked)
-        states = self._states(trace, None if begin is None else begin + written, text, where)
-        places = list(range(len(asked) - 1, len(text)))
+    def _written(
+        self, trace: Trace, prompt_tokens: list[int], rows: list[dict], where, compared
+    ) -> None:
+        """Compare a generated answer: every token is the likeliest, except for ties."""
+        [row], generated_rows = rows, trace.written()
+        text = [*prompt_tokens, *(trace.ids[i] for i in generated_rows)]
+        prompt_rows = trace.rows_of(prompt_tokens)
+        states = self._states(
+            trace, None if prompt_rows is None else prompt_rows + generated_rows, text, where
+        )
+        places = list(range(len(prompt_tokens) - 1, len(text)))
         reading = Reading(compared, where, text, places, None, row)
         self._readings.append(reading)
         exact, rounded = self._head(states, places)
         self._decoded(reading, exact, float((exact - rounded).abs().max()))
 
     def _decoded(self, reading: Reading, logits: Tensor, change: float) -> None:
-        """The tokens fed back were the likeliest, and so was what the answer ended with."""
+        """Compare the generated tokens, and the token that ended the answer, with the likeliest."""
         margin, row = tie_margin(change, logits, self.files.dtype), reading.engine
-        fed, best = reading.text[reading.places[0] + 1 :], logits.amax(1)
-        for place, token in enumerate(fed):
-            behind = float(best[place] - logits[place, token])
-            reading.compared.add(behind, margin, f"{reading.where}, token {place + 1}")
+        generated, best = reading.text[reading.places[0] + 1 :], logits.amax(1)
+        for place, token in enumerate(generated):
+            shortfall = float(best[place] - logits[place, token])
+            reading.compared.add(shortfall, margin, f"{reading.where}, token {place + 1}")
         likely = (logits[-1] >= best[-1] - margin).nonzero()[:, 0].tolist()
         if row["finish_reason"] == "stop":
-            agrees = bool(self._ends() & set(likely)) and row["output"] == self._text(fed)
+            agrees = bool(self._ends() & set(likely)) and row["output"] == self._text(generated)
         else:
-            agrees = row["output"] in {self._text([*fed, token]) for token in likely}
-            agrees &= row["output_tokens"] == len(fed) + 1
+            agrees = row["output"] in {self._text([*generated, token]) for token in likely}
+            agrees &= row["output_tokens"] == len(generated) + 1
         difference = 0.0 if agrees else math.inf
         reading.compared.add(difference, 1.0, f"{reading.where}, how it ends")
 
@@ -260,26 +266,28 @@ class SecondOpinion:
         return {*listed, self.tokenizer.eos_token_id, end_of_turn(self.tokenizer)} - {None}
 
     def _read_whole(self, predictions: Mapping[str, list[dict]]) -> None:
-        """Hold what the engine said, alone and in company, to a model that transformers loads."""
-        logits, mean, most = read_whole(self._readings, self.files, self.model.device)
+        """Compare the engine's results, alone and in batches, with transformers' own model."""
+        logits, rms_change, largest_change = read_whole(
+            self._readings, self.files, self.model.device
+        )
         stored = {
             (id(self.answers[name]), row["id"]): row["logprobs"]
             for name, rows in predictions.items()
             for row in rows
             if name in self.answers and "logprobs" in row
         }
-        for reading, found in zip(self._readings, logits, strict=True):
+        for reading, reading_logits in zip(self._readings, logits, strict=True):
             if reading.targets is None:
-                self._decoded(reading, found, most)
+                self._decoded(reading, reading_logits, largest_change)
                 continue
-            self._sum(reading, found, mean)
+            self._sum(reading, reading_logits, rms_change)
             if reading.option is not None:
-                said = stored[id(reading.compared), reading.where][reading.option]
-                self._sum(replace(reading, engine=said), found, mean)
+                stored_sum = stored[id(reading.compared), reading.where][reading.option]
+                self._sum(replace(reading, engine=stored_sum), reading_logits, rms_change)
 
 
-def second_opinion(job: Job, model, tokenizer) -> SecondOpinion | NoOpinion:
-    """Who looks on while a few items are asked alone; nobody, where an engine runs elsewhere."""
+def open_second_opinion(job: Job, model, tokenizer) -> SecondOpinion | NoOpinion:
+    """The second opinion on a job's model; `NoOpinion` if another engine runs the model."""
     if is_served(model):
         return NoOpinion()
     try:

@@ -18,29 +18,41 @@ PLAIN = re.compile(r"[+-]?\d+(?:\.\d+)?")
 TOLERANCE = Decimal("1e-6")
 
 
-def second_reading_gate(wanted: EvaluationSet, rows: list[dict]) -> Gate:
-    """Status, score and end of every written answer are those of a second reading."""
-    odd = [f"{row['id']}: {told}" for row in rows if (told := misread(wanted, row))]
-    return none_of("answers read a second time", odd, len(rows), "say otherwise")
+def second_reading_gate(evaluation_set: EvaluationSet, rows: list[dict]) -> Gate:
+    """Status, score and finish reason of every generated answer agree with a second scorer."""
+    differing = [
+        f"{row['id']}: {difference}"
+        for row in rows
+        if (difference := misread_part(evaluation_set, row))
+    ]
+    return none_of("answers read a second time", differing, len(rows), "say otherwise")
 
 
-def misread(wanted: EvaluationSet, row: dict) -> str:
-    """What of a row does not follow from its text, in words; empty if all does."""
-    if wanted.ask.protocol != "generate":
+def misread_part(evaluation_set: EvaluationSet, row: dict) -> str:
+    """The first field of a row that does not follow from its text; empty if all do."""
+    if evaluation_set.ask.protocol != "generate":
         return ""
-    written, cap, end = row["output_tokens"], wanted.ask.max_new_tokens, row["finish_reason"]
-    if written > cap or (end == "length") != (end not in ENDED and written == cap):
-        return f"{written} tokens, ended by {end}"
-    if end == "nonfinite":
+    output_tokens, max_new_tokens, finish_reason = (
+        row["output_tokens"],
+        evaluation_set.ask.max_new_tokens,
+        row["finish_reason"],
+    )
+    if output_tokens > max_new_tokens or (finish_reason == "length") != (
+        finish_reason not in ENDED and output_tokens == max_new_tokens
+    ):
+        return f"{output_tokens} tokens, ended by {finish_reason}"
+    if finish_reason == "nonfinite":
         return ""
-    said = last_box(row["output"]) if wanted.ask.answer == "boxed" else row["output"]
-    said = (said or "").strip()
-    abstained = wanted.adapter == "squad_v2" and UNANSWERABLE.fullmatch(said) is not None
-    status = "unparsed" if not said else "abstained" if abstained else "answered"
-    labelled = wanted.adapter in ("arc", "boolq")
+    answer = (
+        last_closed_box(row["output"]) if evaluation_set.ask.answer == "boxed" else row["output"]
+    )
+    answer = (answer or "").strip()
+    abstained = evaluation_set.adapter == "squad_v2" and UNANSWERABLE.fullmatch(answer) is not None
+    status = "unparsed" if not answer else "abstained" if abstained else "answered"
+    labelled = evaluation_set.adapter in ("arc", "boolq")
     if row["status"] != status and not (labelled and row["status"] == "unparsed"):
         return f"status {row['status']}"
-    score, f1 = _scores(wanted.adapter, said, status, row["golds"])
+    score, f1 = _scores(evaluation_set.adapter, answer, status, row["golds"])
     if score is not None and row["score"] != score:
         return f"score {row['score']:g}"
     if f1 is not None and abs(row["f1"] - f1) > 1e-9:
@@ -51,8 +63,8 @@ def misread(wanted: EvaluationSet, row: dict) -> str:
 ENDED = ("stop", "answer", "nonfinite")
 
 
-def last_box(text: str) -> str | None:
-    """What stands in the last box whose braces close; None if there is none."""
+def last_closed_box(text: str) -> str | None:
+    """The content of the last box whose braces close; None if there is none."""
     at = len(text)
     while (at := text.rfind(BOX, 0, at)) >= 0:
         depth = 1
@@ -63,47 +75,47 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def _bare(text: str) -> list[str]:
-    """Words without ASCII punctuation and articles, as SQuAD's official script has them."""
-    kept = "".join(c for c in text.lower() if c not in string.punctuation)
-    return " ".join(ARTICLE.split(kept)).split()
+def _normalized_words(text: str) -> list[str]:
+    """Words without ASCII punctuation and articles, as in SQuAD's official script."""
+    letters = "".join(c for c in text.lower() if c not in string.punctuation)
+    return " ".join(ARTICLE.split(letters)).split()
 
 
-def _f1(said: list[str], gold: list[str]) -> float:
-    shared = sum(min(said.count(word), gold.count(word)) for word in set(said))
-    return 2 * shared / (len(said) + len(gold))
+def _f1(words: list[str], gold: list[str]) -> float:
+    shared = sum(min(words.count(word), gold.count(word)) for word in set(words))
+    return 2 * shared / (len(words) + len(gold))
 
 
-def _scores(adapter: str, said: str, status: str, golds) -> tuple[float | None, float | None]:
-    """(score, F1); None where it is not computed here."""
+def _scores(adapter: str, answer: str, status: str, golds) -> tuple[float | None, float | None]:
+    """(score, F1); None for one that is not computed here."""
     if adapter == "squad_v2":
         if not golds:
             return (float(status == "abstained"),) * 2
         if status != "answered":
             return 0.0, 0.0
-        words, due = _bare(said), [_bare(gold) for gold in golds]
-        if not all((words, *due)):
+        words, gold_words = _normalized_words(answer), [_normalized_words(gold) for gold in golds]
+        if not all((words, *gold_words)):
             return None, None  # nothing but articles; the official script makes them equal
-        return float(words in due), max(_f1(words, gold) for gold in due)
+        return float(words in gold_words), max(_f1(words, gold) for gold in gold_words)
     if status == "unparsed":
         return 0.0, None
     if adapter != "openmath":
         return None, None
-    return _number(said, golds[0]), None
+    return _number_score(answer, golds[0]), None
 
 
-def _number(said: str, gold: str) -> float | None:
-    """1 or 0 where both are plain numbers, or the same text; None where it takes more to tell."""
-    if said == gold:
+def _number_score(answer: str, gold: str) -> float | None:
+    """1 or 0 for two plain numbers or equal texts; None if a plain comparison cannot decide."""
+    if answer == gold:
         return 1.0
-    if not (PLAIN.fullmatch(said) and PLAIN.fullmatch(gold)):
+    if not (PLAIN.fullmatch(answer) and PLAIN.fullmatch(gold)):
         return None
     try:
-        one, other = Decimal(said), Decimal(gold)
+        value, expected = Decimal(answer), Decimal(gold)
     except InvalidOperation:
         return None
-    if one == other:
+    if value == expected:
         return 1.0
-    whole = one == one.to_integral() and other == other.to_integral()
-    near = abs(one - other) <= TOLERANCE * max(abs(other), TOLERANCE)
+    whole = value == value.to_integral() and expected == expected.to_integral()
+    near = abs(value - expected) <= TOLERANCE * max(abs(expected), TOLERANCE)
     return float(near and not whole)

@@ -20,11 +20,11 @@ INPUT, OUTPUT = "input", "output"
 
 @dataclass(frozen=True)
 class Layers:
-    """Names of a decoder's parts.
+    """Module names of a decoder.
 
     Attributes:
         blocks: names of the decoder layers, in order.
-        played: by layer, the modules whose outputs can be played back: its Linears, or, of a
+        played: by layer, the modules whose outputs can be played back: its Linears or, in a
             mixture, the experts as a whole.
     """
 
@@ -43,14 +43,14 @@ class Layers:
 
 @dataclass
 class Trace:
-    """Flat rows of all passes, in the order they were computed.
+    """The rows of all passes of one text, one per token, in the order of computation.
 
     Attributes:
-        layers: indices of the decoder layers looked into.
-        ids: token of each row.
-        decoding: whether a row continues what earlier passes read.
+        layers: indices of the traced decoder layers.
+        ids: token id of each row.
+        decoding: whether a row was computed alone, after earlier passes.
         states: (module, INPUT or OUTPUT) → (rows, features).
-        errors: why something could not be kept.
+        errors: reasons why rows could not be stored.
     """
 
     layers: list[int]
@@ -64,11 +64,11 @@ class Trace:
         return {key: torch.cat(parts) for key, parts in self.parts.items()}
 
     def written(self) -> list[int]:
-        """Rows that were computed one token at a time, in order."""
+        """Indices of the rows that were decoded one token at a time, in order."""
         return [row for row, decoding in enumerate(self.decoding) if decoding]
 
     def rows_of(self, tokens: Sequence[int]) -> list[int] | None:
-        """The rows of a text that was read in one piece; None if there are none."""
+        """Row indices of a text that was read in one piece; None if it was not."""
         size, tokens = len(tokens), list(tokens)
         for start in range(len(self.ids) - size + 1):
             if self.ids[start : start + size] == tokens and not any(
@@ -80,9 +80,9 @@ class Trace:
     def rows_of_option(
         self, context: Sequence[int], options: Sequence[Sequence[int]], k: int
     ) -> list[int] | None:
-        """The rows of a context and the k-th of its options, the option's last token left out.
+        """Row indices of a context and its k-th option, without the option's last token.
 
-        Options may follow one context that is read once, one after the other.
+        All options may follow one context in a single pass, one after the other.
         """
         tails = [list(option[:-1]) for option in options]
         whole = self.rows_of([*context, *(token for tail in tails for token in tail)])
@@ -94,7 +94,7 @@ class Trace:
 
 @contextmanager
 def traced(model: nn.Module, layers: Layers, chosen: Sequence[int]) -> Iterator[Trace]:
-    """Inside, one text at a time is asked, and what the chosen layers compute for it is kept."""
+    """Inside, the caller asks one text, and the chosen layers' inputs and outputs are stored."""
     trace = Trace(list(chosen))
     one_row = [False]
 
@@ -102,7 +102,7 @@ def traced(model: nn.Module, layers: Layers, chosen: Sequence[int]) -> Iterator[
         def hook(*args) -> None:
             try:
                 step(*args)
-            except Exception as error:  # whoever looks on stops nothing
+            except Exception as error:  # tracing must not stop the evaluation
                 trace.errors.append(f"{type(error).__name__}: {error}")
 
         return hook
@@ -111,35 +111,37 @@ def traced(model: nn.Module, layers: Layers, chosen: Sequence[int]) -> Iterator[
         ids = kwargs.get("input_ids", args[0] if args else None).reshape(-1)
         slots = "packed" in kwargs and not hasattr(kwargs["packed"], "spans")
         one_row[0] = slots or len(ids) == 1
-        kept = ids[:1] if one_row[0] else ids
-        trace.ids += kept.tolist()
-        trace.decoding += [one_row[0]] * len(kept)
+        kept_ids = ids[:1] if one_row[0] else ids
+        trace.ids += kept_ids.tolist()
+        trace.decoding += [one_row[0]] * len(kept_ids)
 
     def keep(key, x: Tensor) -> None:
         rows = x.detach().reshape(-1, x.shape[-1])
         rows = rows[:1] if one_row[0] else rows
         trace.parts.setdefault(key, []).append(rows.to("cpu", copy=True))
 
-    def given(name: str, _module, args, kwargs) -> None:
+    def keep_input(name: str, _module, args, kwargs) -> None:
         keep((name, INPUT), args[0] if args else kwargs["hidden_states"])
 
-    def gave(name: str, _module, _args, output) -> None:
+    def keep_output(name: str, _module, _args, output) -> None:
         keep((name, OUTPUT), output[0] if isinstance(output, tuple) else output)
 
-    def final(_module, _args, output) -> None:
+    def keep_final(_module, _args, output) -> None:
         keep((FINAL, OUTPUT), output.last_hidden_state)
 
     hooks = [
         model.base_model.register_forward_pre_hook(guarded(begin), with_kwargs=True),
-        model.base_model.register_forward_hook(guarded(final)),
+        model.base_model.register_forward_hook(guarded(keep_final)),
     ]
-    looked_into = [n for i in chosen for n in (layers.blocks[i], *layers.played[i])]
-    for name in looked_into:
+    modules = [n for i in chosen for n in (layers.blocks[i], *layers.played[i])]
+    for name in modules:
         module = model.get_submodule(name)
-        hook = guarded(partial(given, name))
+        hook = guarded(partial(keep_input, name))
         hooks.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-    for name in dict.fromkeys([*looked_into, layers.blocks[-1]]):
-        hooks.append(model.get_submodule(name).register_forward_hook(guarded(partial(gave, name))))
+    for name in dict.fromkeys([*modules, layers.blocks[-1]]):
+        hooks.append(
+            model.get_submodule(name).register_forward_hook(guarded(partial(keep_output, name)))
+        )
     try:
         yield trace
     finally:

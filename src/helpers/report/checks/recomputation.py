@@ -20,7 +20,7 @@ from helpers.core.hashing import sha256_file
 from helpers.core.paths import StudyPaths
 from helpers.core.records import read_json
 from helpers.evaluation.checks.recomputed_answers import rescored
-from helpers.evaluation.checks.second_scoring import misread
+from helpers.evaluation.checks.second_scoring import misread_part
 from helpers.report.checks.recomputed_chapters import wrong_chapters
 from helpers.report.checks.recomputed_costs import wrong_costs
 from helpers.report.checks.recomputed_records import wrong_records
@@ -137,7 +137,7 @@ def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
                 continue
             again = rescored(wanted, item, row)
             odd = [key for key, value in again.items() if row.get(key) != value]
-            if not odd and (other := misread(wanted, row)):
+            if not odd and (other := misread_part(wanted, row)):
                 odd = [other]
             told += [f"{at} {row['id']}: {key} does not follow from the answer" for key in odd]
     return told

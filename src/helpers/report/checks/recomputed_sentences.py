@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from helpers.evaluation.trivial_answers import answer_of
+from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.report.checks.published_numbers import differs, plain, shows
 from helpers.report.checks.recomputed_executive import TELLERS as ON_VERDICTS
 from helpers.report.checks.recomputed_executive import Due
@@ -104,7 +104,7 @@ def _noise(text: str, figures: Recomputed) -> Iterator[Due | str]:
             for name, rows in sides[0].items()
             for row in rows
         ]
-        changed.append(float(sum(answer_of(a) != answer_of(b) for a, b in pairs)))
+        changed.append(float(sum(status_and_answer(a) != status_and_answer(b) for a, b in pairs)))
         total = len(pairs)
     shared = [figures.shared[model, floor] for model in models]
     tops = [100 * s["top1_agreement"][0] for s in shared]

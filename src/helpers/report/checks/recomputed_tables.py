@@ -7,7 +7,7 @@ its names, and the numbers in a cell are held to the figures it must show.
 from collections.abc import Iterator
 
 from helpers.core.gates import WHOLE_VARIANT
-from helpers.evaluation.trivial_answers import best_degenerate
+from helpers.evaluation.trivial_answers import best_fixed_answer
 from helpers.report.checks.published_numbers import Table, differs, numbers, plain, tables
 from helpers.statistics.checks.recomputed_comparisons import drawing_of
 from helpers.statistics.checks.recomputed_scores import (
@@ -72,7 +72,7 @@ class Recomputed:
         """Of every set, the best fixed answer and what it scores."""
         first = self.asked[next(iter(self.study.models)), self.study.baseline]
         found = {
-            name: best_degenerate(wanted.adapter, first.predictions[name])
+            name: best_fixed_answer(wanted.adapter, first.predictions[name])
             for name, wanted in self.study.evaluation.datasets.items()
         }
         return {name: (best.answer, best.score) for name, best in found.items()}

@@ -6,7 +6,7 @@ asked of `validity`; whether its baseline beats a fixed answer is computed again
 
 from collections.abc import Mapping
 
-from helpers.evaluation.trivial_answers import answer_of, best_degenerate, loops
+from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop, status_and_answer
 from helpers.statistics.checks.recomputed_comparisons import drawing_of
 from helpers.statistics.checks.recomputed_scores import score_figure
 from helpers.statistics.checks.recomputed_statistics import (
@@ -83,7 +83,7 @@ def _row(
     if not invalid and bool(blind) == informative(adapter, baseline.predictions, drawing):
         blind = "whether the baseline beats a fixed answer has two answers"
     kind = "invalid" if invalid else "uninformative" if blind else ""
-    after = {row["id"]: answer_of(row) for row in variant.predictions}
+    after = {row["id"]: status_and_answer(row) for row in variant.predictions}
     return {
         **c.model_dump(),
         "metric": "exact_match" if adapter == "squad_v2" else "accuracy",
@@ -103,7 +103,9 @@ def _row(
         "p_room": again.p_room,
         "holm_p": None,
         "smallest_detectable_loss": _detectable(study, again, declared=declared),
-        "identical_answers": all(answer_of(r) == after[r["id"]] for r in baseline.predictions),
+        "identical_answers": all(
+            status_and_answer(r) == after[r["id"]] for r in baseline.predictions
+        ),
         "method": EXACT if again.clusters == again.n else BY_PASSAGE,
     }
 
@@ -111,11 +113,13 @@ def _row(
 def informative(adapter: str, rows: list[dict], drawing: Drawing) -> bool:
     """Whether a baseline's answers beat the best fixed one by more than chance."""
     readable = sum(row["status"] != "unparsed" for row in rows) / len(rows)
-    several = len({answer_of(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
+    several = (
+        len({status_and_answer(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
+    )
     low = score_figure(rows, drawing)[1]
-    beaten = low is not None and low > best_degenerate(adapter, rows).score
+    beaten = low is not None and low > best_fixed_answer(adapter, rows).score
     cut = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
-    looped = sum(loops(row.get("output", "")) for row in rows) / len(rows)
+    looped = sum(ends_in_loop(row.get("output", "")) for row in rows) / len(rows)
     whole = max(cut, looped) <= MOST_BROKEN
     return readable >= FEWEST_READABLE and several and beaten and whole
 
