@@ -8,8 +8,8 @@ import pytest
 from helpers.report import executive
 from helpers.report.markdown import markdown_table
 from helpers.report.results import Results
-from helpers.statistics.comparison import Paired
-from helpers.statistics.controls import Duty
+from helpers.statistics.comparison import PairedComparison
+from helpers.statistics.controls import ControlOutcome
 from helpers.statistics.intervals import Interval
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Study
@@ -19,9 +19,11 @@ DELTAS = {"worse": -0.2, "better": 0.12, "equivalent": 0.0, "inconclusive": -0.0
 PLACES = [("base", "arc"), ("tuned", "arc"), ("base", "squad_v2"), ("tuned", "squad_v2")]
 
 
-def paired(delta: float, detectable: float | None) -> Paired:
+def paired(delta: float, detectable: float | None) -> PairedComparison:
     interval = Interval(delta - 0.1, delta + 0.1, 0.95)
-    return Paired(100, 100, 3, 3, delta, interval, interval, 0.5, "a test", detectable, False)
+    return PairedComparison(
+        100, 100, 3, 3, delta, interval, interval, 0.5, "a test", detectable, False
+    )
 
 
 def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
@@ -35,9 +37,9 @@ def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
 
 @pytest.fixture
 def summary_of(study_settings):
-    """Results in which only verdicts and duties exist: the summary may look at nothing else."""
+    """Results in which only verdicts and controls exist: the summary may look at nothing else."""
 
-    def make(kinds, *, variants=("smoothquant_w8a8",), duties=None, **options):
+    def make(kinds, *, variants=("smoothquant_w8a8",), outcomes=None, **options):
         pairs = [
             Comparison(model=m, dataset=d, baseline="noquant", variant=v)
             for v in variants
@@ -47,7 +49,7 @@ def summary_of(study_settings):
         results = Results("study", Study.model_validate(study_settings), {}, {}, {}, {}, {})
         judged = zip(pairs, kinds, strict=True)
         results.__dict__["verdicts"] = {c: verdict(k, **options) for c, k in judged}
-        results.__dict__["duties"] = duties or {}
+        results.__dict__["control_outcomes"] = outcomes or {}
         return results
 
     return make
@@ -55,8 +57,8 @@ def summary_of(study_settings):
 
 def whole(results) -> str:
     table = executive.verdict_table(results)
-    parts = [executive.answer(results), markdown_table(table) if table else ""]
-    return "\n".join([*parts, *executive.meanings(results)])
+    parts = [executive.answer_sentences(results), markdown_table(table) if table else ""]
+    return "\n".join([*parts, *executive.verdict_bullets(results)])
 
 
 def sound(text: str) -> None:
@@ -91,8 +93,8 @@ def test_every_mixture_of_two_variants_reads_well(summary_of):
 
 def test_nothing_declared(summary_of):
     results = summary_of([])
-    assert "no verdict" in executive.answer(results)
-    assert executive.verdict_table(results) == executive.meanings(results) == []
+    assert "no verdict" in executive.answer_sentences(results)
+    assert executive.verdict_table(results) == executive.verdict_bullets(results) == []
 
 
 def test_all_invalid_says_nothing_of_quantization(summary_of):
@@ -132,16 +134,16 @@ def test_one_worse_among_many(summary_of):
 
 
 def test_all_equivalent_is_said_with_its_margin(summary_of):
-    lead = executive.answer(summary_of(["equivalent"] * 4))
+    lead = executive.answer_sentences(summary_of(["equivalent"] * 4))
     assert "equivalent to `noquant` within ±5 points in the 4 comparisons declared" in lead
-    lead = executive.answer(summary_of(["equivalent", "uninformative"]))
+    lead = executive.answer_sentences(summary_of(["equivalent", "uninformative"]))
     assert "within ±5 points in the 1 of 2 declared comparisons that can show a difference" in lead
 
 
 def test_one_comparison_alone(summary_of):
     for kind in KINDS:
         sound(whole(summary_of([kind])))
-    assert "its one comparison is invalid" in executive.answer(summary_of(["invalid"]))
+    assert "its one comparison is invalid" in executive.answer_sentences(summary_of(["invalid"]))
 
 
 def test_the_table_has_a_cell_for_every_declared_verdict(summary_of):
@@ -151,13 +153,15 @@ def test_the_table_has_a_cell_for_every_declared_verdict(summary_of):
     assert rows[1] | {"ARC": "**invalid**", "SQuAD v2": "–"} == rows[1]
 
 
-def duty(done: bool) -> Duty:
-    return Duty("smoothing alone", "answer as the baseline does", "3 of 9 answers do", done)
+def outcome(done: bool) -> ControlOutcome:
+    return ControlOutcome(
+        "smoothing alone", "answer as the baseline does", "3 of 9 answers do", done
+    )
 
 
 def test_a_control_that_failed_is_shouted_before_anything_else(summary_of):
-    duties = {("base", "smooth_only"): duty(False), ("tuned", "smooth_only"): duty(True)}
-    told = executive.meanings(summary_of(["equivalent"] * 4, duties=duties))
+    outcomes = {("base", "smooth_only"): outcome(False), ("tuned", "smooth_only"): outcome(True)}
+    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
     assert told[0].startswith("**⚠ 1 of 2 controls FAILED. Believe nothing below")
     assert "`smooth_only` of `base` must answer as the baseline does, but 3 of 9" in told[0]
     assert not [line for line in told if "did what they must" in line]
@@ -165,7 +169,7 @@ def test_a_control_that_failed_is_shouted_before_anything_else(summary_of):
 
 
 def test_controls_that_held_are_named(summary_of):
-    duties = {("base", "smooth_only"): duty(True), ("tuned", "smooth_only"): duty(True)}
-    told = executive.meanings(summary_of(["equivalent"] * 4, duties=duties))
+    outcomes = {("base", "smooth_only"): outcome(True), ("tuned", "smooth_only"): outcome(True)}
+    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
     assert told[-1].startswith("**Controls** did what they must")
     assert told[-1].count("`smooth_only`") == 1

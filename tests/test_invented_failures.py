@@ -112,7 +112,7 @@ def test_what_a_report_says_in_words(figures, case):
 def figures(demo):
     """What is wrong in a text of the demo's report."""
     from helpers.core.records import read_json
-    from helpers.report.checks.recomputed_tables import Recomputed
+    from helpers.report.checks.recomputed_tables import RecomputedFigures
     from helpers.statistics.checks.recomputed_verdicts import comparison_rows
     from helpers.statistics.published_answers import read_answers
     from helpers.study.loading import load_study
@@ -120,8 +120,10 @@ def figures(demo):
     study = load_study("demo")
     published = read_json(demo / "demo" / "summary.json", made_by="the test")
     found = read_answers(demo / "demo" / "answers", study)
-    rows = comparison_rows(study, found.answers, module._published_p(published["comparisons"]))
-    again = Recomputed(found, rows, published)
+    rows = comparison_rows(
+        study, found.answers, module._published_p_values(published["comparisons"])
+    )
+    again = RecomputedFigures(found, rows, published)
 
     def wrong(text: str) -> list[str]:
         told = module.wrong_sentences(text, again) + module.wrong_chapters(text, again)

@@ -292,7 +292,7 @@ def test_a_failed_check_is_told_first_and_never_ranked(make_job):
     text = whole_report(results)
     assert "2 of 36 checks fail" in text
     assert "**FAILS**" in text
-    (_, verdict), *_ = results.primary()
+    (_, verdict), *_ = results.declared_verdicts()
     assert verdict.kind == "invalid"
     assert "**Invalid**: ARC of `base`" in text
 
