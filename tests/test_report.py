@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from helpers.core.records import read_json, write_json, write_jsonl
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, write_predictions
 from helpers.report import chapters, cost_chapter, markdown, summary
+from helpers.report import results as report_results
 from helpers.report.checks.recomputed_records import wrong_records
 from helpers.report.results import load_results
 from helpers.study.stages import timed_models
@@ -370,6 +372,23 @@ def test_the_report_quotes_what_the_predictions_give(make_job):
     gained = sum(rows["noquant"][k] < rows["smoothquant_w8a8"][k] for k in rows["noquant"])
     line = next(x for x in text.splitlines() if x.startswith("| ARC | `smoothquant_w8a8`"))
     assert f"| 80 | {lost} | {gained} |" in line
+
+
+def test_every_estimate_is_computed_once_a_report(make_job, tmp_path, monkeypatch):
+    """Bootstraps take most of a report's time: tables, figures, text and summary share them."""
+    results, calls = load_results(make_job()), Counter()
+    for name in ("token_estimates", "dataset_estimates"):
+        compute = getattr(report_results, name)
+
+        def counted(*args, compute=compute, name=name):
+            calls[name] += 1
+            return compute(*args)
+
+        monkeypatch.setattr(report_results, name, counted)
+    whole_report(results)
+    summary.write_summary(results, tmp_path)
+    variants, datasets = len(results.evaluations), len(results.study.evaluation.datasets)
+    assert calls == {"token_estimates": variants, "dataset_estimates": variants * datasets}
 
 
 def test_the_summary_repeats_to_the_byte_and_holds_fractions(make_job):

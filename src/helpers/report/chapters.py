@@ -20,7 +20,6 @@ from helpers.report import (
     tables_datasets,
     tables_headline,
 )
-from helpers.report.estimates import token_estimates
 from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
 from helpers.report.results import Results
 
@@ -176,7 +175,7 @@ def _forest_plot(results: Results, model: str) -> Shown:
 def _token_figure(results: Results, model: str) -> Shown:
     rows, floor = [], None
     for e in results.compared_variants_of(model):
-        kl = token_estimates(e, results.rules)["kl"]
+        kl = results.token_estimates[e.key]["kl"]
         if e.variant == results.noise_floor:
             floor = kl.value
         elif kl.value and e.variant in executive_controls.headline_variants(results):

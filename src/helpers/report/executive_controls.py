@@ -1,7 +1,6 @@
 """The controls, shown as what they are: their duties, and what rounding alone is worth."""
 
 from helpers.evaluation.trivial_answers import answer_of
-from helpers.report.estimates import token_estimates
 from helpers.report.markdown import Markup, Rows, code, count, escape, listed, number, percent
 from helpers.report.results import Results
 from helpers.report.results_data import VariantResults
@@ -77,7 +76,7 @@ def noise_sentence(results: Results) -> str:
     variants = [results.evaluations[model, name] for model in results.models]
     if any(e.failed_check for e in variants):
         return f"The noise floor `{name}` failed a check, so it shows nothing."
-    tokens = [token_estimates(e, results.rules) for e in variants]
+    tokens = [results.token_estimates[e.key] for e in variants]
     changed = [changed_answers(e, results.baseline_of(e.model)) for e in variants]
     return (
         f"Rounding alone has a size. `{name}` is `{results.study.baseline}` with the same "

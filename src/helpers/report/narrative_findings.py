@@ -1,7 +1,7 @@
 """The key findings: sentences that hold numbers, each computed from the records."""
 
 from helpers.report import executive_controls
-from helpers.report.estimates import TokenDifference, token_difference, token_estimates
+from helpers.report.estimates import TokenDifference, token_difference
 from helpers.report.markdown import (
     capitalized,
     code,
@@ -46,7 +46,7 @@ def token_finding(results: Results, variant: str) -> str:
     evaluations = [e for e in evaluations if e.failed_check is None]
     if not evaluations:
         return ""
-    tokens = [token_estimates(e, results.rules) for e in evaluations]
+    tokens = [results.token_estimates[e.key] for e in evaluations]
     ratios = [executive_controls.kl_over_noise_floor(results, e) for e in evaluations]
     noise_clause = (
         ""

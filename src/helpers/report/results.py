@@ -18,6 +18,7 @@ from helpers.cost.results import Cost, read_costs, refuse_other_files
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompt_records import read_prompts
+from helpers.report.estimates import Estimate, dataset_estimates, token_estimates
 from helpers.report.results_data import QUANTIZATION_STAGE, CalibrationResults, VariantResults
 from helpers.report.results_provenance import check_provenance
 from helpers.statistics.checks.recomputed_comparisons import checked_verdicts
@@ -69,6 +70,22 @@ class Results:
     def verdicts(self) -> dict[Comparison, Verdict]:
         """Primary comparisons first, then every other variant against the baseline."""
         return checked_verdicts(self.study, self.published.answers)
+
+    @cached_property
+    def token_estimates(self) -> dict[tuple[str, str], dict[str, Estimate]]:
+        """Perplexity, KL and top-1 agreement by (model, variant); computed once a report."""
+        return {key: token_estimates(e, self.rules) for key, e in self.evaluations.items()}
+
+    @cached_property
+    def dataset_estimates(self) -> dict[tuple[str, str, str], dict[str, Estimate]]:
+        """The metrics by (model, variant, dataset), the main one first; computed once a report."""
+        return {
+            (*key, name): dataset_estimates(
+                evaluation_set.adapter, e.predictions[name], e.metrics[name], self.rules
+            )
+            for key, e in self.evaluations.items()
+            for name, evaluation_set in self.study.evaluation.datasets.items()
+        }
 
     @cached_property
     def control_outcomes(self) -> dict[tuple[str, str], ControlOutcome]:

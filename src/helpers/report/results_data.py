@@ -41,6 +41,11 @@ class VariantResults:
     evaluation_gates: dict
 
     @property
+    def key(self) -> tuple[str, str]:
+        """(model, variant), by which `Results` keeps what it computes."""
+        return self.model, self.variant
+
+    @property
     def gates(self) -> list[dict]:
         """All gates: on the checkpoint, if there is one, then on the evaluation."""
         return [gate for record in self.records for gate in _recorded_gates(record)]

@@ -12,8 +12,8 @@ from pathlib import Path
 from helpers.core.file_writing import write_atomically
 from helpers.core.gates import WHOLE_VARIANT
 from helpers.core.records import write_json
-from helpers.report import outliers, tables_datasets, tables_headline
-from helpers.report.estimates import Estimate, main_metric, token_estimates
+from helpers.report import outliers, tables_headline
+from helpers.report.estimates import Estimate, main_metric
 from helpers.report.results import Results
 from helpers.report.results_data import VariantResults
 from helpers.statistics.controls import ControlOutcome
@@ -86,12 +86,11 @@ def _variant_summary(results: Results, e: VariantResults) -> dict:
         quantization = e.quantization["results"]
         keys = ("scheme", "quantized_linears", "smoothed_groups", "bytes_before", "bytes_after")
         fields |= {key: quantization[key] for key in keys}
-    tokens = token_estimates(e, results.rules)
+    tokens = results.token_estimates[e.key]
     fields[SHARED] = {name: _estimate_fields(estimate) for name, estimate in tokens.items()}
     fields["datasets"] = {
         dataset: {
-            n: _estimate_fields(x)
-            for n, x in tables_datasets.estimates_of(results, e, dataset).items()
+            n: _estimate_fields(x) for n, x in results.dataset_estimates[*e.key, dataset].items()
         }
         for dataset in results.study.evaluation.datasets
     }
@@ -153,9 +152,9 @@ def csv_text(results: Results) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)
     for e in (results.evaluations[m, v] for m in results.models for v in results.variants):
-        by_dataset = {SHARED: token_estimates(e, results.rules)}
+        by_dataset = {SHARED: results.token_estimates[e.key]}
         for dataset in results.study.evaluation.datasets:
-            by_dataset[dataset] = tables_datasets.estimates_of(results, e, dataset)
+            by_dataset[dataset] = results.dataset_estimates[*e.key, dataset]
         for dataset, estimates in by_dataset.items():
             for metric, x in estimates.items():
                 writer.writerow(

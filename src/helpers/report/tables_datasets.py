@@ -1,6 +1,6 @@
 """One evaluation set, as tables: scores, how answers came about, and answers side by side."""
 
-from helpers.report.estimates import Estimate, dataset_estimates
+from helpers.report.estimates import Estimate
 from helpers.report.executive_controls import EQUALITY_ROLES
 from helpers.report.markdown import Markup, Rows, code, number, percent, percent_span, quoted
 from helpers.report.results import Results
@@ -29,18 +29,11 @@ def score_table(results: Results, dataset: str) -> Rows:
     rows = []
     for variant in _all_variants(results):
         row = {"model": code(variant.model), "variant": code(variant.variant)}
-        for name, estimate in estimates_of(results, variant, dataset).items():
+        for name, estimate in results.dataset_estimates[*variant.key, dataset].items():
             if name not in NOT_IN_TABLE and name != "format_success":
                 row[METRIC_NAMES[name]] = _metric_cell(name, estimate)
         rows.append(row)
     return rows
-
-
-def estimates_of(results: Results, variant: VariantResults, dataset: str) -> dict[str, Estimate]:
-    """All metrics of one variant on one evaluation set."""
-    adapter = results.study.evaluation.datasets[dataset].adapter
-    predictions, metrics = variant.predictions[dataset], variant.metrics[dataset]
-    return dataset_estimates(adapter, predictions, metrics, results.rules)
 
 
 def _metric_cell(name: str, estimate: Estimate) -> str:

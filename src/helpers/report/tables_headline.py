@@ -3,10 +3,8 @@
 from helpers.evaluation.trivial_answers import Degenerate, best_degenerate
 from helpers.report.estimates import (
     Estimate,
-    dataset_estimates,
     main_metric,
     token_difference,
-    token_estimates,
 )
 from helpers.report.executive_controls import (
     EQUALITY_ROLES,
@@ -59,7 +57,7 @@ def headline_table(results: Results) -> Rows:
 
 
 def _headline_row(results: Results, variant: VariantResults) -> dict:
-    tokens = token_estimates(variant, results.rules)
+    tokens = results.token_estimates[variant.key]
     row = {"model": code(variant.model), "variant": variant_label(results, variant.variant)}
     row["checks"] = checks_cell(variant)
     row |= {
@@ -101,9 +99,7 @@ def verdict_on(results: Results, variant: VariantResults, dataset: str) -> Verdi
 def main_estimate(results: Results, variant: VariantResults, dataset: str) -> Estimate:
     """Accuracy or exact match of one variant on one evaluation set."""
     adapter = results.study.evaluation.datasets[dataset].adapter
-    metrics = variant.metrics[dataset]
-    rows = dataset_estimates(adapter, variant.predictions[dataset], metrics, results.rules)
-    return rows[main_metric(adapter)]
+    return results.dataset_estimates[*variant.key, dataset][main_metric(adapter)]
 
 
 def best_fixed_answers(results: Results) -> dict[str, Degenerate]:
@@ -186,7 +182,7 @@ def token_table(results: Results, model: str) -> Rows:
     """Perplexity, its change, KL and top-1 agreement, with intervals by passage."""
     baseline, rows = results.baseline_of(model), []
     for variant in results.variants_of(model):
-        tokens = token_estimates(variant, results.rules)
+        tokens = results.token_estimates[variant.key]
         row = {"variant": variant_label(results, variant.variant)}
         row["perplexity"] = two_decimals(tokens["perplexity"].value)
         if variant is baseline:
