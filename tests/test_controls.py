@@ -68,7 +68,7 @@ def test_what_the_study_asks_about_has_no_duty(roles):
 def test_equal_answers_are_equal(roles, name):
     found = control_outcome(roles, name, asked(scored(50)), asked(scored(50)))
     assert found.ok
-    assert found.observed.startswith("50 of 50 answers are the baseline's")
+    assert found.observed.startswith("50 of 50 answers equal the baseline's")
 
 
 @pytest.mark.parametrize("name", ["again", "smoothed"])
@@ -82,14 +82,17 @@ def test_a_choice_between_options_a_rounding_apart_may_change(roles):
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.0008, -1.0]}]
     found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
     assert found.ok
-    assert "4 of 5 answers are the baseline's, 0 of the others beyond ties" in found.observed
+    assert (
+        "4 of 5 answers equal the baseline's, 0 of the others differ by more than ties"
+        in found.observed
+    )
 
 
 def test_a_choice_that_moved_by_more_than_rounding_is_no_tie(roles):
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.2, -1.0]}]
     found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
     assert not found.ok
-    assert "1 of the others beyond ties" in found.observed
+    assert "1 of the others differ by more than ties" in found.observed
 
 
 def test_as_many_texts_may_change_as_ties_of_the_shared_text_explain():

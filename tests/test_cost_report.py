@@ -52,8 +52,8 @@ def test_the_gain_is_told_in_bytes_and_tokens_a_second(costs):
     told = cost_chapter.gain_bullets(costs())
     line = next(x for x in told.splitlines() if "`rtn_w8a8`" in x)
     assert "40.1 % of `noquant`'s bytes on disk" in line  # 2,008,000 of 5,008,000
-    assert "its Linears 26.5 % of float32's memory" in line
-    assert "reads 1,818 tokens a second, faster than float32 (2.00×)" in line
+    assert "its Linears take 26.5 % of float32's memory" in line
+    assert "reads 1,818 tokens per second, faster than float32 (2.00×)" in line
     assert "within the spread of bfloat16" in line
     assert "slower" not in told
     assert "not quiet" not in cost_chapter.measurement_note(costs())
@@ -102,9 +102,9 @@ def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs)
     cost = costs()
     assert cost.peak(cost.reference).high == 100e9
     assert cost.of_peak(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
-    assert "did more than the limit" not in cost_chapter.limit_note(cost)
+    assert "exceeded the measured limit" not in cost_chapter.limit_note(cost)
     faster = costs(lambda told: told["peaks"].update(float32=[30e9, 30e9, 30e9]))
-    assert "`noquant` float32 did more than the limit measured" in cost_chapter.limit_note(faster)
+    assert "`noquant` float32 exceeded the measured limit" in cost_chapter.limit_note(faster)
 
 
 def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
@@ -142,7 +142,7 @@ def test_durations_change_nothing_in_the_summary(make_job):
 
 
 def test_a_trained_model_shares_the_cost_of_its_start(make_job):
-    assert "`tuned` has the shapes of the model it was trained from" in whole_report(
+    assert "`tuned` has the same shapes as the model it was trained from" in whole_report(
         load_results(make_job())
     )
 
@@ -170,6 +170,6 @@ def test_a_study_that_leaves_cost_out_says_so(make_job):
     results = load_results(make_job(leave_out))
     report = whole_report(results)
     assert results.costs == {}
-    assert "Neither speed nor memory was measured: the study leaves it out" in report
-    assert "has the shapes of the model it was trained from" not in report
-    assert "`make study` does it" not in report
+    assert "This study measures neither speed nor memory" in report
+    assert "has the same shapes as the model it was trained from" not in report
+    assert "`make study` measures it" not in report

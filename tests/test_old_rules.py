@@ -123,7 +123,7 @@ def test_the_chapter_sets_both_conclusions_side_by_side(with_chapter):
     assert len(table) == len(with_chapter.models)
     assert all(line.count("|") == 8 for line in table)
     assert "“relative change”" in text
-    assert "Why SQuAD v2 rewards silence" in text
+    assert "Why SQuAD v2 rewards empty answers" in text
     assert "always the empty answer" in text
     assert not re.search(r"[{}]|\bnan\b|\bNone\b", told(text))
 
@@ -139,11 +139,11 @@ def test_a_variant_that_says_nothing_is_told_with_the_p_that_would_have_certifie
         ]
         after[:] = [row | {"parsed": None, "status": "unparsed", "score": 0.0} for row in after]
     text = chapter_text(with_chapter)
-    assert text.count("`static` says nothing readable to 60 of 60 questions") == 2
+    assert text.count("`static` gives no readable answer to 60 of 60 questions") == 2
     assert "33.3 % of the questions have no answer" in text
-    assert "right on 100.0 % of those without an answer, on 0.0 % of those with one" in text
-    assert "p < 0.001, so that a test of significance alone would have certified it" in text
-    assert "`smoothquant_w8a8` says nothing" not in text
+    assert "correct on 100.0 % of those without an answer, on 0.0 % of those with one" in text
+    assert "p < 0.001, so a significance test alone would have certified it" in text
+    assert "`smoothquant_w8a8` gives no readable answer" not in text
 
 
 def test_no_old_number_leaves_the_chapter(with_chapter):

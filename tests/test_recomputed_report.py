@@ -79,7 +79,7 @@ CELLS = [
     ("| ARC | `rtn_w8a8`", "gained"),
     ("| ARC | `smoothquant_w8a8`", "detectable loss"),
     ("| `rtn_w8a8` |", "Δ loss [nats/token]"),
-    ("| `base` | `noquant` |", "ended by"),
+    ("| `base` | `noquant` |", "finish reasons"),
     ("| `base` | `noquant_bf16` |", "accuracy"),
     ("| `11.mlp.down_proj` |", "largest"),
     ("| every q_proj", "`rtn_w8a8`"),

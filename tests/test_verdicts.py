@@ -217,7 +217,7 @@ def test_other_words_for_an_item_are_invalid_and_stop_nothing():
     after[4]["prompt_hash"] = "another"
     found = verdict_of(before, after)
     assert found.kind == "invalid"
-    assert found.reason == "1 of its items were asked in other words or tokens (item-0004)"
+    assert found.reason == "1 of its items had other prompts or tokens (item-0004)"
 
 
 @pytest.mark.parametrize("cluster", [None, lambda i: f"passage {i // 3}"])

@@ -27,9 +27,9 @@ def recipe_table(results: Results) -> Rows:
         schemes = {record["results"]["scheme"] for record in records if record}
         dtype = results.study.variants[name].dtype or results.runtime.dtype
         as_loaded, role = f"the model as loaded, in {dtype}", results.role(name)
-        role = f"{role}: shows {ROLE_PURPOSES[role]}" if role else ""
+        role = f"{role}: {ROLE_PURPOSES[role]}" if role else ""
         if control := results.unsmoothed_twin(name):
-            role = f"its control without smoothing is {control}"
+            role = f"control without smoothing: {control}"
         recipe = f"{'; '.join(sorted(schemes)) or as_loaded}{f' ({role})' if role else ''}"
         rows.append({"variant": code(name), "recipe": recipe})
     return rows
@@ -45,7 +45,7 @@ def outlier_table(results: Results, model: str, *, rows: int) -> Rows:
             "largest": number(i.largest),
             "median channel": number(i.median),
             "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
-            "channels one scale rounds to zero": percent(i.rounded_away),
+            "channels rounded to zero by one scale": percent(i.rounded_away),
         }
         for i in inputs
     ]
@@ -101,14 +101,14 @@ def _gate_cell(same_gate: list[dict]) -> str:
     failed = [g for g in same_gate if not g["passed"]]
     if failed or len(same_gate) < 2:
         return " ".join(map(_gate_text, failed or same_gate))
-    return f"holds on {len(same_gate)} evaluation sets"
+    return f"passes on {len(same_gate)} evaluation sets"
 
 
 def _gate_text(gate: dict) -> str:
     guarded = gate.get("invalidates", WHOLE_VARIANT)
     where = "" if guarded == WHOLE_VARIANT else f" on {escape(dataset_name(guarded))}"
     if gate["passed"]:
-        return f"holds{where}: {escape(gate['measured'])}"
+        return f"passes{where}: {escape(gate['measured'])}"
     return f"**FAILS**{where}: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
 
 
@@ -129,7 +129,10 @@ def _size_row(e: VariantResults, *, quantized: bool) -> dict:
     row["smoothed groups"] = str(sizes["smoothed_groups"])
     row |= {part: f"{megabytes(before[part])} → {megabytes(after[part])}" for part in before}
     total = sum(after.values()) / sum(before.values())
-    return row | {"all": megabytes(sum(after.values())), "of the float model": percent(total)}
+    return row | {
+        "all": megabytes(sum(after.values())),
+        "relative to the float model": percent(total),
+    }
 
 
 def calibration_table(results: Results) -> Rows:
@@ -189,7 +192,7 @@ def job_table(results: Results) -> Rows:
         {
             "stage": stage,
             "jobs": str(len(records)),
-            "time of all": f"{sum(r['duration_s'] for r in records):,.0f} s",
+            "total time": f"{sum(r['duration_s'] for r in records):,.0f} s",
             "longest job": f"{max(r['duration_s'] for r in records):,.0f} s",
             "peak memory": f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB",
         }

@@ -36,10 +36,8 @@ def notice(missing: tuple[str, ...]) -> Shown:
     if not missing:
         return []
     lines = narrative.bullets([escape(name) for name in missing])
-    warning = "**This report is partial.** Nothing is said here about the runs it lacks, and no "
-    warning += (
-        "verdict rests on them; declared comparisons among them stay counted in Holm's family."
-    )
+    warning = "**This report is partial.** It lacks the runs below, and no verdict rests on them. "
+    warning += "Declared comparisons among them still count in Holm's family."
     return [markdown_output(warning, lines)]
 
 
@@ -112,9 +110,8 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     }
     variant = min(lows, key=lambda v: lows[v][1])
     name, level = lows[variant]
-    title = (
-        f"{model}: worst under {variant}, {name.removeprefix('model.layers.')} at {level:.1f} dB"
-    )
+    label = name.removeprefix("model.layers.")
+    title = f"{model}: lowest SQNR {level:.1f} dB, at {label} under {variant}"
     return [figures_comparison.sqnr_by_variant(curves, variants=results.compared, title=title)]
 
 
@@ -136,7 +133,7 @@ def _model_comparisons(results: Results, models: list[str]) -> Shown:
 def model_comparison(results: Results, model: str) -> Shown:
     """One model: what its items say, and what its tokens say."""
     rows = tables_headline.comparison_table(results, model)
-    table = markdown_table(rows) if rows else "This study has nothing to compare the baseline with."
+    table = markdown_table(rows) if rows else "This study has no variant besides the baseline."
     return [
         markdown_output(f"### Model `{model}`: items", table),
         *_forest_plot(results, model),
@@ -204,17 +201,17 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
         about += f" on {count(passages, 'passage')}"
     parts = [
         f"### 5.{place} {dataset_name(dataset)}",
-        f"{about}. The best fixed answer, always {escape(best.answer)}, is right on "
+        f"{about}. The best constant answer, always {escape(best.answer)}, is right on "
         f"{percent(best.score)} of them.",
         markdown_table(tables_datasets.score_table(results, dataset)),
-        "How the answers came about:",
+        "Format and length of the answers:",
         markdown_table(tables_datasets.behavior_table(results, dataset)),
     ]
     for model in results.models:
         differing = tables_datasets.count_differing_items(results, dataset, model)
         parts += [
-            f"Items of `{model}`, those answered differently first "
-            f"({differing} of {len(predictions)} are):",
+            f"Items of `{model}`, differing answers first "
+            f"({differing} of {len(predictions)} differ):",
             markdown_table(tables_datasets.sample_answer_table(results, dataset, model, rows=5)),
         ]
     return markdown_output(*parts)
@@ -234,16 +231,14 @@ def technical_details(results: Results) -> Markdown:
             parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
         if gates := appendix.evaluation_gate_table(results, model):
             parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
-    where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} a job, runtime {r.quantized}"
+    where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} per job, runtime {r.quantized}"
     parts += [
         f"**Jobs**, on {appendix.machine_kinds(results)} ({where}).",
         markdown_table(appendix.job_table(results)),
     ]
     if computed := appendix.operation_table(results):
-        about = (
-            "**What the study computes** (TFLOP a stage): 10¹² multiplications and additions of "
-        )
-        about += "products of matrices, counted from items and weights, answers at their longest."
+        about = "**Operations** (TFLOP per stage): 10¹² multiplications and additions of matrix "
+        about += "products, counted from items and weights with answers at their maximum length."
         parts += [about, markdown_table(computed)]
     parts += [
         "**Packages.**",
@@ -253,9 +248,9 @@ def technical_details(results: Results) -> Markdown:
 
 
 def conclusion(results: Results) -> Markdown:
-    """What can be said, what cannot, and how to do it again."""
-    command = f"To do it again: `make study STUDY={results.name}`."
-    files = "The numbers are in `summary.json` and `summary.csv`, every answer in `predictions/`."
+    """The conclusions, and the command that reproduces the study."""
+    command = f"To reproduce: `make study STUDY={results.name}`."
+    files = "The numbers are in `summary.json` and `summary.csv`, every answer in `answers/`."
     return markdown_output(
         narrative.bullets(narrative.conclusion_sentences(results)), f"{command} {files}"
     )

@@ -9,9 +9,7 @@ from helpers.report.markdown import code, count, escape, listed, markdown_table,
 from helpers.report.results import Results
 
 Shown = list[Markdown | Figure]
-NOT_MEASURED = (
-    "Neither speed nor memory was measured: the study leaves it out (`runtime: {cost: no}`)."
-)
+NOT_MEASURED = "This study measures neither speed nor memory (`runtime: {cost: no}`)."
 
 
 def cost_chapter(results: Results) -> Shown:
@@ -21,14 +19,14 @@ def cost_chapter(results: Results) -> Shown:
     parts: Shown = []
     for model, cost in results.costs.items():
         if cost is None:
-            sentence = f"The cost of {code(model)} was not measured; `make study` does it."
+            sentence = f"The cost of {code(model)} was not measured; `make study` measures it."
             parts.append(Markdown(f"### Model {code(model)}\n\n{sentence}\n"))
         else:
             parts += model_section(cost, results.compared)
     twins = [code(m) for m in results.models if m not in results.costs]
     if twins:
         verb = "have" if len(twins) > 1 else "has"
-        sentence = "the shapes of the model it was trained from, and so its costs"
+        sentence = "the same shapes as the model it was trained from, and so the same costs"
         parts.append(Markdown(f"{listed(twins)} {verb} {sentence}.\n"))
     return parts
 
@@ -74,7 +72,7 @@ def arithmetic_note(cost: Cost) -> str:
 
 
 def gain_bullets(cost: Cost) -> str:
-    """One line a variant: bytes and tokens a second, against the baseline in both floats."""
+    """One line a variant: bytes and tokens per second, against the baseline in both floats."""
     lines = [_gain_sentence(cost, way) for way in cost.others]
     lines += [
         f"{code(v)} {reason}; it was not measured."
@@ -87,16 +85,18 @@ def _gain_sentence(cost: Cost, way: Way) -> str:
     reference, baseline = cost.reference, code(cost.account["baseline"])
     kind = way.multiplies_in
     size = f"{percent(way.file_bytes / reference.file_bytes)} of {baseline}'s bytes on disk"
-    memory = f"its Linears {percent(way.linear_bytes / reference.linear_bytes)} of float32's memory"
+    memory = (
+        f"its Linears take {percent(way.linear_bytes / reference.linear_bytes)} of float32's memory"
+    )
     reads = _speed_clause(cost, way, "prefill", "reads")
     writes = _speed_clause(cost, way, "decode", "writes")
     return f"{code(way.variant)} ({kind}) takes {size} and {memory}; it {reads}, and {writes}."
 
 
 def _speed_clause(cost: Cost, way: Way, quantity: str, verb: str) -> str:
-    """`reads 645 tokens a second, 1.62 times as many as float32 and 1.05 times … bfloat16`."""
+    """`reads 645 tokens per second, 1.62 times as many as float32 and 1.05 times … bfloat16`."""
     clauses = [
-        f"{verb} {cost_tables.whole_number(cost.measured(way, quantity).value)} tokens a second"
+        f"{verb} {cost_tables.whole_number(cost.measured(way, quantity).value)} tokens per second"
     ]
     for reference, name in ((cost.reference, "float32"), (cost.bfloat16, "bfloat16")):
         ratio = cost.ratio(way, quantity, reference)
@@ -114,7 +114,7 @@ def throughput_title(cost: Cost) -> str:
     model = cost.account["model"]
     int8 = [way for way in cost.others if "int8" in way.multiplies_in]
     if not int8:
-        return f"{model}: tokens a second; nothing here multiplies in int8"
+        return f"{model}: tokens per second; no variant multiplies in int8"
     reads, writes = (
         sorted(cost.ratio(way, quantity, cost.reference).value for way in int8)
         for quantity in ("prefill", "decode")
@@ -135,25 +135,24 @@ def measurement_note(cost: Cost) -> str:
     unquiet = listed([cost_tables.way_name(cost, way) for way in cost.unquiet()])
     warned = f" **The machine was not quiet**: rounds of {unquiet} lie more than {QUIET}× apart."
     return (
-        f"Reading is a row of {work['prefill_tokens']:,} tokens in "
-        f"{count(work['texts'], 'text')}; writing is {count(work['steps'], 'step')} of "
-        f"{count(work['prompts'], 'answer')} side by side, head included. Each number is the "
-        f"median of {count(rounds, 'round')} (the least–the largest), taken in turns on "
-        f"{escape(account['device'])} with {count(account['threads'], 'thread')} and no other "
-        "job of the study beside them; ratios are taken round by round. Peak memory is "
-        f"{account['memory']}, mapped files included. A load ends when the first short text is "
-        "read; the files were in the system's cache." + (warned if unquiet else "")
+        f"Reading (prefill) computes one row of {work['prefill_tokens']:,} tokens in "
+        f"{count(work['texts'], 'text')}; writing (decode) computes {count(work['steps'], 'step')} "
+        f"of {count(work['prompts'], 'answer')} in parallel, head included. Each number is the "
+        f"median of {count(rounds, 'round')} (smallest–largest). The rounds of all rows alternate "
+        f"on {escape(account['device'])} with {count(account['threads'], 'thread')}, while no "
+        "other job of the study runs; ratios are computed round by round. Peak memory is "
+        f"{account['memory']}, mapped files included. A load ends after the first short text; "
+        "the files were in the system's cache." + (warned if unquiet else "")
     )
 
 
 def limit_note(cost: Cost) -> str:
-    """How to read the last table, and what in it cannot be so."""
+    """How to read the last table, with a warning about shares beyond the limit."""
     sentences = [
-        "How near the limit: the bare product is the best matrix product of this machine in "
-        "the same arithmetic, over the shapes of this model and a square one, by the faster "
-        "of the libraries that come with torch; a Linear in int8 also quantizes its input and "
-        "scales its output. The bars in the figure are the reading speed if Linears ran at that "
-        "limit and all else took no time."
+        "The bare product is the fastest matrix product of this machine in the same arithmetic, "
+        "over the shapes of this model and a square one, by the faster of torch's libraries. An "
+        "int8 Linear also quantizes its input and scales its output. The bars in the figure give "
+        "the reading speed if the Linears ran at that limit and all else took no time."
     ]
     missing_products = [k for k, values in cost.account["peaks"].items() if None in values]
     if missing_products:
@@ -162,7 +161,7 @@ def limit_note(cost: Cost) -> str:
     if beyond_limit:
         names = listed([cost_tables.way_name(cost, w) for w in beyond_limit])
         sentences.append(
-            f"**{names} did more than the limit measured**: the machine was slower while the "
-            "limit was taken, so these shares are not to be relied on."
+            f"**{names} exceeded the measured limit**: the machine was slower while the limit was "
+            "measured, so do not rely on these shares."
         )
     return " ".join(sentences)

@@ -47,7 +47,7 @@ def ratio_table(cost: Cost) -> Rows:
 
 
 def amount_table(cost: Cost) -> Rows:
-    """The same in tokens a second, megabytes and seconds; the file part by part."""
+    """The same in tokens per second, megabytes and seconds; the file part by part."""
     rows = []
     for way in cost.ways:
         row = {"variant": way_name(cost, way)}
@@ -83,7 +83,7 @@ def limit_table(cost: Cost) -> Rows:
         row = {"variant": way_name(cost, way), "Linears multiply in": way.multiplies_in}
         row["bare product [GOP/s]"] = median_with_rounds(peak, billions) if peak else MISSING
         row["Linears [GOP/s]"] = median_with_rounds(achieved, billions) if achieved else MISSING
-        row["Linears, of the limit"] = percent(cost.of_peak(way))
+        row["Linears / bare product"] = percent(cost.of_peak(way))
         row["time in Linears"] = percent(cost.in_linears(way))
         row["reading at the limit [tokens/s]"] = MISSING if fastest is None else number(fastest)
         rows.append(row)

@@ -68,8 +68,8 @@ def _answer_sentence(results: Results, group: list[JudgedComparison]) -> str:
     kinds = [verdict.kind for _, verdict in group]
     informative, n = [k for k in kinds if k in INFORMATIVE], len(kinds)
     if not informative:
-        return f"Nothing can be said of `{c.variant}`: {_why_nothing_shown(kinds, c.baseline)}."
-    comparisons = f"in the {_of_declared(len(informative), n)} that can show one"
+        return f"No conclusion about `{c.variant}` is possible: {_why_nothing_shown(kinds)}."
+    comparisons = f"in the {_of_declared(len(informative), n)} that could show one"
     if n == len(informative):
         comparisons = (
             "in the one comparison declared" if n == 1 else f"in the {n} comparisons declared"
@@ -80,15 +80,15 @@ def _answer_sentence(results: Results, group: list[JudgedComparison]) -> str:
         return f"{text}, and better in {better}." if better else f"{text}."
     if better := kinds.count("better"):
         better_clause = f"`{c.variant}` is better than `{c.baseline}` in {_of_declared(better, n)}"
-        return f"No loss was found {comparisons}; {better_clause}."
+        return f"No loss was detected {comparisons}; {better_clause}."
     if set(informative) == {"equivalent"}:
         return (
             f"`{c.variant}` is equivalent to `{c.baseline}` within ±{_margin(results)} points "
             f"{comparisons.replace('show one', 'show a difference')}."
         )
     return (
-        f"No loss of `{c.variant}` against `{c.baseline}` was found {comparisons}, which is no "
-        "proof that there is none."
+        f"No loss of `{c.variant}` against `{c.baseline}` was detected {comparisons}. This does "
+        "not prove that there is none."
     )
 
 
@@ -96,15 +96,15 @@ def _of_declared(part: int, n: int) -> str:
     return f"{part} of {count(n, 'declared comparison')}"
 
 
-def _why_nothing_shown(kinds: list[str], baseline: str) -> str:
+def _why_nothing_shown(kinds: list[str]) -> str:
     invalid, n = kinds.count("invalid"), len(kinds)
-    no_ability = f"`{baseline}` itself shows no ability that could be lost"
-    if invalid == n:
-        return "its one comparison is invalid" if n == 1 else f"all {n} comparisons are invalid"
-    if not invalid:
-        return f"where it was compared, {no_ability}"
-    are = _is_or_are(invalid)
-    return f"of {n} comparisons {invalid} {are} invalid, and in the others {no_ability}"
+    if invalid in (0, n):
+        kind = "invalid" if invalid else "uninformative"
+        return f"its one comparison is {kind}" if n == 1 else f"all {n} comparisons are {kind}"
+    are, others_are = _is_or_are(invalid), _is_or_are(n - invalid)
+    return (
+        f"of {n} comparisons, {invalid} {are} invalid and {n - invalid} {others_are} uninformative"
+    )
 
 
 def _is_or_are(n: int) -> str:
@@ -178,56 +178,55 @@ def _with_difference(results: Results, judged: list[JudgedComparison]) -> str:
 
 def _worse(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Worse**, by more than chance explains: {_with_difference(results, judged)}. In "
-        f"brackets the {percent_plain(results.rules.confidence)} interval."
+        f"**Worse**, by more than chance explains: {_with_difference(results, judged)}. Brackets "
+        f"give the {percent_plain(results.rules.confidence)} interval."
     )
 
 
 def _better(results: Results, judged: list[JudgedComparison]) -> str:
     return (
         f"**Better**, by more than chance explains: {_with_difference(results, judged)}. Rounding "
-        "rarely helps, so look at the items before believing it."
+        "rarely helps; look at the items before you rely on this."
     )
 
 
 def _equivalent(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Equivalent within ±{_margin(results)} points**: {judged_places(results, judged)}. If "
-        "anything is lost or gained there, it is less than what the study declared harmless."
+        f"**Equivalent within ±{_margin(results)} points**: {judged_places(results, judged)}. Any "
+        "difference there is smaller than the margin that the study declared harmless."
     )
 
 
 def _inconclusive(results: Results, judged: list[JudgedComparison]) -> str:
-    """Where nothing was found, and how large a loss would have had to be."""
+    """Where no difference was detected, and the smallest loss that would have been."""
     text = f"**Inconclusive** (no difference detected): {judged_places(results, judged)}."
     if detectable := [(c, v) for c, v in judged if v.paired.detectable is not None]:
         text += (
-            f" A loss may be there all the same: with these items the chance to find it reaches "
-            f"{percent_plain(results.rules.power)} only from "
-            f"{_detectable_range(results, detectable)} on."
+            " The smallest loss that would be detected with "
+            f"{percent_plain(results.rules.power)} power {_detectable_range(results, detectable)}."
         )
     if undetectable := [(c, v) for c, v in judged if v.paired.detectable is None]:
         places = judged_places(results, undetectable)
-        text += f" On {places} the items are too few to find even a total loss."
+        text += f" On {places}, the items are too few to detect even a total loss."
     return text
 
 
 def _detectable_range(results: Results, judged: list[JudgedComparison]) -> str:
-    """The smallest detectable loss, or the span of them with the places at both ends."""
+    """`is 14 points`, or `ranges from 5 points (ARC of base) to 17 points (BoolQ of base)`."""
     in_order = sorted(judged, key=lambda cv: cv[1].paired.detectable)
     ends = [in_order[0], in_order[-1]]
     smallest, largest = (f"{100 * v.paired.detectable:.0f} points" for _, v in ends)
     if smallest == largest:
-        return smallest
+        return f"is {smallest}"
     places = [judged_places(results, [end]) for end in ends]
-    return f"{smallest} ({places[0]}) to {largest} ({places[1]})"
+    return f"ranges from {smallest} ({places[0]}) to {largest} ({places[1]})"
 
 
 def _uninformative(results: Results, judged: list[JudgedComparison]) -> str:
     baselines = listed([f"`{b}`" for b in dict.fromkeys(c.baseline for c, _ in judged)])
     return (
-        f"**Uninformative**: {judged_places(results, judged)}. There {baselines} itself does not "
-        "clearly beat a fixed answer, or is seldom readable, so that no ability could be lost."
+        f"**Uninformative**: {judged_places(results, judged)}. There, {baselines} itself does not "
+        "clearly beat a constant answer or is seldom readable, so no loss could be detected."
     )
 
 
@@ -240,8 +239,8 @@ def _invalid(results: Results, judged: list[JudgedComparison]) -> str:
         f"`{v}`: {escape(listed(list(shortened)))}" for v, shortened in reasons.items()
     )
     return (
-        f"**Invalid**: {judged_places(results, judged)}. This is about the run and says nothing of "
-        f"quantization. Why: {reason_text}."
+        f"**Invalid**: {judged_places(results, judged)}. This concerns the run, not "
+        f"quantization. Reasons: {reason_text}."
     )
 
 

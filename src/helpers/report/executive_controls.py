@@ -7,12 +7,12 @@ from helpers.report.results_data import VariantResults
 from helpers.statistics.controls import Role
 
 ROLE_PURPOSES: dict[Role, str] = {
-    "baseline": "what the others are held against",
-    "repetition": "whether a run repeats",
-    "noise floor": "what rounding alone is worth",
-    "smoothing alone": "whether smoothing itself changes anything",
-    "broken on purpose": "whether a broken recipe is seen",
-    "without smoothing": "what int8 costs without smoothing",
+    "baseline": "reference of every comparison",
+    "repetition": "reproducibility of a run",
+    "noise floor": "effect of rounding alone",
+    "smoothing alone": "effect of smoothing alone",
+    "broken on purpose": "detection of a broken recipe",
+    "without smoothing": "cost of int8 without smoothing",
 }
 EQUALITY_ROLES: tuple[Role, ...] = ("repetition", "smoothing alone")
 
@@ -23,7 +23,11 @@ def control_table(results: Results) -> Rows | None:
     for (model, variant), outcome in results.control_outcomes.items():
         as_expected = "yes" if outcome.ok else "**NO**"
         row = {"control": code(variant), "model": code(model), "shows": ROLE_PURPOSES[outcome.role]}
-        row |= {"must": outcome.expected, "did it": Markup(as_expected), "found": outcome.observed}
+        row |= {
+            "expected": outcome.expected,
+            "as expected": Markup(as_expected),
+            "observed": outcome.observed,
+        }
         rows.append(row)
     return rows or None
 
@@ -34,12 +38,13 @@ def failed_control_bullets(results: Results) -> list[str]:
     if not failed:
         return []
     failures = [
-        f"`{variant}` of `{model}` must {escape(outcome.expected)}, but {escape(outcome.observed)}"
+        f"`{variant}` of `{model}` was expected to {escape(outcome.expected)}, but "
+        f"{escape(outcome.observed)}"
         for (model, variant), outcome in failed.items()
     ]
     return [
-        f"**⚠ {len(failed)} of {count(len(results.control_outcomes), 'control')} FAILED. Believe "
-        f"nothing below before this is explained.** {'; '.join(failures)}."
+        f"**⚠ {len(failed)} of {count(len(results.control_outcomes), 'control')} FAILED. Do not "
+        f"rely on any result below before this is explained.** {'; '.join(failures)}."
     ]
 
 
@@ -53,7 +58,7 @@ def sound_control_bullets(results: Results) -> list[str]:
     if not outcomes or not all(outcome.ok for outcome in results.control_outcomes.values()):
         return []
     names = [f"`{variant}` ({outcome.role})" for variant, outcome in outcomes.items()]
-    return [f"**Controls** did what they must, in every model: {listed(names)}."]
+    return [f"**All controls behaved as expected** in every model: {listed(names)}."]
 
 
 def headline_variants(results: Results) -> list[str]:
@@ -75,19 +80,19 @@ def noise_sentence(results: Results) -> str:
     dtype, study_dtype = results.study.variants[name].dtype, results.runtime.dtype
     variants = [results.evaluations[model, name] for model in results.models]
     if any(e.failed_check for e in variants):
-        return f"The noise floor `{name}` failed a check, so it shows nothing."
+        return f"The noise floor `{name}` failed a check, so the effect of rounding is unknown."
     tokens = [results.token_estimates[e.key] for e in variants]
     changed = [changed_answers(e, results.baseline_of(e.model)) for e in variants]
     return (
-        f"Rounding alone has a size. `{name}` is `{results.study.baseline}` with the same "
-        f"weights, computed in {dtype} instead of {study_dtype}. In "
+        f"Rounding alone changes answers. `{name}` computes with the weights of "
+        f"`{results.study.baseline}`, in {dtype} instead of {study_dtype}. In "
         f"{listed([code(e.model) for e in variants])}"
-        f" it moves the next-token distribution by a KL of "
+        f" it shifts the next-token distribution by a KL of "
         f"{listed([number(t['kl'].value) for t in tokens])} nats, keeps "
         f"{listed([percent(t['top1_agreement'].value) for t in tokens])} of the most likely "
         f"tokens, and changes {listed([str(n) for n, _ in changed])} of "
-        f"{count(changed[0][1], 'answer')}. A difference no larger than that says nothing about "
-        "quantization."
+        f"{count(changed[0][1], 'answer')}. A difference no larger than this is no evidence "
+        "about quantization."
     )
 
 

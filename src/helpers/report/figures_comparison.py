@@ -118,7 +118,7 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: st
     """KL from the float model against α, a line a variant, its least point marked.
 
     Args:
-        curves: variant to rows of `alpha` and `kl` (nats a token).
+        curves: variant to rows of `alpha` and `kl` (nats per token).
     """
     figure, axes = new_figure(6.4, 3.2)
     looks = variant_looks(variants)

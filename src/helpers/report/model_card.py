@@ -56,9 +56,9 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
         "## Checks",
         checks_section(verified),
         "## How good it is",
-        f"What it answers, and what that is worth beside its controls, is in the report of the "
-        f"study {code(job.name)}: `../../../report.md`, with the metrics in "
-        "`../evaluation/metrics.json`. Without that report nothing is known of its quality.",
+        f"The report of the study {code(job.name)} compares its answers with those of its "
+        "controls: `../../../report.md`. Its metrics are in `../evaluation/metrics.json`. Without "
+        "that report its quality is unknown.",
         "## Use",
         usage_text(folder.name, bool(scheme)),
         "## Limits",
@@ -148,13 +148,13 @@ def checks_section(verified: dict) -> str:
     """Every gate with what it measured; a failed one is said first."""
     gates = verified["gates"]
     failed = [escape(gate["name"]) for gate in gates if not gate["passed"]]
-    summary = f"All {len(gates)} checks on these files hold."
+    summary = f"All {len(gates)} checks on these files pass."
     if failed:
         summary = (
             f"**Not to be used.** {len(failed)} of {len(gates)} checks fail: {listed(failed)}."
         )
     rows = [
-        {"check": gate["name"], "result": "holds" if gate["passed"] else "FAILS"}
+        {"check": gate["name"], "result": "passes" if gate["passed"] else "FAILS"}
         | {"measured": gate["measured"], "limit": gate["limit"]}
         for gate in gates
     ]
@@ -164,7 +164,7 @@ def checks_section(verified: dict) -> str:
 def usage_text(folder: str, quantized: bool) -> str:
     """How it is run, and on what it is really int8."""
     if not quantized:
-        return "transformers loads it as any float model; smoothing left its function as it was."
+        return "transformers loads it like any float model; smoothing does not change its function."
     return (
         f"`vllm serve {folder}` runs it on int8 kernels. transformers loads it with "
         "compressed-tensors, which only simulates int8 and is slower than the float model."
@@ -172,8 +172,7 @@ def usage_text(folder: str, quantized: bool) -> str:
 
 
 LIMITS = (
-    "- What the model it was made from cannot do, or does badly, this one cannot do either; its "
-    "license and its terms apply.\n"
-    "- Two correct int8 implementations do not give the same numbers: single answers differ "
-    "between them, on average the model is the same."
+    "- It has the limits of the model that it was made from, whose license and terms apply.\n"
+    "- Two correct int8 implementations give different numbers: single answers differ between "
+    "them, the average quality does not."
 )

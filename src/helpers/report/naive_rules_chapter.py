@@ -31,13 +31,13 @@ from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.naive_rules import NaiveConclusion
 from helpers.statistics.verdicts import Verdict
 
-OPENING = """## What the old rules would have concluded
+OPENING = """## The conclusions of the earlier report's rules
 
-This chapter is about rules, not about models. The report that this project redoes let the
-higher score win, told differences in percent of a percentage, and read SQuAD by its official
-rule, for which an answer without a box is the empty answer: right wherever a question has
-none. Below, these rules are applied to this study's own answers. Beside them stands what this
-study concludes from the same answers. No number of this chapter is used anywhere else.
+The report that this project redoes declared the higher score the winner, gave differences in
+percent of a percentage, and scored SQuAD by its official metric. That metric treats an answer
+without a box as the empty answer, which is correct for every question without an answer. This
+chapter applies these rules to this study's answers and compares the conclusions with this study's
+verdicts. No number of this chapter is used anywhere else.
 """
 
 
@@ -54,15 +54,15 @@ def chapter(results: Results) -> list[Markdown]:
         ]
         parts += [_reason_bullets(results, model)]
     for dataset in _datasets_of(results, "squad_v2"):
-        parts += [f"### Why {dataset_name(dataset)} rewards silence"]
+        parts += [f"### Why {dataset_name(dataset)} rewards empty answers"]
         parts += [markdown_table(_empty_answer_table(results, dataset))]
         parts += [_certified_sentences(results, model, dataset) for model in results.models]
     for dataset in _datasets_of(results, "openmath"):
         parts += [f"### Why the mean difference on {dataset_name(dataset)} is no score"]
         parts += [markdown_table(_mean_difference_table(results, dataset))]
         parts += [
-            "It is over the answers that are numbers, so it can shrink as a model answers less. "
-            "This study takes the median and names its coverage."
+            "It averages only the answers that are numbers, so it can fall if a model answers "
+            "less. This study takes the median and states its coverage."
         ]
     return [Markdown("\n\n".join(filter(None, parts)) + "\n")]
 
@@ -96,7 +96,7 @@ def _conclusion_table(results: Results, model: str) -> Rows:
                     "after": percent(old.after),
                     "“relative change”": _relative_change_cell(old.relative_change),
                     "old “winner”": code(winner),
-                    "what this study concludes": Markup(
+                    "verdict of this study": Markup(
                         verdict_text(replace(verdict, reason=""), results.rules.margin)
                     ),
                 }
@@ -109,7 +109,7 @@ def _verdict(results: Results, model: str, variant: str, dataset: str) -> Verdic
 
 
 def _reason_bullets(results: Results, model: str) -> str:
-    """Why each variant is invalid or its items say nothing, each reason once."""
+    """Why each variant is invalid or its items are uninformative, each reason once."""
     texts = []
     for variant in results.study.old_rules_chapter:
         datasets_by_reason: dict[tuple[str, str], list[str]] = {}
@@ -143,7 +143,7 @@ def _win_rate_sentence(results: Results, model: str) -> str:
             f"{percent(rates[0])} and {percent(rates[1])}"
         )
         texts.append(f"{text} (it “wins” {listed(won)})" if won else text)
-    return f"By the old rules, {'; '.join(texts)}."
+    return f"By these rules, {'; '.join(texts)}."
 
 
 def _empty_answer_table(results: Results, dataset: str) -> Rows:
@@ -154,14 +154,16 @@ def _empty_answer_table(results: Results, dataset: str) -> Rows:
                 _predictions_of(results, model, variant, dataset).predictions
             )
             row = {"model": code(model), "variant": code(variant)}
-            row["exact match, official rule"] = percent(counts.exact_match)
+            row["exact match, official metric"] = percent(counts.exact_match)
             row |= {"HasAns": percent(counts.has_answer), "NoAns": percent(counts.no_answer)}
             row["empty answers"] = f"{counts.empty} of {counts.items}"
             row["of them unparsed"] = str(counts.unparsed)
             rows.append(row)
             last_counts = counts
     silent_row = {"model": "any", "variant": "always the empty answer"}
-    silent_row["exact match, official rule"] = percent(last_counts.unanswerable / last_counts.items)
+    silent_row["exact match, official metric"] = percent(
+        last_counts.unanswerable / last_counts.items
+    )
     silent_row |= {"HasAns": percent(0.0), "NoAns": percent(1.0)}
     silent_row |= {
         "empty answers": f"{last_counts.items} of {last_counts.items}",
@@ -171,7 +173,7 @@ def _empty_answer_table(results: Results, dataset: str) -> Rows:
 
 
 def _certified_sentences(results: Results, model: str, dataset: str) -> str:
-    """The “win” of each variant that says nothing, and the p that would have certified it."""
+    """The “win” of each variant without readable answers, and the p that would certify it."""
     sentences, adapter = [], results.study.evaluation.datasets[dataset].adapter
     for variant in results.study.old_rules_chapter:
         old = _naive_conclusion(results, model, variant, dataset)
@@ -185,21 +187,21 @@ def _certified_sentences(results: Results, model: str, dataset: str) -> str:
         ]
         p = naive_rules.naive_mcnemar_p(adapter, *sides)
         consequence = (
-            "so that a test of significance alone would have certified it"
+            "so a significance test alone would have certified it"
             if p <= results.rules.alpha
-            else "so that at least a test of significance would have held it back"
+            else "so a significance test would at least have rejected it"
         )
         sentences.append(
             f"In `{model}`, {percent(counts.unanswerable / counts.items)} of the questions have no "
-            f"answer. `{variant}` says nothing readable to {counts.unparsed} of "
-            f"{count(counts.items, 'question')}; the official rule finds it right on "
+            f"answer. `{variant}` gives no readable answer to {counts.unparsed} of "
+            f"{count(counts.items, 'question')}; the official metric counts it correct on "
             f"{percent(counts.no_answer)} of those without an answer, on "
             f"{percent(counts.has_answer)} of those with one, and so on "
             f"{percent(counts.exact_match)} of all, where `{results.study.baseline}` has "
             f"{percent(old.before)}. Exact McNemar on these scores gives p {_p_with_sign(p)}, "
             f"{consequence}. "
-            "This study looks at the answers first: an unparsed one scores zero, and degeneracy "
-            "is decided before any test."
+            "This study looks at the answers first: an unparsed answer scores zero, and degenerate "
+            "answers are invalid before any test."
         )
     return " ".join(sentences)
 

@@ -15,7 +15,7 @@ def question_sentence(results: Results) -> str:
     variants = [code(n) for n in variants_asked or results.compared]
     models = [code(n) for n in results.models]
     return (
-        f"**Question.** What does quantization as {listed(variants)} cost "
+        f"**Question.** What does quantization with {listed(variants)} cost "
         f"{listed(models)}, against `{results.study.baseline}` on the same items, "
         "and how sure are we?"
     )
@@ -44,8 +44,8 @@ def uninformative_finding(results: Results) -> str:
     if not places:
         return ""
     return (
-        f"Nothing about ability can be read from {dataset_model_places(places)}: there "
-        f"`{baseline}` itself is seldom readable, or does not clearly beat the best fixed answer."
+        f"No ability can be measured on {dataset_model_places(places)}: there `{baseline}` "
+        "itself is seldom readable or does not clearly beat the best constant answer."
     )
 
 
@@ -70,18 +70,18 @@ def model_comparison_sentences(results: Results) -> str:
             )
             kls = [number(e.shared_text["kl"]) for e in pair]
             sentences.append(
-                f"`{name}` moves {comparison}: a KL of {kls[1]} against {kls[0]} nats a token "
+                f"`{name}` changes {comparison}: a KL of {kls[1]} against {kls[0]} nats per token "
                 f"({narrative_findings.nats_with_interval(change)}; exploratory)."
             )
-    return " ".join(sentences) or "This study has no model that it fine-tuned itself."
+    return " ".join(sentences) or "This study fine-tunes no model."
 
 
 def controls_sentence(results: Results) -> str:
-    """How many controls did what they must."""
+    """How many controls behaved as expected."""
     as_expected = sum(outcome.ok for outcome in results.control_outcomes.values())
     return (
-        f"Variants whose outcome is known beforehand. {as_expected} of "
-        f"{count(len(results.control_outcomes), 'control')} did what they must."
+        f"A control is a variant whose outcome is known in advance. {as_expected} of "
+        f"{count(len(results.control_outcomes), 'control')} behaved as expected."
     )
 
 
@@ -94,7 +94,7 @@ def token_figure_title(results: Results, model: str, variants: list[str]) -> str
     closest, furthest = evaluations[0], evaluations[-1]
     change = token_difference(closest, evaluations[1], "kl", results.rules)
     if change.p is None or change.p > results.rules.alpha:
-        return f"{model}: no variant stays detectably closest to the float model"
+        return f"{model}: no variant is detectably closest to the float model"
     ratio = number(furthest.shared_text["kl"] / closest.shared_text["kl"])
     return (
         f"{model}: {closest.variant} stays closest to the float model; {furthest.variant} is "
@@ -106,38 +106,38 @@ def headline_legend(results: Results) -> str:
     """How to read the headline table."""
     level = percent_plain(results.rules.confidence)
     return (
-        f"In brackets the {level} interval, in percent. ✗: invalid, not to be compared. "
-        f"○: uninformative, since `{results.study.baseline}` itself does not clearly beat the best "
-        "fixed answer on these items, or is seldom readable. KL and top-1 agreement are against "
-        f"`{results.study.baseline}`, over "
+        f"Brackets: {level} interval, in percent. ✗: invalid, do not compare. "
+        f"○: uninformative, because `{results.study.baseline}` itself does not clearly beat the "
+        "best constant answer on these items or is seldom readable. KL and top-1 agreement "
+        f"compare with `{results.study.baseline}`, over "
         f"{results.baseline_of(results.models[0]).shared_text['tokens']:,} tokens of "
         f"{count(results.baseline_of(results.models[0]).shared_text['passages'], 'passage')}."
     )
 
 
 def method_paragraph(results: Results) -> str:
-    """How comparisons are made and called."""
+    """How comparisons are computed and how verdicts are named."""
     rules = results.rules
     level, equivalence_level = percent_plain(rules.confidence), percent_plain(1 - 2 * rules.alpha)
     return (
-        "Every variant answers the same items in the same words; items are paired by id and by "
-        "the hash of the prompt. Scores are 0 or 1: exact McNemar test and Tango interval, or, "
-        "where items share passages, a sign-flip test and a bootstrap over passages. "
+        "Every variant answers the same prompts; items are paired by id and by the hash of the "
+        "prompt. Scores are 0 or 1. Independent items take the exact McNemar test and the Tango "
+        "interval; items that share passages take a sign-flip test and a bootstrap over passages. "
         f"{count(rules.family, 'comparison')} "
-        f"{'was' if rules.family == 1 else 'were'} declared in advance; Holm's correction runs "
-        "over all of them, and one that is invalid stays in with p = 1. *Worse* or *better* needs "
-        f"a Holm p of at most {rules.alpha:g}; *equivalent* needs the "
+        f"{'was' if rules.family == 1 else 'were'} declared in advance. Holm's correction "
+        "covers all of them; an invalid one stays in with p = 1. *Worse* or *better* requires "
+        f"a Holm p of at most {rules.alpha:g}; *equivalent* requires the "
         f"{equivalence_level} interval inside ±{100 * rules.margin:g} points. "
-        "The detectable loss is the smallest found with a chance "
-        f"of {percent_plain(rules.power)}, for a declared comparison at Holm's strictest level. "
+        "The detectable loss is the smallest loss detected with "
+        f"{percent_plain(rules.power)} power, for a declared comparison at Holm's strictest level. "
         f"Intervals are at {level}. All other comparisons are exploratory: they have intervals "
-        "and uncorrected p-values, but no verdict. Where an interval and a test disagree, the "
-        "test decides. Whether an evaluation is valid is decided before any test is looked at."
+        "and uncorrected p-values but no verdict. If an interval and a test disagree, the "
+        "test decides. Whether an evaluation is valid is decided before any test."
     )
 
 
 def conclusion_sentences(results: Results) -> list[str]:
-    """What can be said, what cannot, and why not."""
+    """The verdicts again, and the limits of what they show."""
     sentences = list(executive.verdict_bullets(results))
     if uninformative := uninformative_finding(results):
         sentences.append(
@@ -145,15 +145,15 @@ def conclusion_sentences(results: Results) -> list[str]:
         )
     sentences.append(executive_controls.noise_sentence(results))
     sentences.append(
-        "The token-level figures see far smaller changes than the items do, but on one kind of "
-        "text, and a KL is not a loss of ability."
+        "Token-level measures detect far smaller changes than the items do, but on one kind of "
+        "text, and a KL is not a loss of accuracy."
     )
     sentences.append(
-        "Two correct int8 implementations do not give the same numbers: one part in ten million "
-        "more or less in the embeddings tips rounding decisions, which cascade through the "
-        "layers, and can move the logits of a quantized model about as far as quantization "
-        "itself moves them. Which single items flip is thus partly a draw of rounding noise; "
-        "NOTES.md has the measurement."
+        "Two correct int8 implementations give different numbers: a change of one part in ten "
+        "million in the embeddings flips rounding decisions. These cascade through the layers "
+        "and can change the logits of a quantized model about as much as quantization itself "
+        "does. Rounding noise therefore decides in part which single items flip; NOTES.md has "
+        "the measurement."
     )
     return list(filter(None, sentences))
 
@@ -170,6 +170,6 @@ def forest_plot_title(results: Results, model: str) -> str:
     }
     kinds = [v.kind for c, v in results.declared_verdicts() if c.model == model]
     if not kinds:
-        return f"{model}: nothing was declared in advance"
+        return f"{model}: no comparison was declared in advance"
     counts = [f"{kinds.count(k)} {w}" for k, w in words.items() if k in kinds]
     return f"{model}, {count(len(kinds), 'declared comparison')}: {listed(counts)}"

@@ -51,14 +51,14 @@ def token_finding(results: Results, variant: str) -> str:
     noise_clause = (
         ""
         if None in ratios
-        else (f" ({listed([number(t, 2) for t in ratios])} times what rounding alone does)")
+        else (f" ({listed([number(t, 2) for t in ratios])} times the effect of rounding alone)")
     )
     return (
-        f"Token by token, `{variant}` moves the next-token distribution of "
+        f"Token by token, `{variant}` shifts the next-token distribution of "
         f"{listed([code(e.model) for e in evaluations])} by a KL of "
         f"{listed([number(t['kl'].value) for t in tokens])} nats{noise_clause}, keeps "
         f"{listed([percent(t['top1_agreement'].value) for t in tokens])} of the most likely "
-        "tokens, and takes perplexity "
+        "tokens, and changes perplexity "
         f"{listed([_perplexity_change(results, e) for e in evaluations])}."
     )
 
@@ -94,8 +94,8 @@ def _passed_gates_sentence(evaluations: list[VariantResults], total: int) -> str
     checkpoint_count = sum(e.verification is not None for e in evaluations)
     checkpoints = f"{count(checkpoint_count, 'checkpoint')} and " if checkpoint_count else ""
     return (
-        f"All {total} checks on {checkpoints}{count(len(evaluations), 'evaluation')} hold: "
-        "each table below is about the model and the variant it names."
+        f"All {total} checks on {checkpoints}{count(len(evaluations), 'evaluation')} passed: "
+        "each table below describes the model and the variant that it names."
     )
 
 
@@ -106,8 +106,8 @@ def _failed_gates_sentence(failed: list[tuple[VariantResults, dict]], total: int
         first.setdefault(f"`{e.model}`/`{e.variant}`", failures)
     failures = "; ".join(f"{variant}: {failure}" for variant, failure in first.items())
     return (
-        f"{len(failed)} of {total} checks fail (the first of each: {failures}); "
-        "what they guard is invalid."
+        f"{len(failed)} of {total} checks fail (first failure of each variant: {failures}); "
+        "the results that they guard are invalid."
     )
 
 
@@ -120,7 +120,10 @@ def smoothing_finding(results: Results, model: str, variant: str) -> str:
         return ""
     change = token_difference(plain, smooth, "kl", results.rules)
     kls = [number(e.shared_text["kl"]) for e in (plain, smooth)]
-    kl_change = f"the KL from the float model goes from {kls[0]} to {kls[1]} nats a token"
+    kl_change = (
+        f"the KL from the float model is {kls[0]} nats per token under `{control}` and {kls[1]} "
+        f"under `{variant}`"
+    )
     if change.p is None or change.p > results.rules.alpha:
         verdict = "no effect of smoothing itself is detectable"
     else:
@@ -130,10 +133,7 @@ def smoothing_finding(results: Results, model: str, variant: str) -> str:
         if change.p is None
         else f", p {_p_with_sign(change.p)} over {count(change.passages, 'passage')}"
     )
-    return (
-        f"In `{model}`, {verdict}: from `{control}` to `{variant}` {kl_change} "
-        f"({nats_with_interval(change)}{p}; exploratory)."
-    )
+    return f"In `{model}`, {verdict}: {kl_change} ({nats_with_interval(change)}{p}; exploratory)."
 
 
 def _p_with_sign(p: float) -> str:
@@ -161,8 +161,8 @@ def training_summary(results: Results, model: str) -> str:
     training = results.training[model]["results"]
     start = results.study.models[model].finetune.start
     text = (
-        f"Fine-tuning `{start}` into `{model}` takes the loss on held-out problems from "
-        f"{training['heldout_loss_before']:.3f} to {training['heldout_loss_after']:.3f} nats an "
+        f"Fine-tuning `{start}` into `{model}` changes the loss on held-out problems from "
+        f"{training['heldout_loss_before']:.3f} to {training['heldout_loss_after']:.3f} nats per "
         "answer token"
     )
     changes = []
@@ -184,4 +184,4 @@ def training_summary(results: Results, model: str) -> str:
 def nats_with_interval(difference: TokenDifference) -> str:
     """A mean difference per token with its interval."""
     interval = f" {span(difference.interval, signed4)}" if difference.interval else ""
-    return f"{signed4(difference.value)}{interval} nats a token"
+    return f"{signed4(difference.value)}{interval} nats per token"

@@ -83,7 +83,7 @@ def left_float_table(losses: list[dict]) -> pd.DataFrame:
 def gate_table(verified: dict) -> pd.DataFrame:
     """Each gate with what was measured and the limit it was held to."""
     frame = pd.DataFrame(verified["gates"])
-    frame["passed"] = frame["passed"].map({True: "holds", False: "FAILS"})
+    frame["passed"] = frame["passed"].map({True: "passes", False: "FAILS"})
     frame["measured"] = frame["measured"].map(one_line)  # it may quote an item's id
     return frame.rename(columns={"name": "gate", "passed": "result"}).set_index("gate")
 

@@ -32,24 +32,21 @@ def outlier_finding(results: Results, model: str) -> str:
     total = len(results.calibrations[model].absmax)
     if not inputs:
         return (
-            f"In `{model}`, none of {total} Linear inputs has outliers so large that one int8 "
-            "scale for the tensor would round most of its channels to zero."
+            f"In `{model}`, no outlier channel dominates in any of {total} Linear inputs: one int8 "
+            "scale per tensor would nowhere round most channels to zero."
         )
     text = (
-        f"In `{model}`, {len(inputs)} of {total} Linear inputs "
-        f"{'is' if len(inputs) == 1 else 'are'} ruled by single channels: "
-        f"{listed([describe_input(i) for i in inputs])}."
+        f"In `{model}`, one outlier channel dominates in {len(inputs)} of "
+        f"{count(total, 'Linear input')}: {listed([describe_input(i) for i in inputs])}."
     )
     base = results.baseline_of(model).shared_text["perplexity"]
     for e in per_tensor_variants(results, model):
         level = e.shared_text["perplexity"]
         perplexities = f"its perplexity is {two_decimals(level)} against {two_decimals(base)}"
         collapsed = has_collapsed(level, base) and any(i.linear in output_sqnr(e) for i in inputs)
-        text += f" `{e.variant}`, with one activation scale a tensor, "
+        text += f" `{e.variant}`, with one activation scale per tensor, "
         text += (
-            f"collapses there: {perplexities}."
-            if collapsed
-            else f"does not collapse: {perplexities}."
+            f"collapses: {perplexities}." if collapsed else f"does not collapse: {perplexities}."
         )
     return text
 
@@ -77,8 +74,8 @@ def outlier_paragraph(results: Results, model: str) -> str:
     calibrated = results.calibrations[model]
     parts = [outlier_finding(results, model)]
     parts.append(
-        "A step of one int8 scale is the largest value / 127, and a channel that stays below "
-        "half a step is rounded to zero: there "
+        "With one int8 scale per tensor, a step is the largest value / 127, and a channel that "
+        "stays below half a step is rounded to zero: "
         + listed([f"{percent(i.rounded_away)} of the channels of `{i.name}`" for i in inputs])
         + "."
     )
@@ -86,16 +83,16 @@ def outlier_paragraph(results: Results, model: str) -> str:
         zeroed, tokens = zeroed_tokens(calibrated)
         name = calibrated.surface_of.removeprefix("model.layers.")
         parts.append(
-            f"In the item pictured below, one scale turns {zeroed} of {count(tokens, 'token')} at "
-            f"`{name}` into zeros altogether."
+            f"In the item shown below, one scale rounds {zeroed} of {count(tokens, 'token')} at "
+            f"`{name}` entirely to zero."
         )
     parts += [
         _per_tensor_sentences(results, e, inputs) for e in per_tensor_variants(results, model)
     ]
     if variants := [e for e in per_token_variants(results, model) if output_sqnr(e)]:
         parts.append(
-            "With a scale for each token the damage stays within the few tokens that carry the "
-            "outlier: " + listed(_sqnr_by_variant(variants, inputs)) + "."
+            "With one scale per token, only the few tokens that carry the outlier lose precision: "
+            "the output SQNR is " + listed(_sqnr_by_variant(variants, inputs)) + "."
         )
     return " ".join(filter(None, parts))
 
@@ -124,15 +121,15 @@ def _per_tensor_sentences(results: Results, e: VariantResults, inputs: list[Line
         unchanged = [
             i for i in quantized if abs(curves[0][i.linear] - curves[-1][i.linear]) < UNCHANGED_DB
         ]
-        text = f"The smoothing of `{e.variant}` "
+        text = f"Smoothing in `{e.variant}` "
         text += (
             _unreached_sentence(recipe.smooth.targets, unchanged) if unchanged else "reaches them."
         )
     if quantized:
         text += (
-            f" Their output SQNR under `{e.variant}` is {_sqnr_levels(e, quantized)} dB; it "
-            "weighs tokens by their power, nearly all of which is the outlier's own, and so "
-            "does not show what the others lose."
+            f" Their output SQNR under `{e.variant}` is {_sqnr_levels(e, quantized)} dB. SQNR "
+            "weights tokens by their power, and the tokens with the outlier hold nearly all of it, "
+            "so it does not show the loss of the other tokens."
         )
     return text.strip()
 
@@ -142,5 +139,5 @@ def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
     places = listed([target.replace("_", " ") for target in targets])
     kinds = dict.fromkeys(i.linear.rpartition(".")[2] for i in inputs)
     explanations = [INPUTS_WITHOUT_NORM[kind] for kind in kinds if kind in INPUTS_WITHOUT_NORM]
-    text = f"does not reach {listed([f'`{i.name}`' for i in inputs])}: it is folded in at {places}"
+    text = f"does not reach {listed([f'`{i.name}`' for i in inputs])}: it acts at {places}"
     return text + (f", and {listed(explanations)}, which follows no norm." if explanations else ".")

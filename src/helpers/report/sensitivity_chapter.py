@@ -54,7 +54,7 @@ def left_float_rows(results: Results, model: str) -> Rows:
     labels = dict.fromkeys(label for rows in rows_by_variant.values() for label in rows)
     return [
         {
-            "left float": _short_label(label),
+            "left in float": _short_label(label),
             **{
                 code(v): number(r[label]["kl"]) if label in r else MISSING
                 for v, r in rows_by_variant.items()
@@ -83,9 +83,9 @@ def largest_chance_rise(results: Results) -> float | None:
 def chance_note(chance: float) -> str:
     """What the rows below can show, given what chance moves."""
     return (
-        "A Linear left float adds no error, but every change draws the rounding of all others "
-        "anew: where a row is above the first, that is chance, and it comes to as much as "
-        f"{100 * chance:.0f} % here. What lowers the KL by no more than that is not told from "
+        "A Linear left in float adds no error, but every change redraws the rounding of all other "
+        "Linears. A row above the first is therefore chance; here it is up to "
+        f"{100 * chance:.0f} % above. A decrease of at most that size cannot be distinguished from "
         "chance.\n"
     )
 
@@ -100,19 +100,20 @@ def loss_carrier_sentences(results: Results, model: str) -> list[str]:
     for variant, rows in _rows_by_left_float(results, model).items():
         quantized_kl = rows[AS_QUANTIZED]["kl"]
         if quantized_kl is None:
-            sentences.append(f"As quantized, `{variant}` gives probabilities that are not finite.")
+            sentences.append(f"As quantized, `{variant}` gives non-finite probabilities.")
             continue
         finite = {label: row["kl"] for label, row in rows.items() if row["kl"] is not None}
         best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
         share = 100 * (1 - finite[best] / quantized_kl) if quantized_kl > 0 else 0.0
         if share <= 100 * chance_rise:
             sentences.append(
-                f"No kind of Linear is seen to carry the loss of `{variant}` by itself."
+                f"No single kind of Linear carries the loss of `{variant}` beyond chance."
             )
             continue
         sentences.append(
-            f"Leaving {_short_label(best)} float would take `{variant}` from a KL of "
-            f"{number(quantized_kl)} to {number(finite[best])} nats a token ({share:.0f} % of it)."
+            f"Leaving {_short_label(best)} in float would reduce the KL of `{variant}` "
+            f"from {number(quantized_kl)} to {number(finite[best])} nats per token "
+            f"(by {share:.0f} %)."
         )
     return sentences
 
@@ -133,4 +134,4 @@ def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
 def alpha_figure_title(curves: dict[str, list[dict]], model: str) -> str:
     """Which α each grid chose."""
     best = {v: min(curve, key=lambda row: row["kl"])["alpha"] for v, curve in curves.items()}
-    return f"{model}: least KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])
+    return f"{model}: lowest KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])

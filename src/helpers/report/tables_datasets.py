@@ -17,7 +17,7 @@ METRIC_NAMES = {
     "no_answer_exact_match": "NoAns EM",
     "no_answer_f1": "NoAns F1",
     "median_absolute_difference": "median absolute difference",
-    "median_absolute_difference_coverage": "over this share of items",
+    "median_absolute_difference_coverage": "items with a number",
     "format_success": "readable",
 }
 NOT_FRACTIONS = {"median_absolute_difference"}
@@ -51,7 +51,7 @@ def behavior_table(results: Results, dataset: str) -> Rows:
         row |= {status: str(m[status]) for status in ("answered", "abstained", "unparsed")}
         row["readable"] = percent(m["format_success"])
         ends = ", ".join(f"{reason} {n}" for reason, n in m["finish_reasons"].items())
-        row["ended by"] = ends
+        row["finish reasons"] = ends
         row["output tokens"] = f"{m['output_tokens']:,}"
         rows.append(row)
     return rows
@@ -67,7 +67,7 @@ def sample_answer_table(results: Results, dataset: str, model: str, *, rows: int
         golds = by_variant[results.study.baseline][key]["golds"]
         question = results.questions[dataset].get(key)
         row = {"item": quoted(question, limit=LONGEST_TEXT) if question else code(key)}
-        row["right answer"] = quoted("; ".join(golds), limit=60) if golds else "(none)"
+        row["gold answer"] = quoted("; ".join(golds), limit=60) if golds else "(none)"
         row |= {
             code(name): answer_cell(predictions[key]) for name, predictions in by_variant.items()
         }

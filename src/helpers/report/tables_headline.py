@@ -35,8 +35,8 @@ from helpers.statistics.validity import uninformative_reason
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison
 
-ROLES = {role: "control: must equal the baseline" for role in EQUALITY_ROLES}
-ROLES |= {"noise floor": "noise floor: what rounding alone flips"}
+ROLES = {role: "control: expected to equal the baseline" for role in EQUALITY_ROLES}
+ROLES |= {"noise floor": "noise floor: flips by rounding alone"}
 
 
 def headline_table(results: Results) -> Rows:
@@ -49,7 +49,7 @@ def headline_table(results: Results) -> Rows:
     for model in results.models:
         shown = [e for e in results.variants_of(model) if e.variant in variants_shown]
         rows += [_headline_row(results, e) for e in shown]
-    fixed = {"model": "any", "variant": "best fixed answer"}
+    fixed = {"model": "any", "variant": "best constant answer"}
     fixed |= dict.fromkeys(("checks", "perplexity", "KL [nats]", "top-1"), MISSING)
     for name, best in best_fixed_answers(results).items():
         fixed[dataset_name(name)] = Markup(f"{percent(best.score)} ({escape(best.answer)})")
@@ -126,7 +126,7 @@ def comparison_table(results: Results, model: str) -> Rows:
         if verdict.kind == "exploratory" and (role := results.role(c.variant)):
             row["verdict"] = Markup(ROLES.get(role, "exploratory"))
         if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in reasons_shown:
-            row["verdict"] = Markup("uninformative here, as above")
+            row["verdict"] = Markup("uninformative, as above")
         if verdict.kind == "invalid" and verdict.reason in {reason for _, reason in reasons_shown}:
             row["verdict"] = Markup("**invalid**, as above")
         reasons_shown.add((c.dataset, verdict.reason))
@@ -171,7 +171,7 @@ def verdict_text(verdict: Verdict, margin: float) -> str:
         "better": "**better**",
         "equivalent": f"**equivalent within ±{100 * margin:.1f} points**",
         "inconclusive": "**inconclusive** (no difference detected)",
-        "uninformative": "**uninformative here**" if verdict.primary else "uninformative here",
+        "uninformative": "**uninformative**" if verdict.primary else "uninformative",
         "invalid": "**invalid**",
         "exploratory": "exploratory",
     }[verdict.kind]

@@ -112,7 +112,9 @@ def control_outcome(
             )
         case "without smoothing":
             passed = bool(answers.gates) and not answers.failed_variant_gates
-            return ControlOutcome(role, "be what it claims", _describe_checks(answers), passed)
+            return ControlOutcome(
+                role, "pass every check on the whole variant", _describe_checks(answers), passed
+            )
         case "broken on purpose":
             return ControlOutcome(
                 role, "fail a check", _describe_checks(answers), bool(answers.failed_variant_gates)
@@ -123,7 +125,7 @@ def control_outcome(
 def _describe_checks(answers: VariantAnswers) -> str:
     total, failed = len(answers.gates), answers.failed_gates
     if not failed:
-        return f"all {total} checks hold"
+        return f"all {total} checks pass"
     return f"{len(failed)} of {total} checks fail ({failed[0]['name']}: {failed[0]['measured']})"
 
 
@@ -139,9 +141,9 @@ def _equality_outcome(
         unexplained += unexplained_changes(
             changed_pairs, answers.passages, tokens=sum(a["output_tokens"] for _, a in pairs)
         )
-    observed = f"{total - changed} of {total} answers are the baseline's"
+    observed = f"{total - changed} of {total} answers equal the baseline's"
     if changed:
-        observed += f", {unexplained} of the others beyond ties within rounding"
+        observed += f", {unexplained} of the others differ by more than ties within rounding"
     ok = bool(answers.gates) and not answers.failed_gates and not unexplained
     expected = "answer as the baseline does, up to ties within rounding"
     return ControlOutcome(role, expected, f"{observed}; {_describe_checks(answers)}", ok)

@@ -43,7 +43,7 @@ def invalid_reason(
     before, after = baseline.predictions, variant.predictions
     hashes = {p["id"]: p["prompt_hash"] for p in before}
     if other_prompts := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
-        text = f"{len(other_prompts)} of its items were asked in other words or tokens"
+        text = f"{len(other_prompts)} of its items had other prompts or tokens"
         return f"{text} ({min(other_prompts)})"
     if readable(before) - readable(after) > FORMAT_DROP:
         readable_share = f"{_percent(readable(after))} of its answers are readable"

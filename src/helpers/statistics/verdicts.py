@@ -108,7 +108,7 @@ def decide_verdict(
     if not primary:
         return Verdict("exploratory", identical, primary, None, paired)
     if holm_p <= rules.alpha and paired.delta != 0:
-        reason = "the difference lies inside the margin all the same" if within_margin else ""
+        reason = "the difference is nevertheless inside the margin" if within_margin else ""
         return Verdict("worse" if paired.delta < 0 else "better", reason, primary, holm_p, paired)
     return Verdict(
         "equivalent" if within_margin else "inconclusive", identical, primary, holm_p, paired

@@ -13,7 +13,7 @@ from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFig
 from helpers.statistics.checks.recomputed_scores import best_fixed_score
 from helpers.statistics.checks.recomputed_verdicts import is_informative
 
-DIFFERING_ITEMS = re.compile(r"^Items of `(.*?)`.*\((\d+) of (\d+) are\)", re.M)
+DIFFERING_ITEMS = re.compile(r"^Items of `(.*?)`.*\((\d+) of (\d+) differ\)", re.M)
 SAMPLE_TABLES = re.compile(r"^Items of `(.*?)`.*?$(.*?)(?=^Items of|\Z)", re.M | re.S)
 COMPARED_CHARACTERS = 40  # characters of an answer; what is shown may be cut after them
 
@@ -104,7 +104,7 @@ def _wrong_counts(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     for name, text in _dataset_chapters(markdown, figures):
         rows = figures.variants[first].predictions[name]
         passages = len({row["cluster"] or row["id"] for row in rows})
-        line = next(line for line in text.splitlines() if " best fixed answer" in line)
+        line = next(line for line in text.splitlines() if " best constant answer" in line)
         values = [len(rows), *([passages] if passages < len(rows) else [])]
         values.append(100 * figures.fixed[name][1])
         if cell_differs(re.sub(r"“.*”", "", html.unescape(line)), values):
@@ -149,7 +149,7 @@ def _wrong_samples(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
                 for row in map(table.by_column, table.rows):
                     cells = [plain_text(row[v]) for v in variants]
                     answers = tuple((cell[0], _comparable_text(cell[1:])) for cell in cells)
-                    key = (_comparable_text(plain_text(row["right answer"])), *answers)
+                    key = (_comparable_text(plain_text(row["gold answer"])), *answers)
                     if not any(_matches(key, one) for one in expected_rows):
                         item = plain_text(row["item"])
                         yield f"{name}, items of {model}: no item has the row {item!r}"
@@ -185,9 +185,7 @@ def _wrong_gate_rows(report_tables: list[Table], figures: RecomputedFigures) -> 
 
 def _wrong_uninformative_sets(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     """The sets of which the conclusions say that nothing can be read from them."""
-    if not (
-        sentence := re.search(r"Nothing about ability can be read from (.*?): there", markdown)
-    ):
+    if not (sentence := re.search(r"No ability can be measured on (.*?): there", markdown)):
         return
     expected = {
         (DATASET_NAMES.get(c.dataset, c.dataset), c.model)
@@ -200,7 +198,7 @@ def _wrong_uninformative_sets(markdown: str, figures: RecomputedFigures) -> Iter
         for name, model in ((name.strip(), m) for m in re.findall(r"`([^`]+)`", models))
     }
     if published != expected:
-        sets = f"nothing can be read from {sorted(published)}, recomputed {sorted(expected)}"
+        sets = f"no ability can be measured on {sorted(published)}, recomputed {sorted(expected)}"
         yield f"conclusions: {sets}"
 
 
@@ -209,4 +207,4 @@ def _wrong_fixed_answers(figures: RecomputedFigures) -> Iterator[str]:
     for name, evaluation_set in figures.study.evaluation.datasets.items():
         expected = best_fixed_score(evaluation_set.adapter, first.predictions[name])
         if abs((published := figures.fixed[name][1]) - expected) > 1e-9:
-            yield f"{name}: the best fixed answer scores {published:.4g}, again {expected:.4g}"
+            yield f"{name}: the best constant answer scores {published:.4g}, again {expected:.4g}"

@@ -16,7 +16,7 @@ RATIO_COLUMNS = {
     "peak memory": "peak memory [MB]",
     "load time": "load time [s]",
 }
-SPEED = re.compile(r"(reads|writes) ([\d,]+) tokens a second, (.*?) float32\W* \(([\d.]+)×\)")
+SPEED = re.compile(r"(reads|writes) ([\d,]+) tokens per second, (.*?) float32\W* \(([\d.]+)×\)")
 
 
 def wrong_costs(markdown: str) -> list[str]:
@@ -33,11 +33,11 @@ def wrong_costs(markdown: str) -> list[str]:
 def _wrong_jobs(report_tables: list[Table]) -> Iterator[str]:
     """All jobs take at least as long as the longest, and longer than it where there are several."""
     for table in report_tables:
-        if not {"stage", "time of all", "longest job"} <= set(table.columns):
+        if not {"stage", "total time", "longest job"} <= set(table.columns):
             continue
         for row in map(table.by_column, table.rows):
             total, longest, jobs = (
-                float(written_numbers(row[c])[0]) for c in ("time of all", "longest job", "jobs")
+                float(written_numbers(row[c])[0]) for c in ("total time", "longest job", "jobs")
             )
             alone = jobs > 1 and longest >= 10 and total <= longest  # no other took a second
             if alone or total < longest - 1 or total > jobs * longest + jobs:

@@ -42,7 +42,7 @@ def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
         group = [r for r in group if r["baseline"] == names[1]]
     count_clause = re.search(r"in the (\d+|one) (?:of [\d,]+ declared )?comparisons?", text)
     if count_clause and (1 if count_clause[1] == "one" else int(count_clause[1])) != len(group):
-        yield f"published {count_clause[1]} that can show one, recomputed {len(group)}"
+        yield f"published {count_clause[1]} that could show one, recomputed {len(group)}"
     for word in ("worse", "better"):
         pattern = rf"(?:{word} than `[^`]+` in|and {word} in) (\d+)"
         published = [int(n) for n in re.findall(pattern, text)]
@@ -72,7 +72,7 @@ def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[Exp
     if published_places != places:
         yield f"published {sorted(published_places)}, recomputed {sorted(places)}"
     detectable_range = re.search(
-        r"only from ([\d.]+) points (?:\(.*?\) to ([\d.]+) points )?", text
+        r"power (?:is|ranges from) ([\d.]+) points(?: \(.*?\) to ([\d.]+) points)?", text
     )
     if detectable_range:
         detectable = [
@@ -85,27 +85,25 @@ def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[Exp
 
 
 def _check_nothing_shown(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """A variant of which no declared comparison can tell: how many, and how many are invalid."""
+    """A variant without an informative comparison: how many are invalid or uninformative."""
     group = [r for r in _declared_rows(figures) if r["variant"] == _code_names(text)[0]]
-    invalid = sum(r["verdict"] == "invalid" for r in group)
-    if informative := [r for r in group if r["verdict"] in INFORMATIVE]:
-        yield f"{len(informative)} of {len(group)} comparisons can tell"
-    if "comparisons are invalid" in text or "comparison is invalid" in text:
-        expected = (["1"] if "its one" in text else [str(len(group))], len(group))
-        published = re.findall(r"all (\d+) comparisons", text) or ["1"]
-        if (published, invalid) != expected:
-            yield f"{invalid} of {len(group)} are invalid"
-    elif published := re.search(r"of (\d+) comparisons (\d+) (?:is|are) invalid", text):
-        if [int(n) for n in published.groups()] != [len(group), invalid]:
-            yield f"{invalid} of {len(group)} are invalid"
-    elif invalid:
-        yield f"{invalid} of {len(group)} are invalid, which it does not say"
+    n, kinds = len(group), [r["verdict"] for r in group]
+    counts = f"{kinds.count('invalid')} invalid, {kinds.count('uninformative')} uninformative"
+    alike = re.search(r"(?:its one comparison is|all (\d+) comparisons are) (\w+)", text)
+    mixed = re.search(r"of (\d+) comparisons, (\d+) (?:is|are) invalid and (\d+) ", text)
+    if alike:
+        correct = [alike[2]] * int(alike[1] or 1) == kinds
+    else:
+        stated = [int(number) for number in mixed.groups()] if mixed else []
+        correct = stated == [n, kinds.count("invalid"), kinds.count("uninformative")]
+    if not correct:
+        yield f"of {n} comparisons: {counts}"
 
 
 def _check_controls_bullet(
     text: str, figures: RecomputedFigures
 ) -> Iterator[ExpectedNumbers | str]:
-    """All controls did what they must, and the ones it names are among them."""
+    """No control failed, and the names in the sentence are controls."""
     failed = [key for key, outcome in figures.control_outcomes.items() if not outcome.ok]
     if failed:
         yield f"{len(failed)} controls failed"
@@ -121,8 +119,8 @@ def _check_controls_count(text: str, figures: RecomputedFigures) -> Iterator[Exp
 
 SENTENCE_CHECKS = (
     (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _check_answer),
-    (r"^(?:\*\*Answer\.\*\* )?Nothing can be said of `", _check_nothing_shown),
+    (r"^(?:\*\*Answer\.\*\* )?No conclusion about `", _check_nothing_shown),
     ("^(?:" + "|".join(map(re.escape, BULLET_STARTS)) + ")", _check_verdict_bullet),
-    (r"^\*\*Controls\*\* did what they must", _check_controls_bullet),
-    (r"\d+ of \d+ controls? did what", _check_controls_count),
+    (r"^\*\*All controls behaved as expected\*\*", _check_controls_bullet),
+    (r"\d+ of \d+ controls? behaved", _check_controls_count),
 )

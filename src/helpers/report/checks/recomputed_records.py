@@ -16,7 +16,8 @@ from helpers.report.checks.recomputed_tables import RecomputedFigures
 CALIBRATION_LINE = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
 OUTLIER_LINE = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
 OUTLIER_SENTENCE = re.compile(
-    r"^(?:- )?In `([^`]+)`, (\d+) of \S+ Linear inputs (?:is|are) ruled (.*)$", re.M
+    r"^(?:- )?In `([^`]+)`, one outlier channel dominates in (\d+) of \S+ Linear inputs?: (.*)$",
+    re.M,
 )
 DESCRIBED_INPUT = re.compile(
     r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), (?:([\d.,]+) times|and) the median"
@@ -93,10 +94,10 @@ def _wrong_outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator
 
 
 def _wrong_outlier_sentence(model: str, count: str, text: str, notebooks: Path) -> Iterator[str]:
-    """The sentence on inputs that single channels rule: how many, and each one's numbers."""
+    """The sentence on inputs that one channel dominates: their count and their numbers."""
     inputs = DESCRIBED_INPUT.findall(text)
     if len(inputs) != int(count):
-        yield f"{model}: {count} Linear inputs are ruled by single channels, {len(inputs)} named"
+        yield f"{model}: {count} Linear inputs are dominated by one channel, {len(inputs)} named"
     printed_rows = OUTLIER_LINE.findall(_printed_text(notebooks / f"01_calibration.{model}.ipynb"))
     for name, *published in inputs:
         channel, largest, ratio = (float(x.replace(",", "") or "nan") for x in published)

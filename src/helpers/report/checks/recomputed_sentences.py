@@ -23,7 +23,7 @@ SIGN_DRAWS = 20_000
 P_TOLERANCE = 0.015  # of a p that two programs draw: six standard errors of either at 0.05
 
 SUMMARY = re.compile(r"^## Executive summary\n(.*?)(?=^### (?!Scores|Key findings))", re.M | re.S)
-ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale a tensor, (.*? against [\d.,]+)")
+ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale per tensor, (.*? against [\d.,]+)")
 NOT_PROSE = ("|", "#", "![", "<")
 SentenceCheck = Callable[[str, RecomputedFigures], Iterator[ExpectedNumbers | str]]
 
@@ -116,7 +116,7 @@ def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
     variant, *models = _code_names(text.partition(" by a KL")[0])
     shared = [figures.shared[model, variant] for model in models]
     values = [s["kl"][0] for s in shared]
-    if "times what rounding" in text:
+    if "times the effect of rounding" in text:
         floors = [figures.shared[model, figures.noise_floor]["kl"][0] for model in models]
         values += [kl / floor for kl, floor in zip(list(values), floors, strict=True)]
     values += [100 * s["top1_agreement"][0] for s in shared]
@@ -144,7 +144,7 @@ def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[Expected
 
 
 def _check_between_models(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    for part in re.findall(r"`[^`]+` moves `[^`]+` .*?exploratory\)", text):
+    for part in re.findall(r"`[^`]+` changes `[^`]+` .*?exploratory\)", text):
         variant, model, start = _code_names(part)[:3]
         change = _token_change(figures, (start, variant), (model, variant), "kl")
         sure, word = _is_effect(change, figures), "more than" if change[0] > 0 else "less than"
@@ -180,7 +180,7 @@ def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[Expected
 def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     start, model = _code_names(text)[:2]
     training = figures.summary["models"][model]["finetuning"]
-    loss = text.partition(" nats an answer")[0]
+    loss = text.partition(" nats per answer")[0]
     yield loss, [training["heldout_loss_before"], training["heldout_loss_after"]]
     baseline = figures.study.baseline
     for name in figures.study.evaluation.datasets:
@@ -218,15 +218,15 @@ def _check_legend(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
 
 
 SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
-    (r"^Rounding alone has a size", _check_noise),
+    (r"^Rounding alone changes answers", _check_noise),
     (r"^Token by token, ", _check_tokens),
     (r"^In `[^`]+`, (?:no effect of )?smoothing itself", _check_smoothing),
-    (r"`[^`]+` moves `[^`]+` (?:more|less|and) ", _check_between_models),
+    (r"`[^`]+` changes `[^`]+` (?:more|less|and) ", _check_between_models),
     (r"^`[^`]+` is [\d.,]+ % of the float model's size", _check_sizes),
-    (r"^In `[^`]+`, (?:none|\d+) of [\d,]+ Linear inputs", _check_one_scale),
+    (r"^In `[^`]+`, (?:no|one) outlier channel dominates", _check_one_scale),
     (r"Fine-tuning `[^`]+` into `", _check_training),
     (r"^\*\*Comparisons\.\*\* Every variant", _check_method),
     (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _check_gate_count),
-    (r"^In brackets the ", _check_legend),
+    (r"^Brackets: ", _check_legend),
     *ON_VERDICTS,
 )

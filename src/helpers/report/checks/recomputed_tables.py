@@ -43,7 +43,7 @@ METRIC_COLUMNS = {
     "HasAns F1": "has_answer_f1",
     "NoAns EM": "no_answer_exact_match",
     "median absolute difference": "median_absolute_difference",
-    "over this share of items": "median_absolute_difference_coverage",
+    "items with a number": "median_absolute_difference_coverage",
 }
 STATUSES = ("answered", "abstained", "unparsed")
 
@@ -152,7 +152,7 @@ def _score_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) 
     dataset_columns = {
         DATASET_NAMES.get(name, name): name for name in figures.study.evaluation.datasets
     }
-    if plain_text(row["variant"]) == "best fixed answer":
+    if plain_text(row["variant"]) == "best constant answer":
         fixed = figures.fixed
         answers = {c: written_numbers(fixed[n][0]) for c, n in dataset_columns.items()}
         return [
@@ -272,7 +272,7 @@ def _behavior_cells(table: Table, row: dict[str, str], figures: RecomputedFigure
     ends = sorted({r["finish_reason"] for r in rows})
     cells: list[Cell] = [(status, [n]) for status, n in counts.items()]
     cells.append(("readable", [100 * (1 - counts["unparsed"] / len(rows))]))
-    cells.append(("ended by", [sum(r["finish_reason"] == end for r in rows) for end in ends]))
+    cells.append(("finish reasons", [sum(r["finish_reason"] == end for r in rows) for end in ends]))
     return [*cells, ("output tokens", [sum(r["output_tokens"] for r in rows)])]
 
 
@@ -294,8 +294,8 @@ def _wrong_verdict_cell(
 def _control_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
     outcome = figures.control_outcomes.get((plain_text(row["model"]), plain_text(row["control"])))
     if outcome is None:
-        return [("found", [])]
-    return [("found", [float(n) for n in written_numbers(outcome.observed)])]
+        return [("observed", [])]
+    return [("observed", [float(n) for n in written_numbers(outcome.observed)])]
 
 
 def _outlier_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
@@ -307,7 +307,7 @@ def _outlier_cells(table: Table, row: dict[str, str], figures: RecomputedFigures
         return []
     cells = [(column, [one[column]]) for column in ("channel", "largest", "ratio")]
     cells.append(("median channel", [one["median"]]))
-    return [*cells, ("channels one scale rounds to zero", [100 * one["rounded_away"]])]
+    return [*cells, ("channels rounded to zero by one scale", [100 * one["rounded_away"]])]
 
 
 def _size_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
@@ -323,7 +323,11 @@ def _size_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -
     cells: list[Cell] = [(p, [before[p] / 1e6, after[p] / 1e6]) for p in before]
     cells += [("smoothed groups", [recorded["smoothed_groups"]])]
     share = sum(after.values()) / sum(before.values())
-    return [*cells, ("all", [sum(after.values()) / 1e6]), ("of the float model", [100 * share])]
+    return [
+        *cells,
+        ("all", [sum(after.values()) / 1e6]),
+        ("relative to the float model", [100 * share]),
+    ]
 
 
 def _protocol_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
@@ -338,10 +342,10 @@ TABLE_CHECKS = {
     frozenset({"checks", "perplexity", "top-1"}): _score_cells,
     frozenset({"lost", "gained", "Holm p"}): _comparison_cells,
     frozenset({"perplexity", "top-1 agreement"}): _token_cells,
-    frozenset({"answered", "unparsed", "ended by"}): _behavior_cells,
-    frozenset({"control", "must", "found"}): _control_cells,
+    frozenset({"answered", "unparsed", "finish reasons"}): _behavior_cells,
+    frozenset({"control", "expected", "observed"}): _control_cells,
     frozenset({"Linear", "median channel", "ratio"}): _outlier_cells,
-    frozenset({"smoothed groups", "of the float model"}): _size_cells,
+    frozenset({"smoothed groups", "relative to the float model"}): _size_cells,
     frozenset({"dataset", "protocol", "prompt tokens"}): _protocol_cells,
 }
 

@@ -85,7 +85,7 @@ def _comparison_row(
     if not invalid and bool(uninformative) == is_informative(
         adapter, baseline.predictions, settings
     ):
-        uninformative = "whether the baseline beats a fixed answer has two answers"
+        uninformative = "two computations disagree on whether the baseline beats a constant answer"
     kind = "invalid" if invalid else "uninformative" if uninformative else ""
     after = {row["id"]: answer_of(row) for row in variant.predictions}
     return {
@@ -170,6 +170,6 @@ def _verdict_reason(study: Study, row: dict) -> str:
     if row["reason"]:
         return row["reason"]
     if row["verdict"] in ("worse", "better"):
-        inside = "the difference lies inside the margin all the same"
+        inside = "the difference is nevertheless inside the margin"
         return inside if _within_margin(study, row) else ""
     return f"identical answers on all {row['n']} items" if row["identical_answers"] else ""
