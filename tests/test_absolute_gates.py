@@ -20,7 +20,7 @@ from helpers.evaluation.checks.reference_gates import reference_gates
 from helpers.inference import perplexity
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import shared_passages
-from helpers.statistics.comparison import Answers, rules_of
+from helpers.statistics.comparison import VariantPredictions, decision_rules
 from helpers.statistics.validity import uninformative_reason
 from helpers.study.schema_sources import FolderModel
 from helpers.study.schema_variants import Variant
@@ -124,9 +124,11 @@ def answers(n: int, **changes) -> list[dict]:
 )
 def test_a_baseline_whose_own_answers_are_broken_says_nothing(study, changes, told):
     """However right they are: no variant could be seen to do worse."""
-    rules = rules_of(study)
-    assert uninformative_reason("openmath", Answers("noquant", answers(40)), rules) is None
-    asked = Answers("noquant", answers(40, **changes))
+    rules = decision_rules(study)
+    assert (
+        uninformative_reason("openmath", VariantPredictions("noquant", answers(40)), rules) is None
+    )
+    asked = VariantPredictions("noquant", answers(40, **changes))
     assert uninformative_reason("openmath", asked, rules) == told
 
 

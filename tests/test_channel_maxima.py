@@ -39,7 +39,7 @@ def test_inputs_without_a_ratio_come_last_and_there_is_a_first_in_any_case():
     assert order == ["b", "a", "sparse", "dead"]
     none = channel_maxima.by_ratio([row for row in rows if row["ratio"] is None])
     assert none[0]["name"] == "sparse"
-    assert "the median channel is 0" in notebook_tables.largest_channel_claim(none[0])
+    assert "the median channel is 0" in notebook_tables.largest_channel_title(none[0])
 
 
 def cells_after(start: str) -> list[str]:

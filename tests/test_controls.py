@@ -5,7 +5,13 @@ import math
 import pytest
 
 from helpers.core.gates import WHOLE_VARIANT
-from helpers.statistics.controls import Asked, duty, role_of, tie_rate, unexplained
+from helpers.statistics.controls import (
+    VariantAnswers,
+    control_outcome,
+    role_of,
+    tie_rate,
+    unexplained_changes,
+)
 from helpers.study.schema import Study
 
 SMOOTH = {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]}
@@ -46,8 +52,8 @@ def written(n: int, **changes) -> list[dict]:
     return [{"id": f"i{i}"} | row | changes for i in range(n)]
 
 
-def asked(rows, *, gates=(HELD,), passages=TEXT, name: str = "arc") -> Asked:
-    return Asked({name: rows}, passages, list(gates))
+def asked(rows, *, gates=(HELD,), passages=TEXT, name: str = "arc") -> VariantAnswers:
+    return VariantAnswers({name: rows}, passages, list(gates))
 
 
 def test_a_control_is_known_by_what_it_is(roles):
@@ -55,35 +61,38 @@ def test_a_control_is_known_by_what_it_is(roles):
 
 
 def test_what_the_study_asks_about_has_no_duty(roles):
-    assert duty(roles, "whole", asked(scored(3)), asked(scored(3))) is None
+    assert control_outcome(roles, "whole", asked(scored(3)), asked(scored(3))) is None
 
 
 @pytest.mark.parametrize("name", ["again", "smoothed"])
 def test_equal_answers_are_equal(roles, name):
-    found = duty(roles, name, asked(scored(50)), asked(scored(50)))
-    assert found.done
-    assert found.found.startswith("50 of 50 answers are the baseline's")
+    found = control_outcome(roles, name, asked(scored(50)), asked(scored(50)))
+    assert found.ok
+    assert found.observed.startswith("50 of 50 answers equal the baseline's")
 
 
 @pytest.mark.parametrize("name", ["again", "smoothed"])
 def test_a_failed_check_breaks_the_duty_even_where_answers_agree(roles, name):
     for gates in ([gate(False)], [HELD, gate(False, "arc")], []):
-        assert not duty(roles, name, asked(scored(5), gates=gates), asked(scored(5))).done
+        assert not control_outcome(roles, name, asked(scored(5), gates=gates), asked(scored(5))).ok
 
 
 def test_a_choice_between_options_a_rounding_apart_may_change(roles):
     """Of five items one changed, and no log-probability moved by more than 0.001."""
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.0008, -1.0]}]
-    found = duty(roles, "smoothed", asked(after), asked(scored(5)))
-    assert found.done
-    assert "4 of 5 answers are the baseline's, 0 of the others beyond ties" in found.found
+    found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
+    assert found.ok
+    assert (
+        "4 of 5 answers equal the baseline's, 0 of the others differ by more than ties"
+        in found.observed
+    )
 
 
 def test_a_choice_that_moved_by_more_than_rounding_is_no_tie(roles):
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.2, -1.0]}]
-    found = duty(roles, "smoothed", asked(after), asked(scored(5)))
-    assert not found.done
-    assert "1 of the others beyond ties" in found.found
+    found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
+    assert not found.ok
+    assert "1 of the others differ by more than ties" in found.observed
 
 
 def test_as_many_texts_may_change_as_ties_of_the_shared_text_explain():
@@ -92,35 +101,37 @@ def test_as_many_texts_may_change_as_ties_of_the_shared_text_explain():
     assert rate == pytest.approx(1.96**2 / (1000 + 1.96**2), rel=1e-3)
     pairs = [(b, a | {"parsed": "13"}) for b, a in zip(written(100), written(100), strict=True)]
     allowed = math.floor(1000 * rate + 2 * math.sqrt(1000 * rate))
-    assert unexplained(pairs[:allowed], TEXT, tokens=1000) == 0
-    assert unexplained(pairs[: allowed + 3], TEXT, tokens=1000) == 3
+    assert unexplained_changes(pairs[:allowed], TEXT, tokens=1000) == 0
+    assert unexplained_changes(pairs[: allowed + 3], TEXT, tokens=1000) == 3
 
 
 def test_a_changed_parse_of_the_same_text_counts_as_another_answer(roles):
     after = written(100, parsed=None, status="unparsed")
-    found = duty(
+    found = control_outcome(
         roles, "smoothed", asked(after, name="openmath"), asked(written(100), name="openmath")
     )
-    assert not found.done
+    assert not found.ok
 
 
 def test_the_broken_recipe_has_to_fail_as_a_whole(roles):
     rows = scored(5)
-    assert duty(roles, "broken", asked(rows, gates=[HELD, gate(False)]), asked(rows)).done
+    assert control_outcome(roles, "broken", asked(rows, gates=[HELD, gate(False)]), asked(rows)).ok
     for gates in ([HELD], [HELD, gate(False, "arc")], []):  # one set alone leaves the others
-        assert not duty(roles, "broken", asked(rows, gates=gates), asked(rows)).done
+        assert not control_outcome(roles, "broken", asked(rows, gates=gates), asked(rows)).ok
 
 
 def test_the_noise_floor_and_the_baseline_pass_every_check(roles):
     rows = scored(5)
     for name in ("plain", "half"):
-        assert duty(roles, name, asked(rows), asked(rows)).done
+        assert control_outcome(roles, name, asked(rows), asked(rows)).ok
         for gates in ([gate(False)], [gate(False, "arc")], []):
-            assert not duty(roles, name, asked(rows, gates=gates), asked(rows)).done
+            assert not control_outcome(roles, name, asked(rows, gates=gates), asked(rows)).ok
 
 
 def test_a_twin_without_smoothing_may_answer_badly_but_must_be_what_it_is(roles):
     """That plain rounding ruins a set is a finding, not a fault of the study."""
     rows = scored(5)
-    assert duty(roles, "rounded", asked(rows, gates=[HELD, gate(False, "arc")]), asked(rows)).done
-    assert not duty(roles, "rounded", asked(rows, gates=[gate(False)]), asked(rows)).done
+    assert control_outcome(
+        roles, "rounded", asked(rows, gates=[HELD, gate(False, "arc")]), asked(rows)
+    ).ok
+    assert not control_outcome(roles, "rounded", asked(rows, gates=[gate(False)]), asked(rows)).ok

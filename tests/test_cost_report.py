@@ -45,29 +45,31 @@ def test_ratios_are_taken_round_by_round(costs):
     assert (found.value, found.low, found.high) == (2, 2, 2)
     measured = cost.measured(way, "prefill")
     assert (measured.value, measured.low, measured.high) == (2000, 1000 / 4.5, 2000)
-    assert "**The machine was not quiet**" in cost_chapter.how(cost)
+    assert "**The machine was not quiet**" in cost_chapter.measurement_note(cost)
 
 
 def test_the_gain_is_told_in_bytes_and_tokens_a_second(costs):
-    told = cost_chapter.gains(costs())
+    told = cost_chapter.gain_bullets(costs())
     line = next(x for x in told.splitlines() if "`rtn_w8a8`" in x)
     assert "40.1 % of `noquant`'s bytes on disk" in line  # 2,008,000 of 5,008,000
-    assert "its Linears 26.5 % of float32's memory" in line
-    assert "reads 1,818 tokens a second, faster than float32 (2.00×)" in line
+    assert "its Linears take 26.5 % of float32's memory" in line
+    assert "reads 1,818 tokens per second, faster than float32 (2.00×)" in line
     assert "within the spread of bfloat16" in line
     assert "slower" not in told
-    assert "not quiet" not in cost_chapter.how(costs())
+    assert "not quiet" not in cost_chapter.measurement_note(costs())
 
 
 def test_a_slower_variant_is_called_slower(costs):
     cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(prefill_s=[2.0, 2.4, 2.2]))
-    line = next(x for x in cost_chapter.gains(cost).splitlines() if "`rtn_w8a8`" in x)
+    line = next(x for x in cost_chapter.gain_bullets(cost).splitlines() if "`rtn_w8a8`" in x)
     assert "**slower than float32** (0.50×)" in line
     assert "**slower than bfloat16**" in line
 
 
 def test_what_was_not_measured_is_named_with_its_reason(costs):
-    told = cost_chapter.gains(costs(lambda told: told.update(left_out={"x": "runs in float"})))
+    told = cost_chapter.gain_bullets(
+        costs(lambda told: told.update(left_out={"x": "runs in float"}))
+    )
     assert "- `x` runs in float; it was not measured." in told
 
 
@@ -76,21 +78,23 @@ def test_a_processor_without_units_is_said_to_save_memory_only(costs):
         how = {"processor": "AVX2", "int8_units": units, "bfloat16_products": products}
         return lambda told: told.update(arithmetic=how | {"int8_products": "float32 in blocks"})
 
-    lacking = cost_chapter.arithmetic(costs(multiplies("no", "float32, rounded to bfloat16 once")))
+    lacking = cost_chapter.arithmetic_note(
+        costs(multiplies("no", "float32, rounded to bfloat16 once"))
+    )
     assert "no int8 units: int8 saves memory here, not time" in lacking
     assert "int8 products are computed as float32 in blocks, exactly" in lacking
     assert "no bfloat16 units: bfloat16 is multiplied in float32" in lacking
-    whole = cost_chapter.arithmetic(costs(multiplies("yes", "bfloat16")))
+    whole = cost_chapter.arithmetic_note(costs(multiplies("yes", "bfloat16")))
     assert "has int8 units" in whole
     assert "no " not in whole
-    assert cost_chapter.arithmetic(costs()) == ""  # records from before it was noted
+    assert cost_chapter.arithmetic_note(costs()) == ""  # records from before it was noted
 
 
 def test_a_simulation_is_called_one(costs):
     changes = {"simulated": True, "arithmetic": "float32"}
     cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(changes))
-    assert "`rtn_w8a8` (int8 simulated in float32)" in cost_chapter.gains(cost)
-    row = next(r for r in cost_tables.near_the_limit(cost) if r["variant"] == "`rtn_w8a8`")
+    assert "`rtn_w8a8` (int8 simulated in float32)" in cost_chapter.gain_bullets(cost)
+    row = next(r for r in cost_tables.limit_table(cost) if r["variant"] == "`rtn_w8a8`")
     assert row["Linears multiply in"] == "int8 simulated in float32"
 
 
@@ -98,9 +102,9 @@ def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs)
     cost = costs()
     assert cost.peak(cost.reference).high == 100e9
     assert cost.peak_fraction(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
-    assert "did more than the limit" not in cost_chapter.limit(cost)
+    assert "exceeded the measured limit" not in cost_chapter.limit_note(cost)
     faster = costs(lambda told: told["peaks"].update(float32=[30e9, 30e9, 30e9]))
-    assert "`noquant` float32 did more than the limit measured" in cost_chapter.limit(faster)
+    assert "`noquant` float32 exceeded the measured limit" in cost_chapter.limit_note(faster)
 
 
 def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
@@ -110,10 +114,10 @@ def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
             w["linears_s"] = [None, None, None]
 
     cost = costs(elsewhere)
-    assert "no product in int8" in cost_chapter.limit(cost)
-    row = next(r for r in cost_tables.near_the_limit(cost) if r["variant"] == "`rtn_w8a8`")
+    assert "no product in int8" in cost_chapter.limit_note(cost)
+    row = next(r for r in cost_tables.limit_table(cost) if r["variant"] == "`rtn_w8a8`")
     assert {row["bare product [GOP/s]"], row["time in Linears"]} == {"–"}
-    assert cost_chapter.measured(cost, [way.variant for way in cost.others])
+    assert cost_chapter.model_section(cost, [way.variant for way in cost.others])
 
 
 def test_a_study_without_the_measurement_reports_and_names_it_missing(make_job):
@@ -138,7 +142,7 @@ def test_durations_change_nothing_in_the_summary(make_job):
 
 
 def test_a_trained_model_shares_the_cost_of_its_start(make_job):
-    assert "`tuned` has the shapes of the model it was trained from" in whole_report(
+    assert "`tuned` has the same shapes as the model it was trained from" in whole_report(
         load_results(make_job())
     )
 
@@ -166,6 +170,6 @@ def test_a_study_that_leaves_cost_out_says_so(make_job):
     results = load_results(make_job(leave_out))
     report = whole_report(results)
     assert results.costs == {}
-    assert "Neither speed nor memory was measured: the study leaves it out" in report
-    assert "has the shapes of the model it was trained from" not in report
-    assert "`make study` does it" not in report
+    assert "This study measures neither speed nor memory" in report
+    assert "has the same shapes as the model it was trained from" not in report
+    assert "`make study` measures it" not in report

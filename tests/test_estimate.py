@@ -311,8 +311,8 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
         {"stage": "evaluation", "operations": {"float32": 10**12, "int8": 5 * 10**11}},
         {"stage": "cost"},  # of an older study
     ]
-    monkeypatch.setattr(appendix, "records", lambda _results: records)
-    [row] = appendix.operations(None)
+    monkeypatch.setattr(appendix, "all_records", lambda _results: records)
+    [row] = appendix.operation_table(None)
     assert row == {
         "stage": "evaluation",
         "jobs": "2",
@@ -321,7 +321,7 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
         "int8": "0.500",
     }
     del records[:2]
-    assert appendix.operations(None) is None
+    assert appendix.operation_table(None) is None
 
 
 def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):

@@ -8,8 +8,8 @@ import pytest
 from helpers.report import executive
 from helpers.report.markdown import markdown_table
 from helpers.report.results import Results
-from helpers.statistics.comparison import Paired
-from helpers.statistics.controls import Duty
+from helpers.statistics.comparison import PairedComparison
+from helpers.statistics.controls import ControlOutcome
 from helpers.statistics.intervals import Interval
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Study
@@ -19,9 +19,11 @@ DELTAS = {"worse": -0.2, "better": 0.12, "equivalent": 0.0, "inconclusive": -0.0
 PLACES = [("base", "arc"), ("tuned", "arc"), ("base", "squad_v2"), ("tuned", "squad_v2")]
 
 
-def paired(delta: float, detectable: float | None) -> Paired:
+def paired(delta: float, detectable: float | None) -> PairedComparison:
     interval = Interval(delta - 0.1, delta + 0.1, 0.95)
-    return Paired(100, 100, 3, 3, delta, interval, interval, 0.5, "a test", detectable, False)
+    return PairedComparison(
+        100, 100, 3, 3, delta, interval, interval, 0.5, "a test", detectable, False
+    )
 
 
 def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
@@ -35,9 +37,9 @@ def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
 
 @pytest.fixture
 def summary_of(study_settings):
-    """Results in which only verdicts and duties exist: the summary may look at nothing else."""
+    """Results in which only verdicts and controls exist: the summary may look at nothing else."""
 
-    def make(kinds, *, variants=("smoothquant_w8a8",), duties=None, **options):
+    def make(kinds, *, variants=("smoothquant_w8a8",), outcomes=None, **options):
         pairs = [
             Comparison(model=m, dataset=d, baseline="noquant", variant=v)
             for v in variants
@@ -47,7 +49,7 @@ def summary_of(study_settings):
         results = Results("study", Study.model_validate(study_settings), {}, {}, {}, {}, {})
         judged = zip(pairs, kinds, strict=True)
         results.__dict__["verdicts"] = {c: verdict(k, **options) for c, k in judged}
-        results.__dict__["duties"] = duties or {}
+        results.__dict__["control_outcomes"] = outcomes or {}
         return results
 
     return make
@@ -55,8 +57,8 @@ def summary_of(study_settings):
 
 def whole(results) -> str:
     table = executive.verdict_table(results)
-    parts = [executive.answer(results), markdown_table(table) if table else ""]
-    return "\n".join([*parts, *executive.meanings(results)])
+    parts = [executive.answer_sentences(results), markdown_table(table) if table else ""]
+    return "\n".join([*parts, *executive.verdict_bullets(results)])
 
 
 def sound(text: str) -> None:
@@ -91,22 +93,24 @@ def test_every_mixture_of_two_variants_reads_well(summary_of):
 
 def test_nothing_declared(summary_of):
     results = summary_of([])
-    assert "no verdict" in executive.answer(results)
-    assert executive.verdict_table(results) == executive.meanings(results) == []
+    assert "no verdict" in executive.answer_sentences(results)
+    assert executive.verdict_table(results) == executive.verdict_bullets(results) == []
 
 
 def test_all_invalid_says_nothing_of_quantization(summary_of):
     text = whole(summary_of(["invalid"] * 4))
-    assert "Nothing can be said of `smoothquant_w8a8`: all 4 comparisons are invalid." in text
+    assert (
+        "No conclusion about `smoothquant_w8a8` is possible: all 4 comparisons are invalid." in text
+    )
     assert "`smoothquant_w8a8`: it failed a check: layer census." in text  # what it measured
     assert "of 4" not in text  # stands in the tables
 
 
 def test_all_null_says_what_could_have_been_seen(summary_of):
     text = whole(summary_of(["inconclusive"] * 4))
-    assert "No loss of `smoothquant_w8a8` against `noquant` was found" in text
-    assert "which is no proof that there is none" in text
-    assert "the chance to find it reaches 80 % only from 16 points on." in text
+    assert "No loss of `smoothquant_w8a8` against `noquant` was detected" in text
+    assert "This does not prove that there is none." in text
+    assert "detected with 80 % power is 16 points." in text
 
 
 def test_null_results_of_different_reach_name_the_nearest_and_the_furthest(summary_of):
@@ -114,7 +118,7 @@ def test_null_results_of_different_reach_name_the_nearest_and_the_furthest(summa
     verdicts = results.verdicts
     for c, loss in zip(verdicts, (0.2, 0.11, 0.3), strict=True):
         verdicts[c] = verdict("inconclusive", loss)
-    assert "only from 11 points (ARC of `tuned`) to 30 points (SQuAD v2 of `base`) on." in (
+    assert "ranges from 11 points (ARC of `tuned`) to 30 points (SQuAD v2 of `base`)." in (
         whole(results)
     )
 
@@ -122,7 +126,9 @@ def test_null_results_of_different_reach_name_the_nearest_and_the_furthest(summa
 def test_too_few_items_to_see_anything(summary_of):
     text = whole(summary_of(["inconclusive"] * 2, detectable=None))
     sound(text)
-    assert "On ARC of `base` and `tuned` the items are too few to find even a total loss." in text
+    assert (
+        "On ARC of `base` and `tuned`, the items are too few to detect even a total loss." in text
+    )
 
 
 def test_one_worse_among_many(summary_of):
@@ -132,16 +138,18 @@ def test_one_worse_among_many(summary_of):
 
 
 def test_all_equivalent_is_said_with_its_margin(summary_of):
-    lead = executive.answer(summary_of(["equivalent"] * 4))
+    lead = executive.answer_sentences(summary_of(["equivalent"] * 4))
     assert "equivalent to `noquant` within ±5 points in the 4 comparisons declared" in lead
-    lead = executive.answer(summary_of(["equivalent", "uninformative"]))
-    assert "within ±5 points in the 1 of 2 declared comparisons that can show a difference" in lead
+    lead = executive.answer_sentences(summary_of(["equivalent", "uninformative"]))
+    assert (
+        "within ±5 points in the 1 of 2 declared comparisons that could show a difference" in lead
+    )
 
 
 def test_one_comparison_alone(summary_of):
     for kind in KINDS:
         sound(whole(summary_of([kind])))
-    assert "its one comparison is invalid" in executive.answer(summary_of(["invalid"]))
+    assert "its one comparison is invalid" in executive.answer_sentences(summary_of(["invalid"]))
 
 
 def test_the_table_has_a_cell_for_every_declared_verdict(summary_of):
@@ -151,21 +159,25 @@ def test_the_table_has_a_cell_for_every_declared_verdict(summary_of):
     assert rows[1] | {"ARC": "**invalid**", "SQuAD v2": "–"} == rows[1]
 
 
-def duty(done: bool) -> Duty:
-    return Duty("smoothing alone", "answer as the baseline does", "3 of 9 answers do", done)
+def outcome(done: bool) -> ControlOutcome:
+    return ControlOutcome(
+        "smoothing alone", "answer as the baseline does", "3 of 9 answers do", done
+    )
 
 
 def test_a_control_that_failed_is_shouted_before_anything_else(summary_of):
-    duties = {("base", "smooth_only"): duty(False), ("tuned", "smooth_only"): duty(True)}
-    told = executive.meanings(summary_of(["equivalent"] * 4, duties=duties))
-    assert told[0].startswith("**⚠ 1 of 2 controls FAILED. Believe nothing below")
-    assert "`smooth_only` of `base` must answer as the baseline does, but 3 of 9" in told[0]
-    assert not [line for line in told if "did what they must" in line]
+    outcomes = {("base", "smooth_only"): outcome(False), ("tuned", "smooth_only"): outcome(True)}
+    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
+    assert told[0].startswith("**⚠ 1 of 2 controls FAILED. Do not rely on any result below")
+    assert (
+        "`smooth_only` of `base` was expected to answer as the baseline does, but 3 of 9" in told[0]
+    )
+    assert not [line for line in told if "behaved as expected" in line]
     sound("\n".join(told))
 
 
 def test_controls_that_held_are_named(summary_of):
-    duties = {("base", "smooth_only"): duty(True), ("tuned", "smooth_only"): duty(True)}
-    told = executive.meanings(summary_of(["equivalent"] * 4, duties=duties))
-    assert told[-1].startswith("**Controls** did what they must")
+    outcomes = {("base", "smooth_only"): outcome(True), ("tuned", "smooth_only"): outcome(True)}
+    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
+    assert told[-1].startswith("**All controls behaved as expected**")
     assert told[-1].count("`smooth_only`") == 1

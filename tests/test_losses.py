@@ -12,7 +12,7 @@ def study_of(left_float: list[dict], curve: list[dict] | None = None):
     record = {"left_float": left_float, "alpha": {"alphas": {}, "curve": curve or []}}
     quantization = {"results": {"losses": record}}
     found = SimpleNamespace(variant="o3", quantization=quantization)
-    return SimpleNamespace(models=["base"], compared=["o3"], compared_in=lambda _: [found])
+    return SimpleNamespace(models=["base"], compared=["o3"], compared_variants_of=lambda _: [found])
 
 
 def row(label: str, kl: float | None) -> dict:
@@ -24,27 +24,29 @@ NAMED = "model.layers.3.mlp.down_proj"
 
 def test_the_carrier_is_what_saves_most():
     rows = [row("nothing", 0.8), row("every q_proj", 0.7), row(NAMED, 0.2)]
-    (said,) = sensitivity_chapter.carriers(study_of(rows), "base")
+    (said,) = sensitivity_chapter.loss_carrier_sentences(study_of(rows), "base")
     assert "3.mlp.down_proj" in said
-    assert "from a KL of 0.800 to 0.200" in said
-    assert "(75 % of it)" in said
+    assert "reduce the KL of `o3` from 0.800 to 0.200" in said
+    assert "(by 75 %)" in said
 
 
 def test_without_a_carrier_none_is_named():
     rows = [row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)]
-    assert sensitivity_chapter.carriers(study_of(rows), "base") == [
-        "No kind of Linear is seen to carry the loss of `o3` by itself."
+    assert sensitivity_chapter.loss_carrier_sentences(study_of(rows), "base") == [
+        "No single kind of Linear carries the loss of `o3` beyond chance."
     ]
 
 
 def test_what_saves_no_more_than_chance_moves_is_not_named():
     rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.61)]  # +25 %, −24 %
-    assert sensitivity_chapter.by_chance(study_of(rows)) == pytest.approx(0.25)
-    (said,) = sensitivity_chapter.carriers(study_of(rows), "base")
-    assert "No kind of Linear" in said
-    assert "as much as 25 %" in sensitivity_chapter.loss_chapter(study_of(rows))[0].data
+    assert sensitivity_chapter.largest_chance_rise(study_of(rows)) == pytest.approx(0.25)
+    (said,) = sensitivity_chapter.loss_carrier_sentences(study_of(rows), "base")
+    assert "No single kind of Linear" in said
+    assert "up to 25 %" in sensitivity_chapter.loss_chapter(study_of(rows))[0].data
     rows[2] = row(NAMED, 0.59)  # −26 %
-    assert "3.mlp.down_proj" in sensitivity_chapter.carriers(study_of(rows), "base")[0]
+    assert (
+        "3.mlp.down_proj" in sensitivity_chapter.loss_carrier_sentences(study_of(rows), "base")[0]
+    )
 
 
 def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
@@ -53,22 +55,27 @@ def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
     curve = [{"alpha": a, "kl": k, "top1_agreement": 0.9} for a, k in ((0.3, 0.5), (0.8, 0.2))]
     shown = sensitivity_chapter.loss_chapter(study_of(rows, curve))
     assert len(shown) == 2
-    assert "α = 0.8 (o3)" in sensitivity_chapter.alpha_claim({"o3": curve}, "base")
+    assert "α = 0.8 (o3)" in sensitivity_chapter.alpha_figure_title({"o3": curve}, "base")
 
 
 def test_what_is_not_finite_is_said_and_never_the_least():
     broken = [row("nothing", None), row("every q_proj", 0.7), row(NAMED, None)]
-    (said,) = sensitivity_chapter.carriers(study_of(broken), "base")
-    assert "not finite" in said
-    assert sensitivity_chapter.by_chance(study_of(broken)) is None
+    (said,) = sensitivity_chapter.loss_carrier_sentences(study_of(broken), "base")
+    assert "non-finite" in said
+    assert sensitivity_chapter.largest_chance_rise(study_of(broken)) is None
     partly = [row("nothing", 0.8), row("every q_proj", None), row(NAMED, 0.2)]
-    assert "3.mlp.down_proj" in sensitivity_chapter.carriers(study_of(partly), "base")[0]
     assert (
-        sensitivity_chapter.left_float(study_of(partly), "base")[1]["`o3`"]
+        "3.mlp.down_proj" in sensitivity_chapter.loss_carrier_sentences(study_of(partly), "base")[0]
+    )
+    assert (
+        sensitivity_chapter.left_float_rows(study_of(partly), "base")[1]["`o3`"]
         == sensitivity_chapter.MISSING
     )
     only = [row("nothing", 0.8), row("every q_proj", None)]
-    assert "No kind of Linear" in sensitivity_chapter.carriers(study_of(only), "base")[0]
+    assert (
+        "No single kind of Linear"
+        in sensitivity_chapter.loss_carrier_sentences(study_of(only), "base")[0]
+    )
     curve = [{"alpha": 0.3, "kl": None}, {"alpha": 0.8, "kl": 0.2}]
     shown = sensitivity_chapter.loss_chapter(study_of(partly, curve))
     assert len(shown) == 2

@@ -10,7 +10,7 @@ from helpers.core.paths import PROJECT
 from helpers.report import naive_rules_chapter, summary
 from helpers.report.results import load_results
 from helpers.statistics import naive_rules
-from helpers.statistics.comparison import Answers
+from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.intervals import mcnemar_exact
 from test_report import make_job, told, whole_report  # noqa: F401 - a fixture
 
@@ -34,15 +34,15 @@ NOISY = ["gold" if i == 1 else "wrong" for i in range(20)]
 def test_the_case_that_began_it():
     """5 % against 50 % of 20, half of them unanswerable: silence wins, by 900 percent."""
     before, after = (
-        Answers("noquant", squad(NOISY, HALF)),
-        Answers("seed", squad([None] * 20, HALF)),
+        VariantPredictions("noquant", squad(NOISY, HALF)),
+        VariantPredictions("seed", squad([None] * 20, HALF)),
     )
-    found = naive_rules.conclude("squad_v2", before, after)
+    found = naive_rules.naive_conclusion("squad_v2", before, after)
     assert (found.before, found.after) == (0.05, 0.5)
     assert found.relative_change == pytest.approx(9.0)
     assert found.winner == "variant"
     # one question with an answer is lost, ten without one are gained: p = 24 / 2^11
-    assert naive_rules.certifying_p("squad_v2", before, after) == pytest.approx(
+    assert naive_rules.naive_mcnemar_p("squad_v2", before, after) == pytest.approx(
         mcnemar_exact(1, 10)
     )
     assert mcnemar_exact(1, 10) == pytest.approx(24 / 2**11)
@@ -69,8 +69,8 @@ def test_the_official_exact_match(said, golds, score):
 
 
 def test_a_tie_goes_to_the_baseline_and_nothing_divides_by_zero():
-    nothing = Answers("noquant", squad([None] * 4, [["a"]] * 4))
-    found = naive_rules.conclude("openmath", nothing, nothing)
+    nothing = VariantPredictions("noquant", squad([None] * 4, [["a"]] * 4))
+    found = naive_rules.naive_conclusion("openmath", nothing, nothing)
     assert (found.winner, found.relative_change) == ("baseline", None)
     assert naive_rules.win_rate([found, found], "baseline") == 1.0
 
@@ -123,7 +123,7 @@ def test_the_chapter_sets_both_conclusions_side_by_side(with_chapter):
     assert len(table) == len(with_chapter.models)
     assert all(line.count("|") == 8 for line in table)
     assert "“relative change”" in text
-    assert "Why SQuAD v2 rewards silence" in text
+    assert "Why SQuAD v2 rewards empty answers" in text
     assert "always the empty answer" in text
     assert not re.search(r"[{}]|\bnan\b|\bNone\b", told(text))
 
@@ -139,11 +139,11 @@ def test_a_variant_that_says_nothing_is_told_with_the_p_that_would_have_certifie
         ]
         after[:] = [row | {"parsed": None, "status": "unparsed", "score": 0.0} for row in after]
     text = chapter_text(with_chapter)
-    assert text.count("`static` says nothing readable to 60 of 60 questions") == 2
+    assert text.count("`static` gives no readable answer to 60 of 60 questions") == 2
     assert "33.3 % of the questions have no answer" in text
-    assert "right on 100.0 % of those without an answer, on 0.0 % of those with one" in text
-    assert "p < 0.001, so that a test of significance alone would have certified it" in text
-    assert "`smoothquant_w8a8` says nothing" not in text
+    assert "correct on 100.0 % of those without an answer, on 0.0 % of those with one" in text
+    assert "p < 0.001, so a significance test alone would have certified it" in text
+    assert "`smoothquant_w8a8` gives no readable answer" not in text
 
 
 def test_no_old_number_leaves_the_chapter(with_chapter):

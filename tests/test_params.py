@@ -3,9 +3,10 @@
 import re
 
 import pytest
+from tools.sample_size import equivalence_power, items_for_loss
 
 from helpers.core.paths import PROJECT
-from helpers.statistics.power import detectable_loss, equivalence_power, items_for_loss
+from helpers.statistics.power import detectable_loss
 from helpers.study import stages
 from helpers.study.loading import load_study
 from helpers.study.schema_sources import FineTunedModel

@@ -7,7 +7,7 @@ import pytest
 import toy_project
 from helpers.core.errors import StudyError
 from helpers.report import chapters
-from helpers.statistics.comparison import Answers
+from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.verdicts import study_verdicts
 from helpers.study import stages
 from helpers.study.partial import largest_complete_part, part_to_report, report_folder
@@ -97,7 +97,7 @@ def test_no_verdict_on_what_is_missing_and_no_easier_test_for_the_rest():
     declared = toy_project.STUDY["statistics"] | {"primary": pairs}
     study = Study.model_validate(toy_project.STUDY | {"statistics": declared})
     made = {
-        ("base", "arc", name): Answers(name, answers(right))
+        ("base", "arc", name): VariantPredictions(name, answers(right))
         for name, right in (("noquant", 55), ("rtn", 48), ("smooth", 49))
     }
     whole = study_verdicts(study, made)

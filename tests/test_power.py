@@ -6,17 +6,15 @@ import numpy as np
 import pytest
 from scipy.stats import multinomial, nct, norm, t, ttest_1samp
 from statsmodels.stats.power import TTestPower
-
-from helpers.statistics.intervals import mcnemar_exact, tango_interval, tost_from_interval
-from helpers.statistics.power import (
-    detectable_loss,
-    detectable_mean_difference,
+from tools.sample_size import (
     equivalence_power,
     items_for_equivalence,
     items_for_loss,
-    mcnemar_power,
     smallest_claimable_margin,
 )
+
+from helpers.statistics.intervals import mcnemar_exact, tango_interval, tost_from_interval
+from helpers.statistics.power import detectable_loss, detectable_mean_difference, mcnemar_power
 
 USUAL = {"alpha": 0.05, "power": 0.8}
 

@@ -7,7 +7,7 @@ import pytest
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import PROJECT
-from helpers.report.readme import REPORT, headline, with_headline
+from helpers.report.readme import REPORT, readme_with_headline, report_headline
 
 README = (PROJECT / "README.md").read_text("utf-8")
 
@@ -21,11 +21,11 @@ def committed(path: str) -> str:
 def test_the_headline_is_that_of_the_published_report():
     """As committed: a study made here writes a report of this machine, another draw of rounding."""
     readme, report = committed("README.md"), committed(str(REPORT))
-    assert headline(report) in readme
-    assert with_headline(readme, report) == readme
+    assert report_headline(report) in readme
+    assert readme_with_headline(readme, report) == readme
     other = report.replace("inconclusive", "worse")
     assert other != report
-    assert with_headline(readme, other) != readme
+    assert readme_with_headline(readme, other) != readme
 
 
 def test_every_local_link_leads_somewhere():
@@ -55,4 +55,4 @@ def test_what_is_committed_stays_small_and_without_weights():
 
 def test_a_readme_without_markers_is_refused():
     with pytest.raises(StudyError, match="put them back"):
-        with_headline("no markers", "| a |\n\n![x](y.png)")
+        readme_with_headline("no markers", "| a |\n\n![x](y.png)")

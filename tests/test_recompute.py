@@ -28,7 +28,7 @@ def published(make_job, monkeypatch):  # noqa: F811
     """
     from helpers.report.checks import recomputation as module
 
-    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
     job = make_job()
     summary.write_summary(load_results(job), job.paths.root)
     return job, job.paths.root / "answers"
@@ -64,14 +64,14 @@ def test_answers_come_back_as_the_evaluation_had_them(published):
     job, folder = published
     results = load_results(job)
     again = read_answers(folder, job.study)
-    for at, asked in results.published.asked.items():
+    for at, asked in results.published.variants.items():
         own = ("model", "variant")
         for name, rows in asked.predictions.items():
-            assert again.asked[at].predictions[name] == [
+            assert again.variants[at].predictions[name] == [
                 {k: v for k, v in row.items() if k not in own} for row in rows
             ]
-        assert [r["nll"] for r in again.asked[at].passages] == [r["nll"] for r in asked.passages]
-    assert again.duties == results.duties
+        assert [r["nll"] for r in again.variants[at].passages] == [r["nll"] for r in asked.passages]
+    assert again.control_outcomes == results.control_outcomes
 
 
 @pytest.mark.bank("report", "an edited answer", "make verdicts", at="answers/arc.jsonl")
@@ -94,7 +94,7 @@ def test_a_prediction_tampered_together_with_its_hash_is_caught_by_its_verdict(p
     rewrite(folder / "arc.jsonl", lambda row: answer(row).update(parsed="E", score=0.0))
     path = job.paths.root / "summary.json"
     told, edited = json.loads(path.read_text("utf-8")), load_results(job)
-    told["answers"] = write_answers(folder, job.study, read_answers(folder, job.study).asked)
+    told["answers"] = write_answers(folder, job.study, read_answers(folder, job.study).variants)
     write_json(path, told)
     assert edited.verdicts
     _, differing = recompute(study_path(job))
@@ -121,7 +121,7 @@ def test_a_verdict_edited_in_the_summary_is_caught(published):
 def test_a_failed_check_taken_out_of_the_gates_is_caught(make_job, monkeypatch):  # noqa: F811
     from helpers.report.checks import recomputation as module
 
-    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
     job = make_job(failed="smoothquant_w8a8")
     summary.write_summary(load_results(job), job.paths.root)
     path = job.paths.root / "answers" / "gates.json"

@@ -11,7 +11,12 @@ import pytest
 from helpers.core.paths import PROJECT
 from helpers.report import summary
 from helpers.report.checks import published_numbers
-from helpers.report.checks.published_numbers import differs, numbers, shows, tables
+from helpers.report.checks.published_numbers import (
+    cell_differs,
+    read_tables,
+    rounds_to,
+    written_numbers,
+)
 from helpers.report.checks.recomputation import recompute
 from helpers.report.results import Results, load_results
 from helpers.statistics.verdicts import study_verdicts
@@ -36,7 +41,7 @@ def demo(tmp_path, monkeypatch):
     """A copy of the published demo, to edit; its texts are read again in another test."""
     from helpers.report.checks import recomputation as module
 
-    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     copy = tmp_path / "outputs" / "demo"
     shutil.copytree(DEMO / "answers", copy / "answers")
@@ -74,7 +79,7 @@ CELLS = [
     ("| ARC | `rtn_w8a8`", "gained"),
     ("| ARC | `smoothquant_w8a8`", "detectable loss"),
     ("| `rtn_w8a8` |", "Δ loss [nats/token]"),
-    ("| `base` | `noquant` |", "ended by"),
+    ("| `base` | `noquant` |", "finish reasons"),
     ("| `base` | `noquant_bf16` |", "accuracy"),
     ("| `11.mlp.down_proj` |", "largest"),
     ("| every q_proj", "`rtn_w8a8`"),
@@ -91,7 +96,7 @@ def test_an_edited_number_in_a_table_is_named(demo, row, column):
     assert published != before
     named = [line for line in recompute("demo")[1] if f"column {column.strip('`')}:" in line]
     assert named, (row, column)
-    assert any(numbers(published)[0] in line.replace(",", "") for line in named), named
+    assert any(written_numbers(published)[0] in line.replace(",", "") for line in named), named
 
 
 def edit_value(path, row: str) -> str:
@@ -169,7 +174,7 @@ def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  #
     """Nothing of the report's statistics is used to make its numbers again."""
     from helpers.report.checks import recomputation as module
 
-    monkeypatch.setattr(module, "_misread", lambda *_: [])
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
     job = make_job()
 
     def unchecked(results):
@@ -194,20 +199,20 @@ def test_none_of_the_reports_code_makes_its_numbers_again():
 
 
 def test_a_cell_shows_numbers_to_its_decimals():
-    assert shows("0.0418", 0.04184)
-    assert not shows("0.0418", 0.04186)
-    assert shows("3065", 3064.8)
-    assert shows("1.3e-05", 1.26e-5)
-    assert numbers("`o3` **x**: 6.7\u00a0% [1.7,\u00a014.8] and 3,940 −2.0 +1") == [
+    assert rounds_to("0.0418", 0.04184)
+    assert not rounds_to("0.0418", 0.04186)
+    assert rounds_to("3065", 3064.8)
+    assert rounds_to("1.3e-05", 1.26e-5)
+    assert written_numbers("`o3` **x**: 6.7\u00a0% [1.7,\u00a014.8] and 3,940 −2.0 +1") == [
         *("6.7", "1.7", "14.8", "3940", "-2.0", "+1")
     ]
-    assert differs("51.0 %", [51.0, 41.3])
-    assert not differs("–", [None])
-    assert differs("–", [1.0])
+    assert cell_differs("51.0 %", [51.0, 41.3])
+    assert not cell_differs("–", [None])
+    assert cell_differs("–", [1.0])
 
 
 def test_tables_are_read_with_their_headings():
     text = "### Scores\n\n| a | `b` |\n| :--- | ---: |\n| x | 1 |\n\ntext\n"
-    (table,) = tables(text)
+    (table,) = read_tables(text)
     assert (table.heading, table.columns, table.rows) == ("Scores", ("a", "b"), (("x", "1"),))
-    assert published_numbers.plain("<code>1 &#42; 2</code>") == "1 * 2"
+    assert published_numbers.plain_text("<code>1 &#42; 2</code>") == "1 * 2"

@@ -9,13 +9,13 @@ import pytest
 from helpers.statistics import comparison, intervals, verdicts
 from helpers.statistics.checks import recomputed_statistics as again
 from helpers.statistics.checks.recomputed_comparisons import checked_verdicts, disagreements
-from helpers.statistics.comparison import Answers
+from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.intervals import mcnemar_exact, tango_interval
 from helpers.statistics.power import detectable_loss, detectable_mean_difference
 from helpers.statistics.verdicts import study_verdicts
 from helpers.study.loading import load_study
 
-DRAWING = again.Drawing(0.95, 2000, 7)
+DRAWING = again.BootstrapSettings(0.95, 2000, 7)
 ITEMS = 60
 
 
@@ -39,7 +39,7 @@ def judged(study_settings, write_study):
             flipped = rng.random(ITEMS) < 0.15 * place
             rows = [row_of(i, dataset, bool(x)) for i, x in enumerate(right ^ flipped)]
             rng.shuffle(rows)
-            answers[model, dataset, variant] = Answers(variant, rows)
+            answers[model, dataset, variant] = VariantPredictions(variant, rows)
     return study, answers
 
 
@@ -71,7 +71,7 @@ def test_two_ways_to_tango_and_mcnemar_agree(n):
         if losses + gains > n:
             continue
         found = tango_interval(losses, gains, n, confidence=0.95)
-        assert again.tango(losses, gains, n, 0.95) == pytest.approx(
+        assert again.tango_limits(losses, gains, n, 0.95) == pytest.approx(
             (found.low, found.high), abs=1e-9
         )
         assert again.mcnemar_p(losses, gains) == pytest.approx(mcnemar_exact(losses, gains))
@@ -86,8 +86,8 @@ def test_two_ways_to_the_detectable_loss_agree(n, gain_rate):
 
 def test_two_ways_to_the_detectable_mean_agree():
     due = detectable_mean_difference(0.03, clusters=20, alpha=0.05, power=0.8)
-    assert again.detectable_mean(0.03, 20, 0.05, 0.8) == pytest.approx(due, abs=1e-6)
-    assert again.detectable_mean(0.03, 4, 0.05, 0.8) is None
+    assert again.detectable_mean_loss(0.03, 20, 0.05, 0.8) == pytest.approx(due, abs=1e-6)
+    assert again.detectable_mean_loss(0.03, 4, 0.05, 0.8) is None
 
 
 def test_the_exact_sign_flip_test_is_the_sum_over_all_signs():
@@ -134,14 +134,14 @@ def sorted_rows_paired(patch):
         sides = (sorted(a.predictions, key=lambda row: row["score"]) for a in (baseline, variant))
         return list(zip(*sides, strict=True))
 
-    patch.setattr(comparison, "pair", pair)
+    patch.setattr(comparison, "paired_predictions", pair)
 
 
 def paired_by_position(patch):
     def pair(baseline, variant):
         return list(zip(baseline.predictions, variant.predictions, strict=True))
 
-    patch.setattr(comparison, "pair", pair)
+    patch.setattr(comparison, "paired_predictions", pair)
 
 
 def wrong_discordant_counts(patch):
@@ -160,7 +160,7 @@ def another_quantile(patch):
 
 
 def items_taken_for_independent(patch):
-    patch.setattr(comparison, "_cluster", lambda row: row["id"])
+    patch.setattr(comparison, "_cluster_of", lambda row: row["id"])
 
 
 FAILURES = {
@@ -188,7 +188,7 @@ def test_holm_over_the_valid_comparisons_only(judged, monkeypatch):
     study, answers = judged
     broken = ("base", "arc", "smoothquant_w8a8")
     answers = answers | {
-        broken: Answers("smoothquant_w8a8", answers[broken].predictions, "a check")
+        broken: VariantPredictions("smoothquant_w8a8", answers[broken].predictions, "a check")
     }
     assert invalid(study, answers) == []
     true = verdicts.holm
@@ -207,18 +207,20 @@ def test_holm_over_the_valid_comparisons_only(judged, monkeypatch):
 def test_a_bootstrap_and_its_check_wrong_alike_differ_from_the_jackknife(judged, monkeypatch):
     """The one assumption they share: that scipy is handed the passages once."""
     bootstrap_of_four_times_the_items(monkeypatch)
-    true = again._bca
+    true = again._bca_limits
 
     def quadrupled(sums, sizes, *options):
         return true(np.tile(sums, 4), np.tile(sizes, 4), *options)
 
-    monkeypatch.setattr(again, "_bca", quadrupled)
+    monkeypatch.setattr(again, "_bca_limits", quadrupled)
     assert any("by a jackknife" in reason for reason in invalid(*judged))
 
 
 def test_rows_that_cannot_be_counted_again_stop_nothing(judged, monkeypatch):
     study, answers = judged
     found = study_verdicts(study, answers)
-    lost = {at: Answers(a.variant, a.predictions[1:] if at[2] != "noquant" else a.predictions)
-            for at, a in answers.items()}  # fmt: skip
+    lost = {
+        at: VariantPredictions(a.variant, a.predictions[at[2] != "noquant" :])
+        for at, a in answers.items()
+    }
     assert all("cannot be computed again" in x for x in disagreements(study, lost, found).values())

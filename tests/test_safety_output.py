@@ -133,7 +133,7 @@ def test_the_evaluation_notebooks_tables_show_answers_as_text():
     shown = {}
     for texts in (HOSTILE, PLAIN):
         rows = [test_report.scored(f"i{i}", "c", [t], t, t) for i, t in enumerate(texts)]
-        frames = [notebook_tables.sample_answers({"arc": rows}, each=len(rows))]
+        frames = [notebook_tables.sample_answers_table({"arc": rows}, each=len(rows))]
         gates = [{"name": "g", "passed": True, "measured": t, "limit": "x"} for t in texts]
         frames.append(notebook_tables.gate_table({"gates": gates}))
         shown[texts] = frames

@@ -5,7 +5,7 @@ from matplotlib.colors import to_hex
 
 from helpers.cost.results import Cost
 from helpers.report import figures_comparison as figures
-from helpers.report.cost_figures import throughput
+from helpers.report.cost_figures import throughput_plot
 from made_up_cost import account
 
 NINE = [f"variant_{letter}" for letter in "abcdefghi"]
@@ -14,12 +14,12 @@ SPAN = {"delta": 0.1, "low": 0.0, "high": 0.2, "kind": "exploratory", "filled": 
 
 def forest(variants):
     rows = [SPAN | {"dataset": "arc", "variant": name} for name in variants]
-    return figures.forest(rows, variants=variants, margin=0.05, title="")
+    return figures.forest_plot(rows, variants=variants, margin=0.05, title="")
 
 
 def tokens(variants):
     rows = [{"model": "m", "variant": v, "kl": 0.1, "low": 0.05, "high": 0.2} for v in variants]
-    return figures.token_costs(rows, variants=variants, floor=None, title="")
+    return figures.kl_plot(rows, variants=variants, floor=None, title="")
 
 
 def alphas(variants):
@@ -70,11 +70,13 @@ def test_the_figure_of_costs_uses_the_studys_looks(study):
     measured = [way.variant for way in cost.others]
     study = ["not_measured", *measured]
     looks = figures.variant_looks(study)
-    assert {looks[name] for name in measured} <= drawn(throughput(cost, variants=study, title=""))
+    assert {looks[name] for name in measured} <= drawn(
+        throughput_plot(cost, variants=study, title="")
+    )
 
 
 def test_a_partial_report_shows_the_cost_of_what_it_does_not_compare(study):
     cost = Cost(account(study, "base"), {})
     measured = [way.variant for way in cost.others]
-    shown = drawn(throughput(cost, variants=measured[1:], title=""))
+    shown = drawn(throughput_plot(cost, variants=measured[1:], title=""))
     assert set(figures.variant_looks(measured).values()) <= shown

@@ -3,14 +3,14 @@
 import pytest
 
 from helpers.core.errors import StudyError
-from helpers.statistics.comparison import Answers, Rules, compare
+from helpers.statistics.comparison import DecisionRules, VariantPredictions, paired_comparison
 from helpers.statistics.intervals import mcnemar_exact
 from helpers.statistics.power import detectable_mean_difference
 from helpers.statistics.validity import best_fixed_answer, invalid_reason, uninformative_reason
-from helpers.statistics.verdicts import judge, study_verdicts
+from helpers.statistics.verdicts import decide_verdict, study_verdicts
 from helpers.study.loading import load_study
 
-RULES = Rules(confidence=0.95, power=0.8, margin=0.05, resamples=2000, seed=7, family=1)
+RULES = DecisionRules(confidence=0.95, power=0.8, margin=0.05, resamples=2000, seed=7, family=1)
 LABELS = "ABCD"
 
 
@@ -50,12 +50,12 @@ def reading(kinds: list[str], *, golds: list[list[str]]) -> list[dict]:
 
 def verdict_of(before, after, *, adapter="arc", holm_p=None, problem=None, rules=RULES):
     """The verdict as a study would reach it, for one declared comparison."""
-    sides = Answers("noquant", before), Answers("variant", after, problem)
-    paired = compare(*sides, rules, alpha=rules.alpha)
+    sides = VariantPredictions("noquant", before), VariantPredictions("variant", after, problem)
+    paired = paired_comparison(*sides, rules, alpha=rules.alpha)
     invalid = invalid_reason(adapter, *sides, rules)
     uninformative = uninformative_reason(adapter, sides[0], rules)
     p = paired.p if holm_p is None else holm_p
-    return judge(paired, invalid, uninformative, p, rules)
+    return decide_verdict(paired, invalid, uninformative, p, rules)
 
 
 def mostly(n: int, wrong: range) -> list[bool]:
@@ -120,8 +120,8 @@ def test_one_answer_is_invalid_unless_the_baseline_nearly_gives_it_too(items, ex
     golds = [[f"gold {i}"] for i in range(items)]
     same = [row | {"parsed": "no", "score": 0.0} for row in reading(["wrong"] * items, golds=golds)]
     others = [row | {"parsed": f"other {i}"} for i, row in enumerate(same[:exceptions])]
-    before = Answers("noquant", [*others, *same[exceptions:]])
-    found = invalid_reason("openmath", before, Answers("variant", same), RULES)
+    before = VariantPredictions("noquant", [*others, *same[exceptions:]])
+    found = invalid_reason("openmath", before, VariantPredictions("variant", same), RULES)
     assert (found == "it gives the same answer to every question") == invalid
 
 
@@ -129,7 +129,7 @@ def test_one_answer_that_is_not_the_baselines_is_invalid():
     golds = [[f"gold {i}"] for i in range(20)]
     rows = [row | {"score": 0.0} for row in reading(["wrong"] * 20, golds=golds)]
     yes, no = ([row | {"parsed": word} for row in rows] for word in ("yes", "no"))
-    sides = Answers("noquant", yes), Answers("variant", no)
+    sides = VariantPredictions("noquant", yes), VariantPredictions("variant", no)
     told = invalid_reason("openmath", *sides, RULES)
     assert told == "it gives the same answer to every question"
 
@@ -143,7 +143,10 @@ def test_a_failed_check_is_invalid_whatever_the_scores_say():
 
 
 def test_a_failed_check_of_the_baseline_is_no_result_either():
-    sides = Answers("rtn", choices([True] * 40), "layer census"), Answers("v", choices([True] * 40))
+    sides = (
+        VariantPredictions("rtn", choices([True] * 40), "layer census"),
+        VariantPredictions("v", choices([True] * 40)),
+    )
     assert "rtn" in invalid_reason("arc", *sides, RULES)
 
 
@@ -188,7 +191,9 @@ def test_a_baseline_no_better_than_a_fixed_answer_says_nothing_about_the_variant
 def test_a_baseline_that_is_seldom_readable_measures_the_format():
     kinds = ["right"] * 9 + ["unparsed"] * 11
     before = reading(kinds, golds=[["gold"]] * 20)
-    assert "readable" in uninformative_reason("squad_v2", Answers("noquant", before), RULES)
+    assert "readable" in uninformative_reason(
+        "squad_v2", VariantPredictions("noquant", before), RULES
+    )
 
 
 def test_fixed_answers_see_through_label_styles_and_number_styles():
@@ -212,7 +217,7 @@ def test_other_words_for_an_item_are_invalid_and_stop_nothing():
     after[4]["prompt_hash"] = "another"
     found = verdict_of(before, after)
     assert found.kind == "invalid"
-    assert found.reason == "1 of its items were asked in other words or tokens (item-0004)"
+    assert found.reason == "1 of its items had other prompts or tokens (item-0004)"
 
 
 @pytest.mark.parametrize("cluster", [None, lambda i: f"passage {i // 3}"])
@@ -281,7 +286,7 @@ def judged(study, *, problem=None):
     rows = {"noquant": before, "rtn_w8a8": after, "smoothquant_w8a8": after, "extra": after}
     problems = {"rtn_w8a8": problem}
     answers = {
-        ("base", "arc", name): Answers(name, found, problems.get(name))
+        ("base", "arc", name): VariantPredictions(name, found, problems.get(name))
         for name, found in rows.items()
     }
     return {c.variant: v for c, v in study_verdicts(study, answers).items()}

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import yaml
 from safetensors.numpy import save_file
+from tools.sample_size import smallest_claimable_margin
 
 from helpers.core.paths import PROJECT
 from helpers.sources.items import ADAPTERS
 from helpers.sources.sampling import load_items
-from helpers.statistics.power import detectable_loss, smallest_claimable_margin
+from helpers.statistics.power import detectable_loss
 from helpers.study.loading import load_study
 from helpers.study.schema_sources import FileDataset
 

@@ -8,7 +8,7 @@ import json
 from benchmarks.gpu.cards import INT8
 from helpers.core.paths import PROJECT
 from helpers.report.markdown import MISSING, markdown_table
-from helpers.report.readme import around
+from helpers.report.readme import split_at_markers
 
 FOLDER = PROJECT / "outputs" / "gpu"
 PAGE, README = PROJECT / "docs" / "scaling.md", PROJECT / "README.md"
@@ -117,13 +117,13 @@ def headline(name: str, part: dict, card: str) -> str:
 def with_table(text: str) -> str:
     """docs/scaling.md with the table between its markers."""
     found = rows()
-    before, after = around(text, MARKERS, page=PAGE.name)
+    before, after = split_at_markers(text, MARKERS, page=PAGE.name)
     return before + (markdown_table(found).strip() + "\n" if found else NOTHING) + after
 
 
 def with_line(text: str) -> str:
     """README.md with the line between its markers."""
-    before, after = around(text, MARKERS, page=README.name)
+    before, after = split_at_markers(text, MARKERS, page=README.name)
     return before + line() + after
 
 

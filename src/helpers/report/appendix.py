@@ -1,7 +1,7 @@
 """How it was done, as tables: recipes, gates, sizes, calibration, protocols, jobs, packages."""
 
 from helpers.core.gates import WHOLE_VARIANT
-from helpers.report.executive_controls import SHOWS
+from helpers.report.executive_controls import ROLE_PURPOSES
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -14,30 +14,30 @@ from helpers.report.markdown import (
     number,
     percent,
 )
-from helpers.report.outliers import linear_inputs, sqnr
+from helpers.report.outliers import linear_inputs, output_sqnr
 from helpers.report.results import Results
-from helpers.report.results_data import Evaluated
+from helpers.report.results_data import VariantResults
 
 
-def recipes(results: Results) -> Rows:
+def recipe_table(results: Results) -> Rows:
     """Each variant in words, read from the records of the models it was made for."""
     rows = []
     for name in results.variants:
-        made = [results.evaluations[model, name].quantization for model in results.models]
-        words = {record["results"]["scheme"] for record in made if record}
+        records = [results.evaluations[model, name].quantization for model in results.models]
+        schemes = {record["results"]["scheme"] for record in records if record}
         dtype = results.study.variants[name].dtype or results.runtime.dtype
-        where, role = f"the model as loaded, in {dtype}", results.role(name)
-        role = f"{role}: shows {SHOWS[role]}" if role else ""
-        if control := results.unsmoothed(name):
-            role = f"its control without smoothing is {control}"
-        told = f"{'; '.join(sorted(words)) or where}{f' ({role})' if role else ''}"
-        rows.append({"variant": code(name), "recipe": told})
+        as_loaded, role = f"the model as loaded, in {dtype}", results.role(name)
+        role = f"{role}: {ROLE_PURPOSES[role]}" if role else ""
+        if control := results.unsmoothed_twin(name):
+            role = f"control without smoothing: {control}"
+        recipe = f"{'; '.join(sorted(schemes)) or as_loaded}{f' ({role})' if role else ''}"
+        rows.append({"variant": code(name), "recipe": recipe})
     return rows
 
 
-def outlier_inputs(results: Results, model: str, *, rows: int) -> Rows:
+def outlier_table(results: Results, model: str, *, rows: int) -> Rows:
     """The inputs whose largest channel stands furthest above the median one."""
-    found = linear_inputs(results.calibrations[model])[:rows]
+    inputs = linear_inputs(results.calibrations[model])[:rows]
     return [
         {
             "Linear": code(i.name),
@@ -45,151 +45,166 @@ def outlier_inputs(results: Results, model: str, *, rows: int) -> Rows:
             "largest": number(i.largest),
             "median channel": number(i.median),
             "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
-            "channels one scale rounds to zero": percent(i.rounded_away),
+            "channels rounded to zero by one scale": percent(i.rounded_away),
         }
-        for i in found
+        for i in inputs
     ]
 
 
-def worst_outputs(results: Results, model: str, *, rows: int) -> Rows | None:
+def worst_sqnr_table(results: Results, model: str, *, rows: int) -> Rows | None:
     """Output SQNR of the worst Linears in every quantized variant; None without any."""
     quantized = [v for v in results.compared if results.study.variants[v].quantized]
-    curves = {v: sqnr(results.evaluations[model, v]) for v in quantized}
+    curves = {v: output_sqnr(results.evaluations[model, v]) for v in quantized}
     curves = {name: values for name, values in curves.items() if values}
     if not curves:
         return None
     lowest = {n: min(v.get(n, 1e9) for v in curves.values()) for v in curves.values() for n in v}
     order = sorted(lowest, key=lambda n: (lowest[n], n))[:rows]
-    found = []
+    table = []
     for name in order:
         row = {"output SQNR [dB]": code(name.removeprefix("model.layers."))}
         for variant, values in curves.items():
             row[code(variant)] = f"{values[name]:.1f}" if name in values else MISSING
-        found.append(row)
-    return found
+        table.append(row)
+    return table
 
 
-def gates(results: Results, model: str) -> Rows | None:
+def checkpoint_gate_table(results: Results, model: str) -> Rows | None:
     """What each gate on the checkpoints measured, and whether it holds."""
-    checked = [e for e in results.compared_in(model) if e.verification]
+    checked = [e for e in results.compared_variants_of(model) if e.verification]
     return _gate_rows([(e, e.verification["gates"]) for e in checked])
 
 
-def evaluation_gates(results: Results, model: str) -> Rows | None:
+def evaluation_gate_table(results: Results, model: str) -> Rows | None:
     """Each gate on the evaluations: where it fails, with what it measured, else how often held."""
-    return _gate_rows([(e, e.checked["gates"]) for e in results.of_model(model)])
+    return _gate_rows([(e, e.evaluation_gates["gates"]) for e in results.variants_of(model)])
 
 
-def _gate_rows(checked: list[tuple[Evaluated, list[dict]]]) -> Rows | None:
+def _gate_rows(gates_by_variant: list[tuple[VariantResults, list[dict]]]) -> Rows | None:
     """A row for each gate and each result it has; variants with the same one share a row."""
     rows = []
-    for name in dict.fromkeys(g["name"] for _, gates in checked for g in gates):
+    for name in dict.fromkeys(g["name"] for _, gates in gates_by_variant for g in gates):
         by_result: dict[str, list[str]] = {}
-        for e, gates in checked:
-            found = [g for g in gates if g["name"] == name]
-            if found:
-                by_result.setdefault(_gate_cell(found), []).append(code(e.variant))
+        for e, gates in gates_by_variant:
+            same_gate = [g for g in gates if g["name"] == name]
+            if same_gate:
+                by_result.setdefault(_gate_cell(same_gate), []).append(code(e.variant))
         for result, variants in by_result.items():
-            who = "all" if len(variants) == len(checked) > 1 else ", ".join(variants)
-            rows.append({"gate": name, "variants": Markup(who), "result": Markup(result)})
+            variant_names = (
+                "all" if len(variants) == len(gates_by_variant) > 1 else ", ".join(variants)
+            )
+            rows.append({"gate": name, "variants": Markup(variant_names), "result": Markup(result)})
     return rows or None
 
 
-def _gate_cell(found: list[dict]) -> str:
-    failed = [g for g in found if not g["passed"]]
-    if failed or len(found) < 2:
-        return " ".join(map(_gate, failed or found))
-    return f"holds on {len(found)} evaluation sets"
+def _gate_cell(same_gate: list[dict]) -> str:
+    failed = [g for g in same_gate if not g["passed"]]
+    if failed or len(same_gate) < 2:
+        return " ".join(map(_gate_text, failed or same_gate))
+    return f"passes on {len(same_gate)} evaluation sets"
 
 
-def _gate(gate: dict) -> str:
+def _gate_text(gate: dict) -> str:
     guarded = gate.get("invalidates", WHOLE_VARIANT)
     where = "" if guarded == WHOLE_VARIANT else f" on {escape(dataset_name(guarded))}"
     if gate["passed"]:
-        return f"holds{where}: {escape(gate['measured'])}"
+        return f"passes{where}: {escape(gate['measured'])}"
     return f"**FAILS**{where}: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
 
 
-def sizes(results: Results) -> Rows | None:
+def size_table(results: Results) -> Rows | None:
     """Bytes of the checkpoint by part, what became int8, and the ratio to the float model."""
-    made = [e for m in results.models for e in results.compared_in(m) if e.quantization]
-    rows = [_size(e, quantized=results.study.variants[e.variant].quantized) for e in made]
+    quantized = [
+        e for m in results.models for e in results.compared_variants_of(m) if e.quantization
+    ]
+    rows = [_size_row(e, quantized=results.study.variants[e.variant].quantized) for e in quantized]
     return rows or None
 
 
-def _size(e: Evaluated, *, quantized: bool) -> dict:
-    made = e.quantization["results"]
-    before, after = made["bytes_before"], made["bytes_after"]
+def _size_row(e: VariantResults, *, quantized: bool) -> dict:
+    sizes = e.quantization["results"]
+    before, after = sizes["bytes_before"], sizes["bytes_after"]
     row = {"model": code(e.model), "variant": code(e.variant)}
-    row["int8 Linears"] = str(made["quantized_linears"] if quantized else 0)
-    row["smoothed groups"] = str(made["smoothed_groups"])
+    row["int8 Linears"] = str(sizes["quantized_linears"] if quantized else 0)
+    row["smoothed groups"] = str(sizes["smoothed_groups"])
     row |= {part: f"{megabytes(before[part])} → {megabytes(after[part])}" for part in before}
     total = sum(after.values()) / sum(before.values())
-    return row | {"all": megabytes(sum(after.values())), "of the float model": percent(total)}
+    return row | {
+        "all": megabytes(sum(after.values())),
+        "relative to the float model": percent(total),
+    }
 
 
-def calibrations(results: Results) -> Rows:
+def calibration_table(results: Results) -> Rows:
     """Items and tokens each model was calibrated on."""
     rows = []
-    for model, found in results.calibrations.items():
-        r = found.record["results"]
-        row = {"model": code(model), "items": str(len(r["items"])), "tokens": f"{r['tokens']:,}"}
-        row["Linear inputs"] = str(r["linears"])
-        rows.append(row | {"model files": Markup(f"`{found.record['inputs']['model'][:12]}`")})
+    for model, calibration in results.calibrations.items():
+        record = calibration.record["results"]
+        row = {
+            "model": code(model),
+            "items": str(len(record["items"])),
+            "tokens": f"{record['tokens']:,}",
+        }
+        row["Linear inputs"] = str(record["linears"])
+        rows.append(
+            row | {"model files": Markup(f"`{calibration.record['inputs']['model'][:12]}`")}
+        )
     return rows
 
 
-def protocols(results: Results) -> Rows:
+def protocol_table(results: Results) -> Rows:
     """How each evaluation set is asked and scored, with its first prompt's hash."""
     rows = []
-    for name, wanted in results.study.evaluation.datasets.items():
-        asked = results.baseline_of(results.models[0]).predictions[name]
-        source = next(iter(wanted.source.model_dump().values()))
+    for name, evaluation_set in results.study.evaluation.datasets.items():
+        predictions = results.baseline_of(results.models[0]).predictions[name]
+        source = next(iter(evaluation_set.source.model_dump().values()))
         rows.append(
             {
                 "dataset": dataset_name(name),
-                "items": str(len(asked)),
+                "items": str(len(predictions)),
                 "source": code(source),
-                "protocol": _protocol(wanted.ask),
-                "prompt tokens": f"{sum(p['prompt_tokens'] for p in asked):,}",
-                "first prompt": Markup(f"{code(asked[0]['id'])}: `{asked[0]['prompt_hash']}`"),
+                "protocol": _protocol_cell(evaluation_set.ask),
+                "prompt tokens": f"{sum(p['prompt_tokens'] for p in predictions):,}",
+                "first prompt": Markup(
+                    f"{code(predictions[0]['id'])}: `{predictions[0]['prompt_hash']}`"
+                ),
             }
         )
     return rows
 
 
-def _protocol(ask) -> str:
+def _protocol_cell(ask) -> str:
     if ask.protocol == "loglikelihood":
-        how = "per byte" if ask.normalize == "bytes" else "not normalized"
-        return f"the option text with the largest log-likelihood, {how}"
+        normalization = "per byte" if ask.normalize == "bytes" else "not normalized"
+        return f"the option text with the largest log-likelihood, {normalization}"
     shots = count(ask.shots, "worked example")
     return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
         "last box" if ask.answer == "boxed" else "whole text"
     )
 
 
-def jobs(results: Results) -> Rows:
+def job_table(results: Results) -> Rows:
     """How long every stage took and the most memory one of its jobs held."""
     stages: dict[str, list[dict]] = {}
-    for record in records(results):
+    for record in all_records(results):
         stages.setdefault(record["stage"], []).append(record)
     rows = [
         {
             "stage": stage,
-            "jobs": str(len(found)),
-            "time of all": f"{sum(r['duration_s'] for r in found):,.0f} s",
-            "longest job": f"{max(r['duration_s'] for r in found):,.0f} s",
-            "peak memory": f"{max(r['peak_memory_bytes'] for r in found) / 1e9:.2f} GB",
+            "jobs": str(len(records)),
+            "total time": f"{sum(r['duration_s'] for r in records):,.0f} s",
+            "longest job": f"{max(r['duration_s'] for r in records):,.0f} s",
+            "peak memory": f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB",
         }
-        for stage, found in stages.items()
+        for stage, records in stages.items()
     ]
     return rows
 
 
-def operations(results: Results) -> Rows | None:
+def operation_table(results: Results) -> Rows | None:
     """What every stage computes, in all and by arithmetic; None where no record says it."""
     stages: dict[str, list[dict]] = {}
-    for record in records(results):
+    for record in all_records(results):
         stages.setdefault(record["stage"], []).append(record.get("operations"))
     stages = {stage: counts for stage, counts in stages.items() if all(counts)}
     kinds = sorted({kind for counts in stages.values() for c in counts for kind in c})
@@ -201,27 +216,29 @@ def operations(results: Results) -> Rows | None:
     return rows or None
 
 
-def records(results: Results) -> list[dict]:
+def all_records(results: Results) -> list[dict]:
     """Every record of the study, stage by stage."""
-    evaluated = list(results.evaluations.values())
-    found = [*results.training.values(), *(c.record for c in results.calibrations.values())]
-    found += [e.quantization for e in evaluated if e.quantization]
-    found += [cost.record for cost in results.costs.values() if cost]
-    return found + [e.record for e in evaluated]
+    variants = list(results.evaluations.values())
+    records = [*results.training.values(), *(c.record for c in results.calibrations.values())]
+    records += [e.quantization for e in variants if e.quantization]
+    records += [cost.record for cost in results.costs.values() if cost]
+    return records + [e.record for e in variants]
 
 
-def packages(results: Results) -> Rows:
+def package_table(results: Results) -> Rows:
     """Package versions of all jobs; more than one where jobs ran on different ones."""
-    found: dict[str, set[str]] = {}
-    for record in records(results):
+    versions_by_package: dict[str, set[str]] = {}
+    for record in all_records(results):
         for name, version in record["packages"].items():
-            found.setdefault(name, set()).add(version)
-    versions = [" and ".join(sorted(v)) for v in found.values()]
-    pairs = zip(found, versions, strict=True)
+            versions_by_package.setdefault(name, set()).add(version)
+    versions = [" and ".join(sorted(v)) for v in versions_by_package.values()]
+    pairs = zip(versions_by_package, versions, strict=True)
     return [{"package": code(name), "version": version} for name, version in pairs]
 
 
-def machines(results: Results) -> str:
+def machine_kinds(results: Results) -> str:
     """The kinds of machine the jobs ran on; no names."""
-    kinds = {(r["machine"]["architecture"], r["machine"]["cpu_count"]) for r in records(results)}
+    kinds = {
+        (r["machine"]["architecture"], r["machine"]["cpu_count"]) for r in all_records(results)
+    }
     return " and ".join(f"{arch} with {cpus} CPUs" for arch, cpus in sorted(kinds))

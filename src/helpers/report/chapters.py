@@ -20,14 +20,13 @@ from helpers.report import (
     tables_datasets,
     tables_headline,
 )
-from helpers.report.estimates import token_estimates
 from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
 from helpers.report.results import Results
 
 Shown = list[Markdown | Figure]
 
 
-def text(*paragraphs: str) -> Markdown:
+def markdown_output(*paragraphs: str) -> Markdown:
     """Paragraphs and tables as one Markdown output; empty ones are left out."""
     return Markdown("\n\n".join(filter(None, paragraphs)) + "\n")
 
@@ -37,66 +36,72 @@ def notice(missing: tuple[str, ...]) -> Shown:
     if not missing:
         return []
     lines = narrative.bullets([escape(name) for name in missing])
-    about = "**This report is partial.** Nothing is said here about the runs it lacks, and no "
-    about += "verdict rests on them; declared comparisons among them stay counted in Holm's family."
-    return [text(about, lines)]
+    warning = "**This report is partial.** It lacks the runs below, and no verdict rests on them. "
+    warning += "Declared comparisons among them still count in Holm's family."
+    return [markdown_output(warning, lines)]
 
 
 def opening(results: Results) -> Shown:
     """The question, the answer, the headline table, the key findings and the controls."""
-    verdicts, duties = executive.verdict_table(results), executive_controls.duties(results)
+    verdicts, controls = executive.verdict_table(results), executive_controls.control_table(results)
     return [
-        text(
+        markdown_output(
             f"# {escape(results.study.title)}",
-            narrative.question(results),
+            narrative.question_sentence(results),
             "## Executive summary",
-            executive.answer(results),
+            executive.answer_sentences(results),
             markdown_table(verdicts) if verdicts else "",
-            narrative.bullets(executive.meanings(results)),
+            narrative.bullets(executive.verdict_bullets(results)),
         ),
-        text(
+        markdown_output(
             "### Scores",
-            markdown_table(tables_headline.headline(results)),
-            narrative.legend(results),
+            markdown_table(tables_headline.headline_table(results)),
+            narrative.headline_legend(results),
         ),
-        text("### Key findings", narrative.bullets(narrative_findings.findings(results))),
-        text("### Controls", narrative.controls_claim(results), markdown_table(duties)),
+        markdown_output(
+            "### Key findings", narrative.bullets(narrative_findings.key_findings(results))
+        ),
+        markdown_output(
+            "### Controls", narrative.controls_sentence(results), markdown_table(controls)
+        ),
     ]
 
 
 def outlier_pictures(results: Results) -> Shown:
     """For every model: the outliers, the worst input as a surface, and SQNR by layer."""
-    return [part for model in results.models for part in _outliers_of(results, model)]
+    return [part for model in results.models for part in _outlier_section(results, model)]
 
 
-def _outliers_of(results: Results, model: str) -> Shown:
+def _outlier_section(results: Results, model: str) -> Shown:
     calibrated = results.calibrations[model]
     inputs = {i.linear: i for i in outliers.linear_inputs(calibrated)}
     in_order = [inputs[linear] for linear in calibrated.absmax]
-    worst, shown = next(iter(inputs.values())), inputs[calibrated.surface_of]
+    worst, pictured = next(iter(inputs.values())), inputs[calibrated.surface_of]
     maxima = figures.layer_maxima(
         [i.name for i in in_order],
         [i.largest for i in in_order],
         [i.median for i in in_order],
-        title=outliers_narrative.figure_claim(model, worst),
+        title=outliers_narrative.outlier_figure_title(model, worst),
     )
     column = calibrated.surface[:, calibrated.surface.max(0).argmax()]  # (tokens,)
-    loud = int((column > column.max() / 2).sum())
-    tokens = f"{count(loud, 'token')} of {len(column)}"
-    claim = f"{model}, {shown.name}: one channel at {tokens} sets the scale"
+    outlier_tokens = int((column > column.max() / 2).sum())
+    tokens = f"{count(outlier_tokens, 'token')} of {len(column)}"
+    claim = f"{model}, {pictured.name}: one channel at {tokens} sets the scale"
     surface = figures.outlier_surface(calibrated.surface, title=claim, channels=96)
-    told = text(f"### Model `{model}`", outliers_narrative.outlier_story(results, model))
-    tables = [markdown_table(appendix.outlier_inputs(results, model, rows=6))]
-    if low := appendix.worst_outputs(results, model, rows=6):
+    introduction = markdown_output(
+        f"### Model `{model}`", outliers_narrative.outlier_paragraph(results, model)
+    )
+    tables = [markdown_table(appendix.outlier_table(results, model, rows=6))]
+    if low := appendix.worst_sqnr_table(results, model, rows=6):
         tables.append(markdown_table(low))
-    return [told, maxima, surface, *_sqnr_figure(results, model), text(*tables)]
+    return [introduction, maxima, surface, *_sqnr_figure(results, model), markdown_output(*tables)]
 
 
 def _sqnr_figure(results: Results, model: str) -> Shown:
     curves = {
         e.variant: e.quantization["results"]["sqnr_db"]
-        for e in results.compared_in(model)
-        if results.study.variants[e.variant].quantized and outliers.sqnr(e)
+        for e in results.compared_variants_of(model)
+        if results.study.variants[e.variant].quantized and outliers.output_sqnr(e)
     }
     if not curves:
         return []
@@ -105,44 +110,43 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     }
     variant = min(lows, key=lambda v: lows[v][1])
     name, level = lows[variant]
-    title = (
-        f"{model}: worst under {variant}, {name.removeprefix('model.layers.')} at {level:.1f} dB"
-    )
+    label = name.removeprefix("model.layers.")
+    title = f"{model}: lowest SQNR {level:.1f} dB, at {label} under {variant}"
     return [figures_comparison.sqnr_by_variant(curves, variants=results.compared, title=title)]
 
 
 def base_models(results: Results) -> Shown:
     """Comparisons of the models the study did not train itself."""
-    return _comparisons(results, [m for m in results.models if m not in results.training])
+    return _model_comparisons(results, [m for m in results.models if m not in results.training])
 
 
 def trained_models(results: Results) -> Shown:
     """Comparisons of the models it fine-tuned, and how they differ from their start."""
-    found = _comparisons(results, list(results.training))
-    return [*found, text(narrative.models_compared(results))]
+    comparisons = _model_comparisons(results, list(results.training))
+    return [*comparisons, markdown_output(narrative.model_comparison_sentences(results))]
 
 
-def _comparisons(results: Results, models: list[str]) -> Shown:
-    return [part for model in models for part in comparison(results, model)]
+def _model_comparisons(results: Results, models: list[str]) -> Shown:
+    return [part for model in models for part in model_comparison(results, model)]
 
 
-def comparison(results: Results, model: str) -> Shown:
+def model_comparison(results: Results, model: str) -> Shown:
     """One model: what its items say, and what its tokens say."""
-    rows = tables_headline.comparison(results, model)
-    table = markdown_table(rows) if rows else "This study has nothing to compare the baseline with."
+    rows = tables_headline.comparison_table(results, model)
+    table = markdown_table(rows) if rows else "This study has no variant besides the baseline."
     return [
-        text(f"### Model `{model}`: items", table),
-        *_forest(results, model),
-        text(
+        markdown_output(f"### Model `{model}`: items", table),
+        *_forest_plot(results, model),
+        markdown_output(
             f"### Model `{model}`: tokens",
-            markdown_table(tables_headline.token_level(results, model)),
+            markdown_table(tables_headline.token_table(results, model)),
         ),
         *_token_figure(results, model),
     ]
 
 
-def _forest(results: Results, model: str) -> Shown:
-    found = [
+def _forest_plot(results: Results, model: str) -> Shown:
+    rows = [
         {
             "dataset": dataset_name(c.dataset),
             "variant": c.variant,
@@ -152,33 +156,33 @@ def _forest(results: Results, model: str) -> Shown:
             "filled": v.primary,
             "kind": v.kind,
         }
-        for c, v in tables_headline.ordered(results, model)
+        for c, v in tables_headline.ordered_comparisons(results, model)
         if c.baseline == results.study.baseline
-        and c.variant in executive_controls.shown_beside(results)
+        and c.variant in executive_controls.headline_variants(results)
     ]
-    if not found:
+    if not rows:
         return []
-    title = narrative.forest_claim(results, model)
+    title = narrative.forest_plot_title(results, model)
     margin = results.rules.margin
-    return [figures_comparison.forest(found, variants=results.compared, margin=margin, title=title)]
+    return [
+        figures_comparison.forest_plot(rows, variants=results.compared, margin=margin, title=title)
+    ]
 
 
 def _token_figure(results: Results, model: str) -> Shown:
     rows, floor = [], None
-    for e in results.compared_in(model):
-        kl = token_estimates(e, results.rules)["kl"]
+    for e in results.compared_variants_of(model):
+        kl = results.token_estimates[e.key]["kl"]
         if e.variant == results.noise_floor:
             floor = kl.value
-        elif kl.value and e.variant in executive_controls.shown_beside(results):
+        elif kl.value and e.variant in executive_controls.headline_variants(results):
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             rows.append({"model": model, "variant": e.variant, "kl": kl.value})
             rows[-1] |= {"low": low, "high": high}
     if not rows:
         return []
-    title = narrative.token_claim(results, model, [row["variant"] for row in rows])
-    return [
-        figures_comparison.token_costs(rows, variants=results.compared, floor=floor, title=title)
-    ]
+    title = narrative.token_figure_title(results, model, [row["variant"] for row in rows])
+    return [figures_comparison.kl_plot(rows, variants=results.compared, floor=floor, title=title)]
 
 
 def dataset_chapters(results: Results) -> Shown:
@@ -189,64 +193,64 @@ def dataset_chapters(results: Results) -> Shown:
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
     """One evaluation set, for all models and variants."""
-    best = tables_headline.best_fixed(results)[dataset]
-    asked = results.baseline_of(results.models[0]).predictions[dataset]
-    passages = len({p["cluster"] or p["id"] for p in asked})
-    about = f"{count(len(asked), 'item')}"
-    if passages < len(asked):
+    best = tables_headline.best_fixed_answers(results)[dataset]
+    predictions = results.baseline_of(results.models[0]).predictions[dataset]
+    passages = len({p["cluster"] or p["id"] for p in predictions})
+    about = f"{count(len(predictions), 'item')}"
+    if passages < len(predictions):
         about += f" on {count(passages, 'passage')}"
     parts = [
         f"### 5.{place} {dataset_name(dataset)}",
-        f"{about}. The best fixed answer, always {escape(best.answer)}, is right on "
+        f"{about}. The best constant answer, always {escape(best.answer)}, is right on "
         f"{percent(best.score)} of them.",
-        markdown_table(tables_datasets.scores(results, dataset)),
-        "How the answers came about:",
-        markdown_table(tables_datasets.conduct(results, dataset)),
+        markdown_table(tables_datasets.score_table(results, dataset)),
+        "Format and length of the answers:",
+        markdown_table(tables_datasets.behavior_table(results, dataset)),
     ]
     for model in results.models:
-        differing = tables_datasets.differing(results, dataset, model)
+        differing = tables_datasets.count_differing_items(results, dataset, model)
         parts += [
-            f"Items of `{model}`, those answered differently first "
-            f"({differing} of {len(asked)} are):",
-            markdown_table(tables_datasets.samples(results, dataset, model, rows=5)),
+            f"Items of `{model}`, differing answers first "
+            f"({differing} of {len(predictions)} differ):",
+            markdown_table(tables_datasets.sample_answer_table(results, dataset, model, rows=5)),
         ]
-    return text(*parts)
+    return markdown_output(*parts)
 
 
 def technical_details(results: Results) -> Markdown:
     """Method, recipes, calibration, protocols, layers and bytes, gates, jobs, packages."""
     r = results.runtime
-    parts = ["**Comparisons.** " + narrative.method(results)]
-    parts += ["**Variants.**", markdown_table(appendix.recipes(results))]
-    parts += ["**Calibration.**", markdown_table(appendix.calibrations(results))]
-    parts += ["**Evaluation.**", markdown_table(appendix.protocols(results))]
-    if sizes := appendix.sizes(results):
+    parts = ["**Comparisons.** " + narrative.method_paragraph(results)]
+    parts += ["**Variants.**", markdown_table(appendix.recipe_table(results))]
+    parts += ["**Calibration.**", markdown_table(appendix.calibration_table(results))]
+    parts += ["**Evaluation.**", markdown_table(appendix.protocol_table(results))]
+    if sizes := appendix.size_table(results):
         parts += ["**Layers and bytes**, float → variant.", markdown_table(sizes)]
     for model in results.models:
-        if gates := appendix.gates(results, model):
+        if gates := appendix.checkpoint_gate_table(results, model):
             parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
-        if gates := appendix.evaluation_gates(results, model):
+        if gates := appendix.evaluation_gate_table(results, model):
             parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
-    where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} a job, runtime {r.quantized}"
+    where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} per job, runtime {r.quantized}"
     parts += [
-        f"**Jobs**, on {appendix.machines(results)} ({where}).",
-        markdown_table(appendix.jobs(results)),
+        f"**Jobs**, on {appendix.machine_kinds(results)} ({where}).",
+        markdown_table(appendix.job_table(results)),
     ]
-    if computed := appendix.operations(results):
-        about = (
-            "**What the study computes** (TFLOP a stage): 10¹² multiplications and additions of "
-        )
-        about += "products of matrices, counted from items and weights, answers at their longest."
+    if computed := appendix.operation_table(results):
+        about = "**Operations** (TFLOP per stage): 10¹² multiplications and additions of matrix "
+        about += "products, counted from items and weights with answers at their maximum length."
         parts += [about, markdown_table(computed)]
     parts += [
         "**Packages.**",
-        markdown_table(appendix.packages(results)),
+        markdown_table(appendix.package_table(results)),
     ]
-    return text(*parts)
+    return markdown_output(*parts)
 
 
 def conclusion(results: Results) -> Markdown:
-    """What can be said, what cannot, and how to do it again."""
-    again = f"To do it again: `make study STUDY={results.name}`."
-    files = "The numbers are in `summary.json` and `summary.csv`, every answer in `predictions/`."
-    return text(narrative.bullets(narrative.conclusions(results)), f"{again} {files}")
+    """The conclusions, and the command that reproduces the study."""
+    command = f"To reproduce: `make study STUDY={results.name}`."
+    files = "The numbers are in `summary.json` and `summary.csv`, every answer in `answers/`."
+    return markdown_output(
+        narrative.bullets(narrative.conclusion_sentences(results)), f"{command} {files}"
+    )

@@ -10,7 +10,7 @@ PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
 
 
 @in_house_style
-def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
+def throughput_plot(cost: Cost, *, variants: list[str], title: str) -> Figure:
     """Tokens a second of every way: median and every round, and where its Linears would end.
 
     The bar beside a point is the reading speed if the Linears ran at the speed of the bare
@@ -18,12 +18,12 @@ def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
     """
     ways = cost.configurations
     figure, panels = new_figure(8.4, 1.5 + 0.36 * len(ways), ncols=2, sharey=True)
-    looks = _looks(cost, variants)
+    looks = _configuration_looks(cost, variants)
     for axes, (quantity, label) in zip(panels, PANELS.items(), strict=True):
         for place, way in enumerate(ways):
-            found, (color, marker) = cost.measured(way, quantity), looks[way.name]
-            axes.hlines(place, found.low, found.high, color=color, linewidth=3, alpha=0.5)
-            axes.plot(found.value, place, marker, color=color, markersize=6)
+            spread, (color, marker) = cost.measured(way, quantity), looks[way.name]
+            axes.hlines(place, spread.low, spread.high, color=color, linewidth=3, alpha=0.5)
+            axes.plot(spread.value, place, marker, color=color, markersize=6)
         axes.set_xlabel(label)
         axes.axvline(cost.measured(cost.reference, quantity).value, color=QUIET, linewidth=0.8)
     for place, way in enumerate(ways):
@@ -33,22 +33,22 @@ def throughput(cost: Cost, *, variants: list[str], title: str) -> Figure:
     for axes in panels:
         axes.set_xlim(left=0)
         axes.margins(x=0.06)
-    panels[0].set_yticks(range(len(ways)), [_label(cost, way) for way in ways])
+    panels[0].set_yticks(range(len(ways)), [_configuration_label(cost, way) for way in ways])
     panels[0].set_ylim(len(ways) - 0.4, -0.6)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
 
 
-def _label(cost: Cost, way: ConfigurationResult) -> str:
+def _configuration_label(cost: Cost, way: ConfigurationResult) -> str:
     return way.name if way.variant == cost.measurements["baseline"] else way.variant
 
 
-def _looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str, str]]:
+def _configuration_looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str, str]]:
     """Variants as in every figure of the study; the baseline in ink, its bfloat16 paler.
 
     A partial report may compare fewer variants than were measured: the others come last.
     """
     measured = [way.variant for way in cost.others]
     looks = variant_looks(list(dict.fromkeys([*variants, *measured])))
-    found = {way.name: looks[way.variant] for way in cost.others}
-    return found | {cost.reference.name: (INK, "o"), cost.bfloat16.name: ("#5b7a9d", "o")}
+    looks_by_name = {way.name: looks[way.variant] for way in cost.others}
+    return looks_by_name | {cost.reference.name: (INK, "o"), cost.bfloat16.name: ("#5b7a9d", "o")}

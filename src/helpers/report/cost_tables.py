@@ -12,24 +12,24 @@ def way_name(cost: Cost, way: ConfigurationResult) -> Markup:
     return Markup(f"{code(way.variant)}{dtype}")
 
 
-def times(value: float) -> str:
+def ratio_text(value: float) -> str:
     return f"{value:.2f}×"
 
 
-def with_rounds(found: Spread, show: Callable[[float], str]) -> Markup:
+def median_with_rounds(spread: Spread, show: Callable[[float], str]) -> Markup:
     """The median, and the least and largest round."""
-    low, high = show(found.low).removesuffix("×"), show(found.high).removesuffix("×")
-    return Markup(f"{show(found.value)} ({low}–{high})")
+    low, high = show(spread.low).removesuffix("×"), show(spread.high).removesuffix("×")
+    return Markup(f"{show(spread.value)} ({low}–{high})")
 
 
-def relative(cost: Cost) -> Rows:
+def ratio_table(cost: Cost) -> Rows:
     """Every way against the baseline in float32: bytes, load time, memory, speed."""
     reference = cost.reference
 
     def ratio(way: ConfigurationResult, quantity: str) -> Markup:
         if way.name == reference.name:
-            return Markup(times(1))
-        return with_rounds(cost.ratio(way, quantity, reference), times)
+            return Markup(ratio_text(1))
+        return median_with_rounds(cost.ratio(way, quantity, reference), ratio_text)
 
     return [
         {
@@ -37,8 +37,8 @@ def relative(cost: Cost) -> Rows:
             "Linears multiply in": way.multiplies_in,
             "reading": ratio(way, "prefill"),
             "writing": ratio(way, "decode"),
-            "file": times(way.file_bytes / reference.file_bytes),
-            "Linears in memory": times(way.linear_bytes / reference.linear_bytes),
+            "file": ratio_text(way.file_bytes / reference.file_bytes),
+            "Linears in memory": ratio_text(way.linear_bytes / reference.linear_bytes),
             "peak memory": ratio(way, "memory"),
             "load time": ratio(way, "load"),
         }
@@ -46,23 +46,23 @@ def relative(cost: Cost) -> Rows:
     ]
 
 
-def absolute(cost: Cost) -> Rows:
-    """The same in tokens a second, megabytes and seconds; the file part by part."""
+def amount_table(cost: Cost) -> Rows:
+    """The same in tokens per second, megabytes and seconds; the file part by part."""
     rows = []
     for way in cost.configurations:
         row = {"variant": way_name(cost, way)}
-        row["reading [tokens/s]"] = with_rounds(cost.measured(way, "prefill"), whole)
-        row["writing [tokens/s]"] = with_rounds(cost.measured(way, "decode"), whole)
+        row["reading [tokens/s]"] = median_with_rounds(cost.measured(way, "prefill"), whole_number)
+        row["writing [tokens/s]"] = median_with_rounds(cost.measured(way, "decode"), whole_number)
         parts = way.entry["file_bytes"].items()
         row |= {f"{part}, file": megabytes(size) for part, size in parts}
         row["Linears in memory"] = megabytes(way.linear_bytes)
-        row["peak memory [MB]"] = with_rounds(cost.measured(way, "memory"), millions)
-        row["load time [s]"] = with_rounds(cost.measured(way, "load"), lambda s: f"{s:.2f}")
+        row["peak memory [MB]"] = median_with_rounds(cost.measured(way, "memory"), millions)
+        row["load time [s]"] = median_with_rounds(cost.measured(way, "load"), lambda s: f"{s:.2f}")
         rows.append(row)
     return rows
 
 
-def whole(value: float) -> str:
+def whole_number(value: float) -> str:
     return f"{value:,.0f}"
 
 
@@ -74,16 +74,16 @@ def billions(operations: float) -> str:
     return number(operations / 1e9)
 
 
-def near_the_limit(cost: Cost) -> Rows:
+def limit_table(cost: Cost) -> Rows:
     """How much of the machine's matrix product the Linears use while reading."""
     rows = []
     for way in cost.configurations:
         peak, achieved = cost.peak(way), cost.achieved(way)
         fastest = cost.prefill_limit(way)
         row = {"variant": way_name(cost, way), "Linears multiply in": way.multiplies_in}
-        row["bare product [GOP/s]"] = with_rounds(peak, billions) if peak else MISSING
-        row["Linears [GOP/s]"] = with_rounds(achieved, billions) if achieved else MISSING
-        row["Linears, of the limit"] = percent(cost.peak_fraction(way))
+        row["bare product [GOP/s]"] = median_with_rounds(peak, billions) if peak else MISSING
+        row["Linears [GOP/s]"] = median_with_rounds(achieved, billions) if achieved else MISSING
+        row["Linears / bare product"] = percent(cost.peak_fraction(way))
         row["time in Linears"] = percent(cost.linear_time_fraction(way))
         row["reading at the limit [tokens/s]"] = MISSING if fastest is None else number(fastest)
         rows.append(row)

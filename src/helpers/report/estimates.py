@@ -6,12 +6,12 @@ Items that share a passage, and the tokens of the shared text, are resampled by 
 import math
 from dataclasses import dataclass
 
-from helpers.report.results_data import Evaluated
+from helpers.report.results_data import VariantResults
 from helpers.statistics.bootstrap import bootstrap_difference, bootstrap_mean
-from helpers.statistics.comparison import Rules, score_interval
+from helpers.statistics.comparison import DecisionRules, score_interval
 from helpers.statistics.intervals import Interval, wilson_interval
 
-MAIN = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
+MAIN_METRICS = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
 
 
 @dataclass(frozen=True)
@@ -25,77 +25,79 @@ class Estimate:
 
 def main_metric(adapter: str) -> str:
     """What the 0/1 score of an adapter is called."""
-    return MAIN.get(adapter, "accuracy")
+    return MAIN_METRICS.get(adapter, "accuracy")
 
 
 def dataset_estimates(
-    adapter: str, predictions: list[dict], metrics: dict, rules: Rules
+    adapter: str, predictions: list[dict], metrics: dict, rules: DecisionRules
 ) -> dict[str, Estimate]:
     """The metrics of one evaluation set by name, the main one first."""
     n = len(predictions)
-    found = {main_metric(adapter): _of_scores(predictions, rules)}
+    estimates = {main_metric(adapter): _score_estimate(predictions, rules)}
     if adapter == "squad_v2":
-        found["f1"] = _of_f1(predictions, rules)
+        estimates["f1"] = _f1_estimate(predictions, rules)
         parts = (("has_answer", True), ("no_answer", False))
         for name, answerable in parts:
             part = [p for p in predictions if bool(p["golds"]) == answerable]
             if part:
-                found[f"{name}_exact_match"] = _of_scores(part, rules)
-                found[f"{name}_f1"] = _of_f1(part, rules)
+                estimates[f"{name}_exact_match"] = _score_estimate(part, rules)
+                estimates[f"{name}_f1"] = _f1_estimate(part, rules)
     elif adapter == "openmath":
-        covered = metrics["median_absolute_difference_coverage"]
+        coverage = metrics["median_absolute_difference_coverage"]
         median = metrics["median_absolute_difference"]
-        found["median_absolute_difference"] = Estimate(median, None, round(covered * n))
-        found["median_absolute_difference_coverage"] = _of_share(round(covered * n), n, rules)
+        estimates["median_absolute_difference"] = Estimate(median, None, round(coverage * n))
+        estimates["median_absolute_difference_coverage"] = _share_estimate(
+            round(coverage * n), n, rules
+        )
     else:
-        found["macro_f1"] = Estimate(metrics["macro_f1"], None, n)
+        estimates["macro_f1"] = Estimate(metrics["macro_f1"], None, n)
     readable = n - metrics["unparsed"]
-    return found | {"format_success": _of_share(readable, n, rules)}
+    return estimates | {"format_success": _share_estimate(readable, n, rules)}
 
 
-def _of_scores(predictions: list[dict], rules: Rules) -> Estimate:
+def _score_estimate(predictions: list[dict], rules: DecisionRules) -> Estimate:
     return Estimate(
         sum(p["score"] for p in predictions) / len(predictions),
-        score_interval(predictions, rules) if _units(predictions) > 1 else None,
+        score_interval(predictions, rules) if _count_clusters(predictions) > 1 else None,
         len(predictions),
     )
 
 
-def _units(predictions: list[dict]) -> int:
+def _count_clusters(predictions: list[dict]) -> int:
     return len({p["cluster"] or p["id"] for p in predictions})
 
 
-def _of_f1(predictions: list[dict], rules: Rules) -> Estimate:
+def _f1_estimate(predictions: list[dict], rules: DecisionRules) -> Estimate:
     values = [p["f1"] for p in predictions]
     mean, interval = sum(values) / len(values), None
-    if _units(predictions) > 1:
+    if _count_clusters(predictions) > 1:
         clusters = [p["cluster"] or p["id"] for p in predictions]
-        found = bootstrap_mean(values, clusters, confidence=rules.confidence, **rules.random)
-        mean, interval = found.mean, None if found.degenerate else found.interval
+        bootstrap = bootstrap_mean(values, clusters, confidence=rules.confidence, **rules.random)
+        mean, interval = bootstrap.mean, None if bootstrap.degenerate else bootstrap.interval
     return Estimate(mean, interval, len(values))
 
 
-def _of_share(successes: int, n: int, rules: Rules) -> Estimate:
+def _share_estimate(successes: int, n: int, rules: DecisionRules) -> Estimate:
     return Estimate(successes / n, wilson_interval(successes, n, confidence=rules.confidence), n)
 
 
-def token_estimates(evaluated: Evaluated, rules: Rules) -> dict[str, Estimate]:
+def token_estimates(evaluated: VariantResults, rules: DecisionRules) -> dict[str, Estimate]:
     """Perplexity, KL and top-1 agreement over the tokens of the shared text."""
     rows = evaluated.passages
     tokens = evaluated.shared_text["tokens"]
-    loss = _by_token([row["nll"] for row in rows], rows, rules)
+    loss = _token_mean([row["nll"] for row in rows], rows, rules)
     interval = loss.interval if evaluated.shared_text["perplexity"] is not None else None
     if interval is not None:
         limits = math.exp(interval.low), math.exp(interval.high)
         interval = Interval(*limits, interval.confidence)
     return {
         "perplexity": Estimate(evaluated.shared_text["perplexity"], interval, tokens),
-        "kl": _by_token([row["kl"] for row in rows], rows, rules),
-        "top1_agreement": _by_token([row["top1_agreements"] for row in rows], rows, rules),
+        "kl": _token_mean([row["kl"] for row in rows], rows, rules),
+        "top1_agreement": _token_mean([row["top1_agreements"] for row in rows], rows, rules),
     }
 
 
-def _by_token(sums: list[float | None], rows: list[dict], rules: Rules) -> Estimate:
+def _token_mean(sums: list[float | None], rows: list[dict], rules: DecisionRules) -> Estimate:
     """A mean per token with a bootstrap over passages; no interval from a single passage.
 
     No value either where a passage has none: its sum was not finite.
@@ -105,14 +107,16 @@ def _by_token(sums: list[float | None], rows: list[dict], rules: Rules) -> Estim
         return Estimate(None, None, sum(tokens))
     if len(rows) < 2:
         return Estimate(sum(sums) / sum(tokens), None, sum(tokens))
-    found = bootstrap_mean(
+    bootstrap = bootstrap_mean(
         [s / t for s, t in zip(sums, tokens, strict=True)],
         [row["id"] for row in rows],
         weights=tokens,
         confidence=rules.confidence,
         **rules.random,
     )
-    return Estimate(found.mean, None if found.degenerate else found.interval, sum(tokens))
+    return Estimate(
+        bootstrap.mean, None if bootstrap.degenerate else bootstrap.interval, sum(tokens)
+    )
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,7 @@ class TokenDifference:
 
 
 def token_difference(
-    baseline: Evaluated, variant: Evaluated, key: str, rules: Rules
+    baseline: VariantResults, variant: VariantResults, key: str, rules: DecisionRules
 ) -> TokenDifference:
     """Difference of `nll` or `kl` per token, variant minus baseline, paired by passage."""
     before = {row["id"]: row for row in baseline.passages}
@@ -143,12 +147,12 @@ def token_difference(
     change = [after[k][key] - before[k][key] for k in shared]
     if len(shared) < 2:
         return TokenDifference(sum(change) / sum(tokens), None, None, len(shared))
-    found = bootstrap_difference(
+    bootstrap = bootstrap_difference(
         [c / t for c, t in zip(change, tokens, strict=True)],
         shared,
         weights=tokens,
         confidence=rules.confidence,
         **rules.random,
     )
-    interval = None if found.degenerate else found.interval
-    return TokenDifference(found.mean, interval, found.p, found.clusters)
+    interval = None if bootstrap.degenerate else bootstrap.interval
+    return TokenDifference(bootstrap.mean, interval, bootstrap.p, bootstrap.clusters)

@@ -5,7 +5,7 @@ the answer in one sentence a variant, every declared verdict in a small table, a
 kind of verdict means, with its places. It has to read well for any mixture of verdicts.
 """
 
-from helpers.report.executive_controls import broken_controls, controls_kept
+from helpers.report.executive_controls import failed_control_bullets, sound_control_bullets
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -23,9 +23,9 @@ from helpers.report.results import Results
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison
 
-Judged = tuple[Comparison, Verdict]
+JudgedComparison = tuple[Comparison, Verdict]
 INFORMATIVE = ("worse", "better", "equivalent", "inconclusive")
-WORDS = {
+VERDICT_WORDS = {
     "worse": "**worse**",
     "better": "**better**",
     "equivalent": "equivalent",
@@ -35,71 +35,79 @@ WORDS = {
 }
 
 
-def answer(results: Results) -> str:
+def answer_sentences(results: Results) -> str:
     """What was found, in a sentence for each variant the study declared comparisons of."""
-    declared = results.primary()
+    declared = results.declared_verdicts()
     if not declared:
         return (
             "**Answer.** No comparison was declared in advance, so this study gives no verdict; "
             "all that follows is exploratory."
         )
-    told = [_answer_of(results, list(group)) for group in by_pair(declared).values()]
-    if len(told) == 1:
-        return f"**Answer.** {told[0]}"
-    return "**Answer.**\n\n" + "\n".join(f"- {sentence}" for sentence in told)
+    sentences = [
+        _answer_sentence(results, list(group))
+        for group in by_variant_and_baseline(declared).values()
+    ]
+    if len(sentences) == 1:
+        return f"**Answer.** {sentences[0]}"
+    return "**Answer.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def by_pair(declared: list[Judged]) -> dict[tuple[str, str], list[Judged]]:
+def by_variant_and_baseline(
+    declared: list[JudgedComparison],
+) -> dict[tuple[str, str], list[JudgedComparison]]:
     """Declared comparisons by (variant, baseline), in the study file's order."""
-    found: dict[tuple[str, str], list[Judged]] = {}
+    groups: dict[tuple[str, str], list[JudgedComparison]] = {}
     for c, verdict in declared:
-        found.setdefault((c.variant, c.baseline), []).append((c, verdict))
-    return found
+        groups.setdefault((c.variant, c.baseline), []).append((c, verdict))
+    return groups
 
 
-def _answer_of(results: Results, group: list[Judged]) -> str:
+def _answer_sentence(results: Results, group: list[JudgedComparison]) -> str:
     """One variant against one baseline: lost or not, in how many comparisons that can tell."""
     c, _ = group[0]
     kinds = [verdict.kind for _, verdict in group]
-    able, n = [k for k in kinds if k in INFORMATIVE], len(kinds)
-    if not able:
-        return f"Nothing can be said of `{c.variant}`: {_unable(kinds, c.baseline)}."
-    where = f"in the {_of(len(able), n)} that can show one"
-    if n == len(able):
-        where = "in the one comparison declared" if n == 1 else f"in the {n} comparisons declared"
+    informative, n = [k for k in kinds if k in INFORMATIVE], len(kinds)
+    if not informative:
+        return f"No conclusion about `{c.variant}` is possible: {_why_nothing_shown(kinds)}."
+    comparisons = f"in the {_of_declared(len(informative), n)} that could show one"
+    if n == len(informative):
+        comparisons = (
+            "in the one comparison declared" if n == 1 else f"in the {n} comparisons declared"
+        )
     if worse := kinds.count("worse"):
-        text = f"`{c.variant}` is worse than `{c.baseline}` in {_of(worse, n)}"
+        text = f"`{c.variant}` is worse than `{c.baseline}` in {_of_declared(worse, n)}"
         better = kinds.count("better")
         return f"{text}, and better in {better}." if better else f"{text}."
     if better := kinds.count("better"):
-        told = f"`{c.variant}` is better than `{c.baseline}` in {_of(better, n)}"
-        return f"No loss was found {where}; {told}."
-    if set(able) == {"equivalent"}:
+        better_clause = f"`{c.variant}` is better than `{c.baseline}` in {_of_declared(better, n)}"
+        return f"No loss was detected {comparisons}; {better_clause}."
+    if set(informative) == {"equivalent"}:
         return (
             f"`{c.variant}` is equivalent to `{c.baseline}` within ±{_margin(results)} points "
-            f"{where.replace('show one', 'show a difference')}."
+            f"{comparisons.replace('show one', 'show a difference')}."
         )
     return (
-        f"No loss of `{c.variant}` against `{c.baseline}` was found {where}, which is no proof "
-        "that there is none."
+        f"No loss of `{c.variant}` against `{c.baseline}` was detected {comparisons}. This does "
+        "not prove that there is none."
     )
 
 
-def _of(part: int, n: int) -> str:
+def _of_declared(part: int, n: int) -> str:
     return f"{part} of {count(n, 'declared comparison')}"
 
 
-def _unable(kinds: list[str], baseline: str) -> str:
+def _why_nothing_shown(kinds: list[str]) -> str:
     invalid, n = kinds.count("invalid"), len(kinds)
-    blind = f"`{baseline}` itself shows no ability that could be lost"
-    if invalid == n:
-        return "its one comparison is invalid" if n == 1 else f"all {n} comparisons are invalid"
-    if not invalid:
-        return f"where it was compared, {blind}"
-    return f"of {n} comparisons {invalid} {_is(invalid)} invalid, and in the others {blind}"
+    if invalid in (0, n):
+        kind = "invalid" if invalid else "uninformative"
+        return f"its one comparison is {kind}" if n == 1 else f"all {n} comparisons are {kind}"
+    are, others_are = _is_or_are(invalid), _is_or_are(n - invalid)
+    return (
+        f"of {n} comparisons, {invalid} {are} invalid and {n - invalid} {others_are} uninformative"
+    )
 
 
-def _is(n: int) -> str:
+def _is_or_are(n: int) -> str:
     return "is" if n == 1 else "are"
 
 
@@ -110,21 +118,21 @@ def _margin(results: Results) -> str:
 def verdict_table(results: Results) -> Rows:
     """Every declared verdict in a word: a row for each variant and model, a column a set."""
     rows = []
-    for (variant, baseline), group in by_pair(results.primary()).items():
+    for (variant, baseline), group in by_variant_and_baseline(results.declared_verdicts()).items():
         for model in dict.fromkeys(c.model for c, _ in group):
             against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
             row = {"variant": Markup(f"`{variant}`{against}"), "model": code(model)}
-            found = {c.dataset: v.kind for c, v in group if c.model == model}
+            kinds = {c.dataset: v.kind for c, v in group if c.model == model}
             for dataset in results.study.evaluation.datasets:
-                kind = found.get(dataset)
-                row[dataset_name(dataset)] = Markup(WORDS[kind]) if kind else MISSING
+                kind = kinds.get(dataset)
+                row[dataset_name(dataset)] = Markup(VERDICT_WORDS[kind]) if kind else MISSING
             rows.append(row)
     return rows
 
 
-def meanings(results: Results) -> list[str]:
+def verdict_bullets(results: Results) -> list[str]:
     """One bullet for each kind of verdict that occurs: where, and what it means there."""
-    tellers = {
+    writers = {
         "worse": _worse,
         "better": _better,
         "equivalent": _equivalent,
@@ -132,101 +140,110 @@ def meanings(results: Results) -> list[str]:
         "uninformative": _uninformative,
         "invalid": _invalid,
     }
-    found = ((tell, results.primary(kind)) for kind, tell in tellers.items())
-    told = [tell(results, judged) for tell, judged in found if judged]
-    return [*broken_controls(results), *told, *controls_kept(results)]
+    verdicts_by_writer = (
+        (write, results.declared_verdicts(kind)) for kind, write in writers.items()
+    )
+    bullets = [write(results, judged) for write, judged in verdicts_by_writer if judged]
+    return [*failed_control_bullets(results), *bullets, *sound_control_bullets(results)]
 
 
-def places(results: Results, judged: list[Judged]) -> str:
+def judged_places(results: Results, judged: list[JudgedComparison]) -> str:
     """`ARC of base and tuned, BoolQ of tuned`, with the variant where the study has several."""
-    several = len(by_pair(results.primary())) > 1
-    where: dict[tuple[str, str], list[str]] = {}
+    several = len(by_variant_and_baseline(results.declared_verdicts())) > 1
+    models_by_place: dict[tuple[str, str], list[str]] = {}
     for c, _ in judged:
-        models = where.setdefault((c.dataset, c.variant), [])
+        models = models_by_place.setdefault((c.dataset, c.variant), [])
         if f"`{c.model}`" not in models:
             models.append(f"`{c.model}`")
-    told: dict[str, list[str]] = {}
-    for (dataset, variant), models in where.items():
-        told.setdefault(variant, []).append(f"{dataset_name(dataset)} of {listed(models)}")
+    texts_by_variant: dict[str, list[str]] = {}
+    for (dataset, variant), models in models_by_place.items():
+        texts_by_variant.setdefault(variant, []).append(
+            f"{dataset_name(dataset)} of {listed(models)}"
+        )
     if not several:
-        return ", ".join(text for texts in told.values() for text in texts)
-    return "; ".join(f"`{variant}` on {', '.join(texts)}" for variant, texts in told.items())
+        return ", ".join(text for texts in texts_by_variant.values() for text in texts)
+    return "; ".join(
+        f"`{variant}` on {', '.join(texts)}" for variant, texts in texts_by_variant.items()
+    )
 
 
-def _with_size(results: Results, judged: list[Judged]) -> str:
-    found = [
-        f"{places(results, [(c, v)])}: {points(v.paired.delta)} points "
+def _with_difference(results: Results, judged: list[JudgedComparison]) -> str:
+    texts = [
+        f"{judged_places(results, [(c, v)])}: {points(v.paired.delta)} points "
         f"{span(v.paired.interval, points)}{f', {escape(v.reason)}' if v.reason else ''}"
         for c, v in judged
     ]
-    return "; ".join(found)
+    return "; ".join(texts)
 
 
-def _worse(results: Results, judged: list[Judged]) -> str:
+def _worse(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Worse**, by more than chance explains: {_with_size(results, judged)}. In brackets "
-        f"the {percent_plain(results.rules.confidence)} interval."
+        f"**Worse**, by more than chance explains: {_with_difference(results, judged)}. Brackets "
+        f"give the {percent_plain(results.rules.confidence)} interval."
     )
 
 
-def _better(results: Results, judged: list[Judged]) -> str:
+def _better(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Better**, by more than chance explains: {_with_size(results, judged)}. Rounding "
-        "rarely helps, so look at the items before believing it."
+        f"**Better**, by more than chance explains: {_with_difference(results, judged)}. Rounding "
+        "rarely helps; look at the items before you rely on this."
     )
 
 
-def _equivalent(results: Results, judged: list[Judged]) -> str:
+def _equivalent(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Equivalent within ±{_margin(results)} points**: {places(results, judged)}. If "
-        "anything is lost or gained there, it is less than what the study declared harmless."
+        f"**Equivalent within ±{_margin(results)} points**: {judged_places(results, judged)}. Any "
+        "difference there is smaller than the margin that the study declared harmless."
     )
 
 
-def _inconclusive(results: Results, judged: list[Judged]) -> str:
-    """Where nothing was found, and how large a loss would have had to be."""
-    text = f"**Inconclusive** (no difference detected): {places(results, judged)}."
-    if seen := [(c, v) for c, v in judged if v.paired.detectable is not None]:
+def _inconclusive(results: Results, judged: list[JudgedComparison]) -> str:
+    """Where no difference was detected, and the smallest loss that would have been."""
+    text = f"**Inconclusive** (no difference detected): {judged_places(results, judged)}."
+    if detectable := [(c, v) for c, v in judged if v.paired.detectable is not None]:
         text += (
-            f" A loss may be there all the same: with these items the chance to find it reaches "
-            f"{percent_plain(results.rules.power)} only from {_reach(results, seen)} on."
+            " The smallest loss that would be detected with "
+            f"{percent_plain(results.rules.power)} power {_detectable_range(results, detectable)}."
         )
-    if blind := [(c, v) for c, v in judged if v.paired.detectable is None]:
-        text += f" On {places(results, blind)} the items are too few to find even a total loss."
+    if undetectable := [(c, v) for c, v in judged if v.paired.detectable is None]:
+        places = judged_places(results, undetectable)
+        text += f" On {places}, the items are too few to detect even a total loss."
     return text
 
 
-def _reach(results: Results, judged: list[Judged]) -> str:
-    """The smallest detectable loss, or the span of them with the places at both ends."""
+def _detectable_range(results: Results, judged: list[JudgedComparison]) -> str:
+    """`is 14 points`, or `ranges from 5 points (ARC of base) to 17 points (BoolQ of base)`."""
     in_order = sorted(judged, key=lambda cv: cv[1].paired.detectable)
     ends = [in_order[0], in_order[-1]]
-    least, most = (f"{100 * v.paired.detectable:.0f} points" for _, v in ends)
-    if least == most:
-        return least
-    where = [places(results, [end]) for end in ends]
-    return f"{least} ({where[0]}) to {most} ({where[1]})"
+    smallest, largest = (f"{100 * v.paired.detectable:.0f} points" for _, v in ends)
+    if smallest == largest:
+        return f"is {smallest}"
+    places = [judged_places(results, [end]) for end in ends]
+    return f"ranges from {smallest} ({places[0]}) to {largest} ({places[1]})"
 
 
-def _uninformative(results: Results, judged: list[Judged]) -> str:
+def _uninformative(results: Results, judged: list[JudgedComparison]) -> str:
     baselines = listed([f"`{b}`" for b in dict.fromkeys(c.baseline for c, _ in judged)])
     return (
-        f"**Uninformative**: {places(results, judged)}. There {baselines} itself does not clearly "
-        "beat a fixed answer, or is seldom readable, so that no ability could be lost."
+        f"**Uninformative**: {judged_places(results, judged)}. There, {baselines} itself does not "
+        "clearly beat a constant answer or is seldom readable, so no loss could be detected."
     )
 
 
-def _invalid(results: Results, judged: list[Judged]) -> str:
+def _invalid(results: Results, judged: list[JudgedComparison]) -> str:
     reasons: dict[str, dict[str, None]] = {}
     for c, verdict in judged:
-        short = brief(verdict.reason.removeprefix(f"{c.variant} "))
-        reasons.setdefault(c.variant, {})[short] = None
-    why = "; ".join(f"`{v}`: {escape(listed(list(short)))}" for v, short in reasons.items())
+        shortened = short_reason(verdict.reason.removeprefix(f"{c.variant} "))
+        reasons.setdefault(c.variant, {})[shortened] = None
+    reason_text = "; ".join(
+        f"`{v}`: {escape(listed(list(shortened)))}" for v, shortened in reasons.items()
+    )
     return (
-        f"**Invalid**: {places(results, judged)}. This is about the run and says nothing of "
-        f"quantization. Why: {why}."
+        f"**Invalid**: {judged_places(results, judged)}. This concerns the run, not "
+        f"quantization. Reasons: {reason_text}."
     )
 
 
-def brief(reason: str) -> str:
+def short_reason(reason: str) -> str:
     """A reason without what was measured, which stands in the tables."""
     return reason.partition(" (")[0]

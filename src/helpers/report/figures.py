@@ -91,15 +91,17 @@ def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figu
         channels: how many to show: the largest one, and others evenly spaced.
     """
     peak = int(magnitude.max(0).argmax())
-    shown = np.unique(np.append(np.linspace(0, magnitude.shape[1] - 1, channels).astype(int), peak))
+    selected = np.unique(
+        np.append(np.linspace(0, magnitude.shape[1] - 1, channels).astype(int), peak)
+    )
     figure = plt.figure(figsize=(7, 4.6))
     axes = figure.add_subplot(projection="3d")
     plt.close(figure)
-    x, y = np.meshgrid(shown, np.arange(len(magnitude)))
+    x, y = np.meshgrid(selected, np.arange(len(magnitude)))
     axes.plot_surface(
         x,
         y,
-        magnitude[:, shown],
+        magnitude[:, selected],
         cmap="viridis",
         rstride=1,
         cstride=1,
@@ -136,12 +138,12 @@ def histogram(counts: list[int], log2_edges: list[int], *, title: str) -> Figure
     return figure
 
 
-def wrapped(title: str) -> str:
+def wrapped_title(title: str) -> str:
     """A title in lines that fit a figure."""
     return "\n".join(textwrap.wrap(title, 92))
 
 
-def name_lowest(axes, names: list[str], heights: list[float]) -> None:
+def annotate_lowest(axes, names: list[str], heights: list[float]) -> None:
     """Name the two lowest points, on the side away from the edge; one if they are neighbours."""
     first, *rest = (int(i) for i in np.argsort(heights)[:2])
     apart = [i for i in rest if abs(i - first) > len(names) / 5 or len(names) < 20]

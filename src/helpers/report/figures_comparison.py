@@ -7,7 +7,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from helpers.report.figures import QUIET, in_house_style, name_lowest, new_figure, wrapped
+from helpers.report.figures import QUIET, annotate_lowest, in_house_style, new_figure, wrapped_title
 
 # Okabe and Ito's colours, told apart by every kind of colour vision.
 VARIANT_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
@@ -29,7 +29,7 @@ def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _rows_of(groups: list[str], variants: list[str]) -> dict[tuple[str, str], float]:
+def _row_heights(groups: list[str], variants: list[str]) -> dict[tuple[str, str], float]:
     """The height at which each variant of each group is drawn."""
     step = 0.75 / max(1, len(variants))
     return {
@@ -46,7 +46,7 @@ def _legend_below(figure: Figure, axes, variants: list[str]) -> None:
 
 
 @in_house_style
-def forest(rows: list[dict], *, variants: list[str], margin: float, title: str) -> Figure:
+def forest_plot(rows: list[dict], *, variants: list[str], margin: float, title: str) -> Figure:
     """Differences with their intervals in points, grouped by evaluation set.
 
     Args:
@@ -55,33 +55,31 @@ def forest(rows: list[dict], *, variants: list[str], margin: float, title: str) 
         margin: the equivalence margin, shaded.
     """
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    looks, places = variant_looks(variants), _rows_of(datasets, variants)
+    looks, places = variant_looks(variants), _row_heights(datasets, variants)
     figure, axes = new_figure(8, 1.7 + 0.22 * len(rows) + 0.1 * len(datasets))
     axes.axvspan(-100 * margin, 100 * margin, color=QUIET, alpha=0.22, linewidth=0)
     axes.axvline(0, color="black", linewidth=0.8)
     for row in rows:
         color, marker = looks[row["variant"]]
         marker = "x" if row["kind"] == "invalid" else marker
-        solid = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
+        opacity = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
         place = places[row["dataset"], row["variant"]]
         low, high, delta = (100 * row[key] for key in ("low", "high", "delta"))
-        axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=solid)
+        axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=opacity)
         face = color if row["filled"] else "white"
-        axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=solid)
+        axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=opacity)
     axes.set_yticks(range(len(datasets)), datasets)
     axes.set_ylim(len(datasets) - 0.45, -0.55)
     meaning = "filled: declared, hollow: exploratory, pale: uninformative, ×: invalid"
     label = f"difference to the baseline [points] ({meaning}; shaded: margin)"
     axes.set_xlabel(label, fontsize=9)
-    axes.set_title(wrapped(title))
+    axes.set_title(wrapped_title(title))
     _legend_below(figure, axes, variants)
     return figure
 
 
 @in_house_style
-def token_costs(
-    rows: list[dict], *, variants: list[str], floor: float | None, title: str
-) -> Figure:
+def kl_plot(rows: list[dict], *, variants: list[str], floor: float | None, title: str) -> Figure:
     """KL to the float model by model and variant, log scale, with intervals.
 
     Args:
@@ -89,7 +87,7 @@ def token_costs(
         floor: the KL of the noise floor, drawn as a line; None without one.
     """
     models = list(dict.fromkeys(row["model"] for row in rows))
-    looks, places = variant_looks(variants), _rows_of(models, variants)
+    looks, places = variant_looks(variants), _row_heights(models, variants)
     figure, axes = new_figure(8, 1.5 + 0.25 * len(rows))
     for row in rows:
         color, marker = looks[row["variant"]]
@@ -110,7 +108,7 @@ def token_costs(
     axes.set_yticks(range(len(models)), models)
     axes.set_ylim(len(models) - 0.45, -0.55)
     axes.set_xlabel("KL from the float model [nats / token], log scale")
-    axes.set_title(wrapped(title))
+    axes.set_title(wrapped_title(title))
     _legend_below(figure, axes, variants)
     return figure
 
@@ -120,7 +118,7 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: st
     """KL from the float model against α, a line a variant, its least point marked.
 
     Args:
-        curves: variant to rows of `alpha` and `kl` (nats a token).
+        curves: variant to rows of `alpha` and `kl` (nats per token).
     """
     figure, axes = new_figure(6.4, 3.2)
     looks = variant_looks(variants)
@@ -129,9 +127,9 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: st
         rows = sorted(rows, key=lambda row: row["alpha"])
         alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
         axes.plot(alphas, kl, f"{marker}-", color=color, label=variant)
-        least = min(rows, key=lambda row: row["kl"])
-        axes.plot(least["alpha"], least["kl"], "o", color=color, markersize=11, fillstyle="none")
-    axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped(title))
+        lowest = min(rows, key=lambda row: row["kl"])
+        axes.plot(lowest["alpha"], lowest["kl"], "o", color=color, markersize=11, fillstyle="none")
+    axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped_title(title))
     axes.set_ylim(0, 1.08 * max(row["kl"] for rows in curves.values() for row in rows))
     axes.legend(frameon=False)
     return figure
@@ -157,11 +155,11 @@ def sqnr_by_variant(
             axes.plot(list(plain.values()), "_", color="#999999", markersize=5)
         color, marker = looks[variant]
         axes.plot(list(values.values()), marker, color=color, markersize=3)
-        name_lowest(axes, list(values), list(values.values()))
+        annotate_lowest(axes, list(values), list(values.values()))
         note = " (grey: the same without smoothing)" if before else ""
         axes.set_title(variant + note, fontsize=9, color=looks[variant][0])
         axes.set_ylabel("SQNR [dB]")
         axes.margins(y=0.15)
     panels[-1, 0].set_xlabel("Linear, in layer order")
-    figure.suptitle(wrapped(title), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(wrapped_title(title), x=0.01, ha="left", fontsize=11)
     return figure

@@ -18,9 +18,9 @@ from pathlib import Path
 from helpers.core.errors import StudyError
 from helpers.core.records import write_json, write_jsonl
 from helpers.evaluation.prompt_records import read_prompts
-from helpers.report.lm_eval_results import aggregated
-from helpers.report.lm_eval_samples import sample
-from helpers.report.results import Evaluated, Results, load_results
+from helpers.report.lm_eval_results import aggregated_results
+from helpers.report.lm_eval_samples import sample_line
+from helpers.report.results import Results, VariantResults, load_results
 from helpers.study.study_run import Job, open_job
 
 
@@ -31,37 +31,39 @@ def write_harness_files(job: Job) -> Path:
         StudyError: the results are not complete, or there is no record of what was asked.
     """
     results, folder = load_results(job), job.paths.root / "lm-eval"
-    made = [(found, _samples(job, results, found)) for found in results.evaluations.values()]
+    samples_by_variant = [
+        (variant, _sample_rows(job, results, variant)) for variant in results.evaluations.values()
+    ]
     shutil.rmtree(folder, ignore_errors=True)
-    for found, samples in made:
-        place, date = folder / f"{found.model}__{found.variant}", _date(found)
-        write_json(place / f"results_{date}.json", aggregated(results, found, samples))
+    for variant, samples in samples_by_variant:
+        place, date = folder / f"{variant.model}__{variant.variant}", _evaluation_date(variant)
+        write_json(place / f"results_{date}.json", aggregated_results(results, variant, samples))
         for task, rows in samples.items():
             write_jsonl(place / f"samples_{task}_{date}.jsonl", rows)
     return folder
 
 
-def _samples(job: Job, results: Results, found: Evaluated) -> dict[str, list[dict]]:
+def _sample_rows(job: Job, results: Results, variant: VariantResults) -> dict[str, list[dict]]:
     """The rows of every evaluation set, each with what the baseline was asked."""
-    baseline = job.paths.evaluation(found.model, results.study.baseline)
+    baseline = job.paths.evaluation(variant.model, results.study.baseline)
     samples = {}
-    for name, wanted in results.study.evaluation.datasets.items():
-        asked, rows = read_prompts(baseline, name), []
-        for place, row in enumerate(found.predictions[name]):
-            known = asked.get(row["id"], {})
-            if known.get("prompt_hash") != row["prompt_hash"]:
+    for name, evaluation_set in results.study.evaluation.datasets.items():
+        prompt_records, rows = read_prompts(baseline, name), []
+        for place, row in enumerate(variant.predictions[name]):
+            prompt_record = prompt_records.get(row["id"], {})
+            if prompt_record.get("prompt_hash") != row["prompt_hash"]:
                 raise StudyError(
-                    f"{found.model}/{found.variant}: what item {row['id']} of {name} was asked is "
-                    "not on record; run 03_evaluation again"
+                    f"{variant.model}/{variant.variant}: what item {row['id']} of {name} was "
+                    "asked is not on record; run 03_evaluation again"
                 )
-            rows.append(sample(place, row, known, wanted))
+            rows.append(sample_line(place, row, prompt_record, evaluation_set))
         samples[name] = rows
     return samples
 
 
-def _date(found: Evaluated) -> str:
+def _evaluation_date(variant: VariantResults) -> str:
     """When the evaluation began, as the harness puts it into the names of its files."""
-    began = datetime.fromisoformat(found.record["started"]).astimezone(UTC)
+    began = datetime.fromisoformat(variant.record["started"]).astimezone(UTC)
     return began.strftime("%Y-%m-%dT%H-%M-%S.%f")
 
 
@@ -71,9 +73,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m helpers.report.lm_eval_export", description=__doc__
     )
     parser.add_argument("study", help="a study's name in params/, or the path of its YAML file")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        print(f"written: {write_harness_files(open_job(given.study))}")
+        print(f"written: {write_harness_files(open_job(arguments.study))}")
     except StudyError as error:
         print(error, file=sys.stderr)
         return 1

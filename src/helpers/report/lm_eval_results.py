@@ -10,53 +10,68 @@ from importlib.metadata import version
 
 from helpers.evaluation.metrics import mean
 from helpers.report.lm_eval_samples import filter_name, metric_names, task_hash
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results, VariantResults
 from helpers.study.schema import EvaluationSet
 
 HARNESS = "0.4.13"
 SHARED = "shared_text"
 LOWER_IS_BETTER = {"token_perplexity", "kl", "median_absolute_difference"}
-BEYOND_MEANS = ("macro_f1", "has_answer_exact_match", "has_answer_f1", "no_answer_exact_match")
-BEYOND_MEANS += ("median_absolute_difference",)
+METRICS_WITHOUT_MEAN = (
+    "macro_f1",
+    "has_answer_exact_match",
+    "has_answer_f1",
+    "no_answer_exact_match",
+)
+METRICS_WITHOUT_MEAN += ("median_absolute_difference",)
 
 
-def aggregated(results: Results, found: Evaluated, samples: dict[str, list[dict]]) -> dict:
+def aggregated_results(
+    results: Results, variant: VariantResults, samples: dict[str, list[dict]]
+) -> dict:
     """The content of `results_<date>.json` for one variant of one model."""
-    asked = results.study.evaluation.datasets
-    metrics = {name: _metrics(found, name, rows, asked[name]) for name, rows in samples.items()}
+    datasets = results.study.evaluation.datasets
+    metrics = {
+        name: _metric_values(variant, name, rows, datasets[name]) for name, rows in samples.items()
+    }
     counts = {name: len(rows) for name, rows in samples.items()}
-    metrics[SHARED], counts[SHARED] = _shared(found), found.shared_text["passages"]
+    metrics[SHARED], counts[SHARED] = _shared_text_values(variant), variant.shared_text["passages"]
     return {
         "results": {
             task: {"name": task, "alias": task, "sample_len": counts[task], **values}
             for task, values in metrics.items()
         },
         "group_subtasks": {task: [] for task in metrics},
-        "configs": {SHARED: _shared_config(results)}
-        | {name: _config(results, name, wanted) for name, wanted in asked.items()},
+        "configs": {SHARED: _shared_text_config(results)}
+        | {
+            name: _task_config(results, name, evaluation_set)
+            for name, evaluation_set in datasets.items()
+        },
         "versions": dict.fromkeys(metrics, version("smoothquant-study")),
-        "n-shot": {SHARED: 0} | {name: _shots(wanted) for name, wanted in asked.items()},
-        "higher_is_better": {task: _directions(values) for task, values in metrics.items()},
+        "n-shot": {SHARED: 0}
+        | {name: _fewshot_count(evaluation_set) for name, evaluation_set in datasets.items()},
+        "higher_is_better": {task: _higher_is_better(values) for task, values in metrics.items()},
         "n-samples": {task: {"original": n, "effective": n} for task, n in counts.items()},
-        "config": _run(results, found),
+        "config": _run_config(results, variant),
         "task_hashes": {name: task_hash(rows) for name, rows in samples.items()},
-        **_identity(found),
+        **_provenance_fields(variant),
     }
 
 
-def _shots(wanted: EvaluationSet) -> int:
-    return wanted.ask.shots if wanted.ask.protocol == "generate" else 0
+def _fewshot_count(evaluation_set: EvaluationSet) -> int:
+    return evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
 
 
-def _metrics(found: Evaluated, name: str, rows: list[dict], wanted: EvaluationSet) -> dict:
+def _metric_values(
+    variant: VariantResults, name: str, rows: list[dict], evaluation_set: EvaluationSet
+) -> dict:
     """`metric,filter` and its standard error, as the harness names them."""
-    suffix, values = filter_name(wanted), {}
-    for metric in metric_names(wanted):
+    suffix, values = filter_name(evaluation_set), {}
+    for metric in metric_names(evaluation_set):
         scores = [row[metric] for row in rows]
         values[f"{metric},{suffix}"] = mean(scores)
         values[f"{metric}_stderr,{suffix}"] = standard_error(scores)
-    for metric in BEYOND_MEANS:
-        if (value := found.metrics[name].get(metric)) is not None:
+    for metric in METRICS_WITHOUT_MEAN:
+        if (value := variant.metrics[name].get(metric)) is not None:
             values[f"{metric},{suffix}"], values[f"{metric}_stderr,{suffix}"] = value, "N/A"
     return values
 
@@ -70,51 +85,55 @@ def standard_error(values: list[float]) -> float | str:
     return math.sqrt(variance / len(values))
 
 
-def _shared(found: Evaluated) -> dict:
-    told = found.shared_text
-    figures = {"token_perplexity": told["perplexity"], "kl": told["kl"]}
-    figures["top1_agreement"] = told["top1_agreement"]
-    known = {name: value for name, value in figures.items() if value is not None}
-    return {f"{name},none": value for name, value in known.items()} | {
-        f"{name}_stderr,none": "N/A" for name in known
+def _shared_text_values(variant: VariantResults) -> dict:
+    shared_text = variant.shared_text
+    figures = {"token_perplexity": shared_text["perplexity"], "kl": shared_text["kl"]}
+    figures["top1_agreement"] = shared_text["top1_agreement"]
+    finite = {name: value for name, value in figures.items() if value is not None}
+    return {f"{name},none": value for name, value in finite.items()} | {
+        f"{name}_stderr,none": "N/A" for name in finite
     }
 
 
-def _directions(values: dict) -> dict[str, bool]:
+def _higher_is_better(values: dict) -> dict[str, bool]:
     names = {key.partition(",")[0] for key in values}
     return {n: n not in LOWER_IS_BETTER for n in sorted(names) if not n.endswith("_stderr")}
 
 
-def _config(results: Results, name: str, wanted: EvaluationSet) -> dict:
+def _task_config(results: Results, name: str, evaluation_set: EvaluationSet) -> dict:
     """The task as the harness describes its own, and how it was drawn under `metadata`."""
-    scored = wanted.ask.protocol == "loglikelihood"
-    found = {
+    scored = evaluation_set.ask.protocol == "loglikelihood"
+    config = {
         "task": name,
-        "dataset_path": next(iter(wanted.source.model_dump().values())),
-        "dataset_name": getattr(wanted.source, "config", None),
-        "test_split": getattr(wanted.source, "split", None),
+        "dataset_path": next(iter(evaluation_set.source.model_dump().values())),
+        "dataset_name": getattr(evaluation_set.source, "config", None),
+        "test_split": getattr(evaluation_set.source, "split", None),
         "output_type": "multiple_choice" if scored else "generate_until",
-        "num_fewshot": _shots(wanted),
+        "num_fewshot": _fewshot_count(evaluation_set),
         "repeats": 1,
         "metric_list": [
             {"metric": metric, "aggregation": "mean", "higher_is_better": True}
-            for metric in metric_names(wanted)
+            for metric in metric_names(evaluation_set)
         ],
         "metadata": {
             "version": version("smoothquant-study"),
             "study": results.name,
             "seed": results.study.seed,
-            "adapter": wanted.adapter,
-            **wanted.ask.model_dump(),
+            "adapter": evaluation_set.adapter,
+            **evaluation_set.ask.model_dump(),
         },
     }
     if not scored:
-        limits = {"until": [], "do_sample": False, "max_gen_toks": wanted.ask.max_new_tokens}
-        found["generation_kwargs"] = limits
-    return found
+        limits = {
+            "until": [],
+            "do_sample": False,
+            "max_gen_toks": evaluation_set.ask.max_new_tokens,
+        }
+        config["generation_kwargs"] = limits
+    return config
 
 
-def _shared_config(results: Results) -> dict:
+def _shared_text_config(results: Results) -> dict:
     text = results.study.evaluation.shared_text
     return {
         "task": SHARED,
@@ -125,16 +144,16 @@ def _shared_config(results: Results) -> dict:
     }
 
 
-def _run(results: Results, found: Evaluated) -> dict:
+def _run_config(results: Results, variant: VariantResults) -> dict:
     study = results.study
-    model = {"pretrained": f"{results.name}/{found.model}/{found.variant}"}
+    model = {"pretrained": f"{results.name}/{variant.model}/{variant.variant}"}
     model |= {"dtype": study.runtime.dtype, "quantized": study.runtime.quantized}
     seeds = ("random_seed", "numpy_seed", "torch_seed", "fewshot_seed")
     return {
         "model": "smoothquant-study",
         "model_args": model,
         "model_dtype": f"torch.{study.runtime.dtype}",
-        "model_sha": found.record["inputs"]["variant"],
+        "model_sha": variant.record["inputs"]["variant"],
         "batch_size": None,
         "batch_sizes": [],
         "device": study.runtime.device,
@@ -146,9 +165,9 @@ def _run(results: Results, found: Evaluated) -> dict:
     }
 
 
-def _identity(found: Evaluated) -> dict:
+def _provenance_fields(variant: VariantResults) -> dict:
     """Who made it, when, with what; the harness's version is that of the format."""
-    record, name = found.record, f"{found.model}/{found.variant}"
+    record, name = variant.record, f"{variant.model}/{variant.variant}"
     machine = record["machine"]
     return {
         "git_hash": None,

@@ -103,9 +103,9 @@ def megabytes(size_bytes: float) -> str:
     return f"{number(size_bytes / 1e6)} MB"
 
 
-def count(n: int, what: str) -> str:
+def count(n: int, noun: str) -> str:
     """`1 item`, `20 items`."""
-    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
 
 
 def listed(parts: list[str]) -> str:
@@ -113,7 +113,7 @@ def listed(parts: list[str]) -> str:
     return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1]))) if parts else ""
 
 
-def capital(text: str) -> str:
+def capitalized(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
@@ -130,18 +130,18 @@ def code(name: str) -> Markup:
 def escape(text: str) -> str:
     """Any text so that Markdown and HTML show it and do not act on it."""
     active = "".join(_ACTIVE.get(c, c) for c in one_line(text))
-    return _no_addresses(_AT_AN_EDGE.sub(lambda c: f"&#{ord(c[0])};", active))
+    return _without_links(_AT_AN_EDGE.sub(lambda c: f"&#{ord(c[0])};", active))
 
 
 def quoted(text: str, *, limit: int) -> Markup:
     """What a model wrote, cut at `limit` characters, as inert code."""
     plain = one_line(text)
     cut = plain if len(plain) <= limit else plain[: limit - 1].rstrip() + "…"
-    inert = _no_addresses("".join(_IN_CODE.get(c, c) for c in cut))
+    inert = _without_links("".join(_IN_CODE.get(c, c) for c in cut))
     return Markup(f"<code>{inert}</code>" if cut else "(empty)")
 
 
-def _no_addresses(text: str) -> str:
+def _without_links(text: str) -> str:
     """An empty tag inside everything that would be taken for an address."""
     return _IN_ADDRESS.sub("<wbr/>", text)
 

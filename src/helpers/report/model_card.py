@@ -49,18 +49,18 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
     path = job.paths.calibration(job.model) / "record.json"
     calibration = read_json(path, made_by="01_calibration")
     parts = [
-        front_matter(job.study, job.model, tags(job, scheme, verified)),
+        front_matter(job.study, job.model, card_tags(job, scheme, verified)),
         f"# {job.model}, {job.variant}",
-        origin(job, calibration),
-        markdown_table(facts(folder, scheme, before, after)),
+        origin_sentence(job, calibration),
+        markdown_table(facts_table(folder, scheme, before, after)),
         "## Checks",
-        checks(verified),
+        checks_section(verified),
         "## How good it is",
-        f"What it answers, and what that is worth beside its controls, is in the report of the "
-        f"study {code(job.name)}: `../../../report.md`, with the metrics in "
-        "`../evaluation/metrics.json`. Without that report nothing is known of its quality.",
+        f"The report of the study {code(job.name)} compares its answers with those of its "
+        "controls: `../../../report.md`. Its metrics are in `../evaluation/metrics.json`. Without "
+        "that report its quality is unknown.",
         "## Use",
-        use(folder.name, bool(scheme)),
+        usage_text(folder.name, bool(scheme)),
         "## Limits",
         LIMITS,
     ]
@@ -68,7 +68,7 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
     return folder / CARD
 
 
-def tags(job: Job, scheme: dict, verified: dict) -> list[str]:
+def card_tags(job: Job, scheme: dict, verified: dict) -> list[str]:
     """What the files are found by; smoothed is only what passed its checks as such."""
     smoothed = ["smoothquant"] if job.recipe.smooth and verified["passed"] else []
     return [*smoothed, *(["w8a8", "int8", "compressed-tensors"] if scheme else [])]
@@ -76,89 +76,95 @@ def tags(job: Job, scheme: dict, verified: dict) -> list[str]:
 
 def front_matter(study: Study, model: str, tags: list[str]) -> str:
     """What the Hub reads: YAML between two lines of dashes; only what is known."""
-    told = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+    fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     source, tuned = study.models[model], False
     if isinstance(source, FineTunedModel):
         source, tuned = study.models[source.finetune.start], True
     if isinstance(source, BundledModel):
-        told["base_model"], told["license"] = BUNDLED[source.bundled]
+        fields["base_model"], fields["license"] = BUNDLED[source.bundled]
     elif isinstance(source, HubModel):
-        told["base_model"] = source.hub
-    if "base_model" in told:
-        told["base_model_relation"] = "finetune" if tuned else "quantized"
-    return f"---\n{yaml.safe_dump(told, sort_keys=False)}---"
+        fields["base_model"] = source.hub
+    if "base_model" in fields:
+        fields["base_model_relation"] = "finetune" if tuned else "quantized"
+    return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---"
 
 
-def origin(job: Job, calibration: dict) -> str:
+def origin_sentence(job: Job, calibration: dict) -> str:
     """Which model it was made from, and on what it was calibrated."""
-    source, made = job.study.models[job.model], "The model"
+    source, description = job.study.models[job.model], "The model"
     if isinstance(source, FineTunedModel):
-        made = f"The model {code(source.finetune.start)}, fine-tuned here by full training"
+        description = f"The model {code(source.finetune.start)}, fine-tuned here by full training"
         source = job.study.models[source.finetune.start]
     name = next(iter(source.model_dump().values()))
     results = calibration["results"]
     return (
-        f"{made} ({code(str(name))}), its files {code(calibration['inputs']['model'][:12])}, "
-        f"calibrated on {count(len(results['items']), 'item')} of {results['tokens']:,} tokens, "
+        f"{description} ({code(str(name))}), its files "
+        f"{code(calibration['inputs']['model'][:12])}, calibrated "
+        f"on {count(len(results['items']), 'item')} of {results['tokens']:,} tokens, "
         "and written by llmcompressor."
     )
 
 
-def facts(folder: Path, scheme: dict, before: dict[str, int], after: dict[str, int]) -> Rows:
+def facts_table(folder: Path, scheme: dict, before: dict[str, int], after: dict[str, int]) -> Rows:
     """What the files themselves say: scheme, Linears, bytes."""
     rows = []
     for name, group in scheme.get("config_groups", {}).items():
         for key in ("weights", "input_activations"):
-            if told := group.get(key):
+            if scheme_part := group.get(key):
                 rows.append(
-                    {"part": f"{key.replace('_', ' ')} ({name})", "read back": _words(told)}
+                    {
+                        "part": f"{key.replace('_', ' ')} ({name})",
+                        "read back": _scheme_words(scheme_part),
+                    }
                 )
-    int8 = [n for n, dtype in stored(folder).items() if dtype == "I8"]
+    int8 = [n for n, dtype in stored_dtypes(folder).items() if dtype == "I8"]
     rows.append({"part": "tensors in int8", "read back": str(len(int8))})
     if kept := scheme.get("ignore", []):
         rows.append({"part": "kept float", "read back": ", ".join(kept)})
     for part, size in after.items():
-        told = f"{megabytes(size)}, {megabytes(before[part])} before"
-        rows.append({"part": part, "read back": told})
+        scheme_part = f"{megabytes(size)}, {megabytes(before[part])} before"
+        rows.append({"part": part, "read back": scheme_part})
     share = percent(sum(after.values()) / sum(before.values()))
     return [*rows, {"part": "all", "read back": f"{share} of the model it was made from"}]
 
 
-def _words(scheme: dict) -> str:
+def _scheme_words(scheme: dict) -> str:
     kind = f"{scheme['type']}{scheme['num_bits']} per {scheme['strategy']}"
     timing = ", dynamic" if scheme.get("dynamic") else ""
     return f"{kind}{timing}{', symmetric' if scheme.get('symmetric') else ''}"
 
 
-def stored(folder: Path) -> dict[str, str]:
+def stored_dtypes(folder: Path) -> dict[str, str]:
     """The kind of number of every tensor in a folder's safetensors files, by its name."""
-    found = {}
+    dtypes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
             names = list(tensors.keys())
-            found |= {name: tensors.get_slice(name).get_dtype() for name in names}
-    return found
+            dtypes |= {name: tensors.get_slice(name).get_dtype() for name in names}
+    return dtypes
 
 
-def checks(verified: dict) -> str:
+def checks_section(verified: dict) -> str:
     """Every gate with what it measured; a failed one is said first."""
     gates = verified["gates"]
     failed = [escape(gate["name"]) for gate in gates if not gate["passed"]]
-    told = f"All {len(gates)} checks on these files hold."
+    summary = f"All {len(gates)} checks on these files pass."
     if failed:
-        told = f"**Not to be used.** {len(failed)} of {len(gates)} checks fail: {listed(failed)}."
+        summary = (
+            f"**Not to be used.** {len(failed)} of {len(gates)} checks fail: {listed(failed)}."
+        )
     rows = [
-        {"check": gate["name"], "result": "holds" if gate["passed"] else "FAILS"}
+        {"check": gate["name"], "result": "passes" if gate["passed"] else "FAILS"}
         | {"measured": gate["measured"], "limit": gate["limit"]}
         for gate in gates
     ]
-    return f"{told}\n\n{markdown_table(rows)}"
+    return f"{summary}\n\n{markdown_table(rows)}"
 
 
-def use(folder: str, quantized: bool) -> str:
+def usage_text(folder: str, quantized: bool) -> str:
     """How it is run, and on what it is really int8."""
     if not quantized:
-        return "transformers loads it as any float model; smoothing left its function as it was."
+        return "transformers loads it like any float model; smoothing does not change its function."
     return (
         f"`vllm serve {folder}` runs it on int8 kernels. transformers loads it with "
         "compressed-tensors, which only simulates int8 and is slower than the float model."
@@ -166,8 +172,7 @@ def use(folder: str, quantized: bool) -> str:
 
 
 LIMITS = (
-    "- What the model it was made from cannot do, or does badly, this one cannot do either; its "
-    "license and its terms apply.\n"
-    "- Two correct int8 implementations do not give the same numbers: single answers differ "
-    "between them, on average the model is the same."
+    "- It has the limits of the model that it was made from, whose license and terms apply.\n"
+    "- Two correct int8 implementations give different numbers: single answers differ between "
+    "them, the average quality does not."
 )

@@ -27,17 +27,17 @@ from helpers.report.narrative import bullets
 from helpers.report.results import Results
 from helpers.report.tables_headline import verdict_on, verdict_text
 from helpers.statistics import naive_rules
-from helpers.statistics.comparison import Answers
-from helpers.statistics.naive_rules import OldConclusion
+from helpers.statistics.comparison import VariantPredictions
+from helpers.statistics.naive_rules import NaiveConclusion
 from helpers.statistics.verdicts import Verdict
 
-OPENING = """## What the old rules would have concluded
+OPENING = """## The conclusions of the earlier report's rules
 
-This chapter is about rules, not about models. The report that this project redoes let the
-higher score win, told differences in percent of a percentage, and read SQuAD by its official
-rule, for which an answer without a box is the empty answer: right wherever a question has
-none. Below, these rules are applied to this study's own answers. Beside them stands what this
-study concludes from the same answers. No number of this chapter is used anywhere else.
+The report that this project redoes declared the higher score the winner, gave differences in
+percent of a percentage, and scored SQuAD by its official metric. That metric treats an answer
+without a box as the empty answer, which is correct for every question without an answer. This
+chapter applies these rules to this study's answers and compares the conclusions with this study's
+verdicts. No number of this chapter is used anywhere else.
 """
 
 
@@ -48,41 +48,44 @@ def chapter(results: Results) -> list[Markdown]:
     parts = [OPENING]
     for model in results.models:
         parts += [f"### Model `{model}`: two conclusions from the same answers"]
-        parts += [markdown_table(_conclusions(results, model)), _win_rates(results, model)]
-        parts += [_reasons(results, model)]
-    for dataset in _of_adapter(results, "squad_v2"):
-        parts += [f"### Why {dataset_name(dataset)} rewards silence"]
-        parts += [markdown_table(_silence(results, dataset))]
-        parts += [_certified(results, model, dataset) for model in results.models]
-    for dataset in _of_adapter(results, "openmath"):
-        parts += [f"### Why the mean difference on {dataset_name(dataset)} is no score"]
-        parts += [markdown_table(_mean_differences(results, dataset))]
         parts += [
-            "It is over the answers that are numbers, so it can shrink as a model answers less. "
-            "This study takes the median and names its coverage."
+            markdown_table(_conclusion_table(results, model)),
+            _win_rate_sentence(results, model),
+        ]
+        parts += [_reason_bullets(results, model)]
+    for dataset in _datasets_of(results, "squad_v2"):
+        parts += [f"### Why {dataset_name(dataset)} rewards empty answers"]
+        parts += [markdown_table(_empty_answer_table(results, dataset))]
+        parts += [_certified_sentences(results, model, dataset) for model in results.models]
+    for dataset in _datasets_of(results, "openmath"):
+        parts += [f"### Why the mean difference on {dataset_name(dataset)} is no score"]
+        parts += [markdown_table(_mean_difference_table(results, dataset))]
+        parts += [
+            "It averages only the answers that are numbers, so it can fall if a model answers "
+            "less. This study takes the median and states its coverage."
         ]
     return [Markdown("\n\n".join(filter(None, parts)) + "\n")]
 
 
-def _of_adapter(results: Results, adapter: str) -> list[str]:
+def _datasets_of(results: Results, adapter: str) -> list[str]:
     return [n for n, s in results.study.evaluation.datasets.items() if s.adapter == adapter]
 
 
-def _answers(results: Results, model: str, variant: str, dataset: str) -> Answers:
-    return Answers(variant, results.evaluations[model, variant].predictions[dataset])
+def _predictions_of(results: Results, model: str, variant: str, dataset: str) -> VariantPredictions:
+    return VariantPredictions(variant, results.evaluations[model, variant].predictions[dataset])
 
 
-def _concluded(results: Results, model: str, variant: str, dataset: str) -> OldConclusion:
+def _naive_conclusion(results: Results, model: str, variant: str, dataset: str) -> NaiveConclusion:
     adapter = results.study.evaluation.datasets[dataset].adapter
-    sides = (_answers(results, model, v, dataset) for v in (results.study.baseline, variant))
-    return naive_rules.conclude(adapter, *sides)
+    sides = (_predictions_of(results, model, v, dataset) for v in (results.study.baseline, variant))
+    return naive_rules.naive_conclusion(adapter, *sides)
 
 
-def _conclusions(results: Results, model: str) -> Rows:
+def _conclusion_table(results: Results, model: str) -> Rows:
     rows = []
     for variant in results.study.old_rules_chapter:
         for dataset in results.study.evaluation.datasets:
-            old = _concluded(results, model, variant, dataset)
+            old = _naive_conclusion(results, model, variant, dataset)
             verdict = _verdict(results, model, variant, dataset)
             winner = variant if old.winner == "variant" else results.study.baseline
             rows.append(
@@ -91,9 +94,9 @@ def _conclusions(results: Results, model: str) -> Rows:
                     "dataset": dataset_name(dataset),
                     "before": percent(old.before),
                     "after": percent(old.after),
-                    "“relative change”": _relative(old.relative_change),
+                    "“relative change”": _relative_change_cell(old.relative_change),
                     "old “winner”": code(winner),
-                    "what this study concludes": Markup(
+                    "verdict of this study": Markup(
                         verdict_text(replace(verdict, reason=""), results.rules.margin)
                     ),
                 }
@@ -105,32 +108,32 @@ def _verdict(results: Results, model: str, variant: str, dataset: str) -> Verdic
     return verdict_on(results, results.evaluations[model, variant], dataset)
 
 
-def _reasons(results: Results, model: str) -> str:
-    """Why each variant is invalid or its items say nothing, each reason once."""
-    told = []
+def _reason_bullets(results: Results, model: str) -> str:
+    """Why each variant is invalid or its items are uninformative, each reason once."""
+    texts = []
     for variant in results.study.old_rules_chapter:
-        sets: dict[tuple[str, str], list[str]] = {}
+        datasets_by_reason: dict[tuple[str, str], list[str]] = {}
         for dataset in results.study.evaluation.datasets:
             verdict = _verdict(results, model, variant, dataset)
             if verdict.kind in ("invalid", "uninformative"):
                 key = (verdict.kind, verdict.reason)
-                sets.setdefault(key, []).append(dataset_name(dataset))
-        told += [
+                datasets_by_reason.setdefault(key, []).append(dataset_name(dataset))
+        texts += [
             f"`{variant}` on {listed(names)}, {kind}: {escape(reason.removeprefix(f'{variant} '))}"
-            for (kind, reason), names in sets.items()
+            for (kind, reason), names in datasets_by_reason.items()
         ]
-    return bullets([f"{text}." for text in told])
+    return bullets([f"{text}." for text in texts])
 
 
-def _relative(change: float | None) -> str:
+def _relative_change_cell(change: float | None) -> str:
     return MISSING if change is None else f"{signed(100 * change, 0)} %"
 
 
-def _win_rates(results: Results, model: str) -> str:
-    told = []
+def _win_rate_sentence(results: Results, model: str) -> str:
+    texts = []
     for variant in results.study.old_rules_chapter:
         by_set = {
-            dataset: _concluded(results, model, variant, dataset)
+            dataset: _naive_conclusion(results, model, variant, dataset)
             for dataset in results.study.evaluation.datasets
         }
         rates = [naive_rules.win_rate(list(by_set.values()), s) for s in ("baseline", "variant")]
@@ -139,70 +142,80 @@ def _win_rates(results: Results, model: str) -> str:
             f"between `{results.study.baseline}` and `{variant}` the “win rates” are "
             f"{percent(rates[0])} and {percent(rates[1])}"
         )
-        told.append(f"{text} (it “wins” {listed(won)})" if won else text)
-    return f"By the old rules, {'; '.join(told)}."
+        texts.append(f"{text} (it “wins” {listed(won)})" if won else text)
+    return f"By these rules, {'; '.join(texts)}."
 
 
-def _silence(results: Results, dataset: str) -> Rows:
-    rows, fixed = [], None
+def _empty_answer_table(results: Results, dataset: str) -> Rows:
+    rows, last_counts = [], None
     for model in results.models:
         for variant in (results.study.baseline, *results.study.old_rules_chapter):
-            found = naive_rules.empty_answers(
-                _answers(results, model, variant, dataset).predictions
+            counts = naive_rules.empty_answers(
+                _predictions_of(results, model, variant, dataset).predictions
             )
             row = {"model": code(model), "variant": code(variant)}
-            row["exact match, official rule"] = percent(found.exact_match)
-            row |= {"HasAns": percent(found.has_answer), "NoAns": percent(found.no_answer)}
-            row["empty answers"] = f"{found.empty} of {found.items}"
-            row["of them unparsed"] = str(found.unparsed)
+            row["exact match, official metric"] = percent(counts.exact_match)
+            row |= {"HasAns": percent(counts.has_answer), "NoAns": percent(counts.no_answer)}
+            row["empty answers"] = f"{counts.empty} of {counts.items}"
+            row["of them unparsed"] = str(counts.unparsed)
             rows.append(row)
-            fixed = found
-    silent = {"model": "any", "variant": "always the empty answer"}
-    silent["exact match, official rule"] = percent(fixed.unanswerable / fixed.items)
-    silent |= {"HasAns": percent(0.0), "NoAns": percent(1.0)}
-    silent |= {"empty answers": f"{fixed.items} of {fixed.items}", "of them unparsed": MISSING}
-    return [*rows, silent]
+            last_counts = counts
+    silent_row = {"model": "any", "variant": "always the empty answer"}
+    silent_row["exact match, official metric"] = percent(
+        last_counts.unanswerable / last_counts.items
+    )
+    silent_row |= {"HasAns": percent(0.0), "NoAns": percent(1.0)}
+    silent_row |= {
+        "empty answers": f"{last_counts.items} of {last_counts.items}",
+        "of them unparsed": MISSING,
+    }
+    return [*rows, silent_row]
 
 
-def _certified(results: Results, model: str, dataset: str) -> str:
-    """The “win” of each variant that says nothing, and the p that would have certified it."""
-    told, adapter = [], results.study.evaluation.datasets[dataset].adapter
+def _certified_sentences(results: Results, model: str, dataset: str) -> str:
+    """The “win” of each variant without readable answers, and the p that would certify it."""
+    sentences, adapter = [], results.study.evaluation.datasets[dataset].adapter
     for variant in results.study.old_rules_chapter:
-        old = _concluded(results, model, variant, dataset)
-        found = naive_rules.empty_answers(_answers(results, model, variant, dataset).predictions)
-        if old.winner == "baseline" or 2 * found.empty <= found.items:
+        old = _naive_conclusion(results, model, variant, dataset)
+        counts = naive_rules.empty_answers(
+            _predictions_of(results, model, variant, dataset).predictions
+        )
+        if old.winner == "baseline" or 2 * counts.empty <= counts.items:
             continue
-        sides = [_answers(results, model, v, dataset) for v in (results.study.baseline, variant)]
-        p = naive_rules.certifying_p(adapter, *sides)
-        judged = (
-            "so that a test of significance alone would have certified it"
+        sides = [
+            _predictions_of(results, model, v, dataset) for v in (results.study.baseline, variant)
+        ]
+        p = naive_rules.naive_mcnemar_p(adapter, *sides)
+        consequence = (
+            "so a significance test alone would have certified it"
             if p <= results.rules.alpha
-            else "so that at least a test of significance would have held it back"
+            else "so a significance test would at least have rejected it"
         )
-        told.append(
-            f"In `{model}`, {percent(found.unanswerable / found.items)} of the questions have no "
-            f"answer. `{variant}` says nothing readable to {found.unparsed} of "
-            f"{count(found.items, 'question')}; the official rule finds it right on "
-            f"{percent(found.no_answer)} of those without an answer, on "
-            f"{percent(found.has_answer)} of those with one, and so on "
-            f"{percent(found.exact_match)} of all, where `{results.study.baseline}` has "
-            f"{percent(old.before)}. Exact McNemar on these scores gives p {_is(p)}, {judged}. "
-            "This study looks at the answers first: an unparsed one scores zero, and degeneracy "
-            "is decided before any test."
+        sentences.append(
+            f"In `{model}`, {percent(counts.unanswerable / counts.items)} of the questions have no "
+            f"answer. `{variant}` gives no readable answer to {counts.unparsed} of "
+            f"{count(counts.items, 'question')}; the official metric counts it correct on "
+            f"{percent(counts.no_answer)} of those without an answer, on "
+            f"{percent(counts.has_answer)} of those with one, and so on "
+            f"{percent(counts.exact_match)} of all, where `{results.study.baseline}` has "
+            f"{percent(old.before)}. Exact McNemar on these scores gives p {_p_with_sign(p)}, "
+            f"{consequence}. "
+            "This study looks at the answers first: an unparsed answer scores zero, and degenerate "
+            "answers are invalid before any test."
         )
-    return " ".join(told)
+    return " ".join(sentences)
 
 
-def _is(p: float) -> str:
-    shown = p_value(p)
-    return shown if shown.startswith("<") else f"= {shown}"
+def _p_with_sign(p: float) -> str:
+    text = p_value(p)
+    return text if text.startswith("<") else f"= {text}"
 
 
-def _mean_differences(results: Results, dataset: str) -> Rows:
+def _mean_difference_table(results: Results, dataset: str) -> Rows:
     rows = []
     for model in results.models:
         for variant in (results.study.baseline, *results.study.old_rules_chapter):
-            answers = _answers(results, model, variant, dataset).predictions
+            answers = _predictions_of(results, model, variant, dataset).predictions
             mean, n = naive_rules.mean_absolute_difference(answers)
             row = {"model": code(model), "variant": code(variant)}
             row["numbers among the answers"] = f"{n} of {len(answers)}"

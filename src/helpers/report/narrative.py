@@ -6,14 +6,16 @@ from helpers.report.markdown import code, count, dataset_name, listed, number, p
 from helpers.report.results import Results
 
 
-def question(results: Results) -> str:
+def question_sentence(results: Results) -> str:
     """What the study asks."""
-    about = (None, "without smoothing")
-    asked = [v for v in results.compared if results.role(v) in about or v in results.subjects]
-    variants = [code(n) for n in asked or results.compared]
+    roles = (None, "without smoothing")
+    variants_asked = [
+        v for v in results.compared if results.role(v) in roles or v in results.studied_variants
+    ]
+    variants = [code(n) for n in variants_asked or results.compared]
     models = [code(n) for n in results.models]
     return (
-        f"**Question.** What does quantization as {listed(variants)} cost "
+        f"**Question.** What does quantization with {listed(variants)} cost "
         f"{listed(models)}, against `{results.study.baseline}` on the same items, "
         "and how sure are we?"
     )
@@ -23,7 +25,7 @@ def bullets(sentences: list[str]) -> str:
     return "\n".join(f"- {sentence}" for sentence in sentences)
 
 
-def places(pairs: list[tuple[str, str]]) -> str:
+def dataset_model_places(pairs: list[tuple[str, str]]) -> str:
     """(dataset, model) pairs, dataset by dataset: `ARC of base and tuned, BoolQ of tuned`."""
     models: dict[str, list[str]] = {}
     for dataset, model in dict.fromkeys(pairs):
@@ -31,125 +33,132 @@ def places(pairs: list[tuple[str, str]]) -> str:
     return ", ".join(f"{dataset_name(d)} of {listed(names)}" for d, names in models.items())
 
 
-def blind_finding(results: Results) -> str:
+def uninformative_finding(results: Results) -> str:
     """Evaluation sets on which the baseline itself shows no ability."""
     baseline = results.study.baseline
-    found = [
+    places = [
         (c.dataset, c.model)
         for c, v in results.verdicts.items()
         if v.kind == "uninformative" and c.baseline == baseline
     ]
-    if not found:
+    if not places:
         return ""
     return (
-        f"Nothing about ability can be read from {places(found)}: there `{baseline}` itself is "
-        "seldom readable, or does not clearly beat the best fixed answer."
+        f"No ability can be measured on {dataset_model_places(places)}: there `{baseline}` "
+        "itself is seldom readable or does not clearly beat the best constant answer."
     )
 
 
-def models_compared(results: Results) -> str:
+def model_comparison_sentences(results: Results) -> str:
     """Whether quantization moves a fine-tuned model more than the one it came from."""
-    told = []
+    sentences = []
     for model in results.training:
-        told.append(narrative_findings.training_summary(results, model))
+        sentences.append(narrative_findings.training_summary(results, model))
         start = results.study.models[model].finetune.start
-        for name in results.subjects:
+        for name in results.studied_variants:
             pair = results.evaluations[start, name], results.evaluations[model, name]
             change = token_difference(*pair, "kl", results.rules)
-            sure = change.p is not None and change.p <= results.rules.alpha
-            more = "more" if sure and change.value > 0 else "less"
-            verdict = f"`{model}` {more} than `{start}`" if sure else "both detectably alike"
-            verdict = (
-                verdict if sure else f"`{model}` and `{start}` without a detectable difference"
+            significant = change.p is not None and change.p <= results.rules.alpha
+            direction = "more" if significant and change.value > 0 else "less"
+            comparison = (
+                f"`{model}` {direction} than `{start}`" if significant else "both detectably alike"
+            )
+            comparison = (
+                comparison
+                if significant
+                else f"`{model}` and `{start}` without a detectable difference"
             )
             kls = [number(e.shared_text["kl"]) for e in pair]
-            told.append(
-                f"`{name}` moves {verdict}: a KL of {kls[1]} against {kls[0]} nats a token "
-                f"({narrative_findings.nats(change)}; exploratory)."
+            sentences.append(
+                f"`{name}` changes {comparison}: a KL of {kls[1]} against {kls[0]} nats per token "
+                f"({narrative_findings.nats_with_interval(change)}; exploratory)."
             )
-    return " ".join(told) or "This study has no model that it fine-tuned itself."
+    return " ".join(sentences) or "This study fine-tunes no model."
 
 
-def controls_claim(results: Results) -> str:
-    """How many controls did what they must."""
-    done = sum(duty.done for duty in results.duties.values())
+def controls_sentence(results: Results) -> str:
+    """How many controls behaved as expected."""
+    as_expected = sum(outcome.ok for outcome in results.control_outcomes.values())
     return (
-        f"Variants whose outcome is known beforehand. {done} of "
-        f"{count(len(results.duties), 'control')} did what they must."
+        f"A control is a variant whose outcome is known in advance. {as_expected} of "
+        f"{count(len(results.control_outcomes), 'control')} behaved as expected."
     )
 
 
-def token_claim(results: Results, model: str, variants: list[str]) -> str:
+def token_figure_title(results: Results, model: str, variants: list[str]) -> str:
     """The title of the KL figure: which variant stays closest, if that is more than chance."""
-    found = [results.evaluations[model, v] for v in variants]
-    found = sorted(found, key=lambda e: e.shared_text["kl"])
-    if len(found) < 2:
+    evaluations = [results.evaluations[model, v] for v in variants]
+    evaluations = sorted(evaluations, key=lambda e: e.shared_text["kl"])
+    if len(evaluations) < 2:
         return f"{model}: KL from the float model under {variants[0]}"
-    least, most = found[0], found[-1]
-    change = token_difference(least, found[1], "kl", results.rules)
+    closest, furthest = evaluations[0], evaluations[-1]
+    change = token_difference(closest, evaluations[1], "kl", results.rules)
     if change.p is None or change.p > results.rules.alpha:
-        return f"{model}: no variant stays detectably closest to the float model"
-    times = number(most.shared_text["kl"] / least.shared_text["kl"])
+        return f"{model}: no variant is detectably closest to the float model"
+    ratio = number(furthest.shared_text["kl"] / closest.shared_text["kl"])
     return (
-        f"{model}: {least.variant} stays closest to the float model; {most.variant} is {times} "
-        "times as far"
+        f"{model}: {closest.variant} stays closest to the float model; {furthest.variant} is "
+        f"{ratio} times as far"
     )
 
 
-def legend(results: Results) -> str:
+def headline_legend(results: Results) -> str:
     """How to read the headline table."""
     level = percent_plain(results.rules.confidence)
     return (
-        f"In brackets the {level} interval, in percent. ✗: invalid, not to be compared. "
-        f"○: uninformative, since `{results.study.baseline}` itself does not clearly beat the best "
-        "fixed answer on these items, or is seldom readable. KL and top-1 agreement are against "
-        f"`{results.study.baseline}`, over "
+        f"Brackets: {level} interval, in percent. ✗: invalid, do not compare. "
+        f"○: uninformative, because `{results.study.baseline}` itself does not clearly beat the "
+        "best constant answer on these items or is seldom readable. KL and top-1 agreement "
+        f"compare with `{results.study.baseline}`, over "
         f"{results.baseline_of(results.models[0]).shared_text['tokens']:,} tokens of "
         f"{count(results.baseline_of(results.models[0]).shared_text['passages'], 'passage')}."
     )
 
 
-def method(results: Results) -> str:
-    """How comparisons are made and called."""
+def method_paragraph(results: Results) -> str:
+    """How comparisons are computed and how verdicts are named."""
     rules = results.rules
-    level, narrow = percent_plain(rules.confidence), percent_plain(1 - 2 * rules.alpha)
+    level, equivalence_level = percent_plain(rules.confidence), percent_plain(1 - 2 * rules.alpha)
     return (
-        "Every variant answers the same items in the same words; items are paired by id and by "
-        "the hash of the prompt. Scores are 0 or 1: exact McNemar test and Tango interval, or, "
-        "where items share passages, a sign-flip test and a bootstrap over passages. "
+        "Every variant answers the same prompts; items are paired by id and by the hash of the "
+        "prompt. Scores are 0 or 1. Independent items take the exact McNemar test and the Tango "
+        "interval; items that share passages take a sign-flip test and a bootstrap over passages. "
         f"{count(rules.family, 'comparison')} "
-        f"{'was' if rules.family == 1 else 'were'} declared in advance; Holm's correction runs "
-        "over all of them, and one that is invalid stays in with p = 1. *Worse* or *better* needs "
-        f"a Holm p of at most {rules.alpha:g}; *equivalent* needs the {narrow} interval inside "
-        f"±{100 * rules.margin:g} points. The detectable loss is the smallest found with a chance "
-        f"of {percent_plain(rules.power)}, for a declared comparison at Holm's strictest level. "
+        f"{'was' if rules.family == 1 else 'were'} declared in advance. Holm's correction "
+        "covers all of them; an invalid one stays in with p = 1. *Worse* or *better* requires "
+        f"a Holm p of at most {rules.alpha:g}; *equivalent* requires the "
+        f"{equivalence_level} interval inside ±{100 * rules.margin:g} points. "
+        "The detectable loss is the smallest loss detected with "
+        f"{percent_plain(rules.power)} power, for a declared comparison at Holm's strictest level. "
         f"Intervals are at {level}. All other comparisons are exploratory: they have intervals "
-        "and uncorrected p-values, but no verdict. Where an interval and a test disagree, the "
-        "test decides. Whether an evaluation is valid is decided before any test is looked at."
+        "and uncorrected p-values but no verdict. If an interval and a test disagree, the "
+        "test decides. Whether an evaluation is valid is decided before any test."
     )
 
 
-def conclusions(results: Results) -> list[str]:
-    """What can be said, what cannot, and why not."""
-    told = list(executive.meanings(results))
-    if blind := blind_finding(results):
-        told.append(f"{blind} A larger or stronger model could answer these questions.")
-    told.append(executive_controls.noise_sentence(results))
-    told.append(
-        "The token-level figures see far smaller changes than the items do, but on one kind of "
-        "text, and a KL is not a loss of ability."
+def conclusion_sentences(results: Results) -> list[str]:
+    """The verdicts again, and the limits of what they show."""
+    sentences = list(executive.verdict_bullets(results))
+    if uninformative := uninformative_finding(results):
+        sentences.append(
+            f"{uninformative} A larger or stronger model could answer these questions."
+        )
+    sentences.append(executive_controls.noise_sentence(results))
+    sentences.append(
+        "Token-level measures detect far smaller changes than the items do, but on one kind of "
+        "text, and a KL is not a loss of accuracy."
     )
-    told.append(
-        "Two correct int8 implementations do not give the same numbers: one part in ten million "
-        "more or less in the embeddings tips rounding decisions, which cascade through the "
-        "layers, and can move the logits of a quantized model about as far as quantization "
-        "itself moves them. Which single items flip is thus partly a draw of rounding noise; "
-        "NOTES.md has the measurement."
+    sentences.append(
+        "Two correct int8 implementations give different numbers: a change of one part in ten "
+        "million in the embeddings flips rounding decisions. These cascade through the layers "
+        "and can change the logits of a quantized model about as much as quantization itself "
+        "does. Rounding noise therefore decides in part which single items flip; NOTES.md has "
+        "the measurement."
     )
-    return list(filter(None, told))
+    return list(filter(None, sentences))
 
 
-def forest_claim(results: Results, model: str) -> str:
+def forest_plot_title(results: Results, model: str) -> str:
     """The forest plot's title: how the model's declared comparisons came out."""
     words = {
         "worse": "worse",
@@ -159,8 +168,8 @@ def forest_claim(results: Results, model: str) -> str:
         "uninformative": "uninformative",
         "invalid": "invalid",
     }
-    kinds = [v.kind for c, v in results.primary() if c.model == model]
+    kinds = [v.kind for c, v in results.declared_verdicts() if c.model == model]
     if not kinds:
-        return f"{model}: nothing was declared in advance"
-    told = [f"{kinds.count(k)} {w}" for k, w in words.items() if k in kinds]
-    return f"{model}, {count(len(kinds), 'declared comparison')}: {listed(told)}"
+        return f"{model}: no comparison was declared in advance"
+    counts = [f"{kinds.count(k)} {w}" for k, w in words.items() if k in kinds]
+    return f"{model}, {count(len(kinds), 'declared comparison')}: {listed(counts)}"

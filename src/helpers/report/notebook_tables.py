@@ -12,13 +12,13 @@ from helpers.core.plain_text import one_line
 pd.set_option("display.html.use_mathjax", False)
 
 
-def layer_maxima(rows: list[dict]) -> pd.DataFrame:
+def layer_maxima_table(rows: list[dict]) -> pd.DataFrame:
     """One row a Linear: its largest channel, the median channel, and their ratio if it has one."""
     frame = pd.DataFrame(rows).astype({"ratio": float})
     return frame.set_index("name").rename_axis(None).round(1)
 
 
-def largest_channel_claim(row: dict) -> str:
+def largest_channel_title(row: dict) -> str:
     """What the figure of the maxima shows, as a sentence, of the Linear that stands out most."""
     claim = f"{row['layer']}: channel {row['channel']} reaches {row['largest']:.0f}, "
     if row["ratio"] is None:
@@ -31,7 +31,7 @@ def short_layer(name: str) -> str:
     return name.removeprefix("model.layers.")
 
 
-def checkpoint_bytes(before: dict[str, int], after: dict[str, int]) -> pd.DataFrame:
+def checkpoint_bytes_table(before: dict[str, int], after: dict[str, int]) -> pd.DataFrame:
     """Bytes of each part of a model before and after, in MB, with the ratio."""
     frame = pd.DataFrame({"float [MB]": before, "variant [MB]": after}) / 1e6
     frame.loc["total"] = frame.sum()
@@ -39,14 +39,14 @@ def checkpoint_bytes(before: dict[str, int], after: dict[str, int]) -> pd.DataFr
     return frame.round(3)
 
 
-def before_and_after(values: dict[str, tuple[float, float]]) -> pd.DataFrame:
+def before_and_after_table(values: dict[str, tuple[float, float]]) -> pd.DataFrame:
     """One row a quantity: before, after, and the change."""
     frame = pd.DataFrame.from_dict(values, orient="index", columns=["before", "after"])
     frame["change"] = frame["after"] - frame["before"]
     return frame.round(4)
 
 
-def sqnr_summary(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
+def sqnr_summary_table(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Lowest, median and highest SQNR in dB over the Linears, and the lowest one's name."""
     rows = {}
     for name, values in curves.items():
@@ -60,18 +60,18 @@ def sqnr_summary(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(rows, orient="index").round(1)
 
 
-def worst_layer_claim(curves: dict[str, dict[str, float]]) -> str:
+def worst_layer_title(curves: dict[str, dict[str, float]]) -> str:
     """What the figure of the curves shows, as a sentence."""
     name, values = list(curves.items())[-1]
     worst = min(values, key=values.get)
     return f"{name.capitalize()}, {short_layer(worst)} is the worst: {values[worst]:.1f} dB"
 
 
-def alpha_table(chosen) -> pd.DataFrame:
+def alpha_table(choice) -> pd.DataFrame:
     """The grid's KL at every α, or how many groups have which."""
-    if chosen.curve:
-        return pd.DataFrame(chosen.curve).set_index("alpha")
-    counts = pd.Series(chosen.alphas, dtype=float).value_counts().sort_index()
+    if choice.curve:
+        return pd.DataFrame(choice.curve).set_index("alpha")
+    counts = pd.Series(choice.alphas, dtype=float).value_counts().sort_index()
     return counts.rename("groups").rename_axis("alpha").to_frame()
 
 
@@ -83,15 +83,19 @@ def left_float_table(losses: list[dict]) -> pd.DataFrame:
 def gate_table(verified: dict) -> pd.DataFrame:
     """Each gate with what was measured and the limit it was held to."""
     frame = pd.DataFrame(verified["gates"])
-    frame["passed"] = frame["passed"].map({True: "holds", False: "FAILS"})
+    frame["passed"] = frame["passed"].map({True: "passes", False: "FAILS"})
     frame["measured"] = frame["measured"].map(one_line)  # it may quote an item's id
     return frame.rename(columns={"name": "gate", "passed": "result"}).set_index("gate")
 
 
-def sample_answers(predictions: dict[str, list[dict]], *, each: int) -> pd.DataFrame:
+def sample_answers_table(predictions: dict[str, list[dict]], *, each: int) -> pd.DataFrame:
     """The first answers of every evaluation set, as they were given."""
     columns = ["dataset", "golds", "output", "parsed", "status", "score"]
-    rows = [{"dataset": name} | p for name, found in predictions.items() for p in found[:each]]
+    rows = [
+        {"dataset": name} | p
+        for name, dataset_predictions in predictions.items()
+        for p in dataset_predictions[:each]
+    ]
     for row in rows:
         row["golds"] = one_line("; ".join(row["golds"]))
         row |= {key: one_line(row[key]) for key in ("output", "parsed") if row[key] is not None}

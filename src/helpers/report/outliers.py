@@ -11,7 +11,7 @@ import numpy as np
 
 from helpers.quantization.channel_maxima import channel_maxima
 from helpers.report.results import Results
-from helpers.report.results_data import Calibrated, Evaluated
+from helpers.report.results_data import CalibrationResults, VariantResults
 
 HALF_STEPS = 2 * 127  # half steps from zero to the end of a symmetric int8 scale
 
@@ -37,46 +37,46 @@ class LinearInput:
         return self.linear.removeprefix("model.layers.")
 
 
-def linear_inputs(calibrated: Calibrated) -> list[LinearInput]:
+def linear_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
     """Every Linear's input, the one with the largest ratio first; those without one last."""
-    found = []
+    inputs = []
     for linear, absmax in calibrated.absmax.items():
         maxima = channel_maxima(absmax)
-        away = float(np.mean(absmax < maxima.largest / HALF_STEPS))
-        found.append(LinearInput(linear, *maxima, away))
-    return sorted(found, key=lambda i: (i.ratio is None, -(i.ratio or i.largest), i.linear))
+        rounded_away = float(np.mean(absmax < maxima.largest / HALF_STEPS))
+        inputs.append(LinearInput(linear, *maxima, rounded_away))
+    return sorted(inputs, key=lambda i: (i.ratio is None, -(i.ratio or i.largest), i.linear))
 
 
-def swamped(calibrated: Calibrated) -> list[LinearInput]:
+def outlier_dominated_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
     """Inputs of which one scale for the tensor rounds most channels to zero."""
     return [i for i in linear_inputs(calibrated) if i.rounded_away > 0.5]
 
 
-def sqnr(evaluated: Evaluated) -> dict[str, float]:
+def output_sqnr(evaluated: VariantResults) -> dict[str, float]:
     """Output SQNR in dB by Linear, as the variant is: the last curve of its record."""
     curves = evaluated.quantization["results"]["sqnr_db"]
     return list(curves.values())[-1] if curves else {}
 
 
-def silent_tokens(calibrated: Calibrated) -> tuple[int, int]:
+def zeroed_tokens(calibrated: CalibrationResults) -> tuple[int, int]:
     """(tokens that one scale turns into zeros altogether, all tokens) of the pictured input."""
     half_step = float(calibrated.absmax[calibrated.surface_of].max()) / HALF_STEPS
     return int((calibrated.surface.max(1) < half_step).sum()), len(calibrated.surface)
 
 
-def per_tensor(results: Results, model: str) -> list[Evaluated]:
+def per_tensor_variants(results: Results, model: str) -> list[VariantResults]:
     """The model's variants with one activation scale a tensor, quantized ones only."""
-    found = [e for e in results.compared_in(model) if e.quantization]
-    return [e for e in found if activations(results, e.variant).startswith("tensor")]
+    quantized = [e for e in results.compared_variants_of(model) if e.quantization]
+    return [e for e in quantized if activation_granularity(results, e.variant).startswith("tensor")]
 
 
-def per_token(results: Results, model: str) -> list[Evaluated]:
+def per_token_variants(results: Results, model: str) -> list[VariantResults]:
     """The model's variants with an activation scale for each token."""
-    found = [e for e in results.compared_in(model) if e.quantization]
-    return [e for e in found if activations(results, e.variant).startswith("token")]
+    quantized = [e for e in results.compared_variants_of(model) if e.quantization]
+    return [e for e in quantized if activation_granularity(results, e.variant).startswith("token")]
 
 
-def activations(results: Results, variant: str) -> str:
+def activation_granularity(results: Results, variant: str) -> str:
     """The study file's word for its activation scales; empty if it quantizes none."""
     scheme = results.study.variants[variant].scheme
     return scheme[1] if scheme else ""

@@ -13,7 +13,7 @@ REPORT = "outputs/demo/report.md"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
-def headline(report: str) -> str:
+def report_headline(report: str) -> str:
     """A report's executive summary with its tables, and its first figure, linked from the root.
 
     Raises:
@@ -27,17 +27,17 @@ def headline(report: str) -> str:
     return f"{text}\n\n![{figure[1]}]({folder}/{figure[2]})\n"
 
 
-def with_headline(readme: str, report: str) -> str:
+def readme_with_headline(readme: str, report: str) -> str:
     """The README with the report's headline between its markers.
 
     Raises:
         StudyError: a marker is missing.
     """
-    before, after = around(readme, (BEGIN, END), page="README.md")
-    return before + headline(report) + after
+    before, after = split_at_markers(readme, (BEGIN, END), page="README.md")
+    return before + report_headline(report) + after
 
 
-def around(text: str, markers: tuple[str, str], *, page: str) -> tuple[str, str]:
+def split_at_markers(text: str, markers: tuple[str, str], *, page: str) -> tuple[str, str]:
     """(text up to the first marker's line, text from the second marker on) of a page.
 
     Raises:
@@ -54,7 +54,7 @@ def main() -> None:
     """Rewrite README.md from the published report."""
     readme = PROJECT / "README.md"
     report = (PROJECT / REPORT).read_text("utf-8")
-    readme.write_text(with_headline(readme.read_text("utf-8"), report), "utf-8")
+    readme.write_text(readme_with_headline(readme.read_text("utf-8"), report), "utf-8")
 
 
 if __name__ == "__main__":

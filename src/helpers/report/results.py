@@ -18,12 +18,19 @@ from helpers.cost.results import Cost, check_measured_files, read_costs
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompt_records import read_prompts
-from helpers.report.results_data import MAKER, Calibrated, Evaluated
-from helpers.report.results_provenance import refuse_broken_chain
+from helpers.report.estimates import Estimate, dataset_estimates, token_estimates
+from helpers.report.results_data import QUANTIZATION_STAGE, CalibrationResults, VariantResults
+from helpers.report.results_provenance import check_provenance
 from helpers.statistics.checks.recomputed_comparisons import checked_verdicts
-from helpers.statistics.comparison import Rules, rules_of
-from helpers.statistics.controls import Asked, Duty, Role, is_unsmoothed_twin, role_of
-from helpers.statistics.published_answers import Published
+from helpers.statistics.comparison import DecisionRules, decision_rules
+from helpers.statistics.controls import (
+    ControlOutcome,
+    Role,
+    VariantAnswers,
+    is_unsmoothed_twin,
+    role_of,
+)
+from helpers.statistics.published_answers import PublishedAnswers
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Runtime, Study
 from helpers.study.schema_sources import FineTunedModel
@@ -36,8 +43,8 @@ class Results:
 
     name: str
     study: Study
-    calibrations: dict[str, Calibrated]
-    evaluations: dict[tuple[str, str], Evaluated]  # by (model, variant)
+    calibrations: dict[str, CalibrationResults]
+    evaluations: dict[tuple[str, str], VariantResults]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
     questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
     costs: dict[str, Cost | None]  # of the models that have one of their own
@@ -56,8 +63,8 @@ class Results:
         return [name for name in self.study.variants if name != self.study.baseline]
 
     @property
-    def rules(self) -> Rules:
-        return rules_of(self.study)
+    def rules(self) -> DecisionRules:
+        return decision_rules(self.study)
 
     @cached_property
     def verdicts(self) -> dict[Comparison, Verdict]:
@@ -65,32 +72,49 @@ class Results:
         return checked_verdicts(self.study, self.published.answers)
 
     @cached_property
-    def duties(self) -> dict[tuple[str, str], Duty]:
-        """By (model, variant): whether each control did what it is there for."""
-        return self.published.duties
+    def token_estimates(self) -> dict[tuple[str, str], dict[str, Estimate]]:
+        """Perplexity, KL and top-1 agreement by (model, variant); computed once a report."""
+        return {key: token_estimates(e, self.rules) for key, e in self.evaluations.items()}
 
     @cached_property
-    def published(self) -> Published:
-        """All answers and checks, as they are published for making the verdicts again."""
-        found = {
-            at: Asked(e.predictions, e.passages, e.gates) for at, e in self.evaluations.items()
+    def dataset_estimates(self) -> dict[tuple[str, str, str], dict[str, Estimate]]:
+        """The metrics by (model, variant, dataset), the main one first; computed once a report."""
+        return {
+            (*key, name): dataset_estimates(
+                evaluation_set.adapter, e.predictions[name], e.metrics[name], self.rules
+            )
+            for key, e in self.evaluations.items()
+            for name, evaluation_set in self.study.evaluation.datasets.items()
         }
-        return Published(self.study, found)
+
+    @cached_property
+    def control_outcomes(self) -> dict[tuple[str, str], ControlOutcome]:
+        """By (model, variant): whether each control did what it is there for."""
+        return self.published.control_outcomes
+
+    @cached_property
+    def published(self) -> PublishedAnswers:
+        """All answers and checks, as they are published for making the verdicts again."""
+        answers = {
+            at: VariantAnswers(e.predictions, e.passages, e.gates)
+            for at, e in self.evaluations.items()
+        }
+        return PublishedAnswers(self.study, answers)
 
     @property
     def runtime(self) -> Runtime:
         """The runtime as the machine settled it, by the baseline's record."""
-        asked = self.study.runtime
-        made = self.baseline_of(self.models[0]).record["parameters"].get("runtime", {})
-        settled = {key: made[key] for key in Runtime.model_fields if key in made}
-        return asked.model_copy(update=settled)
+        requested = self.study.runtime
+        recorded = self.baseline_of(self.models[0]).record["parameters"].get("runtime", {})
+        settled = {key: recorded[key] for key in Runtime.model_fields if key in recorded}
+        return requested.model_copy(update=settled)
 
     def role(self, variant: str) -> Role | None:
         """What a variant is a control of; None for one that the study asks about."""
         return role_of(self.study, variant)
 
     @property
-    def subjects(self) -> list[str]:
+    def studied_variants(self) -> list[str]:
         """What the study is about: the variants it declared comparisons of, else all but
         the controls; a control alone is a subject too."""
         declared = dict.fromkeys(c.variant for c in self.study.statistics.primary)
@@ -102,25 +126,29 @@ class Results:
         """The baseline in another float type, if the study has it."""
         return next((v for v in self.compared if self.role(v) == "noise floor"), None)
 
-    def of_model(self, model: str) -> list[Evaluated]:
+    def variants_of(self, model: str) -> list[VariantResults]:
         return [self.evaluations[model, variant] for variant in self.variants]
 
-    def compared_in(self, model: str) -> list[Evaluated]:
+    def compared_variants_of(self, model: str) -> list[VariantResults]:
         return [self.evaluations[model, variant] for variant in self.compared]
 
-    def baseline_of(self, model: str) -> Evaluated:
+    def baseline_of(self, model: str) -> VariantResults:
         return self.evaluations[model, self.study.baseline]
 
-    def primary(self, *kinds: str) -> list[tuple[Comparison, Verdict]]:
+    def declared_verdicts(self, *kinds: str) -> list[tuple[Comparison, Verdict]]:
         """The declared comparisons, of the named kinds if any are named."""
-        found = [(c, v) for c, v in self.verdicts.items() if v.primary]
-        return [(c, v) for c, v in found if not kinds or v.kind in kinds]
+        declared = [(c, v) for c, v in self.verdicts.items() if v.primary]
+        return [(c, v) for c, v in declared if not kinds or v.kind in kinds]
 
-    def unsmoothed(self, variant: str) -> str | None:
+    def unsmoothed_twin(self, variant: str) -> str | None:
         """The variant that differs from this one by the smoothing alone: its control."""
         variants = self.study.variants
-        found = (n for n, other in variants.items() if is_unsmoothed_twin(other, variants[variant]))
-        return next(found, None)
+        twins = (
+            n
+            for n, candidate in variants.items()
+            if is_unsmoothed_twin(candidate, variants[variant])
+        )
+        return next(twins, None)
 
 
 def load_results(job: Job) -> Results:
@@ -133,14 +161,14 @@ def load_results(job: Job) -> Results:
     study = job.study
     trained = [m for m, source in study.models.items() if isinstance(source, FineTunedModel)]
     evaluations = {
-        (model, variant): _evaluated(job, model, variant)
+        (model, variant): _load_variant(job, model, variant)
         for model in study.models
         for variant in study.variants
     }
-    found = Results(
+    results = Results(
         name=job.name,
         study=study,
-        calibrations={model: _calibrated(job, model) for model in study.models},
+        calibrations={model: _load_calibration(job, model) for model in study.models},
         evaluations=evaluations,
         training={
             model: read_json(
@@ -148,26 +176,26 @@ def load_results(job: Job) -> Results:
             )
             for model in trained
         },
-        questions={name: _questions(job, name) for name in study.evaluation.datasets},
+        questions={name: _load_questions(job, name) for name in study.evaluation.datasets},
         costs=read_costs(job),
     )
-    refuse_broken_chain(job, found.calibrations, found.evaluations, found.training)
+    check_provenance(job, results.calibrations, results.evaluations, results.training)
     hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
-    check_measured_files(found.costs, hashes)
-    return found
+    check_measured_files(results.costs, hashes)
+    return results
 
 
-def _calibrated(job: Job, model: str) -> Calibrated:
+def _load_calibration(job: Job, model: str) -> CalibrationResults:
     folder, stage = job.paths.calibration(model), "01_calibration"
-    tensors = _tensors(folder / "activations.safetensors", made_by=stage)
-    (name, surface), *_ = _tensors(folder / "surface.safetensors", made_by=stage).items()
+    tensors = _load_tensors(folder / "activations.safetensors", made_by=stage)
+    (name, surface), *_ = _load_tensors(folder / "surface.safetensors", made_by=stage).items()
     record = read_json(folder / "record.json", made_by=stage)
     layers = [row["name"] for row in record["results"]["maxima"]]  # the file sorts by name
     absmax = {layer: tensors[f"{layer}.absmax"] for layer in layers}
-    return Calibrated(absmax, surface, name, record)
+    return CalibrationResults(absmax, surface, name, record)
 
 
-def _tensors(path: Path, *, made_by: str) -> dict[str, np.ndarray]:
+def _load_tensors(path: Path, *, made_by: str) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise StudyError(f"{'/'.join(path.parts[-4:])} is missing; run {made_by} first")
     from safetensors.numpy import load_file  # only here: verdicts are made again without it
@@ -175,18 +203,18 @@ def _tensors(path: Path, *, made_by: str) -> dict[str, np.ndarray]:
     return load_file(path)
 
 
-def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
+def _load_variant(job: Job, model: str, variant: str) -> VariantResults:
     folder, stage = job.paths.evaluation(model, variant), "03_evaluation"
     at = f"{model}/{variant}"
     record = read_json(folder / "record.json", made_by=stage)
     stored = read_json(folder / "metrics.json", made_by=stage)
-    wanted = job.study.evaluation.datasets
+    datasets = job.study.evaluation.datasets
     predictions = read_predictions(folder, job.study)
-    for name, found in predictions.items():
-        if len(found) != wanted[name].items:
+    for name, dataset_predictions in predictions.items():
+        if len(dataset_predictions) != datasets[name].items:
             raise StudyError(
-                f"{at}: {name} has {len(found)} predictions but the study asks "
-                f"{wanted[name].items} items; run {stage} again"
+                f"{at}: {name} has {len(dataset_predictions)} predictions but the study asks "
+                f"{datasets[name].items} items; run {stage} again"
             )
     passages = read_passage_rows(folder)
     metrics = {
@@ -198,10 +226,10 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
     verification = quantization = None
     if job.study.variants[variant].needs_checkpoint:
         path = job.paths.variant(model, variant) / "verification.json"
-        verification = read_json(path, made_by=MAKER)
+        verification = read_json(path, made_by=QUANTIZATION_STAGE)
         path = job.paths.quantization(model, variant) / "record.json"
-        quantization = read_json(path, made_by=MAKER)
-    return Evaluated(
+        quantization = read_json(path, made_by=QUANTIZATION_STAGE)
+    return VariantResults(
         model,
         variant,
         predictions,
@@ -210,23 +238,23 @@ def _evaluated(job: Job, model: str, variant: str) -> Evaluated:
         record,
         verification,
         quantization,
-        _checked(job, model, variant),
+        _load_gates(job, model, variant),
     )
 
 
-def _checked(job: Job, model: str, variant: str) -> dict:
+def _load_gates(job: Job, model: str, variant: str) -> dict:
     """The gates on an evaluation, which were held against the very files that are there."""
     folder, stage = job.paths.evaluation(model, variant), "03_evaluation"
-    found = read_json(folder / "gates.json", made_by=stage)
-    if (found["model"], found["variant"]) != (model, variant):
+    record = read_json(folder / "gates.json", made_by=stage)
+    if (record["model"], record["variant"]) != (model, variant):
         raise StudyError(f"{model}/{variant}: its gates.json is of another run; run {stage} again")
     for name, digest in prediction_digests(folder, job.study.evaluation.datasets).items():
-        if found["predictions"].get(name) != digest:
+        if record["predictions"].get(name) != digest:
             raise StudyError(f"{model}/{variant}: {name} changed since its checks; run {stage}")
-    return found
+    return record
 
 
-def _questions(job: Job, dataset: str) -> dict[str, str]:
+def _load_questions(job: Job, dataset: str) -> dict[str, str]:
     """Question by item id, as the first model was asked it; no data set is read for that."""
     folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
     return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}

@@ -6,11 +6,11 @@ import numpy as np
 
 from helpers.core.gates import WHOLE_VARIANT, failed_check
 
-MAKER = "02_quantization"  # of checkpoints and their verification
+QUANTIZATION_STAGE = "02_quantization"  # of checkpoints and their verification
 
 
 @dataclass(frozen=True)
-class Calibrated:
+class CalibrationResults:
     """Activations of one model: abs-max by Linear, and |x| of the worst one, token by token."""
 
     absmax: dict[str, np.ndarray]  # (in_features,)
@@ -20,7 +20,7 @@ class Calibrated:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class VariantResults:
     """One variant of one model: what it answered, and what is known of its checkpoint.
 
     Attributes:
@@ -38,22 +38,27 @@ class Evaluated:
     record: dict
     verification: dict | None
     quantization: dict | None
-    checked: dict
+    evaluation_gates: dict
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(model, variant), by which `Results` keeps what it computes."""
+        return self.model, self.variant
 
     @property
     def gates(self) -> list[dict]:
         """All gates: on the checkpoint, if there is one, then on the evaluation."""
-        return [gate for record in self.records for gate in _gates_of(record)]
+        return [gate for record in self.records for gate in _recorded_gates(record)]
 
     @property
-    def losses_read(self) -> list[float | None]:
+    def passage_losses(self) -> list[float | None]:
         """Its loss on every passage of the shared text: no two models have the same."""
         return [row["nll"] for row in self.passages]
 
     @property
     def records(self) -> list[dict]:
         """The records of checks there are."""
-        return [record for record in (self.verification, self.checked) if record]
+        return [record for record in (self.verification, self.evaluation_gates) if record]
 
     @property
     def failed_gates(self) -> list[dict]:
@@ -64,18 +69,22 @@ class Evaluated:
         return not self.failed_gates
 
     @property
-    def problem(self) -> str | None:
+    def failed_check(self) -> str | None:
         """The first failed check that invalidates all of it, in words; None if none does."""
         return failed_check(self.gates, [WHOLE_VARIANT])
 
-    def problem_of(self, dataset: str) -> str | None:
+    def failed_check_on(self, dataset: str) -> str | None:
         """The same for one evaluation set: a check on the variant, or on this set."""
         return failed_check(self.gates, [WHOLE_VARIANT, dataset])
 
 
-def _gates_of(record: dict) -> list[dict]:
+def _recorded_gates(record: dict) -> list[dict]:
     """A record's gates; one more that fails where it says it did not pass and they all do."""
     if record["passed"] or not all(gate["passed"] for gate in record["gates"]):
         return record["gates"]
-    told = {"name": "record of checks", "passed": False, "measured": "it says it did not pass"}
-    return [*record["gates"], told | {"limit": "a gate that fails says why"}]
+    failed_gate = {
+        "name": "record of checks",
+        "passed": False,
+        "measured": "it says it did not pass",
+    }
+    return [*record["gates"], failed_gate | {"limit": "a gate that fails says why"}]

@@ -10,57 +10,61 @@ from matplotlib.figure import Figure
 
 from helpers.report import figures_comparison
 from helpers.report.markdown import MISSING, Rows, code, listed, markdown_table, number
-from helpers.report.results import Evaluated, Results
+from helpers.report.results import Results, VariantResults
 
 AS_QUANTIZED = "nothing"
 
 
 def loss_chapter(results: Results) -> list[Markdown | Figure]:
     """For every model: a sentence and a table, and a curve for each variant with a grid of α."""
-    shown: list[Markdown | Figure] = []
-    if chance := by_chance(results):
-        shown.append(Markdown(how_to_read(chance)))
+    parts: list[Markdown | Figure] = []
+    if chance_rise := largest_chance_rise(results):
+        parts.append(Markdown(chance_note(chance_rise)))
     for model in results.models:
-        rows = left_float(results, model)
+        rows = left_float_rows(results, model)
         if not rows:
             continue
-        told = f"### Where the loss of `{model}` lies\n\n{' '.join(carriers(results, model))}"
-        shown.append(Markdown(f"{told}\n\n{markdown_table(rows)}\n"))
+        sentences = " ".join(loss_carrier_sentences(results, model))
+        text = f"### Where the loss of `{model}` lies\n\n{sentences}"
+        parts.append(Markdown(f"{text}\n\n{markdown_table(rows)}\n"))
         if curves := alpha_curves(results, model):
-            title = alpha_claim(curves, model)
-            shown.append(
+            title = alpha_figure_title(curves, model)
+            parts.append(
                 figures_comparison.kl_by_alpha(curves, variants=results.compared, title=title)
             )
-    return shown
+    return parts
 
 
-def _losses(found: Evaluated) -> dict:
-    return (found.quantization or {}).get("results", {}).get("losses") or {}
+def _recorded_sensitivity(variant: VariantResults) -> dict:
+    return (variant.quantization or {}).get("results", {}).get("losses") or {}
 
 
-def _probed(results: Results, model: str) -> dict[str, dict[str, dict]]:
+def _rows_by_left_float(results: Results, model: str) -> dict[str, dict[str, dict]]:
     """Variant to what was left float to its divergence."""
-    found = {e.variant: _losses(e).get("left_float") for e in results.compared_in(model)}
-    return {v: {row["float"]: row for row in rows} for v, rows in found.items() if rows}
+    measured = {
+        e.variant: _recorded_sensitivity(e).get("left_float")
+        for e in results.compared_variants_of(model)
+    }
+    return {v: {row["float"]: row for row in rows} for v, rows in measured.items() if rows}
 
 
-def left_float(results: Results, model: str) -> Rows:
+def left_float_rows(results: Results, model: str) -> Rows:
     """KL from the float model by what is left float, a column a variant."""
-    probed = _probed(results, model)
-    labels = dict.fromkeys(label for rows in probed.values() for label in rows)
+    rows_by_variant = _rows_by_left_float(results, model)
+    labels = dict.fromkeys(label for rows in rows_by_variant.values() for label in rows)
     return [
         {
-            "left float": _in_words(label),
+            "left in float": _short_label(label),
             **{
                 code(v): number(r[label]["kl"]) if label in r else MISSING
-                for v, r in probed.items()
+                for v, r in rows_by_variant.items()
             },
         }
         for label in labels
     ]
 
 
-def by_chance(results: Results) -> float | None:
+def largest_chance_rise(results: Results) -> float | None:
     """By how much a KL rises at most, of itself, when Linears are left float; None if not probed.
 
     A float Linear adds no error, so that a rise is chance: every change draws rounding anew.
@@ -68,7 +72,7 @@ def by_chance(results: Results) -> float | None:
     rises = [
         row["kl"] / rows[AS_QUANTIZED]["kl"] - 1
         for model in results.models
-        for rows in _probed(results, model).values()
+        for rows in _rows_by_left_float(results, model).values()
         if (rows[AS_QUANTIZED]["kl"] or 0) > 0
         for row in rows.values()
         if row["kl"] is not None
@@ -76,53 +80,58 @@ def by_chance(results: Results) -> float | None:
     return max(rises, default=None)
 
 
-def how_to_read(chance: float) -> str:
+def chance_note(chance: float) -> str:
     """What the rows below can show, given what chance moves."""
     return (
-        "A Linear left float adds no error, but every change draws the rounding of all others "
-        "anew: where a row is above the first, that is chance, and it comes to as much as "
-        f"{100 * chance:.0f} % here. What lowers the KL by no more than that is not told from "
+        "A Linear left in float adds no error, but every change redraws the rounding of all other "
+        "Linears. A row above the first is therefore chance; here it is up to "
+        f"{100 * chance:.0f} % above. A decrease of at most that size cannot be distinguished from "
         "chance.\n"
     )
 
 
-def _in_words(label: str) -> str:
+def _short_label(label: str) -> str:
     return label.replace("model.layers.", "").replace("model.decoder.layers.", "")
 
 
-def carriers(results: Results, model: str) -> list[str]:
+def loss_carrier_sentences(results: Results, model: str) -> list[str]:
     """One sentence a variant: which kind of Linear carries most of its loss, beyond chance."""
-    said, chance = [], by_chance(results) or 0.0
-    for variant, rows in _probed(results, model).items():
-        whole = rows[AS_QUANTIZED]["kl"]
-        if whole is None:
-            said.append(f"As quantized, `{variant}` gives probabilities that are not finite.")
+    sentences, chance_rise = [], largest_chance_rise(results) or 0.0
+    for variant, rows in _rows_by_left_float(results, model).items():
+        quantized_kl = rows[AS_QUANTIZED]["kl"]
+        if quantized_kl is None:
+            sentences.append(f"As quantized, `{variant}` gives non-finite probabilities.")
             continue
         finite = {label: row["kl"] for label, row in rows.items() if row["kl"] is not None}
         best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
-        share = 100 * (1 - finite[best] / whole) if whole > 0 else 0.0
-        if share <= 100 * chance:
-            said.append(f"No kind of Linear is seen to carry the loss of `{variant}` by itself.")
+        share = 100 * (1 - finite[best] / quantized_kl) if quantized_kl > 0 else 0.0
+        if share <= 100 * chance_rise:
+            sentences.append(
+                f"No single kind of Linear carries the loss of `{variant}` beyond chance."
+            )
             continue
-        said.append(
-            f"Leaving {_in_words(best)} float would take `{variant}` from a KL of "
-            f"{number(whole)} to {number(finite[best])} nats a token ({share:.0f} % of it)."
+        sentences.append(
+            f"Leaving {_short_label(best)} in float would reduce the KL of `{variant}` "
+            f"from {number(quantized_kl)} to {number(finite[best])} nats per token "
+            f"(by {share:.0f} %)."
         )
-    return said
+    return sentences
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
     """Variant to its KL at every α of its grid that has a finite one."""
-    found = {
+    curves = {
         e.variant: [
-            row for row in _losses(e).get("alpha", {}).get("curve") or [] if row["kl"] is not None
+            row
+            for row in _recorded_sensitivity(e).get("alpha", {}).get("curve") or []
+            if row["kl"] is not None
         ]
-        for e in results.compared_in(model)
+        for e in results.compared_variants_of(model)
     }
-    return {variant: curve for variant, curve in found.items() if curve}
+    return {variant: curve for variant, curve in curves.items() if curve}
 
 
-def alpha_claim(curves: dict[str, list[dict]], model: str) -> str:
+def alpha_figure_title(curves: dict[str, list[dict]], model: str) -> str:
     """Which α each grid chose."""
     best = {v: min(curve, key=lambda row: row["kl"])["alpha"] for v, curve in curves.items()}
-    return f"{model}: least KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])
+    return f"{model}: lowest KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])

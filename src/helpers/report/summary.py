@@ -12,11 +12,11 @@ from pathlib import Path
 from helpers.core.file_writing import write_atomically
 from helpers.core.gates import WHOLE_VARIANT
 from helpers.core.records import write_json
-from helpers.report import outliers, tables_datasets, tables_headline
-from helpers.report.estimates import Estimate, main_metric, token_estimates
+from helpers.report import outliers, tables_headline
+from helpers.report.estimates import Estimate, main_metric
 from helpers.report.results import Results
-from helpers.report.results_data import Evaluated
-from helpers.statistics.controls import Duty
+from helpers.report.results_data import VariantResults
+from helpers.statistics.controls import ControlOutcome
 from helpers.statistics.published_answers import write_answers
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Study
@@ -33,7 +33,7 @@ def write_summary(results: Results, folder: Path, *, missing: tuple[str, ...] = 
     Args:
         missing: runs a partial report does without; summary.json names them.
     """
-    hashes = write_answers(folder / ANSWERS, results.study, results.published.asked)
+    hashes = write_answers(folder / ANSWERS, results.study, results.published.variants)
     table = csv_text(results)
     write_atomically(folder / "summary.csv", lambda p: p.write_text(table, encoding="utf-8"))
     partial = {"missing": list(missing)} if missing else {}
@@ -58,62 +58,65 @@ def summary(results: Results) -> dict:
         "clusters": CLUSTERS,
         "best_fixed_answers": {
             name: {"answer": best.answer, "score": best.score}
-            for name, best in tables_headline.best_fixed(results).items()
+            for name, best in tables_headline.best_fixed_answers(results).items()
         },
-        "controls": [control_row(at, duty) for at, duty in results.duties.items()],
-        "models": {model: _model(results, model) for model in results.models},
+        "controls": [control_row(at, outcome) for at, outcome in results.control_outcomes.items()],
+        "models": {model: _model_summary(results, model) for model in results.models},
         "comparisons": [comparison_row(study, c, v) for c, v in results.verdicts.items()],
     }
 
 
-def _model(results: Results, model: str) -> dict:
-    found = {}
+def _model_summary(results: Results, model: str) -> dict:
+    fields = {}
     if model in results.training:
-        made = results.training[model]["results"]
+        training = results.training[model]["results"]
         keys = ("training_items", "heldout_loss_before", "heldout_loss_after")
-        found["finetuning"] = {key: made[key] for key in keys}
+        fields["finetuning"] = {key: training[key] for key in keys}
     worst = outliers.linear_inputs(results.calibrations[model])[:8]
-    found["largest_outliers"] = [vars(i) for i in worst]
-    found["variants"] = {e.variant: _variant(results, e) for e in results.of_model(model)}
-    return found
+    fields["largest_outliers"] = [vars(i) for i in worst]
+    fields["variants"] = {
+        e.variant: _variant_summary(results, e) for e in results.variants_of(model)
+    }
+    return fields
 
 
-def _variant(results: Results, e: Evaluated) -> dict:
-    found = {"passed": e.passed, "failed_gates": [_named(gate) for gate in e.failed_gates]}
+def _variant_summary(results: Results, e: VariantResults) -> dict:
+    fields = {"passed": e.passed, "failed_gates": [_gate_label(gate) for gate in e.failed_gates]}
     if e.quantization:
-        made = e.quantization["results"]
+        quantization = e.quantization["results"]
         keys = ("scheme", "quantized_linears", "smoothed_groups", "bytes_before", "bytes_after")
-        found |= {key: made[key] for key in keys}
-    tokens = token_estimates(e, results.rules)
-    found[SHARED] = {name: _plain(estimate) for name, estimate in tokens.items()}
-    found["datasets"] = {
+        fields |= {key: quantization[key] for key in keys}
+    tokens = results.token_estimates[e.key]
+    fields[SHARED] = {name: _estimate_fields(estimate) for name, estimate in tokens.items()}
+    fields["datasets"] = {
         dataset: {
-            n: _plain(x) for n, x in tables_datasets.estimates_of(results, e, dataset).items()
+            n: _estimate_fields(x) for n, x in results.dataset_estimates[*e.key, dataset].items()
         }
         for dataset in results.study.evaluation.datasets
     }
-    return found
+    return fields
 
 
-def _named(gate: dict) -> str:
+def _gate_label(gate: dict) -> str:
     """The gate's name, with what it invalidates where that is not the whole variant."""
     guarded = gate.get("invalidates", WHOLE_VARIANT)
     return gate["name"] if guarded == WHOLE_VARIANT else f"{gate['name']} ({guarded})"
 
 
-def _plain(estimate: Estimate) -> dict:
-    low, high = _limits(estimate)
+def _estimate_fields(estimate: Estimate) -> dict:
+    low, high = _interval_limits(estimate)
     return {"value": estimate.value, "low": low, "high": high, "n": estimate.n}
 
 
-def _limits(estimate: Estimate) -> tuple[float | None, float | None]:
-    found = estimate.interval
-    return (found.low, found.high) if found else (None, None)
+def _interval_limits(estimate: Estimate) -> tuple[float | None, float | None]:
+    interval = estimate.interval
+    return (interval.low, interval.high) if interval else (None, None)
 
 
-def control_row(at: tuple[str, str], duty: Duty) -> dict:
-    """One control's duty as plain data."""
-    return {"model": at[0], "variant": at[1], **vars(duty)}
+def control_row(at: tuple[str, str], outcome: ControlOutcome) -> dict:
+    """One control's outcome as plain data."""
+    row = {"model": at[0], "variant": at[1], "role": outcome.role}
+    return row | {"must": outcome.expected, "found": outcome.observed, "done": outcome.ok}
 
 
 def comparison_row(study: Study, c: Comparison, verdict: Verdict) -> dict:
@@ -149,10 +152,12 @@ def csv_text(results: Results) -> str:
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)
     for e in (results.evaluations[m, v] for m in results.models for v in results.variants):
-        by_dataset = {SHARED: token_estimates(e, results.rules)}
+        by_dataset = {SHARED: results.token_estimates[e.key]}
         for dataset in results.study.evaluation.datasets:
-            by_dataset[dataset] = tables_datasets.estimates_of(results, e, dataset)
+            by_dataset[dataset] = results.dataset_estimates[*e.key, dataset]
         for dataset, estimates in by_dataset.items():
             for metric, x in estimates.items():
-                writer.writerow([e.model, e.variant, dataset, metric, x.value, *_limits(x), x.n])
+                writer.writerow(
+                    [e.model, e.variant, dataset, metric, x.value, *_interval_limits(x), x.n]
+                )
     return stream.getvalue()

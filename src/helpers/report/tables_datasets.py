@@ -1,13 +1,13 @@
 """One evaluation set, as tables: scores, how answers came about, and answers side by side."""
 
-from helpers.report.estimates import Estimate, dataset_estimates
-from helpers.report.executive_controls import EQUAL
+from helpers.report.estimates import Estimate
+from helpers.report.executive_controls import EQUALITY_ROLES
 from helpers.report.markdown import Markup, Rows, code, number, percent, percent_span, quoted
 from helpers.report.results import Results
-from helpers.report.results_data import Evaluated
+from helpers.report.results_data import VariantResults
 
-SHOWN = 110  # characters of a question or an answer
-NAMES = {
+LONGEST_TEXT = 110  # characters of a question or an answer
+METRIC_NAMES = {
     "accuracy": "accuracy",
     "macro_f1": "macro-F1",
     "exact_match": "exact match",
@@ -17,80 +17,75 @@ NAMES = {
     "no_answer_exact_match": "NoAns EM",
     "no_answer_f1": "NoAns F1",
     "median_absolute_difference": "median absolute difference",
-    "median_absolute_difference_coverage": "over this share of items",
+    "median_absolute_difference_coverage": "items with a number",
     "format_success": "readable",
 }
 NOT_FRACTIONS = {"median_absolute_difference"}
-SHOWN_ALONE = {"no_answer_f1"}  # equals the exact match by definition
+NOT_IN_TABLE = {"no_answer_f1"}  # equals the exact match by definition
 
 
-def scores(results: Results, dataset: str) -> Rows:
+def score_table(results: Results, dataset: str) -> Rows:
     """The metrics of every variant of every model."""
     rows = []
-    for found in _all(results):
-        row = {"model": code(found.model), "variant": code(found.variant)}
-        for name, estimate in estimates_of(results, found, dataset).items():
-            if name not in SHOWN_ALONE and name != "format_success":
-                row[NAMES[name]] = _shown(name, estimate)
+    for variant in _all_variants(results):
+        row = {"model": code(variant.model), "variant": code(variant.variant)}
+        for name, estimate in results.dataset_estimates[*variant.key, dataset].items():
+            if name not in NOT_IN_TABLE and name != "format_success":
+                row[METRIC_NAMES[name]] = _metric_cell(name, estimate)
         rows.append(row)
     return rows
 
 
-def estimates_of(results: Results, found: Evaluated, dataset: str) -> dict[str, Estimate]:
-    """All metrics of one variant on one evaluation set."""
-    adapter = results.study.evaluation.datasets[dataset].adapter
-    predictions, metrics = found.predictions[dataset], found.metrics[dataset]
-    return dataset_estimates(adapter, predictions, metrics, results.rules)
-
-
-def _shown(name: str, estimate: Estimate) -> str:
+def _metric_cell(name: str, estimate: Estimate) -> str:
     if name in NOT_FRACTIONS:
         return number(estimate.value)
     return percent_span(estimate.value, estimate.interval)
 
 
-def conduct(results: Results, dataset: str) -> Rows:
+def behavior_table(results: Results, dataset: str) -> Rows:
     """Answered, abstained and unparsed kept apart, why answers ended, and their length."""
     rows = []
-    for found in _all(results):
-        m = found.metrics[dataset]
-        row = {"model": code(found.model), "variant": code(found.variant)}
+    for variant in _all_variants(results):
+        m = variant.metrics[dataset]
+        row = {"model": code(variant.model), "variant": code(variant.variant)}
         row |= {status: str(m[status]) for status in ("answered", "abstained", "unparsed")}
         row["readable"] = percent(m["format_success"])
         ends = ", ".join(f"{reason} {n}" for reason, n in m["finish_reasons"].items())
-        row["ended by"] = ends
+        row["finish reasons"] = ends
         row["output tokens"] = f"{m['output_tokens']:,}"
         rows.append(row)
     return rows
 
 
-def samples(results: Results, dataset: str, model: str, *, rows: int) -> Rows:
+def sample_answer_table(results: Results, dataset: str, model: str, *, rows: int) -> Rows:
     """Answers of the variants to the same items, those they differ in first."""
-    by_variant = {e.variant: _by_id(e, dataset) for e in _compared_side_by_side(results, model)}
-    asked = [p["id"] for p in results.baseline_of(model).predictions[dataset]]
-    order = sorted(asked, key=lambda key: _sameness([p[key] for p in by_variant.values()]))
-    found = []
+    by_variant = {e.variant: _by_id(e, dataset) for e in _side_by_side(results, model)}
+    item_ids = [p["id"] for p in results.baseline_of(model).predictions[dataset]]
+    order = sorted(item_ids, key=lambda key: _agreement([p[key] for p in by_variant.values()]))
+    table = []
     for key in order[:rows]:
         golds = by_variant[results.study.baseline][key]["golds"]
         question = results.questions[dataset].get(key)
-        row = {"item": quoted(question, limit=SHOWN) if question else code(key)}
-        row["right answer"] = quoted("; ".join(golds), limit=60) if golds else "(none)"
-        row |= {code(name): answer_cell(found_[key]) for name, found_ in by_variant.items()}
-        found.append(row)
-    return found
+        row = {"item": quoted(question, limit=LONGEST_TEXT) if question else code(key)}
+        row["gold answer"] = quoted("; ".join(golds), limit=60) if golds else "(none)"
+        row |= {
+            code(name): answer_cell(predictions[key]) for name, predictions in by_variant.items()
+        }
+        table.append(row)
+    return table
 
 
-def _by_id(found: Evaluated, dataset: str) -> dict[str, dict]:
-    return {p["id"]: p for p in found.predictions[dataset]}
+def _by_id(variant: VariantResults, dataset: str) -> dict[str, dict]:
+    return {p["id"]: p for p in variant.predictions[dataset]}
 
 
-def _compared_side_by_side(results: Results, model: str) -> list[Evaluated]:
+def _side_by_side(results: Results, model: str) -> list[VariantResults]:
     """The variants whose answers are worth reading: not those that only measure rounding."""
-    skipped = (*EQUAL, "noise floor")
-    return [e for e in results.of_model(model) if results.role(e.variant) not in skipped]
+    skipped = (*EQUALITY_ROLES, "noise floor")
+    return [e for e in results.variants_of(model) if results.role(e.variant) not in skipped]
 
 
-def _sameness(predictions: list[dict]) -> int:
+def _agreement(predictions: list[dict]) -> int:
     """0 where scores differ, 1 where answers do, 2 where all are the same."""
     if len({p["score"] for p in predictions}) > 1:
         return 0
@@ -104,15 +99,15 @@ def answer_cell(prediction: dict) -> Markup:
         case "abstained":
             return Markup(f"{mark} abstained")
         case "unparsed":
-            return Markup(f"{mark} unparsed: {quoted(prediction['output'], limit=SHOWN)}")
-    return Markup(f"{mark} {quoted(prediction['parsed'], limit=SHOWN)}")
+            return Markup(f"{mark} unparsed: {quoted(prediction['output'], limit=LONGEST_TEXT)}")
+    return Markup(f"{mark} {quoted(prediction['parsed'], limit=LONGEST_TEXT)}")
 
 
-def differing(results: Results, dataset: str, model: str) -> int:
+def count_differing_items(results: Results, dataset: str, model: str) -> int:
     """How many items not all of these variants answered alike."""
-    by_variant = [_by_id(e, dataset) for e in _compared_side_by_side(results, model)]
-    return sum(_sameness([p[key] for p in by_variant]) < 2 for key in by_variant[0])
+    by_variant = [_by_id(e, dataset) for e in _side_by_side(results, model)]
+    return sum(_agreement([p[key] for p in by_variant]) < 2 for key in by_variant[0])
 
 
-def _all(results: Results) -> list[Evaluated]:
-    return [found for model in results.models for found in results.of_model(model)]
+def _all_variants(results: Results) -> list[VariantResults]:
+    return [variant for model in results.models for variant in results.variants_of(model)]

@@ -3,12 +3,15 @@
 from helpers.evaluation.trivial_answers import FixedAnswer, best_fixed_answer
 from helpers.report.estimates import (
     Estimate,
-    dataset_estimates,
     main_metric,
     token_difference,
-    token_estimates,
 )
-from helpers.report.executive_controls import EQUAL, label, shown_beside, times_the_noise
+from helpers.report.executive_controls import (
+    EQUALITY_ROLES,
+    headline_variants,
+    kl_over_noise_floor,
+    variant_label,
+)
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -26,114 +29,116 @@ from helpers.report.markdown import (
     with_span,
 )
 from helpers.report.results import Results
-from helpers.report.results_data import Evaluated
-from helpers.statistics.comparison import Answers
+from helpers.report.results_data import VariantResults
+from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.validity import uninformative_reason
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison
 
-ROLES = {role: "control: must equal the baseline" for role in EQUAL}
-ROLES |= {"noise floor": "noise floor: what rounding alone flips"}
+ROLES = {role: "control: expected to equal the baseline" for role in EQUALITY_ROLES}
+ROLES |= {"noise floor": "noise floor: flips by rounding alone"}
 
 
-def headline(results: Results) -> Rows:
+def headline_table(results: Results) -> Rows:
     """Every variant of every model: checks, token-level cost, and each evaluation set.
 
     Controls that must equal the baseline are left to their own table. Last, what the best
     fixed answer scores on the same items.
     """
-    rows, shown = [], shown_beside(results)
+    rows, variants_shown = [], headline_variants(results)
     for model in results.models:
-        found = [e for e in results.of_model(model) if e.variant in shown]
-        rows += [_headline_row(results, e) for e in found]
-    fixed = {"model": "any", "variant": "best fixed answer"}
+        shown = [e for e in results.variants_of(model) if e.variant in variants_shown]
+        rows += [_headline_row(results, e) for e in shown]
+    fixed = {"model": "any", "variant": "best constant answer"}
     fixed |= dict.fromkeys(("checks", "perplexity", "KL [nats]", "top-1"), MISSING)
-    for name, best in best_fixed(results).items():
+    for name, best in best_fixed_answers(results).items():
         fixed[dataset_name(name)] = Markup(f"{percent(best.score)} ({escape(best.answer)})")
     return [*rows, fixed]
 
 
-def _headline_row(results: Results, found: Evaluated) -> dict:
-    tokens = token_estimates(found, results.rules)
-    row = {"model": code(found.model), "variant": label(results, found.variant)}
-    row["checks"] = checks(found)
+def _headline_row(results: Results, variant: VariantResults) -> dict:
+    tokens = results.token_estimates[variant.key]
+    row = {"model": code(variant.model), "variant": variant_label(results, variant.variant)}
+    row["checks"] = checks_cell(variant)
     row |= {
         "perplexity": two_decimals(tokens["perplexity"].value),
         "KL [nats]": number(tokens["kl"].value),
         "top-1": percent(tokens["top1_agreement"].value),
     }
-    for name, wanted in results.study.evaluation.datasets.items():
-        main = main_estimate(results, found, name)
-        mark = "" if found.problem_of(name) is None else "\u00a0✗"
-        if (verdict := verdict_on(results, found, name)) is not None:
+    for name, evaluation_set in results.study.evaluation.datasets.items():
+        main = main_estimate(results, variant, name)
+        mark = "" if variant.failed_check_on(name) is None else "\u00a0✗"
+        if (verdict := verdict_on(results, variant, name)) is not None:
             mark = {"invalid": "\u00a0✗", "uninformative": "\u00a0○"}.get(verdict.kind, mark)
-        elif uninformative_reason(wanted.adapter, answers(found, name), results.rules):
+        elif uninformative_reason(
+            evaluation_set.adapter, predictions_of(variant, name), results.rules
+        ):
             mark = "\u00a0○"
         row[dataset_name(name)] = Markup(percent_span(main.value, main.interval) + mark)
     return row
 
 
-def answers(found: Evaluated, dataset: str) -> Answers:
+def predictions_of(variant: VariantResults, dataset: str) -> VariantPredictions:
     """The variant's predictions of one evaluation set, as verdicts take them."""
-    return Answers(found.variant, found.predictions[dataset], found.problem_of(dataset))
+    return VariantPredictions(
+        variant.variant, variant.predictions[dataset], variant.failed_check_on(dataset)
+    )
 
 
-def verdict_on(results: Results, found: Evaluated, dataset: str) -> Verdict | None:
+def verdict_on(results: Results, variant: VariantResults, dataset: str) -> Verdict | None:
     """The verdict against the study's baseline; None for the baseline itself."""
     for comparison, verdict in results.verdicts.items():
         at = (comparison.model, comparison.dataset, comparison.variant)
-        if at == (found.model, dataset, found.variant) and (
+        if at == (variant.model, dataset, variant.variant) and (
             comparison.baseline == results.study.baseline
         ):
             return verdict
     return None
 
 
-def main_estimate(results: Results, found: Evaluated, dataset: str) -> Estimate:
+def main_estimate(results: Results, variant: VariantResults, dataset: str) -> Estimate:
     """Accuracy or exact match of one variant on one evaluation set."""
     adapter = results.study.evaluation.datasets[dataset].adapter
-    metrics = found.metrics[dataset]
-    rows = dataset_estimates(adapter, found.predictions[dataset], metrics, results.rules)
-    return rows[main_metric(adapter)]
+    return results.dataset_estimates[*variant.key, dataset][main_metric(adapter)]
 
 
-def best_fixed(results: Results) -> dict[str, FixedAnswer]:
+def best_fixed_answers(results: Results) -> dict[str, FixedAnswer]:
     """The best degenerate answer of every evaluation set; the items are every model's."""
     first = results.baseline_of(results.models[0])
     datasets = results.study.evaluation.datasets
     return {
-        name: best_fixed_answer(wanted.adapter, first.predictions[name])
-        for name, wanted in datasets.items()
+        name: best_fixed_answer(evaluation_set.adapter, first.predictions[name])
+        for name, evaluation_set in datasets.items()
     }
 
 
-def checks(found: Evaluated) -> str:
+def checks_cell(variant: VariantResults) -> str:
     """`70 of 70`: of the checks on the checkpoint and on the evaluation, how many hold."""
-    total = len(found.gates)
-    return f"{total - len(found.failed_gates)} of {total}" + ("" if found.passed else " ✗")
+    total = len(variant.gates)
+    return f"{total - len(variant.failed_gates)} of {total}" + ("" if variant.passed else " ✗")
 
 
-def comparison(results: Results, model: str) -> Rows:
+def comparison_table(results: Results, model: str) -> Rows:
     """Every comparison of one model: flips both ways, difference, tests, verdict."""
-    rows, told = [], set()
-    for c, verdict in ordered(results, model):
+    rows, reasons_shown = [], set()
+    for c, verdict in ordered_comparisons(results, model):
         row = _comparison_row(results, c, verdict)
         if verdict.kind == "exploratory" and (role := results.role(c.variant)):
             row["verdict"] = Markup(ROLES.get(role, "exploratory"))
-        if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in told:
-            row["verdict"] = Markup("uninformative here, as above")
-        if verdict.kind == "invalid" and verdict.reason in {reason for _, reason in told}:
+        if verdict.kind == "uninformative" and (c.dataset, verdict.reason) in reasons_shown:
+            row["verdict"] = Markup("uninformative, as above")
+        if verdict.kind == "invalid" and verdict.reason in {reason for _, reason in reasons_shown}:
             row["verdict"] = Markup("**invalid**, as above")
-        told.add((c.dataset, verdict.reason))
+        reasons_shown.add((c.dataset, verdict.reason))
         rows.append(row)
     return rows
 
 
-def ordered(results: Results, model: str) -> list[tuple[Comparison, Verdict]]:
+def ordered_comparisons(results: Results, model: str) -> list[tuple[Comparison, Verdict]]:
     """One model's comparisons, dataset by dataset, the declared ones first in each."""
     datasets = list(results.study.evaluation.datasets)
-    found = [(c, v) for c, v in results.verdicts.items() if c.model == model]
-    return sorted(found, key=lambda cv: (datasets.index(cv[0].dataset), not cv[1].primary))
+    comparisons = [(c, v) for c, v in results.verdicts.items() if c.model == model]
+    return sorted(comparisons, key=lambda cv: (datasets.index(cv[0].dataset), not cv[1].primary))
 
 
 def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
@@ -143,7 +148,7 @@ def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
     units = f" ({paired.clusters} passages)" if paired.clusters < paired.n else ""
     return {
         "dataset": dataset_name(c.dataset),
-        "variant": Markup(f"{label(results, c.variant)}{against}"),
+        "variant": Markup(f"{variant_label(results, c.variant)}{against}"),
         "verdict": Markup(verdict_text(verdict, results.rules.margin)),
         "items": f"{paired.n}{units}",
         "lost": str(paired.losses),
@@ -151,11 +156,11 @@ def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
         "Δ [points]": with_span(paired.delta, paired.interval, points),
         "p": p_value(paired.p if tested else None),
         "Holm p": p_value(verdict.holm_p),
-        "detectable loss": _loss(paired.detectable),
+        "detectable loss": _loss_cell(paired.detectable),
     }
 
 
-def _loss(fraction: float | None) -> str:
+def _loss_cell(fraction: float | None) -> str:
     return "none" if fraction is None else f"{100 * fraction:.1f}"
 
 
@@ -166,32 +171,32 @@ def verdict_text(verdict: Verdict, margin: float) -> str:
         "better": "**better**",
         "equivalent": f"**equivalent within ±{100 * margin:.1f} points**",
         "inconclusive": "**inconclusive** (no difference detected)",
-        "uninformative": "**uninformative here**" if verdict.primary else "uninformative here",
+        "uninformative": "**uninformative**" if verdict.primary else "uninformative",
         "invalid": "**invalid**",
         "exploratory": "exploratory",
     }[verdict.kind]
     return f"{word}: {escape(verdict.reason)}" if verdict.reason else word
 
 
-def token_level(results: Results, model: str) -> Rows:
+def token_table(results: Results, model: str) -> Rows:
     """Perplexity, its change, KL and top-1 agreement, with intervals by passage."""
     baseline, rows = results.baseline_of(model), []
-    for found in results.of_model(model):
-        tokens = token_estimates(found, results.rules)
-        row = {"variant": label(results, found.variant)}
+    for variant in results.variants_of(model):
+        tokens = results.token_estimates[variant.key]
+        row = {"variant": variant_label(results, variant.variant)}
         row["perplexity"] = two_decimals(tokens["perplexity"].value)
-        if found is baseline:
+        if variant is baseline:
             row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
             if results.noise_floor:
                 row["KL / noise floor"] = "0"
             row["top-1 agreement"] = "100.0 %"
         else:
-            loss = token_difference(baseline, found, "nll", results.rules)
+            loss = token_difference(baseline, variant, "nll", results.rules)
             row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, signed4)
             kl = tokens["kl"]
             row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
             if results.noise_floor:
-                row["KL / noise floor"] = number(times_the_noise(results, found), 2)
+                row["KL / noise floor"] = number(kl_over_noise_floor(results, variant), 2)
             top = tokens["top1_agreement"]
             row["top-1 agreement"] = percent_span(top.value, top.interval)
         rows.append(row)

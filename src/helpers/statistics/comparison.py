@@ -16,16 +16,16 @@ from helpers.study.schema import Study
 
 
 @dataclass(frozen=True)
-class Answers:
-    """One variant's predictions of one evaluation set; `problem` says which check it failed."""
+class VariantPredictions:
+    """One variant's predictions of one evaluation set; `failed_check` names one it failed."""
 
     variant: str
     predictions: list[dict]
-    problem: str | None = None
+    failed_check: str | None = None
 
 
 @dataclass(frozen=True)
-class Rules:
+class DecisionRules:
     """How sure is sure enough; `family` counts the declared primary comparisons."""
 
     confidence: float
@@ -45,7 +45,7 @@ class Rules:
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedComparison:
     """Two variants on the same items, scored 0 or 1; delta is variant minus baseline.
 
     Attributes:
@@ -68,13 +68,15 @@ class Paired:
     identical: bool
 
 
-def rules_of(study: Study) -> Rules:
+def decision_rules(study: Study) -> DecisionRules:
     """The study's statistical settings."""
     s = study.statistics
-    return Rules(s.confidence, s.power, s.margin, s.resamples, study.seed, len(s.primary))
+    return DecisionRules(s.confidence, s.power, s.margin, s.resamples, study.seed, len(s.primary))
 
 
-def pair(baseline: Answers, variant: Answers) -> list[tuple[dict, dict]]:
+def paired_predictions(
+    baseline: VariantPredictions, variant: VariantPredictions
+) -> list[tuple[dict, dict]]:
     """Both predictions of every item, in the order of the items' ids.
 
     Items asked in other words are paired too: `validity` calls such a comparison invalid.
@@ -85,69 +87,89 @@ def pair(baseline: Answers, variant: Answers) -> list[tuple[dict, dict]]:
     before = {p["id"]: p for p in baseline.predictions}
     after = {p["id"]: p for p in variant.predictions}
     names = f"{variant.variant} and {baseline.variant}"
-    if odd := sorted(before.keys() ^ after.keys()):
-        raise StudyError(f"{names} answered different items ({odd[0]}); run 03_evaluation again")
+    if unpaired_ids := sorted(before.keys() ^ after.keys()):
+        raise StudyError(
+            f"{names} answered different items ({unpaired_ids[0]}); run 03_evaluation again"
+        )
     return [(before[key], after[key]) for key in sorted(before)]
 
 
-def compare(baseline: Answers, variant: Answers, rules: Rules, *, alpha: float) -> Paired:
+def paired_comparison(
+    baseline: VariantPredictions, variant: VariantPredictions, rules: DecisionRules, *, alpha: float
+) -> PairedComparison:
     """Losses, gains, difference, interval and test of one comparison.
 
     Args:
         alpha: level the smallest detectable loss is computed for.
     """
-    pairs = pair(baseline, variant)
+    pairs = paired_predictions(baseline, variant)
     before, after = ([p[i]["score"] for p in pairs] for i in (0, 1))
-    found = paired_binary(before, after, confidence=rules.confidence)
-    losses, gains, n = found.losses, found.gains, found.n
-    clusters = [_cluster(b) for b, _ in pairs]
+    binary = paired_binary(before, after, confidence=rules.confidence)
+    losses, gains, n = binary.losses, binary.gains, binary.n
+    clusters = [_cluster_of(b) for b, _ in pairs]
     units = len(set(clusters))
     if units == n:
         level = 1 - 2 * rules.alpha
         equivalence = tango_interval(losses, gains, n, confidence=level)
-        interval, p, method = found.interval, found.p, "exact McNemar, Tango interval"
+        interval, p, method = binary.interval, binary.p, "exact McNemar, Tango interval"
         detectable = _detectable_loss(n, gains / n, alpha, rules.power)
     else:
         differences = [a - b for b, a in zip(before, after, strict=True)]
-        wide = bootstrap_difference(
+        bootstrap = bootstrap_difference(
             differences, clusters, confidence=rules.confidence, **rules.random
         )
-        narrow = bootstrap_mean(
+        equivalence_bootstrap = bootstrap_mean(
             differences, clusters, confidence=1 - 2 * rules.alpha, **rules.random
         )
-        interval, equivalence, p = _interval(wide), _interval(narrow), wide.p
+        interval, equivalence, p = (
+            _clustered_interval(bootstrap),
+            _clustered_interval(equivalence_bootstrap),
+            bootstrap.p,
+        )
         method = "sign-flip test and bootstrap by passage"
-        detectable = _detectable_by_passage(wide, alpha, rules.power)
-    same = all(status_and_answer(b) == status_and_answer(a) for b, a in pairs)
-    return Paired(
-        n, units, losses, gains, found.delta, interval, equivalence, p, method, detectable, same
+        detectable = _detectable_by_passage(bootstrap, alpha, rules.power)
+    identical = all(status_and_answer(b) == status_and_answer(a) for b, a in pairs)
+    return PairedComparison(
+        n,
+        units,
+        losses,
+        gains,
+        binary.delta,
+        interval,
+        equivalence,
+        p,
+        method,
+        detectable,
+        identical,
     )
 
 
-def score_interval(predictions: list[dict], rules: Rules) -> Interval:
+def score_interval(predictions: list[dict], rules: DecisionRules) -> Interval:
     """Interval of one variant's share of right answers: Wilson, or by passage where shared."""
     scores = [p["score"] for p in predictions]
-    clusters = [_cluster(p) for p in predictions]
+    clusters = [_cluster_of(p) for p in predictions]
     if len(set(clusters)) == len(scores):
         return wilson_interval(int(sum(scores)), len(scores), confidence=rules.confidence)
-    found = bootstrap_mean(scores, clusters, confidence=rules.confidence, **rules.random)
-    if found.degenerate:  # resampling shows no spread: the passages are the independent items
-        right = round(found.mean * found.clusters)
-        return wilson_interval(right, found.clusters, confidence=rules.confidence)
-    return found.interval
+    bootstrap = bootstrap_mean(scores, clusters, confidence=rules.confidence, **rules.random)
+    if bootstrap.degenerate:  # resampling shows no spread: the passages are the independent items
+        right_passages = round(bootstrap.mean * bootstrap.clusters)
+        return wilson_interval(right_passages, bootstrap.clusters, confidence=rules.confidence)
+    return bootstrap.interval
 
 
-def _cluster(prediction: dict) -> str:
+def _cluster_of(prediction: dict) -> str:
     return prediction["cluster"] or prediction["id"]
 
 
-def _interval(found: BootstrapMean) -> Interval:
+def _clustered_interval(bootstrap: BootstrapMean) -> Interval:
     """The bootstrap's, or where resampling shows no spread, Tango's on the passages."""
-    if not found.degenerate:
-        return found.interval
-    flips = round(abs(found.mean) * found.clusters)
-    losses, gains = (flips, 0) if found.mean < 0 else (0, flips)
-    return tango_interval(losses, gains, found.clusters, confidence=found.interval.confidence)
+    if not bootstrap.degenerate:
+        return bootstrap.interval
+    flips = round(abs(bootstrap.mean) * bootstrap.clusters)
+    losses, gains = (flips, 0) if bootstrap.mean < 0 else (0, flips)
+    return tango_interval(
+        losses, gains, bootstrap.clusters, confidence=bootstrap.interval.confidence
+    )
 
 
 def _detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> float | None:
@@ -156,13 +178,13 @@ def _detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> fl
     return detectable_loss(n, gain_rate=gain_rate, alpha=alpha, power=power)
 
 
-def _detectable_by_passage(found: BootstrapMean, alpha: float, power: float) -> float | None:
-    if found.degenerate:
-        return _detectable_loss(found.clusters, 0.0, alpha, power)
-    units = found.clusters
+def _detectable_by_passage(bootstrap: BootstrapMean, alpha: float, power: float) -> float | None:
+    if bootstrap.degenerate:
+        return _detectable_loss(bootstrap.clusters, 0.0, alpha, power)
+    units = bootstrap.clusters
     if 2.0 ** (1 - units) > alpha:  # not even if every passage loses
         return None
 
-    error = found.standard_error
+    error = bootstrap.standard_error
     loss = detectable_mean_difference(error, clusters=units, alpha=alpha, power=power)
     return loss if loss <= 1 else None

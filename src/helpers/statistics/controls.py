@@ -32,12 +32,14 @@ Role = Literal[
     "broken on purpose",
     "without smoothing",
 ]
-SURE = 0.95  # of a limit on the rate of ties; a study's own confidence is about its verdicts
-SPREAD = 4.0  # standard deviations: a movement by rounding is this large at most
+TIE_RATE_CONFIDENCE = (
+    0.95  # of a limit on the rate of ties; a study's own confidence is about its verdicts
+)
+MOST_DEVIATIONS = 4.0  # standard deviations: a movement by rounding is this large at most
 
 
 @dataclass(frozen=True)
-class Asked:
+class VariantAnswers:
     """What one variant of one model answered, and its checks.
 
     Attributes:
@@ -51,24 +53,24 @@ class Asked:
     gates: list[dict]
 
     @property
-    def failed(self) -> list[dict]:
+    def failed_gates(self) -> list[dict]:
         return [gate for gate in self.gates if not gate["passed"]]
 
     @property
-    def failed_whole(self) -> list[dict]:
+    def failed_variant_gates(self) -> list[dict]:
         """Those on the variant itself, not on how it answers one evaluation set."""
-        guarded = [(gate, gate.get("invalidates", WHOLE_VARIANT)) for gate in self.failed]
+        guarded = [(gate, gate.get("invalidates", WHOLE_VARIANT)) for gate in self.failed_gates]
         return [gate for gate, what in guarded if what == WHOLE_VARIANT]
 
 
 @dataclass(frozen=True)
-class Duty:
+class ControlOutcome:
     """What a control must do, and what it did; the words are of the program, not of a model."""
 
     role: Role
-    must: str
-    found: str
-    done: bool
+    expected: str
+    observed: str
+    ok: bool
 
 
 def role_of(study: Study, name: str) -> Role | None:
@@ -82,62 +84,79 @@ def role_of(study: Study, name: str) -> Role | None:
         return "noise floor"
     if not recipe.quantized:
         return "repetition" if recipe.is_unmodified else "smoothing alone"
-    twins = [n for n, other in study.variants.items() if is_unsmoothed_twin(recipe, other)]
-    return "without smoothing" if twins else None
+    smoothed_twins = [n for n, other in study.variants.items() if is_unsmoothed_twin(recipe, other)]
+    return "without smoothing" if smoothed_twins else None
 
 
 def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
     """Whether the two differ by the smoothing alone, which the first lacks."""
-    same = (plain.scheme, plain.ignore) == (smoothed.scheme, smoothed.ignore)
-    return same and plain.quantized and plain.smooth is None and smoothed.smooth is not None
+    same_scheme = (plain.scheme, plain.ignore) == (smoothed.scheme, smoothed.ignore)
+    return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 
 
-def duty(study: Study, name: str, asked: Asked, baseline: Asked) -> Duty | None:
+def control_outcome(
+    study: Study, name: str, answers: VariantAnswers, baseline: VariantAnswers
+) -> ControlOutcome | None:
     """Whether a variant did what it is there for; None for one that is no control."""
     role = role_of(study, name)
     match role:
         case None:
             return None
         case "baseline" | "noise floor":
-            must = "pass every check" if role == "baseline" else "differ by rounding alone"
-            return Duty(role, must, _checks(asked), bool(asked.gates) and not asked.failed)
+            expected = "pass every check" if role == "baseline" else "differ by rounding alone"
+            return ControlOutcome(
+                role,
+                expected,
+                _describe_checks(answers),
+                bool(answers.gates) and not answers.failed_gates,
+            )
         case "without smoothing":
-            sound = bool(asked.gates) and not asked.failed_whole
-            return Duty(role, "be what it claims", _checks(asked), sound)
+            passed = bool(answers.gates) and not answers.failed_variant_gates
+            return ControlOutcome(
+                role, "pass every check on the whole variant", _describe_checks(answers), passed
+            )
         case "broken on purpose":
-            return Duty(role, "fail a check", _checks(asked), bool(asked.failed_whole))
-    return _equal(role, asked, baseline)
+            return ControlOutcome(
+                role, "fail a check", _describe_checks(answers), bool(answers.failed_variant_gates)
+            )
+    return _equality_outcome(role, answers, baseline)
 
 
-def _checks(asked: Asked) -> str:
-    total, failed = len(asked.gates), asked.failed
+def _describe_checks(answers: VariantAnswers) -> str:
+    total, failed = len(answers.gates), answers.failed_gates
     if not failed:
-        return f"all {total} checks hold"
+        return f"all {total} checks pass"
     return f"{len(failed)} of {total} checks fail ({failed[0]['name']}: {failed[0]['measured']})"
 
 
-def _equal(role: Role, asked: Asked, baseline: Asked) -> Duty:
+def _equality_outcome(
+    role: Role, answers: VariantAnswers, baseline: VariantAnswers
+) -> ControlOutcome:
     """Sound by its checks, and no answer changed that rounding does not explain."""
-    items = changed = odd = 0
+    total = changed = unexplained = 0
     for name, before in baseline.predictions.items():
-        pairs = _pairs(before, asked.predictions[name])
-        other = [(b, a) for b, a in pairs if status_and_answer(b) != status_and_answer(a)]
-        items, changed = items + len(pairs), changed + len(other)
-        odd += unexplained(other, asked.passages, tokens=sum(a["output_tokens"] for _, a in pairs))
-    told = f"{items - changed} of {items} answers are the baseline's"
+        pairs = _pairs_by_id(before, answers.predictions[name])
+        changed_pairs = [(b, a) for b, a in pairs if status_and_answer(b) != status_and_answer(a)]
+        total, changed = total + len(pairs), changed + len(changed_pairs)
+        unexplained += unexplained_changes(
+            changed_pairs, answers.passages, tokens=sum(a["output_tokens"] for _, a in pairs)
+        )
+    observed = f"{total - changed} of {total} answers equal the baseline's"
     if changed:
-        told += f", {odd} of the others beyond ties within rounding"
-    done = bool(asked.gates) and not asked.failed and not odd
-    must = "answer as the baseline does, up to ties within rounding"
-    return Duty(role, must, f"{told}; {_checks(asked)}", done)
+        observed += f", {unexplained} of the others differ by more than ties within rounding"
+    ok = bool(answers.gates) and not answers.failed_gates and not unexplained
+    expected = "answer as the baseline does, up to ties within rounding"
+    return ControlOutcome(role, expected, f"{observed}; {_describe_checks(answers)}", ok)
 
 
-def _pairs(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
+def _pairs_by_id(before: list[dict], after: list[dict]) -> list[tuple[dict, dict]]:
     rows = {row["id"]: row for row in after}
     return [(row, rows[row["id"]]) for row in before]
 
 
-def unexplained(changed: list[tuple[dict, dict]], passages: list[dict], *, tokens: int) -> int:
+def unexplained_changes(
+    changed: list[tuple[dict, dict]], passages: list[dict], *, tokens: int
+) -> int:
     """How many changed answers of one set are more than ties within rounding.
 
     Where options are scored, a changed choice is a tie if no option's log-probability
@@ -151,16 +170,16 @@ def unexplained(changed: list[tuple[dict, dict]], passages: list[dict], *, token
         tokens: all tokens the variant wrote in this set.
     """
     scored = [pair for pair in changed if "logprobs" in pair[0]]
-    moved = sum(not _tied(*pair, passages) for pair in scored)
-    ties = tie_rate(passages) * tokens
-    allowed = math.floor(ties + 2 * math.sqrt(ties))
-    return moved + max(0, len(changed) - len(scored) - allowed)
+    moved_choices = sum(not _within_rounding(*pair, passages) for pair in scored)
+    expected_ties = tie_rate(passages) * tokens
+    most_ties = math.floor(expected_ties + 2 * math.sqrt(expected_ties))
+    return moved_choices + max(0, len(changed) - len(scored) - most_ties)
 
 
-def _tied(before: dict, after: dict, passages: list[dict]) -> bool:
+def _within_rounding(before: dict, after: dict, passages: list[dict]) -> bool:
     """No option moved by more than so small a KL moves a log-probability, token by token."""
     kl = abs(kl_per_token(passages)) + kl_resolution(passages)
-    limit = SPREAD * math.sqrt(2 * kl) * after["output_tokens"]
+    limit = MOST_DEVIATIONS * math.sqrt(2 * kl) * after["output_tokens"]
     pairs = zip(before["logprobs"], after.get("logprobs", ()), strict=True)
     return all(abs(b - a) <= limit for b, a in pairs)
 
@@ -170,5 +189,5 @@ def tie_rate(passages: list[dict]) -> float:
     tokens = sum(row["tokens"] for row in passages)
     if not tokens:
         return 0.0
-    other = tokens - sum(row["top1_agreements"] for row in passages)
-    return wilson_interval(other, tokens, confidence=SURE).high
+    changed_tokens = tokens - sum(row["top1_agreements"] for row in passages)
+    return wilson_interval(changed_tokens, tokens, confidence=TIE_RATE_CONFIDENCE).high

@@ -65,8 +65,8 @@ def require_fraction(name: str, value: float, *, below: float = 1) -> None:
 
 def require_count(name: str, value: int, *, minimum: int) -> None:
     """Refuse anything but a whole number of at least `minimum`."""
-    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not whole or value < minimum:
+    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_whole or value < minimum:
         raise ValueError(f"{name} = {value!r} is not a whole number from {minimum} up: count items")
 
 
@@ -78,19 +78,23 @@ def require_scores(name: str, values: ArrayLike) -> NDArray[np.float64]:
         raise ValueError(f"{name} is not all numbers ({error}): score every item") from None
     if scores.ndim != 1 or scores.size == 0:
         raise ValueError(f"{name} has shape {scores.shape}: give one score per item")
-    bad = np.flatnonzero(~np.isfinite(scores))
-    if bad.size:
-        raise ValueError(f"{name}[{bad[0]}] = {scores[bad[0]]} is not finite: score that item")
+    not_finite = np.flatnonzero(~np.isfinite(scores))
+    if not_finite.size:
+        raise ValueError(
+            f"{name}[{not_finite[0]}] = {scores[not_finite[0]]} is not finite: score that item"
+        )
     return scores
 
 
 def require_binary(name: str, values: ArrayLike) -> NDArray[np.float64]:
     """`values` as a float array (n,) of zeros and ones."""
     scores = require_scores(name, values)
-    bad = np.flatnonzero((scores != 0) & (scores != 1))
-    if bad.size:
+    not_binary = np.flatnonzero((scores != 0) & (scores != 1))
+    if not_binary.size:
         remedy = "use bootstrap.bootstrap_difference for graded scores"
-        raise ValueError(f"{name}[{bad[0]}] = {scores[bad[0]]} is not 0 or 1: {remedy}")
+        raise ValueError(
+            f"{name}[{not_binary[0]}] = {scores[not_binary[0]]} is not 0 or 1: {remedy}"
+        )
     return scores
 
 

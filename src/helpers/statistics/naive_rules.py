@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from helpers.evaluation.answer_parsing import normalize_answer
-from helpers.statistics.comparison import Answers, pair
+from helpers.statistics.comparison import VariantPredictions, paired_predictions
 from helpers.statistics.intervals import mcnemar_exact
 
 Side = Literal["baseline", "variant"]
 
 
 @dataclass(frozen=True)
-class OldConclusion:
+class NaiveConclusion:
     """What the old rules make of one comparison.
 
     Attributes:
@@ -58,7 +58,7 @@ class EmptyAnswers:
     no_answer: float | None
 
 
-def old_score(adapter: str, row: dict) -> float:
+def naive_score(adapter: str, row: dict) -> float:
     """0 or 1 for one answer by the old rules."""
     return official_exact_match(row) if adapter == "squad_v2" else row["score"]
 
@@ -68,26 +68,33 @@ def official_exact_match(row: dict) -> float:
 
     Rajpurkar et al., arXiv:1806.03822: without gold answers the gold is the empty text.
     """
-    said = normalize_answer(row["parsed"] or "")
-    return float(any(said == normalize_answer(gold) for gold in row["golds"] or [""]))
+    prediction = normalize_answer(row["parsed"] or "")
+    return float(any(prediction == normalize_answer(gold) for gold in row["golds"] or [""]))
 
 
-def conclude(adapter: str, baseline: Answers, variant: Answers) -> OldConclusion:
+def naive_conclusion(
+    adapter: str, baseline: VariantPredictions, variant: VariantPredictions
+) -> NaiveConclusion:
     """The old rules' conclusion about two variants on the same items."""
-    pairs = pair(baseline, variant)
-    before, after = (sum(old_score(adapter, p[i]) for p in pairs) / len(pairs) for i in (0, 1))
+    pairs = paired_predictions(baseline, variant)
+    before, after = (sum(naive_score(adapter, p[i]) for p in pairs) / len(pairs) for i in (0, 1))
     change = (after - before) / before if before else None
-    return OldConclusion(before, after, change, "variant" if after > before else "baseline")
+    return NaiveConclusion(before, after, change, "variant" if after > before else "baseline")
 
 
-def win_rate(conclusions: list[OldConclusion], side: Side) -> float:
+def win_rate(conclusions: list[NaiveConclusion], side: Side) -> float:
     """Share of the sets that one side wins."""
     return sum(c.winner == side for c in conclusions) / len(conclusions)
 
 
-def certifying_p(adapter: str, baseline: Answers, variant: Answers) -> float:
+def naive_mcnemar_p(
+    adapter: str, baseline: VariantPredictions, variant: VariantPredictions
+) -> float:
     """Exact McNemar p of the old scores: what a test without a look at the answers says."""
-    pairs = [(old_score(adapter, b), old_score(adapter, a)) for b, a in pair(baseline, variant)]
+    pairs = [
+        (naive_score(adapter, b), naive_score(adapter, a))
+        for b, a in paired_predictions(baseline, variant)
+    ]
     return mcnemar_exact(sum(b > a for b, a in pairs), sum(a > b for b, a in pairs))
 
 
@@ -109,8 +116,10 @@ def empty_answers(rows: list[dict]) -> EmptyAnswers:
 
 def mean_absolute_difference(rows: list[dict]) -> tuple[float | None, int]:
     """(mean over the answers that are numbers, how many they are); it shrinks with them."""
-    found = [row["absolute_difference"] for row in rows if row["absolute_difference"] is not None]
-    return (_mean(found) if found else None), len(found)
+    differences = [
+        row["absolute_difference"] for row in rows if row["absolute_difference"] is not None
+    ]
+    return (_mean(differences) if differences else None), len(differences)
 
 
 def _mean(values: list[float]) -> float:

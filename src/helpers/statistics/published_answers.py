@@ -15,66 +15,73 @@ from helpers.core.gates import WHOLE_VARIANT, failed_check
 from helpers.core.hashing import sha256_file
 from helpers.core.records import read_json, read_jsonl, write_json, write_jsonl
 from helpers.evaluation.predictions import SHARED_TEXT
-from helpers.statistics.comparison import Answers
-from helpers.statistics.controls import Asked, Duty, duty
+from helpers.statistics.comparison import VariantPredictions
+from helpers.statistics.controls import ControlOutcome, VariantAnswers, control_outcome
 from helpers.study.schema import Study
 
 GATES = "gates.json"
-OF_ITEM = ("id", "cluster", "golds")
-OF_MODEL = ("prompt_hash", "prompt_tokens", "tokens")  # a chat template and a tokenizer decide
-OWNER = ("model", "variant")
+ITEM_KEYS = ("id", "cluster", "golds")
+MODEL_KEYS = ("prompt_hash", "prompt_tokens", "tokens")  # a chat template and a tokenizer decide
+VARIANT_KEYS = ("model", "variant")
 MADE_BY = "04_analysis"
 
-By = Mapping[tuple[str, str], Asked]  # by (model, variant)
+AnswersByVariant = Mapping[tuple[str, str], VariantAnswers]  # by (model, variant)
 
 
 @dataclass(frozen=True)
-class Published:
+class PublishedAnswers:
     """What a published study keeps of its answers: enough for every verdict."""
 
     study: Study
-    asked: dict[tuple[str, str], Asked]
+    variants: dict[tuple[str, str], VariantAnswers]
 
     @property
-    def answers(self) -> dict[tuple[str, str, str], Answers]:
+    def answers(self) -> dict[tuple[str, str, str], VariantPredictions]:
         """By (model, dataset, variant), as verdicts take them."""
         return {
-            (model, dataset, variant): Answers(
-                variant, rows, failed_check(found.gates, [WHOLE_VARIANT, dataset])
+            (model, dataset, variant): VariantPredictions(
+                variant, rows, failed_check(variant_answers.gates, [WHOLE_VARIANT, dataset])
             )
-            for (model, variant), found in self.asked.items()
-            for dataset, rows in found.predictions.items()
+            for (model, variant), variant_answers in self.variants.items()
+            for dataset, rows in variant_answers.predictions.items()
         }
 
     @property
-    def duties(self) -> dict[tuple[str, str], Duty]:
+    def control_outcomes(self) -> dict[tuple[str, str], ControlOutcome]:
         """By (model, variant): whether each control did what it is there for."""
-        return all_duties(self.study, self.asked)
+        return all_control_outcomes(self.study, self.variants)
 
 
-def all_duties(study: Study, asked: By) -> dict[tuple[str, str], Duty]:
-    """The duty of every control of every model, by (model, variant)."""
-    order = [study.baseline, *(v for v in study.variants if v != study.baseline)]
-    found = {
-        (m, v): duty(study, v, asked[m, v], asked[m, study.baseline])
-        for m in study.models
-        for v in order
+def all_control_outcomes(
+    study: Study, answers: AnswersByVariant
+) -> dict[tuple[str, str], ControlOutcome]:
+    """The outcome of every control of every model, by (model, variant)."""
+    order = [study.baseline, *(variant for variant in study.variants if variant != study.baseline)]
+    outcomes = {
+        (model, variant): control_outcome(
+            study, variant, answers[model, variant], answers[model, study.baseline]
+        )
+        for model in study.models
+        for variant in order
     }
-    return {at: told for at, told in found.items() if told}
+    return {owner: outcome for owner, outcome in outcomes.items() if outcome}
 
 
-def write_answers(folder: Path, study: Study, asked: By) -> dict[str, str]:
+def write_answers(folder: Path, study: Study, answers: AnswersByVariant) -> dict[str, str]:
     """Write all files into a folder; return the content hash of each by its name."""
-    files = {f"{name}.jsonl": _side_by_side(asked, name) for name in study.evaluation.datasets}
-    files[f"{SHARED_TEXT}.jsonl"] = _side_by_side(asked, SHARED_TEXT)
+    files = {f"{name}.jsonl": _side_by_side(answers, name) for name in study.evaluation.datasets}
+    files[f"{SHARED_TEXT}.jsonl"] = _side_by_side(answers, SHARED_TEXT)
     for name, rows in files.items():
         write_jsonl(folder / name, rows)
-    gates = {_owner(at): list(map(_brief, found.gates)) for at, found in asked.items()}
+    gates = {
+        _variant_path(owner): list(map(_short_gate, variant_answers.gates))
+        for owner, variant_answers in answers.items()
+    }
     write_json(folder / GATES, gates)
     return {name: sha256_file(folder / name) for name in [*files, GATES]}
 
 
-def read_answers(folder: Path, study: Study) -> Published:
+def read_answers(folder: Path, study: Study) -> PublishedAnswers:
     """What `write_answers` wrote, every item of every set and every variant there.
 
     Raises:
@@ -84,64 +91,74 @@ def read_answers(folder: Path, study: Study) -> Published:
     owners = [(m, v) for m in study.models for v in study.variants]
     names = [*study.evaluation.datasets, SHARED_TEXT]
     rows = {name: read_jsonl(folder / f"{name}.jsonl", made_by=MADE_BY) for name in names}
-    for name, wanted in study.evaluation.datasets.items():
-        if len(rows[name]) != wanted.items:
+    for name, evaluation_set in study.evaluation.datasets.items():
+        if len(rows[name]) != evaluation_set.items:
             raise StudyError(
                 f"{folder.name}/{name}.jsonl has {len(rows[name])} items but the study asks "
-                f"{wanted.items}; run {MADE_BY} again"
+                f"{evaluation_set.items}; run {MADE_BY} again"
             )
-    asked = {}
-    for at in owners:
-        if _owner(at) not in gates:
-            raise StudyError(f"{folder.name}/{GATES} has no {_owner(at)}; run {MADE_BY} again")
-        by_name = {name: _of_owner(folder, name, rows[name], at) for name in names}
+    answers = {}
+    for owner in owners:
+        if _variant_path(owner) not in gates:
+            raise StudyError(
+                f"{folder.name}/{GATES} has no {_variant_path(owner)}; run {MADE_BY} again"
+            )
+        by_name = {name: _rows_of_variant(folder, name, rows[name], owner) for name in names}
         passages = by_name.pop(SHARED_TEXT)
-        asked[at] = Asked(by_name, passages, gates[_owner(at)])
-    return Published(study, asked)
+        answers[owner] = VariantAnswers(by_name, passages, gates[_variant_path(owner)])
+    return PublishedAnswers(study, answers)
 
 
-def _brief(gate: dict) -> dict:
+def _short_gate(gate: dict) -> dict:
     """A gate that holds by its name alone; what one that fails measured, in full."""
-    kept = ("name", "passed", "invalidates") if gate["passed"] else gate
-    return {key: gate[key] for key in kept if key in gate}
+    keys = ("name", "passed", "invalidates") if gate["passed"] else gate
+    return {key: gate[key] for key in keys if key in gate}
 
 
-def _owner(at: tuple[str, str]) -> str:
-    return "/".join(at)
+def _variant_path(owner: tuple[str, str]) -> str:
+    return "/".join(owner)
 
 
-def _side_by_side(asked: By, name: str) -> list[dict]:
+def _side_by_side(answers: AnswersByVariant, name: str) -> list[dict]:
     """One row an item, in the first variant's order: its own keys, then by model, by variant.
 
     What a variant was asked otherwise than the first one stands beside its own answer.
     """
     rows: dict[str, dict] = {}
-    for (model, variant), found in asked.items():
-        for row in found.passages if name == SHARED_TEXT else found.predictions[name]:
-            item = rows.setdefault(row["id"], _only(row, OF_ITEM) | {"models": {}})
-            of_model = item["models"].setdefault(model, _only(row, OF_MODEL) | {"answers": {}})
-            common = {k: v for k, v in (item | of_model).items() if row.get(k) == v}
-            own = {k: v for k, v in row.items() if k not in common and k not in OWNER}
-            of_model["answers"][variant] = own
+    for (model, variant), variant_answers in answers.items():
+        for row in (
+            variant_answers.passages if name == SHARED_TEXT else variant_answers.predictions[name]
+        ):
+            item = rows.setdefault(row["id"], _subset(row, ITEM_KEYS) | {"models": {}})
+            of_model = item["models"].setdefault(model, _subset(row, MODEL_KEYS) | {"answers": {}})
+            shared_fields = {k: v for k, v in (item | of_model).items() if row.get(k) == v}
+            variant_fields = {
+                k: v for k, v in row.items() if k not in shared_fields and k not in VARIANT_KEYS
+            }
+            of_model["answers"][variant] = variant_fields
     return list(rows.values())
 
 
-def _only(row: dict, keys: tuple[str, ...]) -> dict:
+def _subset(row: dict, keys: tuple[str, ...]) -> dict:
     return {key: row[key] for key in keys if key in row}
 
 
-def _of_owner(folder: Path, name: str, rows: list[dict], at: tuple[str, str]) -> list[dict]:
+def _rows_of_variant(
+    folder: Path, name: str, rows: list[dict], owner: tuple[str, str]
+) -> list[dict]:
     """The rows of one variant of one model, as the evaluation had them."""
-    model, variant = at
-    found = []
+    model, variant = owner
+    variant_rows = []
     for row in rows:
         try:
             of_model = row["models"][model]
-            own = of_model["answers"][variant]
+            variant_fields = of_model["answers"][variant]
         except KeyError:
             raise StudyError(
-                f"{folder.name}/{name}.jsonl: item {row['id']} has no answer of {_owner(at)}; "
-                f"run {MADE_BY} again"
+                f"{folder.name}/{name}.jsonl: item {row['id']} has no answer of "
+                f"{_variant_path(owner)}; run {MADE_BY} again"
             ) from None
-        found.append(_only(row, OF_ITEM) | _only(of_model, OF_MODEL) | own)
-    return found
+        variant_rows.append(
+            _subset(row, ITEM_KEYS) | _subset(of_model, MODEL_KEYS) | variant_fields
+        )
+    return variant_rows

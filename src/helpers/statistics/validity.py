@@ -15,61 +15,71 @@ from helpers.evaluation.trivial_answers import (
     looping_share,
     readable_share,
 )
-from helpers.statistics.comparison import Answers, Rules, score_interval
+from helpers.statistics.comparison import DecisionRules, VariantPredictions, score_interval
 
-MOST_BROKEN = 0.5  # of a baseline's answers: cut off by the cap, or running in a loop
-FEWEST_READABLE = 0.5  # a baseline read less often than this measures the format, not the ability
+LARGEST_BROKEN_SHARE = 0.5  # of a baseline's answers: cut off by the cap, or running in a loop
+SMALLEST_READABLE_SHARE = (
+    0.5  # a baseline read less often than this measures the format, not the ability
+)
 
 
 def _percent(fraction: float) -> str:
     return f"{100 * fraction:.1f} %"
 
 
-def _score(predictions: list[dict]) -> float:
+def _mean_score(predictions: list[dict]) -> float:
     return sum(p["score"] for p in predictions) / len(predictions)
 
 
-def invalid_reason(adapter: str, baseline: Answers, variant: Answers, rules: Rules) -> str | None:
+def invalid_reason(
+    adapter: str, baseline: VariantPredictions, variant: VariantPredictions, rules: DecisionRules
+) -> str | None:
     """Why this is no measurement of the variant; None if it may be one."""
     for side in (variant, baseline):
-        if side.problem:
-            return f"{side.variant} failed a check: {side.problem}"
+        if side.failed_check:
+            return f"{side.variant} failed a check: {side.failed_check}"
         if any(p["finish_reason"] == "nonfinite" for p in side.predictions):
             return f"{side.variant} computed logits that are not finite"
     before, after = baseline.predictions, variant.predictions
     hashes = {p["id"]: p["prompt_hash"] for p in before}
-    if other := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
-        told = f"{len(other)} of its items were asked in other words or tokens"
-        return f"{told} ({min(other)})"
+    if other_prompts := [p["id"] for p in after if p["prompt_hash"] != hashes.get(p["id"])]:
+        text = f"{len(other_prompts)} of its items had other prompts or tokens"
+        return f"{text} ({min(other_prompts)})"
     if readable_share(before) - readable_share(after) > FORMAT_DROP:
-        shares = f"{_percent(readable_share(after))} of its answers are readable"
-        return f"{shares}, against {_percent(readable_share(before))} for {baseline.variant}"
+        readable_share = f"{_percent(readable_share(after))} of its answers are readable"
+        return f"{readable_share}, against {_percent(readable_share(before))} for {baseline.variant}"
     if collapsed_to_one_answer(after, before):
         return "it gives the same answer to every question"
-    fixed = best_fixed_answer(adapter, after)
-    if uninformative_reason(adapter, baseline, rules) is None and _score(after) <= fixed.score:
-        return f"it does not beat always {fixed.answer} ({_percent(fixed.score)} of these items)"
+    fixed_answer = best_fixed_answer(adapter, after)
+    if (
+        uninformative_reason(adapter, baseline, rules) is None
+        and _mean_score(after) <= fixed_answer.score
+    ):
+        share = f"{_percent(fixed_answer.score)} of these items"
+        return f"it does not beat always {fixed_answer.answer} ({share})"
     return None
 
 
-def uninformative_reason(adapter: str, baseline: Answers, rules: Rules) -> str | None:
+def uninformative_reason(
+    adapter: str, baseline: VariantPredictions, rules: DecisionRules
+) -> str | None:
     """Why these items say nothing about ability, with this baseline; None if they may.
 
     The baseline has to beat the best fixed answer by more than chance: the lower limit of
     its interval lies above it.
     """
-    asked, name = baseline.predictions, baseline.variant
-    if (share := readable_share(asked)) < FEWEST_READABLE:
+    predictions, name = baseline.predictions, baseline.variant
+    if (share := readable_share(predictions)) < SMALLEST_READABLE_SHARE:
         return f"only {_percent(share)} of {name}'s own answers are readable"
-    if is_one_answer(asked):
+    if is_one_answer(predictions):
         return f"{name} itself gives the same answer to every question"
-    fixed, score = best_fixed_answer(adapter, asked), _score(asked)
-    if score_interval(asked, rules).low <= fixed.score:
-        clearly = "clearly " if score > fixed.score else ""
-        shares = f"{_percent(score)} against {_percent(fixed.score)}"
-        return f"{name} itself does not {clearly}beat always {fixed.answer} ({shares})"
-    if (share := capped_share(asked)) > MOST_BROKEN:
+    fixed_answer, score = best_fixed_answer(adapter, predictions), _mean_score(predictions)
+    if score_interval(predictions, rules).low <= fixed_answer.score:
+        clearly = "clearly " if score > fixed_answer.score else ""
+        scores = f"{_percent(score)} against {_percent(fixed_answer.score)}"
+        return f"{name} itself does not {clearly}beat always {fixed_answer.answer} ({scores})"
+    if (share := capped_share(predictions)) > LARGEST_BROKEN_SHARE:
         return f"{_percent(share)} of {name}'s own answers are stopped by the cap"
-    if (share := looping_share(asked)) > MOST_BROKEN:
+    if (share := looping_share(predictions)) > LARGEST_BROKEN_SHARE:
         return f"{_percent(share)} of {name}'s own answers end in a loop"
     return None

@@ -13,7 +13,13 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from helpers.statistics.comparison import Answers, Paired, Rules, compare, rules_of
+from helpers.statistics.comparison import (
+    DecisionRules,
+    PairedComparison,
+    VariantPredictions,
+    decision_rules,
+    paired_comparison,
+)
 from helpers.statistics.intervals import holm, tost_from_interval
 from helpers.statistics.validity import invalid_reason, uninformative_reason
 from helpers.study.schema import Comparison, Study
@@ -31,13 +37,13 @@ class Verdict:
     reason: str
     primary: bool
     holm_p: float | None
-    paired: Paired
+    paired: PairedComparison
 
 
 def study_verdicts(
     study: Study,
-    answers: Mapping[tuple[str, str, str], Answers],
-    disagreeing: Mapping[Comparison, str] = MappingProxyType({}),
+    answers: Mapping[tuple[str, str, str], VariantPredictions],
+    disagreements: Mapping[Comparison, str] = MappingProxyType({}),
 ) -> dict[Comparison, Verdict]:
     """Every variant against the study's baseline, and every declared comparison.
 
@@ -50,28 +56,31 @@ def study_verdicts(
         disagreeing: comparisons whose figures do not follow from the answers, with the reason:
             they are invalid.
     """
-    rules, primary = rules_of(study), study.statistics.primary
-    wanted = [*primary, *_against_baseline(study)]
-    judged, p_values = {}, dict.fromkeys(primary, 1.0)
-    for c in dict.fromkeys(wanted):
+    rules, primary = decision_rules(study), study.statistics.primary
+    comparisons = [*primary, *_baseline_comparisons(study)]
+    compared, p_values = {}, dict.fromkeys(primary, 1.0)
+    for c in dict.fromkeys(comparisons):
         if not {(c.model, c.dataset, name) for name in (c.baseline, c.variant)} <= answers.keys():
             continue
         baseline, variant = (answers[c.model, c.dataset, v] for v in (c.baseline, c.variant))
         adapter = study.evaluation.datasets[c.dataset].adapter
         alpha = rules.alpha / rules.family if c in primary else rules.alpha
-        paired = compare(baseline, variant, rules, alpha=alpha)
+        paired = paired_comparison(baseline, variant, rules, alpha=alpha)
         reasons = (
-            disagreeing.get(c) or invalid_reason(adapter, baseline, variant, rules),
+            disagreements.get(c) or invalid_reason(adapter, baseline, variant, rules),
             uninformative_reason(adapter, baseline, rules),
         )
-        judged[c] = paired, reasons
+        compared[c] = paired, reasons
         if c in primary and not reasons[0]:
             p_values[c] = paired.p
-    adjusted = holm(p_values)
-    return {c: judge(p, *why, adjusted.get(c), rules) for c, (p, why) in judged.items()}
+    holm_p_values = holm(p_values)
+    return {
+        c: decide_verdict(p, *reasons, holm_p_values.get(c), rules)
+        for c, (p, reasons) in compared.items()
+    }
 
 
-def _against_baseline(study: Study) -> list[Comparison]:
+def _baseline_comparisons(study: Study) -> list[Comparison]:
     return [
         Comparison(model=model, dataset=dataset, baseline=study.baseline, variant=variant)
         for model in study.models
@@ -81,24 +90,26 @@ def _against_baseline(study: Study) -> list[Comparison]:
     ]
 
 
-def judge(
-    paired: Paired,
+def decide_verdict(
+    paired: PairedComparison,
     invalid: str | None,
     uninformative: str | None,
     holm_p: float | None,
-    rules: Rules,
+    rules: DecisionRules,
 ) -> Verdict:
     """The verdict of one comparison; `holm_p` is None for one that was not declared."""
     primary = holm_p is not None
-    same = f"identical answers on all {paired.n} items" if paired.identical else ""
-    inside = tost_from_interval(paired.equivalence, margin=rules.margin, alpha=rules.alpha)
+    identical = f"identical answers on all {paired.n} items" if paired.identical else ""
+    within_margin = tost_from_interval(paired.equivalence, margin=rules.margin, alpha=rules.alpha)
     if invalid:
         return Verdict("invalid", invalid, primary, None, paired)
     if uninformative:
         return Verdict("uninformative", uninformative, primary, holm_p, paired)
     if holm_p is None:
-        return Verdict("exploratory", same, primary, None, paired)
+        return Verdict("exploratory", identical, primary, None, paired)
     if holm_p <= rules.alpha and paired.delta != 0:
-        why = "the difference lies inside the margin all the same" if inside else ""
-        return Verdict("worse" if paired.delta < 0 else "better", why, primary, holm_p, paired)
-    return Verdict("equivalent" if inside else "inconclusive", same, primary, holm_p, paired)
+        reason = "the difference is nevertheless inside the margin" if within_margin else ""
+        return Verdict("worse" if paired.delta < 0 else "better", reason, primary, holm_p, paired)
+    return Verdict(
+        "equivalent" if within_margin else "inconclusive", identical, primary, holm_p, paired
+    )

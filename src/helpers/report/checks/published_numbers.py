@@ -24,7 +24,7 @@ class Table:
     def row(self, **cells: str) -> dict[str, str] | None:
         """The first row whose named columns hold these plain texts, by column; None if none."""
         for row in map(self.by_column, self.rows):
-            if all(plain(row.get(name, "")) == text for name, text in cells.items()):
+            if all(plain_text(row.get(name, "")) == text for name, text in cells.items()):
                 return row
         return None
 
@@ -32,40 +32,40 @@ class Table:
         return dict(zip(self.columns, row, strict=False))
 
 
-def tables(markdown: str) -> list[Table]:
+def read_tables(markdown: str) -> list[Table]:
     """Every pipe table of a Markdown text, in order."""
-    found, heading, lines = [], "", []
+    parsed, heading, lines = [], "", []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("|"):
-            lines.append(_cells(line))
+            lines.append(_split_cells(line))
             continue
         if len(lines) > 2:
-            found.append(Table(heading, tuple(map(plain, lines[0])), tuple(lines[2:])))
+            parsed.append(Table(heading, tuple(map(plain_text, lines[0])), tuple(lines[2:])))
         lines = []
         if line.startswith("#"):
-            heading = plain(line.lstrip("# "))
+            heading = plain_text(line.lstrip("# "))
         elif line.startswith("**"):
-            heading = plain(line)
-    return found
+            heading = plain_text(line)
+    return parsed
 
 
-def _cells(line: str) -> tuple[str, ...]:
+def _split_cells(line: str) -> tuple[str, ...]:
     return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
 
 
-def plain(cell: str) -> str:
+def plain_text(cell: str) -> str:
     """A cell as it is read: entities resolved, marks of code and emphasis gone."""
     text = html.unescape(re.sub(r"<[^>]*>", "", cell)).replace("\u00a0", " ")
     return text.replace("`", "").replace("**", "").strip()
 
 
-def numbers(cell: str) -> list[str]:
+def written_numbers(cell: str) -> list[str]:
     """The numbers of a cell as they are written, those in names and quotations left out."""
     text = html.unescape(_CODE.sub(" ", cell)).replace("−", "-").replace("\u00a0", " ")
-    return [found.replace(",", "") for found in _NUMBER.findall(text)]
+    return [match.replace(",", "") for match in _NUMBER.findall(text)]
 
 
-def shows(written: str, value: float) -> bool:
+def rounds_to(written: str, value: float) -> bool:
     """Whether a number written with its decimals is the value, rounded to them."""
     mantissa, _, exponent = written.partition("e")
     decimals = len(mantissa.partition(".")[2])
@@ -73,10 +73,10 @@ def shows(written: str, value: float) -> bool:
     return abs(float(written) - value) <= 0.5 * step * (1 + 1e-6) + 1e-9 * abs(value)
 
 
-def differs(cell: str, values: list[float | None]) -> bool:
+def cell_differs(cell: str, values: list[float | None]) -> bool:
     """Whether a cell does not show these numbers, in their order; None is shown as missing."""
-    due = [v for v in values if v is not None and not math.isnan(v)]
-    written = numbers(cell)
-    if len(written) != len(due):
+    expected = [v for v in values if v is not None and not math.isnan(v)]
+    written = written_numbers(cell)
+    if len(written) != len(expected):
         return True
-    return not all(shows(w, v) for w, v in zip(written, due, strict=True))
+    return not all(rounds_to(w, v) for w, v in zip(written, expected, strict=True))

@@ -28,19 +28,20 @@ from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_summary import (
     edited_tables,
     wrong_comparisons,
+    wrong_csv_lines,
     wrong_headlines,
-    wrong_lines,
 )
 from helpers.report.checks.recomputed_tables import (
-    NAMES,
-    Recomputed,
+    DATASET_NAMES,
+    RecomputedFigures,
     wrong_cells,
     wrong_verdict_words,
 )
 from helpers.sources.near_duplicates import cluster_near_duplicates
 from helpers.sources.sampling import load_items
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
-from helpers.statistics.published_answers import Published, read_answers
+from helpers.statistics.controls import ControlOutcome
+from helpers.statistics.published_answers import PublishedAnswers, read_answers
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import Comparison, Study
 from helpers.study.schema_sources import HubDataset
@@ -58,50 +59,59 @@ def recompute(study: str) -> tuple[str, list[str]]:
     folder = paths.root
     published = read_json(folder / "summary.json", made_by="04_analysis")
     differing = _changed_files(folder / ANSWERS, published.get(ANSWERS, {}))
-    found = read_answers(folder / ANSWERS, loaded)
+    answers = read_answers(folder / ANSWERS, loaded)
     joined = "clusters" in published  # before, near-duplicates counted as independent items
     for name in loaded.evaluation.datasets:
-        differing += _misread(found, name, joined)
-    rows = comparison_rows(loaded, found.answers, _published_p(published["comparisons"]))
-    figures = Recomputed(found, rows, published)
+        differing += _misread_answers(answers, name, joined)
+    rows = comparison_rows(loaded, answers.answers, _published_p_values(published["comparisons"]))
+    figures = RecomputedFigures(answers, rows, published)
     differing += wrong_comparisons(rows, published["comparisons"])
-    differing += _wrong_controls(found, published["controls"])
+    differing += _wrong_controls(answers, published["controls"])
     differing += wrong_headlines(published, figures)
-    differing += wrong_lines(folder / "summary.csv", figures)
+    differing += wrong_csv_lines(folder / "summary.csv", figures)
     differing += _wrong_report(paths, figures)
-    return _table(loaded, list(rows.values())), differing
+    return _verdict_table(loaded, list(rows.values())), differing
 
 
-def _published_p(comparisons: list[dict]) -> dict[Comparison, float | None]:
+def _published_p_values(comparisons: list[dict]) -> dict[Comparison, float | None]:
     keys = Comparison.model_fields
     return {Comparison(**{k: row[k] for k in keys}): row["p"] for row in comparisons}
 
 
-def _wrong_report(paths: StudyPaths, figures: Recomputed) -> list[str]:
+def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
     """Cells of report.md that are not made again; none where no report was exported."""
     path = paths.root / "report.md"
     if not path.is_file():
         return []
     text = path.read_text("utf-8")
-    told = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
-    told += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
-    told += wrong_records(text, figures, paths.notebooks)
-    return told + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
+    lines = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
+    lines += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
+    lines += wrong_records(text, figures, paths.notebooks)
+    return lines + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 
 
-def _wrong_controls(found: Published, published: list[dict]) -> list[str]:
+def _control_fields(outcome: ControlOutcome) -> dict:
+    """A control's outcome under the names of summary.json."""
+    fields = {"role": outcome.role, "must": outcome.expected}
+    return fields | {"found": outcome.observed, "done": outcome.ok}
+
+
+def _wrong_controls(answers: PublishedAnswers, published: list[dict]) -> list[str]:
     """Controls of summary.json that did otherwise by the answers and checks."""
-    after = {f"{m}: control {v}": vars(duty) for (m, v), duty in found.duties.items()}
+    after = {
+        f"{m}: control {v}": _control_fields(outcome)
+        for (m, v), outcome in answers.control_outcomes.items()
+    }
     before = {f"{row['model']}: control {row['variant']}": row for row in published}
-    told = [f"{name} was published and is none of the study's" for name in before - after.keys()]
-    told += [f"{name} was not published" for name in after - before.keys()]
+    lines = [f"{name} was published and is none of the study's" for name in before - after.keys()]
+    lines += [f"{name} was not published" for name in after - before.keys()]
     for name in (n for n in after if n in before):
-        told += [
+        lines += [
             f"summary.json, {name}: {key} is {value!r}, published {before[name].get(key)!r}"
             for key, value in after[name].items()
             if before[name].get(key) != value
         ]
-    return told
+    return lines
 
 
 def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
@@ -115,42 +125,46 @@ def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
     ]
 
 
-def _misread(found: Published, dataset: str, joined: bool) -> list[str]:
+def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) -> list[str]:
     """Answers whose text does not give what is stored of it; none if the items are on a Hub.
 
     Args:
         joined: whether near-duplicates have one cluster.
     """
-    wanted = found.study.evaluation.datasets[dataset]
-    if isinstance(wanted.source, HubDataset):
+    evaluation_set = published.study.evaluation.datasets[dataset]
+    if isinstance(evaluation_set.source, HubDataset):
         return []
-    items = {item.id: item for item in load_items(wanted.source, adapter=wanted.adapter)}
-    told = []
-    first = next(iter(found.asked.values())).predictions[dataset]
+    items = {
+        item.id: item for item in load_items(evaluation_set.source, adapter=evaluation_set.adapter)
+    }
+    lines = []
+    first = next(iter(published.variants.values())).predictions[dataset]
     answered = [items[row["id"]] for row in first if row["id"] in items]
     items |= {item.id: item for item in cluster_near_duplicates(answered)} if joined else {}
-    for (model, variant), asked in found.asked.items():
-        at = f"{model}/{variant}: {NAMES.get(dataset, dataset)} item"
-        for row in asked.predictions[dataset]:
+    for (model, variant), variant_answers in published.variants.items():
+        at = f"{model}/{variant}: {DATASET_NAMES.get(dataset, dataset)} item"
+        for row in variant_answers.predictions[dataset]:
             if (item := items.get(row["id"])) is None:
-                told.append(f"{at} {row['id']} is none of the set's")
+                lines.append(f"{at} {row['id']} is none of the set's")
                 continue
-            again = rescored(wanted, item, row)
-            odd = [key for key, value in again.items() if row.get(key) != value]
-            if not odd and (other := misread_part(wanted, row)):
-                odd = [other]
-            told += [f"{at} {row['id']}: {key} does not follow from the answer" for key in odd]
-    return told
+            rescored_row = rescored(evaluation_set, item, row)
+            wrong_keys = [key for key, value in rescored_row.items() if row.get(key) != value]
+            if not wrong_keys and (reason := misread_part(evaluation_set, row)):
+                wrong_keys = [reason]
+            lines += [
+                f"{at} {row['id']}: {key} does not follow from the answer" for key in wrong_keys
+            ]
+    return lines
 
 
-def _table(study: Study, rows: list[dict]) -> str:
+def _verdict_table(study: Study, rows: list[dict]) -> str:
     """One line a comparison, the declared ones first, as they are in the summary."""
     cells = [("model", "dataset", "variant", "lost", "gained", "points", "Holm p", "verdict")]
     for row in rows:
         against = "" if row["baseline"] == study.baseline else f" vs {row['baseline']}"
         place = (
             row["model"],
-            NAMES.get(row["dataset"], row["dataset"]),
+            DATASET_NAMES.get(row["dataset"], row["dataset"]),
             f"{row['variant']}{against}",
         )
         counts = str(row["losses"]), str(row["gains"]), f"{100 * row['delta']:+.1f}"
@@ -167,9 +181,9 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m helpers.report.checks.recomputation", description=__doc__
     )
     parser.add_argument("study", help="a study's name in params/, or the path of its YAML file")
-    given = parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
     try:
-        table, differing = recompute(given.study)
+        table, differing = recompute(arguments.study)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
@@ -178,8 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nNOT AS PUBLISHED, in {len(differing)} places:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in differing), file=sys.stderr)
         return 1
-    made = f"{table.count(chr(10))} verdicts and every table made again from the answers"
-    print(f"\n{made}: all as published")
+    recomputed = f"{table.count(chr(10))} verdicts and every table made again from the answers"
+    print(f"\n{recomputed}: all as published")
     return 0
 
 

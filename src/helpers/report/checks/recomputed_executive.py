@@ -6,11 +6,11 @@ None of the code that writes the report is used.
 import re
 from collections.abc import Iterator
 
-from helpers.report.checks.published_numbers import shows
-from helpers.report.checks.recomputed_tables import NAMES, Recomputed
+from helpers.report.checks.published_numbers import rounds_to
+from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 
-ABLE = ("worse", "better", "equivalent", "inconclusive")
-KINDS = {
+INFORMATIVE = ("worse", "better", "equivalent", "inconclusive")
+BULLET_STARTS = {
     "**Worse**": "worse",
     "**Better**": "better",
     "**Equivalent within": "equivalent",
@@ -19,100 +19,108 @@ KINDS = {
     "**Invalid**": "invalid",
 }
 
-Due = tuple[str, list[float | None]]  # a part of the text, and the numbers it must show
+ExpectedNumbers = tuple[str, list[float | None]]  # a part of the text, and the numbers it must show
 
 
-def _codes(text: str) -> list[str]:
+def _code_names(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-def _declared(figures: Recomputed) -> list[dict]:
+def _declared_rows(figures: RecomputedFigures) -> list[dict]:
     return [row for row in figures.rows.values() if row["primary"]]
 
 
-def _answer(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """How many declared comparisons can tell, and how many are worse or better."""
-    names = _codes(text)
+    names = _code_names(text)
     group = [
-        r for r in _declared(figures) if names and r["variant"] == names[0] and r["verdict"] in ABLE
+        r
+        for r in _declared_rows(figures)
+        if names and r["variant"] == names[0] and r["verdict"] in INFORMATIVE
     ]
     if len(names) > 1:
         group = [r for r in group if r["baseline"] == names[1]]
-    found = re.search(r"in the (\d+|one) (?:of [\d,]+ declared )?comparisons?", text)
-    if found and (1 if found[1] == "one" else int(found[1])) != len(group):
-        yield f"published {found[1]} that can show one, recomputed {len(group)}"
+    count_clause = re.search(r"in the (\d+|one) (?:of [\d,]+ declared )?comparisons?", text)
+    if count_clause and (1 if count_clause[1] == "one" else int(count_clause[1])) != len(group):
+        yield f"published {count_clause[1]} that could show one, recomputed {len(group)}"
     for word in ("worse", "better"):
         pattern = rf"(?:{word} than `[^`]+` in|and {word} in) (\d+)"
-        said = [int(n) for n in re.findall(pattern, text)]
-        due = sum(row["verdict"] == word for row in group)
-        if said and said != [due]:
-            yield f"published {said[0]} {word}, recomputed {due}"
-        if due and not said:
-            yield f"{due} are {word}, which it does not say"
+        published = [int(n) for n in re.findall(pattern, text)]
+        expected = sum(row["verdict"] == word for row in group)
+        if published and published != [expected]:
+            yield f"published {published[0]} {word}, recomputed {expected}"
+        if expected and not published:
+            yield f"{expected} are {word}, which it does not say"
     if "is equivalent to" in text and {r["verdict"] for r in group} != {"equivalent"}:
         yield "not all that can tell are equivalent"
 
 
-def _kind(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """A bullet of one kind of verdict: its places, and from which loss on one would be seen."""
-    kind = next(kind for begin, kind in KINDS.items() if text.startswith(begin))
-    rows = [r for r in _declared(figures) if r["verdict"] == kind]
-    places = {(NAMES.get(r["dataset"], r["dataset"]), r["model"]) for r in rows}
-    named = "|".join(re.escape(NAMES.get(n, n)) for n in figures.study.evaluation.datasets)
-    head = re.split(r"\. |\. ?$", text, maxsplit=1)[0] if kind in ABLE[2:] else text
-    said = {
+    kind = next(kind for begin, kind in BULLET_STARTS.items() if text.startswith(begin))
+    rows = [r for r in _declared_rows(figures) if r["verdict"] == kind]
+    places = {(DATASET_NAMES.get(r["dataset"], r["dataset"]), r["model"]) for r in rows}
+    dataset_names = "|".join(
+        re.escape(DATASET_NAMES.get(n, n)) for n in figures.study.evaluation.datasets
+    )
+    head = re.split(r"\. |\. ?$", text, maxsplit=1)[0] if kind in INFORMATIVE[2:] else text
+    published_places = {
         (name, model)
-        for name, models in re.findall(rf"({named}) of ((?:`[^`]+`(?:, | and )?)+)", head)
-        for model in _codes(models)
+        for name, models in re.findall(rf"({dataset_names}) of ((?:`[^`]+`(?:, | and )?)+)", head)
+        for model in _code_names(models)
     }
-    if said != places:
-        yield f"published {sorted(said)}, recomputed {sorted(places)}"
-    found = re.search(r"only from ([\d.]+) points (?:\(.*?\) to ([\d.]+) points )?", text)
-    if found:
-        seen = [100 * r["smallest_detectable_loss"] for r in rows if r["smallest_detectable_loss"]]
-        ends = [e for e in found.groups() if e]
-        due = [min(seen), max(seen)] if seen else []
-        if not due or not all(map(shows, (ends[0], ends[-1]), due)):
-            yield f"published {' to '.join(ends)} points, recomputed {due}"
+    if published_places != places:
+        yield f"published {sorted(published_places)}, recomputed {sorted(places)}"
+    detectable_range = re.search(
+        r"power (?:is|ranges from) ([\d.]+) points(?: \(.*?\) to ([\d.]+) points)?", text
+    )
+    if detectable_range:
+        detectable = [
+            100 * r["smallest_detectable_loss"] for r in rows if r["smallest_detectable_loss"]
+        ]
+        ends = [e for e in detectable_range.groups() if e]
+        expected = [min(detectable), max(detectable)] if detectable else []
+        if not expected or not all(map(rounds_to, (ends[0], ends[-1]), expected)):
+            yield f"published {' to '.join(ends)} points, recomputed {expected}"
 
 
-def _nothing(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    """A variant of which no declared comparison can tell: how many, and how many are invalid."""
-    group = [r for r in _declared(figures) if r["variant"] == _codes(text)[0]]
-    invalid = sum(r["verdict"] == "invalid" for r in group)
-    if able := [r for r in group if r["verdict"] in ABLE]:
-        yield f"{len(able)} of {len(group)} comparisons can tell"
-    if "comparisons are invalid" in text or "comparison is invalid" in text:
-        due = (["1"] if "its one" in text else [str(len(group))], len(group))
-        said = re.findall(r"all (\d+) comparisons", text) or ["1"]
-        if (said, invalid) != due:
-            yield f"{invalid} of {len(group)} are invalid"
-    elif said := re.search(r"of (\d+) comparisons (\d+) (?:is|are) invalid", text):
-        if [int(n) for n in said.groups()] != [len(group), invalid]:
-            yield f"{invalid} of {len(group)} are invalid"
-    elif invalid:
-        yield f"{invalid} of {len(group)} are invalid, which it does not say"
+def _check_nothing_shown(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    """A variant without an informative comparison: how many are invalid or uninformative."""
+    group = [r for r in _declared_rows(figures) if r["variant"] == _code_names(text)[0]]
+    n, kinds = len(group), [r["verdict"] for r in group]
+    counts = f"{kinds.count('invalid')} invalid, {kinds.count('uninformative')} uninformative"
+    alike = re.search(r"(?:its one comparison is|all (\d+) comparisons are) (\w+)", text)
+    mixed = re.search(r"of (\d+) comparisons, (\d+) (?:is|are) invalid and (\d+) ", text)
+    if alike:
+        correct = [alike[2]] * int(alike[1] or 1) == kinds
+    else:
+        stated = [int(number) for number in mixed.groups()] if mixed else []
+        correct = stated == [n, kinds.count("invalid"), kinds.count("uninformative")]
+    if not correct:
+        yield f"of {n} comparisons: {counts}"
 
 
-def _controls_kept(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    """All controls did what they must, and the ones it names are among them."""
-    failed = [key for key, duty in figures.duties.items() if not duty.done]
+def _check_controls_bullet(
+    text: str, figures: RecomputedFigures
+) -> Iterator[ExpectedNumbers | str]:
+    """No control failed, and the names in the sentence are controls."""
+    failed = [key for key, outcome in figures.control_outcomes.items() if not outcome.ok]
     if failed:
         yield f"{len(failed)} controls failed"
-    strange = set(_codes(text)) - {variant for _, variant in figures.duties}
-    if strange:
-        yield f"{sorted(strange)} are no controls"
+    not_controls = set(_code_names(text)) - {variant for _, variant in figures.control_outcomes}
+    if not_controls:
+        yield f"{sorted(not_controls)} are no controls"
 
 
-def _controls(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    duties = figures.duties.values()
-    yield text, [sum(duty.done for duty in duties), len(duties)]
+def _check_controls_count(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    outcomes = figures.control_outcomes.values()
+    yield text, [sum(outcome.ok for outcome in outcomes), len(outcomes)]
 
 
-TELLERS = (
-    (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _answer),
-    (r"^(?:\*\*Answer\.\*\* )?Nothing can be said of `", _nothing),
-    ("^(?:" + "|".join(map(re.escape, KINDS)) + ")", _kind),
-    (r"^\*\*Controls\*\* did what they must", _controls_kept),
-    (r"\d+ of \d+ controls? did what", _controls),
+SENTENCE_CHECKS = (
+    (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _check_answer),
+    (r"^(?:\*\*Answer\.\*\* )?No conclusion about `", _check_nothing_shown),
+    ("^(?:" + "|".join(map(re.escape, BULLET_STARTS)) + ")", _check_verdict_bullet),
+    (r"^\*\*All controls behaved as expected\*\*", _check_controls_bullet),
+    (r"\d+ of \d+ controls? behaved", _check_controls_count),
 )

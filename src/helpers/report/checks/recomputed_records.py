@@ -10,97 +10,109 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.report.checks.published_numbers import numbers, plain, tables
-from helpers.report.checks.recomputed_tables import Recomputed
+from helpers.report.checks.published_numbers import plain_text, read_tables, written_numbers
+from helpers.report.checks.recomputed_tables import RecomputedFigures
 
-PRINTED = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
-OUTLIER = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
-RULED = re.compile(r"^(?:- )?In `([^`]+)`, (\d+) of \S+ Linear inputs (?:is|are) ruled (.*)$", re.M)
-INPUT = re.compile(
+CALIBRATION_LINE = re.compile(r"^(\d[\d,]*) items, (\d[\d,]*) tokens, the longest", re.M)
+OUTLIER_LINE = re.compile(r"^\S+ +(\S+) +(\d+) +(\d[\d.]*) +(\d[\d.]*) ", re.M)
+OUTLIER_SENTENCE = re.compile(
+    r"^(?:- )?In `([^`]+)`, one outlier channel dominates in (\d+) of \S+ Linear inputs?: (.*)$",
+    re.M,
+)
+DESCRIBED_INPUT = re.compile(
     r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), (?:([\d.,]+) times|and) the median"
 )
-STEP = 0.05  # of what the notebook shows, which has one decimal
+ROUNDING_STEP = 0.05  # of what the notebook shows, which has one decimal
 
 
-def wrong_records(markdown: str, figures: Recomputed, notebooks: Path) -> list[str]:
+def wrong_records(markdown: str, figures: RecomputedFigures, notebooks: Path) -> list[str]:
     """Every cell that is not what its notebook printed, with its place."""
-    told = []
-    for table in tables(markdown):
+    lines = []
+    for table in read_tables(markdown):
         columns, rows = set(table.columns), map(table.by_column, table.rows)
         if {"model", "items", "tokens", "Linear inputs"} <= columns:
-            told += [line for row in rows for line in _calibration(row, notebooks)]
+            lines += [line for row in rows for line in _wrong_calibration(row, notebooks)]
         elif table.columns == ("variant", "recipe"):
-            told += [line for row in rows for line in _recipe(row, figures, notebooks)]
+            lines += [line for row in rows for line in _wrong_recipe(row, figures, notebooks)]
         elif {"Linear", "median channel", "ratio"} <= columns:
             model = table.heading.removeprefix("Model ")
-            told += [line for row in rows for line in _outlier(row, model, notebooks)]
-    told += [line for found in RULED.findall(markdown) for line in _ruled(*found, notebooks)]
-    return [f"report.md, {line}" for line in told]
+            lines += [line for row in rows for line in _wrong_outlier(row, model, notebooks)]
+    lines += [
+        line
+        for match in OUTLIER_SENTENCE.findall(markdown)
+        for line in _wrong_outlier_sentence(*match, notebooks)
+    ]
+    return [f"report.md, {line}" for line in lines]
 
 
-def _outputs(path: Path) -> str:
+def _printed_text(path: Path) -> str:
     """All that a notebook printed or showed as text; empty where it is not kept."""
     if not path.is_file():
         return ""
     cells = json.loads(path.read_text("utf-8"))["cells"]
-    found = [output for cell in cells for output in cell.get("outputs", ())]
-    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in found]
+    outputs = [output for cell in cells for output in cell.get("outputs", ())]
+    texts = [output.get("text", output.get("data", {}).get("text/plain", "")) for output in outputs]
     return "\n".join("".join(text) for text in texts)
 
 
-def _calibration(row: dict[str, str], notebooks: Path) -> Iterator[str]:
-    model = plain(row["model"])
-    printed = PRINTED.search(_outputs(notebooks / f"01_calibration.{model}.ipynb"))
-    said = [numbers(row[column])[0] for column in ("items", "tokens")]
-    if printed and said != [n.replace(",", "") for n in printed.groups()]:
-        yield f"calibration of {model}: {' items, '.join(said)} tokens, it printed {printed[0]!r}"
+def _wrong_calibration(row: dict[str, str], notebooks: Path) -> Iterator[str]:
+    model = plain_text(row["model"])
+    printed = CALIBRATION_LINE.search(_printed_text(notebooks / f"01_calibration.{model}.ipynb"))
+    published = [written_numbers(row[column])[0] for column in ("items", "tokens")]
+    if printed and published != [n.replace(",", "") for n in printed.groups()]:
+        counts = f"{' items, '.join(published)} tokens"
+        yield f"calibration of {model}: {counts}, it printed {printed[0]!r}"
 
 
-def _recipe(row: dict[str, str], figures: Recomputed, notebooks: Path) -> Iterator[str]:
-    variant = plain(row["variant"])
+def _wrong_recipe(
+    row: dict[str, str], figures: RecomputedFigures, notebooks: Path
+) -> Iterator[str]:
+    variant = plain_text(row["variant"])
     paths = notebooks.glob(f"02_quantization.*.{variant}.ipynb")
     printed = [
         line
         for path in paths
         if path.name.split(".")[1] in figures.study.models
-        for line in _outputs(path).splitlines()
+        for line in _printed_text(path).splitlines()
         if " weights" in line and "activations" in line
     ]
-    said = plain(row["recipe"])
-    if printed and not any(line.strip() in said for line in printed):
-        yield f"recipe of {variant}: {said[:80]!r}, it printed {printed[0][:80]!r}"
+    published = plain_text(row["recipe"])
+    if printed and not any(line.strip() in published for line in printed):
+        yield f"recipe of {variant}: {published[:80]!r}, it printed {printed[0][:80]!r}"
 
 
-def _outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator[str]:
-    shown = _outputs(notebooks / f"01_calibration.{model}.ipynb")
-    for name, channel, largest, median in OUTLIER.findall(shown):
-        if name != plain(row["Linear"]):
+def _wrong_outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator[str]:
+    printed = _printed_text(notebooks / f"01_calibration.{model}.ipynb")
+    for name, channel, largest, median in OUTLIER_LINE.findall(printed):
+        if name != plain_text(row["Linear"]):
             continue
         pairs = ((row["largest"], largest), (row["median channel"], median))
-        values = [(float(numbers(cell)[0]), float(due)) for cell, due in pairs]
-        near = all(abs(a - b) <= STEP + 0.006 * abs(b) for a, b in values)
-        if numbers(row["channel"])[0] != channel or not near:
+        values = [(float(written_numbers(cell)[0]), float(recorded)) for cell, recorded in pairs]
+        agrees = all(abs(a - b) <= ROUNDING_STEP + 0.006 * abs(b) for a, b in values)
+        if written_numbers(row["channel"])[0] != channel or not agrees:
             yield f"Model {model}, {name}: {values}, channel {channel} in its calibration"
 
 
-def _ruled(model: str, count: str, text: str, notebooks: Path) -> Iterator[str]:
-    """The sentence on inputs that single channels rule: how many, and each one's numbers."""
-    named = INPUT.findall(text)
-    if len(named) != int(count):
-        yield f"{model}: {count} Linear inputs are ruled by single channels, {len(named)} named"
-    shown = OUTLIER.findall(_outputs(notebooks / f"01_calibration.{model}.ipynb"))
-    for name, *said in named:
-        channel, largest, ratio = (float(x.replace(",", "") or "nan") for x in said)
-        for _, *printed in (row for row in shown if row[0].endswith(name)):
-            at, most, median = map(float, printed)
-            near = abs(largest - most) <= 0.006 * most
-            if at != channel or not near or not _is_ratio(ratio, most, median):
-                yield f"{model}, {name}: {said}, in its calibration {printed}"
+def _wrong_outlier_sentence(model: str, count: str, text: str, notebooks: Path) -> Iterator[str]:
+    """The sentence on inputs that one channel dominates: their count and their numbers."""
+    inputs = DESCRIBED_INPUT.findall(text)
+    if len(inputs) != int(count):
+        yield f"{model}: {count} Linear inputs are dominated by one channel, {len(inputs)} named"
+    printed_rows = OUTLIER_LINE.findall(_printed_text(notebooks / f"01_calibration.{model}.ipynb"))
+    for name, *published in inputs:
+        channel, largest, ratio = (float(x.replace(",", "") or "nan") for x in published)
+        for _, *printed in (row for row in printed_rows if row[0].endswith(name)):
+            at, printed_largest, median = map(float, printed)
+            agrees = abs(largest - printed_largest) <= 0.006 * printed_largest
+            if at != channel or not agrees or not _is_ratio(ratio, printed_largest, median):
+                yield f"{model}, {name}: {published}, in its calibration {printed}"
 
 
-def _is_ratio(ratio: float, most: float, median: float) -> bool:
+def _is_ratio(ratio: float, largest: float, median: float) -> bool:
     """Whether a ratio is that of two numbers shown with one decimal; NaN is that of a median 0."""
     if math.isnan(ratio):
         return median == 0
-    largest = (most + STEP) / (median - STEP) if median > STEP else math.inf
-    return 0.994 * (most - STEP) / (median + STEP) <= ratio <= 1.006 * largest
+    upper = (
+        (largest + ROUNDING_STEP) / (median - ROUNDING_STEP) if median > ROUNDING_STEP else math.inf
+    )
+    return 0.994 * (largest - ROUNDING_STEP) / (median + ROUNDING_STEP) <= ratio <= 1.006 * upper

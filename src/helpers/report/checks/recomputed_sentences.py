@@ -12,93 +12,94 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from helpers.evaluation.trivial_answers import status_and_answer
-from helpers.report.checks.published_numbers import differs, plain, shows
-from helpers.report.checks.recomputed_executive import TELLERS as ON_VERDICTS
-from helpers.report.checks.recomputed_executive import Due
-from helpers.report.checks.recomputed_tables import NAMES, Recomputed
+from helpers.report.checks.published_numbers import cell_differs, plain_text, rounds_to
+from helpers.report.checks.recomputed_executive import SENTENCE_CHECKS as ON_VERDICTS
+from helpers.report.checks.recomputed_executive import ExpectedNumbers
+from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
 from helpers.study.schema_variants import Variant
 
-FLIPS = 20_000
-ROOM = 0.015  # of a p that two programs draw: six standard errors of either at 0.05
+SIGN_DRAWS = 20_000
+P_TOLERANCE = 0.015  # of a p that two programs draw: six standard errors of either at 0.05
 
 SUMMARY = re.compile(r"^## Executive summary\n(.*?)(?=^### (?!Scores|Key findings))", re.M | re.S)
-ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale a tensor, (.*? against [\d.,]+)")
+ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale per tensor, (.*? against [\d.,]+)")
 NOT_PROSE = ("|", "#", "![", "<")
-Teller = Callable[[str, Recomputed], Iterator[Due | str]]
+SentenceCheck = Callable[[str, RecomputedFigures], Iterator[ExpectedNumbers | str]]
 
 
-def wrong_sentences(markdown: str, figures: Recomputed) -> list[str]:
+def wrong_sentences(markdown: str, figures: RecomputedFigures) -> list[str]:
     """Every known sentence that does not say what follows from the answers."""
-    told = []
+    lines = []
     for line in markdown.splitlines():
         text = line.removeprefix("- ")
-        for begin, teller in TELLERS:
-            if not (found := re.search(begin, text)):
+        for pattern, check in SENTENCE_CHECKS:
+            if not (match := re.search(pattern, text)):
                 continue
-            for due in teller(text[found.start() :], figures):
-                said, values = due if isinstance(due, tuple) else (due, None)
+            for expected in check(text[match.start() :], figures):
+                published, values = expected if isinstance(expected, tuple) else (expected, None)
                 if values is None:
-                    told.append(f"report.md, “{plain(text)[:70]}…”: {said}")
-                elif differs(said, values):
-                    again = ", ".join(f"{v:.6g}" for v in values if v is not None)
-                    told.append(
-                        f"report.md, “{plain(text)[:70]}…”: published {plain(said)[:200]!r}, "
-                        f"recomputed {again}"
-                    )
-    return [*dict.fromkeys(told), *_unknown(markdown)]
+                    lines.append(f"report.md, “{plain_text(text)[:70]}…”: {published}")
+                elif cell_differs(published, values):
+                    recomputed = ", ".join(f"{v:.6g}" for v in values if v is not None)
+                    place = f"report.md, “{plain_text(text)[:70]}…”"
+                    shown = plain_text(published)[:200]
+                    lines.append(f"{place}: published {shown!r}, recomputed {recomputed}")
+    return [*dict.fromkeys(lines), *_unknown_sentences(markdown)]
 
 
-def _unknown(markdown: str) -> Iterator[str]:
+def _unknown_sentences(markdown: str) -> Iterator[str]:
     """Sentences of summary and findings that hold a number which nothing here looks at."""
     summary = SUMMARY.search(markdown)
     for line in summary[1].splitlines() if summary else ():
         text = line.removeprefix("- ")
-        known = any(re.search(begin, text) for begin, _ in TELLERS)
-        if not known and not text.startswith(NOT_PROSE) and re.search(r"\d", _uncoded(text)):
-            yield f"report.md, “{plain(text)[:70]}…”: no check knows this sentence"
+        known = any(re.search(pattern, text) for pattern, _ in SENTENCE_CHECKS)
+        if not known and not text.startswith(NOT_PROSE) and re.search(r"\d", _without_code(text)):
+            yield f"report.md, “{plain_text(text)[:70]}…”: no check knows this sentence"
 
 
-def _uncoded(text: str) -> str:
+def _without_code(text: str) -> str:
     return re.sub(r"`[^`]*`", "", text)
 
 
-def _codes(text: str) -> list[str]:
+def _code_names(text: str) -> list[str]:
     return re.findall(r"`([^`]+)`", text)
 
 
-def _change(figures: Recomputed, before: tuple, after: tuple, key: str) -> list[float | None]:
+def _token_change(
+    figures: RecomputedFigures, before: tuple, after: tuple, key: str
+) -> list[float | None]:
     """Change a token of `nll` or `kl` with its interval, its p and the number of passages."""
-    first = {row["id"]: row for row in figures.asked[before].passages}
-    rows = sorted(figures.asked[after].passages, key=lambda row: row["id"])
+    first = {row["id"]: row for row in figures.variants[before].passages}
+    rows = sorted(figures.variants[after].passages, key=lambda row: row["id"])
     lengths = [r["tokens"] for r in rows]
     sums = [r[key] - first[r["id"]][key] for r in rows]
-    each = [s / n for s, n in zip(sums, lengths, strict=True)]
+    means = [s / n for s, n in zip(sums, lengths, strict=True)]
     names = [r["id"] for r in rows]
-    found = clustered_mean(each, names, figures.drawing, weights=lengths, interval=True)
-    return [found.mean, found.low, found.high, _flip_p(sums), len(rows)]
+    mean = clustered_mean(means, names, figures.bootstrap, weights=lengths, interval=True)
+    return [mean.mean, mean.low, mean.high, _flip_p(sums), len(rows)]
 
 
 def _flip_p(sums: list[float]) -> float:
     """Two-sided p of the sum, the signs of the passages drawn; about ± ROOM at the most."""
-    signs = np.random.default_rng(0).choice((-1.0, 1.0), (FLIPS, len(sums)))
+    signs = np.random.default_rng(0).choice((-1.0, 1.0), (SIGN_DRAWS, len(sums)))
     far = np.abs(signs @ np.array(sums)) >= abs(sum(sums)) * (1 - 1e-12)
-    return float((far.sum() + 1) / (FLIPS + 1))
+    return float((far.sum() + 1) / (SIGN_DRAWS + 1))
 
 
-def _effect(change: list[float | None], figures: Recomputed) -> bool | None:
+def _is_effect(change: list[float | None], figures: RecomputedFigures) -> bool | None:
     """Whether a change is more than chance; None where drawn signs do not decide it."""
-    level = 1 - figures.drawing.confidence
-    return None if abs(change[3] - level) < ROOM else change[3] < level
+    alpha = 1 - figures.bootstrap.confidence
+    return None if abs(change[3] - alpha) < P_TOLERANCE else change[3] < alpha
 
 
-def _noise(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     sentence = text.partition(" A difference no larger")[0]
     floor = figures.noise_floor
-    models = _codes(sentence.partition(" In ")[2])
+    models = _code_names(sentence.partition(" In ")[2])
     changed, total = [], 0
     for model in models:
-        sides = [figures.asked[model, v].predictions for v in (figures.study.baseline, floor)]
+        sides = [figures.variants[model, v].predictions for v in (figures.study.baseline, floor)]
         pairs = [
             (row, next(r for r in sides[1][name] if r["id"] == row["id"]))
             for name, rows in sides[0].items()
@@ -111,26 +112,26 @@ def _noise(text: str, figures: Recomputed) -> Iterator[Due | str]:
     yield sentence, [*(s["kl"][0] for s in shared), *tops, *changed, total]
 
 
-def _tokens(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    variant, *models = _codes(text.partition(" by a KL")[0])
+def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    variant, *models = _code_names(text.partition(" by a KL")[0])
     shared = [figures.shared[model, variant] for model in models]
     values = [s["kl"][0] for s in shared]
-    if "times what rounding" in text:
+    if "times the effect of rounding" in text:
         floors = [figures.shared[model, figures.noise_floor]["kl"][0] for model in models]
         values += [kl / floor for kl, floor in zip(list(values), floors, strict=True)]
     values += [100 * s["top1_agreement"][0] for s in shared]
-    for model, own in zip(models, shared, strict=True):
+    for model, of_variant in zip(models, shared, strict=True):
         baseline = (model, figures.study.baseline)
-        values += [figures.shared[baseline]["perplexity"][0], own["perplexity"][0]]
-        values += _change(figures, baseline, (model, variant), "nll")[:3]
+        values += [figures.shared[baseline]["perplexity"][0], of_variant["perplexity"][0]]
+        values += _token_change(figures, baseline, (model, variant), "nll")[:3]
     yield text, values
 
 
-def _smoothing(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    model, plain_one, smooth = _codes(text)[:3]
+def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    model, plain_one, smooth = _code_names(text)[:3]
     at = (model, plain_one), (model, smooth)
-    change = _change(figures, *at, "kl")
-    sure, none = _effect(change, figures), "no effect of smoothing itself is detectable"
+    change = _token_change(figures, *at, "kl")
+    sure, none = _is_effect(change, figures), "no effect of smoothing itself is detectable"
     effect = f"smoothing itself {'helps' if change[0] < 0 else 'hurts'}"
     possible = [none, effect] if sure is None else [effect if sure else none]
     if not any(words in text for words in possible):
@@ -138,15 +139,15 @@ def _smoothing(text: str, figures: Recomputed) -> Iterator[Due | str]:
     before, p, after = re.split(r"(, p (?:= |< )[\d.]+)", text)
     yield before, [*(figures.shared[x]["kl"][0] for x in at), *change[:3]]
     yield after, [change[4]]
-    if abs(float(p.split()[-1]) - change[3]) > ROOM:
+    if abs(float(p.split()[-1]) - change[3]) > P_TOLERANCE:
         yield f"published {p[2:]}, recomputed {change[3]:.3g}"
 
 
-def _between_models(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    for part in re.findall(r"`[^`]+` moves `[^`]+` .*?exploratory\)", text):
-        variant, model, start = _codes(part)[:3]
-        change = _change(figures, (start, variant), (model, variant), "kl")
-        sure, word = _effect(change, figures), "more than" if change[0] > 0 else "less than"
+def _check_between_models(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    for part in re.findall(r"`[^`]+` changes `[^`]+` .*?exploratory\)", text):
+        variant, model, start = _code_names(part)[:3]
+        change = _token_change(figures, (start, variant), (model, variant), "kl")
+        sure, word = _is_effect(change, figures), "more than" if change[0] > 0 else "less than"
         words = ["and", word] if sure is None else [word if sure else "and"]
         if not any(f"`{model}` {word} `{start}`" in part for word in words):
             yield f"recomputed `{model}` {words[0]} `{start}`"
@@ -154,76 +155,78 @@ def _between_models(text: str, figures: Recomputed) -> Iterator[Due | str]:
         yield part, [*kls, *change[:3]]
 
 
-def _sizes(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_sizes(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     pattern = r"`([^`]+)` is ([\d.,]+) % of the float model's size, with ([\d,]+) Linear"
     for variant, share, linears in re.findall(pattern, text):
-        made = [m["variants"].get(variant, {}) for m in figures.summary["models"].values()]
-        made = [m for m in made if "bytes_after" in m]
+        recorded = [m["variants"].get(variant, {}) for m in figures.summary["models"].values()]
+        recorded = [m for m in recorded if "bytes_after" in m]
         shares = [
-            100 * sum(m["bytes_after"].values()) / sum(m["bytes_before"].values()) for m in made
+            100 * sum(m["bytes_after"].values()) / sum(m["bytes_before"].values()) for m in recorded
         ]
-        if not any(shows(share, s) for s in shares):
+        if not any(rounds_to(share, s) for s in shares):
             yield f"published {share} % of `{variant}`, recomputed {shares}"
-        if int(linears.replace(",", "")) not in [m["quantized_linears"] for m in made]:
+        if int(linears.replace(",", "")) not in [m["quantized_linears"] for m in recorded]:
             yield f"published {linears} Linears of `{variant}`"
 
 
-def _one_scale(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """Perplexities of variants with one scale a tensor; the inputs are `recomputed_records`'."""
-    model, baseline = _codes(text)[0], figures.study.baseline
-    for variant, said in ONE_SCALE.findall(text):
+    model, baseline = _code_names(text)[0], figures.study.baseline
+    for variant, published in ONE_SCALE.findall(text):
         sides = ((model, v) for v in (variant, baseline))
-        yield said, [figures.shared[side]["perplexity"][0] for side in sides]
+        yield published, [figures.shared[side]["perplexity"][0] for side in sides]
 
 
-def _training(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    start, model = _codes(text)[:2]
-    made = figures.summary["models"][model]["finetuning"]
-    loss = text.partition(" nats an answer")[0]
-    yield loss, [made["heldout_loss_before"], made["heldout_loss_after"]]
+def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    start, model = _code_names(text)[:2]
+    training = figures.summary["models"][model]["finetuning"]
+    loss = text.partition(" nats per answer")[0]
+    yield loss, [training["heldout_loss_before"], training["heldout_loss_after"]]
     baseline = figures.study.baseline
     for name in figures.study.evaluation.datasets:
-        said = re.search(rf"{re.escape(NAMES.get(name, name))} from ([^(]*)\(([^ ]*)", text)
-        if said:
+        published = re.search(
+            rf"{re.escape(DATASET_NAMES.get(name, name))} from ([^(]*)\(([^ ]*)", text
+        )
+        if published:
             scores = [100 * figures.sets[m, baseline, name]["accuracy"][0] for m in (start, model)]
-            yield said[1], scores
-            yield said[2], [scores[1] - scores[0]]
+            yield published[1], scores
+            yield published[2], [scores[1] - scores[0]]
 
 
-def _method(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_method(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     s, family = figures.study.statistics, len(figures.study.statistics.primary)
     alpha = 1 - s.confidence
     values = [0, 1, family, 1, alpha, 100 * (1 - 2 * alpha), 100 * s.margin]
     yield text, [*values, 100 * s.power, 100 * s.confidence]
 
 
-def _checks(text: str, figures: Recomputed) -> Iterator[Due | str]:
+def _check_gate_count(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     recipes: dict[str, Variant] = dict(figures.study.variants)
-    counted = [a for (_, v), a in figures.asked.items() if recipes[v].recipe != "seed"]
-    failed = sum(len(a.failed) for a in counted)
-    told = re.match(r"(?:(\d[\d,]*) of|All) (\d[\d,]*) checks", text)
-    said = [int(n.replace(",", "")) for n in (told[1] or "0", told[2])]
-    if said != [failed, sum(len(a.gates) for a in counted)]:
-        yield f"recomputed {failed} of {sum(len(a.gates) for a in counted)}"
+    variants = [a for (_, v), a in figures.variants.items() if recipes[v].recipe != "seed"]
+    failed = sum(len(a.failed_gates) for a in variants)
+    counts = re.match(r"(?:(\d[\d,]*) of|All) (\d[\d,]*) checks", text)
+    published = [int(n.replace(",", "")) for n in (counts[1] or "0", counts[2])]
+    if published != [failed, sum(len(a.gates) for a in variants)]:
+        yield f"recomputed {failed} of {sum(len(a.gates) for a in variants)}"
 
 
-def _legend(text: str, figures: Recomputed) -> Iterator[Due | str]:
-    rows = figures.asked[next(iter(figures.study.models)), figures.study.baseline].passages
+def _check_legend(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    rows = figures.variants[next(iter(figures.study.models)), figures.study.baseline].passages
     level = 100 * figures.study.statistics.confidence
     text = text.replace("top-1", "")
     yield text, [level, sum(r["tokens"] for r in rows), len(rows)]
 
 
-TELLERS: tuple[tuple[str, Teller], ...] = (
-    (r"^Rounding alone has a size", _noise),
-    (r"^Token by token, ", _tokens),
-    (r"^In `[^`]+`, (?:no effect of )?smoothing itself", _smoothing),
-    (r"`[^`]+` moves `[^`]+` (?:more|less|and) ", _between_models),
-    (r"^`[^`]+` is [\d.,]+ % of the float model's size", _sizes),
-    (r"^In `[^`]+`, (?:none|\d+) of [\d,]+ Linear inputs", _one_scale),
-    (r"Fine-tuning `[^`]+` into `", _training),
-    (r"^\*\*Comparisons\.\*\* Every variant", _method),
-    (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _checks),
-    (r"^In brackets the ", _legend),
+SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
+    (r"^Rounding alone changes answers", _check_noise),
+    (r"^Token by token, ", _check_tokens),
+    (r"^In `[^`]+`, (?:no effect of )?smoothing itself", _check_smoothing),
+    (r"`[^`]+` changes `[^`]+` (?:more|less|and) ", _check_between_models),
+    (r"^`[^`]+` is [\d.,]+ % of the float model's size", _check_sizes),
+    (r"^In `[^`]+`, (?:no|one) outlier channel dominates", _check_one_scale),
+    (r"Fine-tuning `[^`]+` into `", _check_training),
+    (r"^\*\*Comparisons\.\*\* Every variant", _check_method),
+    (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _check_gate_count),
+    (r"^Brackets: ", _check_legend),
     *ON_VERDICTS,
 )

@@ -10,15 +10,15 @@ from collections.abc import Mapping
 
 from helpers.statistics.checks.recomputed_statistics import (
     FEWEST_FLIPS,
-    Drawing,
-    Recount,
+    BootstrapSettings,
+    RecomputedComparison,
     holm,
-    recount,
+    recompute_comparison,
 )
 from helpers.statistics.verdicts import Verdict, study_verdicts
 from helpers.study.schema import Comparison, Study
 
-CLOSE = 1e-6  # absolute, of fractions; two ways to one figure
+TOLERANCE = 1e-6  # absolute, of fractions; two ways to one figure
 NARROWEST, WIDEST = 0.6, 1.7  # of an interval's half-width to the jackknife's
 
 
@@ -29,88 +29,96 @@ def disagreements(study: Study, answers: Mapping, verdicts: Mapping) -> dict[Com
         answers: by (model, dataset, variant): `predictions` of each.
         verdicts: by comparison: `kind`, `holm_p`, `primary` and `paired` of each.
     """
-    drawing = drawing_of(study)
-    found = {}
+    settings = bootstrap_settings(study)
+    reasons = {}
     for c, verdict in verdicts.items():
-        if told := _of_one(c, verdict.paired, answers, drawing):
-            found[c] = told
-    for c, told in _of_holm(study, verdicts).items():
-        found.setdefault(c, told)
-    return {c: f"its figures do not follow from the answers: {told}" for c, told in found.items()}
+        if reason := _comparison_differences(c, verdict.paired, answers, settings):
+            reasons[c] = reason
+    for c, reason in _holm_differences(study, verdicts).items():
+        reasons.setdefault(c, reason)
+    return {
+        c: f"its figures do not follow from the answers: {reason}" for c, reason in reasons.items()
+    }
 
 
 def checked_verdicts(study: Study, answers: Mapping) -> dict[Comparison, Verdict]:
     """The study's verdicts; invalid where the figures do not follow from the answers."""
     verdicts = study_verdicts(study, answers)
-    if odd := disagreements(study, answers, verdicts):
-        verdicts = study_verdicts(study, answers, odd)
+    if wrong := disagreements(study, answers, verdicts):
+        verdicts = study_verdicts(study, answers, wrong)
         # A correction over other comparisons than the declared ones is wrong for all of them.
-        if odd := disagreements(study, answers, verdicts) | odd:
-            verdicts = study_verdicts(study, answers, odd)
+        if wrong := disagreements(study, answers, verdicts) | wrong:
+            verdicts = study_verdicts(study, answers, wrong)
     return verdicts
 
 
-def drawing_of(study: Study) -> Drawing:
+def bootstrap_settings(study: Study) -> BootstrapSettings:
     """How the study draws its bootstraps."""
-    return Drawing(study.statistics.confidence, study.statistics.resamples, study.seed)
+    return BootstrapSettings(study.statistics.confidence, study.statistics.resamples, study.seed)
 
 
-def _of_one(c: Comparison, paired, answers: Mapping, drawing: Drawing) -> str:
+def _comparison_differences(
+    c: Comparison, paired, answers: Mapping, settings: BootstrapSettings
+) -> str:
     try:
         baseline, variant = (
             answers[c.model, c.dataset, v].predictions for v in (c.baseline, c.variant)
         )
-        return "; ".join(differences(paired, recount(baseline, variant, drawing)))
+        return "; ".join(figure_differences(paired, recompute_comparison(baseline, variant, settings)))
     except Exception as error:  # rows of any shape: the report goes on and says so
         return f"they cannot be computed again ({type(error).__name__}: {error})"
 
 
-def differences(paired, again: Recount) -> list[str]:
+def figure_differences(paired, recomputed: RecomputedComparison) -> list[str]:
     """Figures of a comparison that are not those counted again."""
-    told = [
-        f"{name} {getattr(paired, name)}, counted again {getattr(again, name)}"
+    lines = [
+        f"{name} {getattr(paired, name)}, counted again {getattr(recomputed, name)}"
         for name in ("n", "clusters", "losses", "gains")
-        if getattr(paired, name) != getattr(again, name)
+        if getattr(paired, name) != getattr(recomputed, name)
     ]
     pairs = {
-        "delta": (paired.delta, again.delta, CLOSE),
-        "p": (paired.p, again.p, max(again.p_room, CLOSE)),
-        "low": (paired.interval.low, again.low, CLOSE),
-        "high": (paired.interval.high, again.high, CLOSE),
-        "equivalence low": (paired.equivalence.low, again.equivalence_low, CLOSE),
-        "equivalence high": (paired.equivalence.high, again.equivalence_high, CLOSE),
+        "delta": (paired.delta, recomputed.delta, TOLERANCE),
+        "p": (paired.p, recomputed.p, max(recomputed.p_tolerance, TOLERANCE)),
+        "low": (paired.interval.low, recomputed.low, TOLERANCE),
+        "high": (paired.interval.high, recomputed.high, TOLERANCE),
+        "equivalence low": (paired.equivalence.low, recomputed.equivalence_low, TOLERANCE),
+        "equivalence high": (paired.equivalence.high, recomputed.equivalence_high, TOLERANCE),
     }
-    told += [
-        f"{name} {value:.6g}, again {other:.6g}"
-        for name, (value, other, room) in pairs.items()
-        if not abs(value - other) <= room
+    lines += [
+        f"{name} {value:.6g}, again {recomputed_value:.6g}"
+        for name, (value, recomputed_value, tolerance) in pairs.items()
+        if not abs(value - recomputed_value) <= tolerance
     ]
     half = (paired.interval.high - paired.interval.low) / 2
-    flips = again.losses + again.gains
+    flips = recomputed.losses + recomputed.gains
     # Where nearly all items flip, a score interval is far from a normal one.
-    comparable = FEWEST_FLIPS <= flips <= again.n / 2 and again.jackknife > 0
-    if comparable and not NARROWEST <= half / again.jackknife <= WIDEST:
-        told.append(f"half-width {half:.4g}, {again.jackknife:.4g} by a jackknife")
-    return told
+    comparable = FEWEST_FLIPS <= flips <= recomputed.n / 2 and recomputed.jackknife > 0
+    if comparable and not NARROWEST <= half / recomputed.jackknife <= WIDEST:
+        lines.append(f"half-width {half:.4g}, {recomputed.jackknife:.4g} by a jackknife")
+    return lines
 
 
-def _of_holm(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
+def _holm_differences(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
     """Declared comparisons whose corrected p is not Holm's over all that were declared."""
     declared = list(dict.fromkeys(study.statistics.primary))
-    due = dict(zip(declared, holm([_p(verdicts.get(c)) for c in declared]), strict=True))
-    odd = {}
+    expected = dict(
+        zip(declared, holm([_p_in_family(verdicts.get(c)) for c in declared]), strict=True)
+    )
+    reasons = {}
     for c, verdict in verdicts.items():
         if verdict.kind == "invalid":
             continue
-        value, again = verdict.holm_p, due.get(c)
-        if (value is None) != (again is None):
-            odd[c] = "it was corrected and not declared, or declared and not corrected"
-        elif again is not None and not math.isclose(value, again, rel_tol=CLOSE, abs_tol=1e-12):
-            told = f"Holm p {value:.6g}, over all {len(declared)} declared {again:.6g}"
-            odd[c] = told
-    return odd
+        value, recomputed = verdict.holm_p, expected.get(c)
+        if (value is None) != (recomputed is None):
+            reasons[c] = "it was corrected and not declared, or declared and not corrected"
+        elif recomputed is not None and not math.isclose(
+            value, recomputed, rel_tol=TOLERANCE, abs_tol=1e-12
+        ):
+            reason = f"Holm p {value:.6g}, over all {len(declared)} declared {recomputed:.6g}"
+            reasons[c] = reason
+    return reasons
 
 
-def _p(verdict) -> float:
+def _p_in_family(verdict) -> float:
     """The p that enters Holm's family: 1 where there is no valid test."""
     return 1.0 if verdict is None or verdict.kind == "invalid" else verdict.paired.p

@@ -8,38 +8,42 @@ import math
 import statistics
 from collections import Counter
 
-from helpers.statistics.checks.recomputed_statistics import Drawing, clustered_mean, wilson
+from helpers.statistics.checks.recomputed_statistics import (
+    BootstrapSettings,
+    clustered_mean,
+    wilson_limits,
+)
 
 Figure = tuple[float | None, float | None, float | None, int]
-LARGEST = 700.0  # nats a token; e to more than this is no float
+LARGEST_LOSS = 700.0  # nats a token; e to more than this is no float
 
 
-def shared_text_figures(rows: list[dict], drawing: Drawing) -> dict[str, Figure]:
+def shared_text_figures(rows: list[dict], settings: BootstrapSettings) -> dict[str, Figure]:
     """Perplexity, KL and top-1 agreement over the tokens of the shared text."""
-    loss, low, high, tokens = token_figure(rows, "nll", drawing)
+    loss, low, high, tokens = token_figure(rows, "nll", settings)
     perplexity: Figure = (None, None, None, tokens)
-    if loss is not None and loss <= LARGEST:
+    if loss is not None and loss <= LARGEST_LOSS:
         lowest, highest = (None if x is None else math.exp(x) for x in (low, high))
         perplexity = (math.exp(loss), lowest, highest, tokens)
     return {
         "perplexity": perplexity,
-        "kl": token_figure(rows, "kl", drawing),
-        "top1_agreement": token_figure(rows, "top1_agreements", drawing),
+        "kl": token_figure(rows, "kl", settings),
+        "top1_agreement": token_figure(rows, "top1_agreements", settings),
     }
 
 
-def token_figure(rows: list[dict], key: str, drawing: Drawing) -> Figure:
+def token_figure(rows: list[dict], key: str, settings: BootstrapSettings) -> Figure:
     """A mean per token over passages that count by their tokens."""
     tokens = [row["tokens"] for row in rows]
     if any(row[key] is None for row in rows):
         return None, None, None, sum(tokens)
-    each = [row[key] / row["tokens"] for row in rows]
+    means = [row[key] / row["tokens"] for row in rows]
     names = [row["id"] for row in rows]
-    found = clustered_mean(each, names, drawing, weights=tokens, interval=True)
-    return found.mean, found.low, found.high, sum(tokens)
+    mean = clustered_mean(means, names, settings, weights=tokens, interval=True)
+    return mean.mean, mean.low, mean.high, sum(tokens)
 
 
-def loss_change(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Figure:
+def loss_change(baseline: list[dict], variant: list[dict], settings: BootstrapSettings) -> Figure:
     """Change of the loss per token, paired by passage."""
     before = {row["id"]: row for row in baseline}
     lengths = [{row["id"]: row["tokens"] for row in rows} for rows in (baseline, variant)]
@@ -49,65 +53,72 @@ def loss_change(baseline: list[dict], variant: list[dict], drawing: Drawing) -> 
     tokens = [row["tokens"] for _, row, _ in pairs]
     if any(None in (a["nll"], b["nll"]) for _, a, b in pairs):
         return None, None, None, sum(tokens)
-    each = [(a["nll"] - b["nll"]) / a["tokens"] for _, a, b in pairs]
+    changes = [(a["nll"] - b["nll"]) / a["tokens"] for _, a, b in pairs]
     names = [name for name, _, _ in pairs]
-    found = clustered_mean(each, names, drawing, weights=tokens, interval=True)
-    return found.mean, found.low, found.high, sum(tokens)
+    mean = clustered_mean(changes, names, settings, weights=tokens, interval=True)
+    return mean.mean, mean.low, mean.high, sum(tokens)
 
 
-def dataset_figures(adapter: str, rows: list[dict], drawing: Drawing) -> dict[str, Figure]:
+def dataset_figures(
+    adapter: str, rows: list[dict], settings: BootstrapSettings
+) -> dict[str, Figure]:
     """The figures of one evaluation set by name, the main one first."""
     n, readable = len(rows), sum(row["status"] != "unparsed" for row in rows)
-    found: dict[str, Figure] = {}
+    figures: dict[str, Figure] = {}
     if adapter == "squad_v2":
-        found["exact_match"], found["f1"] = score_figure(rows, drawing), _f1(rows, drawing)
+        figures["exact_match"], figures["f1"] = (
+            score_figure(rows, settings),
+            _f1_figure(rows, settings),
+        )
         for name, answerable in (("has_answer", True), ("no_answer", False)):
             if part := [row for row in rows if bool(row["golds"]) == answerable]:
-                found[f"{name}_exact_match"] = score_figure(part, drawing)
-                found[f"{name}_f1"] = _f1(part, drawing)
+                figures[f"{name}_exact_match"] = score_figure(part, settings)
+                figures[f"{name}_f1"] = _f1_figure(part, settings)
     else:
-        found["accuracy"] = score_figure(rows, drawing)
+        figures["accuracy"] = score_figure(rows, settings)
     if adapter == "openmath":
         gaps = [r["absolute_difference"] for r in rows if r["absolute_difference"] is not None]
         median = statistics.median(gaps) if gaps else None
-        found["median_absolute_difference"] = (median, None, None, len(gaps))
-        found["median_absolute_difference_coverage"] = _share(len(gaps), n, drawing)
+        figures["median_absolute_difference"] = (median, None, None, len(gaps))
+        figures["median_absolute_difference_coverage"] = _share_figure(len(gaps), n, settings)
     elif adapter != "squad_v2":
-        found["macro_f1"] = (_macro_f1(rows), None, None, n)
-    return found | {"format_success": _share(readable, n, drawing)}
+        figures["macro_f1"] = (_macro_f1(rows), None, None, n)
+    return figures | {"format_success": _share_figure(readable, n, settings)}
 
 
-def score_figure(rows: list[dict], drawing: Drawing) -> Figure:
+def score_figure(rows: list[dict], settings: BootstrapSettings) -> Figure:
     """Share of right answers: Wilson's interval, or a bootstrap where items share passages."""
     n, right = len(rows), sum(row["score"] for row in rows)
     names = [row["cluster"] or row["id"] for row in rows]
     if len(set(names)) == 1:
         return right / n, None, None, n
     if len(set(names)) == n:
-        return right / n, *wilson(int(right), n, drawing.confidence), n
-    found = clustered_mean([r["score"] for r in rows], names, drawing, interval=True)
-    limits = (found.low, found.high)
-    if found.low is None:  # every passage alike: the passages are the items
-        limits = wilson(round(found.mean * found.clusters), found.clusters, drawing.confidence)
-    return found.mean, *limits, n
+        return right / n, *wilson_limits(int(right), n, settings.confidence), n
+    mean = clustered_mean([r["score"] for r in rows], names, settings, interval=True)
+    limits = (mean.low, mean.high)
+    if mean.low is None:  # every passage alike: the passages are the items
+        limits = wilson_limits(round(mean.mean * mean.clusters), mean.clusters, settings.confidence)
+    return mean.mean, *limits, n
 
 
-def _f1(rows: list[dict], drawing: Drawing) -> Figure:
+def _f1_figure(rows: list[dict], settings: BootstrapSettings) -> Figure:
     names = [row["cluster"] or row["id"] for row in rows]
-    found = clustered_mean([row["f1"] for row in rows], names, drawing, interval=True)
-    return found.mean, found.low, found.high, len(rows)
+    mean = clustered_mean([row["f1"] for row in rows], names, settings, interval=True)
+    return mean.mean, mean.low, mean.high, len(rows)
 
 
-def _share(part: int, n: int, drawing: Drawing) -> Figure:
-    return part / n, *wilson(part, n, drawing.confidence), n
+def _share_figure(part: int, n: int, settings: BootstrapSettings) -> Figure:
+    return part / n, *wilson_limits(part, n, settings.confidence), n
 
 
 def _macro_f1(rows: list[dict]) -> float:
     """Mean over the gold classes of 2 hits / (times said + times due)."""
-    due = Counter(row["golds"][0] for row in rows)
-    said = Counter(row["parsed"] for row in rows)
+    gold_counts = Counter(row["golds"][0] for row in rows)
+    answer_counts = Counter(row["parsed"] for row in rows)
     hits = Counter(row["parsed"] for row in rows if row["parsed"] == row["golds"][0])
-    return math.fsum(2 * hits[c] / (said[c] + due[c]) for c in due) / len(due)
+    return math.fsum(2 * hits[c] / (answer_counts[c] + gold_counts[c]) for c in gold_counts) / len(
+        gold_counts
+    )
 
 
 def best_fixed_score(adapter: str, rows: list[dict]) -> float:
@@ -115,15 +126,15 @@ def best_fixed_score(adapter: str, rows: list[dict]) -> float:
 
     Of word problems only golds in the same words or digits are taken for one answer.
     """
-    golds = [[_bare(gold, adapter) for gold in row["golds"]] for row in rows]
-    due = Counter(text for texts in golds for text in set(texts))
-    best = max(due.values(), default=0)
+    golds = [[_normalized_gold(gold, adapter) for gold in row["golds"]] for row in rows]
+    gold_counts = Counter(text for texts in golds for text in set(texts))
+    best = max(gold_counts.values(), default=0)
     if adapter == "squad_v2":
         best = max(best, sum(not texts for texts in golds))
     return best / len(rows)
 
 
-def _bare(gold: str, adapter: str) -> str:
+def _normalized_gold(gold: str, adapter: str) -> str:
     if adapter == "arc" and gold.isdigit():
         return chr(ord("A") + int(gold) - 1)
     if adapter == "squad_v2":

@@ -22,7 +22,7 @@ FEWEST_FLIPS = 5  # below, no normal approximation holds
 
 
 @dataclass(frozen=True)
-class Drawing:
+class BootstrapSettings:
     """How a study draws its bootstraps."""
 
     confidence: float
@@ -42,10 +42,10 @@ class ClusteredMean:
 
 
 @dataclass(frozen=True)
-class Recount:
+class RecomputedComparison:
     """One comparison counted again: the names are those of summary.json.
 
-    `p_room` is how far the study's p may be from this exact one, where it is drawn by lot;
+    `p_tolerance` is how far the study's p may be from this exact one, where it is drawn by lot;
     `jackknife` the half-width of a normal interval by the jackknife's standard error.
     """
 
@@ -59,12 +59,14 @@ class Recount:
     equivalence_low: float
     equivalence_high: float
     p: float
-    p_room: float
+    p_tolerance: float
     jackknife: float
     standard_error: float
 
 
-def recount(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Recount:
+def recompute_comparison(
+    baseline: list[dict], variant: list[dict], settings: BootstrapSettings
+) -> RecomputedComparison:
     """Counts, difference, intervals and test of two variants' rows, paired by item id.
 
     Raises:
@@ -78,16 +80,18 @@ def recount(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Reco
     changes = [after[i]["score"] - before[i]["score"] for i in ids]
     clusters = [before[i]["cluster"] or i for i in ids]
     losses, gains, n = changes.count(-1), changes.count(1), len(ids)
-    mean = clustered_mean(changes, clusters, drawing)
+    mean = clustered_mean(changes, clusters, settings)
     independent = len(set(clusters)) == n
     if independent:
-        limits = [tango(losses, gains, n, level) for level in _levels(drawing)]
-        p, room = mcnemar_p(losses, gains), 0.0
+        limits = [tango_limits(losses, gains, n, level) for level in _confidence_levels(settings)]
+        p, tolerance = mcnemar_p(losses, gains), 0.0
     else:
-        limits = [_clustered_limits(changes, clusters, drawing, x) for x in _levels(drawing)]
-        p, room = sign_flip_p(changes, clusters, drawing.resamples)
-    z = stats.norm.ppf((1 + drawing.confidence) / 2)
-    return Recount(
+        limits = [
+            _clustered_limits(changes, clusters, settings, x) for x in _confidence_levels(settings)
+        ]
+        p, tolerance = sign_flip_p(changes, clusters, settings.resamples)
+    z = stats.norm.ppf((1 + settings.confidence) / 2)
+    return RecomputedComparison(
         n=n,
         clusters=len(set(clusters)),
         losses=losses,
@@ -98,15 +102,15 @@ def recount(baseline: list[dict], variant: list[dict], drawing: Drawing) -> Reco
         equivalence_low=limits[1][0],
         equivalence_high=limits[1][1],
         p=p,
-        p_room=room,
+        p_tolerance=tolerance,
         jackknife=z * mean.standard_error,
         standard_error=mean.standard_error,
     )
 
 
-def _levels(drawing: Drawing) -> tuple[float, float]:
+def _confidence_levels(settings: BootstrapSettings) -> tuple[float, float]:
     """The study's confidence, and that of the interval equivalence is read from."""
-    return drawing.confidence, 1 - 2 * round(1 - drawing.confidence, 12)
+    return settings.confidence, 1 - 2 * round(1 - settings.confidence, 12)
 
 
 def mcnemar_p(losses: int, gains: int) -> float:
@@ -119,13 +123,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return list(multipletests(p_values, method="holm")[1]) if p_values else []
 
 
-def wilson(successes: int, n: int, confidence: float) -> tuple[float, float]:
+def wilson_limits(successes: int, n: int, confidence: float) -> tuple[float, float]:
     """Wilson's interval by scipy."""
-    found = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
-    return float(found.low), float(found.high)
+    limits = stats.binomtest(successes, n).proportion_ci(confidence, method="wilson")
+    return float(limits.low), float(limits.high)
 
 
-def tango(losses: int, gains: int, n: int, confidence: float) -> tuple[float, float]:
+def tango_limits(losses: int, gains: int, n: int, confidence: float) -> tuple[float, float]:
     """Differences at which the score statistic is the normal quantile, by bisection."""
     delta, limit = (gains - losses) / n, stats.chi2.ppf(confidence, 1)
 
@@ -152,10 +156,10 @@ def _likeliest_loss_rate(difference: float, losses: int, gains: int, n: int) -> 
         return low
 
     def slope(rate: float) -> float:  # of the log-likelihood times all denominators
-        kept = 1 - 2 * rate - difference
-        gained = rate + difference
-        found = losses * gained * kept + gains * rate * kept
-        return found - 2 * (n - losses - gains) * rate * gained
+        unchanged = 1 - 2 * rate - difference
+        gain_rate = rate + difference
+        flip_terms = losses * gain_rate * unchanged + gains * rate * unchanged
+        return flip_terms - 2 * (n - losses - gains) * rate * gain_rate
 
     inner = (high - low) * 1e-13
     if slope(low + inner) <= 0:
@@ -165,7 +169,7 @@ def _likeliest_loss_rate(difference: float, losses: int, gains: int, n: int) -> 
     return float(optimize.bisect(slope, low + inner, high - inner, xtol=1e-16))
 
 
-def _sums(
+def _cluster_sums(
     values: Sequence[float], clusters: Sequence[str], weights: Sequence[float] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Sums of weighted values and of weights by cluster, in the order of the clusters' names."""
@@ -181,28 +185,32 @@ def _sums(
 def clustered_mean(
     values: Sequence[float],
     clusters: Sequence[str],
-    drawing: Drawing,
+    settings: BootstrapSettings,
     *,
     weights: Sequence[float] | None = None,
     confidence: float | None = None,
     interval: bool = False,
 ) -> ClusteredMean:
     """A mean with the jackknife's standard error and, if asked for, its BCa interval."""
-    sums, sizes = _sums(values, clusters, weights)
+    sums, sizes = _cluster_sums(values, clusters, weights)
     mean, count = sums.sum() / sizes.sum(), len(sums)
-    each = sums / sizes
+    cluster_means = sums / sizes
     left_out = [
         (sums.sum() - s) / (sizes.sum() - k) if count > 1 else mean
         for s, k in zip(sums, sizes, strict=True)
     ]
     error = math.sqrt((count - 1) / count * sum((x - np.mean(left_out)) ** 2 for x in left_out))
     low = high = None
-    if interval and count > 1 and each.max() - each.min() > 1e-12 * abs(each).max():
-        low, high = _bca(sums, sizes, drawing, confidence or drawing.confidence)
+    if (
+        interval
+        and count > 1
+        and cluster_means.max() - cluster_means.min() > 1e-12 * abs(cluster_means).max()
+    ):
+        low, high = _bca_limits(sums, sizes, settings, confidence or settings.confidence)
     return ClusteredMean(float(mean), low, high, error, count)
 
 
-def _bca(sums, sizes, drawing: Drawing, confidence: float) -> tuple[float, float]:
+def _bca_limits(sums, sizes, settings: BootstrapSettings, confidence: float) -> tuple[float, float]:
     scale = abs(sums).sum() / sizes.sum()
 
     def mean(s, k, axis=-1):
@@ -212,27 +220,27 @@ def _bca(sums, sizes, drawing: Drawing, confidence: float) -> tuple[float, float
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = stats.bootstrap(
+        limits = stats.bootstrap(
             (sums, sizes),
             mean,
             paired=True,
-            n_resamples=drawing.resamples,
+            n_resamples=settings.resamples,
             confidence_level=confidence,
             method="BCa",
             batch=max(1, 250_000 // len(sums)),
-            rng=np.random.default_rng(drawing.seed),
+            rng=np.random.default_rng(settings.seed),
         ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(limits.low), float(limits.high)
 
 
-def _clustered_limits(changes, clusters, drawing: Drawing, confidence: float):
+def _clustered_limits(changes, clusters, settings: BootstrapSettings, confidence: float):
     """BCa over clusters; where all agree, Tango's interval with a cluster for an item."""
-    found = clustered_mean(changes, clusters, drawing, confidence=confidence, interval=True)
-    if found.low is not None and found.high is not None:
-        return found.low, found.high
-    flips = round(abs(found.mean) * found.clusters)
-    counts = (flips, 0) if found.mean < 0 else (0, flips)
-    return tango(*counts, found.clusters, confidence)
+    mean = clustered_mean(changes, clusters, settings, confidence=confidence, interval=True)
+    if mean.low is not None and mean.high is not None:
+        return mean.low, mean.high
+    flips = round(abs(mean.mean) * mean.clusters)
+    counts = (flips, 0) if mean.mean < 0 else (0, flips)
+    return tango_limits(*counts, mean.clusters, confidence)
 
 
 def sign_flip_p(
@@ -242,7 +250,7 @@ def sign_flip_p(
 
     The distribution of the sum with every cluster's sign drawn is a convolution.
     """
-    sums = [round(s) for s in _sums(changes, clusters, None)[0] if round(s)]
+    sums = [round(s) for s in _cluster_sums(changes, clusters, None)[0] if round(s)]
     if len(sums) < 2:
         return 1.0, 0.0
     reach = sum(map(abs, sums))
@@ -288,7 +296,7 @@ def _fewest_losses(gains: int, alpha: float) -> int:
     return low
 
 
-def detectable_mean(error: float, clusters: int, alpha: float, power: float) -> float | None:
+def detectable_mean_loss(error: float, clusters: int, alpha: float, power: float) -> float | None:
     """Smallest mean difference a t-test over clusters finds, by statsmodels' power."""
     if 2.0 ** (1 - clusters) > alpha:
         return None
@@ -298,5 +306,5 @@ def detectable_mean(error: float, clusters: int, alpha: float, power: float) -> 
         size = effect / math.sqrt(clusters)
         return float(test.power(size, clusters, alpha / 2, alternative="larger")) - power
 
-    found = optimize.bisect(shortfall, 0.0, 12.0, xtol=1e-10) * error
-    return found if found <= 1 else None
+    loss = optimize.bisect(shortfall, 0.0, 12.0, xtol=1e-10) * error
+    return loss if loss <= 1 else None

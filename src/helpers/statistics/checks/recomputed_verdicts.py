@@ -7,57 +7,59 @@ asked of `validity`; whether its baseline beats a fixed answer is computed again
 from collections.abc import Mapping
 
 from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop, status_and_answer
-from helpers.statistics.checks.recomputed_comparisons import drawing_of
+from helpers.statistics.checks.recomputed_comparisons import bootstrap_settings
 from helpers.statistics.checks.recomputed_scores import score_figure
 from helpers.statistics.checks.recomputed_statistics import (
-    Drawing,
-    Recount,
+    BootstrapSettings,
+    RecomputedComparison,
     detectable_loss,
-    detectable_mean,
+    detectable_mean_loss,
     holm,
-    recount,
+    recompute_comparison,
 )
-from helpers.statistics.comparison import Answers, rules_of
+from helpers.statistics.comparison import VariantPredictions, decision_rules
 from helpers.statistics.validity import (
-    FEWEST_READABLE,
-    MOST_BROKEN,
+    LARGEST_BROKEN_SHARE,
+    SMALLEST_READABLE_SHARE,
     invalid_reason,
     uninformative_reason,
 )
 from helpers.study.schema import Comparison, Study
 
-EXACT = "exact McNemar, Tango interval"
-BY_PASSAGE = "sign-flip test and bootstrap by passage"
+EXACT_METHOD = "exact McNemar, Tango interval"
+PASSAGE_METHOD = "sign-flip test and bootstrap by passage"
 
 
 def comparison_rows(
     study: Study, answers: Mapping, published_p: Mapping[Comparison, float | None]
 ) -> dict[Comparison, dict]:
-    """By comparison, the row of summary.json, and `p_drawn`: the p that has to be shown.
+    """By comparison, the row of summary.json, and `family_p`: the p that has to be shown.
 
     Args:
         answers: by (model, dataset, variant), as `Answers`.
         published_p: what was published; a p drawn by lot enters Holm's family as it was drawn.
     """
-    drawing, declared = drawing_of(study), list(dict.fromkeys(study.statistics.primary))
+    settings, declared = bootstrap_settings(study), list(dict.fromkeys(study.statistics.primary))
     rows = {}
-    for c in dict.fromkeys([*declared, *_against_baseline(study)]):
+    for c in dict.fromkeys([*declared, *_baseline_comparisons(study)]):
         baseline, variant = (answers.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant))
         if baseline is not None and variant is not None:
-            rows[c] = _row(study, c, baseline, variant, drawing, declared=c in declared)
+            rows[c] = _comparison_row(study, c, baseline, variant, settings, declared=c in declared)
     for c, row in rows.items():
-        row["p_drawn"] = _drawn(row, published_p.get(c))
-    p_values = [1.0 if c not in rows else rows[c]["p_drawn"] for c in declared]
-    corrected = dict(zip(declared, holm([1.0 if p is None else p for p in p_values]), strict=True))
+        row["family_p"] = _published_or_exact_p(row, published_p.get(c))
+    p_values = [1.0 if c not in rows else rows[c]["family_p"] for c in declared]
+    holm_p_values = dict(
+        zip(declared, holm([1.0 if p is None else p for p in p_values]), strict=True)
+    )
     for c, row in rows.items():
-        if c in corrected and row["verdict"] != "invalid":
-            row["holm_p"] = corrected[c]
-        row["verdict"] = _kind(study, row)
-        row["reason"] = _remark(study, row)
+        if c in holm_p_values and row["verdict"] != "invalid":
+            row["holm_p"] = holm_p_values[c]
+        row["verdict"] = _verdict_kind(study, row)
+        row["reason"] = _verdict_reason(study, row)
     return rows
 
 
-def _against_baseline(study: Study) -> list[Comparison]:
+def _baseline_comparisons(study: Study) -> list[Comparison]:
     others = [v for v in study.variants if v != study.baseline]
     return [
         Comparison(model=m, dataset=d, baseline=study.baseline, variant=v)
@@ -67,100 +69,109 @@ def _against_baseline(study: Study) -> list[Comparison]:
     ]
 
 
-def _row(
+def _comparison_row(
     study: Study,
     c: Comparison,
-    baseline: Answers,
-    variant: Answers,
-    drawing: Drawing,
+    baseline: VariantPredictions,
+    variant: VariantPredictions,
+    settings: BootstrapSettings,
     *,
     declared: bool,
 ) -> dict:
-    adapter, rules = study.evaluation.datasets[c.dataset].adapter, rules_of(study)
-    again = recount(baseline.predictions, variant.predictions, drawing)
+    adapter, rules = study.evaluation.datasets[c.dataset].adapter, decision_rules(study)
+    recomputed = recompute_comparison(baseline.predictions, variant.predictions, settings)
     invalid = invalid_reason(adapter, baseline, variant, rules)
-    blind = None if invalid else uninformative_reason(adapter, baseline, rules)
-    if not invalid and bool(blind) == informative(adapter, baseline.predictions, drawing):
-        blind = "whether the baseline beats a fixed answer has two answers"
-    kind = "invalid" if invalid else "uninformative" if blind else ""
+    uninformative = None if invalid else uninformative_reason(adapter, baseline, rules)
+    if not invalid and bool(uninformative) == is_informative(
+        adapter, baseline.predictions, settings
+    ):
+        uninformative = "two computations disagree on whether the baseline beats a constant answer"
+    kind = "invalid" if invalid else "uninformative" if uninformative else ""
     after = {row["id"]: status_and_answer(row) for row in variant.predictions}
     return {
         **c.model_dump(),
         "metric": "exact_match" if adapter == "squad_v2" else "accuracy",
         "primary": declared,
         "verdict": kind,
-        "reason": invalid or blind or "",
-        "n": again.n,
-        "clusters": again.clusters,
-        "losses": again.losses,
-        "gains": again.gains,
-        "delta": again.delta,
-        "low": again.low,
-        "high": again.high,
-        "equivalence_low": again.equivalence_low,
-        "equivalence_high": again.equivalence_high,
-        "p": None if invalid else again.p,
-        "p_room": again.p_room,
+        "reason": invalid or uninformative or "",
+        "n": recomputed.n,
+        "clusters": recomputed.clusters,
+        "losses": recomputed.losses,
+        "gains": recomputed.gains,
+        "delta": recomputed.delta,
+        "low": recomputed.low,
+        "high": recomputed.high,
+        "equivalence_low": recomputed.equivalence_low,
+        "equivalence_high": recomputed.equivalence_high,
+        "p": None if invalid else recomputed.p,
+        "p_tolerance": recomputed.p_tolerance,
         "holm_p": None,
-        "smallest_detectable_loss": _detectable(study, again, declared=declared),
+        "smallest_detectable_loss": _detectable_loss(study, recomputed, declared=declared),
         "identical_answers": all(
             status_and_answer(r) == after[r["id"]] for r in baseline.predictions
         ),
-        "method": EXACT if again.clusters == again.n else BY_PASSAGE,
+        "method": EXACT_METHOD if recomputed.clusters == recomputed.n else PASSAGE_METHOD,
     }
 
 
-def informative(adapter: str, rows: list[dict], drawing: Drawing) -> bool:
+def is_informative(adapter: str, rows: list[dict], settings: BootstrapSettings) -> bool:
     """Whether a baseline's answers beat the best fixed one by more than chance."""
     readable = sum(row["status"] != "unparsed" for row in rows) / len(rows)
-    several = (
+    varied_answers = (
         len({status_and_answer(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
     )
-    low = score_figure(rows, drawing)[1]
-    beaten = low is not None and low > best_fixed_answer(adapter, rows).score
+    low = score_figure(rows, settings)[1]
+    beats_fixed_answer = low is not None and low > best_fixed_answer(adapter, rows).score
     cut = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
     looped = sum(ends_in_loop(row.get("output", "")) for row in rows) / len(rows)
-    whole = max(cut, looped) <= MOST_BROKEN
-    return readable >= FEWEST_READABLE and several and beaten and whole
+    mostly_complete = max(cut, looped) <= LARGEST_BROKEN_SHARE
+    return (
+        readable >= SMALLEST_READABLE_SHARE
+        and varied_answers
+        and beats_fixed_answer
+        and mostly_complete
+    )
 
 
-def _detectable(study: Study, again: Recount, *, declared: bool) -> float | None:
+def _detectable_loss(
+    study: Study, recomputed: RecomputedComparison, *, declared: bool
+) -> float | None:
     alpha = round(1 - study.statistics.confidence, 12)
     level = alpha / len(study.statistics.primary) if declared else alpha
     power = study.statistics.power
-    if again.clusters == again.n:
-        return detectable_loss(again.n, again.gains / again.n, level, power)
-    if again.standard_error <= 1e-12:
-        return detectable_loss(again.clusters, 0.0, level, power)
-    return detectable_mean(again.standard_error, again.clusters, level, power)
+    if recomputed.clusters == recomputed.n:
+        return detectable_loss(recomputed.n, recomputed.gains / recomputed.n, level, power)
+    if recomputed.standard_error <= 1e-12:
+        return detectable_loss(recomputed.clusters, 0.0, level, power)
+    return detectable_mean_loss(recomputed.standard_error, recomputed.clusters, level, power)
 
 
-def _drawn(row: dict, published: float | None) -> float | None:
+def _published_or_exact_p(row: dict, published: float | None) -> float | None:
     """The published p where it is as near as one drawn by lot has to be, else the exact one."""
     if row["p"] is None:
         return None
-    near = published is not None and abs(published - row["p"]) <= row["p_room"]
-    return published if near else row["p"]
+    within_tolerance = published is not None and abs(published - row["p"]) <= row["p_tolerance"]
+    return published if within_tolerance else row["p"]
 
 
-def _inside(study: Study, row: dict) -> bool:
+def _within_margin(study: Study, row: dict) -> bool:
     margin = study.statistics.margin
     return -margin < row["equivalence_low"] and row["equivalence_high"] < margin
 
 
-def _kind(study: Study, row: dict) -> str:
+def _verdict_kind(study: Study, row: dict) -> str:
     if row["verdict"] or not row["primary"]:
         return row["verdict"] or "exploratory"
     if row["holm_p"] <= round(1 - study.statistics.confidence, 12) and row["delta"]:
         return "worse" if row["delta"] < 0 else "better"
-    return "equivalent" if _inside(study, row) else "inconclusive"
+    return "equivalent" if _within_margin(study, row) else "inconclusive"
 
 
-def _remark(study: Study, row: dict) -> str:
+def _verdict_reason(study: Study, row: dict) -> str:
     """The reason of an invalid or uninformative row, or what goes with another verdict."""
     if row["reason"]:
         return row["reason"]
     if row["verdict"] in ("worse", "better"):
-        inside = "the difference lies inside the margin all the same"
-        return inside if _inside(study, row) else ""
+        inside = "the difference is nevertheless inside the margin"
+        return inside if _within_margin(study, row) else ""
     return f"identical answers on all {row['n']} items" if row["identical_answers"] else ""
