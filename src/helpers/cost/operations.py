@@ -113,8 +113,9 @@ def operations(counted: Counter) -> dict[str, int]:
     return dict(sorted(found.items()))
 
 
-def for_record(job: Job, tokenizer) -> dict[str, int]:
+def for_record(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
     """Operations of a fine-tuning by arithmetic."""
+    assert stage == "finetuning", stage  # others count in modules that fine-tuning does not need
     size = size_of(folder_to_count(job.study, job.model, job.paths))
     return operations(training(job.study, job.model, size, tokenizer))
 

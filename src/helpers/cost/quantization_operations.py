@@ -21,6 +21,7 @@ from helpers.cost.operations import (
     touched,
     training,
 )
+from helpers.quantization import sensitivity, sqnr
 from helpers.quantization.calibration import first_judge
 from helpers.runtime.batching import token_budget_batches
 from helpers.sources.chat_conversations import calibration_tokens
@@ -33,7 +34,6 @@ from helpers.study.schema_variants import Variant
 from helpers.study.study_run import Job
 from helpers.verification.checkpoint_files import PROBE_TOKENS, PROBES
 
-SQNR_ITEMS, LOSS_ITEMS = 4, 3  # what 02_quantization looks at
 LOOKS = 11  # of left_float: as quantized, every kind of Linear, two single ones; of α with auto
 KEPT = 25  # times a checkpoint's weights are made, saved, hashed, loaded and compared
 SIMULATED = 4  # passes over all weights that rounding them for one forward pass takes
@@ -51,11 +51,11 @@ def quantization(study: Study, variant: Variant, size: Size, tokenizer) -> Count
     """The choice of α, what it does to each Linear, Linears left float, and the checks."""
     tokens, dtype = _tokens(study, tokenizer), _dtype(study)
     judges = list(map(len, tokens[first_judge(len(tokens)) :]))
-    few, judged = sum(judges[:LOSS_ITEMS]), sum(judges)
+    few, judged = sum(judges[: sensitivity.JUDGES]), sum(judges)
     looks = 2 if variant.smooth and not variant.recipe else 1
-    compared = sum(map(len, tokens[:SQNR_ITEMS]))
+    compared = sum(map(len, tokens[: sqnr.ITEMS]))
     counted = read(size, dtype, compared * (1 + 2 * looks)) + read(size, dtype, few, head=few)
-    rounded = 2 * looks * min(SQNR_ITEMS, len(tokens))
+    rounded = 2 * looks * min(sqnr.ITEMS, len(tokens))
     alpha = variant.smooth.alpha if variant.smooth else None
     if isinstance(alpha, tuple):
         counted += read(size, dtype, judged * (1 + len(alpha)), head=judged * (1 + len(alpha)))

@@ -84,7 +84,7 @@ def _outliers_of(results: Results, model: str) -> Shown:
     loud = int((column > column.max() / 2).sum())
     tokens = f"{count(loud, 'token')} of {len(column)}"
     claim = f"{model}, {shown.name}: one channel at {tokens} sets the scale"
-    surface = figures.outlier_surface(calibrated.surface, title=claim, channels=96)
+    surface = figures.outlier_surface(calibrated.surface, title=claim)
     told = text(f"### Model `{model}`", outliers_narrative.outlier_story(results, model))
     tables = [markdown_table(appendix.outlier_inputs(results, model, rows=6))]
     if low := appendix.worst_outputs(results, model, rows=6):
