@@ -31,12 +31,14 @@ COLUMNS = (
     "output_tokens",
     "valid",
 )
+# Texts stay Python's, so that None is None and any text of a model or a data set fits.
+NUMBERS = {"score": float, "f1": float, "prompt_tokens": int, "output_tokens": int, "valid": bool}
 
 
 def answers_frame(results: "Results") -> pd.DataFrame:
     """One row an answer; see `Results.frame`."""
     rows = (row for evaluated in results.evaluations.values() for row in _rows(results, evaluated))
-    return pd.DataFrame(rows, columns=COLUMNS)
+    return pd.DataFrame(rows, columns=COLUMNS, dtype=object).astype(NUMBERS)
 
 
 def _rows(results: "Results", evaluated) -> Iterator[dict]:

@@ -71,7 +71,7 @@ def channel_neighbours(smoothing: Any) -> Figure:
     for axes, (name, maxima) in zip(panels, rows.items(), strict=True):
         for panel, values in zip(axes, map(_in_medians, maxima), strict=True):
             panel.bar(shown, values[shown], color=colors)
-        axes[0].set_ylabel(f"{name} [median channels]", fontsize=9)
+        axes[0].set_ylabel(f"{name}\n[median channels]", fontsize=9)
     panels[0, 0].set_title("before", fontsize=10)
     panels[0, 1].set_title(f"after, α = {smoothing.alpha:g}", fontsize=10)
     for panel in panels[1]:
@@ -86,6 +86,9 @@ def neighbours_claim(smoothing: Any) -> str:
         _in_medians(values)[smoothing.channel]
         for values in (smoothing.act_absmax, smoothing.act_after)
     )
+    if not np.median(smoothing.act_absmax):
+        claim = f"{smoothing.layer}: channel {smoothing.channel} reaches {before:.3g}, "
+        return f"{claim}{after:.3g} after smoothing; the median channel is 0"
     return (
         f"{smoothing.layer}: channel {smoothing.channel} is {before:.3g}× the median channel, "
         f"{after:.3g}× after smoothing"
@@ -93,7 +96,7 @@ def neighbours_claim(smoothing: Any) -> str:
 
 
 def _in_medians(absmax: np.ndarray) -> np.ndarray:
-    """Maxima in units of the median channel's; as they are where that one is 0."""
+    """(in_features,) maxima in units of the median channel's; as they are where that one is 0."""
     median = float(np.median(absmax))
     return absmax / median if median > 0 else absmax
 
@@ -111,18 +114,19 @@ def smoothing_histograms(
     """
     figure, panels = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained")
     plt.close(figure)
-    for axes, (name, (before, after)) in zip(panels, counts.items(), strict=True):
-        axes.stairs(np.maximum(before, 0.5), log2_edges, color=QUIET, fill=True, label="before")
+    for axes, (name, pair) in zip(panels, counts.items(), strict=True):
+        filled = np.flatnonzero(np.any(pair, axis=0))
+        bins = slice(filled[0], filled[-1] + 1)
+        edges = log2_edges[bins.start : bins.stop + 1]
+        before, after = (np.maximum(part[bins], 0.5) for part in map(np.array, pair))
+        axes.stairs(before, edges, baseline=0.5, color=QUIET, fill=True, label="before")
         if smoothing.alpha is not None:
-            heights = np.maximum(after, 0.5)
-            axes.stairs(heights, log2_edges, color=INK, linewidth=1.6, label="after")
+            axes.stairs(after, edges, baseline=0.5, color=INK, linewidth=1.6, label="after")
+            axes.legend(fontsize=9, loc="upper left")
         axes.set_yscale("log")
-        shown = [i for i, both in enumerate(zip(before, after, strict=True)) if any(both)]
-        axes.set_xlim(log2_edges[shown[0]] - 0.5, log2_edges[shown[-1] + 1] + 0.5)
         axes.set_xlabel("log2 of the magnitude")
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("values")
-    panels[1].legend(fontsize=9)
     figure.suptitle(histograms_claim(smoothing), x=0.01, ha="left", fontsize=11)
     return figure
 
