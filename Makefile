@@ -31,6 +31,8 @@ CODE  := $(wildcard src tests tools benchmarks notebooks)
 # Where a study's outputs lie, whether it is given by name or by path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+# Besides outputs: the version of Python (helpers.workflow.lab_notebooks).
+STRIPPED  = --extra-keys metadata.language_info.version
 
 # Only what is installed in the environment counts.
 unexport PYTHONPATH
@@ -104,6 +106,7 @@ verdicts: $(READY) ## make every verdict and number again from the answers, and 
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \
+	  --ServerApp.contents_manager_class=helpers.workflow.lab_notebooks.LabNotebooks \
 	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
@@ -149,14 +152,14 @@ gpu-wheels: $(READY) ## bring what gpu-check needs besides those as wheels into 
 lint: $(READY) ## check style, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)
 	@$(PY) -m ruff format --check $(CODE)
-	@$(if $(NOTEBOOKS),$(PY) -m nbstripout --verify $(NOTEBOOKS))
+	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(STRIPPED) --verify $(NOTEBOOKS))
 	@$(MAKE) --no-print-directory types
 
 types: $(READY) ## check the types of core, study and statistics
 	@$(PY) -m mypy --no-error-summary
 
 format: $(READY) ## mend style, and strip outputs from notebooks
-	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(NOTEBOOKS))
+	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(STRIPPED) $(NOTEBOOKS))
 	@$(PY) -m ruff check --fix $(CODE)
 	@$(PY) -m ruff format $(CODE)
 

@@ -9,8 +9,9 @@ import torch
 
 from helpers.core.paths import PROJECT
 from helpers.core.records import Record
-from helpers.quantization import calibration, channel_maxima
-from helpers.report import figures, notebook_tables
+from helpers.quantization import calibration, channel_maxima, channel_smoothing
+from helpers.report import figures, notebook_tables, smoothing_figures
+from helpers.sources.stage import FloatStage
 
 NOTEBOOK = PROJECT / "notebooks" / "01_calibration.ipynb"
 
@@ -60,22 +61,23 @@ def test_the_notebook_records_a_model_with_dead_channels(model, tmp_path, where)
                 parameter.zero_()
     tokens = [[5, 6, 7, 8], [9, 10, 11]]
     statistics = calibration.run_calibration(model, tokens, batch_tokens=64)
+    study = SimpleNamespace(enable_thinking=None, variants={})
+    job = SimpleNamespace(study=study, paths=SimpleNamespace(root=tmp_path))
+    record = Record(tmp_path / "calibration", stage="calibration", parameters={})
     space = {
         "absmax": calibration.as_arrays(statistics),
         "describe_template": lambda *_, **__: {},
         "calibration": calibration,
         "channel_maxima": channel_maxima,
+        "channel_smoothing": channel_smoothing,
         "figures": figures,
-        "folder": tmp_path / "calibration",
         "item_ids": lambda _: [],
         "items": [],
-        "job": SimpleNamespace(study=SimpleNamespace(enable_thinking=None)),
-        "model": "base",
         "network": model,
-        "record": Record(tmp_path / "calibration", stage="calibration", parameters={}),
-        "statistics": statistics,
         "notebook_tables": notebook_tables,
-        "tokenizer": None,
+        "run": FloatStage(job=job, record=record, tokenizer=None, source=tmp_path),
+        "smoothing_figures": smoothing_figures,
+        "statistics": statistics,
         "tokens": tokens,
     }
     for cell in cells_after("maxima ="):
@@ -86,6 +88,6 @@ def test_the_notebook_records_a_model_with_dead_channels(model, tmp_path, where)
     assert ratios[dead] is None
     assert [r for r in written["worst_layers"] if r["ratio"] is not None] == sorted(
         (r for r in written["maxima"] if r["ratio"] is not None), key=lambda r: -r["ratio"]
-    )[:8]
+    )[: channel_maxima.WORST]
     undefined = {name for name, ratio in ratios.items() if ratio is None}
     assert undefined == (set(ratios) if where == "every Linear" else {dead})

@@ -115,8 +115,9 @@ def without_weight_passes(counts: Counter) -> dict[str, int]:
     return dict(sorted(by_arithmetic.items()))
 
 
-def finetuning_operations(job: Job, tokenizer) -> dict[str, int]:
+def finetuning_operations(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
     """Operations of a fine-tuning job by arithmetic, for its record."""
+    assert stage == "finetuning", stage  # others count in modules that fine-tuning does not need
     size = size_of(folder_to_count(job.study, job.model, job.paths))
     return without_weight_passes(count_finetuning(job.study, job.model, size, tokenizer))
 

@@ -21,6 +21,7 @@ from helpers.cost.operations import (
     weight_passes,
     without_weight_passes,
 )
+from helpers.quantization import sensitivity, sqnr
 from helpers.quantization.calibration import first_judge
 from helpers.runtime.batching import token_budget_batches
 from helpers.sources.chat_conversations import calibration_tokens
@@ -33,7 +34,6 @@ from helpers.study.schema_variants import Variant
 from helpers.study.study_run import Job
 from helpers.verification.checkpoint_files import PROBE_TOKENS, PROBES
 
-SQNR_ITEMS, LOSS_ITEMS = 4, 3  # what 02_quantization looks at
 LOOKS = 11  # of left_float: as quantized, every kind of Linear, two single ones; of α with auto
 KEPT = 25  # times a checkpoint's weights are made, saved, hashed, loaded and compared
 SIMULATED = 4  # passes over all weights that rounding them for one forward pass takes
@@ -51,13 +51,13 @@ def count_quantization(study: Study, variant: Variant, size: Size, tokenizer) ->
     """The choice of α, the SQNR of each Linear, the sensitivity analysis, and the checks."""
     tokens, dtype = _tokens(study, tokenizer), _dtype(study)
     judge_lengths = list(map(len, tokens[first_judge(len(tokens)) :]))
-    probe_tokens, judge_tokens = sum(judge_lengths[:LOSS_ITEMS]), sum(judge_lengths)
+    probe_tokens, judge_tokens = sum(judge_lengths[: sensitivity.JUDGES]), sum(judge_lengths)
     curves = 2 if variant.smooth and not variant.recipe else 1
-    sqnr_tokens = sum(map(len, tokens[:SQNR_ITEMS]))
+    sqnr_tokens = sum(map(len, tokens[: sqnr.ITEMS]))
     counts = reading_operations(size, dtype, sqnr_tokens * (1 + 2 * curves)) + reading_operations(
         size, dtype, probe_tokens, head=probe_tokens
     )
-    weight_roundings = 2 * curves * min(SQNR_ITEMS, len(tokens))
+    weight_roundings = 2 * curves * min(sqnr.ITEMS, len(tokens))
     alpha = variant.smooth.alpha if variant.smooth else None
     if isinstance(alpha, tuple):
         counts += reading_operations(

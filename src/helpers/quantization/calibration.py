@@ -15,13 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from helpers.core.activity import Bar
+from helpers.core.checksums import check_checksums
 from helpers.core.errors import StudyError
 from helpers.core.file_writing import write_atomically
+from helpers.core.hashing import sha256_file
+from helpers.core.records import Record
 from helpers.quantization.layer_groups import linear_layers
 from helpers.runtime.allocator import trim_heap
 from helpers.runtime.batching import pad, token_budget_batches
 from helpers.runtime.moe_experts import every_expert_reads
 from helpers.runtime.rotary_positions import batch_tokens_for, check_context_length
+from helpers.study.study_run import Job
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
 LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each
@@ -190,6 +194,28 @@ def log2_histogram(magnitude: Tensor) -> Tensor:
     low, high = LOG2_EDGES[0], LOG2_EDGES[-1]
     exponent = magnitude.clamp(min=2.0**low).log2().floor().clamp(low, high - 1).long() - low
     return torch.bincount(exponent.flatten(), minlength=high - low)
+
+
+def load_maxima(job: Job, record: Record) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(abs-max over all items, over those that do not judge a choice of α), for a quantization.
+
+    Args:
+        job: the model whose calibration is read.
+        record: of the quantization; takes the calibration's hash as an input.
+
+    Raises:
+        StudyError: the calibration is missing or not what its stage wrote.
+    """
+    folder = job.paths.calibration(job.model)
+    check_checksums(folder, made_by="01_calibration")
+    path = folder / "activations.safetensors"
+    record.add_input("calibration", sha256_file(path))
+    return load_absmax(path), load_absmax(path, fit=True)
+
+
+def judging(items: list[list[int]]) -> list[list[int]]:
+    """The last tenth of the items, which judge a choice of α."""
+    return items[first_judge(len(items)) :]
 
 
 def load_absmax(path: Path, *, fit: bool = False) -> dict[str, Tensor]:

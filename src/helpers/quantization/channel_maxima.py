@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+WORST = 8  # Linears that are listed as the worst; the record holds all of them
+
 
 class ChannelMaxima(NamedTuple):
     """The channels of one Linear's input, by their abs-max over the calibration tokens.

@@ -20,6 +20,7 @@ from helpers.study.schema_variants import Variant
 
 HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
 BATCH_TOKENS = 2048  # read at once, padding counted
+JUDGES = 3  # judging items that a probe reads, since it reads them once for every kind of Linear
 
 
 class Probe:

@@ -122,16 +122,25 @@ def group_scales(
     Raises:
         StudyError: a Linear is not in the model, or not calibrated.
     """
-    consumers = [submodule(model, name) for name in group.consumers]
     if group.consumers[0] not in act_absmax:
         raise StudyError(f"{group.consumers[0]} is not in the calibration; run 01_calibration")
-    weight_absmax = torch.stack([c.weight.detach().abs().amax(0) for c in consumers]).amax(0)
+    weight_absmax = group_weight_absmax(model, group)
     act = act_absmax[group.consumers[0]].to(weight_absmax.device)
     scales = smoothing_scales(act, weight_absmax, alpha=alpha)
     producer = submodule(model, group.producer)
     if producer.weight.ndim > 1:
         return scales
     return held_scales(producer.weight, scales, norm_offset=group.norm_offset)
+
+
+def group_weight_absmax(model, group: SmoothingGroup) -> Tensor:
+    """(in_features,) abs-max over all Linears that read the group's input.
+
+    Raises:
+        StudyError: a Linear is not in the model.
+    """
+    weights = [submodule(model, name).weight.detach() for name in group.consumers]
+    return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
 def submodule(model, name: str) -> nn.Module:

@@ -17,6 +17,8 @@ from helpers.quantization.layer_groups import quantized_linears
 from helpers.runtime.moe_experts import every_expert_reads
 from helpers.study.schema_variants import Variant
 
+ITEMS = 4  # calibration items that are read; every Linear computes five times on each
+
 
 @dataclass
 class Sums:

@@ -87,7 +87,7 @@ def _outlier_section(results: Results, model: str) -> Shown:
     outlier_tokens = int((column > column.max() / 2).sum())
     tokens = f"{count(outlier_tokens, 'token')} of {len(column)}"
     claim = f"{model}, {pictured.name}: one channel at {tokens} sets the scale"
-    surface = figures.outlier_surface(calibrated.surface, title=claim, channels=96)
+    surface = figures.outlier_surface(calibrated.surface, title=claim)
     introduction = markdown_output(
         f"### Model `{model}`", outliers_narrative.outlier_paragraph(results, model)
     )

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+SURFACE_CHANNELS = 96  # of a surface: more would hide each other
 INK, QUIET, ALARM = "#1f3a5f", "#9fb3c8", "#c8553d"
 STYLE = {
     "figure.dpi": 110,
@@ -83,7 +84,9 @@ def layer_maxima(
 
 
 @in_house_style
-def outlier_surface(magnitude: np.ndarray, *, title: str, channels: int) -> Figure:
+def outlier_surface(
+    magnitude: np.ndarray, *, title: str, channels: int = SURFACE_CHANNELS
+) -> Figure:
     """|x| over tokens × channels of one Linear's input, as a surface.
 
     Args:

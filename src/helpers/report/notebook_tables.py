@@ -11,6 +11,9 @@ from helpers.core.plain_text import one_line
 # Looked up whenever a frame is shown: "$5 and $6" in an answer is no formula.
 pd.set_option("display.html.use_mathjax", False)
 
+METRICS = ("items", "accuracy", "macro_f1", "exact_match", "f1", "format_success")
+SAMPLES = 2  # answers shown of each evaluation set: a look at their form, no evidence
+
 
 def layer_maxima_table(rows: list[dict]) -> pd.DataFrame:
     """One row a Linear: its largest channel, the median channel, and their ratio if it has one."""
@@ -88,7 +91,9 @@ def gate_table(verified: dict) -> pd.DataFrame:
     return frame.rename(columns={"name": "gate", "passed": "result"}).set_index("gate")
 
 
-def sample_answers_table(predictions: dict[str, list[dict]], *, each: int) -> pd.DataFrame:
+def sample_answers_table(
+    predictions: dict[str, list[dict]], *, each: int = SAMPLES
+) -> pd.DataFrame:
     """The first answers of every evaluation set, as they were given."""
     columns = ["dataset", "golds", "output", "parsed", "status", "score"]
     rows = [
@@ -107,9 +112,9 @@ def as_column(values: dict[str, float]) -> pd.DataFrame:
     return pd.DataFrame.from_dict(values, orient="index", columns=["value"]).round(4)
 
 
-def metric_table(metrics: dict[str, dict], names: list[str]) -> pd.DataFrame:
-    """The named metrics, one row an evaluation set; what a set does not have stays empty."""
+def metric_table(metrics: dict[str, dict]) -> pd.DataFrame:
+    """The main metrics, one row an evaluation set; what a set does not have stays empty."""
     rows = {
-        dataset: {name: values.get(name) for name in names} for dataset, values in metrics.items()
+        dataset: {name: values.get(name) for name in METRICS} for dataset, values in metrics.items()
     }
-    return pd.DataFrame.from_dict(rows, orient="index")
+    return pd.DataFrame.from_dict(rows, orient="index").round(3)

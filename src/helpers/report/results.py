@@ -140,6 +140,25 @@ class Results:
         declared = [(c, v) for c, v in self.verdicts.items() if v.primary]
         return [(c, v) for c, v in declared if not kinds or v.kind in kinds]
 
+    def frame(self):
+        """All answers as a pandas DataFrame: one row a model, variant, evaluation set and item.
+
+        Columns:
+            model, variant, dataset, id: what was asked of whom.
+            cluster: items of one passage share it; empty where each stands alone.
+            question: None if none is on record.
+            golds: list of the right answers; empty where the passage has none.
+            output, parsed: the answer as written, and as read; None if none could be read.
+            status: answered, abstained or unparsed.
+            finish_reason: why the answer ended: stop, answer, length, nonfinite or scored.
+            score: 0 to 1; f1: of SQuAD v2, NaN elsewhere.
+            prompt_tokens, output_tokens: how many were read and written or scored.
+            valid: whether the checks on the variant and on this set hold.
+        """
+        from helpers.report.answers_frame import answers_frame  # pandas takes a second to import
+
+        return answers_frame(self)
+
     def unsmoothed_twin(self, variant: str) -> str | None:
         """The variant that differs from this one by the smoothing alone: its control."""
         variants = self.study.variants

@@ -24,6 +24,8 @@ from helpers.study.schema import Runtime, Study
 from helpers.study.schema_sources import FineTunedModel, FineTuning
 
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
+LOSS_DECIMALS = 6  # of a loss on record: float32 has about seven digits
+WINDOW_STEPS = 8  # of the running mean: enough to smooth the noise of single batches
 
 
 @dataclass(frozen=True)
@@ -156,6 +158,20 @@ def fine_tuning_settings(study: Study, model: str) -> FineTuning:
     return source.finetune
 
 
+def start_of(study: Study, model: str) -> str:
+    """The model of the study that a fine-tuning starts from.
+
+    Raises:
+        StudyError: the study does not train this model itself.
+    """
+    return fine_tuning_settings(study, model).start
+
+
+def recorded_losses(steps: list[Step]) -> list[float]:
+    """Nats an answer token by step, as the record of the fine-tuning has them."""
+    return [round(step.loss, LOSS_DECIMALS) for step in steps]
+
+
 def describe_loss(losses: list[float]) -> str:
     """The course of a training loss in words: its ends compared, by the spread between batches.
 
@@ -178,7 +194,7 @@ def describe_loss(losses: list[float]) -> str:
     return f"The loss on the answers {'falls' if change < 0 else 'rises'} {ends}"
 
 
-def running_mean(values: list[float], *, window: int) -> list[float]:
-    """The mean of the last `window` values at each place, for the loss curve."""
-    recent = [values[max(0, end - window) : end] for end in range(1, len(values) + 1)]
+def running_mean(values: list[float]) -> list[float]:
+    """The mean of the last WINDOW_STEPS values at each place, for the loss curve."""
+    recent = [values[max(0, end - WINDOW_STEPS) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in recent]

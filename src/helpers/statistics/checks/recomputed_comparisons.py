@@ -64,7 +64,9 @@ def _comparison_differences(
         baseline, variant = (
             answers[c.model, c.dataset, v].predictions for v in (c.baseline, c.variant)
         )
-        return "; ".join(figure_differences(paired, recompute_comparison(baseline, variant, settings)))
+        return "; ".join(
+            figure_differences(paired, recompute_comparison(baseline, variant, settings))
+        )
     except Exception as error:  # rows of any shape: the report goes on and says so
         return f"they cannot be computed again ({type(error).__name__}: {error})"
 
