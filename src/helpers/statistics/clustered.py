@@ -185,9 +185,10 @@ def satterthwaite_degrees(sizes: NDArray) -> float:
     """
     whole = sizes.sum()
     factors = 1 / (1 - sizes / whole)  # (clusters,)
-    covariance = np.diag(sizes.astype(float)) - np.outer(sizes, sizes) / whole
-    expected = np.sum(factors * np.diag(covariance))
-    return float(expected**2 / np.sum(np.outer(factors, factors) * covariance**2))
+    own = factors * (sizes - sizes**2 / whole)
+    # Squared covariances of two clusters' residual sums, n_g n_h / n, over all pairs.
+    shared = (np.sum(factors * sizes**2) ** 2 - np.sum(factors**2 * sizes**4)) / whole**2
+    return float(np.sum(own) ** 2 / (np.sum(own**2) + shared))
 
 
 def combine(estimates: Sequence[MeanEstimate], weights: Sequence[float]) -> MeanEstimate:

@@ -13,7 +13,6 @@ items show losses three to five times smaller by their graded scores.
 Whether a model has any ability to lose on a set is decided before any comparison.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,7 +40,7 @@ class Scored:
             another item's gold under the same prompt.
         lead: (n,) how far the score exceeds that of an answer which ignores the question: of
             options the model's own mean option probabilities, given to every item; of written
-            answers the foil.
+            answers the foil, NaN where an item has none.
     """
 
     ids: tuple[str, ...]
@@ -147,8 +146,15 @@ def right_options(row: dict) -> list[int]:
 def missing_scores(rows: Sequence[dict]) -> str | None:
     """Why these rows have no graded scores, in words; None if every row has one."""
     for row in rows:
-        if "logprobs" not in row and not row.get("gold_loglikelihoods"):
+        if "logprobs" in row:
+            continue
+        golds = row.get("gold_loglikelihoods")
+        if not golds:
             return f"item {row['id']} has no log-probabilities"
+        if None in golds or (row.get("foil_tokens") and row["foil_loglikelihood"] is None):
+            return f"item {row['id']} has a log-probability that is not finite"
+    if rows and not any("logprobs" in row or row.get("foil_tokens") for row in rows):
+        return "no item has another item's gold to be held against"
     return None
 
 
@@ -158,7 +164,7 @@ def scored(rows: Sequence[dict], *, normalize: str = "none") -> Scored:
     Args:
         rows: predictions; option rows hold `logprobs` and, if `normalize` is bytes,
             `option_bytes`; rows of written answers `gold_loglikelihoods`, `gold_tokens`,
-            `foil_loglikelihood` and `foil_tokens`.
+            `foil_loglikelihood` and `foil_tokens`, both None without a foil.
 
     Raises:
         StudyError: a row lacks what its score is made from.
@@ -193,8 +199,11 @@ def _written(rows: list[dict], normalize: str):
     """(scores, chance, lead, unit) of rows with written answers, which are scored by the token."""
     del normalize
     scores = [written_score(r["gold_loglikelihoods"], r["gold_tokens"]) for r in rows]
-    foils = [r["foil_loglikelihood"] / r["foil_tokens"] for r in rows]
-    return np.array(scores), np.array(foils), np.subtract(scores, foils), "nats a token"
+    foils = np.array(
+        [r["foil_loglikelihood"] / r["foil_tokens"] if r["foil_tokens"] else np.nan for r in rows]
+    )
+    chance = np.where(np.isnan(foils), np.nanmean(foils), foils)
+    return np.array(scores), chance, np.array(scores) - foils, "nats a token"
 
 
 def ability(found: Scored, *, confidence: float) -> Ability:
@@ -207,7 +216,8 @@ def ability(found: Scored, *, confidence: float) -> Ability:
     clustered.
     """
     average = clustered_mean(found.scores, found.clusters)
-    lead = clustered_mean(found.lead, found.clusters)
+    kept = np.flatnonzero(~np.isnan(found.lead))
+    lead = clustered_mean(found.lead[kept], [found.clusters[i] for i in kept])
     chance, mean_low = float(found.chance.mean()), average.lower_limit(confidence)
     lead_low = lead.lower_limit(confidence)
     above_chance = found.unit != "probability" or mean_low > chance
@@ -301,8 +311,3 @@ def judge_graded(
 def token_probability(nats: ArrayLike) -> NDArray[np.float64]:
     """Geometric mean probability a token, 0-1: what written answers are pooled with options by."""
     return np.exp(np.asarray(nats, dtype=np.float64))
-
-
-def is_finite(found: Scored) -> bool:
-    """Whether every score is a number."""
-    return all(map(math.isfinite, found.scores))
