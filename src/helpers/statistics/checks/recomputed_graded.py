@@ -1,0 +1,336 @@
+"""The figures of graded scores a second time, by other algorithms from the answers' rows.
+
+The second opinion on `graded`, `clustered`, `interaction`, `pooled` and `token_kl`, of whose
+code nothing is used here. The bias-reduced error and its degrees of freedom come from each
+cluster's block of the hat matrix, by eigenvectors (Pustejovsky and Tipton, J. Bus. Econ. Stat.
+36 (2018) 672), Hall's correction from the roots of its cubic, the detectable difference from
+statsmodels' power; statsmodels' own cluster-robust error stands beside. Probabilities are 0-1,
+log-probabilities nats.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import statsmodels.api as sm
+from scipy import linalg, optimize, special, stats
+from statsmodels.stats.power import TTestPower
+
+Rows = Sequence[Mapping]
+Pair = tuple[Rows, Rows]  # of the baseline and the variant
+
+
+@dataclass(frozen=True)
+class Mean:
+    """An estimated mean: standard error, degrees of freedom and skewness of the estimate.
+
+    `plain_error` is statsmodels' own cluster-robust one, which is a little smaller.
+    """
+
+    value: float
+    error: float
+    degrees: float
+    skewness: float
+    n: int
+    clusters: int
+    plain_error: float
+
+    def limits(self, confidence: float) -> tuple[float, float]:
+        """The outer ones of Student's and Hall's limits."""
+        top = stats.t(self.degrees).ppf(1 - (1 - confidence) / 2)
+        ends = [(q, _root(self.skewness, q)) for q in (top, -top)]
+        return self.value - self.error * max(ends[0]), self.value - self.error * min(ends[1])
+
+    def p(self) -> float:
+        """Two-sided, that the mean is 0: the larger of the two."""
+        if self.error == 0:
+            return 1.0 if self.value == 0 else 0.5 ** (self.clusters - 1)
+        t = self.value / self.error
+        bent = np.polyval(_cubic(self.skewness), t)
+        law = stats.t(self.degrees)
+        tails = [law.sf(x) if t > 0 else law.cdf(x) for x in (t, bent)]
+        return float(min(1.0, 2 * max(tails)))
+
+    def detectable(self, alpha: float, power: float) -> float | None:
+        """Smallest true difference found with this power, by statsmodels."""
+        if self.error == 0:
+            return None
+        test = TTestPower()
+
+        def shortfall(effect: float) -> float:  # in standard errors; one observation each
+            return float(test.power(effect, 1, alpha / 2, df=self.degrees, alternative="larger"))
+
+        high = 4.0
+        while shortfall(high) < power:
+            high *= 2
+        found = optimize.bisect(lambda x: shortfall(x) - power, 0.0, high, xtol=1e-10)
+        return float(found) * self.error
+
+
+def _cubic(skewness: float) -> list[float]:
+    return [skewness**2 / 27, skewness / 3, 1.0, skewness / 6]
+
+
+def _root(skewness: float, quantile: float) -> float:
+    """Where Hall's cubic takes a quantile; it rises throughout, so there is one."""
+    if abs(skewness) < 1e-7:
+        return quantile - skewness / 6 - skewness * quantile**2 / 3
+    coefficients = _cubic(skewness)
+    coefficients[-1] -= quantile
+    roots = np.roots(coefficients)
+    return float(roots[np.argmin(np.abs(roots.imag))].real)
+
+
+def mean_of(
+    values: Sequence[float],
+    clusters: Sequence[str],
+    weights: Sequence[float] | None = None,
+    *,
+    plain: bool = True,
+) -> Mean:
+    """The mean of clustered values; `plain` fits statsmodels' least squares beside it."""
+    y = np.asarray(values, dtype=float)
+    w = np.ones(len(y)) if weights is None else np.asarray(weights, dtype=float)
+    places: dict[str, list[int]] = {name: [] for name in sorted({str(c) for c in clusters})}
+    for i, name in enumerate(clusters):
+        places[str(name)].append(i)
+    value, bread = float(np.average(y, weights=w)), 1 / w.sum()
+    means = [float(np.average(y[at], weights=w[at])) for at in places.values()]
+    if max(means) - min(means) <= 1e-12 * max(map(abs, means)):
+        return Mean(value, 0.0, _degrees(w, places), 0.0, len(y), len(places), 0.0)
+    root = np.sqrt(w)
+    moved = root * (y - value)
+    parts, raw = [], []
+    for at in places.values():
+        own = root[at]
+        parts.append(bread * own @ _adjustment(own, bread) @ moved[at])
+        raw.append(bread * own @ moved[at])
+    error = math.sqrt(math.fsum(x * x for x in parts))
+    skewness = math.fsum(x**3 for x in raw) / error**3
+    robust = _plain_error(y, w, places) if plain else math.nan
+    return Mean(value, error, _degrees(w, places), skewness, len(y), len(places), robust)
+
+
+def _plain_error(y: np.ndarray, w: np.ndarray, places: Mapping[str, list[int]]) -> float:
+    """statsmodels' cluster-robust standard error of the mean."""
+    code = np.empty(len(y), dtype=int)
+    for number, at in enumerate(places.values()):
+        code[at] = number
+    model = sm.WLS(y, np.ones((len(y), 1)), weights=w)
+    return float(model.fit(cov_type="cluster", cov_kwds={"groups": code}).bse[0])
+
+
+def _adjustment(own: np.ndarray, bread: float) -> np.ndarray:
+    """(I - H) ** -1/2 of one cluster, by its eigenvectors; H is its block of the hat matrix."""
+    values, vectors = linalg.eigh(np.eye(own.size) - bread * np.outer(own, own))
+    return (vectors / np.sqrt(values)) @ vectors.T
+
+
+def _degrees(w: np.ndarray, places: Mapping[str, list[int]]) -> float:
+    """Satterthwaite's degrees: squared trace over squared norm of the variance's matrix.
+
+    Its entries are products of p_g = (I - H)_g' A_g sqrt(w_g), of which only the length of
+    A_g sqrt(w_g) and its projection on sqrt(w_g) are needed.
+    """
+    root, bread = np.sqrt(w), 1 / w.sum()
+    turned = [(_adjustment(root[at], bread) @ root[at], root[at]) for at in places.values()]
+    lengths = np.array([vector @ vector for vector, _ in turned])
+    shadows = np.array([vector @ own for vector, own in turned]) ** 2  # (clusters,)
+    diagonal = lengths - bread * shadows
+    rest = bread**2 * (shadows.sum() ** 2 - np.sum(shadows**2))
+    return float(diagonal.sum() ** 2 / (np.sum(diagonal**2) + rest))
+
+
+def _sum_of(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
+    """Independent means weighted and added, with Welch's degrees."""
+    variances = [(w * m.error) ** 2 for w, m in zip(weights, means, strict=True)]
+    whole = math.fsum(variances)
+    value = math.fsum(w * m.value for w, m in zip(weights, means, strict=True))
+    n, clusters = sum(m.n for m in means), sum(m.clusters for m in means)
+    if whole == 0:
+        return Mean(value, 0.0, sum(m.degrees for m in means), 0.0, n, clusters, 0.0)
+    below = math.fsum(v * v / m.degrees for v, m in zip(variances, means, strict=True))
+    third = math.fsum((w * m.error) ** 3 * m.skewness for w, m in zip(weights, means, strict=True))
+    plain = math.sqrt(
+        math.fsum((w * m.plain_error) ** 2 for w, m in zip(weights, means, strict=True))
+    )
+    return Mean(value, whole**0.5, whole**2 / below, third / whole**1.5, n, clusters, plain)
+
+
+def item_scores(rows: Rows, normalize: str) -> dict[str, float]:
+    """Graded score of every item: a probability, or nats a token where the answer is written."""
+    return {row["id"]: _score(row, normalize) for row in rows}
+
+
+def _score(row: Mapping, normalize: str) -> float:
+    if "logprobs" not in row:
+        pairs = zip(row["gold_loglikelihoods"], row["gold_tokens"], strict=True)
+        return max(total / count for total, count in pairs)
+    shares = _shares(row, normalize)
+    return float(sum(shares[i] for i in _right(row)))
+
+
+def _shares(row: Mapping, normalize: str) -> np.ndarray:
+    sums = np.array(row["logprobs"], dtype=float)
+    if normalize == "bytes":
+        sizes = np.array(row["option_bytes"], dtype=float)
+        sums = sums * (sizes.sum() / sizes.size) / sizes
+    return np.exp(special.log_softmax(sums))
+
+
+def _right(row: Mapping) -> list[int]:
+    if "labels" in row:
+        return [i for i, label in enumerate(row["labels"]) if label in row["golds"]]
+    return [{"yes": 0, "no": 1}.get(g, "ABCDE12345".find(g) % 5) for g in row["golds"]]
+
+
+def _clusters(rows: Rows) -> dict[str, str]:
+    return {row["id"]: row["cluster"] or row["id"] for row in rows}
+
+
+def _changes(pair: Pair, normalize: str, *, pooled: bool = False) -> dict[str, float]:
+    before, after = (item_scores(rows, normalize) for rows in pair)
+    if before.keys() != after.keys():
+        raise ValueError("they have different items")
+    if pooled and "logprobs" not in pair[0][0]:
+        before, after = ({k: math.exp(x) for k, x in side.items()} for side in (before, after))
+    return {name: after[name] - before[name] for name in sorted(before)}
+
+
+def difference(pair: Pair, normalize: str) -> Mean:
+    """Mean difference of graded scores, variant minus baseline, in the score's own unit."""
+    changes, clusters = _changes(pair, normalize), _clusters(pair[0])
+    return mean_of(list(changes.values()), [clusters[name] for name in changes])
+
+
+def cost_difference(base: Pair, finetuned: Pair, normalize: str) -> Mean:
+    """What quantization changes for the fine-tuned model less what it changes for the base."""
+    changes = [_changes(pair, normalize) for pair in (base, finetuned)]
+    if changes[0].keys() != changes[1].keys():
+        raise ValueError("they have different items")
+    clusters = _clusters(base[0])
+    values = [changes[1][name] - changes[0][name] for name in changes[0]]
+    return mean_of(values, [clusters[name] for name in changes[0]])
+
+
+def kl_difference(base: Rows, finetuned: Rows, key: str = "kl") -> Mean:
+    """KL a token, fine-tuned minus base; one value a passage, weighed by its tokens."""
+    before, after = ({row["id"]: row for row in rows} for rows in (base, finetuned))
+    if before.keys() != after.keys():
+        raise ValueError("they have different passages")
+    names = sorted(before)
+    values = [(after[k][key] - before[k][key]) / before[k]["tokens"] for k in names]
+    return mean_of(values, names, [before[k]["tokens"] for k in names])
+
+
+def pooled(pairs: Mapping[str, Pair], normalize: Mapping[str, str]) -> Mean:
+    """Plain average over sets of the mean change of probability."""
+    means = []
+    for name, pair in pairs.items():
+        changes, clusters = _changes(pair, normalize[name], pooled=True), _clusters(pair[0])
+        means.append(mean_of(list(changes.values()), [clusters[i] for i in changes]))
+    return _sum_of(means, [1 / len(means)] * len(means))
+
+
+def pooled_cost_difference(
+    base: Mapping[str, Pair], finetuned: Mapping[str, Pair], normalize: Mapping[str, str]
+) -> Mean:
+    """Plain average over sets of the difference of differences in probability."""
+    means = []
+    for name, pair in base.items():
+        first = _changes(pair, normalize[name], pooled=True)
+        second = _changes(finetuned[name], normalize[name], pooled=True)
+        clusters = _clusters(pair[0])
+        values = [second[i] - first[i] for i in first]
+        means.append(mean_of(values, [clusters[i] for i in first]))
+    return _sum_of(means, [1 / len(means)] * len(means))
+
+
+def able(rows: Rows, normalize: str, confidence: float) -> bool:
+    """Whether the scores depend on the question, by one-sided limits."""
+    two_sided = 2 * confidence - 1
+    clusters = _clusters(rows)
+    ordered = sorted(rows, key=lambda row: row["id"])
+    if "logprobs" not in ordered[0]:
+        kept = [row for row in ordered if row["foil_tokens"]]
+        leads = [_score(r, normalize) - r["foil_loglikelihood"] / r["foil_tokens"] for r in kept]
+        return mean_of(leads, [clusters[r["id"]] for r in kept]).limits(two_sided)[0] > 0
+    scores = item_scores(ordered, normalize)
+    groups = [clusters[row["id"]] for row in ordered]
+    chance = np.mean([len(_right(row)) / len(row["logprobs"]) for row in ordered])
+    most = max(len(row["logprobs"]) for row in ordered)
+    leads = np.zeros(len(ordered))
+    for option in range(most):
+        given = np.array([dict(enumerate(_shares(r, normalize))).get(option, 0.0) for r in ordered])
+        right = np.array([float(option in _right(row)) for row in ordered])
+        leads += (given - np.mean(given)) * (right - np.mean(right))
+    low = mean_of([scores[row["id"]] for row in ordered], groups).limits(two_sided)[0]
+    return bool(low > chance and mean_of(leads, groups).limits(two_sided)[0] > 0)
+
+
+def recovered(
+    pairs: Mapping[str, Pair], normalize: Mapping[str, str], confidence: float
+) -> tuple[float, float, float] | None:
+    """(share, low, high) of the float model's pooled score above chance that is left."""
+    sets = [_above_chance(pair, normalize[name]) for name, pair in pairs.items()]
+
+    def mean(share: float) -> Mean:
+        """Of what is left less that share of what there was."""
+        parts = [
+            mean_of(after - share * before, groups, plain=False) for before, after, groups in sets
+        ]
+        return _sum_of(parts, [1 / len(parts)] * len(parts))
+
+    there = _sum_of([mean_of(b, g) for b, _, g in sets], [1 / len(sets)] * len(sets))
+    if there.limits(confidence)[0] <= 0:
+        return None
+    value = mean(0.0).value / there.value
+    ends = []
+    for side, sign in ((0, -1), (1, 1)):
+        far, step = value, 0.003
+        while sign * mean(far).limits(confidence)[side] > 0:
+            far, step = far + sign * step, 2 * step
+            if step > 100:
+                return None
+        near, outside = sorted((value, far))
+        if near == outside:
+            ends.append(value)
+            continue
+        ends.append(
+            optimize.bisect(
+                lambda x, s=side: mean(x).limits(confidence)[s], near, outside, xtol=1e-9
+            )
+        )
+    return value, ends[0], ends[1]
+
+
+def _above_chance(pair: Pair, normalize: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Per item: the float model's and the variant's probability above chance, and the cluster."""
+    before, after = (item_scores(rows, normalize) for rows in pair)
+    rows = {row["id"]: row for row in pair[0]}
+    if "logprobs" in pair[0][0]:
+        chance = {k: len(_right(r)) / len(r["logprobs"]) for k, r in rows.items()}
+    else:
+        before, after = ({k: math.exp(x) for k, x in side.items()} for side in (before, after))
+        foils = {
+            k: r["foil_loglikelihood"] / r["foil_tokens"]
+            for k, r in rows.items()
+            if r["foil_tokens"]
+        }
+        usual = sum(foils.values()) / len(foils)
+        chance = {k: math.exp(foils.get(k, usual)) for k in rows}
+    names, clusters = sorted(before), _clusters(pair[0])
+    gaps = [np.array([side[k] - chance[k] for k in names]) for side in (before, after)]
+    return gaps[0], gaps[1], [clusters[k] for k in names]
+
+
+def kl_quantiles(passages: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Mean, median, 99th and 99.9th percentile and largest KL of a token, by sorting."""
+    values = sorted(x for row in passages.values() for x in row)
+
+    def at(share: float) -> float:
+        return values[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+
+    found = {"mean": math.fsum(values) / len(values), "largest": values[-1]}
+    return found | {"median": at(0.5), "percentile_99": at(0.99), "percentile_99_9": at(0.999)}

@@ -1,0 +1,231 @@
+"""Means over items in clusters, with limits and tests that hold for few, skewed, uneven clusters.
+
+Differences of graded scores are skewed where a model is near its ceiling and heavy-tailed
+where a few items collapse. Every limit here is the outer one of two:
+
+- Student's t with the bias-reduced standard error CR2 and its Satterthwaite degrees of freedom
+  (Bell and McCaffrey, Survey Methodology 28 (2002) 169);
+- the same after Hall's monotone cubic correction for skewness (J. R. Stat. Soc. B 54 (1992) 221).
+
+A test rejects if both do. The first alone fails for skewed scores, the second alone for
+symmetric ones with heavy tails, where BCa and studentized bootstraps fail too; together they
+cover 93 to 97 % of simulated studies of 20 to 200 items (`benchmarks.coverage`). Nothing is
+drawn by lot, so that the same answers give the same figures everywhere.
+
+Left out: any repair where fewer than one cluster in twenty collapses and fewer than 60 were
+drawn. A sample without a collapse cannot show that there are any.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.stats import nct
+from scipy.stats import t as student_t
+
+from helpers.statistics.intervals import Interval, require_fraction, require_scores
+
+ROUNDING = 1e-12  # relative; a smaller spread is floating-point noise
+FLAT = 1e-9  # a smaller skewness changes no printed digit
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """A mean, or a sum of means, with what its limits follow from.
+
+    Attributes:
+        mean: in the unit of the scores.
+        standard_error: CR2, of the mean.
+        degrees: of freedom of the standard error.
+        skewness: third central moment of the mean, over standard_error ** 3.
+        n: items.
+        clusters: independent units.
+    """
+
+    mean: float
+    standard_error: float
+    degrees: float
+    skewness: float
+    n: int
+    clusters: int
+
+    @property
+    def degenerate(self) -> bool:
+        """All clusters have one mean: the interval is a point and shows no uncertainty."""
+        return self.standard_error == 0
+
+    def interval(self, confidence: float) -> Interval:
+        """Two-sided interval; the outer limits of the two methods.
+
+        Raises:
+            ValueError: confidence outside (0, 1).
+        """
+        require_fraction("confidence", confidence)
+        t = float(student_t.ppf((1 + confidence) / 2, self.degrees))
+        below = max(t, _uncorrected(t, self.skewness))
+        above = min(-t, _uncorrected(-t, self.skewness))
+        low = self.mean - self.standard_error * below
+        return Interval(low, self.mean - self.standard_error * above, confidence)
+
+    def lower_limit(self, confidence: float) -> float:
+        """One-sided: the mean lies above it in this share of studies."""
+        return self.interval(2 * confidence - 1).low
+
+    def p_value(self, null: float = 0.0) -> float:
+        """Two-sided p that the mean is `null`; the larger of the two methods' p.
+
+        It is at most 1 - confidence if and only if `interval` leaves `null` out. Without any
+        spread it is the sign test's over the clusters, or 1 where the mean is `null`.
+        """
+        gap = self.mean - null
+        if self.degenerate:
+            return 1.0 if gap == 0 else 2.0 ** (1 - self.clusters)
+        t = gap / self.standard_error
+        both = (t, _corrected(t, self.skewness))
+        nearest = max(0.0, min(x * math.copysign(1, t) for x in both))
+        return float(2 * student_t.sf(nearest, self.degrees))
+
+    def detectable(self, *, alpha: float, power: float) -> float | None:
+        """Smallest true difference found with this power, in the unit of the scores.
+
+        From the noncentral t of the standard error at hand. None without any spread.
+
+        Args:
+            alpha: two-sided level; divide by the comparisons to allow for Holm.
+
+        Raises:
+            ValueError: not 0 < alpha < power < 1.
+        """
+        require_fraction("alpha", alpha)
+        require_fraction("power", power)
+        if power <= alpha:
+            raise ValueError(f"power = {power} is not above alpha = {alpha}: ask for more")
+        if self.degenerate:
+            return None
+        critical = float(student_t.isf(alpha / 2, self.degrees))
+
+        def shortfall(effect: float) -> float:  # effect: in standard errors
+            return float(nct.sf(critical, self.degrees, effect)) - power
+
+        return brentq(shortfall, 0.0, 6 * critical + 6) * self.standard_error
+
+
+@dataclass(frozen=True)
+class ClusterSums:
+    """Items summed by cluster, the clusters in the order of their names.
+
+    Attributes:
+        totals: (clusters,) weighted sum of the scores.
+        sizes: (clusters,) sum of the weights: items, or tokens.
+        n: items.
+    """
+
+    totals: NDArray[np.float64]
+    sizes: NDArray[np.float64]
+    n: int
+
+
+def cluster_sums(
+    values: ArrayLike, clusters: Sequence[str | int], weights: ArrayLike | None = None
+) -> ClusterSums:
+    """Sums by cluster.
+
+    Args:
+        values: (n,) one score per item.
+        clusters: (n,) the passage of each item; item ids where items are independent.
+        weights: (n,) positive weight of each item, such as its tokens; None weighs alike.
+
+    Raises:
+        ValueError: lengths differ, no items, NaN, a weight not above 0, one cluster only.
+    """
+    scores = require_scores("values", values)
+    weight = np.ones(scores.size) if weights is None else require_scores("weights", weights)
+    for name, length in (("clusters", len(clusters)), ("weights", weight.size)):
+        if length != scores.size:
+            raise ValueError(f"{name} has {length} entries for {scores.size} items: give one each")
+    if weight.min() <= 0:
+        raise ValueError(f"the smallest weight is {weight.min()}, not above 0: drop such items")
+    # Sorted names: the same items in another order give the same numbers.
+    order = np.argsort(np.array(clusters, dtype=str), kind="stable")
+    names, place = np.unique(np.array(clusters, dtype=str)[order], return_inverse=True)
+    if names.size < 2:
+        raise ValueError(f"all {scores.size} items are in one cluster: sample from more passages")
+    totals = np.bincount(place, (weight * scores)[order])
+    return ClusterSums(totals, np.bincount(place, weight[order]), scores.size)
+
+
+def clustered_mean(
+    values: ArrayLike, clusters: Sequence[str | int], weights: ArrayLike | None = None
+) -> MeanEstimate:
+    """Mean over items, or over tokens, with its CR2 error; arguments as in `cluster_sums`."""
+    return mean_of_sums(cluster_sums(values, clusters, weights))
+
+
+def mean_of_sums(sums: ClusterSums) -> MeanEstimate:
+    """The ratio of the two sums; a cluster counts by its size."""
+    whole = sums.sizes.sum()
+    mean = float(sums.totals.sum() / whole)
+    means = sums.totals / sums.sizes  # (clusters,)
+    influence = (sums.totals - mean * sums.sizes) / whole
+    if np.ptp(means) <= ROUNDING * np.abs(means).max():
+        influence = np.zeros_like(influence)
+    error = float(np.sqrt(np.sum(influence**2 / (1 - sums.sizes / whole))))
+    skewness = float(np.sum(influence**3)) / error**3 if error else 0.0
+    degrees = satterthwaite_degrees(sums.sizes)
+    return MeanEstimate(mean, error, degrees, skewness, sums.n, len(sums.sizes))
+
+
+def satterthwaite_degrees(sizes: NDArray) -> float:
+    """Degrees of freedom of the CR2 variance of a mean; clusters - 1 where all are of one size.
+
+    2 E² / Var of the estimated variance if items were independent (Bell and McCaffrey 2002).
+    """
+    whole = sizes.sum()
+    factors = 1 / (1 - sizes / whole)  # (clusters,)
+    own = factors * (sizes - sizes**2 / whole)
+    # Squared covariances of two clusters' residual sums, n_g n_h / n, over all pairs.
+    shared = (np.sum(factors * sizes**2) ** 2 - np.sum(factors**2 * sizes**4)) / whole**2
+    return float(np.sum(own) ** 2 / (np.sum(own**2) + shared))
+
+
+def combine(estimates: Sequence[MeanEstimate], weights: Sequence[float]) -> MeanEstimate:
+    """Weighted sum of independent estimates; degrees of freedom by Welch and Satterthwaite.
+
+    Raises:
+        ValueError: there are none, or not one weight each.
+    """
+    if not estimates or len(estimates) != len(weights):
+        raise ValueError(f"{len(estimates)} estimates with {len(weights)} weights: give one each")
+    pairs = list(zip(weights, estimates, strict=True))
+    parts = np.array([(w * e.standard_error) ** 2 for w, e in pairs])
+    variance = float(parts.sum())
+    error = math.sqrt(variance)
+    degrees = float(sum(e.degrees for e in estimates))
+    skewness = 0.0
+    if variance:
+        degrees = variance**2 / float(np.sum(parts**2 / [e.degrees for e in estimates]))
+        third = sum((w * e.standard_error) ** 3 * e.skewness for w, e in pairs)
+        skewness = third / error**3
+    return MeanEstimate(
+        mean=float(sum(w * e.mean for w, e in pairs)),
+        standard_error=error,
+        degrees=degrees,
+        skewness=skewness,
+        n=sum(e.n for e in estimates),
+        clusters=sum(e.clusters for e in estimates),
+    )
+
+
+def _corrected(t: float, skewness: float) -> float:
+    """Hall's cubic: a t statistic of a skewed mean, mapped to one that is nearly symmetric."""
+    return t + skewness * t**2 / 3 + skewness**2 * t**3 / 27 + skewness / 6
+
+
+def _uncorrected(quantile: float, skewness: float) -> float:
+    """The t statistic that `_corrected` maps to a quantile."""
+    if abs(skewness) < FLAT:
+        return quantile
+    return 3 / skewness * (float(np.cbrt(1 + skewness * (quantile - skewness / 6))) - 1)
