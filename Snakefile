@@ -116,7 +116,7 @@ COMMAND = (
 
 rule all:
     input:
-        [inside(PATHS.root / name) for name in ("report.md", "report.html")],
+        [inside(PATHS.root / name) for name in ("report.md", "report.html", "items.html")],
         [inside(run.executed(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
         [inside(run.record(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
     message:
@@ -226,6 +226,7 @@ rule analysis:
         notebook=executed("analysis"),
         record=record("analysis"),
         table=inside(PATHS.root / "summary.csv"),
+        page=inside(PATHS.root / "items.html"),
     params:
         notebook=stages.NOTEBOOKS["analysis"],
         depends=depends("analysis"),

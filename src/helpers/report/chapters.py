@@ -21,6 +21,7 @@ from helpers.report import (
     tables_headline,
 )
 from helpers.report.estimates import token_estimates
+from helpers.report.items_page import PAGE
 from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
 from helpers.report.results import Results
 
@@ -184,7 +185,8 @@ def _token_figure(results: Results, model: str) -> Shown:
 def dataset_chapters(results: Results) -> Shown:
     """Every evaluation set: scores, conduct, fixed answers, sample items."""
     names = enumerate(results.study.evaluation.datasets, start=1)
-    return [dataset_chapter(results, name, place) for place, name in names]
+    page = f"All items, with prompts and every answer, are in [{PAGE}]({PAGE})."
+    return [text(page), *(dataset_chapter(results, name, place) for place, name in names)]
 
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:

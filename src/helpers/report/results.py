@@ -39,7 +39,7 @@ class Results:
     calibrations: dict[str, Calibrated]
     evaluations: dict[tuple[str, str], Evaluated]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
-    questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
+    prompts: dict[tuple[str, str], dict[str, dict]]  # (model, dataset), item id: see read_prompts
     costs: dict[str, Cost | None]  # of the models that have one of their own
 
     @property
@@ -58,6 +58,15 @@ class Results:
     @property
     def rules(self) -> Rules:
         return rules_of(self.study)
+
+    @cached_property
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Question by dataset and item id, as the first model was asked it."""
+        model = self.models[0]
+        return {
+            dataset: {key: row["question"] for key, row in self.prompts[model, dataset].items()}
+            for dataset in self.study.evaluation.datasets
+        }
 
     @cached_property
     def verdicts(self) -> dict[Comparison, Verdict]:
@@ -148,7 +157,11 @@ def load_results(job: Job) -> Results:
             )
             for model in trained
         },
-        questions={name: _questions(job, name) for name in study.evaluation.datasets},
+        prompts={
+            (model, dataset): _prompts(job, model, dataset)
+            for model in study.models
+            for dataset in study.evaluation.datasets
+        },
         costs=read_costs(job),
     )
     refuse_broken_chain(job, found.calibrations, found.evaluations, found.training)
@@ -226,7 +239,11 @@ def _checked(job: Job, model: str, variant: str) -> dict:
     return found
 
 
-def _questions(job: Job, dataset: str) -> dict[str, str]:
-    """Question by item id, as the first model was asked it; no data set is read for that."""
-    folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
-    return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}
+def _prompts(job: Job, model: str, dataset: str) -> dict[str, dict]:
+    """The prompts that a model was given, without token ids; no data set is read for that."""
+    prompts = read_prompts(job.paths.evaluation(model, job.study.baseline), dataset)
+    ids = ("tokens", "continuation_tokens")
+    return {
+        item: {key: value for key, value in row.items() if key not in ids}
+        for item, row in prompts.items()
+    }
