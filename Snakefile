@@ -116,7 +116,7 @@ COMMAND = (
 
 rule all:
     input:
-        [relative_to_project(PATHS.root / name) for name in ("report.md", "report.html")],
+        [relative_to_project(PATHS.root / name) for name in ("report.md", "report.html", "items.html")],
         [relative_to_project(run.executed(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
         [relative_to_project(run.record(PATHS)) for run in [*RUNS, stages.Run("analysis")]],
     message:
@@ -226,6 +226,7 @@ rule analysis:
         notebook=executed("analysis"),
         record=record("analysis"),
         table=relative_to_project(PATHS.root / "summary.csv"),
+        page=inside(PATHS.root / "items.html"),
     params:
         notebook=stages.NOTEBOOKS["analysis"],
         depends=depends("analysis"),

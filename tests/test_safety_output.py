@@ -70,7 +70,8 @@ def test_the_page_holds_nothing_that_runs_or_is_fetched(reports):
     for element in page.find_all(True):
         assert not [name for name in element.attrs if name.startswith("on")], element.name
         for key in ("href", "src"):
-            assert re.match(r"#|data:image/png;base64,", element.attrs.get(key, "#")), element
+            named = element.attrs.get(key, "#")
+            assert named == "items.html" or re.match(r"#|data:image/png;base64,", named), element
     policy = page.find("meta", attrs={"http-equiv": "Content-Security-Policy"})["content"]
     assert "default-src 'none'" in policy
     assert "script-src" not in policy

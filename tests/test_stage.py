@@ -7,7 +7,8 @@ import pytest
 
 from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_folder
-from helpers.cost import operations, quantization_operations
+from helpers.cost import operations
+from helpers.cost.quantization_operations import quantization_stage_operations
 from helpers.sources.finetuning import start_of
 from helpers.sources.stage import open_stage
 
@@ -17,7 +18,7 @@ def open_calibration(study: Path):
         "calibration",
         study,
         model="base",
-        count=quantization_operations.quantization_stage_operations,
+        count=quantization_stage_operations,
     )
 
 
@@ -56,9 +57,7 @@ def test_the_record_names_the_model_and_the_operations(study_path, record_path):
     run.finish(b=1, a=2)
     record = json.loads(record_path.read_text())
     assert record["inputs"] == {"model": sha256_folder(run.source)}
-    counted = quantization_operations.quantization_stage_operations(
-        run.job, run.tokenizer, stage="calibration"
-    )
+    counted = quantization_stage_operations(run.job, run.tokenizer, stage="calibration")
     assert record["operations"] == counted
     assert record["parameters"] == run.job.parameters
     assert list(record["results"]) == ["b", "a"]  # as given

@@ -128,8 +128,9 @@ def stage_notebook(stage: str):
     uses = "if False:\n    " + USES[stage].replace("\n", "\n    ")
     before, after = WORK.split("if (PROJECT", 1)
     work = f"{before}{run}\nif (PROJECT{after}"
-    table = '(StudyPaths(study).root / "summary.csv").write_text("a,b")'
-    return notebook(uses, work, *([table] if stage == "analysis" else []))
+    write = '(StudyPaths(study).root / "{}").write_text("a,b")'
+    files = ["summary.csv", "items.html"] if stage == "analysis" else []
+    return notebook(uses, work, *map(write.format, files))
 
 
 def make(folder: Path, *, kernels: bool | str) -> Path:

@@ -20,6 +20,7 @@ from helpers.report import (
     tables_datasets,
     tables_headline,
 )
+from helpers.report.items_page import PAGE
 from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
 from helpers.report.results import Results
 
@@ -188,7 +189,8 @@ def _token_figure(results: Results, model: str) -> Shown:
 def dataset_chapters(results: Results) -> Shown:
     """Every evaluation set: scores, conduct, fixed answers, sample items."""
     names = enumerate(results.study.evaluation.datasets, start=1)
-    return [dataset_chapter(results, name, place) for place, name in names]
+    page = f"All items, with prompts and every answer, are in [{PAGE}]({PAGE})."
+    return [text(page), *(dataset_chapter(results, name, place) for place, name in names)]
 
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:

@@ -46,7 +46,7 @@ class Results:
     calibrations: dict[str, CalibrationResults]
     evaluations: dict[tuple[str, str], VariantResults]  # by (model, variant)
     training: dict[str, dict]  # records of the models the study trained itself
-    questions: dict[str, dict[str, str]]  # dataset, item id: empty if none are on record
+    prompts: dict[tuple[str, str], dict[str, dict]]  # (model, dataset), item id: see read_prompts
     costs: dict[str, Cost | None]  # of the models that have one of their own
 
     @property
@@ -65,6 +65,15 @@ class Results:
     @property
     def rules(self) -> DecisionRules:
         return decision_rules(self.study)
+
+    @cached_property
+    def questions(self) -> dict[str, dict[str, str]]:
+        """Question by dataset and item id, as the first model was asked it."""
+        model = self.models[0]
+        return {
+            dataset: {key: row["question"] for key, row in self.prompts[model, dataset].items()}
+            for dataset in self.study.evaluation.datasets
+        }
 
     @cached_property
     def verdicts(self) -> dict[Comparison, Verdict]:
@@ -195,7 +204,11 @@ def load_results(job: Job) -> Results:
             )
             for model in trained
         },
-        questions={name: _load_questions(job, name) for name in study.evaluation.datasets},
+        prompts={
+            (model, dataset): _load_prompts(job, model, dataset)
+            for model in study.models
+            for dataset in study.evaluation.datasets
+        },
         costs=read_costs(job),
     )
     check_provenance(job, results.calibrations, results.evaluations, results.training)
@@ -273,7 +286,11 @@ def _load_gates(job: Job, model: str, variant: str) -> dict:
     return record
 
 
-def _load_questions(job: Job, dataset: str) -> dict[str, str]:
-    """Question by item id, as the first model was asked it; no data set is read for that."""
-    folder = job.paths.evaluation(next(iter(job.study.models)), job.study.baseline)
-    return {key: row["question"] for key, row in read_prompts(folder, dataset).items()}
+def _load_prompts(job: Job, model: str, dataset: str) -> dict[str, dict]:
+    """The prompts that a model was given, without token ids; no data set is read for that."""
+    prompts = read_prompts(job.paths.evaluation(model, job.study.baseline), dataset)
+    ids = ("tokens", "continuation_tokens")
+    return {
+        item: {key: value for key, value in row.items() if key not in ids}
+        for item, row in prompts.items()
+    }

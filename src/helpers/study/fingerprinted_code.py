@@ -20,6 +20,8 @@ from helpers.core.errors import StudyError
 
 HELPERS = Path(__file__).resolve().parents[1]
 REPORT = HELPERS / "report"
+# Files that a module runs by their path, or shows: the parts of a page.
+BESIDE = (".py", ".html", ".css", ".js")
 
 
 @cache
@@ -58,7 +60,9 @@ def _parsed(code: str, place: str) -> ast.Module:
 
 @cache
 def _files_named_in(file: Path) -> frozenset[Path]:
-    """The files of the modules that one module imports or names, and of its packages."""
+    """The files that one module imports or names, and of its packages; a page names none."""
+    if file.suffix != ".py":
+        return frozenset()
     return frozenset(_named_files(_parsed(file.read_text("utf-8"), file.name), file))
 
 
@@ -76,7 +80,7 @@ def _named_files(tree: ast.Module, place: Path) -> Iterator[Path]:
             names, beside = [node.value], node.value
         for name in names:
             yield from _module_files(name)
-        if beside and beside.endswith(".py") and place.is_relative_to(HELPERS):
+        if beside and beside.endswith(BESIDE) and place.is_relative_to(HELPERS):
             yield from filter(Path.is_file, [place.parent / beside])
 
 

@@ -9,7 +9,7 @@ RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or 
 # What the project itself writes beside them, and so no name for them.
 RESERVED_NAMES = {
     "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
-    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json"},
+    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json", "items.html"},
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
