@@ -14,7 +14,7 @@ from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_checkpoint import load_int8
-from helpers.quantization.smoothing import everywhere, smooth_variant_
+from helpers.quantization.smoothing import same_alpha, smooth_variant_
 from helpers.sources.bundled_model import bundled_model_folder
 from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.items import Item
@@ -139,7 +139,7 @@ class Material:
     def write_checkpoint(self, absmax: dict, variant: Variant, folder: Path) -> None:
         """Load the float model, smooth it, quantize it and save it."""
         model = self.float_model()
-        alphas = everywhere(model.config, variant.smooth.targets, variant.smooth.alpha)
+        alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
         smoothed = smooth_variant_(model, absmax, variant, alphas)
         compression.quantize_variant_(model, variant, absmax, smoothed)
         compression.save_checkpoint(model, self.tokenizer, folder)

@@ -90,8 +90,8 @@ def _described(threads: int) -> dict:
         "name": processors.processor_name(),
         "features": list(processors.features()),
         "threads": threads,
-        "int8_products": int8_matmul.cpu_way().name,
-        "int8_passes": "fused" if int8_passes.available() else "torch's",
+        "int8_products": int8_matmul.cpu_product().name,
+        "int8_passes": "fused" if int8_passes.are_available() else "torch's",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -36,13 +36,13 @@ def off_by_a_millionth(model, *, seed: int) -> Iterator[None]:
 @contextmanager
 def vllms_step() -> Iterator[None]:
     """Inside, a dynamic step is abs-max / 127 as vLLM has it; a static one lies in the file."""
-    ours = int8_linear.HALF_RANGE, int8_linear.is_fused
+    ours = int8_linear.HALF_RANGE, int8_linear.uses_fused_passes
     int8_linear.HALF_RANGE = VLLM_HALF_RANGE
-    int8_linear.is_fused = lambda _x: False  # the compiled passes know our step only
+    int8_linear.uses_fused_passes = lambda _x: False  # the compiled passes know our step only
     try:
         yield
     finally:
-        int8_linear.HALF_RANGE, int8_linear.is_fused = ours
+        int8_linear.HALF_RANGE, int8_linear.uses_fused_passes = ours
 
 
 def prediction_interval(draws: Sequence[float], *, confidence: float) -> tuple[float, float]:

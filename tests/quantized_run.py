@@ -122,8 +122,8 @@ class QuantizedRun:
                 for item in calibration_items(job.study)
             ]
             fit = calibration.load_absmax(path, fit=True)
-            judges = tokens[calibration.first_judge(len(tokens)) :]
-            chosen = alpha.choose(model, job.recipe, fit, judges)
+            judges = tokens[calibration.first_judging_item(len(tokens)) :]
+            chosen = alpha.choose_alphas(model, job.recipe, fit, judges)
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
             done = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)

@@ -7,7 +7,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.quantization import alpha, calibration, compression
-from helpers.quantization.sensitivity import Probe, left_float
+from helpers.quantization.sensitivity import DivergenceProbe, sensitivity_rows
 from helpers.quantization.smoothing import smooth_
 from helpers.sources.random_model import random_model
 from helpers.study.schema_variants import Variant
@@ -46,7 +46,7 @@ def fit(network, texts):
 
 
 def test_the_maxima_of_a_choice_leave_the_judges_out(network, texts):
-    judged = calibration.first_judge(len(texts))
+    judged = calibration.first_judging_item(len(texts))
     assert judged == len(texts) - 1
     whole = calibration.run_calibration(network, texts, batch_tokens=64)
     without = calibration.run_calibration(network, texts[:judged], batch_tokens=64)
@@ -56,7 +56,7 @@ def test_the_maxima_of_a_choice_leave_the_judges_out(network, texts):
 
 
 def test_a_number_is_every_groups(network, fit):
-    chosen = alpha.choose(network, variant(0.4), fit, [])
+    chosen = alpha.choose_alphas(network, variant(0.4), fit, [])
     assert set(chosen.alphas.values()) == {0.4}
     assert len(chosen.alphas) == len(NORMS) * network.config.num_hidden_layers
 
@@ -69,7 +69,7 @@ def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, prese
     most as the built model's own moves with embeddings a millionth off, and not at all
     where no rounding is near an edge.
     """
-    chosen = alpha.choose(network, variant(GRID, preset), fit, texts[-1:])
+    chosen = alpha.choose_alphas(network, variant(GRID, preset), fit, texts[-1:])
     ids = torch.tensor([texts[-1]])
     with torch.inference_mode():
         expected = network(ids).logits.double().log_softmax(-1)
@@ -99,8 +99,8 @@ def test_texts_read_side_by_side_are_read_as_if_alone(network, fit, texts, schem
     recipe = variant(0.5, scheme)
     copied = copy.deepcopy(network)
     compression.quantize_variant_(copied, recipe, fit, [])
-    together = Probe(network, texts, recipe).divergence(copied)
-    alone = [Probe(network, [text], recipe).divergence(copied) for text in texts]
+    together = DivergenceProbe(network, texts, recipe).divergence(copied)
+    alone = [DivergenceProbe(network, [text], recipe).divergence(copied) for text in texts]
     sizes = list(map(len, texts))
     for key, found in together.items():
         mean = sum(a[key] * n for a, n in zip(alone, sizes, strict=True)) / sum(sizes)
@@ -110,7 +110,7 @@ def test_texts_read_side_by_side_are_read_as_if_alone(network, fit, texts, schem
 @pytest.mark.parametrize("preset", ["w8a8", "o3"])
 def test_auto_takes_for_each_group_the_least_error_of_its_outputs(network, fit, texts, preset):
     """One group looked at by hand: its smoothed Linears, rounded, on the judging text."""
-    chosen = alpha.choose(network, variant("auto", preset), fit, texts[-1:])
+    chosen = alpha.choose_alphas(network, variant("auto", preset), fit, texts[-1:])
     name = "model.layers.1.self_attn.q_proj"
     seen = []
     hook = network.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0][0]))
@@ -136,14 +136,14 @@ def test_auto_takes_for_each_group_the_least_error_of_its_outputs(network, fit, 
             total += (made - seen[0] @ w.T).square().sum().item()
         return total
 
-    best = min(alpha.AUTO, key=error)
+    best = min(alpha.AUTO_ALPHAS, key=error)
     assert error(chosen.alphas[name]) <= error(best) * 1.01
 
 
 def test_choosing_changes_no_weight(network, fit, texts):
     before = {n: p.clone() for n, p in network.named_parameters()}
-    alpha.choose(network, variant(GRID), fit, texts[-1:])
-    alpha.choose(network, variant("auto"), fit, texts[-1:])
+    alpha.choose_alphas(network, variant(GRID), fit, texts[-1:])
+    alpha.choose_alphas(network, variant("auto"), fit, texts[-1:])
     assert all(torch.equal(p, before[n]) for n, p in network.named_parameters())
     assert not any(m._forward_pre_hooks for m in network.modules())
 
@@ -162,22 +162,22 @@ def test_a_divergence_that_is_not_finite_is_none_and_is_never_chosen(
 ):
     recipe = variant(GRID, preset)
     broken = overflowing(network)
-    assert Probe(network, texts[-1:], recipe).divergence(broken)["kl"] is None
+    assert DivergenceProbe(network, texts[-1:], recipe).divergence(broken)["kl"] is None
     with pytest.raises(StudyError, match=r"KL is finite at no α of 0\.2, 0\.5, 0\.8;"):
-        alpha.choose(broken, recipe, fit, texts[-1:])
+        alpha.choose_alphas(broken, recipe, fit, texts[-1:])
     with pytest.raises(StudyError, match=r"layers\.1\.mlp\.gate_proj is finite at no"):
-        alpha.choose(broken, variant("auto", preset), fit, texts[-1:])
+        alpha.choose_alphas(broken, variant("auto", preset), fit, texts[-1:])
 
     told = iter([{"kl": None}, {"kl": 0.4}, {"kl": 0.2}])
-    monkeypatch.setattr(Probe, "divergence", lambda *_: next(told))
-    assert set(alpha.choose(network, recipe, fit, texts[-1:]).alphas.values()) == {GRID[2]}
+    monkeypatch.setattr(DivergenceProbe, "divergence", lambda *_: next(told))
+    assert set(alpha.choose_alphas(network, recipe, fit, texts[-1:]).alphas.values()) == {GRID[2]}
 
 
 def test_leaving_everything_float_leaves_no_loss(network, fit, texts):
-    probe = Probe(network, texts[-1:], Variant(preset="o3"))
+    probe = DivergenceProbe(network, texts[-1:], Variant(preset="o3"))
     copied = copy.deepcopy(network)
     targets = compression.quantize_variant_(copied, Variant(preset="o3"), fit, [])
-    rows = {row["float"]: row for row in left_float(copied, targets, fit, probe)}
+    rows = {row["float"]: row for row in sensitivity_rows(copied, targets, fit, probe)}
     assert rows["nothing"]["kl"] == pytest.approx(probe.divergence(copied)["kl"])
     assert rows["nothing"]["kl"] > 0
     assert {f"every {kind}" for kind in ("q_proj", "down_proj")} <= set(rows)

@@ -10,7 +10,7 @@ from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.layer_groups import linear_layers, smoothing_groups
-from helpers.quantization.smoothing import everywhere, fold_scales_, held_scales, smooth_
+from helpers.quantization.smoothing import fold_scales_, representable_scales, same_alpha, smooth_
 from helpers.quantization.variants import load_reference
 from helpers.sources.models import load_model
 from helpers.sources.random_model import FAMILIES, SIZES, byte_tokenizer, random_model
@@ -41,7 +41,7 @@ def smoothed_by(model, targets):
     absmax = {name: found.absmax for name, found in statistics.items()}
     with torch.inference_mode():
         before = model(ids).logits
-        done = smooth_(model, absmax, targets, everywhere(model.config, targets, 0.5))
+        done = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.5))
         return before, model(ids).logits, done
 
 
@@ -107,7 +107,7 @@ def test_a_norm_of_one_plus_w_is_folded_by_what_it_can_hold(dtype):
         norm.weight.copy_(torch.randn(64))
         norm.weight[0] = -1.0  # a dead channel
     factor, weight = norm.weight.double() + 1, linear.weight.detach().double().clone()
-    scales = held_scales(norm.weight, torch.logspace(-3, 6, 64), norm_offset=1)
+    scales = representable_scales(norm.weight, torch.logspace(-3, 6, 64), norm_offset=1)
     fold_scales_(norm, [linear], scales, norm_offset=1)
     product = (norm.weight.double() + 1) * linear.weight.detach().double()
     torch.testing.assert_close(product, factor * weight, rtol=1e-6, atol=0)
@@ -157,7 +157,7 @@ def test_flattened_inputs_simulated_per_tensor_are_caught(
     from helpers.quantization import variants
 
     study_settings["runtime"]["quantized"] = "reference"
-    monkeypatch.setattr(variants, "_one_text", lambda module, x: module.simulated(x))
+    monkeypatch.setattr(variants, "_forward_rows", lambda module, x: module.simulated(x))
     failed = made(family, study_settings, tmp_path).failed()
     assert "int8 activations at run time" in failed
 

@@ -50,14 +50,14 @@ def test_padding_never_enters_a_statistic(model, items, batch_tokens):
 
 def test_the_check_would_see_padding(model, items, monkeypatch):
     """The same comparison fails when the mask is ignored: the test above can fail."""
-    real = calibration._observed
+    real = calibration._input_hooks
 
     def unmasked(model, mask, owners, fit, statistics):
         full = torch.ones_like(mask)
         owners = torch.zeros(mask.numel(), dtype=torch.long)
         return real(model, full, owners, owners == 0, statistics)
 
-    monkeypatch.setattr(calibration, "_observed", unmasked)
+    monkeypatch.setattr(calibration, "_input_hooks", unmasked)
     found = calibration.run_calibration(model, items, batch_tokens=10_000)
     assert next(iter(found.values())).tokens > sum(map(len, items))
 
@@ -115,4 +115,4 @@ def test_a_missing_file_names_the_notebook(tmp_path):
 
 def test_long_items_are_refused_not_cut():
     with pytest.raises(StudyError, match="max_tokens = 3 but an item has 5"):
-        calibration.refuse_long([[1, 2], [1, 2, 3, 4, 5]], max_tokens=3)
+        calibration.check_item_lengths([[1, 2], [1, 2, 3, 4, 5]], max_tokens=3)

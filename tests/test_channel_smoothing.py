@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.quantization import calibration, channel_smoothing
-from helpers.quantization.smoothing import everywhere, smooth_variant_
+from helpers.quantization.smoothing import same_alpha, smooth_variant_
 from helpers.quantization.sqnr import sqnr_with_and_without
 from helpers.report import smoothing_figures
 from helpers.study.schema_variants import Smooth, Variant
@@ -33,7 +33,7 @@ def loud(model):
 
 def worst_of(loud, variant=VARIANT):
     model, absmax, _ = loud
-    alphas = everywhere(model.config, TARGETS, variant.smooth.alpha) if variant.smooth else {}
+    alphas = same_alpha(model.config, TARGETS, variant.smooth.alpha) if variant.smooth else {}
     return channel_smoothing.worst_of_variant(model, absmax, variant, alphas), alphas
 
 
@@ -75,7 +75,7 @@ def test_equation_4_holds_for_the_numbers_that_are_shown(loud):
 def test_no_other_channel_stands_out_more(loud):
     worst, _ = worst_of(loud)
     model, absmax, _ = loud
-    names = everywhere(model.config, TARGETS, 0.5)
+    names = same_alpha(model.config, TARGETS, 0.5)
     ratios = {n: (absmax[n].max() / np.median(absmax[n].numpy())).item() for n in names}
     assert max(ratios, key=ratios.get) == worst.group.consumers[0]
 

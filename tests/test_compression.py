@@ -5,9 +5,9 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.quantization import compression
-from helpers.quantization.alpha import choose
+from helpers.quantization.alpha import choose_alphas
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8_checkpoint import load_int8, read_tensors
+from helpers.quantization.int8_checkpoint import load_int8, read_checkpoint_tensors
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
 from helpers.quantization.variants import load_reference
@@ -36,7 +36,7 @@ def made(request, model, tokenizer, items, tmp_path):
     variant = VARIANTS[request.param]
     statistics = run_calibration(model, items, batch_tokens=64)
     absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant, choose(model, variant, {}, []).alphas)
+    done = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     compression.quantize_variant_(model, variant, absmax, done)
     folder = tmp_path / "checkpoint"
@@ -51,7 +51,7 @@ all_variants = pytest.mark.parametrize("made", VARIANTS, indirect=True)
 def test_weights_are_round_to_nearest_on_the_grid(made):
     """q = clamp(round(w / s), -128, 127) with s = max|w| / 127.5, per row or for all."""
     variant, weights, _, folder, _ = made
-    tensors = read_tensors(folder)
+    tensors = read_checkpoint_tensors(folder)
     names = [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]
     assert names
     for name in names:
@@ -67,7 +67,7 @@ def test_weights_are_round_to_nearest_on_the_grid(made):
 @pytest.mark.parametrize("made", ["o3"], indirect=True)
 def test_static_scales_come_from_the_calibration(made):
     _, _, absmax, folder, _ = made
-    for name, scale in read_tensors(folder).items():
+    for name, scale in read_checkpoint_tensors(folder).items():
         if name.endswith(".input_scale"):
             top = absmax[name.removesuffix(".input_scale")].max()
             torch.testing.assert_close(scale.reshape(()).float(), top / 127.5)
@@ -76,7 +76,7 @@ def test_static_scales_come_from_the_calibration(made):
 @all_variants
 def test_the_head_stays_float(made):
     variant, weights, _, folder, _ = made
-    tensors = read_tensors(folder)
+    tensors = read_checkpoint_tensors(folder)
     assert "lm_head.weight_scale" not in tensors
     assert torch.equal(tensors["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
     if "down_proj" in variant.ignore:
@@ -121,7 +121,7 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
     variant = VARIANTS["smoothquant_w8a8"]
     statistics = run_calibration(model, items, batch_tokens=64)
     absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant, choose(model, variant, {}, []).alphas)
+    done = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
     model.save_pretrained(tmp_path / "smoothed")
     theirs = type(model).from_pretrained(tmp_path / "smoothed")
     recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
@@ -129,7 +129,10 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs", save_compressed=True)
     compression.quantize_variant_(model, variant, absmax, done)
     compression.save_checkpoint(model, tokenizer, tmp_path / "ours")
-    expected, found = read_tensors(tmp_path / "theirs"), read_tensors(tmp_path / "ours")
+    expected, found = (
+        read_checkpoint_tensors(tmp_path / "theirs"),
+        read_checkpoint_tensors(tmp_path / "ours"),
+    )
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

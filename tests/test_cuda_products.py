@@ -54,8 +54,8 @@ def operands(rows, inner, outer):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
     a, weight = operands(*shape)
-    (packed,) = int8_cuda.pack(weight)
-    found = int8_cuda.multiply(a, packed)
+    (packed,) = int8_cuda.pack_cuda(weight)
+    found = int8_cuda.multiply_cuda(a, packed)
     assert found.shape == (len(a), len(weight))
     assert torch.equal(found.long(), a.long() @ weight.long().t())
     rows, inner, outer = cublas[0]
@@ -66,15 +66,15 @@ def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
 def test_the_largest_sums_are_exact(cublas, shape):
     rows, inner, outer = shape
     a, weight = (torch.full((n, inner), -128, dtype=torch.int8) for n in (rows, outer))
-    found = int8_cuda.multiply(a, *int8_cuda.pack(weight))
+    found = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
     assert torch.equal(found, torch.full((rows, outer), inner * 2**14, dtype=torch.int32))
 
 
 def test_a_packed_weight_is_the_weight(cublas):
     weight = operands(1, 13, 5)[1]
-    (packed,) = int8_cuda.pack(weight)
+    (packed,) = int8_cuda.pack_cuda(weight)
     assert torch.equal(packed, weight)
-    padded = int8_cuda.whole(packed)
+    padded = int8_cuda.padded_matrix(packed)
     assert padded.shape == (16, 16)
     assert int(padded.int().abs().sum()) == int(weight.int().abs().sum())
 
@@ -89,37 +89,37 @@ def test_the_stand_in_refuses_what_the_device_would(cublas):
 def test_operands_that_are_not_contiguous_are_made_so(cublas):
     a, weight = operands(40, 64, 24)
     a, weight = a.t().contiguous().t(), weight.t().contiguous().t()
-    found = int8_cuda.multiply(a, *int8_cuda.pack(weight))
+    found = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
     assert torch.equal(found.long(), a.long() @ weight.long().t())
 
 
 def test_off_the_card_nothing_is_fused():
-    assert not int8_cuda.fused(torch.device("cpu"))
+    assert not int8_cuda.uses_triton(torch.device("cpu"))
 
 
 def test_a_proof_that_fails_or_breaks_leaves_torchs_passes(monkeypatch):
-    monkeypatch.setattr(int8_cuda, "why_not_fused", lambda device: None)
+    monkeypatch.setattr(int8_cuda, "triton_unavailable_reason", lambda device: None)
     for checks in ({"a": lambda: True, "b": lambda: False}, {"a": lambda: 1 / 0}):
-        monkeypatch.setattr(int8_cuda, "_checks", lambda device, given=checks: given)
-        assert int8_cuda.way.__wrapped__(0) == int8_cuda.TORCH
-    monkeypatch.setattr(int8_cuda, "_checks", lambda device: {"a": lambda: True})
-    assert int8_cuda.way.__wrapped__(0) == int8_cuda.FUSED
+        monkeypatch.setattr(int8_cuda, "_check_functions", lambda device, given=checks: given)
+        assert int8_cuda.product_kind.__wrapped__(0) == int8_cuda.CUBLAS_PRODUCT
+    monkeypatch.setattr(int8_cuda, "_check_functions", lambda device: {"a": lambda: True})
+    assert int8_cuda.product_kind.__wrapped__(0) == int8_cuda.TRITON_PRODUCT
 
 
 def test_a_proof_does_not_depend_on_where_its_caller_makes_tensors(monkeypatch):
-    monkeypatch.setattr(int8_cuda, "why_not_fused", lambda device: None)
+    monkeypatch.setattr(int8_cuda, "triton_unavailable_reason", lambda device: None)
     made_on = lambda: torch.empty(1).device.type == "cpu"  # noqa: E731
-    monkeypatch.setattr(int8_cuda, "_checks", lambda device: {"made on": made_on})
+    monkeypatch.setattr(int8_cuda, "_check_functions", lambda device: {"made on": made_on})
     with torch.device("meta"):
-        assert int8_cuda.proof(torch.device("cpu")) == {"made on": True}
+        assert int8_cuda.self_checks(torch.device("cpu")) == {"made on": True}
 
 
 def test_an_old_card_says_what_it_does_instead(monkeypatch):
     monkeypatch.setattr(int8_cuda, "find_spec", lambda name: object())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    reason = int8_cuda.why_not_fused(torch.device("cuda", 0))
+    reason = int8_cuda.triton_unavailable_reason(torch.device("cuda", 0))
     assert reason == "compute capability below 8.0: torch's passes around cuBLASLt"
-    assert int8_cuda.proof(torch.device("cuda", 0)) == {}
+    assert int8_cuda.self_checks(torch.device("cuda", 0)) == {}
 
 
 INTERPRETED = """
@@ -127,31 +127,31 @@ import torch
 from helpers.quantization import int8_cuda
 # The interpreter cuts float32 down to bfloat16 and loses its smallest numbers; a card does not.
 skipped = {"values and scales of bfloat16", "both scales and a bias"}
-for name, check in int8_cuda._checks(torch.device("cpu")).items():
+for name, check in int8_cuda._check_functions(torch.device("cpu")).items():
     assert name in skipped or check(), name
 # The product that a card would choose from, as `rescaled_product` reaches it.
 for rows in (5, 40):
     a, weight = torch.randint(-128, 128, (rows, 77)), torch.randint(-128, 128, (13, 77))
-    packed = int8_cuda.pack(weight.to(torch.int8))[0]
+    packed = int8_cuda.pack_cuda(weight.to(torch.int8))[0]
     given = a.to(torch.int8), packed, torch.ones(rows, 1), torch.ones(13), None, torch.float32
     assert torch.equal(int8_cuda.rescaled_product(*given), (a @ weight.t()).float())
 # Blocks of the bulk copy engine, results that leave by it, sizes that no block divides.
 passes, Tile = int8_cuda._triton(), int8_cuda.int8_cuda_choice.Tile
 a, weight = torch.randint(-128, 128, (37, 200)), torch.randint(-128, 128, (52, 200))
-packed = int8_cuda.pack(weight.to(torch.int8))[0]
+packed = int8_cuda.pack_cuda(weight.to(torch.int8))[0]
 scale, columns, bias = torch.rand(37, 1), torch.rand(52), torch.randn(52)
 given = a.to(torch.int8), packed, scale, columns, bias, torch.float32
 expected = (a @ weight.t()).float() * scale * columns + bias
 for stores in (False, True):
     tile = Tile(16, 32, 64, 2, 4, 3, bulk=True, stores=stores)
-    assert torch.equal(passes.product(*given, tile=tile), expected), stores
+    assert torch.equal(passes.launch_product(*given, tile=tile), expected), stores
 # A row in one piece and in parts, of every size that is taken anywhere.
 x = torch.randn(3, 4400) * torch.tensor([[1.0], [1e-30], [1e30]])
-whole = passes.quantize_rows(x, block=8192, warps=16)
+whole = passes.launch_quantize_rows(x, block=8192, warps=16)
 for rows, width in ((1, 4400), (4096, 4400)):
-    block, warps = passes._row_sizes(rows, width)
-    assert all(map(torch.equal, whole, passes.quantize_rows(x, block=block, warps=warps)))
-assert passes._row_sizes(1, 4400)[0] > 4400 > passes._row_sizes(4096, 4400)[0]
+    block, warps = passes._block_and_warps(rows, width)
+    assert all(map(torch.equal, whole, passes.launch_quantize_rows(x, block=block, warps=warps)))
+assert passes._block_and_warps(1, 4400)[0] > 4400 > passes._block_and_warps(4096, 4400)[0]
 """
 
 

@@ -9,7 +9,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.smoothing import everywhere, smooth_, smoothed_absmax
+from helpers.quantization.smoothing import same_alpha, smooth_, smoothed_absmax
 from helpers.quantization.sqnr import decibels, sqnr_with_and_without
 from helpers.sources.random_model import random_model
 from helpers.study.schema_variants import Smooth, Variant
@@ -30,7 +30,7 @@ def test_the_curve_with_smoothing_is_that_of_the_smoothed_model(family, preset):
     model = lived_in(random_model(family, seed=6))
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     smooth = Smooth(alpha=0.5, targets=TARGETS)
-    alphas = everywhere(model.config, TARGETS, 0.5)
+    alphas = same_alpha(model.config, TARGETS, 0.5)
     plain, smoothing = Variant(preset=preset), Variant(preset=preset, smooth=smooth)
     curves = sqnr_with_and_without(model, texts(), smoothing, absmax, alphas)
     assert (
@@ -52,7 +52,7 @@ def test_the_model_is_left_as_it_was():
     before = {n: p.clone() for n, p in model.named_parameters()}
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     smooth = Smooth(alpha=0.5, targets=TARGETS)
-    alphas = everywhere(model.config, TARGETS, 0.5)
+    alphas = same_alpha(model.config, TARGETS, 0.5)
     sqnr_with_and_without(model, texts(), Variant(preset="w8a8", smooth=smooth), absmax, alphas)
     assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
     assert not any(m._forward_pre_hooks for m in model.modules())

@@ -3,7 +3,7 @@
 import torch
 from transformers import AutoModelForCausalLM
 
-from helpers.quantization.int8_checkpoint import read_tensors
+from helpers.quantization.int8_checkpoint import read_checkpoint_tensors
 from helpers.runtime.moe_experts import LinearExperts, every_expert_reads, linear_experts
 from helpers.sources.models import load_config, load_model
 from helpers.sources.random_model import random_model
@@ -46,9 +46,9 @@ def test_files_are_those_of_transformers(tmp_path):
     stacked, ours = both(tmp_path / "source")
     stacked.save_pretrained(tmp_path / "stacked")
     ours.save_pretrained(tmp_path / "ours")
-    expected = read_tensors(tmp_path / "stacked")
+    expected = read_checkpoint_tensors(tmp_path / "stacked")
     for folder in ("source", "ours"):
-        found = read_tensors(tmp_path / folder)
+        found = read_checkpoint_tensors(tmp_path / folder)
         assert set(found) == set(expected)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 

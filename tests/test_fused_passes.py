@@ -9,12 +9,12 @@ from torch.nn.functional import silu
 from helpers.inference.perplexity import read_passages
 from helpers.quantization import int8_gated_mlp, int8_linear, int8_matmul, int8_passes
 from helpers.quantization.int8_checkpoint import load_int8
-from helpers.quantization.int8_linear import Int8Linear, Stack, absmax_scale
+from helpers.quantization.int8_linear import Int8Linear, LinearStack, absmax_scale
 from helpers.runtime import processors
 
 KINDS = ["token_dynamic", "tensor_dynamic", "tensor_static"]
 needs_numba = pytest.mark.skipif(
-    not int8_passes.available(), reason="numba is missing, or torch's vector unit is another"
+    not int8_passes.are_available(), reason="numba is missing, or torch's vector unit is another"
 )
 
 
@@ -24,7 +24,7 @@ def by_torch(monkeypatch):
 
     def call(function):
         with monkeypatch.context() as patch:
-            patch.setattr(int8_linear, "is_fused", lambda _x: False)
+            patch.setattr(int8_linear, "uses_fused_passes", lambda _x: False)
             return function()
 
     return call
@@ -88,7 +88,7 @@ def test_silu_is_torchs_to_the_bit(size):
     """Of whole vectors; the last few numbers of others torch computes by another exp."""
     for spread in (0.01, 1, 30, 150):
         gate, up = torch.randn(*size) * spread, torch.randn(*size)
-        mixed, values, scale = int8_passes.silu_times(gate, up)
+        mixed, values, scale = int8_passes.gated_silu(gate, up)
         expected = silu(gate) * up
         assert torch.equal(mixed, expected)
         assert torch.equal(scale, absmax_scale(expected.abs().amax(1, keepdim=True)))
@@ -98,20 +98,20 @@ def test_silu_is_torchs_to_the_bit(size):
 @needs_numba
 def test_silu_reads_rows_that_lie_apart():
     both = torch.randn(9, 2 * 64)
-    mixed, _, _ = int8_passes.silu_times(both[:, :64], both[:, 64:])
+    mixed, _, _ = int8_passes.gated_silu(both[:, :64], both[:, 64:])
     assert torch.equal(mixed, silu(both[:, :64]) * both[:, 64:])
 
 
 def test_passes_that_differ_are_not_used(monkeypatch):
     """A processor whose torch computes exp otherwise has torch's own passes."""
-    real = int8_passes.silu_times
+    real = int8_passes.gated_silu
 
     def off(gate, up):
         mixed, values, scale = real(gate, up)
         return torch.nextafter(mixed, mixed + 1), values, scale
 
-    monkeypatch.setattr(int8_passes, "silu_times", off)
-    assert not int8_passes.available.__wrapped__()
+    monkeypatch.setattr(int8_passes, "gated_silu", off)
+    assert not int8_passes.are_available.__wrapped__()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -121,7 +121,7 @@ def test_stacked_linears_compute_what_they_do_alone(kind, bias):
         return [linear(kind, 64, outer, bias=bias, seed=outer) for outer in (32, 16, 8)]
 
     alone, stacked, x = three(), three(), torch.randn(2, 5, 64)
-    stack = Stack(stacked)
+    stack = LinearStack(stacked)
     for layer in stacked:
         layer.stack = stack
     for _ in range(2):  # the second call finds the weights packed
@@ -212,13 +212,13 @@ def test_an_evaluation_is_the_same_by_every_way(sound_run, family, variant, monk
     own = set(processors.features())
     with run.outputs():
         folder = run.job.paths.checkpoint("base", variant)
-        for way in int8_matmul.WAYS.values():
+        for way in int8_matmul.CPU_PRODUCTS.values():
             for fused in (True, False):
                 if way.features and not own & set(way.features):
                     continue
-                monkeypatch.setattr(int8_matmul, "cpu_way", lambda way=way: way)
+                monkeypatch.setattr(int8_matmul, "cpu_product", lambda way=way: way)
                 if not fused:
-                    monkeypatch.setattr(int8_passes, "available", lambda: False)
+                    monkeypatch.setattr(int8_passes, "are_available", lambda: False)
                 model = load_int8(folder, dtype=torch.float32, device="cpu")
                 states = read_passages(model, texts, batch_tokens=64)
                 seen[way.name, fused] = states.hidden.numpy().tobytes()

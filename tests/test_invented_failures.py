@@ -474,7 +474,7 @@ def record_of(evidence) -> dict:
     )
     sizes = bytes_by_part(evidence.source_folder), bytes_by_part(evidence.folder)
     return {
-        "scheme": compression.describe(job.recipe, alphas),
+        "scheme": compression.describe_recipe(job.recipe, alphas),
         "quantized_linears": len(evidence.targets),
         "bytes_before": sizes[0],
         "bytes_after": sizes[1],

@@ -28,13 +28,13 @@ def suited(way) -> bool:
     return not way.features or bool(set(way.features) & set(processors.features()))
 
 
-@pytest.fixture(params=int8_matmul.WAYS)
+@pytest.fixture(params=int8_matmul.CPU_PRODUCTS)
 def way(request, monkeypatch):
     """Each way in turn, as the one that the process uses."""
-    found = int8_matmul.WAYS[request.param]
+    found = int8_matmul.CPU_PRODUCTS[request.param]
     if not suited(found):
         pytest.skip(f"this processor has none of {', '.join(found.features)}")
-    monkeypatch.setattr(int8_matmul, "cpu_way", lambda: found)
+    monkeypatch.setattr(int8_matmul, "cpu_product", lambda: found)
     return found
 
 
@@ -85,14 +85,14 @@ def test_a_way_that_saturates_is_never_taken(monkeypatch):
 
     broken = dataclasses.replace(int8_matmul.UINT8, pack=lambda w: (w,), multiply=saturating)
     assert not int8_matmul.is_exact(broken)
-    monkeypatch.setattr(int8_matmul, "WAYS", {broken.name: broken})
+    monkeypatch.setattr(int8_matmul, "CPU_PRODUCTS", {broken.name: broken})
     monkeypatch.setattr(processors, "features", lambda: int8_matmul.UINT8.features)
-    assert int8_matmul.cpu_way.__wrapped__() is int8_matmul.BLOCKS
+    assert int8_matmul.cpu_product.__wrapped__() is int8_matmul.BLOCKS
 
 
 def test_a_processor_without_int8_units_multiplies_in_float32(monkeypatch):
     monkeypatch.setattr(processors, "features", lambda: ("avx2",))
-    assert int8_matmul.cpu_way.__wrapped__() is int8_matmul.BLOCKS
+    assert int8_matmul.cpu_product.__wrapped__() is int8_matmul.BLOCKS
 
 
 def test_a_block_holds_every_partial_sum():

@@ -8,7 +8,7 @@ from helpers.inference.generation import generate_greedy
 from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.inference.perplexity import read_passages
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.sensitivity import Probe
+from helpers.quantization.sensitivity import DivergenceProbe
 from helpers.runtime.rotary_positions import length_independent_up_to
 from helpers.sources.finetuning import answer_loss
 from helpers.sources.random_model import random_model
@@ -170,7 +170,7 @@ def test_calibration_sees_each_text_as_it_is_alone():
 
 def test_a_probe_reads_each_text_alone():
     case = "phi3 longrope"
-    probe = Probe(fresh(case), TEXTS[:3], Variant(preset="w8a8"))
+    probe = DivergenceProbe(fresh(case), TEXTS[:3], Variant(preset="w8a8"))
     due = torch.cat([logprobs_of(case, TEXTS[i]) for i in (1, 2, 0)])  # the longest first
     assert (torch.cat(probe.expected).double() - due).abs().max() < 1e-3
 

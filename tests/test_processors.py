@@ -49,7 +49,7 @@ def test_the_setting_reaches_torch_onednn_and_our_own_choice():
     environment = os.environ | {"STUDY_PROCESSOR": "avx2", "ATEN_CPU_CAPABILITY": "avx2"}
     code = (
         "import torch; from helpers.quantization import int8_matmul; "
-        "print(torch.backends.cpu.get_cpu_capability(), int8_matmul.cpu_way().name)"
+        "print(torch.backends.cpu.get_cpu_capability(), int8_matmul.cpu_product().name)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True

@@ -37,7 +37,7 @@ def measured(monkeypatch):
 
         monkeypatch.setattr(int8_cuda_choice, "_seconds", clock)
         monkeypatch.setattr(int8_cuda_choice, "_has_bulk_copies", lambda device: bulk)
-        return int8_cuda_choice._measured(product, around_cublas, (), tiles)
+        return int8_cuda_choice._fastest_tile(product, around_cublas, (), tiles)
 
     return choose
 
@@ -71,14 +71,14 @@ def test_a_card_without_the_copy_engine_does_not_try_it(measured):
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513, 4096, 10**6])
 def test_every_number_of_rows_has_a_plain_tile(rows):
     assert not int8_cuda_choice.plain_tile(rows).bulk
-    assert int8_cuda_choice.candidates(rows)[0] >= rows
+    assert int8_cuda_choice.candidate_tiles(rows)[0] >= rows
 
 
 def test_many_rows_are_tried_in_part():
     a, weight = torch.ones(5000, 4), torch.ones(3, 4)
-    tried = int8_cuda_choice._first_rows((a, weight, torch.ones(5000, 1), None, None, None))
+    tried = int8_cuda_choice._limit_rows((a, weight, torch.ones(5000, 1), None, None, None))
     assert (len(tried[0]), len(tried[2])) == (int8_cuda_choice.MOST_ROWS,) * 2
-    one = int8_cuda_choice._first_rows((a, weight, torch.ones(1), None, None, None))
+    one = int8_cuda_choice._limit_rows((a, weight, torch.ones(1), None, None, None))
     assert one[2].numel() == 1
 
 
@@ -88,7 +88,7 @@ def test_small_products_are_not_tried():
 
     def choose(rows):
         operands = torch.ones(rows, 16), weight, torch.ones(rows, 1), None, None, torch.float32
-        return int8_cuda_choice.choose(None, None, *operands)
+        return int8_cuda_choice.choose_tile(None, None, *operands)
 
     assert choose(5) == int8_cuda_choice.plain_tile(5)
     assert choose(40) is None

@@ -139,7 +139,7 @@ def smoothing_skipped_without_a_word(run, patch):
 @failure(CHOICE, variant="w8a8_grid")
 def the_worst_alpha_of_a_grid(run, patch):
     """The checkpoint is what it says it is; only the choice was the wrong way round."""
-    patch.setattr(alpha, "_least", lambda losses, of: max(losses, key=losses.get))
+    patch.setattr(alpha, "_alpha_of_least_loss", lambda losses, of: max(losses, key=losses.get))
     run.quantize()
 
 
@@ -150,8 +150,8 @@ def the_worst_alpha_of_every_group(run, patch):
 
 @failure(CHOICE, variant="w8a8_grid")
 def a_grid_that_was_not_tried_to_its_end(run, patch):
-    true = alpha._curve
-    patch.setattr(alpha, "_curve", lambda *arguments: true(*arguments)[:1])
+    true = alpha._grid_curve
+    patch.setattr(alpha, "_grid_curve", lambda *arguments: true(*arguments)[:1])
     run.quantize()
 
 
@@ -347,7 +347,7 @@ def activations_cut_off_instead_of_rounded(_, patch):
         return floor(x, scale), scale
 
     patch.setattr(int8_linear, "quantize_activations", floor)
-    patch.setattr(int8_passes, "quantize_rows", cut_off)
+    patch.setattr(int8_passes, "quantize_rows_cpu", cut_off)
 
 
 @failure(RELOAD, kind="int8")
@@ -393,14 +393,14 @@ def the_source_model_changed_after_calibration(run, _):
 @failure(ITEMS, kind="calibration")
 def calibration_polluted_by_padding(run, patch):
     """Padding that is quieter than the text changes no maximum, but it is counted."""
-    real = calibration._observed
+    real = calibration._input_hooks
 
     def unmasked(model, mask, owners, fit, statistics):
         everything = torch.ones_like(mask)
         owners = torch.zeros(mask.numel(), dtype=torch.long)
         return real(model, everything, owners, owners == 0, statistics)
 
-    patch.setattr(calibration, "_observed", unmasked)
+    patch.setattr(calibration, "_input_hooks", unmasked)
     run.calibrate()
     run.quantize()
 

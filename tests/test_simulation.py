@@ -7,8 +7,8 @@ import torch
 
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.fake_quant import simulated
-from helpers.quantization.smoothing import everywhere, smooth_
+from helpers.quantization.fake_quant import simulated_quantization
+from helpers.quantization.smoothing import same_alpha, smooth_
 from helpers.sources.random_model import random_model
 from helpers.study.schema_variants import Variant
 from quantized_run import at_millionth, lived_in
@@ -32,13 +32,13 @@ def test_logits_are_those_of_the_quantized_model(family, preset):
     model = lived_in(random_model(family, seed=6))
     absmax = {n: f.absmax for n, f in run_calibration(model, texts(), batch_tokens=64).items()}
     variant = Variant(preset=preset, smooth={"alpha": 0.5, "targets": TARGETS})
-    alphas = everywhere(model.config, TARGETS, 0.5)
+    alphas = same_alpha(model.config, TARGETS, 0.5)
     built, ids = copy.deepcopy(model), torch.tensor([texts()[0]])
     done = smooth_(built, absmax, TARGETS, alphas)
     compression.quantize_variant_(built, variant, absmax, done)
     with torch.inference_mode():
         plain, expected = model(ids).logits, built(ids).logits
-        with simulated(model, variant, absmax, alphas):
+        with simulated_quantization(model, variant, absmax, alphas):
             found = model(ids).logits
         assert torch.equal(model(ids).logits, plain)
         tipped = max((at_millionth(built, ids, k) - expected).norm() for k in range(5))

@@ -7,8 +7,8 @@ from helpers.core.errors import StudyError
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.layer_groups import smoothing_groups
 from helpers.quantization.smoothing import (
-    everywhere,
     fold_scales_,
+    same_alpha,
     smooth_,
     smoothed_absmax,
     smoothing_scales,
@@ -86,7 +86,7 @@ def test_smoothing_keeps_the_models_function(exact_model, items, targets):
     }
     ids = torch.tensor([items[1]])
     expected = exact_model(ids).logits
-    done = smooth_(exact_model, absmax, targets, everywhere(exact_model.config, targets, 0.5))
+    done = smooth_(exact_model, absmax, targets, same_alpha(exact_model.config, targets, 0.5))
     assert len(done) == len(targets) * exact_model.config.num_hidden_layers
     assert not any((s.scales == 1).all() for s in done)
     torch.testing.assert_close(exact_model(ids).logits, expected, rtol=1e-4, atol=1e-5)
@@ -95,7 +95,7 @@ def test_smoothing_keeps_the_models_function(exact_model, items, targets):
 def test_calibrated_maxima_after_smoothing_are_those_of_the_smoothed_model(model, items, absmax):
     """Dividing the statistics by s must equal calibrating the smoothed model anew."""
     targets = (*NORMS, "mlp_down")
-    done = smooth_(model, absmax, targets, everywhere(model.config, targets, 0.6))
+    done = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.6))
     predicted = smoothed_absmax(absmax, done)
     measured = run_calibration(model, items, batch_tokens=64)
     for name, expected in predicted.items():
@@ -141,7 +141,7 @@ def test_agrees_with_llmcompressors_modifier(model, tokenizer, items, tmp_path):
         pipeline="basic",
     )
     half_ranges = {name: r / 2 for name, r in _input_ranges(ours, items).items()}
-    smooth_(ours, half_ranges, NORMS, everywhere(ours.config, NORMS, 0.5))
+    smooth_(ours, half_ranges, NORMS, same_alpha(ours.config, NORMS, 0.5))
     expected = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(parameter, expected[name], rtol=1e-4, atol=1e-6, msg=name)

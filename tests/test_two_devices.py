@@ -21,7 +21,7 @@ from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import alpha, compression, int8_cuda, smoothing
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_checkpoint import Int8Linear, load_int8
-from helpers.quantization.variants import load_as, load_reference
+from helpers.quantization.variants import load_quantized, load_reference
 from helpers.runtime.batching import current_sequence_ids, use_sequence_ids
 from helpers.runtime.devices import modules_by_device, place_on_device, resolve_runtime
 from helpers.sources import models
@@ -45,9 +45,9 @@ PROMPTS = [item.context for item in ITEMS]
 @pytest.fixture
 def cards(monkeypatch):
     """cards(2): a context in which torch sees two cards."""
-    int8_cuda.way.cache_clear()
+    int8_cuda.product_kind.cache_clear()
     yield lambda count: pretended(monkeypatch, cards=count)
-    int8_cuda.way.cache_clear()
+    int8_cuda.product_kind.cache_clear()
 
 
 def answers(model) -> tuple:
@@ -159,10 +159,10 @@ def test_a_spread_int8_checkpoint_gives_the_integers_of_a_whole_one(
         expected, whole = answers(model), states(model)
     else:  # a mixture's router is multiplied by oneDNN on a CPU, so that rounding may differ
         with cards(1):
-            model = load_as(load_int8, folder, resolve_runtime(ASKED))
+            model = load_quantized(load_int8, folder, resolve_runtime(ASKED))
             expected, whole = answers(model), states(model).cpu()
     with cards(2):
-        spread = load_as(load_int8, folder, resolve_runtime(ASKED))
+        spread = load_quantized(load_int8, folder, resolve_runtime(ASKED))
         assert_alike(answers(spread), expected)
         assert states(spread).cpu().equal(whole)
         linears = [m for m in spread.modules() if isinstance(m, Int8Linear) and m.stack.packed]
@@ -177,7 +177,7 @@ def test_a_simulated_checkpoint_is_spread_too(cards, sound_runs):
     expected = answers(load_reference(folder, dtype=torch.float32, device="cpu"))
     with cards(2):
         runtime = resolve_runtime(ASKED.model_copy(update={"quantized": "reference"}))
-        spread = load_as(load_reference, folder, runtime)
+        spread = load_quantized(load_reference, folder, runtime)
         assert devices_of(spread) == CARDS
         assert_alike(answers(spread), expected)
 
@@ -233,7 +233,7 @@ def test_a_spread_model_is_calibrated_and_smoothed_alike(cards, family):
         found = run_calibration(model, PROMPTS, batch_tokens=64)
         absmax = {name: each.absmax for name, each in found.items()}
         variant = Variant(preset="w8a8", smooth={"alpha": "auto", "targets": NORMS})
-        chosen = alpha.choose(model, variant, absmax, PROMPTS[:2])
+        chosen = alpha.choose_alphas(model, variant, absmax, PROMPTS[:2])
         smoothing.smooth_variant_(model, absmax, variant, chosen.alphas)
         return absmax, chosen.alphas, answers(model)
 

@@ -32,7 +32,7 @@ def difference(tmp_path, monkeypatch):
     save_file(tensors, tmp_path / "model.safetensors")
 
     def found(x, **served):
-        monkeypatch.setattr(vllm_linears, "inputs_of", lambda *_: {NAME: x})
+        monkeypatch.setattr(vllm_linears, "capture_inputs", lambda *_: {NAME: x})
         told = Served(tensors, **served)
         return vllm_linears.largest_difference(told, None, tmp_path, [NAME], [1])
 

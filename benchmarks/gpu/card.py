@@ -20,9 +20,9 @@ def run(part: Part) -> None:
     part.note("versions", {"python": platform.python_version(), **_versions()})
     part.note("card", _card(part.device))
     if part.device == "cuda":
-        from helpers.quantization.int8_cuda import why_not_fused
+        from helpers.quantization.int8_cuda import triton_unavailable_reason
 
-        part.note("no_fused_kernels_because", why_not_fused(torch.device("cuda", 0)))
+        part.note("no_fused_kernels_because", triton_unavailable_reason(torch.device("cuda", 0)))
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         part.note("float_type", "bfloat16" if bf16 else "float32: the card has no bfloat16")
     part.note("copy_bytes_a_second", _copy(part))

@@ -18,7 +18,7 @@ from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.quantization import compression, int8_cuda, int8_cuda_choice
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_checkpoint import load_int8
-from helpers.quantization.smoothing import everywhere, smooth_variant_
+from helpers.quantization.smoothing import same_alpha, smooth_variant_
 from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer
 from helpers.sources.random_model import random_model_folder
@@ -65,7 +65,7 @@ def run(part: Part) -> None:
     part.note("tokens asked", sum(len(i.context) + sum(map(len, i.options)) for i in items))
     if part.device == "cuda":
         with part.stage(stages, "proving and compiling the fused kernels, once a process"):
-            int8_cuda.way(0)
+            int8_cuda.product_kind(0)
     for kind in ("int8", "bfloat16", "float32"):
         if part.over(need=6):
             return
@@ -76,7 +76,7 @@ def run(part: Part) -> None:
         assert len(sums) == len(items)
         part.note(f"evaluation under {GOAL_S} s, {kind}", stages[-1]["seconds"] < GOAL_S)
         if kind == "int8":
-            part.note("products chosen by the library", int8_cuda_choice.choices())
+            part.note("products chosen by the library", int8_cuda_choice.chosen_tiles())
             with part.stage(stages, f"evaluating them again, every choice made, {kind}"):
                 dict(option_loglikelihoods(model, items, batch_tokens=BATCH))
         del model
@@ -108,7 +108,7 @@ def quantized(part: Part, stages: list[dict], study, folder: Path) -> None:
         absmax = {name: each.absmax for name, each in found.items()}
     variant = study.variants[VARIANT]
     with part.stage(stages, "smoothing and quantization"):
-        alphas = everywhere(model.config, variant.smooth.targets, variant.smooth.alpha)
+        alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
         done = smooth_variant_(model, absmax, variant, alphas)
         compression.quantize_variant_(model, variant, absmax, done)
     with part.stage(stages, "saving the checkpoint"):

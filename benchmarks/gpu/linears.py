@@ -33,7 +33,9 @@ CHECKED_ROWS = 512  # of float64 products at a time
 
 def run(part: Part) -> None:
     """Every way at every shape and number of rows; then what is equal, and the sums."""
-    has_triton = part.device == "cuda" and not int8_cuda.why_not_fused(torch.device("cuda", 0))
+    has_triton = part.device == "cuda" and not int8_cuda.triton_unavailable_reason(
+        torch.device("cuda", 0)
+    )
     part.note("scaled_mm of int8", _scaled_mm(part.device))
     part.note("int8 peak, operations a second", _peak(part))
     shapes, table = DRY_SHAPES if part.dry else SHAPES, []
@@ -46,7 +48,7 @@ def run(part: Part) -> None:
             table.append(row)
             case.measure(row, has_triton, lambda: part.note("microseconds", table))
             del case
-        part.note("chosen by the library", int8_cuda_choice.choices())
+        part.note("chosen by the library", int8_cuda_choice.chosen_tiles())
         part.note(f"together at {rows} rows", _together(part, table, rows, shapes))
         if not part.over(need=4):
             part.note(f"reading a layer, {rows} rows", layer.measured(part, rows))
@@ -92,9 +94,9 @@ class Case:
             return keep()
         from helpers.quantization import int8_triton_passes as passes
 
-        row[QUANTIZE] = self._us(lambda _w: passes.quantize_rows(self.x))
+        row[QUANTIZE] = self._us(lambda _w: passes.launch_quantize_rows(self.x))
         row["quantization by size"] = self._by_size(passes)
-        row[CUBLAS] = self._us(partial(self._by_library, int8_cuda.around_cublas))
+        row[CUBLAS] = self._us(partial(self._by_library, int8_cuda.cublas_rescaled_product))
         library = partial(self._by_library, int8_cuda.rescaled_product)
         row[LIBRARY] = self._us(library)
         row[f"launched, {LIBRARY}"] = self._us(library, eager_seconds)
@@ -107,14 +109,14 @@ class Case:
         best = min(timed, key=timed.get)
         tile = int8_cuda_choice.Tile(*best)
         row |= {"tile": str(best), "Triton product alone": timed[best]}
-        row[TRITON] = self._us(partial(self._by_library, partial(passes.product, tile=tile)))
+        row[TRITON] = self._us(partial(self._by_library, partial(passes.launch_product, tile=tile)))
         row["exact"] = self._is_exact(passes, tile)
         keep()
 
     def _by_size(self, passes) -> str:
         """Microseconds of the quantization by each size that is tried."""
         by = {
-            (block, warps): partial(passes.quantize_rows, self.x, block=block, warps=warps)
+            (block, warps): partial(passes.launch_quantize_rows, self.x, block=block, warps=warps)
             for block, warps in tiles.QUANTIZED_BY
             if block < 2 * self.sizes[0]
         }
@@ -124,12 +126,12 @@ class Case:
 
     def _by_tile(self, passes) -> dict[tuple, float | str]:
         """Microseconds of a product by each tile that is tried, or why there are none."""
-        (values, scale), found = passes.quantize_rows(self.x), {}
+        (values, scale), found = passes.launch_quantize_rows(self.x), {}
         for sizes in tiles.tried_for(self.rows):
             if self.part.left() < 6:
                 break
             given = scale, self.columns, None, torch.bfloat16
-            product = partial(passes.product, tile=int8_cuda_choice.Tile(*sizes))
+            product = partial(passes.launch_product, tile=int8_cuda_choice.Tile(*sizes))
             found[sizes] = self._us(
                 lambda w, product=product, given=given: product(values, w, *given)
             )
@@ -149,18 +151,18 @@ class Case:
         values = quantize_activations(self.x.float(), scale)
         return {
             FLOAT: lambda w: linear(self.x, own[id(w)]),
-            ALONE: lambda w: int8_cuda.multiply(values, w),
+            ALONE: lambda w: int8_cuda.multiply_cuda(values, w),
             TORCH: self._by_torch,
         }
 
     def _by_torch(self, weight: Tensor) -> Tensor:
         rows = self.x.float()
         scale = absmax_scale(rows.abs().amax(-1, keepdim=True))
-        product = int8_cuda.multiply(quantize_activations(rows, scale), weight)
+        product = int8_cuda.multiply_cuda(quantize_activations(rows, scale), weight)
         return product.float().mul_(scale).mul_(self.columns).to(self.x.dtype)
 
     def _by_library(self, product, weight: Tensor) -> Tensor:
-        values, scale = int8_cuda.quantize_rows(self.x)
+        values, scale = int8_cuda.quantize_rows_cuda(self.x)
         return product(values, weight, scale, self.columns, None, self.x.dtype)
 
     def _is_exact(self, passes, tile) -> bool | str:
@@ -168,7 +170,7 @@ class Case:
 
         Of operands as they are, and of a few ones among zeros, whose sums bfloat16 holds whole.
         """
-        values, weight = passes.quantize_rows(self.x)[0], self.weights[0]
+        values, weight = passes.launch_quantize_rows(self.x)[0], self.weights[0]
         sparse = [_ones_among_zeros(*pair) for pair in ((values, 1 / 4), (weight, 1 / 16))]
         try:
             return all(self._same(passes, tile, *pair) for pair in ((values, weight), sparse))
@@ -178,8 +180,8 @@ class Case:
     def _same(self, passes, tile, values: Tensor, weight: Tensor) -> bool:
         ones = torch.ones(len(values) + len(weight), device=self.part.device)
         scales = ones[: len(values), None], ones[len(values) :]
-        weight = int8_cuda.pack(weight)[0]
-        y = passes.product(values, weight, *scales, None, torch.bfloat16, tile=tile)
+        weight = int8_cuda.pack_cuda(weight)[0]
+        y = passes.launch_product(values, weight, *scales, None, torch.bfloat16, tile=tile)
         few = (values[:8].cpu().double() @ weight[:512].cpu().double().t()).float().bfloat16()
         if not torch.equal(y[:8, :512].cpu(), few):
             return False

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from benchmarks.gpu.part import Part
 from helpers.quantization import int8_cuda, int8_matmul
-from helpers.quantization.int8_linear import Int8Linear, Stack
+from helpers.quantization.int8_linear import Int8Linear, LinearStack
 
 ROWS = (1, 2, 16, 17, 31, 256)
 SHAPES = ((64, 48), (77, 13), (136, 40), (1000, 24), (4096, 1024), (3072, 1024))
@@ -15,8 +15,8 @@ ACTIVATIONS = ("token_dynamic", "tensor_dynamic", "tensor_static")
 def run(part: Part) -> None:
     """Products, then whole Linears; the largest sums and sizes that need padding are among them."""
     if part.device == "cuda":
-        part.note("proof", int8_cuda.proof(torch.device("cuda", 0)))
-        part.note("way", int8_cuda.way(0))
+        part.note("proof", int8_cuda.self_checks(torch.device("cuda", 0)))
+        part.note("way", int8_cuda.product_kind(0))
     part.note("products", _products(part))
     part.note("scales of numbers that torch divides", _scales(part))
     part.note("linears", [_linear(part, *case) for case in _cases(part) if not part.over()])
@@ -99,7 +99,7 @@ def _stack(inner: int, outer: int, activations: str) -> list[Int8Linear]:
         scale = torch.rand(outer, 1, generator=generator) / 100
         bias = torch.randn(outer, generator=generator)
         made.append(Int8Linear(weight, scale, bias, activations=activations, input_scale=static))
-    stack = Stack(made)
+    stack = LinearStack(made)
     for linear in made:
         linear.stack = stack
     return made

@@ -88,7 +88,7 @@ class Run:
         network = load_model(source, job.study.runtime)
         found = calibration.run_calibration(network, tokens, batch_tokens=wanted.batch_tokens)
         self.absmax = {name: each.absmax for name, each in found.items()}
-        self.judges = tokens[calibration.first_judge(len(tokens)) :]
+        self.judges = tokens[calibration.first_judging_item(len(tokens)) :]
         self.fit = {name: each.fit_absmax for name, each in found.items()}
         self.source = sha256_folder(source)
         folder = job.paths.calibration(MODEL)
@@ -106,7 +106,7 @@ class Run:
         network = load_model(source, job.study.runtime)
         folder = job.paths.quantization(MODEL, variant)
         record = Record(folder, stage="quantization", parameters=job.parameters)
-        chosen = alpha.choose(network, job.recipe, self.fit, self.judges)
+        chosen = alpha.choose_alphas(network, job.recipe, self.fit, self.judges)
         write_json(folder / "alpha.json", chosen.record)
         done = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
         compression.quantize_variant_(network, job.recipe, self.absmax, done)

@@ -19,7 +19,7 @@ from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import Segment, read
 from helpers.quantization import int8_matmul
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.quantization.variants import load_as
+from helpers.quantization.variants import load_quantized
 from helpers.runtime.devices import modules_by_device, resolve_runtime
 from helpers.sources.models import load_model
 from helpers.sources.random_model import random_model
@@ -83,7 +83,9 @@ def loaded(kind: str, runtime: Runtime):
             drawn.save_pretrained(folder)
             return load_model(Path(folder), runtime)
         quantized_by_rounding_(drawn)
-        return load_as(lambda _folder, dtype, device: drawn.to(device), Path(folder), runtime)
+        return load_quantized(
+            lambda _folder, dtype, device: drawn.to(device), Path(folder), runtime
+        )
 
 
 def answered(model, items: list[OptionTokens]) -> tuple[dict, dict]:

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from helpers.core.architectures import HEAD, linear_names
-from helpers.quantization.variants import arithmetic, load_variant, variant_digest
+from helpers.quantization.variants import arithmetic_record, load_variant, variant_digest
 from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.models import bytes_by_part, load_config, model_folder
 from helpers.study.schema_variants import speed_key, variant_per_scheme
@@ -29,7 +29,7 @@ class Configuration:
 
     variant: str
     dtype: str
-    arithmetic: str
+    arithmetic_record: str
     simulated: bool
     load: Callable[[], tuple]
 
@@ -129,7 +129,7 @@ def cost_report(
         "threads": job.study.runtime.threads,
         "device": job.runtime["device_name"],
         "memory": memory_label(job.study.runtime.device),
-        "arithmetic": arithmetic(job),
+        "arithmetic": arithmetic_record(job),
         "work": work,
         "left_out": skipped_variants(job),
         "peaks": {kind: [round_[kind] for round_ in gemm_rounds] for kind in gemm_rounds[0]},

@@ -22,7 +22,7 @@ from helpers.cost.operations import (
     without_weight_passes,
 )
 from helpers.quantization import sensitivity, sqnr
-from helpers.quantization.calibration import first_judge
+from helpers.quantization.calibration import first_judging_item
 from helpers.runtime.batching import token_budget_batches
 from helpers.sources.chat_conversations import calibration_tokens
 from helpers.sources.models import load_tokenizer
@@ -34,7 +34,9 @@ from helpers.study.schema_variants import Variant
 from helpers.study.study_run import Job
 from helpers.verification.checkpoint_files import PROBE_TOKENS, PROBES
 
-LOOKS = 11  # of left_float: as quantized, every kind of Linear, two single ones; of α with auto
+LOOKS = (
+    11  # of `sensitivity_rows`: as quantized, every kind of Linear, two single ones; of α with auto
+)
 KEPT = 25  # times a checkpoint's weights are made, saved, hashed, loaded and compared
 SIMULATED = 4  # passes over all weights that rounding them for one forward pass takes
 
@@ -50,7 +52,7 @@ def count_calibration(study: Study, size: Size, tokenizer) -> Counter:
 def count_quantization(study: Study, variant: Variant, size: Size, tokenizer) -> Counter:
     """The choice of α, the SQNR of each Linear, the sensitivity analysis, and the checks."""
     tokens, dtype = _tokens(study, tokenizer), _dtype(study)
-    judge_lengths = list(map(len, tokens[first_judge(len(tokens)) :]))
+    judge_lengths = list(map(len, tokens[first_judging_item(len(tokens)) :]))
     probe_tokens, judge_tokens = sum(judge_lengths[: sensitivity.JUDGES]), sum(judge_lengths)
     curves = 2 if variant.smooth and not variant.recipe else 1
     sqnr_tokens = sum(map(len, tokens[: sqnr.ITEMS]))

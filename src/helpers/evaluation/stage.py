@@ -95,7 +95,7 @@ class EvaluationStage(Stage):
 
     def finish(self, **results: Any) -> None:
         """Write the record with these results and how this machine computes."""
-        machine = variants.arithmetic(self.job) | modules_by_device(self.network)
+        machine = variants.arithmetic_record(self.job) | modules_by_device(self.network)
         self.record.add_machine(machine)
         super().finish(**results)
         self.progress.discard()

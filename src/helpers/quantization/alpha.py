@@ -15,23 +15,23 @@ from torch import Tensor
 
 from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
-from helpers.quantization.fake_quant import Scales, look, simulated
+from helpers.quantization.fake_quant import LinearScales, apply_smoothing, simulated_quantization
 from helpers.quantization.layer_groups import smoothing_groups
-from helpers.quantization.sensitivity import Probe
-from helpers.quantization.smoothing import everywhere, group_scales
+from helpers.quantization.sensitivity import DivergenceProbe
+from helpers.quantization.smoothing import group_scales, same_alpha
 from helpers.runtime.moe_experts import every_expert_reads
 from helpers.study.schema_variants import Variant
 
-AUTO = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
+AUTO_ALPHAS = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
 
 
 @dataclass(frozen=True)
-class Choice:
-    """α of every group, by its first consumer, and what the choice was made from.
+class AlphaChoice:
+    """α of every group, by its first consumer, and the measurements behind the choice.
 
     Attributes:
-        curve: for a grid, α with its KL and top-1 agreement on the judging items.
-        errors: for `auto`, group and α with the squared error of the group's outputs.
+        curve: for a grid, each α with its KL and top-1 agreement on the judging items.
+        errors: for `auto`, each group and α with the squared error of the group's outputs.
     """
 
     alphas: dict[str, float]
@@ -44,34 +44,36 @@ class Choice:
         return kept | ({"errors": self.errors} if self.errors else {})
 
 
-def choose(
+def choose_alphas(
     model, variant: Variant, fit_absmax: dict[str, Tensor], judges: list[list[int]]
-) -> Choice:
-    """The α of every group of a variant; none if it does not smooth.
+) -> AlphaChoice:
+    """The α of every group of a variant; empty if it does not smooth.
 
     Args:
         model: the float model; it is not changed.
-        variant: a number, a list or `auto` as its α.
+        variant: its α is a number, a list or `auto`.
         fit_absmax: Linear name to (in_features,) maxima over the items that do not judge.
-        judges: token ids of the items that do.
+        judges: token ids of the judging items.
 
     Raises:
-        StudyError: no α of the grid gives a finite KL, or of `auto` a finite error.
+        StudyError: no α gives a finite KL (grid) or a finite error (`auto`).
     """
     smooth = variant.smooth
     if smooth is None:
-        return Choice({}, [])
+        return AlphaChoice({}, [])
     if isinstance(smooth.alpha, float):
-        return Choice(everywhere(model.config, smooth.targets, smooth.alpha), [])
+        return AlphaChoice(same_alpha(model.config, smooth.targets, smooth.alpha), [])
     if smooth.alpha == "auto":
-        return _each_group(model, variant, fit_absmax, judges)
-    curve = _curve(model, variant, fit_absmax, Probe(model, judges, variant))
-    best = _least({row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL")
-    return Choice(everywhere(model.config, smooth.targets, best), curve)
+        return _choose_per_group(model, variant, fit_absmax, judges)
+    curve = _grid_curve(model, variant, fit_absmax, DivergenceProbe(model, judges, variant))
+    best = _alpha_of_least_loss(
+        {row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL"
+    )
+    return AlphaChoice(same_alpha(model.config, smooth.targets, best), curve)
 
 
-def _least(losses: dict[float, float | None], *, of: str) -> float:
-    """The α of the least finite loss."""
+def _alpha_of_least_loss(losses: dict[float, float | None], *, of: str) -> float:
+    """The α with the least finite loss."""
     finite = {a: loss for a, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
         raise StudyError(
@@ -81,32 +83,36 @@ def _least(losses: dict[float, float | None], *, of: str) -> float:
     return min(finite, key=finite.__getitem__)
 
 
-def _curve(model, variant: Variant, absmax: dict[str, Tensor], probe: Probe) -> list[dict]:
+def _grid_curve(
+    model, variant: Variant, absmax: dict[str, Tensor], probe: DivergenceProbe
+) -> list[dict]:
     """KL and top-1 agreement of the quantized model at every α of the grid."""
     rows = []
     for alpha in Bar(variant.smooth.alpha, desc="choosing α", unit="value"):
-        alphas = everywhere(model.config, variant.smooth.targets, alpha)
-        with simulated(model, variant, absmax, alphas):
+        alphas = same_alpha(model.config, variant.smooth.targets, alpha)
+        with simulated_quantization(model, variant, absmax, alphas):
             rows.append({"alpha": alpha, **probe.divergence(model)})
     return rows
 
 
 @torch.inference_mode()
-def _each_group(
+def _choose_per_group(
     model, variant: Variant, absmax: dict[str, Tensor], judges: list[list[int]]
-) -> Choice:
-    """For every group the α at which its own int8 outputs are nearest to the float ones."""
+) -> AlphaChoice:
+    """For every group the α with the least squared error of its own int8 outputs."""
     groups = {g.consumers[0]: g for g in smoothing_groups(model.config, variant.smooth.targets)}
-    errors: dict[str, dict[float, float]] = {name: dict.fromkeys(AUTO, 0.0) for name in groups}
+    errors: dict[str, dict[float, float]] = {
+        name: dict.fromkeys(AUTO_ALPHAS, 0.0) for name in groups
+    }
 
     def hook(name: str):
         def observe(_module, args: tuple) -> None:
-            for alpha in AUTO:
+            for alpha in AUTO_ALPHAS:
                 scales = group_scales(model, groups[name], absmax, alpha=alpha).float()
                 for consumer in groups[name].consumers:
                     linear, limit = model.get_submodule(consumer), absmax[consumer]
-                    looked = look(linear, args[0], limit, Scales(inputs=scales))
-                    error = looked.exact() - looked.rounded(variant)
+                    smoothed = apply_smoothing(linear, args[0], limit, LinearScales(inputs=scales))
+                    error = smoothed.exact() - smoothed.rounded(variant)
                     errors[name][alpha] += error.square().sum().item()
 
         return observe
@@ -121,12 +127,12 @@ def _each_group(
         for handle in handles:
             handle.remove()
     chosen = {
-        name: _least(found, of=f"the quantization error of {name}")
-        for name, found in errors.items()
+        name: _alpha_of_least_loss(curve_of_group, of=f"the quantization error of {name}")
+        for name, curve_of_group in errors.items()
     }
-    rows = [
+    record_rows = [
         {"group": name, "alpha": alpha, "error": error if math.isfinite(error) else None}
-        for name, found in errors.items()
-        for alpha, error in found.items()
+        for name, curve_of_group in errors.items()
+        for alpha, error in curve_of_group.items()
     ]
-    return Choice(chosen, [], rows)
+    return AlphaChoice(chosen, [], record_rows)

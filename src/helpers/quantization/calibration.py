@@ -37,10 +37,10 @@ class InputStatistics:
 
     Attributes:
         absmax: (in_features,) exact per-channel maximum of |x|.
-        fit_absmax: the same without the items that judge a choice of α.
-        argmax_item: the item in which the largest |x| of the layer occurred.
+        fit_absmax: the same without the items that judge the choice of α.
+        argmax_item: index of the item with the layer's largest |x|.
         samples: (tokens, in_features) |x| of evenly sampled tokens.
-        tokens: how many tokens were seen.
+        tokens: number of tokens.
     """
 
     absmax: Tensor
@@ -50,8 +50,8 @@ class InputStatistics:
     tokens: int
 
 
-def first_judge(items: int) -> int:
-    """Index of the first of the items, the last tenth, that judge a choice of α."""
+def first_judging_item(items: int) -> int:
+    """Index of the first judging item; the last tenth of the items judges the choice of α."""
     return items - max(1, items // 10)
 
 
@@ -60,12 +60,12 @@ def run_calibration(
 ) -> dict[str, InputStatistics]:
     """Statistics of the input of every Linear but the head, over the tokens of all items.
 
-    In a mixture every expert reads every token here: a rare one has its statistics too.
+    In a mixture every expert reads every token, so that rarely routed experts have statistics.
 
     Args:
         model: the float model, in evaluation mode; it is not changed.
         items: token ids of the calibration texts.
-        batch_tokens: rows × longest row of one forward pass at most.
+        batch_tokens: the most rows × longest row of one forward pass.
 
     Raises:
         StudyError: an activation is not finite, or an item longer than the model's context.
@@ -80,8 +80,8 @@ def run_calibration(
             mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
             tokens = pad(rows, value=0, side="right", device=model.device)
             owners = torch.tensor([i for i in batch for _ in items[i]])
-            fit = owners < first_judge(len(items))
-            observed = _observed(model, mask.bool(), owners, fit, statistics)
+            fit = owners < first_judging_item(len(items))
+            observed = _input_hooks(model, mask.bool(), owners, fit, statistics)
             with observed, every_expert_reads(model), torch.no_grad():
                 model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             trim_heap()
@@ -90,10 +90,10 @@ def run_calibration(
 
 
 @contextmanager
-def _observed(
+def _input_hooks(
     model, mask: Tensor, owners: Tensor, fit: Tensor, statistics: dict[str, InputStatistics]
 ):
-    """Hooks on every Linear but the head; Linears that share an input share the arithmetic."""
+    """Hooks on every Linear but the head; Linears that share an input share its statistics."""
     head = model.get_output_embeddings()
     last: dict[str, object] = {"input": None}
 
@@ -103,7 +103,7 @@ def _observed(
                 last["input"] = args[0]
                 x = args[0].reshape(*mask.shape, -1)  # some modules flatten rows and tokens
                 last["summary"] = _summarize(x[mask.to(x.device)].float(), owners, fit)
-            _merge_(statistics, name, last["summary"])
+            _merge_statistics_(statistics, name, last["summary"])
 
         return observe
 
@@ -121,7 +121,7 @@ def _summarize(x: Tensor, owners: Tensor, fit: Tensor) -> InputStatistics:
 
     Args:
         x: (tokens, in_features).
-        owners: (tokens,) item indices; fit: (tokens,) bool, which do not judge.
+        owners: (tokens,) item indices; fit: (tokens,) bool, True for items that do not judge.
     """
     magnitude = x.abs()
     if not torch.isfinite(magnitude).all():
@@ -129,15 +129,19 @@ def _summarize(x: Tensor, owners: Tensor, fit: Tensor) -> InputStatistics:
             "calibration: an activation is not finite; use dtype float32 or mend the model"
         )
     absmax = magnitude.amax(0)
-    top = magnitude[:, absmax.argmax()].argmax().item()
+    loudest_token = magnitude[:, absmax.argmax()].argmax().item()
     step = max(1, len(x) // SAMPLED_TOKENS)
-    kept = magnitude[fit.to(x.device)]
-    fit_absmax = kept.amax(0) if len(kept) else torch.zeros_like(absmax)
+    fit_magnitude = magnitude[fit.to(x.device)]
+    fit_absmax = fit_magnitude.amax(0) if len(fit_magnitude) else torch.zeros_like(absmax)
     samples = [magnitude[::step].clone().cpu()]
-    return InputStatistics(absmax.cpu(), fit_absmax.cpu(), int(owners[top]), samples, len(x))
+    return InputStatistics(
+        absmax.cpu(), fit_absmax.cpu(), int(owners[loudest_token]), samples, len(x)
+    )
 
 
-def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatistics) -> None:
+def _merge_statistics_(
+    statistics: dict[str, InputStatistics], name: str, new: InputStatistics
+) -> None:
     old = statistics.get(name)
     if old is None:
         statistics[name] = replace(new, samples=list(new.samples))
@@ -153,21 +157,21 @@ def _merge_(statistics: dict[str, InputStatistics], name: str, new: InputStatist
 def save_calibration(path: Path, statistics: dict[str, InputStatistics]) -> None:
     """Write abs-max, 99th percentile, median, log2 histogram and token count of every input."""
     tensors = {}
-    for name, found in statistics.items():
-        samples = torch.cat(found.samples)
-        tensors[f"{name}.absmax"] = found.absmax
-        tensors[f"{name}.fit_absmax"] = found.fit_absmax
+    for name, of_input in statistics.items():
+        samples = torch.cat(of_input.samples)
+        tensors[f"{name}.absmax"] = of_input.absmax
+        tensors[f"{name}.fit_absmax"] = of_input.fit_absmax
         tensors[f"{name}.p99"] = torch.quantile(samples, 0.99, dim=0)
         tensors[f"{name}.median"] = samples.median(0).values
         tensors[f"{name}.histogram"] = log2_histogram(samples)
-        tensors[f"{name}.tokens"] = torch.tensor(found.tokens)
+        tensors[f"{name}.tokens"] = torch.tensor(of_input.tokens)
     tensors = {key: value.clone() for key, value in tensors.items()}
     write_atomically(path, lambda p: save_file(tensors, p))
 
 
 def as_arrays(statistics: dict[str, InputStatistics]) -> dict[str, np.ndarray]:
     """(in_features,) abs-max of every Linear's input as numpy arrays, for tables."""
-    return {name: found.absmax.numpy() for name, found in statistics.items()}
+    return {name: of_input.absmax.numpy() for name, of_input in statistics.items()}
 
 
 def save_surface(path: Path, linear: str, magnitude: Tensor) -> None:
@@ -176,8 +180,8 @@ def save_surface(path: Path, linear: str, magnitude: Tensor) -> None:
     write_atomically(path, lambda p: save_file(tensors, p))
 
 
-def refuse_long(items: list[list[int]], *, max_tokens: int) -> None:
-    """Calibration reads every item whole.
+def check_item_lengths(items: list[list[int]], *, max_tokens: int) -> None:
+    """Check that no item exceeds `max_tokens`, since calibration reads items untruncated.
 
     Raises:
         StudyError: an item is longer than `max_tokens`.
@@ -190,7 +194,7 @@ def refuse_long(items: list[list[int]], *, max_tokens: int) -> None:
 
 
 def log2_histogram(magnitude: Tensor) -> Tensor:
-    """(bins,) int64 counts of |x| by power of two; the end bins take what lies beyond."""
+    """(bins,) int64 counts of |x| by power of two; the end bins include all values beyond."""
     low, high = LOG2_EDGES[0], LOG2_EDGES[-1]
     exponent = magnitude.clamp(min=2.0**low).log2().floor().clamp(low, high - 1).long() - low
     return torch.bincount(exponent.flatten(), minlength=high - low)
@@ -215,14 +219,14 @@ def load_maxima(job: Job, record: Record) -> tuple[dict[str, Tensor], dict[str, 
 
 def judging(items: list[list[int]]) -> list[list[int]]:
     """The last tenth of the items, which judge a choice of α."""
-    return items[first_judge(len(items)) :]
+    return items[first_judging_item(len(items)) :]
 
 
 def load_absmax(path: Path, *, fit: bool = False) -> dict[str, Tensor]:
     """(in_features,) abs-max of every calibrated Linear's input, by name.
 
     Args:
-        fit: only over the items that do not judge a choice of α.
+        fit: only over the items that do not judge the choice of α.
 
     Raises:
         StudyError: there is no calibration file.
@@ -235,13 +239,13 @@ def load_absmax(path: Path, *, fit: bool = False) -> dict[str, Tensor]:
 
 @torch.inference_mode()
 def input_surface(model, linear: str, tokens: list[int]) -> Tensor:
-    """(tokens, in_features) |x| at one Linear's input on one item, for the outlier pictures."""
-    seen: list[Tensor] = []
+    """(tokens, in_features) |x| at one Linear's input on one item, for the outlier figures."""
+    captured: list[Tensor] = []
     module = model.get_submodule(linear)
-    handle = module.register_forward_pre_hook(lambda _m, args: seen.append(args[0].abs().cpu()))
+    handle = module.register_forward_pre_hook(lambda _m, args: captured.append(args[0].abs().cpu()))
     try:
         with every_expert_reads(model):
             model.base_model(input_ids=torch.tensor([tokens], device=model.device), use_cache=False)
     finally:
         handle.remove()
-    return seen[0].reshape(len(tokens), -1).float()
+    return captured[0].reshape(len(tokens), -1).float()

@@ -16,8 +16,7 @@ class ChannelMaxima(NamedTuple):
 
     Attributes:
         channel: index of the largest channel.
-        ratio: largest / median. None if the median is 0, as it is if more than half of the
-            channels are 0: then the ratio is not defined.
+        ratio: largest / median; None if the median is 0.
     """
 
     channel: int

@@ -16,11 +16,11 @@ from helpers.quantization.calibration import log2_histogram
 from helpers.quantization.channel_maxima import by_ratio, layer_maxima
 from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
 from helpers.quantization.smoothing import (
-    everywhere,
     group_scales,
     group_weight_absmax,
+    require_submodule,
+    same_alpha,
     smoothing_scales,
-    submodule,
 )
 from helpers.study.schema import Study
 from helpers.study.schema_variants import Smooth, Variant
@@ -88,7 +88,7 @@ def worst_channel(model, act_absmax: dict[str, np.ndarray], smooth: Smooth) -> C
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
         smooth: where scales are folded, and one number as α.
     """
-    alphas = everywhere(model.config, smooth.targets, smooth.alpha)
+    alphas = same_alpha(model.config, smooth.targets, smooth.alpha)
     return _worst(model, act_absmax, smooth.targets, alphas)
 
 
@@ -148,11 +148,11 @@ class SmoothingHistograms:
         self._scales = torch.from_numpy(smoothing.scales)
         self.weights = self._weights(model, smoothing)
         self.activations = torch.zeros_like(self.weights)
-        first = submodule(model, smoothing.group.consumers[0])
+        first = require_submodule(model, smoothing.group.consumers[0])
         self._hook = first.register_forward_pre_hook(self._look)
 
     def _weights(self, model, smoothing: ChannelSmoothing) -> Tensor:
-        weights = [submodule(model, name).weight for name in smoothing.group.consumers]
+        weights = [require_submodule(model, name).weight for name in smoothing.group.consumers]
         return sum(self._counted(weight) for weight in weights)
 
     def _look(self, _module: nn.Module, args: tuple) -> None:

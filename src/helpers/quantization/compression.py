@@ -24,14 +24,14 @@ from helpers.study.schema_variants import Variant
 
 
 def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[str]:
-    """Give every Linear of the scheme its int8 scales; return their names.
+    """Attach int8 scales to every Linear that the variant quantizes; return their names.
 
-    The model then behaves as its checkpoint will (fake quantization).
+    Afterwards the model computes as its checkpoint will (fake quantization).
 
     Args:
-        model: the float model, smoothed already where the variant smooths.
-        variant: its scheme and what it leaves alone.
-        act_absmax: (in_features,) maxima of the inputs as they are now, by Linear name.
+        model: the float model, already smoothed if the variant smooths.
+        variant: its scheme and the names it ignores.
+        act_absmax: (in_features,) maxima of the current inputs, by Linear name.
 
     Raises:
         StudyError: a Linear of a static scheme was not calibrated.
@@ -40,8 +40,10 @@ def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[st
     from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
 
     targets = quantized_linears(model, variant.ignore)
-    kept = sorted(set(linear_layers(model)) - set(targets))
-    modifier = QuantizationModifier(config_groups={"group_0": scheme(variant)}, ignore=kept)
+    float_names = sorted(set(linear_layers(model)) - set(targets))
+    modifier = QuantizationModifier(
+        config_groups={"group_0": compression_scheme(variant)}, ignore=float_names
+    )
     with _without_hooks(targets.values()):
         modifier.initialize_quantization(model)
     modifier.start_calibration(model)
@@ -60,9 +62,9 @@ def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[st
 
 @contextmanager
 def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, modules of a spread model have a plain forward, as compressed-tensors wants it.
+    """Inside, modules of a distributed model have a plain forward, which compressed-tensors needs.
 
-    Afterwards the hooks bring inputs, and the scales made meanwhile, to each module's device.
+    Afterwards the hooks move inputs and the new scales to each module's device.
     """
     from accelerate.hooks import add_hook_to_module, remove_hook_from_module
 
@@ -77,19 +79,19 @@ def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def quantize_variant_(
-    model, variant: Variant, act_absmax: dict[str, Tensor], done: list[SmoothedGroup]
+    model, variant: Variant, act_absmax: dict[str, Tensor], smoothed: list[SmoothedGroup]
 ) -> list[str]:
-    """Quantize a smoothed model as the variant says; a float variant quantizes nothing."""
+    """Quantize a smoothed model by the variant's scheme; a float variant quantizes nothing."""
     set_activity("quantizing")
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.quantized:
         return []
-    return quantize_(model, variant, smoothed_absmax(act_absmax, done))
+    return quantize_(model, variant, smoothed_absmax(act_absmax, smoothed))
 
 
-def describe(variant: Variant, alphas: dict[str, float]) -> str:
-    """The recipe in one line, in words; `alphas` are those of its groups."""
+def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
+    """The recipe as one sentence; `alphas` are those of its groups."""
     if variant.recipe == "seed":
         text = "the seed recipe (a control, broken on purpose): dequantized int8 weights per "
         text += "tensor, head included, float activations"
@@ -100,24 +102,24 @@ def describe(variant: Variant, alphas: dict[str, float]) -> str:
     else:
         text = "float weights and activations"
     if variant.smooth:
-        where = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
-        done = "divided by the scales" if variant.recipe == "seed" else "smoothed"
-        text += f"; {done} with {_alpha_in_words(variant, alphas)} at {where}"
+        places = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
+        action = "divided by the scales" if variant.recipe == "seed" else "smoothed"
+        text += f"; {action} with {_describe_alpha(variant, alphas)} at {places}"
     return text
 
 
-def _alpha_in_words(variant: Variant, alphas: dict[str, float]) -> str:
+def _describe_alpha(variant: Variant, alphas: dict[str, float]) -> str:
     values = sorted(set(alphas.values()))
-    asked = variant.smooth.alpha
-    if isinstance(asked, float):
-        return f"α = {asked:g}"
-    if asked == "auto":
+    declared = variant.smooth.alpha
+    if isinstance(declared, float):
+        return f"α = {declared:g}"
+    if declared == "auto":
         return f"an α for each of {len(alphas)} groups, {values[0]:g} to {values[-1]:g}"
-    return f"α = {values[0]:g}, the best of {', '.join(f'{a:g}' for a in asked)}"
+    return f"α = {values[0]:g}, the best of {', '.join(f'{a:g}' for a in declared)}"
 
 
-def scheme(variant: Variant) -> dict:
-    """The variant's scheme in compressed-tensors' words."""
+def compression_scheme(variant: Variant) -> dict:
+    """The variant's scheme as a compressed-tensors configuration."""
     weights, activations = variant.scheme
     strategy, timing = activations.split("_")
     integers = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -129,7 +131,7 @@ def scheme(variant: Variant) -> dict:
 
 
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
-    """Write the model as a checkpoint that transformers and vLLM load; replaces the folder."""
+    """Write a checkpoint that transformers and vLLM can load; replaces the folder."""
     set_activity("saving the checkpoint")
     from llmcompressor.transformers.compression.compressed_tensors_utils import (
         modify_save_pretrained,
@@ -143,9 +145,9 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
 
 
 def quiet_llmcompressor() -> None:
-    """Keep llmcompressor's and compressed-tensors' lines out of the notebooks; errors stay.
+    """Silence llmcompressor and compressed-tensors in notebooks, except for errors.
 
-    llmcompressor adds a handler of its own when it is first imported, and logs before that ends.
+    llmcompressor adds its own log handler on first import, and logs during the import.
     """
     from loguru import logger
 

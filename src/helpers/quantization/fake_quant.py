@@ -21,21 +21,21 @@ from helpers.study.schema_variants import Variant
 
 
 @dataclass
-class Scales:
-    """What smoothing does to one Linear: its inputs are divided, its last outputs too."""
+class LinearScales:
+    """Smoothing scales of one Linear: divisors of its inputs and of its last outputs."""
 
     inputs: Tensor | None = None
     outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
-class Looked:
-    """A Linear as smoothing leaves it, on one input.
+class SmoothedLinear:
+    """A Linear with smoothing applied, and one smoothed input.
 
     Attributes:
         x: (tokens, in_features) float32.
         weight: (out_features, in_features) float32.
-        absmax: (in_features,) calibrated maxima of x, if there are any.
+        absmax: (in_features,) calibrated maxima of x, or None.
     """
 
     x: Tensor
@@ -47,9 +47,9 @@ class Looked:
         return product(self.x, self.weight)
 
     def rounded(self, variant: Variant) -> Tensor:
-        """(tokens, out_features) what int8 makes of it at the variant's granularities.
+        """(tokens, out_features) int8 output at the variant's granularities.
 
-        A float variant is looked at as if it were quantized per channel and per token.
+        For a float variant: per channel and per token.
         """
         weights, activations = variant.scheme or ("channel", "token_dynamic")
         magnitude = self.weight.abs()
@@ -63,8 +63,10 @@ class Looked:
         return product(fake_quantize(self.x, limit), fake_quantize(self.weight, top))
 
 
-def look(linear: nn.Linear, x: Tensor, absmax: Tensor | None, scales: Scales) -> Looked:
-    """The Linear on an input, smoothed by the scales; neither is changed.
+def apply_smoothing(
+    linear: nn.Linear, x: Tensor, absmax: Tensor | None, scales: LinearScales
+) -> SmoothedLinear:
+    """The Linear and its input, smoothed by the scales; neither original is changed.
 
     Args:
         x: (…, in_features).
@@ -78,28 +80,28 @@ def look(linear: nn.Linear, x: Tensor, absmax: Tensor | None, scales: Scales) ->
     if scales.outputs is not None:
         weight = weight.clone()
         weight[-len(scales.outputs) :] /= scales.outputs.to(x.device)[:, None]
-    return Looked(x, weight, absmax)
+    return SmoothedLinear(x, weight, absmax)
 
 
 def linear_scales(
     model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
-) -> dict[str, Scales]:
-    """Linear name to the scales that the variant's smoothing would fold into it."""
-    found: dict[str, Scales] = {}
+) -> dict[str, LinearScales]:
+    """Linear name to the scales that the variant's smoothing folds into it."""
+    scales_by_name: dict[str, LinearScales] = {}
     for group in smoothing_groups(model.config, variant.smooth.targets):
         alpha = alphas[group.consumers[0]]
         scales = group_scales(model, group, act_absmax, alpha=alpha).float()
         for name in group.consumers:
-            found.setdefault(name, Scales()).inputs = scales
-        found.setdefault(group.producer, Scales()).outputs = scales
-    return found
+            scales_by_name.setdefault(name, LinearScales()).inputs = scales
+        scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
+    return scales_by_name
 
 
 @contextmanager
-def simulated(
+def simulated_quantization(
     model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
 ) -> Iterator[None]:
-    """Inside, the float model computes as the variant of it would.
+    """Inside, the float model computes as its variant would.
 
     Args:
         model: the float model, not smoothed; its weights stay as they are.
@@ -108,22 +110,26 @@ def simulated(
     """
     scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
     targets = quantized_linears(model, variant.ignore)
-    own = {linear: vars(linear).get("forward") for linear in targets.values()}
+    own_forwards = {linear: vars(linear).get("forward") for linear in targets.values()}
     for name, linear in targets.items():
-        done = scales.get(name, Scales())
-        linear.forward = partial(_answer, linear, variant, act_absmax.get(name), done)
+        of_linear = scales.get(name, LinearScales())
+        linear.forward = partial(
+            _simulated_forward, linear, variant, act_absmax.get(name), of_linear
+        )
     try:
         yield
     finally:
-        for linear, forward in own.items():
+        for linear, forward in own_forwards.items():
             del linear.forward
             if forward is not None:
                 linear.forward = forward
 
 
-def _answer(linear: nn.Linear, variant: Variant, absmax, scales: Scales, x: Tensor) -> Tensor:
-    """The Linear's int8 output, its outputs' scales taken out again."""
-    y = look(linear, x, absmax, scales).rounded(variant)
+def _simulated_forward(
+    linear: nn.Linear, variant: Variant, absmax, scales: LinearScales, x: Tensor
+) -> Tensor:
+    """The Linear's int8 output with its output scales undone."""
+    y = apply_smoothing(linear, x, absmax, scales).rounded(variant)
     if scales.outputs is not None:
         y[:, -len(scales.outputs) :] *= scales.outputs.to(y.device)
     if linear.bias is not None:

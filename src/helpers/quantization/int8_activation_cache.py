@@ -9,27 +9,28 @@ QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What was computed from a tensor, for the next Linear that reads the same tensor.
+class CachedResult:
+    """A result computed from a tensor, cached for the next Linear that reads the same tensor.
 
     Attributes:
-        what: the result.
-        why: what it depends on beside the tensor; it holds for whoever has the same.
+        value: the result.
+        conditions: the other inputs of the computation; equal conditions give an equal result.
     """
 
-    what: object
-    why: tuple
+    value: object
+    conditions: tuple
 
     @classmethod
-    def of(cls, x: Tensor, name: str, why: tuple, make):
-        """The result kept on x under a name, or else made now and kept there."""
-        why = (*why, None if x.is_inference() else x._version)  # torch counts changes in place
-        kept = getattr(x, name, None)
-        if kept is None or not all(map(_same, kept.why, why)):
-            kept = cls(make(), why)
-            setattr(x, name, kept)
-        return kept.what
+    def of(cls, x: Tensor, name: str, conditions: tuple, compute):
+        """The result cached on x under a name; computed and cached if there is none."""
+        version = None if x.is_inference() else x._version  # torch counts changes in place
+        conditions = (*conditions, version)
+        cached = getattr(x, name, None)
+        if cached is None or not all(map(_equal, cached.conditions, conditions)):
+            cached = cls(compute(), conditions)
+            setattr(x, name, cached)
+        return cached.value
 
 
-def _same(one, other) -> bool:
-    return one is other or (not isinstance(one, Tensor) and one == other)
+def _equal(first, second) -> bool:
+    return first is second or (not isinstance(first, Tensor) and first == second)

@@ -16,12 +16,12 @@ from helpers.sources.models import empty_model, load_config, load_generation_con
 
 
 def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
-    """A saved checkpoint on INT8 kernels, its float parts at `dtype`.
+    """Load a saved checkpoint with INT8 Linears; float parts have `dtype`.
 
     Raises:
-        StudyError: the checkpoint is not an int8 compressed-tensors one.
+        StudyError: it is not an int8 checkpoint in the compressed-tensors format.
     """
-    tensors = read_tensors(folder)
+    tensors = read_checkpoint_tensors(folder)
     config = load_config(folder)
     activations = declared_activations(folder)
     if hasattr(config, "quantization_config"):
@@ -52,16 +52,17 @@ def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
     if model.config.tie_word_embeddings:
         expected.discard(f"{HEAD}.weight")
     if expected != set(tensors):
-        odd = sorted(expected ^ set(tensors))
+        differing = sorted(expected ^ set(tensors))
         raise StudyError(
-            f"the checkpoint and its architecture differ in {odd[0]} ({len(odd)} in all)"
+            f"the checkpoint and its architecture differ in {differing[0]} "
+            f"({len(differing)} in all)"
         )
     model.load_state_dict(tensors, strict=False)
     model.tie_weights()
 
 
-def read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The checkpoint's tensors, one copy of each; the head is missing if it is the embeddings."""
+def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors, one copy of each; a tied head is missing."""
     return TensorFiles(folder, dtype=None).load_all()
 
 
@@ -78,10 +79,10 @@ def declared_activations(folder: Path) -> str:
             f"{Path(folder).name}: {len(groups)} quantization groups; one is supported"
         )
     inputs = next(iter(groups.values()))["input_activations"]
-    kind = f"{inputs['strategy']}_{'dynamic' if inputs['dynamic'] else 'static'}"
-    known = ("token_dynamic", "tensor_dynamic", "tensor_static")
-    if kind not in known or inputs["num_bits"] != 8 or not inputs["symmetric"]:
+    granularity = f"{inputs['strategy']}_{'dynamic' if inputs['dynamic'] else 'static'}"
+    supported = ("token_dynamic", "tensor_dynamic", "tensor_static")
+    if granularity not in supported or inputs["num_bits"] != 8 or not inputs["symmetric"]:
         raise StudyError(
-            f"{Path(folder).name}: activations are {kind}, not one of {known} in 8 bits"
+            f"{Path(folder).name}: activations are {granularity}, not one of {supported} in 8 bits"
         )
-    return kind
+    return granularity

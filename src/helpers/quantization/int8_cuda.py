@@ -24,47 +24,47 @@ from helpers.quantization import int8_cuda_choice
 MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
 ROWS = 17  # the fewest that cuBLASLt takes
 CAPABILITY = (8, 0)  # the first with int8 units that Triton multiplies by
-TORCH, FUSED = "int8 × int8 by cuBLASLt", "int8 × int8, fused in Triton"
+CUBLAS_PRODUCT, TRITON_PRODUCT = "int8 × int8 by cuBLASLt", "int8 × int8, fused in Triton"
 HALF_RANGE = 127.5
 LEAST = torch.finfo(torch.float32).eps
 
 
-def pack(weight: Tensor) -> tuple[Tensor, ...]:
-    """(outer, inner) int8 weight as it is held: a view of a matrix padded with zeros."""
+def pack_cuda(weight: Tensor) -> tuple[Tensor, ...]:
+    """(outer, inner) int8 weight as a view of a matrix padded with zeros."""
     outer, inner = weight.shape
     padded = pad(weight, (0, -inner % MULTIPLE, 0, -outer % MULTIPLE)).contiguous()
     return (padded[:outer, :inner],)
 
 
-def whole(weight: Tensor) -> Tensor:
-    """The padded (outer, inner) matrix of which a packed weight is a view."""
+def padded_matrix(weight: Tensor) -> Tensor:
+    """The padded matrix behind a packed (outer, inner) weight."""
     outer, width = len(weight), weight.stride(0)
     return weight.as_strided((outer + -outer % MULTIPLE, width), (width, 1))
 
 
-def multiply(a: Tensor, weight: Tensor) -> Tensor:
+def multiply_cuda(a: Tensor, weight: Tensor) -> Tensor:
     """(rows, outer) int32 a @ weightᵀ.
 
     Args:
         a: (rows, inner) int8.
         weight: (outer, inner) int8 as `pack` gave it.
     """
-    rows, outer, padded = len(a), len(weight), whole(weight)
+    rows, outer, padded = len(a), len(weight), padded_matrix(weight)
     if not rows or not padded.numel():
         return a.new_zeros(rows, outer, dtype=torch.int32)
-    missing = padded.shape[1] - a.shape[1], max(0, ROWS - rows)
-    a = pad(a, (0, missing[0], 0, missing[1])) if any(missing) else a.contiguous()
+    padding = padded.shape[1] - a.shape[1], max(0, ROWS - rows)
+    a = pad(a, (0, padding[0], 0, padding[1])) if any(padding) else a.contiguous()
     return torch._int_mm(a, padded.t())[:rows, :outer]
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     """((rows, features) int8, (rows, 1) float32 scale) of (rows, features) x on the card."""
     with torch.cuda.device_of(x):
-        return _triton().quantize_rows(x)
+        return _triton().launch_quantize_rows(x)
 
 
 def rescaled_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype) -> Tensor:
-    """(rows, outer) a @ weightᵀ · scale · columns + bias in one of the fused ways.
+    """(rows, outer) a @ weightᵀ · scale · columns + bias by the fastest fused product.
 
     Args:
         a: (rows, inner) int8.
@@ -78,30 +78,30 @@ def rescaled_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype) -> 
         return torch.empty(0, len(weight), dtype=dtype, device=a.device)
     operands = a, weight, scale, columns, bias, dtype
     with torch.cuda.device_of(a):
-        product = _triton().product
-        tile = int8_cuda_choice.choose(product, around_cublas, *operands)
-        return product(*operands, tile=tile) if tile else around_cublas(*operands)
+        product = _triton().launch_product
+        tile = int8_cuda_choice.choose_tile(product, cublas_rescaled_product, *operands)
+        return product(*operands, tile=tile) if tile else cublas_rescaled_product(*operands)
 
 
-def around_cublas(a: Tensor, weight: Tensor, *rest) -> Tensor:
-    """The same by cuBLASLt's product and one pass after it."""
-    return _triton().rescale(multiply(a, weight), *rest)
+def cublas_rescaled_product(a: Tensor, weight: Tensor, *rest) -> Tensor:
+    """The same by cuBLASLt's product and one rescaling pass."""
+    return _triton().launch_rescale(multiply_cuda(a, weight), *rest)
 
 
-def fused(device: torch.device) -> bool:
-    """Whether the Triton kernels are there and proven in this process."""
-    return device.type == "cuda" and way(device.index or 0) == FUSED
+def uses_triton(device: torch.device) -> bool:
+    """Whether the Triton kernels are available and passed this process's self-checks."""
+    return device.type == "cuda" and product_kind(device.index or 0) == TRITON_PRODUCT
 
 
 @cache
-def way(index: int = 0) -> str:
-    """How this process multiplies on a card: TORCH or FUSED."""
-    proven = proof(torch.device("cuda", index))
-    return FUSED if proven and all(proven.values()) else TORCH
+def product_kind(index: int = 0) -> str:
+    """The product that this process uses on a card: CUBLAS_PRODUCT or TRITON_PRODUCT."""
+    checks = self_checks(torch.device("cuda", index))
+    return TRITON_PRODUCT if checks and all(checks.values()) else CUBLAS_PRODUCT
 
 
-def why_not_fused(device: torch.device) -> str | None:
-    """Why a device has no Triton kernels; None if they can be tried."""
+def triton_unavailable_reason(device: torch.device) -> str | None:
+    """The reason why a device has no Triton kernels; None if they can be tried."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type != "cuda":
@@ -112,16 +112,16 @@ def why_not_fused(device: torch.device) -> str | None:
 
 
 @torch.inference_mode()
-def proof(device: torch.device) -> dict[str, bool]:
-    """By name, what the Triton kernels have to give here: torch's bits, float64's integers.
+def self_checks(device: torch.device) -> dict[str, bool]:
+    """Results of the self-checks by name: the kernels give torch's bits and float64's integers.
 
-    Empty where there are none.
+    Empty if there are no kernels.
     """
-    if why_not_fused(device):
+    if triton_unavailable_reason(device):
         return {}
     try:
         with torch.device("cpu"):  # whatever device the caller makes tensors on
-            return {name: check() for name, check in _checks(device).items()}
+            return {name: check() for name, check in _check_functions(device).items()}
     except Exception as error:  # of many kinds: a compiler is at work
         return {f"{type(error).__name__}: {str(error)[:200]}": False}
 
@@ -131,7 +131,7 @@ def _triton():
     return import_module("helpers.quantization.int8_triton_passes")
 
 
-def _checks(device: torch.device) -> dict:
+def _check_functions(device: torch.device) -> dict:
     generator = torch.Generator().manual_seed(0)
     powers = 10.0 ** torch.linspace(-40, 36, 37)[:, None]  # subnormal to near the largest
     x = torch.randn(37, 208, generator=generator) * powers
@@ -150,24 +150,24 @@ def _checks(device: torch.device) -> dict:
         "odd sizes": lambda: _same_integers(generator, (5, 77, 13), device),
         "the largest sums": lambda: _same_integers(None, (19, 2100, 40), device),
         "both scales and a bias": lambda: _same_rescaled(generator, device),
-        "launched again": lambda: _same_again(generator, device),
+        "launched again": lambda: _same_when_relaunched(generator, device),
     }
 
 
 def _same_values(x: Tensor) -> bool:
-    values, scale = quantize_rows(x)
-    wide = x.float()
-    absmax = wide.abs().amax(-1, keepdim=True)
+    values, scale = quantize_rows_cuda(x)
+    float32 = x.float()
+    absmax = float32.abs().amax(-1, keepdim=True)
     expected = absmax / torch.full_like(absmax, HALF_RANGE)
     expected = torch.where(expected == 0, LEAST, expected)
-    rounded = torch.div(wide, expected).round_().clamp_(-128, 127).to(torch.int8)
+    rounded = torch.div(float32, expected).round_().clamp_(-128, 127).to(torch.int8)
     return torch.equal(scale, expected) and torch.equal(values, rounded)
 
 
 def _keeps_nan(device: torch.device) -> bool:
     x = torch.ones(2, 64, device=device)
     x[0, 7] = float("nan")
-    scale = quantize_rows(x)[1]
+    scale = quantize_rows_cuda(x)[1]
     return bool(scale[0].isnan() & scale[1].isfinite())
 
 
@@ -184,38 +184,41 @@ def _same_integers(generator, shape: tuple[int, int, int], device: torch.device)
     """Every fused product, with scales of 1, is float64's sum rounded once to float32."""
     a, weight = _operands(generator, shape)
     expected = (a.double() @ weight.double().t()).float()
-    (packed,), ones = pack(weight.to(device)), torch.ones(len(a) + len(weight), device=device)
+    (packed,), ones = pack_cuda(weight.to(device)), torch.ones(len(a) + len(weight), device=device)
     scale, columns = ones[: len(a), None], ones[len(a) :]
-    found = [
-        make(a.to(device), packed, scale, columns, None, torch.float32)
-        for make in (_in_one_kernel, around_cublas)
+    products = [
+        product_function(a.to(device), packed, scale, columns, None, torch.float32)
+        for product_function in (_triton_rescaled_product, cublas_rescaled_product)
     ]
-    return all(torch.equal(each.cpu(), expected) for each in found)
+    return all(torch.equal(product.cpu(), expected) for product in products)
 
 
-def _same_again(generator, device: torch.device) -> bool:
-    """Kernels that were compiled before give what is due of other operands of the same sizes."""
+def _same_when_relaunched(generator, device: torch.device) -> bool:
+    """Compiled kernels give correct results for other operands of the same sizes."""
     shape = 9, 288, 64
-    again = [_same_integers(generator, shape, device) for _ in range(3)]
+    repeated = [_same_integers(generator, shape, device) for _ in range(3)]
     rows = [torch.randn(9, 288, generator=generator) for _ in range(3)]
-    return all(again) and all(_same_values(x.to(device)) for x in rows)
+    return all(repeated) and all(_same_values(x.to(device)) for x in rows)
 
 
-def _in_one_kernel(a: Tensor, *rest) -> Tensor:
-    """By a plain tile; what else is chosen is compared with `around_cublas` when it is."""
-    return _triton().product(a, *rest, tile=int8_cuda_choice.plain_tile(len(a)))
+def _triton_rescaled_product(a: Tensor, *rest) -> Tensor:
+    """The product by a plain tile; other tiles are checked when they are chosen."""
+    return _triton().launch_product(a, *rest, tile=int8_cuda_choice.plain_tile(len(a)))
 
 
 def _same_rescaled(generator, device: torch.device) -> bool:
-    """Both scales and the bias are applied in torch's order, without a fused multiply-add."""
+    """Scales and bias are applied in torch's order, without a fused multiply-add."""
     a, weight = _operands(generator, (33, 1024, 48))
     scale, columns = torch.rand(33, 1, generator=generator), torch.rand(48, generator=generator)
     bias, product = torch.randn(48, generator=generator), a.double() @ weight.double().t()
-    given = [t.to(device) for t in (scale, columns, bias)]
-    a, (packed,) = a.to(device), pack(weight.to(device))
+    scales_and_bias = [t.to(device) for t in (scale, columns, bias)]
+    a, (packed,) = a.to(device), pack_cuda(weight.to(device))
     for dtype in (torch.float32, torch.bfloat16):
-        expected = (product.float().to(device) * given[0] * given[1] + given[2]).to(dtype)
-        for make in (_in_one_kernel, around_cublas):
-            if not torch.equal(make(a, packed, *given, dtype), expected):
+        expected = (
+            product.float().to(device) * scales_and_bias[0] * scales_and_bias[1]
+            + scales_and_bias[2]
+        ).to(dtype)
+        for product_function in (_triton_rescaled_product, cublas_rescaled_product):
+            if not torch.equal(product_function(a, packed, *scales_and_bias, dtype), expected):
                 return False
     return True

@@ -18,15 +18,15 @@ BULK_CAPABILITY = (9, 0)  # the first with a bulk copy engine
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program of a product computes, and how.
+    """Tile size and launch options of a Triton product.
 
     Attributes:
         rows, outer, inner: of the blocks.
         group: row blocks that share their weights in the cache.
         warps, stages: of the program and of its pipeline.
-        bulk: operands come by the bulk copy engine (compute capability 9.0), and a program
-            makes one tile after the other.
-        stores: results leave by that engine, too.
+        bulk: the bulk copy engine (compute capability 9.0) loads operands, and each program
+            computes several tiles.
+        stores: that engine stores the results too.
     """
 
     rows: int
@@ -78,45 +78,45 @@ MOST_ROWS = 4096  # of the operands that are tried
 CALLS, ROUNDS = 8, 3
 LAUNCHED_ROWS = 64  # so few that launching takes longer than the work: the time of both counts
 AHEAD = 2**22  # cycles of a card in which CALLS are launched: 2 ms
-CLEARLY = 0.97  # a way replaces an earlier one that takes longer than this share allows
+MOST_TIME_SHARE = 0.97  # a way replaces an earlier one that takes longer than this share allows
 
 _chosen: dict[tuple, Tile | None] = {}
 
 
-def candidates(rows: int) -> tuple[int, tuple[Tile, ...]]:
-    """The class of so many rows, and the tiles that are tried for it."""
+def candidate_tiles(rows: int) -> tuple[int, tuple[Tile, ...]]:
+    """(most rows of the size class of `rows`, candidate tiles of that class)."""
     return next(each for each in CANDIDATES if rows <= each[0])
 
 
 def plain_tile(rows: int) -> Tile:
-    """The tile that any card with int8 units has room for."""
-    return next(tile for tile in candidates(rows)[1] if not tile.bulk)
+    """A tile that fits any card with int8 units."""
+    return next(tile for tile in candidate_tiles(rows)[1] if not tile.bulk)
 
 
-def choose(
+def choose_tile(
     product: Callable[..., Tensor], around_cublas: Callable[..., Tensor], *operands
 ) -> Tile | None:
-    """The tile of the fastest product for such operands; None if it is cuBLASLt's.
+    """The tile of the fastest product for such operands; None if cuBLASLt is the fastest.
 
     Args:
-        product: by a tile, which it is given by name.
+        product: the Triton product; its tile is a keyword argument.
         around_cublas: the product by cuBLASLt with one pass after it.
         operands: a, weight, scale, columns, bias and dtype, as `int8_cuda` has them.
     """
     a, weight, scale, _, bias, dtype = operands
     if weight.numel() < FEWEST_WEIGHTS or not a.is_cuda:
         return plain_tile(len(a)) if len(a) <= FEW_ROWS else None
-    most, tiles = candidates(len(a))
+    most, tiles = candidate_tiles(len(a))
     key = a.device, most, *weight.shape, dtype, bias is None, scale.numel() == 1
     if key not in _chosen:
         if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
             return None
-        _chosen[key] = _measured(product, around_cublas, _first_rows(operands), tiles)
+        _chosen[key] = _fastest_tile(product, around_cublas, _limit_rows(operands), tiles)
     return _chosen[key]
 
 
-def choices() -> list[dict]:
-    """What this process chose, for a report."""
+def chosen_tiles() -> list[dict]:
+    """The choices of this process, for a report."""
     return [
         {"rows up to": key[1], "outer": key[2], "inner": key[3], "type": str(key[4])[6:]}
         | {"tile": "cuBLASLt and one pass" if tile is None else str(tile.sizes())}
@@ -124,16 +124,16 @@ def choices() -> list[dict]:
     ]
 
 
-def _first_rows(operands: tuple) -> tuple:
+def _limit_rows(operands: tuple) -> tuple:
     a, weight, scale, *rest = operands
     scale = scale if scale.numel() == 1 else scale[:MOST_ROWS]
     return a[:MOST_ROWS], weight, scale, *rest
 
 
-def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
+def _fastest_tile(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) -> Tile | None:
     expected = around_cublas(*operands)
-    ahead = 0 if len(expected) <= LAUNCHED_ROWS else AHEAD
-    fastest, shortest = None, _seconds(lambda: around_cublas(*operands), ahead)
+    wait_cycles = 0 if len(expected) <= LAUNCHED_ROWS else AHEAD
+    fastest, shortest = None, _seconds(lambda: around_cublas(*operands), wait_cycles)
     for tile in tiles:
         if tile.bulk and not _has_bulk_copies(expected.device):
             continue
@@ -144,31 +144,31 @@ def _measured(product, around_cublas, operands: tuple, tiles: tuple[Tile, ...]) 
             continue
         if not is_exact:
             continue
-        seconds = _seconds(by_tile, ahead)
-        if seconds < CLEARLY * shortest:
+        seconds = _seconds(by_tile, wait_cycles)
+        if seconds < MOST_TIME_SHARE * shortest:
             fastest, shortest = tile, seconds
     return fastest
 
 
-def _seconds(call: Callable[[], Tensor], ahead: int) -> float:
-    """Seconds of one call among others.
+def _seconds(call: Callable[[], Tensor], wait_cycles: int) -> float:
+    """Seconds per call of several consecutive calls.
 
     Args:
-        ahead: cycles for which the card waits while the calls are launched; with 0, the time to
-            launch a call counts if it is the longer.
+        wait_cycles: cycles for which the card waits while the calls are launched; with 0, launch
+            time is included.
     """
-    found = []
+    durations = []
     for _ in range(ROUNDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if ahead:
-            torch.cuda._sleep(ahead)
+        if wait_cycles:
+            torch.cuda._sleep(wait_cycles)
         start.record()
         for _ in range(CALLS):
             call()
         end.record()
         end.synchronize()
-        found.append(start.elapsed_time(end) / 1000 / CALLS)
-    return min(found)
+        durations.append(start.elapsed_time(end) / 1000 / CALLS)
+    return min(durations)
 
 
 @cache

@@ -5,13 +5,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from helpers.quantization import int8_linear, int8_passes
-from helpers.quantization.int8_activation_cache import QUANTIZED, Kept
+from helpers.quantization.int8_activation_cache import QUANTIZED, CachedResult
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.runtime.batching import current_sequence_ids
 
 
-class GatedMLP:
-    """down(SiLU(gate(x)) · up(x)), its middle in one pass that also quantizes for `down`."""
+class FusedGatedMLP:
+    """down(SiLU(gate(x)) · up(x)) with the activation and quantization for `down` in one pass."""
 
     def __init__(self, module: nn.Module):
         self.module, self.activation = module, getattr(module, "act_fn", None)
@@ -23,21 +23,23 @@ class GatedMLP:
         if parts != (self.gate, self.up, self.down, self.activation):  # exchanged since
             return type(module).forward(module, x)
         gate, up = self.gate(x), self.up(x)
-        if not (int8_linear.is_fused(gate) and gate.dtype == torch.float32 and gate.numel()):
+        if not (
+            int8_linear.uses_fused_passes(gate) and gate.dtype == torch.float32 and gate.numel()
+        ):
             return self.down(silu(gate) * up)
-        mixed, values, scale = int8_passes.silu_times(gate.flatten(0, -2), up.flatten(0, -2))
+        mixed, values, scale = int8_passes.gated_silu(gate.flatten(0, -2), up.flatten(0, -2))
         mixed = mixed.view(gate.shape)
-        why = (self.down.activations, self.down.input_scale, current_sequence_ids())
-        Kept.of(mixed, QUANTIZED, why, lambda: (values, scale))
+        conditions = (self.down.activations, self.down.input_scale, current_sequence_ids())
+        CachedResult.of(mixed, QUANTIZED, conditions, lambda: (values, scale))
         return self.down(mixed)
 
 
 @torch.inference_mode()
 def fuse_gated_mlps_(model) -> int:
-    """Give MLPs that compute as `GatedMLP` does its forward; returns how many.
+    """Give gated MLPs the forward of `FusedGatedMLP`; return how many.
 
-    Which they are is not told by their class: one is taken if its own forward gives the same
-    bits on a random input.
+    An MLP qualifies if its own forward gives the same bits on a random input, whatever its
+    class.
     """
     fused = 0
     for module in model.modules():
@@ -45,14 +47,14 @@ def fuse_gated_mlps_(model) -> int:
         if not all(isinstance(part, Int8Linear) for part in parts):
             continue
         if (
-            not int8_linear.is_fused(parts[0].weight_scale)
+            not int8_linear.uses_fused_passes(parts[0].weight_scale)
             or parts[2].activations != "token_dynamic"
         ):
             continue
         if not hasattr(module, "act_fn"):
             continue
-        gated, generator = GatedMLP(module), torch.Generator().manual_seed(0)
+        fused_mlp, generator = FusedGatedMLP(module), torch.Generator().manual_seed(0)
         x = torch.randn(1, 16, parts[0].in_features, generator=generator, device="cpu")
-        if torch.equal(module(x), gated(x.clone())):
-            module.forward, fused = gated, fused + 1
+        if torch.equal(module(x), fused_mlp(x.clone())):
+            module.forward, fused = fused_mlp, fused + 1
     return fused

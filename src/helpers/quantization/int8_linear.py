@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from helpers.quantization import int8_cuda, int8_matmul, int8_passes
-from helpers.quantization.int8_activation_cache import MULTIPLIED, QUANTIZED, Kept
+from helpers.quantization.int8_activation_cache import MULTIPLIED, QUANTIZED, CachedResult
 from helpers.runtime.batching import current_sequence_ids
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
@@ -29,17 +29,17 @@ def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def absmax_scale(absmax: Tensor) -> Tensor:
-    """The step that makes `absmax` 127.5 steps; a zero row gets the smallest float step.
+    """The scale absmax / 127.5; a zero row gets the smallest float32 scale.
 
-    By a number torch does not divide on CUDA: it multiplies by the rounded inverse, which is
-    another step than a CPU's now and then. By a tensor it divides.
+    torch on CUDA divides by a number by multiplying with the rounded inverse, which sometimes
+    differs from the CPU's quotient. By a tensor it divides.
     """
     scale = absmax / torch.full_like(absmax, HALF_RANGE)
     return torch.where(scale == 0, torch.full_like(scale, SMALLEST_SCALE), scale)
 
 
 def _tensor_absmax(x: Tensor) -> Tensor:
-    """(1,) or (tokens, 1) abs-max of all of x, or of each text where several are read at once."""
+    """(1,) abs-max of x, or (tokens, 1) abs-max of each token's text if several are packed."""
     owners = current_sequence_ids(x.device)
     if owners is None:
         return x.abs().amax().reshape(1)
@@ -48,11 +48,11 @@ def _tensor_absmax(x: Tensor) -> Tensor:
     return tops[owners][:, None]
 
 
-class Stack:
-    """The weights of Linears that read the same tensor, as one matrix: one product for all.
+class LinearStack:
+    """The weights of Linears with the same input, stacked into one matrix for one product.
 
     Args:
-        linears: of equal in_features, bias or none, and scale of activations.
+        linears: with equal in_features and activation scales, all with or all without bias.
     """
 
     def __init__(self, linears: Sequence["Int8Linear"]):
@@ -61,15 +61,15 @@ class Stack:
         self.columns = [slice(a, b) for a, b in zip([0, *ends], ends, strict=False)]
         self.packed: tuple[Tensor, ...] = ()
 
-    def __deepcopy__(self, memo: dict) -> "Stack":
-        """A stack of the copied Linears; packed weights are never changed, and so are shared."""
-        memo[id(self)] = twin = copy(self)
-        twin.linears = deepcopy(self.linears, memo)
-        return twin
+    def __deepcopy__(self, memo: dict) -> "LinearStack":
+        """A stack of the copied Linears; it shares the packed weights, which never change."""
+        memo[id(self)] = copied = copy(self)
+        copied.linears = deepcopy(self.linears, memo)
+        return copied
 
     @torch.inference_mode(False)
     def pack(self) -> None:
-        """Put the weights in the order of the kernel; the Linears let theirs go."""
+        """Pack the weights for the kernel, and free the Linears' own weights."""
         self.packed = int8_matmul.pack(torch.cat([linear.weight for linear in self.linears]))
         self.scales = self._joined("weight_scale")[0]
         self.bias = None if self.linears[0].bias is None else self._joined("bias")
@@ -78,7 +78,7 @@ class Stack:
 
     @torch.inference_mode(False)
     def unpack(self) -> None:
-        """Give the Linears their weights back; the next product packs them anew."""
+        """Restore the Linears' own weights; the next product packs them again."""
         if self.packed:
             weight_t = int8_matmul.unpack(self.packed)
             for linear, columns in zip(self.linears, self.columns, strict=True):
@@ -86,27 +86,27 @@ class Stack:
             self.packed = ()
 
     def _joined(self, name: str) -> Tensor:
-        """(1, all out_features) or (all out_features,) float32; the Linears' own become views."""
+        """(1, all out_features) or (all out_features,) float32; the Linears keep views of it."""
         parts = [getattr(linear, name) for linear in self.linears]
-        wide = [
+        expanded = [
             part.expand(*part.shape[:-1], linear.out_features).float()
             for part, linear in zip(parts, self.linears, strict=True)
         ]
-        joined = torch.cat(wide, dim=-1) if len(wide) > 1 else wide[0].contiguous()
+        joined = torch.cat(expanded, dim=-1) if len(expanded) > 1 else expanded[0].contiguous()
         for part, linear, columns in zip(parts, self.linears, self.columns, strict=True):
             if part.shape[-1] == linear.out_features and part.dtype == joined.dtype:
                 setattr(linear, name, joined[..., columns])
         return joined
 
     def multiplied(self, x: Tensor) -> Tensor:
-        """(tokens, all out_features) float32, or x's dtype, of x (…, in_features)."""
+        """(tokens, all out_features) product in float32 or x's dtype, for x (…, in_features)."""
         values, scale = self.linears[0].quantized(x)
-        if int8_cuda.fused(values.device):
-            given = self.packed[0], scale, self.scales, self.bias
-            return int8_cuda.rescaled_product(values, *given, x.dtype)
+        if int8_cuda.uses_triton(values.device):
+            operands = self.packed[0], scale, self.scales, self.bias
+            return int8_cuda.rescaled_product(values, *operands, x.dtype)
         product = int8_matmul.multiply(values, self.packed)
-        if is_fused(product):
-            y = int8_passes.rescale_(product, scale, self.scales)
+        if uses_fused_passes(product):
+            y = int8_passes.rescale_cpu_(product, scale, self.scales)
         else:
             y = product.float().mul_(scale).mul_(self.scales)
         return y if self.bias is None else y.add_(self.bias)
@@ -115,9 +115,9 @@ class Stack:
 class Int8Linear(nn.Module):
     """y = (x_int8 @ w_int8ᵀ) · activation scale · weight scale + bias.
 
-    Linears that are given the same tensor (query, key and value; gate and up) share its int8
-    form, and their product if they are stacked: no layer of transformers changes an input
-    between the Linears that read it.
+    Linears with the same input tensor (query, key and value; gate and up) share its quantized
+    values, and share one product if they are stacked: transformers' layers do not change an
+    input between the Linears that read it.
 
     Args:
         weight: (out_features, in_features) int8.
@@ -139,29 +139,29 @@ class Int8Linear(nn.Module):
         self.register_buffer("weight_scale", weight_scale.float().reshape(1, -1))
         self.register_buffer("input_scale", None if input_scale is None else input_scale.float())
         self.register_buffer("bias", bias)
-        self.stack = Stack([self])
+        self.stack = LinearStack([self])
 
     @property
     def columns(self) -> slice:
-        """The columns of the stack's product that are this Linear's."""
+        """This Linear's columns in the stack's product."""
         return self.stack.columns[self.stack.linears.index(self)]
 
     @property
     def weight_t(self) -> Tensor:
-        """(in_features, out_features) int8, as this Linear multiplies by it."""
+        """(in_features, out_features) int8 weight, transposed."""
         if not self.stack.packed:
             return self.weight.t()
         return int8_matmul.unpack(self.stack.packed)[:, self.columns]
 
     def held_bytes(self) -> int:
-        """What weights, scales and bias take in memory; packed weights are the stack's first's."""
+        """Bytes of weights, scales and bias; the first Linear counts the stack's packed weights."""
         tensors = list(self.buffers())
         if self.stack.linears[0] is self:
             tensors += self.stack.packed
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     def _apply(self, fn, recurse=True):
-        """Weights are packed for the device they lie on: what is moved is unpacked first."""
+        """Unpack before moving to another device, since weights are packed for their device."""
         if fn(self.weight_scale[:0]).device != self.weight_scale.device:
             self.stack.unpack()
         return super()._apply(fn, recurse)
@@ -174,7 +174,7 @@ class Int8Linear(nn.Module):
     def scale_of(self, x: Tensor) -> Tensor:
         """The activation scale of x (tokens, in_features): (tokens, 1) or (1,).
 
-        One dynamic scale a tensor is one a text: what is read beside it has its own.
+        With `tensor_dynamic`, each text of a packed row has its own scale.
         """
         if self.activations == "token_dynamic":
             return absmax_scale(x.abs().amax(-1, keepdim=True))
@@ -183,19 +183,21 @@ class Int8Linear(nn.Module):
         return self.input_scale.reshape(1)
 
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """((tokens, in_features) int8, scale) of x (…, in_features), made once for all alike."""
-        why = (self.activations, self.input_scale, current_sequence_ids())
-        return Kept.of(x, QUANTIZED, why, lambda: self._quantize(x))
+        """((tokens, in_features) int8, scale) of x (…, in_features), cached on x."""
+        conditions = (self.activations, self.input_scale, current_sequence_ids())
+        return CachedResult.of(x, QUANTIZED, conditions, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, self.in_features)
-        if self.activations == "token_dynamic" and int8_cuda.fused(rows.device):
-            return int8_cuda.quantize_rows(rows)
+        if self.activations == "token_dynamic" and int8_cuda.uses_triton(rows.device):
+            return int8_cuda.quantize_rows_cuda(rows)
         rows = rows.float()
-        if is_fused(rows) and self.activations == "token_dynamic":
-            return int8_passes.quantize_rows(rows)
+        if uses_fused_passes(rows) and self.activations == "token_dynamic":
+            return int8_passes.quantize_rows_cpu(rows)
         scale = self.scale_of(rows)
-        quantize = int8_passes.quantize_by if is_fused(rows) else quantize_activations
+        quantize = (
+            int8_passes.quantize_with_scales if uses_fused_passes(rows) else quantize_activations
+        )
         return quantize(rows, scale), scale
 
     def forward(self, x: Tensor) -> Tensor:
@@ -207,23 +209,25 @@ class Int8Linear(nn.Module):
         if len(stack.linears) == 1:
             y = stack.multiplied(x)
         else:
-            why = (stack, current_sequence_ids())
-            y = Kept.of(x, MULTIPLIED, why, lambda: stack.multiplied(x))[:, self.columns]
+            conditions = (stack, current_sequence_ids())
+            y = CachedResult.of(x, MULTIPLIED, conditions, lambda: stack.multiplied(x))[
+                :, self.columns
+            ]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
-def is_fused(x: Tensor) -> bool:
-    return x.device.type == "cpu" and int8_passes.available()
+def uses_fused_passes(x: Tensor) -> bool:
+    return x.device.type == "cpu" and int8_passes.are_available()
 
 
 def stack_siblings_(model) -> int:
-    """Stack the INT8 Linears that read the same tensor by their place; returns how many stacks."""
+    """Stack sibling INT8 Linears, which read the same tensor; return the number of stacks."""
     stacks = 0
     for module in model.modules():
         for names in SIBLINGS:
             siblings = [getattr(module, name, None) for name in names]
-            if all(isinstance(one, Int8Linear) for one in siblings) and _alike(siblings):
-                stack = Stack(siblings)
+            if all(isinstance(one, Int8Linear) for one in siblings) and _are_stackable(siblings):
+                stack = LinearStack(siblings)
                 for linear in siblings:
                     linear.stack = stack
                 stacks += 1
@@ -231,14 +235,14 @@ def stack_siblings_(model) -> int:
 
 
 def unpack_stacks_(model) -> None:
-    """Undo all packing, for a model that is about to be spread over other devices."""
+    """Undo all packing, before a model is distributed over devices."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.stack.unpack()
 
 
-def _alike(linears: list[Int8Linear]) -> bool:
-    """Whether they quantize their input alike, and all or none of them have a bias."""
+def _are_stackable(linears: list[Int8Linear]) -> bool:
+    """Whether Linears quantize their input equally, and all or none of them have a bias."""
     kinds = {(each.in_features, each.activations, each.bias is None) for each in linears}
     scales = [each.input_scale for each in linears if each.input_scale is not None]
     return len(kinds) == 1 and all(torch.equal(scale, scales[0]) for scale in scales)

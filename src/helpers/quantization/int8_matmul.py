@@ -33,19 +33,19 @@ from helpers.runtime import processors
 BLOCK = 1024  # 2¹⁴ × 1,024 = 2²⁴, up to which float32 holds every whole number
 TRIED = (256, 576, 1536)  # rows, inner, outer of the products that are timed
 ROUNDS, ROUND_S = 5, 0.008  # each way is timed in turns with the others, so often and so long
-CLEARLY = 0.9  # of the time of the way before it: less is left to chance
+MOST_TIME_SHARE = 0.9  # of the time of the way before it: less is left to chance
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to multiply int8 matrices on a CPU.
+class CpuProduct:
+    """One implementation of the int8 product on a CPU.
 
     Attributes:
         name: for records.
-        features: instructions of which the processor must have one; none for all processors.
-        pack: (outer, inner) int8 weight → the tensors this way multiplies by.
-        multiply: (rows, inner) int8 and what `pack` gave → (rows, outer) whole numbers: int32,
-            or float32 that is int32 rounded once.
+        features: instruction sets of which the processor needs one; empty for any processor.
+        pack: (outer, inner) int8 weight → packed tensors.
+        multiply: (rows, inner) int8 and packed tensors → (rows, outer) integers as int32, or as
+            float32 rounded once from int32.
     """
 
     name: str
@@ -92,37 +92,45 @@ def _multiply_blocks(a: Tensor, weight_t: Tensor) -> Tensor:
     return total
 
 
-INT8 = Way(
+INT8 = CpuProduct(
     "int8 × int8",
     ("avx512_vnni",),
     lambda weight: (weight.contiguous(),),
     _int_mm,
 )
-UINT8 = Way("uint8 × int8", ("avx512_vnni",), _pack_uint8, _multiply_uint8)
-TILES = Way("int8 in tiles", ("amx_int8",), _pack_tiles, _multiply_tiles)
-BLOCKS = Way("float32 in blocks", (), lambda weight: (weight.t().contiguous(),), _multiply_blocks)
-WAYS = {way.name: way for way in (INT8, UINT8, TILES, BLOCKS)}
+UINT8 = CpuProduct("uint8 × int8", ("avx512_vnni",), _pack_uint8, _multiply_uint8)
+TILES = CpuProduct("int8 in tiles", ("amx_int8",), _pack_tiles, _multiply_tiles)
+BLOCKS = CpuProduct(
+    "float32 in blocks", (), lambda weight: (weight.t().contiguous(),), _multiply_blocks
+)
+CPU_PRODUCTS = {way.name: way for way in (INT8, UINT8, TILES, BLOCKS)}
 
 
 @cache
-def cpu_way() -> Way:
-    """The way this process multiplies on the CPU."""
-    own = set(processors.features())
-    suited = [way for way in WAYS.values() if own & set(way.features) and is_exact(way)]
-    if not suited:
+def cpu_product() -> CpuProduct:
+    """The product that this process uses on the CPU: the fastest exact one."""
+    features = set(processors.features())
+    usable = [
+        product
+        for product in CPU_PRODUCTS.values()
+        if features & set(product.features) and is_exact(product)
+    ]
+    if not usable:
         return BLOCKS
-    rounds = [{way.name: _seconds(way) for way in suited} for _ in range(ROUNDS)]
-    shortest = {way.name: min(each[way.name] for each in rounds) for way in suited}
-    fastest = suited[0]
-    for way in suited[1:]:
-        if shortest[way.name] < CLEARLY * shortest[fastest.name]:
-            fastest = way
+    rounds = [{product.name: _seconds(product) for product in usable} for _ in range(ROUNDS)]
+    shortest = {
+        product.name: min(seconds[product.name] for seconds in rounds) for product in usable
+    }
+    fastest = usable[0]
+    for product in usable[1:]:
+        if shortest[product.name] < MOST_TIME_SHARE * shortest[fastest.name]:
+            fastest = product
     return fastest
 
 
 @torch.inference_mode()
-def is_exact(way: Way) -> bool:
-    """Whether a way gives float64's sums: of random operands, of the largest, and beyond 2²⁴."""
+def is_exact(product: CpuProduct) -> bool:
+    """Whether a product equals float64's for random operands, largest sums and sums beyond 2²⁴."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randint(-128, 128, (67, 1100), generator=generator).to(torch.int8)
     least = torch.full((19, 2100), -128, dtype=torch.int8)
@@ -131,47 +139,47 @@ def is_exact(way: Way) -> bool:
     for a, weight in cases:
         expected = (a.double() @ weight.double().t()).float()
         try:
-            product = way.multiply(a, *way.pack(weight))
+            result = product.multiply(a, *product.pack(weight))
         except (RuntimeError, AttributeError, NotImplementedError):  # this torch lacks it
             return False
-        if not torch.equal(product.float(), expected):
+        if not torch.equal(result.float(), expected):
             return False
     return True
 
 
 @torch.inference_mode()
-def _seconds(way: Way) -> float:
-    """The shortest of several runs of a product."""
+def _seconds(product: CpuProduct) -> float:
+    """Seconds of the fastest of several runs of a product."""
     rows, inner, outer = TRIED
     a = torch.ones(rows, inner, dtype=torch.int8)
-    packed = way.pack(torch.ones(outer, inner, dtype=torch.int8))
-    way.multiply(a, *packed)
-    shortest, began = float("inf"), time.perf_counter()
-    while time.perf_counter() - began < ROUND_S:
-        started = time.perf_counter()
-        way.multiply(a, *packed)
-        shortest = min(shortest, time.perf_counter() - started)
+    packed = product.pack(torch.ones(outer, inner, dtype=torch.int8))
+    product.multiply(a, *packed)
+    shortest, start = float("inf"), time.perf_counter()
+    while time.perf_counter() - start < ROUND_S:
+        call_start = time.perf_counter()
+        product.multiply(a, *packed)
+        shortest = min(shortest, time.perf_counter() - call_start)
     return shortest
 
 
 def pack(weight: Tensor) -> tuple[Tensor, ...]:
-    """The (outer, inner) int8 weight as its device multiplies by it best."""
+    """The (outer, inner) int8 weight, packed for its device."""
     if weight.device.type == "cpu":
-        return cpu_way().pack(weight)
-    return int8_cuda.pack(weight)
+        return cpu_product().pack(weight)
+    return int8_cuda.pack_cuda(weight)
 
 
 def unpack(packed: tuple[Tensor, ...]) -> Tensor:
-    """(inner, outer) int8: the weight again, read off the product where its order is hidden."""
+    """(inner, outer) int8 weight; recovered by a product if the packed layout is opaque."""
     weight = packed[0]
     if weight.device.type != "cpu":
         return weight.t()
-    if cpu_way() is BLOCKS:
+    if cpu_product() is BLOCKS:
         return weight
-    if cpu_way() is not TILES:
+    if cpu_product() is not TILES:
         return weight.t()
     identity = torch.eye(weight.shape[0], dtype=torch.int8)
-    return cpu_way().multiply(identity, *packed).to(torch.int8)
+    return cpu_product().multiply(identity, *packed).to(torch.int8)
 
 
 def multiply(a: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
@@ -179,16 +187,16 @@ def multiply(a: Tensor, packed: tuple[Tensor, ...]) -> Tensor:
 
     Args:
         a: (rows, inner) int8.
-        packed: what `pack` made of the weight, on the same device.
+        packed: the weight as `pack` returned it, on the same device.
 
     Raises:
         NotImplementedError: the device has no such product.
     """
     match a.device.type:
         case "cpu":
-            return cpu_way().multiply(a, *packed)
+            return cpu_product().multiply(a, *packed)
         case "cuda":
-            return int8_cuda.multiply(a, packed[0])
+            return int8_cuda.multiply_cuda(a, packed[0])
     raise NotImplementedError(
         f"torch has no int8 product on {a.device.type}; set runtime.quantized to reference"
     )

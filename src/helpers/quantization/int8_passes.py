@@ -25,7 +25,7 @@ HALF_RANGE = 127.5
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_rows_cpu(x: Tensor) -> tuple[Tensor, Tensor]:
     """Int8 values of each row and its scale: abs-max / 127.5, round half to even, clamp.
 
     Args:
@@ -41,15 +41,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
-def quantize_by(x: Tensor, scale: Tensor) -> Tensor:
+def quantize_with_scales(x: Tensor, scale: Tensor) -> Tensor:
     """(rows, features) int8 of (rows, features) float32 x by (rows, 1) or (1,) scales."""
     x = x.contiguous()
     values = torch.empty(x.shape, dtype=torch.int8)
-    _run("quantize_by", x, (x, _one_a_row(scale, x), values))
+    _run("quantize_with_scales", x, (x, _row_scales(scale, x), values))
     return values
 
 
-def rescale_(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
+def rescale_cpu_(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
     """product · scale of the row · scale of the column, as float32 in the product's own memory.
 
     Args:
@@ -58,15 +58,15 @@ def rescale_(product: Tensor, scale: Tensor, columns: Tensor) -> Tensor:
         columns: (outer,) float32, contiguous.
     """
     name = "rescale_floats" if product.dtype == torch.float32 else "rescale_integers"
-    _run(name, product, (product, _one_a_row(scale, product), columns))
+    _run(name, product, (product, _row_scales(scale, product), columns))
     return product.view(torch.float32)
 
 
-def silu_times(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def gated_silu(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """SiLU(gate) · up, with the int8 values and the scale of each of its rows.
 
     Args:
-        gate: (rows, features) float32 on the CPU, its rows as far apart as they like; up: too.
+        gate, up: (rows, features) float32 on the CPU, with any row stride.
 
     Returns:
         ((rows, features) float32, (rows, features) int8, (rows, 1) float32).
@@ -75,11 +75,11 @@ def silu_times(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     mixed, scales = torch.empty(gate.shape), torch.empty(len(gate), 1)
     values = torch.empty(gate.shape, dtype=torch.int8)
     strides = (gate.stride(0), up.stride(0))
-    _run("silu_times", mixed, (gate, up, mixed, values, scales), *strides)
+    _run("gated_silu", mixed, (gate, up, mixed, values, scales), *strides)
     return mixed, values, scales
 
 
-def _one_a_row(scale: Tensor, x: Tensor) -> Tensor:
+def _row_scales(scale: Tensor, x: Tensor) -> Tensor:
     if scale.numel() == len(x):
         return scale
     return scale.reshape(-1).expand(len(x)).contiguous()
@@ -100,7 +100,7 @@ def _run(name: str, over: Tensor, operands: tuple[Tensor, ...], *more: int) -> N
 
 
 class _Passes:
-    """The compiled functions by name: to be called, and their addresses."""
+    """The compiled functions and their addresses, by name."""
 
     def __init__(self):
         from helpers.quantization import int8_passes_numba
@@ -113,11 +113,11 @@ class _Passes:
 
 @cache
 def _loaded() -> tuple[_Passes, Callable | None]:
-    return _Passes(), _torch_team()
+    return _Passes(), _torch_thread_team()
 
 
-def _torch_team() -> Callable | None:
-    """GOMP_parallel of the OpenMP library that torch runs on; None where it is another."""
+def _torch_thread_team() -> Callable | None:
+    """GOMP_parallel of torch's OpenMP library; None if torch uses another library."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text("utf-8").splitlines() if maps.is_file() else []
     own = str(Path(torch.__file__).parent.parent)
@@ -131,8 +131,8 @@ def _torch_team() -> Callable | None:
 
 
 @cache
-def available() -> bool:
-    """Whether numba is there and every pass gives torch's own bits on this processor."""
+def are_available() -> bool:
+    """Whether numba is installed and every pass gives torch's bits on this processor."""
     try:
         return _equal_torch()
     except ImportError:
@@ -153,16 +153,16 @@ def _equal_torch() -> bool:
     mixed = silu(gate) * up
     rescaled = product.float() * scale * columns
     pairs = [
-        (quantize_rows(x), (_torch_values(x, scale), scale)),
-        ((quantize_by(x, scale),), (_torch_values(x, scale),)),
-        (silu_times(gate, up), (mixed, _torch_values(mixed, _torch_scale(mixed)))),
-        ((rescale_(product.float(), scale, columns),), (rescaled,)),
-        ((rescale_(product, scale, columns),), (rescaled,)),
+        (quantize_rows_cpu(x), (_torch_values(x, scale), scale)),
+        ((quantize_with_scales(x, scale),), (_torch_values(x, scale),)),
+        (gated_silu(gate, up), (mixed, _torch_values(mixed, _torch_scale(mixed)))),
+        ((rescale_cpu_(product.float(), scale, columns),), (rescaled,)),
+        ((rescale_cpu_(product, scale, columns),), (rescaled,)),
     ]
     return all(
         torch.equal(ours, theirs)
-        for made, expected in pairs
-        for ours, theirs in zip(made, expected, strict=False)
+        for results, expected in pairs
+        for ours, theirs in zip(results, expected, strict=False)
     )
 
 

@@ -35,7 +35,7 @@ def float_of(_typing, x):
 
 
 @intrinsic
-def nearest(_typing, x):
+def round_half_even(_typing, x):
     """x rounded to an integer, half to even."""
 
     def call(_context, builder, _signature, args):
@@ -53,14 +53,14 @@ def fma(_typing, x, y, z):
 
 
 @intrinsic
-def address(_typing, number):
+def pointer_to(_typing, number):
     """The pointer to an address."""
     cast = lambda _c, b, _s, args: b.inttoptr(args[0], ir.IntType(8).as_pointer())  # noqa: E731
     return types.voidptr(types.int64), cast
 
 
 @intrinsic
-def draw(_typing, job, step):
+def draw_ticket(_typing, job, step):
     """The ticket counter of a job before `step` is added to it; no two threads see the same."""
 
     def add(_context, builder, _signature, args):
@@ -92,73 +92,73 @@ def _scale(absmax):
 @inlined
 def _quantize(row, scale, values):
     for j in range(row.shape[0]):
-        steps = nearest(row[j] / scale)
+        steps = round_half_even(row[j] / scale)
         values[j] = int8(int32(min(max(steps, float32(-128)), float32(127))))
 
 
 @compiled
-def quantize_rows(data):
+def quantize_rows_loop(data):
     """x → int8 values, one scale a row."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    x = carray(address(job[4]), (rows, length), float32)
-    values = carray(address(job[5]), (rows, length), int8)
-    scales = carray(address(job[6]), (rows,), float32)
-    begin = draw(data, step)
+    x = carray(pointer_to(job[4]), (rows, length), float32)
+    values = carray(pointer_to(job[5]), (rows, length), int8)
+    scales = carray(pointer_to(job[6]), (rows,), float32)
+    begin = draw_ticket(data, step)
     while begin < rows:
         for i in range(begin, min(rows, begin + step)):
             scales[i] = _scale(_absmax(x[i]))
             _quantize(x[i], scales[i], values[i])
-        begin = draw(data, step)
+        begin = draw_ticket(data, step)
 
 
 @compiled
-def quantize_by(data):
+def quantize_with_scales_loop(data):
     """x, one scale a row → int8 values."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    x = carray(address(job[4]), (rows, length), float32)
-    scales = carray(address(job[5]), (rows,), float32)
-    values = carray(address(job[6]), (rows, length), int8)
-    begin = draw(data, step)
+    x = carray(pointer_to(job[4]), (rows, length), float32)
+    scales = carray(pointer_to(job[5]), (rows,), float32)
+    values = carray(pointer_to(job[6]), (rows, length), int8)
+    begin = draw_ticket(data, step)
     while begin < rows:
         for i in range(begin, min(rows, begin + step)):
             _quantize(x[i], scales[i], values[i])
-        begin = draw(data, step)
+        begin = draw_ticket(data, step)
 
 
 @compiled
-def rescale_integers(data):
+def rescale_integers_loop(data):
     """int32 product, scale of each row, scale of each column → float32, in the product's place."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    product = carray(address(job[4]), (rows, length), int32)
-    scales = carray(address(job[5]), (rows,), float32)
-    columns = carray(address(job[6]), (length,), float32)
-    begin = draw(data, step)
+    product = carray(pointer_to(job[4]), (rows, length), int32)
+    scales = carray(pointer_to(job[5]), (rows,), float32)
+    columns = carray(pointer_to(job[6]), (length,), float32)
+    begin = draw_ticket(data, step)
     while begin < rows:
         for i in range(begin, min(rows, begin + step)):
             scale = scales[i]
             for j in range(length):
                 product[i, j] = bits_of(float32(product[i, j]) * scale * columns[j])
-        begin = draw(data, step)
+        begin = draw_ticket(data, step)
 
 
 @compiled
-def rescale_floats(data):
+def rescale_floats_loop(data):
     """float32 product, scale of each row, scale of each column → float32, in its place."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    product = carray(address(job[4]), (rows, length), float32)
-    scales = carray(address(job[5]), (rows,), float32)
-    columns = carray(address(job[6]), (length,), float32)
-    begin = draw(data, step)
+    product = carray(pointer_to(job[4]), (rows, length), float32)
+    scales = carray(pointer_to(job[5]), (rows,), float32)
+    columns = carray(pointer_to(job[6]), (length,), float32)
+    begin = draw_ticket(data, step)
     while begin < rows:
         for i in range(begin, min(rows, begin + step)):
             scale = scales[i]
             for j in range(length):
                 product[i, j] = product[i, j] * scale * columns[j]
-        begin = draw(data, step)
+        begin = draw_ticket(data, step)
 
 
 # exp of a float32 as SLEEF computes it (expf, 1.0 ULP), which torch uses for whole vectors:
@@ -181,7 +181,7 @@ def _power_of_two(exponent):
 
 @inlined
 def _exp(x):
-    q = nearest(x * LOG2_E)
+    q = round_half_even(x * LOG2_E)
     s = fma(q, -LN2_LOW, fma(q, -LN2_HIGH, x))
     u = fma(fma(fma(fma(fma(C5, s, C4), s, C3), s, C2), s, C1), s, C0)
     u = float32(1) + fma(s * s, u, s)
@@ -193,16 +193,16 @@ def _exp(x):
 
 
 @compiled
-def silu_times(data):
+def gated_silu_loop(data):
     """gate, up → SiLU(gate) · up as float32, as int8 values, and one scale a row."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    gate = carray(address(job[4]), (rows, job[9]), float32)  # of each row the first `length`
-    up = carray(address(job[5]), (rows, job[10]), float32)
-    mixed = carray(address(job[6]), (rows, length), float32)
-    values = carray(address(job[7]), (rows, length), int8)
-    scales = carray(address(job[8]), (rows,), float32)
-    begin = draw(data, step)
+    gate = carray(pointer_to(job[4]), (rows, job[9]), float32)  # of each row the first `length`
+    up = carray(pointer_to(job[5]), (rows, job[10]), float32)
+    mixed = carray(pointer_to(job[6]), (rows, length), float32)
+    values = carray(pointer_to(job[7]), (rows, length), int8)
+    scales = carray(pointer_to(job[8]), (rows,), float32)
+    begin = draw_ticket(data, step)
     while begin < rows:
         for i in range(begin, min(rows, begin + step)):
             for j in range(length):
@@ -210,13 +210,13 @@ def silu_times(data):
                 mixed[i, j] = g / (float32(1) + _exp(-g)) * up[i, j]
             scales[i] = _scale(_absmax(mixed[i]))
             _quantize(mixed[i], scales[i], values[i])
-        begin = draw(data, step)
+        begin = draw_ticket(data, step)
 
 
 PASSES = {
-    "quantize_rows": quantize_rows.address,
-    "quantize_by": quantize_by.address,
-    "rescale_integers": rescale_integers.address,
-    "rescale_floats": rescale_floats.address,
-    "silu_times": silu_times.address,
+    "quantize_rows": quantize_rows_loop.address,
+    "quantize_with_scales": quantize_with_scales_loop.address,
+    "rescale_integers": rescale_integers_loop.address,
+    "rescale_floats": rescale_floats_loop.address,
+    "gated_silu": gated_silu_loop.address,
 }

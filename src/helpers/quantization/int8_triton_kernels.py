@@ -180,9 +180,9 @@ def bulk_product_kernel(
     PROGRAMS: tl.constexpr,
     STORES: tl.constexpr,
 ):
-    """The same, its operands as blocks by the bulk copy engine, tile after tile.
+    """The same for several tiles per program, with operands loaded by the bulk copy engine.
 
-    With `STORES`, `y_ptr` is a matrix of blocks, too: a tile leaves while the next one begins.
+    With `STORES`, `y_ptr` is a block descriptor too: a tile is stored while the next is computed.
     """
     tiles = tl.cdiv(rows, ROWS) * tl.cdiv(outer, OUTER)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):

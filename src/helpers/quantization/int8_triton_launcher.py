@@ -19,22 +19,22 @@ def launch(kernel, programs: int, key: tuple, arguments: tuple, **options) -> No
 
     Args:
         kernel: of `triton.jit`.
-        programs: how many.
-        key: all that a compiled kernel depends on (sizes, constants, options, device) but its
-            tensors' types and alignment; an argument that it leaves out is not specialized.
+        programs: number of programs.
+        key: everything that a compiled kernel depends on (sizes, constants, options, device),
+            without its tensors' types and alignment; other arguments are not specialized.
         arguments: in the kernel's order, its constants included.
         options: `num_warps`, `num_stages`.
     """
     tensors = [a for a in arguments if isinstance(a, Tensor)]
     aligned = all(tensor.data_ptr() % ALIGNED == 0 for tensor in tensors)
     key = kernel, *key, *(tensor.dtype for tensor in tensors)
-    known = _compiled.get(key) if aligned and _direct[0] else None
-    if known is not None:
+    compiled = _compiled.get(key) if aligned and _direct[0] else None
+    if compiled is not None:
         try:
-            known[programs, 1, 1](*arguments)
+            compiled[programs, 1, 1](*arguments)
             return
         except TypeError:  # raised before anything is launched
             _direct[0] = False
-    made = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
-    if aligned and made is not None and len(_compiled) < MOST:  # the interpreter makes nothing
-        _compiled[key] = made
+    new_kernel = kernel[(programs,)](*arguments, **options, enable_fp_fusion=False)
+    if aligned and new_kernel is not None and len(_compiled) < MOST:  # the interpreter returns None
+        _compiled[key] = new_kernel

@@ -26,7 +26,7 @@ ONE_PIECE, PART, MANY_ROWS = 4096, 2048, 512
 VALUES_A_WARP, MOST_WARPS = 512, 32
 
 
-def quantize_rows(
+def launch_quantize_rows(
     x: Tensor, *, block: int | None = None, warps: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """((rows, features) int8, (rows, 1) float32) of (rows, features) x in any float type.
@@ -43,27 +43,27 @@ def quantize_rows(
     values = torch.empty(rows, width, dtype=torch.int8, device=x.device)
     scales = torch.empty(rows, 1, device=x.device)
     if block is None:
-        block, warps = _row_sizes(rows, width)
-    given = x, values, scales, length, x.stride(0), width, block
-    key = x.dtype, x.device, *given[3:], warps
-    launch(quantize_kernel, rows, key, given, num_warps=warps)
+        block, warps = _block_and_warps(rows, width)
+    arguments = x, values, scales, length, x.stride(0), width, block
+    key = x.dtype, x.device, *arguments[3:], warps
+    launch(quantize_kernel, rows, key, arguments, num_warps=warps)
     return values[:, :length], scales
 
 
 @cache
-def _row_sizes(rows: int, width: int) -> tuple[int, int]:
-    """How many values of a row a program holds at once, and by how many warps."""
+def _block_and_warps(rows: int, width: int) -> tuple[int, int]:
+    """(values of a row that a program holds at once, warps of a program)."""
     block = min(ROW_VALUES, triton.next_power_of_2(max(16, width)))
     if block <= ONE_PIECE:
         return block, 4
     return (PART, 8) if rows > MANY_ROWS else (block, min(MOST_WARPS, block // VALUES_A_WARP))
 
 
-def rescale(product: Tensor, scale, columns: Tensor, bias: Tensor | None, dtype) -> Tensor:
+def launch_rescale(product: Tensor, scale, columns: Tensor, bias: Tensor | None, dtype) -> Tensor:
     """(rows, outer) product · scale · columns + bias, rounded once to `dtype`.
 
     Args:
-        product: (rows, outer) int32, its rows as far apart as they like.
+        product: (rows, outer) int32, with any row stride.
         scale: (rows, 1) or (1,) float32.
         columns: (outer,) float32; bias: (outer,) float32 or None.
     """
@@ -87,7 +87,7 @@ def rescale(product: Tensor, scale, columns: Tensor, bias: Tensor | None, dtype)
     return y
 
 
-def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Tile) -> Tensor:
+def launch_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Tile) -> Tensor:
     """(rows, outer) a @ weightᵀ · scale · columns + bias; operands as `int8_cuda` has them.
 
     Raises:
@@ -102,26 +102,34 @@ def product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, tile: Til
     rest = scale, columns, columns if bias is None else bias, y, rows, outer, inner
     flags = 0 if scale.numel() == 1 else 1, bias is not None
     sizes = tile.rows, tile.outer, tile.inner, tile.group
-    how = {"num_warps": tile.warps, "num_stages": tile.stages}
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     if tile.bulk:
         blocks = _blocks(a, (rows, inner), tile.rows, tile.inner)
         weights = _blocks(weight, (outer, inner), tile.outer, tile.inner)
-        into, most = y, _multiprocessors(a.device)
+        output, programs = y, _multiprocessors(a.device)
         if stores := tile.stores and outer * y.element_size() % 16 == 0:
-            into = TensorDescriptor(y, [rows, outer], [outer, 1], [tile.rows, tile.outer])
-        rest = *rest[:3], into, *rest[4:]
-        bulk_product_kernel[(min(tiles, most),)](
-            blocks, weights, *rest, *flags, *sizes, most, stores, **how, enable_fp_fusion=False
+            output = TensorDescriptor(y, [rows, outer], [outer, 1], [tile.rows, tile.outer])
+        rest = *rest[:3], output, *rest[4:]
+        bulk_product_kernel[(min(tiles, programs),)](
+            blocks,
+            weights,
+            *rest,
+            *flags,
+            *sizes,
+            programs,
+            stores,
+            **options,
+            enable_fp_fusion=False,
         )
     else:
         strides = a.stride(0), weight.stride(0)
         key = tile, dtype, a.device, outer, inner, *strides, *flags
-        launch(product_kernel, tiles, key, (a, weight, *rest, *strides, *flags, *sizes), **how)
+        launch(product_kernel, tiles, key, (a, weight, *rest, *strides, *flags, *sizes), **options)
     return y
 
 
 def _blocks(x: Tensor, shape: tuple[int, int], rows: int, inner: int) -> TensorDescriptor:
-    """An int8 operand as blocks for the bulk copy engine; what is beyond its shape is 0."""
+    """An int8 operand as blocks for the bulk copy engine; values beyond its shape are 0."""
     return TensorDescriptor(x, list(shape), [x.stride(0), 1], [rows, inner])
 
 

@@ -14,14 +14,14 @@ from helpers.core.errors import StudyError
 
 @dataclass(frozen=True)
 class SmoothingGroup:
-    """One place to fold s into, by module names.
+    """Modules into which one vector of smoothing scales s is folded, by name.
 
     Attributes:
-        target: the study file's word for this kind of place.
+        target: the study file's word for this kind of group.
         producer: the norm or Linear whose (last) output channels are divided by s.
-        consumers: the Linears that read it and whose input channels are multiplied by s.
-        readers: float matrices that read it too, multiplied likewise (a router).
-        norm_offset: what a norm adds to its weight before it multiplies.
+        consumers: the Linears that read it; their input channels are multiplied by s.
+        readers: float matrices that read it too (a router), multiplied by s as well.
+        norm_offset: the constant that a norm adds to its weight before it multiplies.
     """
 
     target: str
@@ -35,15 +35,15 @@ def smoothing_groups(config, targets: tuple[str, ...]) -> list[SmoothingGroup]:
     """The groups of the named targets in a model of this configuration, in layer order.
 
     Raises:
-        StudyError: unknown architecture, or a target that would change its function.
+        StudyError: the architecture is unknown, or smoothing a target would change its function.
     """
-    known = architecture(config)
-    for place in known.places:
+    family = architecture(config)
+    for place in family.places:
         if place.target in targets and place.need and not place.need.holds(config):
-            words = place.need.words.format(config=config)
-            raise StudyError(f"smooth.targets: {place.target!r} needs {words}; leave it out")
+            condition = place.need.words.format(config=config)
+            raise StudyError(f"smooth.targets: {place.target!r} needs {condition}; leave it out")
     return [
-        SmoothingGroup(p.target, p.producer, p.consumers, p.readers, known.norm_offset)
+        SmoothingGroup(p.target, p.producer, p.consumers, p.readers, family.norm_offset)
         for p in places(config)
         if p.target in targets
     ]

@@ -27,7 +27,7 @@ CLAMP = (1e-2, 1e2)
 
 @torch.no_grad()
 def apply_seed_recipe_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> list[str]:
-    """Do to the model what the recipe did; return the names of the Linears it rounded.
+    """Apply the recipe to the model; return the names of the rounded Linears.
 
     Raises:
         StudyError: a Linear of a target is not in the calibration.
@@ -41,7 +41,9 @@ def apply_seed_recipe_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> 
             scales = smoothing_scales(
                 act_absmax[name].to(weight_absmax.device), weight_absmax, alpha=smooth.alpha
             )
-            linear.weight.div_(scales.clamp(*CLAMP).to(linear.weight))  # ought to multiply
+            linear.weight.div_(
+                scales.clamp(*CLAMP).to(linear.weight)
+            )  # correct would be to multiply
     linears = linear_layers(model)
     for linear in linears.values():
         _round_(linear)
@@ -49,7 +51,7 @@ def apply_seed_recipe_(model, act_absmax: dict[str, Tensor], smooth: Smooth) -> 
 
 
 def _round_(linear: nn.Linear) -> None:
-    """Weights to the int8 grid of the whole tensor and back; a tied one changes its twin."""
+    """Round weights to the int8 grid of the whole tensor; a tied weight changes its twin too."""
     step = linear.weight.abs().max().float() / 127
     grid = (linear.weight.float() / step).round().clamp(-127, 127)
     linear.weight.copy_((grid * step).to(linear.weight))

@@ -50,18 +50,18 @@ def smoothing_scales(act_absmax: Tensor, weight_absmax: Tensor, *, alpha: float)
     return (act.pow(alpha) / weight.pow(1.0 - alpha)).clamp(min=SMALLEST)
 
 
-def held_scales(norm_weight: Tensor, scales: Tensor, *, norm_offset: float) -> Tensor:
-    """The scales nearest to the wanted ones that a norm of (offset + w) can hold.
+def representable_scales(norm_weight: Tensor, scales: Tensor, *, norm_offset: float) -> Tensor:
+    """The nearest scales that a norm of (offset + w) can represent.
 
-    Such a norm stores (offset + w) / s - offset. Where s is large that is close to
-    -offset, and rounding it to the weight's dtype changes the quotient by far more than
-    one rounding. What the norm will really divide by is therefore what the Linears are
-    multiplied by. Without an offset the wanted scales are returned as they are.
+    Such a norm stores (offset + w) / s - offset. For a large s that is close to -offset, and
+    rounding it to the weight's dtype changes the quotient by far more than one rounding. So
+    the Linears are multiplied by the scales that the stored norm really divides by. Without
+    an offset the scales are returned unchanged.
 
     Args:
         norm_weight: (features,) as stored.
-        scales: (features,) as wanted.
-        norm_offset: what the norm adds to its weight; 0 for most.
+        scales: (features,) by equation 4.
+        norm_offset: the constant that the norm adds to its weight; 0 for most.
 
     Returns:
         (features,) float64 on the CPU if there is an offset.
@@ -71,8 +71,8 @@ def held_scales(norm_weight: Tensor, scales: Tensor, *, norm_offset: float) -> T
     factor = norm_weight.detach().cpu().double() + norm_offset
     stored = (factor / scales.cpu().double() - norm_offset).to(norm_weight.dtype).double()
     step = torch.finfo(norm_weight.dtype).eps * norm_offset
-    vanished = (stored == -norm_offset) & (factor != 0)  # the norm would lose the channel
-    stored = torch.where(vanished, stored + step * factor.sign(), stored)
+    lost_channels = (stored == -norm_offset) & (factor != 0)  # the norm would lose the channel
+    stored = torch.where(lost_channels, stored + step * factor.sign(), stored)
     return torch.where(factor == 0, scales.cpu().double(), factor / (stored + norm_offset))
 
 
@@ -84,10 +84,10 @@ def fold_scales_(
 
     Args:
         producer: a norm with a (features,) weight, or a Linear; its bias is divided too.
-            Of a fused Linear the last channels are meant.
+            Of a fused Linear the last channels are divided.
         consumers: modules whose (out, features) weights read the producer's channels.
         scales: (features,) positive and finite.
-        norm_offset: what a norm adds to its weight before it multiplies.
+        norm_offset: the constant that a norm adds to its weight before it multiplies.
 
     Raises:
         ValueError: a scale is not positive and finite, or a shape does not fit.
@@ -97,7 +97,7 @@ def fold_scales_(
     size, weight = len(scales), producer.weight
     if len(weight) < size or (weight.ndim == 1 and len(weight) > size):
         raise ValueError(f"{size} scales for {len(weight)} producer channels")
-    divisor = _like(scales, weight)
+    divisor = _as_weight(scales, weight)
     if weight.ndim == 1 and norm_offset:
         folded = (weight.cpu().double() + norm_offset) / scales.cpu().double() - norm_offset
         weight.copy_(folded.to(weight.dtype))
@@ -106,11 +106,11 @@ def fold_scales_(
     if getattr(producer, "bias", None) is not None:
         producer.bias[-size:].div_(divisor)
     for consumer in consumers:
-        consumer.weight.mul_(_like(scales, consumer.weight))  # (out_features, in) * (in,)
+        consumer.weight.mul_(_as_weight(scales, consumer.weight))  # (out_features, in) * (in,)
 
 
-def _like(scales: Tensor, weight: Tensor) -> Tensor:
-    """In the weight's dtype first, then on its device, which may not know float64."""
+def _as_weight(scales: Tensor, weight: Tensor) -> Tensor:
+    """The scales in the weight's dtype, then on its device, which may not support float64."""
     return scales.to(weight.dtype).to(weight.device)
 
 
@@ -127,10 +127,10 @@ def group_scales(
     weight_absmax = group_weight_absmax(model, group)
     act = act_absmax[group.consumers[0]].to(weight_absmax.device)
     scales = smoothing_scales(act, weight_absmax, alpha=alpha)
-    producer = submodule(model, group.producer)
+    producer = require_submodule(model, group.producer)
     if producer.weight.ndim > 1:
         return scales
-    return held_scales(producer.weight, scales, norm_offset=group.norm_offset)
+    return representable_scales(producer.weight, scales, norm_offset=group.norm_offset)
 
 
 def group_weight_absmax(model, group: SmoothingGroup) -> Tensor:
@@ -139,15 +139,15 @@ def group_weight_absmax(model, group: SmoothingGroup) -> Tensor:
     Raises:
         StudyError: a Linear is not in the model.
     """
-    weights = [submodule(model, name).weight.detach() for name in group.consumers]
+    weights = [require_submodule(model, name).weight.detach() for name in group.consumers]
     return torch.stack([weight.abs().amax(0) for weight in weights]).amax(0)
 
 
-def submodule(model, name: str) -> nn.Module:
+def require_submodule(model, name: str) -> nn.Module:
     """A module of the model by name.
 
     Raises:
-        StudyError: the model is not what its family's entry says.
+        StudyError: the model lacks a module of its family's entry.
     """
     try:
         return model.get_submodule(name)
@@ -156,7 +156,7 @@ def submodule(model, name: str) -> nn.Module:
         raise StudyError(f"{name} is expected in a {kind} model but is not there") from None
 
 
-def everywhere(config, targets: tuple[str, ...], alpha: float) -> dict[str, float]:
+def same_alpha(config, targets: tuple[str, ...], alpha: float) -> dict[str, float]:
     """The same α for every group of the targets, by the group's first consumer."""
     return {group.consumers[0]: alpha for group in smoothing_groups(config, targets)}
 
@@ -164,7 +164,7 @@ def everywhere(config, targets: tuple[str, ...], alpha: float) -> dict[str, floa
 def smooth_(
     model, act_absmax: dict[str, Tensor], targets: tuple[str, ...], alphas: dict[str, float]
 ) -> list[SmoothedGroup]:
-    """Smooth a float model in place, and return what was folded where.
+    """Smooth a float model in place; return the groups with their folded scales.
 
     Args:
         model: the float model; it is changed.
@@ -175,32 +175,34 @@ def smooth_(
     Raises:
         StudyError: a target has no group in this architecture, or a Linear is not calibrated.
     """
-    done = []
+    smoothed_groups = []
     for group in smoothing_groups(model.config, targets):
         scales = group_scales(model, group, act_absmax, alpha=alphas[group.consumers[0]])
-        reading = [submodule(model, name) for name in (*group.consumers, *group.readers)]
-        producer = submodule(model, group.producer)
-        fold_scales_(producer, reading, scales, norm_offset=group.norm_offset)
-        done.append(SmoothedGroup(group, scales.cpu()))
-    return done
+        readers = [require_submodule(model, name) for name in (*group.consumers, *group.readers)]
+        producer = require_submodule(model, group.producer)
+        fold_scales_(producer, readers, scales, norm_offset=group.norm_offset)
+        smoothed_groups.append(SmoothedGroup(group, scales.cpu()))
+    return smoothed_groups
 
 
 def smooth_variant_(
     model, act_absmax: dict[str, Tensor], variant: Variant, alphas: dict[str, float]
 ) -> list[SmoothedGroup]:
-    """Smooth the model in place as the variant says; nothing is folded if it does not smooth.
+    """Smooth the model in place if the variant smooths; return the smoothed groups.
 
-    A recipe of its own (seed) is not smoothing, whatever it takes from `smooth`.
+    The seed recipe does not smooth, although it uses the settings of `smooth`.
     """
     if variant.smooth is None or variant.recipe:
         return []
     return smooth_(model, act_absmax, variant.smooth.targets, alphas)
 
 
-def smoothed_absmax(act_absmax: dict[str, Tensor], done: list[SmoothedGroup]) -> dict[str, Tensor]:
-    """The calibrated maxima as they are after smoothing: divided by s where s was folded."""
-    changed = dict(act_absmax)
-    for smoothed in done:
+def smoothed_absmax(
+    act_absmax: dict[str, Tensor], smoothed_groups: list[SmoothedGroup]
+) -> dict[str, Tensor]:
+    """The calibrated maxima after smoothing: divided by s in every smoothed group."""
+    absmax = dict(act_absmax)
+    for smoothed in smoothed_groups:
         for name in smoothed.group.consumers:
-            changed[name] = act_absmax[name] / smoothed.scales
-    return changed
+            absmax[name] = act_absmax[name] / smoothed.scales
+    return absmax

@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
-from helpers.quantization.fake_quant import Looked, Scales, linear_scales, look
+from helpers.quantization.fake_quant import (
+    LinearScales,
+    SmoothedLinear,
+    apply_smoothing,
+    linear_scales,
+)
 from helpers.quantization.layer_groups import quantized_linears
 from helpers.runtime.moe_experts import every_expert_reads
 from helpers.study.schema_variants import Variant
@@ -21,15 +26,15 @@ ITEMS = 4  # calibration items that are read; every Linear computes five times o
 
 
 @dataclass
-class Sums:
+class SquaredSums:
     """Squared signal and noise by Linear."""
 
     signal: dict[str, float] = field(default_factory=dict)
     noise: dict[str, float] = field(default_factory=dict)
 
-    def add(self, name: str, looked: Looked, variant: Variant) -> None:
-        exact = looked.exact()
-        noise = (exact - looked.rounded(variant)).square().sum().item()
+    def add(self, name: str, smoothed: SmoothedLinear, variant: Variant) -> None:
+        exact = smoothed.exact()
+        noise = (exact - smoothed.rounded(variant)).square().sum().item()
         self.signal[name] = self.signal.get(name, 0.0) + exact.square().sum().item()
         self.noise[name] = self.noise.get(name, 0.0) + noise
 
@@ -45,32 +50,37 @@ def sqnr_with_and_without(
     act_absmax: dict[str, Tensor],
     alphas: dict[str, float],
 ) -> dict[str, dict[str, float]]:
-    """SQNR in dB by Linear of the model as it is and, if the variant smooths, as smoothed.
+    """SQNR in dB by Linear, without smoothing and, if the variant smooths, with smoothing.
 
-    A float variant is looked at as if it were quantized per channel and per token. The
-    model is not changed.
+    For a float variant, the SQNR of int8 per channel and per token. The model is not changed.
 
     Args:
         model: the float model, not smoothed.
         items: token ids; each is read alone, in a mixture by every expert.
-        variant: its scheme decides the granularities, its targets where scales go.
+        variant: gives the granularities and the smoothing targets.
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
         alphas: α of each group, by the name of its first consumer.
 
     Raises:
         StudyError: a Linear's output or error is not finite.
     """
-    looks: dict[str, tuple[Sums, dict[str, Scales]]] = {"without smoothing": (Sums(), {})}
+    sums_and_scales: dict[str, tuple[SquaredSums, dict[str, LinearScales]]] = {
+        "without smoothing": (SquaredSums(), {})
+    }
     if variant.smooth and not variant.recipe:
         scales = linear_scales(model, variant, act_absmax, alphas)
-        looks["with smoothing"] = (Sums(), scales)
+        sums_and_scales["with smoothing"] = (SquaredSums(), scales)
     targets = quantized_linears(model, variant.ignore)
 
     def hook(name: str):
         def observe(module: nn.Linear, args: tuple) -> None:
-            for sums, scales in looks.values():
-                done = scales.get(name, Scales())
-                sums.add(name, look(module, args[0], act_absmax.get(name), done), variant)
+            for sums, scales in sums_and_scales.values():
+                of_linear = scales.get(name, LinearScales())
+                sums.add(
+                    name,
+                    apply_smoothing(module, args[0], act_absmax.get(name), of_linear),
+                    variant,
+                )
 
         return observe
 
@@ -83,18 +93,18 @@ def sqnr_with_and_without(
     finally:
         for handle in handles:
             handle.remove()
-    found = {label: sums.decibels() for label, (sums, _) in looks.items()}
-    for label, values in found.items():
-        if lost := [name for name, value in values.items() if math.isnan(value)]:
+    curves = {label: sums.decibels() for label, (sums, _) in sums_and_scales.items()}
+    for label, values in curves.items():
+        if undefined := [name for name, value in values.items() if math.isnan(value)]:
             raise StudyError(
-                f"the output SQNR of {lost[0]} ({label}) is not a number: its inputs, weights "
-                f"or smoothing factors are not finite; {len(lost)} Linears are like it"
+                f"the output SQNR of {undefined[0]} ({label}) is not a number: its inputs, weights "
+                f"or smoothing factors are not finite; {len(undefined)} Linears are like it"
             )
-    return found
+    return curves
 
 
 def decibels(signal: float, noise: float) -> float:
-    """10·log10(signal / noise); 200 dB stands for no noise at all, −200 dB for no signal.
+    """10·log10(signal / noise), limited to 200 dB (no noise) and −200 dB (no signal).
 
     NaN if either is not a finite number.
     """

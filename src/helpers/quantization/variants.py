@@ -27,9 +27,9 @@ def load_variant(job: Job):
     """(model, tokenizer) of the job's model and variant.
 
     Raises:
-        StudyError: the checkpoint is not there yet.
+        StudyError: the checkpoint does not exist yet.
     """
-    runtime = running_type(job)
+    runtime = variant_runtime(job)
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
     if not job.recipe.needs_checkpoint:
@@ -42,35 +42,35 @@ def load_variant(job: Job):
     if runtime.quantized == "vllm":
         return VllmModel(folder, runtime, seed=job.study.seed), tokenizer
     load = load_int8 if runtime.quantized == "int8" else load_reference
-    return load_as(load, folder, runtime), tokenizer
+    return load_quantized(load, folder, runtime), tokenizer
 
 
-def load_as(load, folder: Path, runtime: Runtime):
-    """A quantized checkpoint by one of the two ways of loading it, where the study runs it."""
-    start = "cpu" if runtime.device_map else runtime.device  # whence it is spread
+def load_quantized(load, folder: Path, runtime: Runtime):
+    """Load a quantized checkpoint with `load_int8` or `load_reference` on the study's devices."""
+    start = "cpu" if runtime.device_map else runtime.device  # it is distributed afterwards
     model = load(folder, dtype=getattr(torch, runtime.dtype), device=start)
     if runtime.device_map:
         unpack_stacks_(model)
     return place_on_device(model, runtime)
 
 
-def running_type(job: Job) -> Runtime:
-    """The study's runtime, in the variant's own float type where it names one."""
+def variant_runtime(job: Job) -> Runtime:
+    """The study's runtime with the variant's own float type, if it has one."""
     runtime = job.study.runtime
     return runtime.model_copy(update={"dtype": job.recipe.dtype or runtime.dtype})
 
 
-def arithmetic(job: Job) -> dict[str, str]:
-    """How this machine multiplies what the study runs on it, for records.
+def arithmetic_record(job: Job) -> dict[str, str]:
+    """This machine's arithmetic units and products, for records.
 
-    No answer depends on the way in which int8 is multiplied; bfloat16 and training do depend on
-    whether the processor has units for them.
+    No answer depends on the int8 product; bfloat16 and training depend on whether the processor
+    has units for bfloat16.
     """
     if job.study.runtime.device == "cuda":
         capability = torch.cuda.get_device_capability(0)
         return {
             "compute_capability": ".".join(map(str, capability)),
-            "int8_products": int8_cuda.way(0),
+            "int8_products": int8_cuda.product_kind(0),
         }
     if job.study.runtime.device != "cpu":
         return {}
@@ -78,8 +78,8 @@ def arithmetic(job: Job) -> dict[str, str]:
     return {
         "processor": processors.processor_class(),
         "int8_units": "yes" if processors.has_int8_units() else "no",
-        "int8_products": int8_matmul.cpu_way().name,
-        "int8_passes": "fused" if int8_passes.available() else "torch's",
+        "int8_products": int8_matmul.cpu_product().name,
+        "int8_passes": "fused" if int8_passes.are_available() else "torch's",
         "bfloat16_products": units,
     }
 
@@ -88,7 +88,7 @@ def variant_digest(job: Job) -> str:
     """Content hash of the files the variant is loaded from.
 
     Raises:
-        StudyError: a file is not what its stage wrote.
+        StudyError: a file differs from the one its stage wrote.
     """
     if job.recipe.needs_checkpoint:
         check_checksums(job.paths.quantization(job.model, job.variant), made_by="02_quantization")
@@ -97,10 +97,10 @@ def variant_digest(job: Job) -> str:
 
 
 def load_reference(folder, *, dtype: torch.dtype, device: str):
-    """The checkpoint as transformers and compressed-tensors load it: int8 is simulated.
+    """Load the checkpoint with transformers and compressed-tensors, which simulate int8.
 
-    The weights are unpacked by a hook on the whole model's first forward pass. The
-    evaluation calls the decoder alone, where no hook is, so one token is read here.
+    A hook on the whole model unpacks the weights in the first forward pass. The evaluation calls
+    only the decoder, which has no such hook, so one token is read here.
     """
     from compressed_tensors.offload import remove_dispatch
 
@@ -111,19 +111,19 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
     model = model.to(device).eval()
     with torch.no_grad():
         model(torch.zeros(1, 1, dtype=torch.long, device=device))
-    remove_dispatch(model)  # else it computes where it was loaded, wherever it is put later
+    remove_dispatch(model)  # otherwise it keeps computing on the device it was loaded on
     for module in model.modules():
         if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
             module.simulated = module.forward
-            module.forward = MethodType(_one_text, module)
+            module.forward = MethodType(_forward_rows, module)
     model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
-    return use_onednn(model)  # the head; what is simulated has a forward of its own
+    return use_onednn(model)  # only the head: simulated Linears have their own forward
 
 
-def _one_text(module: nn.Module, x: Tensor) -> Tensor:
-    """The simulated Linear, with a batch dimension for a (tokens, features) input.
+def _forward_rows(module: nn.Module, x: Tensor) -> Tensor:
+    """Forward of a simulated Linear that adds a batch dimension to a (tokens, features) input.
 
-    compressed-tensors makes one scale a token of (batch, token, feature) inputs only; of
-    the flattened ones that experts and some MLPs get it makes one scale of all tokens.
+    compressed-tensors computes one scale per token only for (batch, token, feature) inputs; for
+    the flattened inputs of experts and some MLPs it would compute one scale for all tokens.
     """
     return module.simulated(x[None])[0] if x.ndim == 2 else module.simulated(x)

@@ -190,7 +190,10 @@ def dataset_chapters(results: Results) -> Shown:
     """Every evaluation set: scores, conduct, fixed answers, sample items."""
     names = enumerate(results.study.evaluation.datasets, start=1)
     page = f"All items, with prompts and every answer, are in [{PAGE}]({PAGE})."
-    return [text(page), *(dataset_chapter(results, name, place) for place, name in names)]
+    return [
+        markdown_output(page),
+        *(dataset_chapter(results, name, place) for place, name in names),
+    ]
 
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:

@@ -16,7 +16,7 @@ from pathlib import Path
 from string import Template
 
 from helpers.core.file_writing import write_atomically
-from helpers.core.plain_text import one_line, visible
+from helpers.core.plain_text import one_line, printable
 from helpers.report.markdown import dataset_name
 from helpers.report.results import Results
 
@@ -69,7 +69,7 @@ def _visible(value):
     """The data with every text made safe to show; line ends and tabs stay."""
     match value:
         case str():
-            return visible(value, keep="\n\t")
+            return printable(value, keep="\n\t")
         case list():
             return [_visible(part) for part in value]
         case dict():

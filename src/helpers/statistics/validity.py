@@ -46,10 +46,8 @@ def invalid_reason(
         text = f"{len(other_prompts)} of its items had other prompts or tokens"
         return f"{text} ({min(other_prompts)})"
     if readable_share(before) - readable_share(after) > FORMAT_DROP:
-        readable_share = f"{_percent(readable_share(after))} of its answers are readable"
-        return (
-            f"{readable_share}, against {_percent(readable_share(before))} for {baseline.variant}"
-        )
+        share = f"{_percent(readable_share(after))} of its answers are readable"
+        return f"{share}, against {_percent(readable_share(before))} for {baseline.variant}"
     if collapsed_to_one_answer(after, before):
         return "it gives the same answer to every question"
     fixed_answer = best_fixed_answer(adapter, after)

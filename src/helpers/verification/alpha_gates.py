@@ -3,7 +3,7 @@
 import math
 
 from helpers.core.records import read_json
-from helpers.quantization.alpha import AUTO
+from helpers.quantization.alpha import AUTO_ALPHAS
 from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 
@@ -19,7 +19,7 @@ def alpha_choice_gate(evidence: CheckpointFiles):
             name: {row["alpha"]: row["error"] for row in record["errors"] if row["group"] == name}
             for name in record["alphas"]
         }
-        grid = set(AUTO)
+        grid = set(AUTO_ALPHAS)
     else:
         curve = {row["alpha"]: row["kl"] for row in record["curve"]}
         losses, grid = dict.fromkeys(record["alphas"], curve), set(declared)

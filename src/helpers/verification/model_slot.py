@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from helpers.quantization.int8_checkpoint import load_int8
-from helpers.quantization.variants import load_as, load_reference, load_variant
+from helpers.quantization.variants import load_quantized, load_reference, load_variant
 from helpers.runtime.allocator import release_memory
 from helpers.sources.models import load_model, model_folder
 from helpers.study.study_run import Job
@@ -42,13 +42,15 @@ class ModelSlot:
     def int8_model(self):
         """The checkpoint on INT8 kernels."""
         runtime = self.job.study.runtime
-        return self._load_once("int8", lambda: load_as(load_int8, self.folder, runtime))
+        return self._load_once("int8", lambda: load_quantized(load_int8, self.folder, runtime))
 
     @property
     def reference_model(self):
         """The checkpoint as compressed-tensors simulates it."""
         runtime = self.job.study.runtime
-        return self._load_once("reference", lambda: load_as(load_reference, self.folder, runtime))
+        return self._load_once(
+            "reference", lambda: load_quantized(load_reference, self.folder, runtime)
+        )
 
     def _load_once(self, name: str, load: Callable):
         if self._slot[0] != name:

@@ -14,7 +14,7 @@ from helpers.core.architectures import HEAD
 from helpers.core.gates import Gate
 from helpers.core.hashing import sha256_folder
 from helpers.core.records import read_json
-from helpers.quantization.variants import load_variant, running_type
+from helpers.quantization.variants import load_variant, variant_runtime
 from helpers.sources.model_tensors import TensorFiles
 from helpers.sources.models import model_folder
 from helpers.study.study_run import Job
@@ -37,7 +37,7 @@ def memory_layers_gate(loaded):
     expected, linears = set(evidence.targets), evidence.linears
     int8 = {name for name in linears if is_int8(model.get_submodule(name))}
     missing, extra = sorted(expected - int8), sorted(int8 - expected)
-    declared_dtype, dtype = running_type(job).dtype, str(model.dtype).removeprefix("torch.")
+    declared_dtype, dtype = variant_runtime(job).dtype, str(model.dtype).removeprefix("torch.")
     return (
         int8 == expected and dtype == declared_dtype,
         f"{len(int8)} of {len(linears)} Linears in int8, floats in {dtype}; {len(missing)} "
@@ -85,7 +85,7 @@ def _expected_tensors(job: Job) -> Mapping[str, torch.Tensor]:
     folder = model_folder(job.study, job.model, job.paths)
     if job.recipe.needs_checkpoint:
         folder = job.paths.checkpoint(job.model, job.variant)
-    files = TensorFiles(folder, dtype=getattr(torch, running_type(job).dtype))
+    files = TensorFiles(folder, dtype=getattr(torch, variant_runtime(job).dtype))
     if not job.recipe.quantized:
         return files
     reloaded = load_variant(job)[0].state_dict()
