@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
+from helpers.core.plain_text import visible
 from helpers.core.records import write_jsonl
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
 from helpers.inference.loglikelihood import OptionTokens
@@ -15,7 +16,7 @@ from helpers.sources.chat_conversations import (
 )
 from helpers.sources.items import Item
 from helpers.sources.sampling import evaluation_items
-from helpers.study.schema import EvaluationSet
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.study_run import Job
 
 
@@ -130,6 +131,20 @@ def record_prompts(job: Job, tokenizer) -> None:
         asked = [prompt(item, wanted, tokenizer) for item in evaluation_items(job.study, name)]
         rows = (_as_row(p, asked_tokens(tokenizer, p)) for p in asked)
         write_jsonl(folder / f"{name}.jsonl", rows)
+
+
+def prompt_examples(study: Study, tokenizer) -> str:
+    """The first item of each evaluation set, word by word, with the continuations it scores.
+
+    Characters that act on a terminal are replaced; line ends stay.
+    """
+    examples = []
+    for name, wanted in study.evaluation.datasets.items():
+        asked = prompt(evaluation_items(study, name)[0], wanted, tokenizer)
+        lines = [f"===== {name} ({wanted.ask.protocol}) =====", asked.text]
+        lines += [f"  continuation: {text!r}" for text in asked.continuations]
+        examples.append("\n".join(lines))
+    return visible("\n\n".join(examples), keep="\n")
 
 
 def _as_row(asked: Prompt, tokens: OptionTokens | PromptTokens) -> dict:
