@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
+from helpers.core.plain_text import printable
 from helpers.core.records import write_jsonl
 from helpers.evaluation.prompt_records import FOLDER, prompt_digest
 from helpers.inference.loglikelihood import OptionTokens
@@ -164,6 +165,23 @@ def record_prompts(job: Job, prompts: Mapping[str, list[TokenizedPrompt]]) -> No
     folder = job.paths.evaluation(job.model, job.variant) / FOLDER
     for name, of_set in prompts.items():
         write_jsonl(folder / f"{name}.jsonl", map(_record_row, of_set))
+
+
+def prompt_examples(prompts: Mapping[str, list[TokenizedPrompt]]) -> str:
+    """The first prompt of each set, word by word, with the continuations that are scored.
+
+    Characters that act on a terminal are replaced; line ends stay.
+
+    Args:
+        prompts: of every evaluation set, by its name.
+    """
+    examples = []
+    for name, (first, *_) in prompts.items():
+        protocol = "loglikelihood" if first.prompt.continuations else "generate"
+        lines = [f"===== {name} ({protocol}) =====", first.prompt.text]
+        lines += [f"  continuation: {text!r}" for text in first.prompt.continuations]
+        examples.append("\n".join(lines))
+    return printable("\n\n".join(examples), keep="\n")
 
 
 def _record_row(tokenized: TokenizedPrompt) -> dict:
