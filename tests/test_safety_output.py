@@ -77,6 +77,15 @@ def test_the_page_holds_nothing_that_runs_or_is_fetched(reports):
     assert "script-src" not in policy
 
 
+def test_the_report_leads_to_the_page_of_all_items(reports):
+    """What that page does with such texts is tested in test_items_page.py."""
+    page = BeautifulSoup((reports[HOSTILE] / "report.html").read_text("utf-8"), "html.parser")
+    linked = [a["href"] for a in page.find_all("a") if not a["href"].startswith("#")]
+    assert linked == ["items.html"]
+    assert "[items.html](items.html)" in (reports[HOSTILE] / "report.md").read_text("utf-8")
+    assert (reports[HOSTILE] / "items.html").is_file()
+
+
 def renderings(markdown: str) -> dict[str, str]:
     """The Markdown as readers with different habits render it."""
     common = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
