@@ -92,7 +92,7 @@ REPORT = {
         r"\*\*Answer\.\*\* .*",
         "**Answer.** No conclusion about `smoothquant_w8a8` is possible: all 8 comparisons are "
         "invalid.",
-        "0 uninformative",
+        "of 8 comparisons: 0 invalid",
     ),
     "share of bytes": (r"takes ([\d.]+) % of `noquant`'s", "takes 81.7 % of `noquant`'s", "costs"),
 }

@@ -104,7 +104,8 @@ def _wrong_counts(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     for name, text in _dataset_chapters(markdown, figures):
         rows = figures.variants[first].predictions[name]
         passages = len({row["cluster"] or row["id"] for row in rows})
-        line = next(line for line in text.splitlines() if " best constant answer" in line)
+        lines = (line for line in text.splitlines() if " best constant answer" in line)
+        line = next(lines, "")
         values = [len(rows), *([passages] if passages < len(rows) else [])]
         values.append(100 * figures.fixed[name][1])
         if cell_differs(re.sub(r"“.*”", "", html.unescape(line)), values):
