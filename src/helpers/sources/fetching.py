@@ -80,7 +80,7 @@ def _fetch_and_pin(source: HubSource, known: str | None, pins: Pins, say: Say):
         return PinnedModel(hub=source.hub, revision=source.revision, commit=commit)
     rows = _fetch_rows_once(source.model_copy(update={"revision": commit}), say)
     pin = PinnedDataset(**source.model_dump(), commit=commit, **rows)
-    on_record = pins.rows_of(source)
+    on_record = pins.pinned_rows(source)
     if on_record and on_record.commit == commit and on_record.sha256 != pin.sha256:
         raise StudyError(
             f"its {pin.rows} rows of commit {commit[:12]} are not the {on_record.rows} that "

@@ -50,12 +50,12 @@ class HubDataset(Strict):
 
 
 def _rows_file(file: str) -> str:
-    """The name, if its ending is that of a format that is read."""
-    kind = file.rpartition(".")[2].lower()
-    if kind in ("jsonl", "parquet"):
+    """The name, if its extension is that of a supported format."""
+    extension = file.rpartition(".")[2].lower()
+    if extension in ("jsonl", "parquet"):
         return file
-    seen = OTHER_ROWS.get(kind, "neither JSON lines (.jsonl) nor parquet")
-    raise PydanticCustomError("rows", "is {seen}; {wanted}", {"seen": seen, "wanted": ROWS})
+    description = OTHER_ROWS.get(extension, "neither JSON lines (.jsonl) nor parquet")
+    raise PydanticCustomError("rows", "is {seen}; {wanted}", {"seen": description, "wanted": ROWS})
 
 
 class FileDataset(Strict):
