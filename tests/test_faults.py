@@ -118,7 +118,7 @@ def without_traceback_of(front) -> str:
     [
         pytest.param(
             "runner",
-            "ended without a word: calibration base; a job that is killed was most often",
+            "exited without reporting a result: calibration base; such a job was killed",
             marks=long,
         ),
         ("kernel", "the kernel died; most often the machine ran out of memory"),
@@ -131,7 +131,7 @@ def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, to
     err = without_traceback_of(front)
     assert front.returncode == 1
     assert told in err
-    assert "1 failed; what is finished is kept, so mend and run again" in err
+    assert "1 failed; finished jobs are kept, so correct the cause and run again" in err
     assert processes(mark) == {}
     (project / "wait").unlink()
     assert len(finished(project)) == 5
@@ -143,8 +143,8 @@ def test_a_job_that_dies_before_its_first_word_is_named(project):
     module.write_text(module.read_text("utf-8").replace(first, dies + first), "utf-8")
     done = toy_project.jobs(project, *toy_project.WHOLE)
     assert done.returncode == 1
-    assert "ended without a word: calibration base; a job that is killed" in done.stderr
-    assert "1 failed; what is finished is kept" in done.stderr
+    assert "exited without reporting a result: calibration base; such a job" in done.stderr
+    assert "1 failed; finished jobs are kept" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_stopped_run_is_gone_within_seconds_and_goes_on(begun, number):
     assert time.monotonic() - started < SECONDS
     assert front.returncode != 0
     if number != signal.SIGHUP:  # the terminal is gone
-        assert "stopped; what is finished is kept, so run again to go on" in err
+        assert "stopped; finished jobs are kept, so run again to resume" in err
         assert "memory" not in err
     (project / "wait").unlink()
     assert len(finished(project)) == 5

@@ -130,7 +130,7 @@ def test_a_report_of_what_is_complete_names_what_is_missing(study):
     refused = study.make("report")
     _, said = refused.communicate()
     assert refused.returncode == 2
-    assert "make report PARTIAL=yes for what is complete" in said
+    assert "make report PARTIAL=yes for the completed part" in said
     said = study.done("report", "PARTIAL=yes")
     assert "missing: " in said
     assert "evaluation finetuned smoothquant_o3" in said

@@ -74,9 +74,9 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed, tmp_path):
     _, said = front.communicate(timeout=600)
     assert front.returncode == 2  # make's, for a command that failed
     assert "Traceback" not in said
-    assert "what is finished is kept" in said
+    assert "finished jobs are kept" in said
     # Nothing is gone but what the lost job had begun to make again, and it is named.
-    [told] = re.findall("ended without a word: (.*?); a job that is killed", said)
+    [told] = re.findall("exited without reporting a result: (.*?); such a job", said)
     assert {NAMES[record] for record in finished - records(study)} <= {told}
     assert "1 failed" in said
     assert records(study) - finished, "the others did not go on"

@@ -2,7 +2,7 @@
 
 from helpers.core.plain_text import safe_message
 
-DISK_FULL = "free some space and run again; what is finished is kept"
+DISK_FULL = "free some space and run again; finished jobs are kept"
 UNWRITABLE = "make it writable, or name another place with STUDY_OUTPUTS and STUDY_CACHE"
 NO_MEMORY = "give the jobs more memory, or run fewer at once (CORES=1), or lower batch_tokens"
 REMEDIES = {

@@ -12,8 +12,8 @@ from helpers.core.plain_text import one_line
 from helpers.study.loading import load_study
 
 HIDDEN = "hide-in-report"
-# A page of reading width. In a table wider than that an interval goes below its number; if that is
-# not enough, the table scrolls by itself.
+# A page of reading width. In a wider table the interval wraps below its number; a table that is
+# still too wide scrolls.
 STYLE = """<style>
 main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon table { display: block; width: fit-content; max-width: 100%;
@@ -24,8 +24,8 @@ main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon :is(td, th)[style*="right"] { min-width: 4.6em; box-sizing: content-box; }
 </style>
 """
-# The page needs no script, so it has none, and a browser is told to run none: what stands
-# in it came from models and data sets. Nothing is fetched when it is opened.
+# The page has no scripts and forbids the browser to run any, because its text comes from models
+# and data sets. Opening it fetches nothing.
 NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
 TEMPLATE = f"""
 {{%- extends 'lab/index.html.j2' -%}}
@@ -65,7 +65,10 @@ def _config() -> Config:
 
 
 def _shown_part(notebook):
-    """The notebook without hidden cells, and without what code printed to stderr."""
+    """The notebook without hidden cells and without output to stderr.
+
+    nbconvert's TagRemovePreprocessor removes tagged cells but not a stream by its name.
+    """
     notebook.cells = [c for c in notebook.cells if HIDDEN not in c.metadata.get("tags", [])]
     for cell in notebook.cells:
         if cell.cell_type == "code":
