@@ -257,17 +257,18 @@ def numbered(count: int, title=lambda i: "") -> list[Item]:
 @given(st.integers(0, 40), st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
 def test_a_draw_is_seeded_and_blind_to_order(count, seed, shuffler):
     items = numbered(40, title=lambda i: f"t{i % 3}")
-    drawn = draw_items(items, count, seed=seed, excluding=(), what="x")
+    drawn = draw_items(items, count, seed=seed, excluding=(), label="x")
     mixed = items.copy()
     shuffler.shuffle(mixed)
-    assert draw_items(mixed, count, seed=seed, excluding=(), what="x") == drawn
+    assert draw_items(mixed, count, seed=seed, excluding=(), label="x") == drawn
     assert len({item.id for item in drawn}) == count
 
 
 def test_a_draw_changes_with_the_seed_and_not_with_the_file():
     items = numbered(60)
     firsts = [
-        tuple(i.id for i in draw_items(items, 10, seed=s, excluding=(), what="x")) for s in range(8)
+        tuple(i.id for i in draw_items(items, 10, seed=s, excluding=(), label="x"))
+        for s in range(8)
     ]
     assert len(set(firsts)) == 8
     assert any(first != tuple(i.id for i in items[:10]) for first in firsts)
@@ -275,7 +276,7 @@ def test_a_draw_changes_with_the_seed_and_not_with_the_file():
 
 def test_a_smaller_draw_is_the_beginning_of_a_larger_one():
     items = numbered(30, title=lambda i: f"t{i % 4}")
-    drawn = [draw_items(items, n, seed=3, excluding=(), what="x") for n in (5, 30)]
+    drawn = [draw_items(items, n, seed=3, excluding=(), label="x") for n in (5, 30)]
     assert drawn[1][:5] == drawn[0]
 
 
@@ -283,7 +284,7 @@ def test_a_smaller_draw_is_the_beginning_of_a_larger_one():
 def test_titles_take_turns(count):
     """20, 5 and 5 items: no title is ahead of another that still has items."""
     items = numbered(30, title=lambda i: "big" if i < 20 else f"small{i % 2}")
-    drawn = draw_items(items, count, seed=1, excluding=(), what="x")
+    drawn = draw_items(items, count, seed=1, excluding=(), label="x")
     held = {"big": 20, "small0": 5, "small1": 5}
     taken = {title: sum(item.title == title for item in drawn) for title in held}
     assert sum(taken.values()) == count
@@ -294,7 +295,7 @@ def test_titles_take_turns(count):
 def test_what_is_excluded_is_not_drawn():
     items = numbered(20)
     barred = [item_key(item) for item in items[:15]]
-    drawn = draw_items(items, 5, seed=1, excluding=barred, what="x")
+    drawn = draw_items(items, 5, seed=1, excluding=barred, label="x")
     assert {item.id for item in drawn} == {item.id for item in items[15:]}
 
 

@@ -100,7 +100,7 @@ def test_a_spread_model_computes_what_a_whole_one_does():
 
 def test_a_part_answers_on_the_device_it_was_asked_on():
     asked = {"input_ids": torch.zeros(1, device="meta"), "use_cache": False}
-    found = devices._home(None, (), asked, {"last_hidden_state": torch.zeros(2)})
+    found = devices._to_input_device(None, (), asked, {"last_hidden_state": torch.zeros(2)})
     assert found["last_hidden_state"].device.type == "meta"
 
 

@@ -23,7 +23,7 @@ def no_units(monkeypatch):
 
 
 def test_a_restriction_leaves_what_the_processor_has_of_it(monkeypatch):
-    monkeypatch.setattr(processors, "_of_the_processor", lambda: processors.FEATURES)
+    monkeypatch.setattr(processors, "_cpu_features", lambda: processors.FEATURES)
     monkeypatch.setenv("STUDY_PROCESSOR", "avx2")
     assert processors.features() == ("avx2",)
     assert processors.processor_class() == "AVX2"

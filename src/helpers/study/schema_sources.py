@@ -20,7 +20,7 @@ OTHER_ROWS = {
     "arrow": "an Arrow file",
 }
 ROWS = (
-    "wanted is JSON lines, one object a line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
+    "expected JSON lines, one object per line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
     "orient='records', lines=True) writes them"
 )
 
