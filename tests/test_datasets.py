@@ -302,7 +302,7 @@ def test_what_is_excluded_is_not_drawn():
 def test_too_few_items_are_refused_with_the_most_there_are():
     items = numbered(20)
     barred = [item_key(item) for item in items[:15]]
-    line = refusal(draw_items, items, 6, seed=1, excluding=barred, what="calibration")
+    line = refusal(draw_items, items, 6, seed=1, excluding=barred, label="calibration")
     assert line.startswith("calibration: 6 items asked for but 5")
     assert line.endswith("ask for at most 5")
 

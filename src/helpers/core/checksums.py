@@ -67,5 +67,5 @@ def _recorded_checksums(record: Path, made_by: str, remedy: str) -> dict[str, st
         raise StudyError(f"{short_path(record)} is missing; run {made_by} first") from None
     except (ValueError, KeyError, TypeError):
         raise StudyError(
-            f"{short_path(record)} is damaged or holds no checksums; {remedy}"
+            f"{short_path(record)} is damaged or lacks checksums; {remedy}"
         ) from None
