@@ -66,6 +66,4 @@ def _recorded_checksums(record: Path, made_by: str, remedy: str) -> dict[str, st
     except FileNotFoundError:
         raise StudyError(f"{short_path(record)} is missing; run {made_by} first") from None
     except (ValueError, KeyError, TypeError):
-        raise StudyError(
-            f"{short_path(record)} is damaged or lacks checksums; {remedy}"
-        ) from None
+        raise StudyError(f"{short_path(record)} is damaged or lacks checksums; {remedy}") from None

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from helpers.core.errors import StudyError
-from helpers.core.paths import PROJECT, StudyPaths
+from helpers.core.paths import PROJECT, StudyPaths, relative_to_project
 from helpers.core.plain_text import one_line
 from helpers.study.loading_yaml import MOST_BYTES, read_yaml
 from helpers.study.local_files import missing_local_files, path_is
@@ -77,7 +77,7 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
 
 def study_file_label(study: str | Path) -> str:
     """The name of a study's file in messages."""
-    return _shown(study_file(study))
+    return relative_to_project(study_file(study))
 
 
 def _check_name(study: str, place: str) -> None:
@@ -88,7 +88,3 @@ def _check_name(study: str, place: str) -> None:
         raise StudyError(f"{place}: {study!r} is a folder of outputs/ already; rename the file")
     if problem := name_problem(study):
         raise StudyError(f"{place}: {study!r} {problem}")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)

@@ -12,14 +12,14 @@ HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 
-OTHER_ROWS = {
+OTHER_FORMATS = {
     "csv": "a table in CSV",
     "tsv": "a table in TSV",
     "xlsx": "a spreadsheet",
     "json": "one JSON document, or JSON lines by another name (.jsonl)",
     "arrow": "an Arrow file",
 }
-ROWS = (
+EXPECTED_FORMAT = (
     "expected JSON lines, one object per line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
     "orient='records', lines=True) writes them"
 )
@@ -54,8 +54,10 @@ def _rows_file(file: str) -> str:
     extension = file.rpartition(".")[2].lower()
     if extension in ("jsonl", "parquet"):
         return file
-    description = OTHER_ROWS.get(extension, "neither JSON lines (.jsonl) nor parquet")
-    raise PydanticCustomError("rows", "is {seen}; {wanted}", {"seen": description, "wanted": ROWS})
+    description = OTHER_FORMATS.get(extension, "neither JSON lines (.jsonl) nor parquet")
+    raise PydanticCustomError(
+        "rows", "is {seen}; {expected}", {"seen": description, "expected": EXPECTED_FORMAT}
+    )
 
 
 class FileDataset(Strict):

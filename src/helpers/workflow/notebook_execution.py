@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers.core.errors import StudyError, remedy_for
 from helpers.core.file_writing import write_atomically
 from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT
+from helpers.core.paths import PROJECT, relative_to_project
 from helpers.core.plain_text import safe_message
 from helpers.workflow.notebook_cleaning import cleaned_text
 
@@ -117,7 +117,7 @@ def _keep_failed(running: Path, failed: Path) -> str:
         _publish(running, failed)
     except (OSError, ValueError):  # papermill wrote none, or the disk is full
         return ""
-    return f"\nsee {_shown(failed)}"
+    return f"\nsee {relative_to_project(failed)}"
 
 
 def _reason(error: Exception) -> str:
@@ -132,7 +132,3 @@ def _reason(error: Exception) -> str:
         return value
     reason = f"{name}: {value.splitlines()[-1] if value else 'no message'}"
     return "; ".join(filter(None, (reason, remedy_for(f"{name} {value}"))))
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
