@@ -13,7 +13,7 @@ from helpers.study.schema_sources import FineTunedModel
 FILES = sorted((PROJECT / "params").glob("*.yaml"))
 QWEN3 = [path for path in FILES if path.stem.startswith("qwen3")]
 SIZE = re.compile(r"#\s+(\d+)\s+([\d.]+) / ([\d.]+)\s+(\d+) % / (\d+) %")
-TAKES = re.compile(r"loss of 3 points takes (\d+) items where 2 % are gained, (\d+) where 5 %")
+TAKES = re.compile(r"loss of 3 points takes (\d+) items if 2 % are gained, (\d+) if 5 %")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
