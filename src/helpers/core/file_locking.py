@@ -23,6 +23,9 @@ _open_locks: dict[Path, int] = {}  # of this process, which may acquire a lock t
 def acquire_lock(path: Path, description: str) -> int:
     """Hold the lock until this process ends or releases it; return the file descriptor.
 
+    The library filelock neither names the holder nor hands its descriptor to a child process,
+    with which Snakemake keeps the lock of a killed `make study`.
+
     Raises:
         StudyError: another process holds it; the message names the process.
     """

@@ -35,7 +35,7 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Let `fill` write a temporary folder, then give it the name `folder`.
 
     An old folder of that name is renamed before: for a moment neither exists, but a mixture
-    of the two never does.
+    of the two never does. Libraries for atomic writes replace single files only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)

@@ -26,8 +26,8 @@ def cleaned_text(path: Path) -> str:
 def clean_notebook(notebook: dict) -> dict:
     """The notebook without machine paths, clock times and widgets.
 
-    nbconvert's preprocessors remove all metadata or none of an output's text; this keeps
-    durations and parameters, merges streams and replaces paths.
+    nbconvert's ClearMetadataPreprocessor would keep a single field of papermill's metadata, skip
+    Markdown cells and leave outputs alone.
     """
     metadata = {k: v for k, v in notebook["metadata"].items() if k != "widgets"}
     cells = [_clean_cell(cell) for cell in notebook["cells"]]

@@ -40,7 +40,7 @@ TEMPLATE = f"""
 
 def export_report(notebook: Path, study: str, folder: Path) -> None:
     """Write report.md, report_files/ and report.html of an executed notebook to a folder."""
-    content = _shown_part(nbformat.read(notebook, as_version=4))
+    content = _without_stderr(nbformat.read(notebook, as_version=4))
     resources = {"metadata": {"name": one_line(load_study(study, with_sources=False).title)}}
     html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
         content, resources
@@ -61,15 +61,13 @@ def _config() -> Config:
     config.TemplateExporter.exclude_input = True
     config.TemplateExporter.exclude_input_prompt = True
     config.TemplateExporter.exclude_output_prompt = True
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_cell_tags = {HIDDEN}
     return config
 
 
-def _shown_part(notebook):
-    """The notebook without hidden cells and without output to stderr.
-
-    nbconvert's TagRemovePreprocessor removes tagged cells but not a stream by its name.
-    """
-    notebook.cells = [c for c in notebook.cells if HIDDEN not in c.metadata.get("tags", [])]
+def _without_stderr(notebook):
+    """The notebook without output to stderr."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
