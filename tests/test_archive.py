@@ -99,9 +99,9 @@ def test_elsewhere_without_torch_it_gives_the_same_report(packed, study, tmp_pat
         path.with_suffix(".away").rename(path)
     assert done.returncode == 0, done.stderr
     assert "the same summary.json and summary.csv" in done.stdout
-    made = tmp_path / "new" / "outputs" / "study"
+    outputs_path = tmp_path / "new" / "outputs" / "study"
     for name in ("summary.json", "summary.csv", "report.md"):
-        assert (made / name).read_bytes() == (root / name).read_bytes(), name
+        assert (outputs_path / name).read_bytes() == (root / name).read_bytes(), name
     assert not attempts.exists()
 
 
@@ -190,9 +190,9 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_an_archive_that_was_tampered_with_is_refused(packed, tmp_path, name):
-    edit, said = DAMAGE[name]
+    edit, message = DAMAGE[name]
     rewritten(packed, tmp_path / "bad.tar.gz", edit)
-    with pytest.raises(StudyError, match=re.escape(said)):
+    with pytest.raises(StudyError, match=re.escape(message)):
         archive.unpack(tmp_path / "bad.tar.gz", tmp_path / "inside" / "new")
     assert not (tmp_path / "x").exists()
     assert {p.name for p in (tmp_path / "inside").iterdir()} <= {"new"}

@@ -54,9 +54,9 @@ def test_one_changed_byte_is_named_with_the_remedy(stage, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    told = refused(stage)
-    assert f"{path.resolve().name} is not what 02_quantization wrote" in told
-    assert "quantization/record.json and run make study" in told
+    error = refused(stage)
+    assert f"{path.resolve().name} is not what 02_quantization wrote" in error
+    assert "quantization/record.json and run make study" in error
 
 
 def test_the_time_of_a_file_says_nothing(stage):
@@ -167,8 +167,8 @@ def test_a_damaged_trained_model_is_refused(study_path, tmp_path, monkeypatch):
     replace_folder(folder, lambda p: (p / "model.safetensors").write_bytes(b"1"))
     record.write({})
     assert model_folder(job.study, "tuned", job.paths) == folder
-    found = json.loads((folder / "record.json").read_text())
-    found["files"]["model.safetensors"] = sha256_text("2")
-    (folder / "record.json").write_text(json.dumps(found))
+    stored_record = json.loads((folder / "record.json").read_text())
+    stored_record["files"]["model.safetensors"] = sha256_text("2")
+    (folder / "record.json").write_text(json.dumps(stored_record))
     with pytest.raises(StudyError, match=r"not what 00_finetuning wrote .*run make study"):
         model_folder(job.study, "tuned", job.paths)

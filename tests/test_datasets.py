@@ -48,12 +48,12 @@ ROWS = {
 
 def put(row: dict, path: str, value) -> dict:
     """A copy of the row with the value at a slash-separated path."""
-    made = copy.deepcopy(row)
-    inner, keys = made, path.split("/")
+    changed_row = copy.deepcopy(row)
+    inner, keys = changed_row, path.split("/")
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    return made
+    return changed_row
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -191,13 +191,13 @@ def test_one_question_twice_is_one_item(write_rows):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "line 1"), (b'{"id": 1}\n{"id"', "line 2"), (b'{"id": "\xff"}\n', "line 1")],
 )
-def test_a_torn_file_is_refused_by_line(tmp_path, content, said):
+def test_a_torn_file_is_refused_by_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    assert said in refusal(load_items, FileDataset(file=str(path)), adapter="arc")
+    assert message in refusal(load_items, FileDataset(file=str(path)), adapter="arc")
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path):
@@ -285,10 +285,10 @@ def test_titles_take_turns(count):
     """20, 5 and 5 items: no title is ahead of another that still has items."""
     items = numbered(30, title=lambda i: "big" if i < 20 else f"small{i % 2}")
     drawn = draw_items(items, count, seed=1, excluding=(), label="x")
-    held = {"big": 20, "small0": 5, "small1": 5}
-    taken = {title: sum(item.title == title for item in drawn) for title in held}
+    items_by_title = {"big": 20, "small0": 5, "small1": 5}
+    taken = {title: sum(item.title == title for item in drawn) for title in items_by_title}
     assert sum(taken.values()) == count
-    for title, size in held.items():
+    for title, size in items_by_title.items():
         assert taken[title] == size or max(taken.values()) - taken[title] <= 1
 
 
@@ -373,10 +373,10 @@ def test_the_order_of_the_file_does_not_change_any_draw(crowded_study):
     rows = openmath_rows(40)
     expected = all_draws(crowded_study(rows))
     random.Random(5).shuffle(rows)
-    found = all_draws(crowded_study(rows))
+    draws = all_draws(crowded_study(rows))
     for name, items in expected.items():
         assert [normalized_text(i.question) for i in items] == [
-            normalized_text(i.question) for i in found[name]
+            normalized_text(i.question) for i in draws[name]
         ]
 
 
@@ -402,15 +402,15 @@ def test_shared_passages_are_distinct_and_seeded(study):
 
 
 @pytest.mark.parametrize(
-    ("source", "passages", "said"),
+    ("source", "passages", "message"),
     [({"shipped": "squad_v2"}, 10**6, "passages = 1000000"), ({"shipped": "arc"}, 2, "row 1")],
 )
 def test_shared_text_that_is_not_there_is_refused(
-    study_settings, write_study, source, passages, said
+    study_settings, write_study, source, passages, message
 ):
-    wanted = study_settings["evaluation"]["shared_text"]
-    wanted |= {"dataset": source, "passages": passages}
-    assert said in refusal(shared_passages, load_study(write_study(study_settings)))
+    settings = study_settings["evaluation"]["shared_text"]
+    settings |= {"dataset": source, "passages": passages}
+    assert message in refusal(shared_passages, load_study(write_study(study_settings)))
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2"])

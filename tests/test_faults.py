@@ -49,9 +49,9 @@ def make(folder, *, kernels="calibration"):
 def add_cell(project, stage: str, code: str) -> None:
     """Let the toy of a stage run some code before it does its work."""
     [path] = (project / "notebooks").glob(f"*_{stage}.ipynb")
-    found = nbformat.read(path, as_version=4)
-    found.cells.insert(1, nbformat.v4.new_code_cell(code))
-    nbformat.write(found, path)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(code))
+    nbformat.write(notebook, path)
 
 
 def without_traceback(done) -> str:
@@ -114,7 +114,7 @@ def without_traceback_of(front) -> str:
 
 
 @pytest.mark.parametrize(
-    ("role", "told"),
+    ("role", "message"),
     [
         pytest.param(
             "runner",
@@ -124,13 +124,13 @@ def without_traceback_of(front) -> str:
         ("kernel", "the kernel died; most often the machine ran out of memory"),
     ],
 )
-def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, told):
+def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, message):
     project, mark, front = begun
     wait_for((project / "outputs/toy/base/noquant/evaluation/record.json").is_file, seconds=60)
     kill(began(project)[role])
     err = without_traceback_of(front)
     assert front.returncode == 1
-    assert told in err
+    assert message in err
     assert "1 failed; finished jobs are kept, so correct the cause and run again" in err
     assert processes(mark) == {}
     (project / "wait").unlink()
@@ -395,9 +395,9 @@ def test_durations_do_not_follow_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "datetime", Jumping)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     record = records.Record(tmp_path, stage="calibration", parameters={})
-    found = json.loads(record.write({}).read_text())
-    assert found["started"].startswith("2031")
-    assert 0 <= found["duration_s"] < 60
+    written = json.loads(record.write({}).read_text())
+    assert written["started"].startswith("2031")
+    assert 0 <= written["duration_s"] < 60
 
 
 @pytest.fixture(scope="module")
@@ -428,8 +428,8 @@ def test_a_locale_and_a_path_with_spaces_and_other_letters_change_nothing(
     done = run_study(project, **more)
     assert done.returncode == 0, done.stderr
     without_traceback(done)
-    kept = project / "outputs/toy/notebooks/01_calibration.base.ipynb"
-    assert "Größe 日本" in kept.read_text("utf-8")
+    executed = project / "outputs/toy/notebooks/01_calibration.base.ipynb"
+    assert "Größe 日本" in executed.read_text("utf-8")
     assert "Ein Prüfstand: 日本" in (project / "outputs/toy/report.html").read_text("utf-8")
     add_cell(project, "calibration", "raise ValueError('Größe 日本')")
     failed = run_study(project, **more)

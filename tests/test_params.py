@@ -27,22 +27,22 @@ def test_the_sizes_of_samples_find_what_the_comments_say(path):
     study, text = load_study(path), path.read_text("utf-8")
     level = (1 - study.statistics.confidence) / len(study.statistics.primary)
     power, margin = study.statistics.power, study.statistics.margin
-    told = {int(n): tuple(map(float, rest)) for n, *rest in SIZE.findall(text)}
-    asked = {dataset.items for dataset in study.evaluation.datasets.values()}
-    assert set(told) == asked | {20}  # the original's beside ours
-    for n, found in told.items():
+    stated = {int(n): tuple(map(float, rest)) for n, *rest in SIZE.findall(text)}
+    sizes = {dataset.items for dataset in study.evaluation.datasets.values()}
+    assert set(stated) == sizes | {20}  # the original's beside ours
+    for n, figures in stated.items():
         losses = [detectable_loss(n, gain_rate=g, alpha=level, power=power) for g in (0.02, 0.05)]
         shown = [
             equivalence_power(n, margin=margin, flip_rate=f, alpha=2 * (1 - 0.975))
             for f in (0.05, 0.1)
         ]
-        assert found[:2] == tuple(round(100 * loss, 1) for loss in losses)
-        assert found[2:] == tuple(round(100 * share) for share in shown)
+        assert figures[:2] == tuple(round(100 * loss, 1) for loss in losses)
+        assert figures[2:] == tuple(round(100 * share) for share in shown)
     needed = [items_for_loss(0.03, gain_rate=g, alpha=level, power=power) for g in (0.02, 0.05)]
     assert [int(n) for n in TAKES.search(text).groups()] == needed
-    assert max(asked) >= needed[1]  # all but the set that has no more items
+    assert max(sizes) >= needed[1]  # all but the set that has no more items
     assert sum(n < needed[1] for n in (d.items for d in study.evaluation.datasets.values())) <= 1
-    assert min(asked) >= needed[0]
+    assert min(sizes) >= needed[0]
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda p: p.stem)
