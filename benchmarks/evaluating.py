@@ -114,7 +114,7 @@ def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
     for name in GROWING:
         wanted = study.evaluation.datasets[name]
         known = load_items(wanted.source, adapter=wanted.adapter)
-        items = draw_items(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
+        items = draw_items(known, min(size, len(known)), seed=study.seed, excluding=(), label=name)
         items += [_again(item) for item in items[: size - len(items)]]
         yield name, items
 

@@ -76,15 +76,15 @@ def table(rows: list[dict], *, group: int = 1000) -> bytes:
 
 def card(configs: dict[str, dict[str, str]], features: str = "") -> bytes:
     """A dataset card: which files are which split of which configuration."""
-    told = [
+    lines = [
         {
             "config_name": name,
             "data_files": [{"split": split, "path": path} for split, path in splits.items()],
         }
         for name, splits in configs.items()
     ]
-    told[0]["default"] = True
-    return f"---\nconfigs: {json.dumps(told)}\n{features}---\n# A dataset\n".encode()
+    lines[0]["default"] = True
+    return f"---\nconfigs: {json.dumps(lines)}\n{features}---\n# A dataset\n".encode()
 
 
 def shipped(name: str) -> list[dict]:
@@ -111,10 +111,10 @@ def arc_files() -> dict[str, bytes]:
         configs[config] = {s: f"{config}/{s}-*" for s in ("train", "validation", "test")}
     fields = "    - {name: text, dtype: string}\n    - {name: label, dtype: string}\n"
     after = "  - {name: answerKey, dtype: string}\n"
-    told = LISTS.format(
+    features = LISTS.format(
         config="ARC-Challenge", before="", name="choices", fields=fields, after=after
     )
-    return files | {"README.md": card(configs, told)}
+    return files | {"README.md": card(configs, features)}
 
 
 def squad_files() -> dict[str, bytes]:
@@ -124,9 +124,11 @@ def squad_files() -> dict[str, bytes]:
     files["squad_v2/train-00000-of-00001.parquet"] = table(rows[:3])
     before = "  - {name: title, dtype: string}\n  - {name: context, dtype: string}\n"
     fields = "    - {name: text, dtype: string}\n    - {name: answer_start, dtype: int32}\n"
-    told = LISTS.format(config="squad_v2", before=before, name="answers", fields=fields, after="")
+    features = LISTS.format(
+        config="squad_v2", before=before, name="answers", fields=fields, after=""
+    )
     splits = {s: f"squad_v2/{s}-*" for s in ("train", "validation")}
-    return files | {"README.md": card({"squad_v2": splits}, told)}
+    return files | {"README.md": card({"squad_v2": splits}, features)}
 
 
 def boolq_files() -> dict[str, bytes]:

@@ -44,24 +44,24 @@ class Repository:
         """A file as the tree lists it."""
         data = self.commits[sha][path]
         blob = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-        found = {"type": "file", "path": path, "oid": blob, "size": len(data)}
+        fields = {"type": "file", "path": path, "oid": blob, "size": len(data)}
         if path.endswith(LARGE):
-            found["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
-        return found
+            fields["lfs"] = {"oid": sha256(data), "size": len(data), "pointerSize": 130}
+        return fields
 
     def tree(self, sha: str, folder: str, *, recursive: bool) -> list[dict]:
         """Files and folders below a folder, all or those directly in it."""
-        prefix, found = f"{folder}/" if folder else "", {}
+        prefix, entries = f"{folder}/" if folder else "", {}
         for path in sorted(p for p in self.commits[sha] if p.startswith(prefix)):
             parts = path.removeprefix(prefix).split("/")
             for depth in range(1, len(parts)):
                 name = prefix + "/".join(parts[:depth])
                 oid = hashlib.sha1(name.encode()).hexdigest()
-                found[name] = {"type": "directory", "path": name, "oid": oid, "size": 0}
-            found[path] = self.entry(sha, path)
+                entries[name] = {"type": "directory", "path": name, "oid": oid, "size": 0}
+            entries[path] = self.entry(sha, path)
         if recursive:
-            return list(found.values())
-        return [e for name, e in found.items() if "/" not in name.removeprefix(prefix)]
+            return list(entries.values())
+        return [e for name, e in entries.items() if "/" not in name.removeprefix(prefix)]
 
 
 @dataclass
@@ -166,12 +166,12 @@ class Handler(BaseHTTPRequestHandler):
         path = self.address.path
         if path.startswith("/large/"):
             return self._large(path.removeprefix("/large/"))
-        if found := API.fullmatch(path):
-            kind, name, what, rest = found.groups()
+        if match := API.fullmatch(path):
+            kind, name, what, rest = match.groups()
             return self._api(kind, unquote(name), what, unquote((rest or "/")[1:]))
-        if found := FILE.fullmatch(path):
-            kind = "dataset" if found[1] else "model"
-            return self._file(kind, unquote(found[2]), unquote(found[3]), unquote(found[4]))
+        if match := FILE.fullmatch(path):
+            kind = "dataset" if match[1] else "model"
+            return self._file(kind, unquote(match[2]), unquote(match[3]), unquote(match[4]))
         return self.error(404)
 
     def _large(self, digest: str) -> None:
@@ -181,13 +181,13 @@ class Handler(BaseHTTPRequestHandler):
     def _repository(self, kind: str, name: str) -> Repository | None:
         """The repository if the request may read it; else the refusal was sent."""
         token = self.headers.get("authorization", "").removeprefix("Bearer ")
-        if (found := self.hub.repositories.get((kind, name))) is None:
+        if (repository := self.hub.repositories.get((kind, name))) is None:
             self.error(404 if token else 401, "RepoNotFound")
             return None
-        if found.gated and token != TOKEN:
+        if repository.gated and token != TOKEN:
             self.error(403 if token else 401, "GatedRepo")
             return None
-        return found
+        return repository
 
     def _api(self, kind: str, name: str, what: str | None, rest: str) -> None:
         if (repository := self._repository(kind, name)) is None:
@@ -203,12 +203,12 @@ class Handler(BaseHTTPRequestHandler):
         if what == "tree":
             query = parse_qs(self.address.query)
             recursive = query.get("recursive", ["false"])[0].lower() in ("true", "1")
-            found = repository.tree(sha, folder, recursive=recursive)
-            return self.json(found) if found else self.error(404, "EntryNotFound")
+            entries = repository.tree(sha, folder, recursive=recursive)
+            return self.json(entries) if entries else self.error(404, "EntryNotFound")
         if what == "paths-info":
-            wanted = json.loads(self.body)["paths"]
+            paths = json.loads(self.body)["paths"]
             every = repository.tree(sha, "", recursive=True)
-            return self.json([entry for entry in every if entry["path"] in wanted])
+            return self.json([entry for entry in every if entry["path"] in paths])
         return self.json(_info(repository, sha))
 
     def _file(self, kind: str, name: str, revision: str, path: str) -> None:
@@ -233,8 +233,8 @@ class Handler(BaseHTTPRequestHandler):
         """A file's content, or the range of it that was asked for."""
         data = self.change(data) if self.change else data
         status, headers = 200, headers | {"Accept-Ranges": "bytes"}
-        if asked := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            first, last = int(asked[1]), int(asked[2] or len(data) - 1)
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            first, last = int(byte_range[1]), int(byte_range[2] or len(data) - 1)
             if first >= len(data):
                 return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
             last = min(last, len(data) - 1)
@@ -244,8 +244,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def error(self, status: int, code: str = "", headers: dict[str, str] | None = None) -> None:
         """A refusal as the Hub sends it: the reason is in a header."""
-        told = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
-        self.send(status, json.dumps({"error": code}).encode(), told | (headers or {}))
+        error_headers = {"X-Error-Code": code, "X-Error-Message": code} if code else {}
+        self.send(status, json.dumps({"error": code}).encode(), error_headers | (headers or {}))
 
     def json(self, data) -> None:
         self.send(200, json.dumps(data).encode(), {"Content-Type": "application/json"})

@@ -26,17 +26,17 @@ def new_mark() -> dict[str, str]:
 
 def processes(mark: dict[str, str]) -> dict[int, str]:
     """Role of every living process with the mark, by its id."""
-    found, wanted = {}, f"{MARK}={mark[MARK]}".encode()
+    roles, marker = {}, f"{MARK}={mark[MARK]}".encode()
     for folder in Path("/proc").iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():
             continue
         with contextlib.suppress(OSError):
-            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+            if marker in (folder / "environ").read_bytes().split(b"\0"):
                 words = (folder / "cmdline").read_bytes().decode().split("\0")
                 state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
                 if state not in "ZX":
-                    found[int(folder.name)] = _role(words)
-    return found
+                    roles[int(folder.name)] = _role(words)
+    return roles
 
 
 def _role(words: list[str]) -> str:
@@ -49,7 +49,7 @@ def _role(words: list[str]) -> str:
 
 
 def of_role(mark: dict[str, str], role: str) -> list[int]:
-    return [process for process, found in processes(mark).items() if found == role]
+    return [process for process, process_role in processes(mark).items() if process_role == role]
 
 
 def kill(process: int, number: int = signal.SIGKILL) -> None:

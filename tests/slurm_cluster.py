@@ -110,9 +110,9 @@ def _munge(folder: Path) -> subprocess.Popen:
     for place in (run, Path("/var/log/munge"), Path("/var/lib/munge")):
         place.mkdir(exist_ok=True)
         shutil.chown(place, "munge", "munge")
-    found = _daemon(["runuser", "-u", "munge", "--", "munged", "--foreground"], folder)
+    daemon = _daemon(["runuser", "-u", "munge", "--", "munged", "--foreground"], folder)
     _wait(lambda: (run / "munge.socket.2").exists(), "munged makes no socket", folder)
-    return found
+    return daemon
 
 
 def _daemon(command: list[str], folder: Path) -> subprocess.Popen:
@@ -122,10 +122,10 @@ def _daemon(command: list[str], folder: Path) -> subprocess.Popen:
 
 def _wait_until_idle(folder: Path) -> None:
     def idle() -> bool:
-        told = subprocess.run(
+        status = subprocess.run(
             ["sinfo", "--noheader", "--format", "%T"], capture_output=True, text=True, check=False
         )
-        return told.stdout.strip() == "idle"
+        return status.stdout.strip() == "idle"
 
     _wait(idle, "the node does not become idle", folder)
 

@@ -23,6 +23,6 @@ def small_disk(folder, *, size: str, options: str = ""):
 
 def fill_up(folder, *, leave: int) -> None:
     """Take all room of the disk but some bytes."""
-    found = os.statvfs(folder)
+    statistics = os.statvfs(folder)
     with open(folder / "filler", "wb") as stream:
-        stream.write(b"\0" * (found.f_bavail * found.f_frsize - leave))
+        stream.write(b"\0" * (statistics.f_bavail * statistics.f_frsize - leave))

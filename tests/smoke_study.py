@@ -57,9 +57,9 @@ class Smoke:
     def done(self, target: str = "study", *settings: str, **more) -> str:
         """Let make end well; return what it said."""
         process = self.make(target, *settings, **more)
-        _, said = process.communicate()
-        assert process.returncode == 0, said
-        return said
+        _, output = process.communicate()
+        assert process.returncode == 0, output
+        return output
 
     def job(self, stage: str, **parameters: str) -> subprocess.CompletedProcess:
         """One job by itself, as Snakemake starts it."""
@@ -85,7 +85,7 @@ class Smoke:
 
 def content(outputs: Path) -> dict[str, str]:
     """Hash of every result below a study's folder, by its path in it."""
-    found = {}
+    hashes = {}
     for path in sorted(p for p in outputs.rglob("*") if p.is_file()):
         name = path.relative_to(outputs)
         hidden = any(part.startswith(".") for part in name.parts)
@@ -94,7 +94,7 @@ def content(outputs: Path) -> dict[str, str]:
         if not hidden and not shows_times:
             data = path.read_bytes()
             if name.name == "record.json":
-                kept = {k: v for k, v in json.loads(data).items() if k not in NOT_CONTENT}
-                data = json.dumps(kept, sort_keys=True).encode()
-            found[name.as_posix()] = hashlib.sha256(data).hexdigest()
-    return found
+                content_fields = {k: v for k, v in json.loads(data).items() if k not in NOT_CONTENT}
+                data = json.dumps(content_fields, sort_keys=True).encode()
+            hashes[name.as_posix()] = hashlib.sha256(data).hexdigest()
+    return hashes

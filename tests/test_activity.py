@@ -21,24 +21,24 @@ ESCAPES = "\x1b[31mred\x1b[0m\x07\r\u202e[bold]x[/bold]"
 
 
 @pytest.fixture
-def told(tmp_path, monkeypatch):
+def activity_path(tmp_path, monkeypatch):
     """The file in which the job at hand tells what it does."""
     path = tmp_path / "a job.json"
     monkeypatch.setenv(activity.ACTIVITY_VARIABLE, str(path))
     return path
 
 
-def test_a_bar_tells_its_place_and_draws_nothing(told, capfd):
+def test_a_bar_tells_its_place_and_draws_nothing(activity_path, capfd):
     for number in Bar(range(3), desc="arc", unit="item"):
-        assert activity.read_activity(told).of == 3, number
-    assert activity.read_activity(told) == Activity("arc", 3, 3, "item", 0.0)
+        assert activity.read_activity(activity_path).of == 3, number
+    assert activity.read_activity(activity_path) == Activity("arc", 3, 3, "item", 0.0)
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_bar_that_goes_on_counts_what_was_done_before(told):
+def test_a_bar_that_goes_on_counts_what_was_done_before(activity_path):
     for _ in Bar(iter("ab"), total=7, initial=5, desc="arc", unit="item"):
-        assert activity.read_activity(told).done >= 5
-    assert activity.read_activity(told).done == 7
+        assert activity.read_activity(activity_path).done >= 5
+    assert activity.read_activity(activity_path).done == 7
 
 
 def test_a_bar_nobody_watches_is_drawn(monkeypatch, capfd):
@@ -48,22 +48,22 @@ def test_a_bar_nobody_watches_is_drawn(monkeypatch, capfd):
     assert "3/3" in capfd.readouterr().err
 
 
-def test_a_full_disk_stops_no_job(told, monkeypatch):
+def test_a_full_disk_stops_no_job(activity_path, monkeypatch):
     def full(*_given, **_more):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", full)
     activity.set_activity("loading a model")
     assert list(Bar(range(3), desc="arc")) == [0, 1, 2]
-    assert activity.read_activity(told) is None
+    assert activity.read_activity(activity_path) is None
 
 
 GOOD = {"doing": "arc", "done": 1, "of": 2, "unit": "item", "left_s": 3.5}
 
 
-def test_what_was_written_is_read(told):
-    told.write_text(json.dumps(GOOD))
-    assert activity.read_activity(told) == Activity(**GOOD)
+def test_what_was_written_is_read(activity_path):
+    activity_path.write_text(json.dumps(GOOD))
+    assert activity.read_activity(activity_path) == Activity(**GOOD)
 
 
 @pytest.mark.parametrize(
@@ -84,9 +84,9 @@ def test_what_was_written_is_read(told):
         ),
     ],
 )
-def test_what_cannot_be_read_is_nothing(told, content):
-    told.write_bytes(content)
-    assert activity.read_activity(told) is None
+def test_what_cannot_be_read_is_nothing(activity_path, content):
+    activity_path.write_bytes(content)
+    assert activity.read_activity(activity_path) is None
 
 
 def test_nothing_is_read_where_nothing_is(tmp_path):
@@ -96,20 +96,20 @@ def test_nothing_is_read_where_nothing_is(tmp_path):
 
 
 @pytest.mark.parametrize("text", [ESCAPES, HOSTILE, "x" * 10**4, "a\nstart    b"])
-def test_no_text_acts_on_the_terminal(told, text):
-    told.write_text(json.dumps(GOOD | {"doing": text, "unit": text}))
-    found = activity.read_activity(told)
-    if found is None:  # too large to be a job's own
+def test_no_text_acts_on_the_terminal(activity_path, text):
+    activity_path.write_text(json.dumps(GOOD | {"doing": text, "unit": text}))
+    job_activity = activity.read_activity(activity_path)
+    if job_activity is None:  # too large to be a job's own
         return
-    job = display.RunningJob(f"evaluation {display.one_line(text)}"[:200], 3.0, found)
+    job = display.RunningJob(f"evaluation {display.one_line(text)}"[:200], 3.0, job_activity)
     status = display.Status(1, "2", 100.0, 50.0, [job])
     lines, clock = io.StringIO(), iter([0.0, *[1000.0] * 9])
     display.Lines(lines, clock=lambda: next(clock)).update(status)
     shown = Console(file=io.StringIO(), width=2000, color_system=None, force_terminal=False)
     shown.print(display.render_status(status))
-    for said in (lines.getvalue(), shown.file.getvalue()):
-        assert all(c.isprintable() or c == "\n" for c in said)
-        assert ("[bold]" in said) == ("[bold]" in text)  # shown as it is, not obeyed
+    for output in (lines.getvalue(), shown.file.getvalue()):
+        assert all(c.isprintable() or c == "\n" for c in output)
+        assert ("[bold]" in output) == ("[bold]" in text)  # shown as it is, not obeyed
     assert lines.getvalue().count("\n") == 1
 
 
@@ -146,8 +146,8 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     now = 20.0
     assert watch.status().left_s > 20  # it should have ended after ten
     shared.write_text(shared.read_text() + event(console.DONE, "calibration  base"))
-    found = watch.status()
-    assert (found.done, found.total, found.left_s, found.running) == (1, "2", 20.0, [])
+    status = watch.status()
+    assert (status.done, status.total, status.left_s, status.running) == (1, "2", 20.0, [])
     shared.write_text(shared.read_text() + event(console.START, "evaluation base noquant"))
     place = activity.activity_folder(shared) / "evaluation base noquant.json"
     place.write_text(json.dumps(GOOD | {"left_s": 500.0}))

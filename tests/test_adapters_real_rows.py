@@ -51,15 +51,15 @@ def items(adapter: str):
 
 def generated(adapter: str, texts) -> dict:
     """Metrics of one text for each item."""
-    made = [
+    scored = [
         score_text(item, adapter, text, answer="boxed", finish="stop")
         | {"prompt_tokens": 1, "output_tokens": 1}
         for item, text in zip(items(adapter), texts, strict=True)
     ]
-    return set_metrics(adapter, made)
+    return set_metrics(adapter, scored)
 
 
-def wanted(adapter: str) -> EvaluationSet:
+def evaluation_set(adapter: str) -> EvaluationSet:
     ask = {
         "protocol": "generate",
         "answer": "boxed",
@@ -84,7 +84,7 @@ def test_every_item_renders_with_its_question(adapter, thoughts, tokenizer):
     configure_chat_template_(chat, enable_thinking=thoughts, place="x")
     texts = set()
     for item in items(adapter):
-        text = render_prompt(item, wanted(adapter), chat).text
+        text = render_prompt(item, evaluation_set(adapter), chat).text
         assert text.startswith("<|im_start|>system\n")
         assert item.question in text
         assert item.passage in text
@@ -101,7 +101,9 @@ def test_rows_are_the_same_by_way_of_a_hub(tmp_path, write_study, study_settings
             files = {"data/test-00000-of-00001.parquet": (DATA / name).read_bytes()}
             hub.add("dataset", f"real/{adapter}", files | {"README.md": b"# Rows\n"})
             origin = {"hub": f"real/{adapter}", "config": None, "split": "test"}
-            sets[adapter] = wanted(adapter).model_dump() | {"source": origin | {"revision": "main"}}
+            sets[adapter] = evaluation_set(adapter).model_dump() | {
+                "source": origin | {"revision": "main"}
+            }
         study_settings["statistics"]["primary"] = []
         for name in ("STUDY_OUTPUTS", "STUDY_CACHE", "HF_HOME"):
             monkeypatch.setenv(name, str(tmp_path / name))
@@ -126,9 +128,9 @@ def test_every_gold_scores_as_right(adapter):
     for item in items(adapter):
         for gold in item.golds or ["unanswerable"]:
             text = rf"It is \boxed{{{gold}}}."
-            made = score_text(item, adapter, text, answer="boxed", finish="stop")
-            assert made["score"] == 1.0, (item.id, gold)
-            assert made.get("f1", 1.0) == 1.0
+            scored = score_text(item, adapter, text, answer="boxed", finish="stop")
+            assert scored["score"] == 1.0, (item.id, gold)
+            assert scored.get("f1", 1.0) == 1.0
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq"])
@@ -137,25 +139,25 @@ def test_the_likeliest_gold_scores_as_right_and_any_other_as_wrong(adapter):
         continuations = loglikelihood_prompt(item, adapter).continuations
         for label in item.labels:
             logprobs = [-0.001 if other == label else -1e6 for other in item.labels]
-            made = score_options(item, logprobs, continuations, normalize="bytes")
-            assert made["score"] == float(label in item.golds), item.id
+            scored = score_options(item, logprobs, continuations, normalize="bytes")
+            assert scored["score"] == float(label in item.golds), item.id
 
 
 @pytest.mark.parametrize("label", "ABCD")
 def test_a_constant_letter_scores_its_share(label):
     """EVIDENCE section 7: near a quarter for every letter."""
-    found = generated("arc", [rf"\boxed{{{label}}}"] * len(rows("arc")))
+    scored = generated("arc", [rf"\boxed{{{label}}}"] * len(rows("arc")))
     share = sum(row["answerKey"] == label for row in rows("arc")) / len(rows("arc"))
-    assert found["accuracy"] == pytest.approx(share)
+    assert scored["accuracy"] == pytest.approx(share)
     assert 0.15 < share < 0.35
 
 
 @pytest.mark.parametrize("answer", ["yes", "no"])
 def test_a_constant_answer_to_boolq_scores_its_share(answer):
-    found = generated("boolq", [rf"\boxed{{{answer}}}"] * len(rows("boolq")))
+    scored = generated("boolq", [rf"\boxed{{{answer}}}"] * len(rows("boolq")))
     share = sum(row["answer"] is (answer == "yes") for row in rows("boolq")) / len(rows("boolq"))
-    assert found["accuracy"] == pytest.approx(share)
-    assert found["macro_f1"] == pytest.approx((2 * share / (1 + share)) / 2)
+    assert scored["accuracy"] == pytest.approx(share)
+    assert scored["macro_f1"] == pytest.approx((2 * share / (1 + share)) / 2)
 
 
 def test_abstaining_on_squad_scores_the_unanswerable_share_and_silence_nothing():
@@ -167,15 +169,15 @@ def test_abstaining_on_squad_scores_the_unanswerable_share_and_silence_nothing()
     assert abstained["no_answer_exact_match"] == 1.0
     assert 0.4 < share < 0.6
     for silence in ("", "garbage", r"\boxed{"):
-        found = generated("squad_v2", [silence] * count)
-        assert found["exact_match"] == found["f1"] == 0.0
+        scored = generated("squad_v2", [silence] * count)
+        assert scored["exact_match"] == scored["f1"] == 0.0
 
 
 def test_a_constant_number_scores_its_share():
-    found = generated("openmath", [r"\boxed{1}"] * len(rows("openmath")))
+    scored = generated("openmath", [r"\boxed{1}"] * len(rows("openmath")))
     golds = [row["expected_answer"].strip() for row in rows("openmath")]
-    assert found["accuracy"] == pytest.approx(golds.count("1") / len(golds))
-    assert 0.02 < found["accuracy"] < 0.15
+    assert scored["accuracy"] == pytest.approx(golds.count("1") / len(golds))
+    assert 0.02 < scored["accuracy"] < 0.15
 
 
 def test_held_out_problems_are_not_in_the_training_rows():

@@ -99,9 +99,9 @@ def test_elsewhere_without_torch_it_gives_the_same_report(packed, study, tmp_pat
         path.with_suffix(".away").rename(path)
     assert done.returncode == 0, done.stderr
     assert "the same summary.json and summary.csv" in done.stdout
-    made = tmp_path / "new" / "outputs" / "study"
+    outputs_path = tmp_path / "new" / "outputs" / "study"
     for name in ("summary.json", "summary.csv", "report.md"):
-        assert (made / name).read_bytes() == (root / name).read_bytes(), name
+        assert (outputs_path / name).read_bytes() == (root / name).read_bytes(), name
     assert not attempts.exists()
 
 
@@ -122,7 +122,7 @@ def test_results_that_do_not_give_the_summary_are_told(study, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
         packed = archive.pack(str(study[0]))
-        with pytest.raises(StudyError, match=r"summary\.json is not the archive's"):
+        with pytest.raises(StudyError, match=r"summary\.json differs from the archive's"):
             archive.remake_report(packed, tmp_path / "new")
 
 
@@ -173,9 +173,9 @@ def announced(name: str):
 
 
 DAMAGE = {
-    "a file more": (extra("outputs/study/x"), "which it does not announce"),
-    "a file outside": (extra("../x"), "which it does not announce"),
-    "a link": (extra("outputs/x", type=tarfile.SYMTYPE, linkname="/etc"), "does not announce"),
+    "a file more": (extra("outputs/study/x"), "which its manifest does not list"),
+    "a file outside": (extra("../x"), "which its manifest does not list"),
+    "a link": (extra("outputs/x", type=tarfile.SYMTYPE, linkname="/etc"), "does not list"),
     "an announced way out": (announced("outputs/../../x"), "is no archive of a study"),
     "an announced root": (announced("/x"), "is no archive of a study"),
     "an announced folder": (announced("notebooks/x"), "is no archive of a study"),
@@ -183,16 +183,16 @@ DAMAGE = {
     "another format": (with_manifest(lambda m: m.update(format=2)), "is no archive of a study"),
     "no manifest": (lambda members: members[1:], "is no archive of a study"),
     "a file less": (lambda members: members[:-1], "lacks "),
-    "a file twice": (lambda members: [*members, members[-1]], "which it does not announce"),
-    "a byte more": (lambda m: [*m[:-1], (m[-1][0], m[-1][1] + b"x")], "is not what it was"),
+    "a file twice": (lambda members: [*members, members[-1]], "which its manifest does not list"),
+    "a byte more": (lambda m: [*m[:-1], (m[-1][0], m[-1][1] + b"x")], "differs from its checksum"),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_an_archive_that_was_tampered_with_is_refused(packed, tmp_path, name):
-    edit, said = DAMAGE[name]
+    edit, message = DAMAGE[name]
     rewritten(packed, tmp_path / "bad.tar.gz", edit)
-    with pytest.raises(StudyError, match=re.escape(said)):
+    with pytest.raises(StudyError, match=re.escape(message)):
         archive.unpack(tmp_path / "bad.tar.gz", tmp_path / "inside" / "new")
     assert not (tmp_path / "x").exists()
     assert {p.name for p in (tmp_path / "inside").iterdir()} <= {"new"}
@@ -215,7 +215,7 @@ def test_half_an_archive_is_refused(packed, tmp_path):
 
 def test_what_is_too_large_is_refused_before_it_is_written(packed, tmp_path, monkeypatch):
     monkeypatch.setattr(archive, "MOST_BYTES", 20_000)
-    with pytest.raises(StudyError, match=r"more than 20,000 bytes"):
+    with pytest.raises(StudyError, match=r"unpacks to more than 20,000 bytes"):
         archive.unpack(packed, tmp_path / "new")
     assert not list((tmp_path / "new").iterdir())
 

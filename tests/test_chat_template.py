@@ -42,11 +42,11 @@ def with_template(template: str):
 def refusal(tokenizer, enable_thinking=None) -> str:
     with pytest.raises(StudyError) as caught:
         configure_chat_template_(tokenizer, enable_thinking=enable_thinking, place="the-model")
-    told = str(caught.value)
-    assert len(told.splitlines()) == 1, told
-    assert told.startswith("the-model: ")
-    assert "; " in told
-    return told
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1, message
+    assert message.startswith("the-model: ")
+    assert "; " in message
+    return message
 
 
 SYSTEM_LAST = (
@@ -71,9 +71,9 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("template", "said"), WRONG)
-def test_a_template_that_does_not_keep_the_conversation_is_refused(template, said):
-    assert said in refusal(with_template(template))
+@pytest.mark.parametrize(("template", "message"), WRONG)
+def test_a_template_that_does_not_keep_the_conversation_is_refused(template, message):
+    assert message in refusal(with_template(template))
 
 
 def test_qwen3_renders_a_late_system_turn_without_complaint(qwen3):
@@ -88,8 +88,8 @@ def test_the_switch_reaches_every_text(qwen3, enable_thinking):
     render_prompt = render(qwen3, conversation(ITEM, "openmath", shots=1))
     assert render_prompt.endswith("assistant\n" + NO_THOUGHT * (not enable_thinking))
     bare = render(qwen3, conversation(ITEM, "openmath", shots=0))
-    asked, answered = training_tokens(qwen3, ITEM)
-    assert qwen3.decode(asked) == bare
+    prompt_tokens, answered = training_tokens(qwen3, ITEM)
+    assert qwen3.decode(prompt_tokens) == bare
     assert qwen3.decode(answered) == ITEM.solution + "<|im_end|>"
     assert qwen3.decode(calibration_tokens(qwen3, ITEM, "openmath")) == bare + ITEM.solution
 
@@ -124,10 +124,10 @@ def test_a_model_that_cannot_think_may_be_told_not_to(enable_thinking):
 def test_the_account_tells_the_switch_and_the_template(qwen3):
     configure_chat_template_(qwen3, enable_thinking=False, place="x")
     assert knows_switch(qwen3)
-    found = chat_template.describe_template(qwen3, enable_thinking=False)
-    assert found["enable_thinking"] is False
+    description = chat_template.describe_template(qwen3, enable_thinking=False)
+    assert description["enable_thinking"] is False
     assert (
-        found["sha256"]
+        description["sha256"]
         != chat_template.describe_template(byte_tokenizer(), enable_thinking=None)["sha256"]
     )
 
@@ -249,8 +249,8 @@ def test_training_and_calibration_have_the_system_text_too():
     tokenizer = settled(INST["none"])
     system, user = (turn["content"] for turn in conversation(ITEM, "openmath", shots=0))
     begun = f"[INST] {system}\n\n{user} [/INST]"
-    asked, answered = training_tokens(tokenizer, ITEM)
-    assert tokenizer.decode(asked) == begun
+    prompt_tokens, answered = training_tokens(tokenizer, ITEM)
+    assert tokenizer.decode(prompt_tokens) == begun
     assert tokenizer.decode(answered) == ITEM.solution + "<|im_end|>"
     assert tokenizer.decode(calibration_tokens(tokenizer, ITEM, "openmath")) == (
         begun + ITEM.solution
@@ -259,8 +259,8 @@ def test_training_and_calibration_have_the_system_text_too():
 
 def test_prompts_share_what_they_did_before(study):
     """The system's text and the worked examples are read once for all items."""
-    wanted, tokenizer = study.evaluation.datasets["squad_v2"], settled(INST["last"])
-    prompts = [render_prompt(i, wanted, tokenizer) for i in evaluation_items(study, "squad_v2")]
+    settings, tokenizer = study.evaluation.datasets["squad_v2"], settled(INST["last"])
+    prompts = [render_prompt(i, settings, tokenizer) for i in evaluation_items(study, "squad_v2")]
     assert all(p.shared and p.text.startswith(p.shared[0]) for p in prompts)
     assert len({p.shared[0] for p in prompts}) == 1
 

@@ -54,9 +54,9 @@ def test_one_changed_byte_is_named_with_the_remedy(stage, name):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    told = refused(stage)
-    assert f"{path.resolve().name} is not what 02_quantization wrote" in told
-    assert "quantization/record.json and run make study" in told
+    error = refused(stage)
+    assert f"{path.resolve().name} is not what 02_quantization wrote" in error
+    assert "quantization/record.json and run make study" in error
 
 
 def test_the_time_of_a_file_says_nothing(stage):
@@ -72,13 +72,13 @@ def test_the_time_of_a_file_says_nothing(stage):
 def test_a_missing_file_is_named_unless_it_may_be_missing(stage):
     (stage / "../checkpoint/weights").unlink()
     assert "weights is missing, though 02_quantization wrote it" in refused(stage)
-    check_checksums(stage, made_by="02_quantization", may_miss="../checkpoint/")
+    check_checksums(stage, made_by="02_quantization", optional="../checkpoint/")
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff", b"[]", b"{}", b'{"files": 3}'])
 def test_a_damaged_record_vouches_for_nothing(stage, damage):
     (stage / "record.json").write_bytes(damage)
-    assert "record.json is damaged or holds no checksums; delete" in refused(stage)
+    assert "record.json is damaged or lacks checksums; delete" in refused(stage)
 
 
 def test_all_results_of_a_study_are_held_against_their_records(tmp_path, monkeypatch):
@@ -101,7 +101,9 @@ def test_a_damaged_cached_model_is_named_and_made_anew_once_it_is_deleted(tmp_pa
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(StudyError, match=r"model\.safetensors .* it is made anew") as caught:
+    with pytest.raises(
+        StudyError, match=r"model\.safetensors .* run again to recreate it"
+    ) as caught:
         random_model.random_model_folder("llama", size="tiny", seed=1)
     assert f"delete {folder} and run again" in str(caught.value)
     weights.unlink()
@@ -165,8 +167,8 @@ def test_a_damaged_trained_model_is_refused(study_path, tmp_path, monkeypatch):
     replace_folder(folder, lambda p: (p / "model.safetensors").write_bytes(b"1"))
     record.write({})
     assert model_folder(job.study, "tuned", job.paths) == folder
-    found = json.loads((folder / "record.json").read_text())
-    found["files"]["model.safetensors"] = sha256_text("2")
-    (folder / "record.json").write_text(json.dumps(found))
+    stored_record = json.loads((folder / "record.json").read_text())
+    stored_record["files"]["model.safetensors"] = sha256_text("2")
+    (folder / "record.json").write_text(json.dumps(stored_record))
     with pytest.raises(StudyError, match=r"not what 00_finetuning wrote .*run make study"):
         model_folder(job.study, "tuned", job.paths)

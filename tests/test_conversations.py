@@ -55,11 +55,11 @@ def test_more_examples_than_there_are_are_refused(adapter):
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_the_user_is_told_everything_but_the_answer(adapter):
-    item, said = ITEMS[adapter], user_turn(ITEMS[adapter], adapter)
-    assert item.question in said
-    assert item.passage in said
-    assert adapter != "arc" or "1. iron\n2. wood" in said
-    assert not item.solution or item.solution not in said
+    item, message = ITEMS[adapter], user_turn(ITEMS[adapter], adapter)
+    assert item.question in message
+    assert item.passage in message
+    assert adapter != "arc" or "1. iron\n2. wood" in message
+    assert not item.solution or item.solution not in message
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -101,15 +101,15 @@ def test_examples_do_not_all_give_the_same_answer(adapter):
 
 
 def test_examples_show_an_abstention_and_an_answer():
-    told = [is_abstention(last_boxed(text)) for _, text in EXAMPLES["squad_v2"][:2]]
-    assert sorted(told) == [False, True]
+    abstentions = [is_abstention(last_boxed(text)) for _, text in EXAMPLES["squad_v2"][:2]]
+    assert sorted(abstentions) == [False, True]
 
 
 def test_the_abstention_the_system_turn_names_is_the_one_scored():
     item = Item("s", "Who left?", (), passage="Ann came.")
     assert "unanswerable" in SYSTEM["squad_v2"]
-    made = score_text(item, "squad_v2", r"\boxed{unanswerable}", answer="boxed", finish="stop")
-    assert (made["status"], made["score"]) == ("abstained", 1.0)
+    scored = score_text(item, "squad_v2", r"\boxed{unanswerable}", answer="boxed", finish="stop")
+    assert (scored["status"], scored["score"]) == ("abstained", 1.0)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -122,8 +122,10 @@ def test_a_prompt_ends_ready_for_the_answer(tokenizer, adapter):
 
 def test_training_answers_end_their_turn(tokenizer):
     item = ITEMS["openmath"]
-    asked, answered = training_tokens(tokenizer, item)
-    assert tokenizer.decode(asked) == render(tokenizer, conversation(item, "openmath", shots=0))
+    prompt_tokens, answered = training_tokens(tokenizer, item)
+    assert tokenizer.decode(prompt_tokens) == render(
+        tokenizer, conversation(item, "openmath", shots=0)
+    )
     assert tokenizer.decode(answered) == item.solution + "<|im_end|>"
 
 
@@ -142,10 +144,10 @@ def test_training_calibration_and_generation_ask_alike(tokenizer):
         "shots": 0,
         "max_new_tokens": 8,
     }
-    wanted = EvaluationSet(
+    settings = EvaluationSet(
         adapter="openmath", source={"shipped": "openmath_eval"}, items=1, ask=ask
     )
-    generated = tokenize(tokenizer, render_prompt(item, wanted, tokenizer).text)
+    generated = tokenize(tokenizer, render_prompt(item, settings, tokenizer).text)
     assert training_tokens(tokenizer, item)[0] == generated
     calibrated = calibration_tokens(tokenizer, item, "openmath")
     assert calibrated == generated + tokenize(tokenizer, item.solution)
@@ -153,16 +155,18 @@ def test_training_calibration_and_generation_ask_alike(tokenizer):
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq"])
 def test_option_tokens_spell_the_prompt_and_each_option(tokenizer, adapter):
-    asked = loglikelihood_prompt(ITEMS[adapter], adapter)
-    tokens = option_tokens(tokenizer, asked)
-    assert tokenizer.decode(tokens.context) == asked.text
-    assert [tokenizer.decode(option) for option in tokens.options] == list(asked.continuations)
-    assert len(asked.continuations) == len(ITEMS[adapter].options)
+    scored_prompt = loglikelihood_prompt(ITEMS[adapter], adapter)
+    tokens = option_tokens(tokenizer, scored_prompt)
+    assert tokenizer.decode(tokens.context) == scored_prompt.text
+    assert [tokenizer.decode(option) for option in tokens.options] == list(
+        scored_prompt.continuations
+    )
+    assert len(scored_prompt.continuations) == len(ITEMS[adapter].options)
 
 
 def test_prompts_are_equal_by_hash_only_if_equal_in_text():
-    asked = loglikelihood_prompt(ITEMS["arc"], "arc")
+    scored_prompt = loglikelihood_prompt(ITEMS["arc"], "arc")
     turned = Item("a", "Which burns?", ("2",), options=("wood", "iron"), labels=("1", "2"))
     renamed = Item("z", "Which burns?", ("1",), options=("iron", "wood"), labels=("1", "2"))
-    assert asked.hash != loglikelihood_prompt(turned, "arc").hash
-    assert asked.hash == loglikelihood_prompt(renamed, "arc").hash
+    assert scored_prompt.hash != loglikelihood_prompt(turned, "arc").hash
+    assert scored_prompt.hash == loglikelihood_prompt(renamed, "arc").hash

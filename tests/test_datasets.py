@@ -48,12 +48,12 @@ ROWS = {
 
 def put(row: dict, path: str, value) -> dict:
     """A copy of the row with the value at a slash-separated path."""
-    made = copy.deepcopy(row)
-    inner, keys = made, path.split("/")
+    changed_row = copy.deepcopy(row)
+    inner, keys = changed_row, path.split("/")
     for key in keys[:-1]:
         inner = inner[key]
     inner[keys[-1]] = value
-    return made
+    return changed_row
 
 
 def refusal(call, *args, **kwargs) -> str:
@@ -191,13 +191,13 @@ def test_one_question_twice_is_one_item(write_rows):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b"", "line 1"), (b'{"id": 1}\n{"id"', "line 2"), (b'{"id": "\xff"}\n', "line 1")],
 )
-def test_a_torn_file_is_refused_by_line(tmp_path, content, said):
+def test_a_torn_file_is_refused_by_line(tmp_path, content, message):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
-    assert said in refusal(load_items, FileDataset(file=str(path)), adapter="arc")
+    assert message in refusal(load_items, FileDataset(file=str(path)), adapter="arc")
 
 
 def test_a_parquet_file_that_is_none_is_refused(tmp_path):
@@ -257,17 +257,18 @@ def numbered(count: int, title=lambda i: "") -> list[Item]:
 @given(st.integers(0, 40), st.integers(0, 2**32 - 1), st.randoms(use_true_random=False))
 def test_a_draw_is_seeded_and_blind_to_order(count, seed, shuffler):
     items = numbered(40, title=lambda i: f"t{i % 3}")
-    drawn = draw_items(items, count, seed=seed, excluding=(), what="x")
+    drawn = draw_items(items, count, seed=seed, excluding=(), label="x")
     mixed = items.copy()
     shuffler.shuffle(mixed)
-    assert draw_items(mixed, count, seed=seed, excluding=(), what="x") == drawn
+    assert draw_items(mixed, count, seed=seed, excluding=(), label="x") == drawn
     assert len({item.id for item in drawn}) == count
 
 
 def test_a_draw_changes_with_the_seed_and_not_with_the_file():
     items = numbered(60)
     firsts = [
-        tuple(i.id for i in draw_items(items, 10, seed=s, excluding=(), what="x")) for s in range(8)
+        tuple(i.id for i in draw_items(items, 10, seed=s, excluding=(), label="x"))
+        for s in range(8)
     ]
     assert len(set(firsts)) == 8
     assert any(first != tuple(i.id for i in items[:10]) for first in firsts)
@@ -275,7 +276,7 @@ def test_a_draw_changes_with_the_seed_and_not_with_the_file():
 
 def test_a_smaller_draw_is_the_beginning_of_a_larger_one():
     items = numbered(30, title=lambda i: f"t{i % 4}")
-    drawn = [draw_items(items, n, seed=3, excluding=(), what="x") for n in (5, 30)]
+    drawn = [draw_items(items, n, seed=3, excluding=(), label="x") for n in (5, 30)]
     assert drawn[1][:5] == drawn[0]
 
 
@@ -283,25 +284,25 @@ def test_a_smaller_draw_is_the_beginning_of_a_larger_one():
 def test_titles_take_turns(count):
     """20, 5 and 5 items: no title is ahead of another that still has items."""
     items = numbered(30, title=lambda i: "big" if i < 20 else f"small{i % 2}")
-    drawn = draw_items(items, count, seed=1, excluding=(), what="x")
-    held = {"big": 20, "small0": 5, "small1": 5}
-    taken = {title: sum(item.title == title for item in drawn) for title in held}
+    drawn = draw_items(items, count, seed=1, excluding=(), label="x")
+    items_by_title = {"big": 20, "small0": 5, "small1": 5}
+    taken = {title: sum(item.title == title for item in drawn) for title in items_by_title}
     assert sum(taken.values()) == count
-    for title, size in held.items():
+    for title, size in items_by_title.items():
         assert taken[title] == size or max(taken.values()) - taken[title] <= 1
 
 
 def test_what_is_excluded_is_not_drawn():
     items = numbered(20)
     barred = [item_key(item) for item in items[:15]]
-    drawn = draw_items(items, 5, seed=1, excluding=barred, what="x")
+    drawn = draw_items(items, 5, seed=1, excluding=barred, label="x")
     assert {item.id for item in drawn} == {item.id for item in items[15:]}
 
 
 def test_too_few_items_are_refused_with_the_most_there_are():
     items = numbered(20)
     barred = [item_key(item) for item in items[:15]]
-    line = refusal(draw_items, items, 6, seed=1, excluding=barred, what="calibration")
+    line = refusal(draw_items, items, 6, seed=1, excluding=barred, label="calibration")
     assert line.startswith("calibration: 6 items asked for but 5")
     assert line.endswith("ask for at most 5")
 
@@ -372,10 +373,10 @@ def test_the_order_of_the_file_does_not_change_any_draw(crowded_study):
     rows = openmath_rows(40)
     expected = all_draws(crowded_study(rows))
     random.Random(5).shuffle(rows)
-    found = all_draws(crowded_study(rows))
+    draws = all_draws(crowded_study(rows))
     for name, items in expected.items():
         assert [normalized_text(i.question) for i in items] == [
-            normalized_text(i.question) for i in found[name]
+            normalized_text(i.question) for i in draws[name]
         ]
 
 
@@ -401,15 +402,15 @@ def test_shared_passages_are_distinct_and_seeded(study):
 
 
 @pytest.mark.parametrize(
-    ("source", "passages", "said"),
+    ("source", "passages", "message"),
     [({"shipped": "squad_v2"}, 10**6, "passages = 1000000"), ({"shipped": "arc"}, 2, "row 1")],
 )
 def test_shared_text_that_is_not_there_is_refused(
-    study_settings, write_study, source, passages, said
+    study_settings, write_study, source, passages, message
 ):
-    wanted = study_settings["evaluation"]["shared_text"]
-    wanted |= {"dataset": source, "passages": passages}
-    assert said in refusal(shared_passages, load_study(write_study(study_settings)))
+    settings = study_settings["evaluation"]["shared_text"]
+    settings |= {"dataset": source, "passages": passages}
+    assert message in refusal(shared_passages, load_study(write_study(study_settings)))
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2"])

@@ -99,9 +99,9 @@ def test_a_spread_model_computes_what_a_whole_one_does():
 
 
 def test_a_part_answers_on_the_device_it_was_asked_on():
-    asked = {"input_ids": torch.zeros(1, device="meta"), "use_cache": False}
-    found = devices._home(None, (), asked, {"last_hidden_state": torch.zeros(2)})
-    assert found["last_hidden_state"].device.type == "meta"
+    inputs = {"input_ids": torch.zeros(1, device="meta"), "use_cache": False}
+    output = devices._to_input_device(None, (), inputs, {"last_hidden_state": torch.zeros(2)})
+    assert output["last_hidden_state"].device.type == "meta"
 
 
 def test_the_engine_knows_what_may_take_a_gpu(monkeypatch, tmp_path):

@@ -93,19 +93,19 @@ def test_scored_options_are_counted_to_the_token(only, model, size, tokenizer):
     study = only("arc")
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = tokens_of(study, "arc", tokenizer)
-    assert multiplied.operations == 2 * size.linears * (found.together + found.options)
+    counted = tokens_of(study, "arc", tokenizer)
+    assert multiplied.operations == 2 * size.linears * (counted.together + counted.options)
 
 
 def test_answers_are_counted_at_their_longest(only, model, size, tokenizer):
     study = only("squad_v2", max_new_tokens=5)
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = tokens_of(study, "squad_v2", tokenizer)
-    longest = 2 * size.linears * (found.together + found.items * (found.cap - 1))
+    counted = tokens_of(study, "squad_v2", tokenizer)
+    longest = 2 * size.linears * (counted.together + counted.items * (counted.cap - 1))
     # Blank rows beside few answers are multiplied too; see helpers.inference.generation.
-    blank = 2 * size.linears * 16 * found.cap
-    assert 2 * size.linears * found.together < multiplied.operations <= longest + blank
+    blank = 2 * size.linears * 16 * counted.cap
+    assert 2 * size.linears * counted.together < multiplied.operations <= longest + blank
 
 
 def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size, tokenizer):
@@ -113,8 +113,8 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
     limit = study.evaluation.shared_text.max_tokens
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
     read_passages(model, tokens, batch_tokens=128)
-    due = sum(evaluation.shared_text_lengths(study, tokenizer))
-    assert multiplied.operations == 2 * size.linears * due
+    expected = sum(evaluation.shared_text_lengths(study, tokenizer))
+    assert multiplied.operations == 2 * size.linears * expected
     multiplied.operations = 0
     items = calibration_items(study)
     texts = [calibration_tokens(tokenizer, i, study.calibration.adapter) for i in items]
@@ -136,9 +136,9 @@ def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     finetuning.fine_tune_(model, examples, settings, seed=study.seed)
     head = sum(len(answer) for _, answer in examples)
     trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
-    found = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
+    counted = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
     tokens = sum(len(p) + len(a) for p, a in heldout)
-    apart = sum(found.values()) - trained
+    apart = sum(counted.values()) - trained
     assert 2 * 2 * size.linears * tokens * 0.9 < apart < 4 * (size.linears + size.head) * tokens * 2
 
 
@@ -186,10 +186,14 @@ def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypat
     assert (
         duration_estimate.estimate("study", study, paths, Capacity(2, 9), say=pytest.fail) is None
     )
-    [made] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
-    made.record(paths).unlink()
+    [quantization_run] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
+    quantization_run.record(paths).unlink()
     again = duration_estimate.runs_to_execute(study, paths)
-    assert {made, ANALYSIS, study_stages.Run("evaluation", "base", made.variant)} <= set(again)
+    assert {
+        quantization_run,
+        ANALYSIS,
+        study_stages.Run("evaluation", "base", quantization_run.variant),
+    } <= set(again)
     assert study_stages.Run("calibration", "base") not in again
     assert study_stages.Run("evaluation", "base", study.baseline) not in again
 
@@ -213,10 +217,10 @@ def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
     assert makespan_s(study, seconds, Capacity(8, 1)) == pytest.approx(work)  # memory for one only
     alone = seconds[ANALYSIS] + sum(s for run, s in seconds.items() if run.stage == "cost")
     for cores in (2, 4, 100):
-        found = makespan_s(study, seconds, Capacity(cores, 100))
-        assert critical_path(study, seconds) <= found * (1 + 1e-9)
-        assert alone + (work - alone) / cores <= found * (1 + 1e-9)
-        assert found <= work * (1 + 1e-9)
+        makespan = makespan_s(study, seconds, Capacity(cores, 100))
+        assert critical_path(study, seconds) <= makespan * (1 + 1e-9)
+        assert alone + (work - alone) / cores <= makespan * (1 + 1e-9)
+        assert makespan <= work * (1 + 1e-9)
 
 
 def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings, write_study):
@@ -229,11 +233,11 @@ def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings,
 def test_a_long_study_is_told_what_would_shorten_it(study):
     run = study_stages.Run("evaluation", "base", "noquant")
     long = Estimate(study, Capacity(2, 9), {run: 2 * duration_estimate.LONG_S})
-    [told] = [
+    [advice] = [
         line for line in duration_estimate.estimate_lines(long) if line.startswith("to shorten it")
     ]
-    assert "evaluation is 100 % of the work" in told
-    assert "max_new_tokens" in told
+    assert "evaluation is 100 % of the work" in advice
+    assert "max_new_tokens" in advice
     short = Estimate(study, Capacity(2, 9), {run: 60.0}, ("x: \ufffd",))
     assert duration_estimate.estimate_lines(short)[-1] == "not counted: x: \ufffd"
 
@@ -266,14 +270,14 @@ def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, mon
     """The whole way through, with the processes that count and measure."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    found = launcher._estimate(given(study_path), StudyPaths("study"))
-    told = capsys.readouterr().err
-    assert found is not None, told
-    assert set(found.seconds) == {*study_stages.runs(found.study), ANALYSIS}
-    assert all(seconds > 0 for seconds in found.seconds.values())
-    stages = {run.stage for run in found.seconds}
-    assert {line.split()[1] for line in told.splitlines() if " job" in line} >= stages
-    assert "in all on 2 cores" in told
+    estimate = launcher._estimate(given(study_path), StudyPaths("study"))
+    printed = capsys.readouterr().err
+    assert estimate is not None, printed
+    assert set(estimate.seconds) == {*study_stages.runs(estimate.study), ANALYSIS}
+    assert all(seconds > 0 for seconds in estimate.seconds.values())
+    stages = {run.stage for run in estimate.seconds}
+    assert {line.split()[1] for line in printed.splitlines() if " job" in line} >= stages
+    assert "in all on 2 cores" in printed
 
 
 @pytest.mark.long
@@ -291,16 +295,22 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
     for name, value in smoke.environment().items():
         monkeypatch.setenv(name, value)
     study, room = load_study(smoke.file), Capacity(2, 2)
-    found = duration_estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
+    estimate = duration_estimate.estimate(
+        str(smoke.file), study, StudyPaths("smoke"), room, say=print
+    )
     began = time.monotonic()
-    said = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")
+    output = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")
     whole = time.monotonic() - began
-    took = re.findall(r"^\[ *\d+/\d+\] .*?(?:(\d+) min )?(\d+) s$", said, re.M)
+    took = re.findall(r"^\[ *\d+/\d+\] .*?(?:(\d+) min )?(\d+) s$", output, re.M)
     jobs = sum(60 * int(minutes or 0) + int(seconds) for minutes, seconds in took)
-    print(json.dumps({"jobs": [sum(found.seconds.values()), jobs], "all": [found.whole_s, whole]}))
-    assert len(took) == len(found.seconds) + 1  # and the report
-    assert 0.5 < sum(found.seconds.values()) / jobs < 2
-    assert 0.5 < found.whole_s / whole < 2
+    print(
+        json.dumps(
+            {"jobs": [sum(estimate.seconds.values()), jobs], "all": [estimate.whole_s, whole]}
+        )
+    )
+    assert len(took) == len(estimate.seconds) + 1  # and the report
+    assert 0.5 < sum(estimate.seconds.values()) / jobs < 2
+    assert 0.5 < estimate.whole_s / whole < 2
 
 
 def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
@@ -327,13 +337,13 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
 def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
     """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
     study = only("arc", "squad_v2")
-    found = [
+    counts = [
         without_weight_passes(job)
         for _ in range(2)
         for job in evaluation.count_model(study, "base", SIZE, tokenizer).values()
     ]
-    half = len(found) // 2
-    assert found[:half] == found[half:]
-    for counted in found:
+    half = len(counts) // 2
+    assert counts[:half] == counts[half:]
+    for counted in counts:
         assert set(counted) <= {"float32", "bfloat16", "int8"}
         assert all(isinstance(number, int) and number > 0 for number in counted.values())

@@ -49,9 +49,9 @@ def make(folder, *, kernels="calibration"):
 def add_cell(project, stage: str, code: str) -> None:
     """Let the toy of a stage run some code before it does its work."""
     [path] = (project / "notebooks").glob(f"*_{stage}.ipynb")
-    found = nbformat.read(path, as_version=4)
-    found.cells.insert(1, nbformat.v4.new_code_cell(code))
-    nbformat.write(found, path)
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells.insert(1, nbformat.v4.new_code_cell(code))
+    nbformat.write(notebook, path)
 
 
 def without_traceback(done) -> str:
@@ -114,24 +114,24 @@ def without_traceback_of(front) -> str:
 
 
 @pytest.mark.parametrize(
-    ("role", "told"),
+    ("role", "message"),
     [
         pytest.param(
             "runner",
-            "ended without a word: calibration base; a job that is killed was most often",
+            "exited without reporting a result: calibration base; such a job was killed",
             marks=long,
         ),
         ("kernel", "the kernel died; most often the machine ran out of memory"),
     ],
 )
-def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, told):
+def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, message):
     project, mark, front = begun
     wait_for((project / "outputs/toy/base/noquant/evaluation/record.json").is_file, seconds=60)
     kill(began(project)[role])
     err = without_traceback_of(front)
     assert front.returncode == 1
-    assert told in err
-    assert "1 failed; what is finished is kept, so mend and run again" in err
+    assert message in err
+    assert "1 failed; finished jobs are kept, so correct the cause and run again" in err
     assert processes(mark) == {}
     (project / "wait").unlink()
     assert len(finished(project)) == 5
@@ -143,8 +143,8 @@ def test_a_job_that_dies_before_its_first_word_is_named(project):
     module.write_text(module.read_text("utf-8").replace(first, dies + first), "utf-8")
     done = toy_project.jobs(project, *toy_project.WHOLE)
     assert done.returncode == 1
-    assert "ended without a word: calibration base; a job that is killed" in done.stderr
-    assert "1 failed; what is finished is kept" in done.stderr
+    assert "exited without reporting a result: calibration base; such a job" in done.stderr
+    assert "1 failed; finished jobs are kept" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_a_stopped_run_is_gone_within_seconds_and_goes_on(begun, number):
     assert time.monotonic() - started < SECONDS
     assert front.returncode != 0
     if number != signal.SIGHUP:  # the terminal is gone
-        assert "stopped; what is finished is kept, so run again to go on" in err
+        assert "stopped; finished jobs are kept, so run again to resume" in err
         assert "memory" not in err
     (project / "wait").unlink()
     assert len(finished(project)) == 5
@@ -395,9 +395,9 @@ def test_durations_do_not_follow_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "datetime", Jumping)
     monkeypatch.setattr(time, "time", lambda: 0.0)
     record = records.Record(tmp_path, stage="calibration", parameters={})
-    found = json.loads(record.write({}).read_text())
-    assert found["started"].startswith("2031")
-    assert 0 <= found["duration_s"] < 60
+    written = json.loads(record.write({}).read_text())
+    assert written["started"].startswith("2031")
+    assert 0 <= written["duration_s"] < 60
 
 
 @pytest.fixture(scope="module")
@@ -428,8 +428,8 @@ def test_a_locale_and_a_path_with_spaces_and_other_letters_change_nothing(
     done = run_study(project, **more)
     assert done.returncode == 0, done.stderr
     without_traceback(done)
-    kept = project / "outputs/toy/notebooks/01_calibration.base.ipynb"
-    assert "Größe 日本" in kept.read_text("utf-8")
+    executed = project / "outputs/toy/notebooks/01_calibration.base.ipynb"
+    assert "Größe 日本" in executed.read_text("utf-8")
     assert "Ein Prüfstand: 日本" in (project / "outputs/toy/report.html").read_text("utf-8")
     add_cell(project, "calibration", "raise ValueError('Größe 日本')")
     failed = run_study(project, **more)

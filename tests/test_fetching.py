@@ -44,14 +44,14 @@ def calm(hub):
 def place(tmp_path, hub) -> dict[str, str]:
     """Environment of a machine that has fetched nothing yet."""
     gone = ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_ENDPOINT")
-    kept = {k: v for k, v in os.environ.items() if k not in gone}
+    environment = {k: v for k, v in os.environ.items() if k not in gone}
     own = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hf"),
         "STUDY_OUTPUTS": str(tmp_path / "outputs"),
         "STUDY_CACHE": str(tmp_path / "cache"),
     }
-    return kept | own
+    return environment | own
 
 
 @pytest.fixture
@@ -95,10 +95,10 @@ def line(done) -> str:
     """The one line of a refusal."""
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr
-    told = [row for row in done.stderr.splitlines() if row.strip()]
-    refusals = [row for row in told if "study.yaml: " in row]
+    lines = [row for row in done.stderr.splitlines() if row.strip()]
+    refusals = [row for row in lines if "study.yaml: " in row]
     assert len(refusals) == 1, done.stderr
-    assert told[-1] == refusals[0]
+    assert lines[-1] == refusals[0]
     return refusals[0].partition("study.yaml: ")[2]
 
 
@@ -138,8 +138,8 @@ NOT_THERE = [("of_model", {}, 401), ("of_dataset", {}, 401), ("of_model", {"HF_T
 
 @pytest.mark.parametrize(("kind", "environment", "status"), NOT_THERE)
 def test_not_found(request, fetch, kind, environment, status):
-    told = line(fetch(request.getfixturevalue(kind)("org/nothing"), **environment))
-    assert "'org/nothing' at 'main': is not on the Hub, or is private; check the name" in told
+    error = line(fetch(request.getfixturevalue(kind)("org/nothing"), **environment))
+    assert "'org/nothing' at 'main': is not on the Hub, or is private; check the name" in error
 
 
 @pytest.fixture
@@ -160,19 +160,19 @@ def test_gated(fetch, of_model, of_dataset, gate):
     """Nobody, somebody else, and one who was let in."""
     gate("model", MODEL)
     for environment in ({}, {"HF_TOKEN": STRANGER}):
-        told = line(fetch(of_model(), **environment))
-        assert "is gated; ask for access on its page, log in (hf auth login" in told
+        error = line(fetch(of_model(), **environment))
+        assert "is gated; ask for access on its page, log in (hf auth login" in error
     assert fetch(of_model(), HF_TOKEN=TOKEN).returncode == 0
     gate("dataset", ARC)
-    told = line(fetch(of_dataset(), HF_TOKEN=STRANGER))
-    assert "evaluation.datasets.arc.source = 'allenai/ai2_arc' at 'main': is gated" in told
+    error = line(fetch(of_dataset(), HF_TOKEN=STRANGER))
+    assert "evaluation.datasets.arc.source = 'allenai/ai2_arc' at 'main': is gated" in error
 
 
 @pytest.mark.parametrize("kind", ["of_model", "of_dataset"])
 @pytest.mark.parametrize("revision", ["v9", "0" * 40])
 def test_wrong_revision(request, fetch, kind, revision):
-    told = line(fetch(request.getfixturevalue(kind)(revision=revision)))
-    assert f"at {revision!r}: has no such revision; name a branch, tag or commit it has" in told
+    error = line(fetch(request.getfixturevalue(kind)(revision=revision)))
+    assert f"at {revision!r}: has no such revision; name a branch, tag or commit it has" in error
 
 
 PASSING = [
@@ -204,18 +204,20 @@ def test_a_connection_broken_off_is_taken_up_again(request, fetch, hub, kind):
 
 
 @pytest.mark.parametrize(
-    ("spoiled", "said"),
+    ("spoiled", "message"),
     [
         (lambda data: data[: len(data) // 2], "could not be fetched (Consistency check failed"),
         (lambda data: data[:-4] + b"spoi", "model.safetensors arrived damaged and was removed"),
     ],
     ids=["truncated", "corrupted"],
 )
-def test_weights_that_are_not_what_the_hub_names_are_not_kept(fetch, of_model, hub, spoiled, said):
+def test_weights_that_are_not_what_the_hub_names_are_not_kept(
+    fetch, of_model, hub, spoiled, message
+):
     hub.spoil("GET /large/", spoiled, times=1)
-    told = line(fetch(of_model()))
-    assert said in told
-    assert "run again" in told
+    error = line(fetch(of_model()))
+    assert message in error
+    assert "run again" in error
     assert fetch(of_model()).returncode == 0
 
 
@@ -232,8 +234,10 @@ def in_shards(hub):
         tensors = safetensors.torch.load(files.pop("model.safetensors"))
         places = {tensor: SHARDS[i % 3] for i, tensor in enumerate(sorted(tensors))}
         for shard in SHARDS:
-            held = {tensor: tensors[tensor] for tensor, place in places.items() if place == shard}
-            files[shard] = safetensors.torch.save(held, {"format": "pt"})
+            shard_tensors = {
+                tensor: tensors[tensor] for tensor, place in places.items() if place == shard
+            }
+            files[shard] = safetensors.torch.save(shard_tensors, {"format": "pt"})
         files[INDEX] = json.dumps({"metadata": {}, "weight_map": places}).encode()
         hub.add("model", name, files)
         return files
@@ -241,22 +245,24 @@ def in_shards(hub):
     return add
 
 
-@pytest.mark.parametrize("kept", [SHARDS[:1], SHARDS[1:], []], ids=["first", "but first", "none"])
+@pytest.mark.parametrize(
+    "present", [SHARDS[:1], SHARDS[1:], []], ids=["first", "but first", "none"]
+)
 def test_shards_that_are_not_here_are_fetched_and_no_others(
-    fetch, of_model, in_shards, hub, tmp_path, kept
+    fetch, of_model, in_shards, hub, tmp_path, present
 ):
     """As a fetch leaves it that was cut off: some of the shards, or the index alone."""
     files, study = in_shards("org/sharded"), of_model("org/sharded")
     assert fetch(study).returncode == 0
     (snapshot,) = (tmp_path / "hf" / "hub").glob("models--*/snapshots/*")
-    for shard in set(SHARDS) - set(kept):
+    for shard in set(SHARDS) - set(present):
         (snapshot / shard).resolve().unlink()
         (snapshot / shard).unlink()
     hub.calm()
     done = fetch(study)
     assert done.returncode == 0, done.stderr
     assert all((snapshot / shard).read_bytes() == files[shard] for shard in SHARDS)
-    assert sum(asked.startswith("GET /large/") for asked in hub.requests) == 3 - len(kept)
+    assert sum(request.startswith("GET /large/") for request in hub.requests) == 3 - len(present)
 
 
 def test_a_shard_that_was_cut_short_in_the_cache_is_fetched_again(
@@ -276,9 +282,9 @@ def test_a_repository_that_lacks_what_its_index_names_is_refused(fetch, of_model
     files = in_shards("org/lacking")
     index = files[INDEX].replace(SHARDS[2].encode(), b"part-3.safetensors")
     hub.add("model", "org/lacking", files | {INDEX: index})
-    told = line(fetch(of_model("org/lacking")))
-    assert "lacks part-3.safetensors (1 of the 3 files that" in told
-    assert told.endswith("name another revision")
+    error = line(fetch(of_model("org/lacking")))
+    assert "lacks part-3.safetensors (1 of the 3 files that" in error
+    assert error.endswith("name another revision")
 
 
 def test_rows_that_are_truncated_are_not_kept(fetch, of_dataset, hub, tmp_path):
@@ -301,11 +307,13 @@ def test_a_study_without_a_network_stops_in_seconds_before_any_job(place):
     done = subprocess.run(command, env=nowhere, cwd=PROJECT, capture_output=True, text=True)
     assert time.monotonic() - started < 20
     assert done.returncode == 2
-    told = done.stderr.splitlines()
-    assert len(told) == 1, done.stderr
-    assert told[0].startswith("params/qwen3-0.6b.yaml: models.base = 'Qwen/Qwen3-0.6B' at 'main': ")
-    assert "the Hub cannot be reached (" in told[0]
-    assert told[0].endswith("set HF_ENDPOINT to a mirror, or name local files in the study")
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith(
+        "params/qwen3-0.6b.yaml: models.base = 'Qwen/Qwen3-0.6B' at 'main': "
+    )
+    assert "the Hub cannot be reached (" in lines[0]
+    assert lines[0].endswith("set HF_ENDPOINT to a mirror, or name local files in the study")
 
 
 @pytest.mark.parametrize("how", ["offline", "dead"])
@@ -333,31 +341,31 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("files", "said"), REFUSED)
+@pytest.mark.parametrize(("files", "message"), REFUSED)
 def test_a_repository_that_is_no_model_to_study_is_refused_before_it_is_fetched(
-    fetch, of_model, hub, files, said
+    fetch, of_model, hub, files, message
 ):
     given = {"config.json": b"{}", "tokenizer.json": b"{}"} | files
-    kept = {path: data for path, data in given.items() if data is not None}
-    hub.add("model", "org/other", kept)
-    assert said in line(fetch(of_model("org/other")))
-    fetched = {asked.rpartition("/")[2] for asked in hub.requests if "/resolve/" in asked}
+    repository_files = {path: data for path, data in given.items() if data is not None}
+    hub.add("model", "org/other", repository_files)
+    assert message in line(fetch(of_model("org/other")))
+    fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
     assert fetched <= {"config.json"}
 
 
 def test_an_unknown_configuration_or_split_is_named_with_those_there_are(fetch, of_dataset):
-    told = line(fetch(of_dataset(config="ARC-Hard")))
-    assert "config = 'ARC-Hard'" in told
-    assert "ARC-Challenge" in told
-    told = line(fetch(of_dataset(split="tests")))
-    assert "split = 'tests' is none of train, validation, test; correct it" in told
+    error = line(fetch(of_dataset(config="ARC-Hard")))
+    assert "config = 'ARC-Hard'" in error
+    assert "ARC-Challenge" in error
+    error = line(fetch(of_dataset(split="tests")))
+    assert "split = 'tests' is none of train, validation, test; correct it" in error
 
 
 def test_every_source_that_is_wrong_is_named_at_once(fetch, of_model, of_dataset):
     of_model("org/nothing")
     done = fetch(of_dataset(revision="v9"))
-    told = [row.partition("study.yaml: ")[2] for row in done.stderr.splitlines()]
-    assert [row.split(" = ")[0] for row in told if row] == [
+    errors = [row.partition("study.yaml: ")[2] for row in done.stderr.splitlines()]
+    assert [row.split(" = ")[0] for row in errors if row] == [
         "models.base",
         "evaluation.datasets.arc.source",
     ]
@@ -395,11 +403,11 @@ def test_other_rows_than_those_on_record_are_not_accepted(fetch, of_dataset, pla
     study = of_dataset()
     assert fetch(study).returncode == 0
     known = pins(place)
-    (kept,) = (tmp_path / "cache" / "datasets").glob("*.jsonl")
-    whole = kept.read_bytes()
-    kept.write_bytes(whole[:1000])
+    (rows_path,) = (tmp_path / "cache" / "datasets").glob("*.jsonl")
+    whole = rows_path.read_bytes()
+    rows_path.write_bytes(whole[:1000])
     assert fetch(study).returncode == 0
-    assert kept.read_bytes() == whole
+    assert rows_path.read_bytes() == whole
     assert pins(place) == known
     known["datasets"][0]["sha256"] = "0" * 64
     file = tmp_path / "outputs" / "study" / "sources.json"
@@ -413,7 +421,7 @@ def test_a_stream_reads_a_part_of_every_file_and_says_how_much(fetch, of_dataset
     study = of_dataset(OPENMATH, config=None, split="train", stream=stream)
     done = fetch(study)
     assert done.returncode == 0, done.stderr
-    found = pins(place)["datasets"][0]
-    assert (found["rows"], found["of_rows"], found["pieces"]) == (60, 1450, [12, 75])
-    files = {asked.rpartition("/")[2] for asked in hub.requests if ".parquet" in asked}
+    pin = pins(place)["datasets"][0]
+    assert (pin["rows"], pin["of_rows"], pin["pieces"]) == (60, 1450, [12, 75])
+    files = {request.rpartition("/")[2] for request in hub.requests if ".parquet" in request}
     assert files == {f"train-0000{i}-of-00003.parquet" for i in range(3)}

@@ -94,7 +94,7 @@ def test_a_broken_loss_stops_the_training(model, examples):
 
 
 @pytest.mark.parametrize(
-    ("losses", "said"),
+    ("losses", "title"),
     [
         ([2.0, 1.9, 1.8, 1.7, 1.5, 1.2, 1.0, 0.9], "falls from 1.95 to 0.95"),
         ([1.0, 1.1, 1.2, 1.4, 1.6, 1.7, 1.9, 2.0], "rises from 1.05 to 1.95"),
@@ -103,8 +103,8 @@ def test_a_broken_loss_stops_the_training(model, examples):
         ([1.0, float("nan"), 1.0, 1.0], "is not a number"),
     ],
 )
-def test_the_title_of_the_loss_says_what_it_did(losses, said):
-    assert finetuning.describe_loss(losses).startswith(f"The loss on the answers {said}")
+def test_the_title_of_the_loss_says_what_it_did(losses, title):
+    assert finetuning.describe_loss(losses).startswith(f"The loss on the answers {title}")
 
 
 @pytest.mark.parametrize("losses", [[1.0], [2.0, 1.0], [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0]])

@@ -47,24 +47,24 @@ def answer(project: Path, name: str, *given: str, **more) -> subprocess.Complete
 
 
 def test_it_has_torch_its_clients_arguments_environment_folder_and_streams(project, tmp_path):
-    told = module(
+    printing_module = module(
         project,
         "print('torch' in sys.modules, given, os.environ['HERE'], os.getcwd(), sys.stdin.read())",
         "print(os.environ.get('GONE'), file=sys.stderr)",
     )
     environment = {k: v for k, v in os.environ.items() if k != "GONE"} | {"HERE": "ä\udcff\n"}
-    asked = {"cwd": tmp_path, "env": environment, "input": "words", "errors": "surrogateescape"}
-    done = answer(project, told, "a b", "", **asked)
+    options = {"cwd": tmp_path, "env": environment, "input": "words", "errors": "surrogateescape"}
+    done = answer(project, printing_module, "a b", "", **options)
     assert done.stdout == f"True ('a b', '') ä\udcff\n {tmp_path} words\n", done
     assert (done.returncode, done.stderr) == (0, "None\n")
 
 
 def test_it_imports_modules_as_they_are_when_it_begins(project):
-    told = module(project, "print(1)")
-    assert answer(project, told).stdout == "1\n"
-    path = project / "src" / f"{told.replace('.', '/')}.py"
+    printing_module = module(project, "print(1)")
+    assert answer(project, printing_module).stdout == "1\n"
+    path = project / "src" / f"{printing_module.replace('.', '/')}.py"
     path.write_text("def main(): print('changed')\n")
-    assert answer(project, told).stdout == "changed\n"
+    assert answer(project, printing_module).stdout == "changed\n"
 
 
 def test_nothing_of_the_project_is_loaded_before_the_fork(project):
@@ -76,27 +76,29 @@ def test_nothing_of_the_project_is_loaded_before_the_fork(project):
 
 
 def test_warnings_of_libraries_reach_what_stderr_is_then(project):
-    told = module(
+    printing_module = module(
         project,
         "import io, transformers",
         "sys.stderr = io.StringIO()",
         "transformers.utils.logging.get_logger('transformers').warning('heard')",
         "print(sys.stderr.getvalue())",
     )
-    done = answer(project, told)
+    done = answer(project, printing_module)
     assert "heard" in done.stdout
     assert done.stderr == ""
 
 
 def test_figures_are_drawn_into_the_notebook(project):
-    told = module(project, "import matplotlib", "print(matplotlib.get_backend())")
+    printing_module = module(project, "import matplotlib", "print(matplotlib.get_backend())")
     environment = {k: v for k, v in os.environ.items() if k != "MPLBACKEND"}
-    assert "inline" in answer(project, told, env=environment).stdout
+    assert "inline" in answer(project, printing_module, env=environment).stdout
 
 
 def test_tables_are_as_wide_as_a_notebook_shows_them(project):
-    told = module(project, "import pandas", "print(pandas.get_option('display.max_columns'))")
-    assert answer(project, told).stdout == "20\n"
+    printing_module = module(
+        project, "import pandas", "print(pandas.get_option('display.max_columns'))"
+    )
+    assert answer(project, printing_module).stdout == "20\n"
 
 
 @pytest.mark.parametrize(
@@ -115,13 +117,13 @@ def test_it_ends_as_its_fork_does(project, line, code):
 
 def waiting(project: Path, where: Path) -> tuple[subprocess.Popen, int]:
     """A command that waits, and the process id of its fork."""
-    told = module(
+    waiting_module = module(
         project,
         f"import time; open({str(where)!r}, 'w').write(str(os.getpid()))",
         "try: time.sleep(300)",
         f"except KeyboardInterrupt: open({str(where)!r}, 'w').write('stopped'); sys.exit(130)",
     )
-    process = subprocess.Popen([*ANSWER, told], cwd=project, start_new_session=True)
+    process = subprocess.Popen([*ANSWER, waiting_module], cwd=project, start_new_session=True)
     return process, int(wait_for(lambda: where.is_file() and where.read_text(), seconds=SECONDS))
 
 
@@ -152,8 +154,8 @@ def test_ctrl_c_and_terminate_reach_the_fork(project, tmp_path):
 
 
 def test_an_client_that_is_killed_while_it_asks_harms_no_other(project):
-    told = module(project, "print('served')")
-    job = {"arguments": ["answer", told], "environment": {}, "folder": str(project)}
+    printing_module = module(project, "print('served')")
+    job = {"arguments": ["answer", printing_module], "environment": {}, "folder": str(project)}
     message = json.dumps(job).encode()
     length = fork_client.LENGTH.pack(len(message))
     for sent in (b"", length, length + message):
@@ -163,7 +165,7 @@ def test_an_client_that_is_killed_while_it_asks_harms_no_other(project):
                 socket.send_fds(client, [sent], [nothing.fileno()] * 3)
             if sent.endswith(message):  # the fork is made, and nobody waits for its number
                 client.shutdown(socket.SHUT_RD)
-        assert answer(project, told).stdout == "served\n"
+        assert answer(project, printing_module).stdout == "served\n"
 
 
 def test_without_it_and_for_other_commands_all_is_done_here(monkeypatch):

@@ -23,7 +23,7 @@ def started(tmp_path_factory):
 
 def shown(study: Smoke) -> dict[str, list]:
     """By notebook, all outputs but pictures; notebooks that show durations are left out."""
-    found = {}
+    displayed = {}
     for path in sorted((study.outputs / "notebooks").glob("*.ipynb")):
         if "03_cost" in path.name or "04_analysis" in path.name:
             continue
@@ -33,8 +33,8 @@ def shown(study: Smoke) -> dict[str, list]:
             data = output.get("data", {})
             output["data"] = {kind: data[kind] for kind in data if kind.startswith("text/")}
             output["kinds"] = sorted(data)
-        found[path.name] = outputs
-    return found
+        displayed[path.name] = outputs
+    return displayed
 
 
 def test_both_show_the_same(started, undisturbed):

@@ -94,12 +94,15 @@ def test_a_row_with_anything_in_it_is_an_item_or_a_line(folder, tokenizer, chang
     path = folder / "rows.jsonl"
     path.write_text(json.dumps(row) + "\n")
     for item in one_line(load_items, FileDataset(file=str(path)), adapter=adapter) or ():
-        asked = render(tokenizer, conversation(item, adapter, shots=1))
-        assert tokenize(tokenizer, asked)
+        rendered = render(tokenizer, conversation(item, adapter, shots=1))
+        assert tokenize(tokenizer, rendered)
         if item.options:
             continuations = loglikelihood_prompt(item, adapter).continuations
-            told = [-1.0] * len(continuations)
-            assert score_options(item, told, continuations, normalize="bytes")["score"] in (0, 1)
+            logprobs = [-1.0] * len(continuations)
+            assert score_options(item, logprobs, continuations, normalize="bytes")["score"] in (
+                0,
+                1,
+            )
 
 
 @repeatable
@@ -134,10 +137,10 @@ def test_passages_of_any_content_are_read_or_refused(folder, asked, change):
     path.write_text(
         json.dumps({"context": "a passage"}) + "\n" + json.dumps({"context": change}) + "\n"
     )
-    wanted = asked.evaluation.shared_text.model_copy(
+    shared_text = asked.evaluation.shared_text.model_copy(
         update={"dataset": FileDataset(file=str(path)), "passages": 1}
     )
-    evaluation = asked.evaluation.model_copy(update={"shared_text": wanted})
+    evaluation = asked.evaluation.model_copy(update={"shared_text": shared_text})
     one_line(shared_passages, asked.model_copy(update={"evaluation": evaluation}))
 
 

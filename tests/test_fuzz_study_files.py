@@ -29,7 +29,7 @@ def outcome(path, content: bytes) -> Study | list[str]:
     path.write_bytes(content)
     started = time.process_time()
     try:
-        found = load_study(path)
+        loaded = load_study(path)
     except StudyError as error:
         lines = str(error).split("\n")
         assert lines
@@ -37,11 +37,11 @@ def outcome(path, content: bytes) -> Study | list[str]:
             assert line.startswith(f"{path}: "), line
             assert line.isprintable(), ascii(line)
             assert len(line) < 1000
-            told = line.lower().removeprefix(f"{path}: ")
-            assert not any(word in told for word in JARGON if "=" not in word), line
-        found = lines
+            message = line.lower().removeprefix(f"{path}: ")
+            assert not any(word in message for word in JARGON if "=" not in word), line
+        loaded = lines
     assert time.process_time() - started < SECONDS
-    return found
+    return loaded
 
 
 def scalars():
@@ -83,9 +83,9 @@ PLACES = sorted(paths(SOUND), key=str)
 
 def changed(changes) -> dict:
     """The valid study with values put, keys renamed or taken out at some places."""
-    made = copy.deepcopy(SOUND)
+    edited = copy.deepcopy(SOUND)
     for where, how, value in changes:
-        inner = made
+        inner = edited
         try:
             for key in where[:-1]:
                 inner = inner[key]
@@ -99,7 +99,7 @@ def changed(changes) -> dict:
         elif isinstance(inner, dict):
             inner[value if isinstance(value, str | int | None) else str(value)] = old
             del inner[where[-1]]
-    return made
+    return edited
 
 
 change = st.tuples(st.sampled_from(PLACES), st.sampled_from(["put", "take", "name"]), values)
@@ -176,10 +176,10 @@ TOO_MUCH = {
     ),
     "itself": ("a: &a [*a]", "inside its own anchor"),
     "itself as a key": ("a: &a {*a : 1}", "inside its own anchor"),
-    "deep lists": ("a: " + "[" * 5000, "inside one another"),
-    "deep mappings": ("a: " + "{b: " * 5000, "inside one another"),
-    "deep blocks": ("- " * 5000 + "a", "inside one another"),
-    "quite deep": ("a: " + "[" * 40 + "]" * 40, "inside one another"),
+    "deep lists": ("a: " + "[" * 5000, "are nested more than 24 deep"),
+    "deep mappings": ("a: " + "{b: " * 5000, "are nested more than 24 deep"),
+    "deep blocks": ("- " * 5000 + "a", "are nested more than 24 deep"),
+    "quite deep": ("a: " + "[" * 40 + "]" * 40, "are nested more than 24 deep"),
     "a megabyte": ("a: " + "x" * 10**6, "bytes"),
     "a long value": ("title: " + "x" * 10_000, "characters"),
     "a long number": ("seed: " + "9" * 5000, "characters"),
@@ -210,10 +210,10 @@ TOO_MUCH = {
 
 @pytest.mark.parametrize("name", TOO_MUCH)
 def test_what_is_too_much_is_refused_at_once(place, name):
-    content, said = TOO_MUCH[name]
-    found = outcome(place, content.encode())
-    assert isinstance(found, list)
-    assert said in found[0]
+    content, message = TOO_MUCH[name]
+    errors = outcome(place, content.encode())
+    assert isinstance(errors, list)
+    assert message in errors[0]
 
 
 def test_anchors_and_merges_are_still_of_use(place):

@@ -200,9 +200,9 @@ def loaded_modules() -> dict[tuple[str, bool], set[Path]]:
     command = [sys.executable, "-c", IMPORTS, " ".join(PACKAGES), *stages]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = map(json.loads, done.stdout.splitlines())
-    found = {(stages[path], shows): set(map(Path, files)) for path, shows, files in rows}
-    assert len(found) == 2 * len(study_stages.NOTEBOOKS), done.stderr
-    return found
+    files_by_stage = {(stages[path], shows): set(map(Path, files)) for path, shows, files in rows}
+    assert len(files_by_stage) == 2 * len(study_stages.NOTEBOOKS), done.stderr
+    return files_by_stage
 
 
 @pytest.mark.parametrize("stage", study_stages.NOTEBOOKS)
@@ -230,10 +230,10 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
         )
         if not fingerprints.is_current(study(), paths, run):
             stale.add(changed)
-    due = loaded_modules[stage, stage == "analysis"]
-    assert len(due) > 20
-    assert due <= stale
-    assert not [path for path in stale - due if path.parent.name == "report"]
+    expected = loaded_modules[stage, stage == "analysis"]
+    assert len(expected) > 20
+    assert expected <= stale
+    assert not [path for path in stale - expected if path.parent.name == "report"]
 
 
 def test_modules_that_are_imported_late_or_run_by_path_count():
@@ -274,19 +274,19 @@ def library(tmp_path, monkeypatch):
     (tmp_path / "notebook.ipynb").write_text(json.dumps({"cells": cells}))
     monkeypatch.setattr(fingerprinted_code, "HELPERS", tmp_path / "helpers")
     monkeypatch.setattr(fingerprinted_code, "REPORT", tmp_path / "helpers" / "report")
-    kept = (fingerprinted_code._module_files, fingerprinted_code._package_file)
-    for memory in kept:
+    caches = (fingerprinted_code._module_files, fingerprinted_code._package_file)
+    for memory in caches:
         memory.cache_clear()
     yield tmp_path
-    for memory in kept:
+    for memory in caches:
         memory.cache_clear()
 
 
 @pytest.mark.parametrize("with_report", [True, False])
 def test_modules_in_texts_files_beside_and_packages_count_and_nothing_else(library, with_report):
     notebook = library / "notebook.ipynb"
-    found = fingerprinted_code.imported_modules(notebook, with_report=with_report)
-    named = {path.relative_to(library / "helpers").as_posix() for path in found}
+    modules = fingerprinted_code.imported_modules(notebook, with_report=with_report)
+    named = {path.relative_to(library / "helpers").as_posix() for path in modules}
     left_out = {"report/__init__.py", "report/shown.py", "b/fourth.py"}
     assert named == set(LIBRARY) - (set() if with_report else left_out)
 
@@ -380,7 +380,7 @@ def test_a_wrong_study_is_one_line(tmp_path):
     for study_name in ("none", "toy"):
         if study_name == "toy":
             write_study(folder, toy_project.STUDY | {"baseline": "nokwant"})
-        told = toy_project.jobs(folder, "study", study_name, "--cores", "1")
-        assert told.returncode == 2
-        assert len(told.stderr.strip().splitlines()) == 1, told.stderr
-        assert told.stderr.startswith(f"params/{study_name}.yaml: ")
+        result = toy_project.jobs(folder, "study", study_name, "--cores", "1")
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+        assert result.stderr.startswith(f"params/{study_name}.yaml: ")

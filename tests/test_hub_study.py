@@ -66,8 +66,8 @@ def ran(tmp_path_factory):
         run("helpers.sources.fetching", str(study), HF_ENDPOINT=hub.url)
         hub.calm()
         run(*whole, HF_ENDPOINT=hub.url)
-        asked = list(hub.requests)
-    return root / "outputs" / "small", asked, lambda *more: run(*whole, *more), root / "ran"
+        requests = list(hub.requests)
+    return root / "outputs" / "small", requests, lambda *more: run(*whole, *more), root / "ran"
 
 
 def test_the_jobs_ask_no_hub_and_run_no_code_of_it(ran):
@@ -80,9 +80,9 @@ NO_LANGUAGE = "plain text read as a language model reads it"
 
 
 def test_every_gate_holds(ran):
-    found = [*ran[0].glob("*/*/verification.json"), *ran[0].glob("*/*/evaluation/gates.json")]
-    assert len(found) == 2 * (len(KEPT) - 1) + 2 * len(KEPT)
-    for path in found:
+    gate_files = [*ran[0].glob("*/*/verification.json"), *ran[0].glob("*/*/evaluation/gates.json")]
+    assert len(gate_files) == 2 * (len(KEPT) - 1) + 2 * len(KEPT)
+    for path in gate_files:
         failed = {g["name"] for g in json.loads(path.read_text())["gates"] if not g["passed"]}
         assert failed == ({NO_LANGUAGE} if path.parts[-3] == "noquant" else set()), path
 

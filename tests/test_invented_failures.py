@@ -262,7 +262,7 @@ def test_a_draw_of_some_of_the_items(asked):
     wanted = study.evaluation.datasets["squad_v2"]
     pool = item_pool(wanted)
     able = [item for item in pool if item.golds]
-    chosen = sampling.draw_items(able, wanted.items, seed=study.seed, excluding=(), what="x")
+    chosen = sampling.draw_items(able, wanted.items, seed=study.seed, excluding=(), label="x")
     assert not draw_gate(chosen, pool, seed=study.seed).passed
 
 
@@ -278,7 +278,9 @@ def test_a_draw_of_some_of_the_items(asked):
 def test_training_and_passages_drawn_by_another_seed(asked):
     study, _ = asked
     items = load_items(study.calibration.dataset, adapter="openmath")
-    drawn = [sampling.draw_items(items, 8, seed=s, excluding=(), what="x") for s in (study.seed, 1)]
+    drawn = [
+        sampling.draw_items(items, 8, seed=s, excluding=(), label="x") for s in (study.seed, 1)
+    ]
     name = "training items as the seed draws them"
     assert [order_gate(name, d, seed=study.seed).passed for d in drawn] == [True, False]
     rows = [{"id": sha256_text(p)[:16]} for p in shared_passages(study)]

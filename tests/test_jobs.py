@@ -107,11 +107,11 @@ def test_one_run_at_a_time(project):
         stdout=subprocess.PIPE,
     )
     holder.stdout.readline()
-    told = jobs(project, "study", "toy", "--cores", "1")
+    result = jobs(project, "study", "toy", "--cores", "1")
     holder.kill()
     holder.wait()
-    assert told.returncode == 2
-    assert told.stderr == "study 'toy' is being run by another process; wait for it or stop it\n"
+    assert result.returncode == 2
+    assert result.stderr == "study 'toy' is being run by another process; wait for it or stop it\n"
 
 
 def test_progress_bars_keep_their_last_state():

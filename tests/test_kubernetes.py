@@ -95,8 +95,8 @@ def test_a_study_runs_through_the_profile_and_a_failing_job_is_told(kubectl, tmp
     project.mkdir()
     toy_project.make(project, kernels=False)
     toy_project.write_study(project, toy_project.small())
-    found = toy_project.environment(project)["PYTHONPATH"]
-    environment |= {"PYTHONPATH": f"{found}{os.pathsep}{tmp_path / 'plugins'}"}
+    python_path = toy_project.environment(project)["PYTHONPATH"]
+    environment |= {"PYTHONPATH": f"{python_path}{os.pathsep}{tmp_path / 'plugins'}"}
     arguments = ["study", "toy", "--cores", "1", "--executor", "kubernetes"]
     arguments += ["--", "--latency-wait", "5", "--jobs", "4"]
 

@@ -75,16 +75,16 @@ def imported(tree: ast.Module) -> set[str]:
 
     A string that is a module's name and nothing else is run by `-m` or imported by name.
     """
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            found |= {node.value} if MODULE.fullmatch(node.value) else set()
-    return found
+            names |= {node.value} if MODULE.fullmatch(node.value) else set()
+    return names
 
 
 def upward(name: str, tree: ast.Module) -> list[str]:
@@ -114,8 +114,8 @@ def test_the_packages_are_these():
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_package_imports_only_packages_before_it(package):
-    found = {n: upward(n, tree) for n, tree in modules().items() if package_of(n) == package}
-    assert {name: others for name, others in found.items() if others} == {}
+    violations = {n: upward(n, tree) for n, tree in modules().items() if package_of(n) == package}
+    assert {name: others for name, others in violations.items() if others} == {}
 
 
 def test_an_upward_import_is_found():

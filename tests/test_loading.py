@@ -224,8 +224,8 @@ def test_an_unknown_kind_of_source_is_refused_with_the_kinds(
 
 
 def test_an_unknown_protocol_is_refused_with_the_protocols(write_study, study_settings):
-    asked = put(study_settings, "evaluation/datasets/arc/ask", {"protocol": "guess"})
-    line = refusal(write_study(asked))
+    changed_settings = put(study_settings, "evaluation/datasets/arc/ask", {"protocol": "guess"})
+    line = refusal(write_study(changed_settings))
     assert "evaluation.datasets.arc.ask" in line
     assert all(name in line for name in ("loglikelihood", "generate"))
 

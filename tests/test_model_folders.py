@@ -28,11 +28,11 @@ LACKING = [
 ]
 
 
-@pytest.mark.parametrize(("names", "said"), LACKING)
-def test_what_is_lacking_is_named_with_the_remedy(names, said):
-    told = model_files_problem(names)
-    assert said in told
-    assert "; " in told
+@pytest.mark.parametrize(("names", "message"), LACKING)
+def test_what_is_lacking_is_named_with_the_remedy(names, message):
+    problem = model_files_problem(names)
+    assert message in problem
+    assert "; " in problem
 
 
 @pytest.mark.parametrize(
@@ -45,16 +45,16 @@ def test_a_whole_model_lacks_nothing(names):
 
 @pytest.fixture
 def folder(tmp_path):
-    made = tmp_path / "my-model"
-    made.mkdir()
+    model_path = tmp_path / "my-model"
+    model_path.mkdir()
     for name in WHOLE:
-        (made / name).write_text('{"model_type": "qwen3"}', encoding="utf-8")
-    save_file({"model.norm.weight": np.ones(4, "float32")}, made / "model.safetensors")
-    return made
+        (model_path / name).write_text('{"model_type": "qwen3"}', encoding="utf-8")
+    save_file({"model.norm.weight": np.ones(4, "float32")}, model_path / "model.safetensors")
+    return model_path
 
 
 @pytest.mark.parametrize(
-    ("config", "said"),
+    ("config", "message"),
     [
         ({"quantization_config": {"quant_method": "gptq"}}, "is quantized already (gptq)"),
         ({"quantization_config": "?"}, "is quantized already"),
@@ -65,7 +65,7 @@ def folder(tmp_path):
     ],
 )
 def test_a_study_of_such_a_folder_is_refused_by_its_key(
-    folder, study_settings, write_study, config, said
+    folder, study_settings, write_study, config, message
 ):
     study_settings["models"]["base"] = {"folder": str(folder)}
     study = write_study(study_settings)
@@ -75,7 +75,7 @@ def test_a_study_of_such_a_folder_is_refused_by_its_key(
     (folder / "config.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"study\.yaml: models\.base\.folder = ") as caught:
         load_study(study)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def cut_short(folder):
@@ -143,14 +143,14 @@ NOT_WHOLE = [
 ]
 
 
-@pytest.mark.parametrize(("spoil", "said"), NOT_WHOLE)
-def test_weights_that_are_not_whole_are_one_line(folder, spoil, said):
+@pytest.mark.parametrize(("spoil", "message"), NOT_WHOLE)
+def test_weights_that_are_not_whole_are_one_line(folder, spoil, message):
     assert folder_problem(folder) is None
     spoil(folder)
-    told = folder_problem(folder)
-    assert said in told
-    assert "; " in told
-    assert len(told.splitlines()) == 1
+    problem = folder_problem(folder)
+    assert message in problem
+    assert "; " in problem
+    assert len(problem.splitlines()) == 1
 
 
 def test_shards_and_what_lies_beside_them_are_whole(folder):

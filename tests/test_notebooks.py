@@ -12,8 +12,8 @@ NAMES += ["04_analysis"]
 
 
 def cells(path, kind=None):
-    found = json.loads(path.read_text("utf-8"))["cells"]
-    return [c for c in found if kind is None or c["cell_type"] == kind]
+    all_cells = json.loads(path.read_text("utf-8"))["cells"]
+    return [c for c in all_cells if kind is None or c["cell_type"] == kind]
 
 
 def source(cell):
@@ -96,9 +96,9 @@ def test_records_hold_nothing_that_was_not_computed(path):
         calls = [n for n in ast.walk(ast.parse(source(cell))) if isinstance(n, ast.Call)]
         writes = ("finish", "write", "write_json")
         for call in (c for c in calls if ast.unparse(c.func).endswith(writes)):
-            held = [v for d in ast.walk(call) if isinstance(d, ast.Dict) for v in d.values]
-            held += [keyword.value for keyword in call.keywords]
-            assert not [v for v in held if isinstance(v, ast.Constant)], source(cell)
+            values = [v for d in ast.walk(call) if isinstance(d, ast.Dict) for v in d.values]
+            values += [keyword.value for keyword in call.keywords]
+            assert not [v for v in values if isinstance(v, ast.Constant)], source(cell)
 
 
 SHOWING = {"display", "print"}  # besides helpers.report itself
@@ -106,13 +106,13 @@ SHOWING = {"display", "print"}  # besides helpers.report itself
 
 def names_of_the_report(tree: ast.Module) -> set[str]:
     """Names that a notebook imports from helpers.report."""
-    found = set()
+    names = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.startswith("helpers.report"):
-            found |= {alias.asname or alias.name for alias in node.names}
+            names |= {alias.asname or alias.name for alias in node.names}
         if isinstance(node, ast.Import):
             assert not [a for a in node.names if a.name.startswith("helpers.report")]
-    return found
+    return names
 
 
 def passed_on(code: str) -> list[str]:

@@ -20,11 +20,11 @@ def kept_to_avx2(tmp_path_factory):
 
 
 def gates(study: Smoke) -> dict[str, list[dict]]:
-    found = [
+    all_gates = [
         *study.outputs.rglob("evaluation/gates.json"),
         *study.outputs.rglob("verification.json"),
     ]
-    return {str(path): json.loads(path.read_text("utf-8"))["gates"] for path in found}
+    return {str(path): json.loads(path.read_text("utf-8"))["gates"] for path in all_gates}
 
 
 def test_every_gate_holds(kept_to_avx2):
@@ -35,9 +35,9 @@ def test_every_gate_holds(kept_to_avx2):
 
 def test_an_answer_is_the_same_in_any_company():
     """MKL's products of a few rows are other ones with AVX2."""
-    wanted = "ARGS=-n0 -q tests/test_batch_invariance.py"
+    pytest_arguments = "ARGS=-n0 -q tests/test_batch_invariance.py"
     done = subprocess.run(
-        ["make", "test", "PROCESSOR=avx2", wanted],
+        ["make", "test", "PROCESSOR=avx2", pytest_arguments],
         cwd=PROJECT,
         env={k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")},
         capture_output=True,
@@ -65,7 +65,7 @@ def test_whole_numbers_are_the_same_on_both(kept_to_avx2, undisturbed):
             [json.loads(line) for line in (study.outputs / place).read_text("utf-8").splitlines()]
             for study in (kept_to_avx2, undisturbed)
         ]
-        kept = [
+        executed = [
             [(row["id"], row["prompt_hash"], row["prompt_tokens"]) for row in each] for each in rows
         ]
-        assert kept[0] == kept[1]
+        assert executed[0] == executed[1]

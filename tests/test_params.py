@@ -14,7 +14,7 @@ from helpers.study.schema_sources import FineTunedModel
 FILES = sorted((PROJECT / "params").glob("*.yaml"))
 QWEN3 = [path for path in FILES if path.stem.startswith("qwen3")]
 SIZE = re.compile(r"#\s+(\d+)\s+([\d.]+) / ([\d.]+)\s+(\d+) % / (\d+) %")
-TAKES = re.compile(r"loss of 3 points takes (\d+) items where 2 % are gained, (\d+) where 5 %")
+TAKES = re.compile(r"loss of 3 points takes (\d+) items if 2 % are gained, (\d+) if 5 %")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
@@ -28,22 +28,22 @@ def test_the_sizes_of_samples_find_what_the_comments_say(path):
     study, text = load_study(path), path.read_text("utf-8")
     level = (1 - study.statistics.confidence) / len(study.statistics.primary)
     power, margin = study.statistics.power, study.statistics.margin
-    told = {int(n): tuple(map(float, rest)) for n, *rest in SIZE.findall(text)}
-    asked = {dataset.items for dataset in study.evaluation.datasets.values()}
-    assert set(told) == asked | {20}  # the original's beside ours
-    for n, found in told.items():
+    stated = {int(n): tuple(map(float, rest)) for n, *rest in SIZE.findall(text)}
+    sizes = {dataset.items for dataset in study.evaluation.datasets.values()}
+    assert set(stated) == sizes | {20}  # the original's beside ours
+    for n, figures in stated.items():
         losses = [detectable_loss(n, gain_rate=g, alpha=level, power=power) for g in (0.02, 0.05)]
         shown = [
             equivalence_power(n, margin=margin, flip_rate=f, alpha=2 * (1 - 0.975))
             for f in (0.05, 0.1)
         ]
-        assert found[:2] == tuple(round(100 * loss, 1) for loss in losses)
-        assert found[2:] == tuple(round(100 * share) for share in shown)
+        assert figures[:2] == tuple(round(100 * loss, 1) for loss in losses)
+        assert figures[2:] == tuple(round(100 * share) for share in shown)
     needed = [items_for_loss(0.03, gain_rate=g, alpha=level, power=power) for g in (0.02, 0.05)]
     assert [int(n) for n in TAKES.search(text).groups()] == needed
-    assert max(asked) >= needed[1]  # all but the set that has no more items
+    assert max(sizes) >= needed[1]  # all but the set that has no more items
     assert sum(n < needed[1] for n in (d.items for d in study.evaluation.datasets.values())) <= 1
-    assert min(asked) >= needed[0]
+    assert min(sizes) >= needed[0]
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda p: p.stem)

@@ -23,32 +23,32 @@ def part(*missing: Run):
 
 
 def test_a_complete_study_is_whole():
-    found = part()
-    assert found.study == STUDY
-    assert found.missing == ()
+    whole_part = part()
+    assert whole_part.study == STUDY
+    assert whole_part.missing == ()
 
 
 def test_a_variant_that_is_missing_everywhere_is_left_out():
     gone = [Run("quantization", m, "smooth") for m in STUDY.models]
     gone += [Run("evaluation", m, "smooth") for m in STUDY.models]
-    found = part(*gone)
-    assert list(found.study.variants) == ["noquant", "rtn"]
-    assert list(found.study.models) == ["base", "tuned"]
-    assert set(found.missing) == {f"{r.stage} {r.model} {r.variant}" for r in gone}
+    remaining = part(*gone)
+    assert list(remaining.study.variants) == ["noquant", "rtn"]
+    assert list(remaining.study.models) == ["base", "tuned"]
+    assert set(remaining.missing) == {f"{r.stage} {r.model} {r.variant}" for r in gone}
 
 
 def test_a_model_whose_baseline_is_missing_is_left_out_and_its_rest_is_named():
-    found = part(Run("evaluation", "tuned", "noquant"))
-    assert list(found.study.models) == ["base"]
-    assert "evaluation tuned noquant" in found.missing
-    assert "evaluation tuned rtn (complete, but not what it is compared with)" in found.missing
+    remaining = part(Run("evaluation", "tuned", "noquant"))
+    assert list(remaining.study.models) == ["base"]
+    assert "evaluation tuned noquant" in remaining.missing
+    assert "evaluation tuned rtn (complete, but not what it is compared with)" in remaining.missing
 
 
 def test_a_missing_measurement_of_cost_is_named_and_leaves_out_nothing():
-    found = part(Run("cost", "base"))
-    assert found.study == STUDY
-    assert found.missing == ("cost base",)
-    assert Run("cost", "base") not in found.runs
+    remaining = part(Run("cost", "base"))
+    assert remaining.study == STUDY
+    assert remaining.missing == ("cost base",)
+    assert Run("cost", "base") not in remaining.runs
 
 
 def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
@@ -59,24 +59,28 @@ def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
 def test_one_gap_among_many_models_costs_one_model_and_no_variant():
     data = toy_project.STUDY | {"models": {f"m{i}": {"random": "llama"} for i in range(5)}}
     study = Study.model_validate(data | {"statistics": data["statistics"] | {"primary": []}})
-    found = largest_complete_part(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
-    assert list(found.study.models) == ["m0", "m1", "m2", "m4"]
-    assert list(found.study.variants) == list(study.variants)
+    remaining = largest_complete_part(
+        study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")}
+    )
+    assert list(remaining.study.models) == ["m0", "m1", "m2", "m4"]
+    assert list(remaining.study.variants) == list(study.variants)
 
 
 def test_whatever_is_missing_the_part_is_whole_and_the_rest_is_named():
     for count in (1, 2, 3):
         for gone in itertools.combinations(sorted(ALL, key=lambda r: r.name), count):
             try:
-                found = part(*gone)
+                remaining = part(*gone)
             except StudyError:
                 continue
-            needed = {run for run in stages.runs(found.study) if run.stage != "cost"}
-            assert needed <= set(found.runs)
-            assert not set(found.runs) & set(gone)
-            assert STUDY.baseline in found.study.variants
-            assert len(found.missing) == len(ALL - set(found.runs))
-            assert {f"{r.stage} {r.model} {r.variant}".strip() for r in gone} <= set(found.missing)
+            needed = {run for run in stages.runs(remaining.study) if run.stage != "cost"}
+            assert needed <= set(remaining.runs)
+            assert not set(remaining.runs) & set(gone)
+            assert STUDY.baseline in remaining.study.variants
+            assert len(remaining.missing) == len(ALL - set(remaining.runs))
+            assert {f"{r.stage} {r.model} {r.variant}".strip() for r in gone} <= set(
+                remaining.missing
+            )
 
 
 def answers(right: int) -> list[dict]:

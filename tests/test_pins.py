@@ -38,9 +38,9 @@ def known(*, model=COMMITS[0], dataset=COMMITS[1]) -> p.Pins:
 
 
 def test_every_source_is_found_once_by_its_first_place(of_hub):
-    found = p.hub_sources(read_study(of_hub))
-    assert [key for key, _ in found] == ["models.base", "evaluation.datasets.squad_v2.source"]
-    assert [source.hub for _, source in found] == ["org/model", "org/squad"]
+    sources = p.hub_sources(read_study(of_hub))
+    assert [key for key, _ in sources] == ["models.base", "evaluation.datasets.squad_v2.source"]
+    assert [source.hub for _, source in sources] == ["org/model", "org/squad"]
 
 
 def test_a_study_without_a_hub_has_none(study):
@@ -67,10 +67,10 @@ def test_a_loaded_study_holds_commits_wherever_its_file_names_a_revision(of_hub)
 
 def test_another_revision_is_another_name(of_hub):
     """The pin of `main` says nothing about `v2`; a commit needs none."""
-    found = known()
-    assert found.commit(HubModel(hub="org/model", revision="v2")) is None
-    assert found.commit(HubModel(hub="org/model", revision=COMMITS[2])) == COMMITS[2]
-    assert found.commit(HubModel(hub="org/squad", revision="main")) is None
+    pins = known()
+    assert pins.commit(HubModel(hub="org/model", revision="v2")) is None
+    assert pins.commit(HubModel(hub="org/model", revision=COMMITS[2])) == COMMITS[2]
+    assert pins.commit(HubModel(hub="org/squad", revision="main")) is None
 
 
 DAMAGED = [
@@ -85,17 +85,17 @@ DAMAGED = [
 ]
 
 
-@pytest.mark.parametrize(("content", "said"), DAMAGED)
-def test_a_damaged_record_is_refused_with_the_remedy(of_hub, content, said):
+@pytest.mark.parametrize(("content", "message"), DAMAGED)
+def test_a_damaged_record_is_refused_with_the_remedy(of_hub, content, message):
     file = p.pins_file(paths(of_hub))
     file.parent.mkdir(parents=True)
     file.write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(StudyError) as caught:
         load_study(of_hub)
-    told = str(caught.value)
-    assert told.startswith(f"outputs/study/sources.json: {said}")
-    assert told.endswith("or delete it and run make fetch STUDY=study to pin anew")
-    assert len(told.splitlines()) == 1
+    error = str(caught.value)
+    assert error.startswith(f"outputs/study/sources.json: {message}")
+    assert error.endswith("or delete it and run make fetch STUDY=study to pin anew")
+    assert len(error.splitlines()) == 1
 
 
 def test_what_is_not_fetched_is_refused_where_it_is_read(of_hub):
@@ -103,7 +103,7 @@ def test_what_is_not_fetched_is_refused_where_it_is_read(of_hub):
     from helpers.sources.models import model_folder
     from helpers.sources.sampling import evaluation_items
 
-    for revision, said in (("main", "is not pinned"), (COMMITS[0], "not on this machine")):
+    for revision, message in (("main", "is not pinned"), (COMMITS[0], "not on this machine")):
         if revision != "main":
             p.write_pins(paths(of_hub), known())
         study = load_study(of_hub)
@@ -111,5 +111,5 @@ def test_what_is_not_fetched_is_refused_where_it_is_read(of_hub):
             lambda study=study: evaluation_items(study, "squad_v2"),
             lambda study=study: model_folder(study, "base", paths(of_hub)),
         ):
-            with pytest.raises(StudyError, match=f"{said}.*; run make fetch STUDY="):
+            with pytest.raises(StudyError, match=f"{message}.*; run make fetch STUDY="):
                 read()

@@ -29,7 +29,7 @@ def sound(tmp_path_factory):
 def check(sound, study_settings, write_study, tmp_path):
     """check(change to the folder, change to the settings): the problems found."""
 
-    def found(change=None, settings=None) -> list[str]:
+    def preflight_problems(change=None, settings=None) -> list[str]:
         shutil.rmtree(tmp_path / "model", ignore_errors=True)
         folder = copied(sound, tmp_path / "model", *filter(None, [change]))
         study_settings["models"]["base"] = {"folder": str(folder)}
@@ -38,7 +38,7 @@ def check(sound, study_settings, write_study, tmp_path):
         study = load_study(write_study(study_settings))
         return list(problems(study, StudyPaths("study"), dry=True))
 
-    return found
+    return preflight_problems
 
 
 def no_template(folder):

@@ -43,9 +43,9 @@ def disturbed_to_the_end(study: Smoke, chance: random.Random, killed: list[str])
             time.sleep(0.05)
         if front.poll() is None and len(killed) < KILLS:
             strike(mark, chance, killed)
-    out, said = front.communicate(timeout=GONE_S)
+    out, output = front.communicate(timeout=GONE_S)
     wait_until_gone(mark, seconds=GONE_S)
-    assert "Traceback" not in out + said, said
+    assert "Traceback" not in out + output, output
     return front.returncode == 0
 
 

@@ -97,9 +97,9 @@ def test_a_disk_that_fills_up_under_a_checkpoint(study, undisturbed):
         done = study.job("quantization", **RTN)
         assert done.returncode == 0, done.stderr
         (folder / "quantization" / "record.json").unlink()
-        found, expected = content(folder), content(undisturbed.outputs / "base" / "rtn_w8a8")
-        assert found
-        assert found == {k: v for k, v in expected.items() if k in found}
+        actual, expected = content(folder), content(undisturbed.outputs / "base" / "rtn_w8a8")
+        assert actual
+        assert actual == {k: v for k, v in expected.items() if k in actual}
 
 
 def test_a_disk_that_fills_up_under_the_predictions(study, undisturbed):
@@ -128,12 +128,12 @@ def test_a_report_of_what_is_complete_names_what_is_missing(study):
     before = (study.outputs / "report.md").read_bytes()
     (study.outputs / "finetuned/smoothquant_o3/evaluation/record.json").unlink()
     refused = study.make("report")
-    _, said = refused.communicate()
+    _, output = refused.communicate()
     assert refused.returncode == 2
-    assert "make report PARTIAL=yes for what is complete" in said
-    said = study.done("report", "PARTIAL=yes")
-    assert "missing: " in said
-    assert "evaluation finetuned smoothquant_o3" in said
+    assert "make report PARTIAL=yes for the completed part" in output
+    output = study.done("report", "PARTIAL=yes")
+    assert "missing: " in output
+    assert "evaluation finetuned smoothquant_o3" in output
     report = (study.outputs / "partial" / "report.md").read_text("utf-8")
     assert report.lstrip().startswith("**This report is partial.**")
     assert "- evaluation finetuned smoothquant_o3\n" in report

@@ -125,16 +125,16 @@ def test_a_record_says_what_ran_from_what_with_what(tmp_path):
     record = Record(tmp_path, stage="calibration", parameters=parameters)
     record.add_input("rows", sha256_text("content"))
     assert names(tmp_path) == set()
-    found = json.loads(record.write({"items": 3}).read_text())
+    written = json.loads(record.write({"items": 3}).read_text())
     assert names(tmp_path) == {"record.json"}
-    assert found["stage"] == "calibration"
-    assert found["parameters"] == parameters
-    assert found["inputs"] == {"rows": sha256_text("content")}
-    assert found["results"] == {"items": 3}
-    assert 0 <= found["duration_s"] < 60
-    assert found["peak_memory_bytes"] > 1_000_000
-    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", found["started"])
-    assert set(found["packages"]) == {"python", *RECORDED_PACKAGES}
+    assert written["stage"] == "calibration"
+    assert written["parameters"] == parameters
+    assert written["inputs"] == {"rows": sha256_text("content")}
+    assert written["results"] == {"items": 3}
+    assert 0 <= written["duration_s"] < 60
+    assert written["peak_memory_bytes"] > 1_000_000
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", written["started"])
+    assert set(written["packages"]) == {"python", *RECORDED_PACKAGES}
 
 
 def test_a_job_that_begins_again_is_unfinished_again(tmp_path):
@@ -154,6 +154,6 @@ def test_a_record_with_nan_is_not_written(tmp_path):
 def test_versions_are_those_installed():
     import numpy
 
-    found = package_versions()
-    assert found["numpy"] == numpy.__version__
-    assert all(found.values())
+    versions = package_versions()
+    assert versions["numpy"] == numpy.__version__
+    assert all(versions.values())

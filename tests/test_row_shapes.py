@@ -48,7 +48,7 @@ def refusal(tmp_path, content: str | bytes, adapter: str = "arc") -> str:
 def test_other_shapes_are_named_beside_the_one_wanted(tmp_path, content, seen):
     line = refusal(tmp_path, content)
     assert seen in line
-    assert "wanted is JSON lines: one object a line" in line
+    assert "expected JSON lines: one object per line" in line
 
 
 @pytest.mark.parametrize("codec", ["utf-16", "utf-16-le", "utf-16-be"])
@@ -92,7 +92,7 @@ def test_a_row_of_another_schema_is_shown_beside_the_one_wanted(tmp_path, adapte
     line = refusal(tmp_path, json.dumps(row), adapter)
     assert f"row 1 is no {adapter} item" in line
     assert seen in line
-    assert f"wanted is {EXPECTED_ROWS[adapter]}" in line
+    assert f"expected {EXPECTED_ROWS[adapter]}" in line
     assert "indices must be" not in line
 
 
@@ -116,8 +116,8 @@ def test_what_may_be_empty_may_be_missing(write_rows, adapter, key):
 @pytest.mark.parametrize(
     ("file", "seen"),
     [
-        ("rows.csv", "is a table in CSV; wanted is JSON lines"),
-        ("rows.json", "is one JSON document, or JSON lines by another name (.jsonl); wanted is"),
+        ("rows.csv", "is a table in CSV; expected JSON lines"),
+        ("rows.json", "is one JSON document, or JSON lines by another name (.jsonl); expected"),
         ("rows.tsv", "is a table in TSV"),
         ("rows.txt", "is neither JSON lines (.jsonl) nor parquet"),
         ("rows", "is neither JSON lines"),

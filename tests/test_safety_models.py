@@ -65,8 +65,8 @@ def refusal(folder) -> str:
 
 
 def edit(path, **changes) -> None:
-    found = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps(found | changes))
+    settings = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(settings | changes))
 
 
 def test_a_sound_folder_loads(folder):

@@ -76,8 +76,8 @@ def test_whatever_is_accepted_stays_inside(model, variant):
         return
     paths = StudyPaths("study")
     inside = os.path.normpath(paths.root)
-    found = os.path.normpath(paths.checkpoint(model, variant))
-    assert found == f"{inside}/{model}/{variant}/checkpoint"
+    checkpoint_path = os.path.normpath(paths.checkpoint(model, variant))
+    assert checkpoint_path == f"{inside}/{model}/{variant}/checkpoint"
     assert unicodedata.normalize("NFKC", model).casefold() == model  # one spelling, one folder
 
 
@@ -91,12 +91,12 @@ def test_what_every_run_writes_is_no_name(write_study, study_settings, kind):
     with pytest.raises(StudyError) as caught:
         load_study(write_study(study_settings))
     lines = str(caught.value).splitlines()
-    told = {
+    errors = {
         name
         for name in RESERVED_NAMES[kind]
         if any(f"{kind}.{name} names what" in x for x in lines)
     }
-    assert told == RESERVED_NAMES[kind]
+    assert errors == RESERVED_NAMES[kind]
 
 
 FILES = [
@@ -178,9 +178,9 @@ def test_the_outputs_folder_itself_may_be_a_link(outputs, study_path, monkeypatc
 def test_the_front_door_refuses_too_and_starts_nothing(tmp_path):
     folder = toy_project.make(tmp_path / "project", kernels=False)
     (folder / "params" / "toy.yaml").rename(folder / "params" / "...yaml")
-    told = toy_project.jobs(folder, "study", "params/...yaml", "--cores", "1")
-    assert told.returncode == 2
-    assert told.stderr.startswith("params/...yaml: '..' names no folder; rename the file")
-    assert len(told.stderr.splitlines()) == 1
+    result = toy_project.jobs(folder, "study", "params/...yaml", "--cores", "1")
+    assert result.returncode == 2
+    assert result.stderr.startswith("params/...yaml: '..' names no folder; rename the file")
+    assert len(result.stderr.splitlines()) == 1
     whole = ["Snakefile", "notebooks", "params", "profiles", "src"]
     assert sorted(p.name for p in folder.iterdir()) == whole

@@ -36,16 +36,16 @@ def skeleton(page: str) -> list:
 
     Of addresses the scheme is kept, since that decides what a click or a load does.
     """
-    found = []
+    elements = []
     for element in BeautifulSoup(page, "html.parser").find_all(True):
         if element.name == "wbr":  # where an address is broken
             continue
-        kept = {k: "" for k in element.attrs}
+        attributes = {k: "" for k in element.attrs}
         for key in ("href", "src", "action"):
             if key in element.attrs:
-                kept[key] = re.match(r"#|[a-z]*:?", element[key])[0]
-        found.append((element.name, sorted(kept.items())))
-    return found
+                attributes[key] = re.match(r"#|[a-z]*:?", element[key])[0]
+        elements.append((element.name, sorted(attributes.items())))
+    return elements
 
 
 def same_skeleton(hostile: str, plain: str) -> None:

@@ -38,11 +38,11 @@ def test_a_valid_study_loads_as_written(study_path, study_settings):
     """Dumping the loaded study gives back every setting of the file."""
     loaded = load_study(study_path).model_dump(mode="json")
     for path, value in leaves(study_settings):
-        found = loaded
+        actual = loaded
         for key in path:
-            found = found[key]
+            actual = actual[key]
         if value != {}:
-            assert found == value, path
+            assert actual == value, path
 
 
 def test_loading_twice_gives_equal_studies(study_path):
@@ -76,7 +76,7 @@ def test_presets_are_the_papers_levels(preset, scheme):
 
 def test_what_a_variant_changes():
     smooth = {"alpha": 0.5, "targets": ["mlp_input"]}
-    told = {
+    properties = {
         name: (variant.quantized, variant.needs_checkpoint, variant.is_unmodified)
         for name, variant in {
             "float": Variant(),
@@ -86,7 +86,7 @@ def test_what_a_variant_changes():
             "both": Variant(preset="o3", smooth=smooth),
         }.items()
     }
-    assert told == {
+    assert properties == {
         "float": (False, False, True),
         "other float": (False, False, False),
         "rounded": (True, True, False),

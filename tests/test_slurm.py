@@ -71,17 +71,17 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed, tmp_path):
     )
     assert not left & {number for number, _ in queued()}
     subprocess.run(["scancel", lost[0]], check=True)
-    _, said = front.communicate(timeout=600)
+    _, output = front.communicate(timeout=600)
     assert front.returncode == 2  # make's, for a command that failed
-    assert "Traceback" not in said
-    assert "what is finished is kept" in said
+    assert "Traceback" not in output
+    assert "finished jobs are kept" in output
     # Nothing is gone but what the lost job had begun to make again, and it is named.
-    [told] = re.findall("ended without a word: (.*?); a job that is killed", said)
-    assert {NAMES[record] for record in finished - records(study)} <= {told}
-    assert "1 failed" in said
+    [killed_jobs] = re.findall("exited without reporting a result: (.*?); such a job", output)
+    assert {NAMES[record] for record in finished - records(study)} <= {killed_jobs}
+    assert "1 failed" in output
     assert records(study) - finished, "the others did not go on"
 
-    said = study.done("study", "EXECUTOR=slurm", f"ARGS={HERE}")
-    assert "current: " in said
+    output = study.done("study", "EXECUTOR=slurm", f"ARGS={HERE}")
+    assert "current: " in output
     assert study.content() == undisturbed.content()
     assert queued() == []

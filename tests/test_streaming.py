@@ -24,7 +24,7 @@ def sample(monkeypatch):
     def opened(urls):
         return ((url, ParquetFile(io.BytesIO(files[url]))) for url in urls)
 
-    monkeypatch.setattr(hub_streaming, "_opened", opened)
+    monkeypatch.setattr(hub_streaming, "_open_parquet", opened)
     return lambda **wanted: hub_streaming._sample(list(files), Stream(**wanted))
 
 

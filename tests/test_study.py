@@ -70,17 +70,17 @@ def test_every_job_leaves_its_notebook_and_its_record(smoke):
 def test_a_sound_study_passes_every_gate(smoke):
     verified = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/verification.json")]
     assert len(verified) == 8
-    for found in verified:
-        assert [g for g in found["gates"] if not g["passed"]] == []
-        assert found["passed"]
+    for record in verified:
+        assert [g for g in record["gates"] if not g["passed"]] == []
+        assert record["passed"]
 
 
 def test_every_evaluation_is_checked_on_the_files_that_are_there(smoke):
     checked = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/evaluation/gates.json")]
     assert len(checked) == 12
-    for found in checked:
-        assert [g for g in found["gates"] if not g["passed"]] == []
-        assert set(found["predictions"]) == {"arc", "squad_v2", "openmath", "boolq", "shared_text"}
+    for record in checked:
+        assert [g for g in record["gates"] if not g["passed"]] == []
+        assert set(record["predictions"]) == {"arc", "squad_v2", "openmath", "boolq", "shared_text"}
 
 
 def test_every_control_does_its_duty(smoke):
@@ -118,8 +118,8 @@ def test_the_report_is_whole(smoke):
 
 def test_nothing_that_is_kept_names_this_machine(smoke):
     _, study, outputs = smoke
-    kept = [outputs / "report.md", outputs / "report.html", *outputs.glob("notebooks/*.ipynb")]
-    for path in kept:
+    published = [outputs / "report.md", outputs / "report.html", *outputs.glob("notebooks/*.ipynb")]
+    for path in published:
         text = path.read_text("utf-8").replace(str(study), "")
         assert str(PROJECT) not in text, path.name
         assert str(outputs.parent) not in text, path.name
@@ -188,12 +188,12 @@ def test_every_variant_is_handed_on_in_the_harness_format(handed_on):
     assert {p.name for p in folder.iterdir()} == variants
     for place in folder.iterdir():
         (path,) = place.glob("results_*.json")
-        found = json.loads(path.read_text("utf-8"))
-        assert set(found) >= AGGREGATED
-        for task, values in found["results"].items():
-            assert found["n-samples"][task]["effective"] == values["sample_len"]
-            assert task in found["configs"]
-            assert task in found["versions"]
+        exported = json.loads(path.read_text("utf-8"))
+        assert set(exported) >= AGGREGATED
+        for task, values in exported["results"].items():
+            assert exported["n-samples"][task]["effective"] == values["sample_len"]
+            assert task in exported["configs"]
+            assert task in exported["versions"]
 
 
 def test_its_figures_are_those_of_its_samples_and_of_the_predictions(handed_on):
@@ -201,7 +201,7 @@ def test_its_figures_are_those_of_its_samples_and_of_the_predictions(handed_on):
     folder, outputs = handed_on
     for place in folder.iterdir():
         (path,) = place.glob("results_*.json")
-        found = json.loads(path.read_text("utf-8"))
+        exported = json.loads(path.read_text("utf-8"))
         for file in place.glob("samples_*.jsonl"):
             task = file.name[len("samples_") : file.name.rfind("_")]  # as the harness reads it
             rows = [json.loads(line) for line in file.read_text("utf-8").split("\n")[:-1]]
@@ -219,20 +219,20 @@ def test_its_figures_are_those_of_its_samples_and_of_the_predictions(handed_on):
                     assert row["resps"] == [[answer["output"]]]
             for metric in rows[0]["metrics"]:
                 values, name = [row[metric] for row in rows], rows[0]["filter"]
-                told = found["results"][task]
-                assert told[f"{metric},{name}"] == pytest.approx(statistics.mean(values))
+                figures = exported["results"][task]
+                assert figures[f"{metric},{name}"] == pytest.approx(statistics.mean(values))
                 error = statistics.stdev(values) / len(values) ** 0.5
-                assert told[f"{metric}_stderr,{name}"] == pytest.approx(error)
+                assert figures[f"{metric}_stderr,{name}"] == pytest.approx(error)
 
 
 def test_variants_were_asked_the_same(handed_on):
     hashes = {}
     for path in handed_on[0].glob("*/results_*.json"):
-        found = json.loads(path.read_text("utf-8"))
-        model = found["model_name"].split("/")[0]
-        hashes.setdefault(model, []).append(found["task_hashes"])
-    for found in hashes.values():
-        assert all(each == found[0] for each in found)
+        prompt_hashes = json.loads(path.read_text("utf-8"))
+        model = prompt_hashes["model_name"].split("/")[0]
+        hashes.setdefault(model, []).append(prompt_hashes["task_hashes"])
+    for prompt_hashes in hashes.values():
+        assert all(each == prompt_hashes[0] for each in prompt_hashes)
 
 
 def test_others_readers_take_the_samples(handed_on):

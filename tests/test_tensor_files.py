@@ -172,18 +172,18 @@ def unexpected(tensors):
 
 @pytest.mark.bank("brought", "a tensor {change} in a model's files", at="the model's folder")
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (missing, "model.layers.1.mlp.up_proj.weight is not in its files"),
         (unexpected, "model.layers.0.self_attn.q_proj.bias is in its files (1 tensors in all)"),
     ],
 )
-def test_what_transformers_would_draw_at_random_or_leave_out_is_refused(brought, change, said):
+def test_what_transformers_would_draw_at_random_or_leave_out_is_refused(brought, change, message):
     folder = brought()
     brought_models.edit_tensors(folder, change)
     with pytest.raises(StudyError) as caught:
         load_model(folder, RUNTIME)
-    assert said in str(caught.value)
+    assert message in str(caught.value)
 
 
 def test_files_without_weights_of_transformers_name_are_refused(brought):

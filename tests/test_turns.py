@@ -29,9 +29,9 @@ def test_every_round_measures_all_and_begins_one_further(names, rounds):
 
 
 def test_each_measurement_has_a_process_of_its_own():
-    found = interleaved_rounds({"a": whose, "b": whose}, rounds=2)
-    assert [len(rounds) for rounds in found.values()] == [2, 2]
-    processes = {made["process"] for rounds in found.values() for made in rounds}
+    results = interleaved_rounds({"a": whose, "b": whose}, rounds=2)
+    assert [len(rounds) for rounds in results.values()] == [2, 2]
+    processes = {result["process"] for rounds in results.values() for result in rounds}
     assert len(processes | {os.getpid()}) == 5
 
 
@@ -71,8 +71,8 @@ def test_nothing_that_measures_outlives_who_asked_for_it(tmp_path, victim):
 
 def _measuring(mark) -> list[int] | None:
     """All processes, once there are four: who asked, tracker, server, and who measures."""
-    found = list(processes(mark))
-    return found if len(found) >= 4 else None
+    pids = list(processes(mark))
+    return pids if len(pids) >= 4 else None
 
 
 def _is_server(process: int) -> tuple[bool, int]:

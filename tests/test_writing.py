@@ -83,9 +83,9 @@ def test_a_folder_whose_writer_is_killed_is_never_a_mixture(tmp_path):
         (folder / "a").write_text("old a")
         (folder / "c").write_text("old c")
         code = killed_at(step, "folder", folder)
-        found = content(folder) if folder.is_dir() else None
-        assert found in ({"a": "old a", "c": "old c"}, None, new)
-        seen.append(found)
+        actual = content(folder) if folder.is_dir() else None
+        assert actual in ({"a": "old a", "c": "old c"}, None, new)
+        seen.append(actual)
         remove_leftovers(tmp_path)
         assert {p.name for p in tmp_path.iterdir()} <= {"checkpoint"}
     assert code == 0

@@ -159,9 +159,9 @@ def write_study(folder: Path, study: dict) -> None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("STUDY_", "PYTEST_"))}
+    variables = {k: v for k, v in os.environ.items() if not k.startswith(("STUDY_", "PYTEST_"))}
     places = {"PYTHONPATH": str(folder / "src"), "STUDY_CACHE": str(folder / ".cache")}
-    return kept | places | {"STUDY_ESTIMATE": "no", "STUDY_FORKS": "no"}
+    return variables | places | {"STUDY_ESTIMATE": "no", "STUDY_FORKS": "no"}
 
 
 def jobs(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess:

@@ -18,21 +18,21 @@ from tqdm import tqdm
 
 from helpers.core.plain_text import one_line
 
-ACTIVITY_VARIABLE = "STUDY_ACTIVITY"  # where the job at hand tells it; not set where nobody looks
-TQDM_VARIABLE = "TQDM_DISABLE"  # libraries draw theirs for nobody there
+ACTIVITY_VARIABLE = "STUDY_ACTIVITY"  # path of the job's activity file; unset outside `make study`
+TQDM_VARIABLE = "TQDM_DISABLE"  # disables the bars of libraries inside a job
 WRITE_EVERY_S = 1.0
-MOST_CHARACTERS = 60  # characters of what is shown of a name
-MOST_BYTES = 2**12  # bytes of a file that is read
+MOST_CHARACTERS = 60  # shown of a name
+MOST_BYTES = 2**12  # read of a file
 
 
 @dataclass(frozen=True)
 class Activity:
-    """Where a job is.
+    """The current task of a job and its progress.
 
     Attributes:
-        doing: in fixed words and names of the study file.
+        doing: the task, in fixed words and names of the study file.
         done, of: in `unit`s; None where they are not counted.
-        left_s: seconds that the rest takes at the speed so far; None if that is not known.
+        left_s: estimated seconds to the end at the speed so far; None if unknown.
     """
 
     doing: str
@@ -42,18 +42,18 @@ class Activity:
     left_s: float | None = None
 
     def __str__(self) -> str:
-        counted = "" if self.of is None else f" {self.done}/{self.of} {self.unit}s"
-        return f"{self.doing}{counted}"
+        progress = "" if self.of is None else f" {self.done}/{self.of} {self.unit}s"
+        return f"{self.doing}{progress}"
 
 
 def activity_folder(shared: Path) -> Path:
-    """Where the jobs of a run write, beside the file they share."""
+    """The folder of the jobs' activity files, beside the progress file they share."""
     return shared.with_suffix(".activity")
 
 
 @contextlib.contextmanager
 def report_activity(name: str, shared: Path) -> Iterator[None]:
-    """Inside, this process and those it starts tell what the job of that name does."""
+    """Inside the context, this process and its children write the activity file of a job."""
     path = activity_folder(shared) / f"{name}.json"
     if not path.parent.is_dir():
         yield
@@ -68,14 +68,14 @@ def report_activity(name: str, shared: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def set_activity(what: str) -> None:
-    """Tell what begins now, where nothing is counted."""
+def set_activity(activity: str) -> None:
+    """Write the name of a task that has no progress bar to the activity file."""
     if path := os.environ.get(ACTIVITY_VARIABLE):
-        _write(Path(path), Activity(what))
+        _write(Path(path), Activity(activity))
 
 
 def _write(path: Path, activity: Activity) -> None:
-    """Replace the file; a disk that is full stops no job here."""
+    """Replace the file; a full disk does not stop the job."""
     new = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         new.write_text(json.dumps(vars(activity)), encoding="utf-8")
@@ -83,18 +83,18 @@ def _write(path: Path, activity: Activity) -> None:
 
 
 class Bar(tqdm):
-    """tqdm's bar, told to the file where there is one, in place of being drawn."""
+    """tqdm's bar; inside a job it writes to the activity file and draws nothing."""
 
-    def __init__(self, *given, **settings):
+    def __init__(self, *args, **kwargs):
         self._path = os.environ.get(ACTIVITY_VARIABLE)
         if self._path:
-            settings |= {"file": io.StringIO(), "mininterval": 0, "miniters": 1, "disable": False}
+            kwargs |= {"file": io.StringIO(), "mininterval": 0, "miniters": 1, "disable": False}
         self._written = 0.0
-        super().__init__(*given, **settings)
+        super().__init__(*args, **kwargs)
 
-    def display(self, *given, **settings) -> bool | None:
+    def display(self, *args, **kwargs) -> bool | None:
         if not self._path:
-            return super().display(*given, **settings)
+            return super().display(*args, **kwargs)
         if time.monotonic() - self._written >= WRITE_EVERY_S or self.n == self.total:
             self._written = time.monotonic()
             _write(Path(self._path), self._activity())
@@ -108,12 +108,12 @@ class Bar(tqdm):
 
 
 def read_activity(path: Path) -> Activity | None:
-    """What a job tells; None if it tells nothing, or nothing that can be read."""
+    """The activity in a file; None if the file is missing or damaged."""
     try:
         with open(path, encoding="utf-8") as stream:
-            told = json.loads(stream.read(MOST_BYTES))
-        done, of, left = (_number(told[key]) for key in ("done", "of", "left_s"))
-        doing, unit = (one_line(told[key])[:MOST_CHARACTERS] for key in ("doing", "unit"))
+            fields = json.loads(stream.read(MOST_BYTES))
+        done, of, left = (_number(fields[key]) for key in ("done", "of", "left_s"))
+        doing, unit = (one_line(fields[key])[:MOST_CHARACTERS] for key in ("doing", "unit"))
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
     if done is None or of is None:
@@ -122,7 +122,11 @@ def read_activity(path: Path) -> Activity | None:
 
 
 def _number(value: object) -> float | None:
-    """A number that can be shown."""
+    """The value, if it is a number that can be shown.
+
+    Raises:
+        ValueError: it is negative, not finite or no number.
+    """
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e15:

@@ -22,7 +22,7 @@ HEAD = "lm_head"  # of every family here; often tied to the embeddings
 
 @dataclass(frozen=True)
 class Requirement:
-    """What must hold of a configuration. `words` say it, and may quote the `{config}`."""
+    """A condition on a configuration; `words` describe it and may quote `{config}`."""
 
     holds: Callable[..., bool]
     words: str
@@ -33,11 +33,11 @@ class Place:
     """One place of a block into which scales can be folded, by names inside the block.
 
     Attributes:
-        target: the study file's word for this kind of place.
+        target: name of this kind of place in the study file.
         producer: the norm or Linear whose (last) output channels are divided by s.
         consumers: the Linears that read it.
-        readers: float matrices that read it too (a router); they are multiplied as well.
-        need: what makes folding here keep the function, where not every model allows it.
+        readers: float matrices that also read it (a router); they are multiplied as well.
+        need: condition under which folding here preserves the model's function.
     """
 
     target: str
@@ -49,16 +49,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family, by the name its configuration gives itself (`model_type`).
+    """One model family, named by the `model_type` of its configuration.
 
     Attributes:
-        places: in the order scales are folded in: a Linear is a consumer before it is a
-            producer.
-        blocks: the list of decoder blocks.
-        embeddings: lookup tables; the first is that of the tokens.
+        places: in the order in which scales are folded: a Linear is a consumer before it
+            is a producer.
+        blocks: name of the list of decoder blocks.
+        embeddings: names of the lookup tables, the token embeddings first.
         norm_offset: what a norm adds to its weight before it multiplies: 1 for (1 + w).
         experts: transformers' class that holds a block's experts as stacked tensors.
-        needs: what the configuration must say for this entry to be true of it.
+        needs: conditions under which this entry describes a configuration.
     """
 
     name: str
@@ -188,7 +188,7 @@ ARCHITECTURES = {
 
 
 def unknown_family_message(model_type: str) -> str | None:
-    """What to say of a family that has no entry; None if it has one."""
+    """The error message for a family without an entry; None if it has one."""
     if model_type in ARCHITECTURES:
         return None
     return (
@@ -201,46 +201,48 @@ def architecture(config) -> Architecture:
     """The entry of a model's configuration.
 
     Raises:
-        StudyError: the family has no entry, or the configuration is not as the entry needs.
+        StudyError: the family has no entry, or the configuration violates a condition of it.
     """
-    if unknown := unknown_family_message(config.model_type):
-        raise StudyError(unknown)
-    known = ARCHITECTURES[config.model_type]
-    for need in known.needs:
+    if message := unknown_family_message(config.model_type):
+        raise StudyError(message)
+    entry = ARCHITECTURES[config.model_type]
+    for need in entry.needs:
         if not need.holds(config):
             words = need.words.format(config=config)
-            raise StudyError(f"architecture {known.name!r} is known only with {words}")
-    return known
+            raise StudyError(f"architecture {entry.name!r} is known only with {words}")
+    return entry
 
 
 def places(config) -> list[Place]:
-    """Every place of every block by whole names, block by block, experts written out."""
-    known = architecture(config)
+    """Every place of every block with full module names, experts expanded, in block order."""
+    entry = architecture(config)
     return [
-        written
+        expanded
         for block in range(config.num_hidden_layers)
-        for place in known.places
-        for written in _one_place_per_producer(place, f"{known.blocks}.{block}.", config)
+        for place in entry.places
+        for expanded in _one_place_per_producer(place, f"{entry.blocks}.{block}.", config)
     ]
 
 
 def _one_place_per_producer(place: Place, block: str, config) -> list[Place]:
-    """A place of one block; one for each expert if its producer is an expert's."""
+    """A place of one block, repeated for each expert if its producer belongs to an expert."""
     experts = range(config.num_experts) if architecture(config).experts else range(1)
-    apart = "{expert}" in place.producer
+    separate = "{expert}" in place.producer
 
-    def names(patterns: tuple[str, ...], chosen) -> tuple[str, ...]:
-        written = (block + p.replace("{expert}", str(e)) for e in chosen for p in patterns)
-        return tuple(dict.fromkeys(written))  # without a placeholder all experts say the same
+    def names(patterns: tuple[str, ...], indices) -> tuple[str, ...]:
+        expanded = (block + p.replace("{expert}", str(e)) for e in indices for p in patterns)
+        return tuple(
+            dict.fromkeys(expanded)
+        )  # without a placeholder all experts give the same name
 
     return [
         replace(
             place,
-            producer=names((place.producer,), chosen)[0],
-            consumers=names(place.consumers, chosen),
-            readers=names(place.readers, chosen),
+            producer=names((place.producer,), indices)[0],
+            consumers=names(place.consumers, indices),
+            readers=names(place.readers, indices),
         )
-        for chosen in ([(e,) for e in experts] if apart else [experts])
+        for indices in ([(e,) for e in experts] if separate else [experts])
     ]
 
 

@@ -10,20 +10,20 @@ from helpers.core.records import write_json
 
 
 def cached_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """The folder, filled on first use; whoever comes meanwhile waits for it.
+    """The folder, filled on first use; other processes wait until it is complete.
 
     Args:
         fill: writes the content into an empty folder.
 
     Raises:
-        StudyError: a file in it is not what was written.
+        StudyError: a file in it differs from the one that was written.
     """
     if not (folder / RECORD).is_file():
         with wait_for_lock(folder.with_name(f".{folder.name}.lock")):
             if not (folder / RECORD).is_file():
                 remove_leftovers(folder.parent)
                 replace_folder(folder, lambda temporary: _seal(temporary, fill))
-    remedy = f"delete {folder} and run again, it is made anew"
+    remedy = f"delete {folder} and run again to recreate it"
     check_checksums(folder, made_by="its conversion", remedy=remedy)
     return folder
 

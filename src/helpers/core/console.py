@@ -14,29 +14,29 @@ from pathlib import Path
 from helpers.core.file_locking import wait_for_lock
 
 START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"
-LOST = "lost"  # said by the engine, of any job that did not end well
+LOST = "lost"  # written by Snakemake for every job that failed
 ENDS = (DONE, FAILED, STOPPED, LOST)
 
 
-def report_event(word: str, label: str, rest: str = "") -> None:
-    """Say what became of a job; `[ 3/18]` stands for `done` where jobs are counted."""
+def report_event(word: str, label: str, details: str = "") -> None:
+    """Print and record an event of a job; `[ 3/18]` replaces `done` where jobs are counted."""
     shared = progress_file()
     if not shared.is_file():
-        sys.stderr.write(_lines(word, label, rest))  # one write: jobs share the terminal
+        sys.stderr.write(_lines(word, label, details))  # one write: jobs share the terminal
         return
     with wait_for_lock(shared):
         total, events = read_events(shared)
-        first = word
+        status = word
         if word == DONE:
             done = 1 + sum(event["word"] == DONE for event in events)
-            first = f"[{done:>{len(total)}}/{total}]"
-        text = _lines(first, label, rest)
+            status = f"[{done:>{len(total)}}/{total}]"
+        text = _lines(status, label, details)
         _append(shared, word, label, text)
         sys.stderr.write(text)
 
 
 def report_lost_job(label: str) -> None:
-    """Note that a job did not end well; whether it said so itself is seen at the end."""
+    """Record that a job failed, in case the job itself reported nothing."""
     shared = progress_file()
     if shared.is_file():
         with wait_for_lock(shared):
@@ -44,7 +44,7 @@ def report_lost_job(label: str) -> None:
 
 
 def progress_file() -> Path:
-    """The file that all jobs of a run share; none outside of one."""
+    """The file that all jobs of a run share; os.devnull outside of `make study`."""
     return Path(os.environ.get("STUDY_PROGRESS") or os.devnull)
 
 
@@ -53,9 +53,12 @@ def _append(shared: Path, word: str, label: str, text: str) -> None:
         stream.write(json.dumps({"word": word, "label": label, "text": text}) + "\n")
 
 
-def _lines(first: str, label: str, rest: str) -> str:
-    told, *more = rest.split("\n")
-    lines = [f"{first:<8} {label}  {told}".rstrip(), *(f"         {line}" for line in more)]
+def _lines(status: str, label: str, details: str) -> str:
+    first_line, *further_lines = details.split("\n")
+    lines = [
+        f"{status:<8} {label}  {first_line}".rstrip(),
+        *(f"         {line}" for line in further_lines),
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -66,18 +69,18 @@ def format_duration(seconds: float) -> str:
 
 
 def read_events(shared: Path) -> tuple[str, list[dict]]:
-    """(number of jobs, what they said so far); a line that is being written is left out."""
+    """(number of jobs, their events so far), without a line that is still being written."""
     total, *lines = shared.read_text(encoding="utf-8").split("\n")
     return total or "0", [json.loads(line) for line in lines[:-1]]
 
 
 def jobs_without_result(events: list[dict]) -> list[str]:
-    """Names of the jobs that never said how they ended: they were killed."""
+    """Names of the jobs that started or were lost and reported no result: they were killed."""
     ended = {event_job(event) for event in events if event["word"] in (DONE, FAILED, STOPPED)}
-    begun = dict.fromkeys(event_job(event) for event in events if event["word"] in (START, LOST))
-    return [job for job in begun if job not in ended]
+    started = dict.fromkeys(event_job(event) for event in events if event["word"] in (START, LOST))
+    return [job for job in started if job not in ended]
 
 
 def event_job(event: dict) -> str:
-    """The job that said something, as `evaluation base noquant`."""
+    """The name of the job of an event, such as `evaluation base noquant`."""
     return " ".join(event["label"].split())

@@ -2,7 +2,7 @@
 
 from helpers.core.plain_text import safe_message
 
-DISK_FULL = "free some space and run again; what is finished is kept"
+DISK_FULL = "free some space and run again; finished jobs are kept"
 UNWRITABLE = "make it writable, or name another place with STUDY_OUTPUTS and STUDY_CACHE"
 NO_MEMORY = "give the jobs more memory, or run fewer at once (CORES=1), or lower batch_tokens"
 REMEDIES = {
@@ -21,10 +21,10 @@ REMEDIES = {
 
 
 class StudyError(ValueError):
-    """Something in the study's inputs is wrong.
+    """An input of the study is wrong.
 
-    The message is one line: the place, the value, the limit and the remedy. Values come
-    from files of any origin, so that nothing in it acts on the terminal it is shown on.
+    The message is one line: the place, the value, the limit and the remedy. Values come from
+    files of any origin, so control characters are replaced before the message is shown.
     """
 
     def __init__(self, text: object):
@@ -32,12 +32,12 @@ class StudyError(ValueError):
 
 
 def remedy_for(text: str) -> str:
-    """What to do about an error of the system's, told by its message; empty if unknown."""
-    return next((words for sign, words in REMEDIES.items() if sign in text), "")
+    """The remedy for an error message of the operating system; empty if unknown."""
+    return next((remedy for pattern, remedy in REMEDIES.items() if pattern in text), "")
 
 
 def one_line_error(text: str) -> str:
-    """Some program's account of an error, a traceback perhaps: its last line, and a remedy."""
+    """A program's error output in one line, of a traceback the last; with the remedy if known."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = lines[-1] if "Traceback" in text else " ".join(lines)
-    return "; ".join(filter(None, (told, remedy_for(text))))
+    message = lines[-1] if "Traceback" in text else " ".join(lines)
+    return "; ".join(filter(None, (message, remedy_for(text))))

@@ -17,50 +17,53 @@ from helpers.core.errors import StudyError
 
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
-_open_locks: dict[Path, int] = {}  # of this process: it never stands in its own way
+_open_locks: dict[Path, int] = {}  # of this process, which may acquire a lock twice
 
 
-def acquire_lock(path: Path, what: str) -> int:
-    """Take the lock for as long as this process lives; return the open file's number.
+def acquire_lock(path: Path, description: str) -> int:
+    """Hold the lock until this process ends or releases it; return the file descriptor.
+
+    The library filelock neither names the holder nor hands its descriptor to a child process,
+    with which Snakemake keeps the lock of a killed `make study`.
 
     Raises:
-        StudyError: another process holds it; says which, and what of.
+        StudyError: another process holds it; the message names the process.
     """
     if path not in _open_locks:
-        number = _open(path)
-        if not _flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            holder = _holder(number)
-            os.close(number)
-            raise StudyError(f"{what} by {holder}; wait for it or stop it")
-        os.ftruncate(number, 0)
-        os.pwrite(number, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
-        _open_locks[path] = number
+        descriptor = _open(path)
+        if not _flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise StudyError(f"{description} by {holder}; wait for it or stop it")
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}".encode(), 0)
+        _open_locks[path] = descriptor
     return _open_locks[path]
 
 
-def _holder(number: int) -> str:
-    """Who wrote their name into the lock's file."""
-    process, _, machine = os.pread(number, 300, 0).decode("utf-8", "replace").partition(" ")
+def _holder(descriptor: int) -> str:
+    """The process whose id stands in the lock file."""
+    process, _, machine = os.pread(descriptor, 300, 0).decode("utf-8", "replace").partition(" ")
     if not process.isdigit():
         return "another process"
     return f"process {process}" + (f" on {machine}" if machine != socket.gethostname() else "")
 
 
 def release_lock(path: Path) -> None:
-    """Give up a lock that `acquire_lock` took; nothing happens if it was not taken."""
+    """Release a lock that `acquire_lock` took; do nothing if this process does not hold it."""
     if path in _open_locks:
         os.close(_open_locks.pop(path))
 
 
 @contextmanager
 def wait_for_lock(path: Path) -> Iterator[None]:
-    """Hold the lock for a while; wait for whoever has it."""
-    number = _open(path)
+    """Inside the context, hold the lock; wait while another process holds it."""
+    descriptor = _open(path)
     try:
-        _flock(number, fcntl.LOCK_EX)
+        _flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(number)
+        os.close(descriptor)
 
 
 def _open(path: Path) -> int:
@@ -68,9 +71,9 @@ def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
 
 
-def _flock(number: int, how: int) -> bool:
+def _flock(descriptor: int, operation: int) -> bool:
     try:
-        fcntl.flock(number, how)
+        fcntl.flock(descriptor, operation)
     except BlockingIOError:
         return False
     except OSError as error:

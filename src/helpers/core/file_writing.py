@@ -32,10 +32,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Let `fill` make a temporary folder, then give it the name `folder`.
+    """Let `fill` write a temporary folder, then give it the name `folder`.
 
-    An old folder of that name is put aside whole before: there is a moment with neither,
-    and none with a mixture or a rest.
+    An old folder of that name is renamed before: for a moment neither exists, but a mixture
+    of the two never does. Libraries for atomic writes replace single files only.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_name(folder)
@@ -67,18 +67,18 @@ def _rename(temporary: Path, final: Path) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Return when a file, or the names in a folder, would survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
+    """Flush a file, or the names in a folder, to the disk, so that a power cut loses nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what writers left below a folder that were killed on this machine.
+    """Remove the temporary files of writers that were killed on this machine.
 
-    What a living process is writing stays, and so does what another machine wrote.
+    Temporary files of running processes and of other machines stay.
     """
     for path in list(_temporary(folder)):
         if path.is_dir():
@@ -100,6 +100,6 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is there, and another user's
+    except PermissionError:  # it runs as another user
         return True
     return True

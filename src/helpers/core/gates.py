@@ -12,7 +12,7 @@ WHOLE_VARIANT = "whole variant"  # a data set's name has no space
 
 @dataclass(frozen=True)
 class Gate:
-    """One check: `measured` against `limit`, in words that can be read alone."""
+    """The result of one check: `measured` against `limit`, in words that can be read alone."""
 
     name: str
     passed: bool
@@ -21,22 +21,22 @@ class Gate:
 
 
 def largest(values: Iterable[float]) -> float:
-    """The largest of some numbers, 0 of none; NaN if one of them is, wherever it stands.
+    """The largest number, 0 if there is none; NaN if any number is NaN.
 
-    Python's own `max` forgets a NaN that is not the first, and a gate on it would hold.
+    Python's `max` ignores a NaN that is not the first, and a gate on it would hold.
     """
-    found = list(values)
-    return math.nan if any(map(math.isnan, found)) else max(found, default=0.0)
+    numbers = list(values)
+    return math.nan if any(map(math.isnan, numbers)) else max(numbers, default=0.0)
 
 
-def none_of(name: str, odd: list[str], n: int, said: str) -> Gate:
-    """A gate that holds where nothing is odd; names how many of n are, and the first."""
-    example = f" ({odd[0]})" if odd else ""
-    return Gate(name, not odd, f"{len(odd)} of {n} {said}{example}", "none")
+def none_of(name: str, exceptions: list[str], n: int, description: str) -> Gate:
+    """A gate that holds if there are no exceptions; else it counts them and names the first."""
+    example = f" ({exceptions[0]})" if exceptions else ""
+    return Gate(name, not exceptions, f"{len(exceptions)} of {n} {description}{example}", "none")
 
 
 def failed_check(gates: list[dict], guarded: list[str]) -> str | None:
-    """The first recorded gate that fails and guards one of these, in words; None if none does."""
+    """The first failed gate that guards one of these, in words; None if there is none."""
     for gate in gates:
         if not gate["passed"] and gate.get("invalidates", WHOLE_VARIANT) in guarded:
             return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
@@ -44,10 +44,10 @@ def failed_check(gates: list[dict], guarded: list[str]) -> str | None:
 
 
 def as_record(gates: list[tuple[str, Gate]]) -> dict:
-    """The gates as plain data, with the one answer: do all hold.
+    """The gates as plain data, and whether all of them hold.
 
     Args:
-        gates: each with what it invalidates if it fails, a data set or `WHOLE_VARIANT`.
+        gates: each with the data set that it invalidates if it fails, or `WHOLE_VARIANT`.
     """
     rows = [asdict(gate) | {"invalidates": what} for what, gate in gates]
     return {"passed": all(gate.passed for _, gate in gates), "gates": rows}

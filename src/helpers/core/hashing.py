@@ -11,7 +11,7 @@ NOT_HASHED = {"record.json", "README.md"}
 
 
 def canonical_json(data: Any) -> str:
-    """One text for one value: sorted keys, no NaN, no spaces to vary.
+    """JSON with one text for each value: keys sorted, no NaN, no optional spaces.
 
     Raises:
         ValueError: the data hold NaN or an infinity.
@@ -37,9 +37,9 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def cached_digest(path: Path, found: os.stat_result) -> str:
-    """The file's `sha256_file`, computed once a process while the file stays as it was found."""
-    return _cached_digest(path, found.st_size, found.st_mtime_ns, found.st_ino)
+def cached_digest(path: Path, status: os.stat_result) -> str:
+    """The file's `sha256_file`, cached in this process until its size, time or inode changes."""
+    return _cached_digest(path, status.st_size, status.st_mtime_ns, status.st_ino)
 
 
 @cache
@@ -50,15 +50,15 @@ def _cached_digest(path: Path, _size: int, _mtime_ns: int, _inode: int) -> str:
 def file_digests(folder: Path) -> dict[str, str]:
     """Hex digest of every file below a folder, by its path in it.
 
-    `record.json` and a card (`README.md`) are left out: they tell of the content, and of a
-    run with its times. So is what is hidden: locks and unfinished files.
+    Left out are `record.json` and a model card (`README.md`), which describe the content and
+    hold times, and hidden files: locks and unfinished files.
     """
-    found = {}
+    digests = {}
     for path in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
         inside = path.relative_to(folder)
         if path.name not in NOT_HASHED and not any(p.startswith(".") for p in inside.parts):
-            found[inside.as_posix()] = sha256_file(path)
-    return found
+            digests[inside.as_posix()] = sha256_file(path)
+    return digests
 
 
 def sha256_folder(folder: Path) -> str:

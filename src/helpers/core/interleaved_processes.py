@@ -18,36 +18,36 @@ from helpers.core.parent_process import die_with_parent
 
 
 def interleaved_order(names: Sequence[str], rounds: int) -> list[str]:
-    """The order of measurements: every name once a round, each round from one place further."""
+    """The order of measurements: every name once a round, each round starting one name later."""
     order = list(names)
-    places = [r % len(order) for r in range(rounds)]
-    return [name for p in places for name in order[p:] + order[:p]]
+    starts = [r % len(order) for r in range(rounds)]
+    return [name for start in starts for name in order[start:] + order[:start]]
 
 
 def interleaved_rounds(
     tasks: dict[str, Callable[[], dict]], *, rounds: int, preload: Sequence[str] = ()
 ) -> dict[str, list[dict]]:
-    """What each task returned, round by round.
+    """The results of each task, round by round.
 
     Args:
-        tasks: by name; each can be pickled, and so can what it returns.
+        tasks: by name; each task and its result can be pickled.
         rounds: how often each is run.
-        preload: modules that are imported once, before the processes part.
+        preload: modules that are imported once, before the processes are forked.
 
     Raises:
         StudyError: a process died.
     """
-    found: dict[str, list[dict]] = {name: [] for name in tasks}
+    results: dict[str, list[dict]] = {name: [] for name in tasks}
     order = Bar(interleaved_order(list(tasks), rounds), desc="measuring", unit="measurement")
     for name in order:
-        found[name].append(_run_in_own_process(name, tasks[name], preload))
-    return found
+        results[name].append(_run_in_own_process(name, tasks[name], preload))
+    return results
 
 
 def _run_in_own_process(name: str, task: Callable[[], dict], preload: Sequence[str]) -> dict:
     try:
-        alone = {"mp_context": _context(preload), "initializer": _end_with_all}
-        with ProcessPoolExecutor(1, **alone) as process:
+        options = {"mp_context": _context(preload), "initializer": _end_with_all}
+        with ProcessPoolExecutor(1, **options) as process:
             return process.submit(task).result()
     except BrokenProcessPool:
         raise StudyError(
@@ -56,15 +56,17 @@ def _run_in_own_process(name: str, task: Callable[[], dict], preload: Sequence[s
 
 
 def _end_with_all() -> None:
-    """End this process with the server it was forked off, which ends with who asked for it."""
+    """End this process with the fork server, which ends with the process that started it."""
     die_with_parent()
     asking = multiprocessing.parent_process()
-    if asking is not None and not asking.is_alive():  # it ended before the line above
+    if (
+        asking is not None and not asking.is_alive()
+    ):  # the parent ended before die_with_parent took effect
         os._exit(1)
 
 
 def _context(preload: Sequence[str]):
-    """Processes forked off one that has imported all and computed nothing, where there is fork."""
+    """Processes forked from a server that has imported the modules; spawned without fork."""
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")

@@ -11,11 +11,15 @@ PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent(parent: int | None = None) -> None:
-    """End this process, at once, when the one that started it ends."""
+    """Kill this process as soon as the process that started it ends.
+
+    Args:
+        parent: id of that process; None for the current parent.
+    """
     parent = parent or os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it ended before the line above
+        if os.getppid() != parent:  # the parent ended before prctl took effect
             os._exit(1)
         return
 

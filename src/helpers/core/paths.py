@@ -16,18 +16,23 @@ def outputs_root() -> Path:
 
 
 def cache_root() -> Path:
-    """Where converted models are kept between studies; `STUDY_CACHE` moves it."""
+    """The folder of converted models, shared by all studies; `STUDY_CACHE` moves it."""
     return Path(os.environ.get("STUDY_CACHE", PROJECT / ".cache"))
 
 
 def vllm_python() -> Path:
-    """vLLM's own interpreter; `STUDY_VLLM` names the environment it is in."""
+    """The interpreter of vLLM's environment, which `STUDY_VLLM` names."""
     return Path(os.environ.get("STUDY_VLLM", PROJECT / ".venv-vllm")) / "bin" / "python"
 
 
 def relative_to_project(path: Path) -> str:
-    """The path from the project's folder if it lies in it: such results can be moved."""
+    """The path relative to the project if it lies in it, else unchanged."""
     return os.path.relpath(path, PROJECT) if path.is_relative_to(PROJECT) else str(path)
+
+
+def short_path(path: Path) -> str:
+    """The last five parts of a path, for messages."""
+    return "/".join(path.parts[-5:])
 
 
 @dataclass(frozen=True)
@@ -41,28 +46,28 @@ class StudyPaths:
         return outputs_root() / self.study
 
     def check_links(self) -> None:
-        """Make sure that what is written below the study's folder lies there.
+        """Make sure that no link in the study's folder leads out of the outputs folder.
 
         Raises:
-            StudyError: a link leads out of the folder all studies write to.
+            StudyError: a link leads out of it.
         """
-        inside = outputs_root().resolve()
+        root = outputs_root().resolve()
         for path in self._everything():
-            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
+            if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(root):
                 raise StudyError(
                     f"{path} is a link that leads out of {outputs_root()}; remove it, or "
                     "move the whole folder with STUDY_OUTPUTS=/another/folder"
                 )
 
     def _everything(self) -> Iterator[Path]:
-        """The study's folder and all that is in it; links are not followed."""
+        """The study's folder and every file and folder in it, without following links."""
         yield self.root
         for folder, folders, files in os.walk(self.root):
             yield from (Path(folder) / name for name in (*folders, *files))
 
     @property
     def notebooks(self) -> Path:
-        """Executed notebooks, one a job."""
+        """Executed notebooks, one per job."""
         return self.root / "notebooks"
 
     @property

@@ -16,7 +16,7 @@ def printable(text: str, *, keep: str = "") -> str:
     """The text with every control, format, private and unassigned character replaced.
 
     Args:
-        keep: characters that stay although they are such, as line ends.
+        keep: characters that stay all the same, such as line ends.
     """
     if text.isprintable():
         return text
@@ -28,14 +28,14 @@ def _is_printable(character: str) -> bool:
 
 
 def one_line(text: object) -> str:
-    """The same on one line, all white space as single spaces."""
+    """The text as `printable` gives it, on one line, all white space as single spaces."""
     return printable(" ".join(str(text).split()))
 
 
 def safe_message(text: object) -> str:
-    """An error message: its own lines, nothing in them that acts, none of them endless.
+    """An error message without control characters, each line at most LONGEST_LINE long.
 
-    A line that is too long loses its middle: the place stands first, the remedy last.
+    A longer line loses its middle: the place stands first, the remedy last.
     """
     return "\n".join(map(_shortened, printable(str(text), keep="\n\t").split("\n")))
 
@@ -46,7 +46,7 @@ def _shortened(line: str) -> str:
 
 
 def valid_unicode(text: str) -> str:
-    """The text as UTF-8 can hold it: half a surrogate pair alone becomes U+FFFD."""
+    """The text as UTF-8 can encode it: an unpaired surrogate becomes U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

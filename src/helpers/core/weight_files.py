@@ -17,14 +17,16 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 SAVE_AGAIN = "save the model anew (model.save_pretrained)"
 DOWNLOAD_AGAIN = "download it again"
-LFS_POINTER = b"version https://git-lfs"  # what git leaves where the large file was not fetched
+LFS_POINTER = (
+    b"version https://git-lfs"  # git writes it in place of a large file that it did not fetch
+)
 MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies and what it looks like; `dtype` in safetensors' words (`BF16`)."""
+    """The file, shape and dtype of a stored tensor; `dtype` as safetensors names it (`BF16`)."""
 
     path: Path
     shape: tuple[int, ...]
@@ -32,7 +34,7 @@ class StoredTensor:
 
 
 def missing_shards(names: Iterable[str]) -> list[str]:
-    """The numbered shards that files of these names lack, judged by the numbers alone."""
+    """The shards missing among files of these names, by the numbers in the names."""
     names = set(names)
     counts = {int(match[2]) for match in map(SHARD.fullmatch, names) if match}
     shards = {f"model-{i:05}-of-{n:05}.safetensors" for n in counts for i in range(1, n + 1)}
@@ -40,16 +42,16 @@ def missing_shards(names: Iterable[str]) -> list[str]:
 
 
 def is_lfs_pointer(path: Path) -> bool:
-    """Whether a file only says where git keeps the large file that belongs there."""
+    """Whether a file is a git-lfs pointer instead of the large file itself."""
     with open(path, "rb") as stream:
         return stream.read(len(LFS_POINTER)) == LFS_POINTER
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads a folder's weights from.
+    """The files from which transformers reads a folder's weights.
 
     Raises:
-        StudyError: there are none, or not all; the text goes after the folder's name.
+        StudyError: a file is missing; the message continues the folder's name.
     """
     if (folder / WEIGHTS_FILE).is_file():
         return [folder / WEIGHTS_FILE]
@@ -62,19 +64,19 @@ def weight_files(folder: Path) -> list[Path]:
                 f"has an index ({INDEX_FILE}) that names {name!r}, which is no safetensors file of "
                 f"this folder; {SAVE_AGAIN}"
             )
-    if lacking := [name for name in names if not (folder / name).is_file()]:
+    if missing := [name for name in names if not (folder / name).is_file()]:
         raise StudyError(
-            f"lacks {lacking[0]} ({len(lacking)} of the {len(names)} files that {INDEX_FILE} "
+            f"lacks {missing[0]} ({len(missing)} of the {len(names)} files that {INDEX_FILE} "
             f"names); {DOWNLOAD_AGAIN}"
         )
     return [folder / name for name in names]
 
 
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's weights, by the name it has in the files.
+    """Every tensor of the folder's weights by its name in the files.
 
     Raises:
-        StudyError: as `weight_files`, or a file is not whole, or lacks a tensor of the index.
+        StudyError: as `weight_files`, or a file is truncated or lacks a tensor of the index.
     """
     stored = {n: t for path in weight_files(folder) for n, t in _header(path).items()}
     if not (folder / WEIGHTS_FILE).is_file():
@@ -88,8 +90,8 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 def _weight_map(folder: Path) -> dict[str, str]:
     try:
-        found = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
-        names = {str(tensor): str(file) for tensor, file in found.items()}
+        weight_map = json.loads((folder / INDEX_FILE).read_bytes())["weight_map"]
+        names = {str(tensor): str(file) for tensor, file in weight_map.items()}
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         names = {}
     if not names:
@@ -101,7 +103,7 @@ def _header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file by name.
 
     Raises:
-        StudyError: it is a pointer to the file, is cut short, or is no safetensors file.
+        StudyError: it is a git-lfs pointer, truncated, or no safetensors file.
     """
     size = path.stat().st_size
     if is_lfs_pointer(path):

@@ -10,25 +10,25 @@ import ctypes
 import gc
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h numbers them
-SPARE_BYTES = 2**27  # kept for what comes next
-LARGE_BYTES = 2**25  # what is larger is taken from the system by itself, and returned at once
+SPARE_BYTES = 2**27  # kept for later allocations
+LARGE_BYTES = 2**25  # larger blocks are mapped separately and returned at once
 
 
 def release_memory() -> None:
-    """Collect what nothing refers to, and return freed pages to the system."""
+    """Collect garbage and return freed pages to the system."""
     gc.collect()
     trim_heap()
 
 
 def trim_heap() -> None:
-    """Return freed pages to the system where the C library can (glibc); else do nothing."""
+    """Return freed pages to the system if the C library can (glibc); else do nothing."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def set_malloc_thresholds() -> None:
-    """Have a process keep a little of what was freed last, where the C library can be told."""
+    """Make malloc keep SPARE_BYTES of freed memory and map large blocks separately (glibc)."""
     set_option = getattr(ctypes.CDLL(None), "mallopt", None)
     if set_option is not None:
         set_option(M_MMAP_THRESHOLD, LARGE_BYTES)
@@ -36,9 +36,10 @@ def set_malloc_thresholds() -> None:
 
 
 def exclude_imports_from_gc() -> None:
-    """Have collections of garbage leave alone what is there now: libraries, for the most part.
+    """Exclude the objects that exist now, mostly of libraries, from garbage collection.
 
-    Once in a process, since models come and go after that. A collection took a third of a second.
+    Only the first call in a process does so, since models are freed later. A collection took a
+    third of a second before.
     """
     if not gc.get_freeze_count():
         gc.freeze()

@@ -36,38 +36,38 @@ def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
     return filled.to(device)
 
 
-FEWEST_ROWS = 16  # of a matrix product; below, libraries switch to kernels that sum otherwise
+FEWEST_ROWS = 16  # of a matrix product; with fewer, libraries use kernels that sum in another order
 
-# The tensor by device, the device it was given on first; a spread model reads it on several.
-_OWNERS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("owners", default=None)
+# The tensor by device, its original device first; a model on several devices copies it.
+_SEQUENCE_IDS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("owners", default=None)
 
 
 @contextmanager
-def use_sequence_ids(owners: Tensor | None) -> Iterator[None]:
-    """Inside, the tokens of a forward pass belong to different texts.
+def use_sequence_ids(sequence_ids: Tensor | None) -> Iterator[None]:
+    """Inside the context, the tokens of a forward pass belong to different texts.
 
     Args:
-        owners: (tokens,) int64, a number for every text; None if all are one text's.
+        owners: (tokens,) int64, the number of each token's text; None if there is one text.
     """
-    before = _OWNERS.set(None if owners is None else {owners.device: owners})
+    token = _SEQUENCE_IDS.set(None if sequence_ids is None else {sequence_ids.device: sequence_ids})
     try:
         yield
     finally:
-        _OWNERS.reset(before)
+        _SEQUENCE_IDS.reset(token)
 
 
 def current_sequence_ids(device: torch.device | None = None) -> Tensor | None:
-    """(tokens,) whose each token of the running forward pass is; None if all are one text's.
+    """(tokens,) number of each token's text in this forward pass; None if there is one text.
 
     Args:
-        device: where it is needed, copied there once for all; None for where it was given.
+        device: the device of the result, to which it is copied once; None for the original.
     """
-    copies = _OWNERS.get()
+    copies = _SEQUENCE_IDS.get()
     if copies is None:
         return None
-    given = next(iter(copies.values()))
+    source_ids = next(iter(copies.values()))
     if device is None:
-        return given
+        return source_ids
     if device not in copies:
-        copies[device] = given.to(device)
+        copies[device] = source_ids.to(device)
     return copies[device]

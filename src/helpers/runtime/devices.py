@@ -24,26 +24,26 @@ NO_INT8 = {"mps": "torch has no int8 product there, so int8 is simulated (quanti
 
 
 def prepare(job: Job) -> Job:
-    """The job with its runtime settled on this machine; threads and seeds are set.
+    """The job with its runtime resolved on this machine; sets threads and seeds.
 
     Raises:
-        StudyError: the study asks for a device this machine lacks.
+        StudyError: the study names a device that this machine lacks.
     """
-    asked = job.study.runtime
-    runtime = resolve_runtime(asked)
+    requested = job.study.runtime
+    runtime = resolve_runtime(requested)
     set_malloc_thresholds()
     exclude_imports_from_gc()
     torch.set_num_threads(runtime.threads)
     torch.manual_seed(job.study.seed)
     study = job.study.model_copy(update={"runtime": runtime})
-    return replace(job, study=study, runtime=describe_runtime(runtime, asked))
+    return replace(job, study=study, runtime=describe_runtime(runtime, requested))
 
 
 def resolve_runtime(runtime: Runtime) -> Runtime:
-    """The runtime with nothing left open: a device that is there, a dtype, a kernel.
+    """The runtime with `auto` replaced: an available device, its dtype and kernel.
 
     Raises:
-        StudyError: the study asks for a device this machine lacks.
+        StudyError: the study names a device that this machine lacks.
     """
     device = best_device() if runtime.device == "auto" else runtime.device
     if not is_available(device):
@@ -51,9 +51,9 @@ def resolve_runtime(runtime: Runtime) -> Runtime:
             f"runtime.device = {device!r} but this machine has none; use 'auto' or 'cpu'"
         )
     dtype = best_dtype(device) if runtime.dtype == "auto" else runtime.dtype
-    spread = runtime.device_map if device == "cuda" and torch.cuda.device_count() > 1 else None
+    device_map = runtime.device_map if device == "cuda" and torch.cuda.device_count() > 1 else None
     quantized = "reference" if device in NO_INT8 else runtime.quantized
-    changes = {"device": device, "dtype": dtype, "device_map": spread, "quantized": quantized}
+    changes = {"device": device, "dtype": dtype, "device_map": device_map, "quantized": quantized}
     return runtime.model_copy(update=changes)
 
 
@@ -63,7 +63,7 @@ def best_device() -> str:
 
 
 def is_available(device: str) -> bool:
-    """Whether this machine can compute on a kind of device."""
+    """Whether this machine has a device of a kind: cuda, mps or cpu."""
     match device:
         case "cuda":
             return torch.cuda.is_available()
@@ -85,26 +85,26 @@ def best_dtype(device: str) -> str:
     return "float32"
 
 
-def describe_runtime(runtime: Runtime, asked: Runtime) -> dict:
-    """What was settled, for the record: the device by name, and what differs from what was asked.
+def describe_runtime(runtime: Runtime, requested: Runtime) -> dict:
+    """The runtime for the record: the device's name, and every difference from the request.
 
     Args:
-        runtime: as settled.
-        asked: as the study file has it.
+        runtime: as resolved.
+        requested: as in the study file.
     """
     notes = []
-    if runtime.quantized != asked.quantized:
+    if runtime.quantized != requested.quantized:
         notes.append(f"{runtime.device}: {NO_INT8[runtime.device]}")
-    if asked.device_map and not runtime.device_map:
+    if requested.device_map and not runtime.device_map:
         notes.append("one device: device_map has nothing to spread over")
     if runtime.device == "cpu" and not processors.has_bfloat16_units():
         notes.append(NO_BFLOAT16)
-    told = runtime.model_dump(exclude={"cost"})
-    return {**told, "device_name": device_name(runtime.device), "notes": notes}
+    settings = runtime.model_dump(exclude={"cost"})
+    return {**settings, "device_name": device_name(runtime.device), "notes": notes}
 
 
 def device_name(device: str) -> str:
-    """The processor or card as it calls itself."""
+    """The model name of the processor or of the cards."""
     if device == "cuda":
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         return ", ".join(names)
@@ -112,26 +112,28 @@ def device_name(device: str) -> str:
 
 
 def place_on_device(model, runtime: Runtime):
-    """The model on its device, or in parts on all GPUs where the study spreads it.
+    """The model on its device, or split over all GPUs if the study sets `device_map`.
 
-    What this project calls by itself (the decoder, the head) answers on the device it was
-    asked on, as a model in one place does.
+    The decoder and the head, which this project calls separately, return their output on the
+    device of their input, as an unsplit model does.
     """
     if not runtime.device_map:
         return model.to(runtime.device)
     from accelerate import dispatch_model, infer_auto_device_map
     from accelerate.utils import get_balanced_memory
 
-    whole = {"no_split_module_classes": list(model._no_split_modules or ())}
-    places = infer_auto_device_map(model, max_memory=get_balanced_memory(model, **whole), **whole)
-    model = dispatch_model(model, device_map=places, force_hooks=True)
+    split_options = {"no_split_module_classes": list(model._no_split_modules or ())}
+    device_map = infer_auto_device_map(
+        model, max_memory=get_balanced_memory(model, **split_options), **split_options
+    )
+    model = dispatch_model(model, device_map=device_map, force_hooks=True)
     return return_to_input_device(model)
 
 
 def modules_by_device(model) -> dict[str, dict[str, str]]:
-    """Which module of a spread model computes on which device, for its record; {} for a whole one.
+    """The modules of a split model by device, for its record; {} for an unsplit model.
 
-    Layers that follow one another are named by the first and the last.
+    Consecutive layers are named by the first and the last.
     """
     names: dict[str, list[str]] = {}
     for name, device in getattr(model, "hf_device_map", {}).items():
@@ -139,34 +141,34 @@ def modules_by_device(model) -> dict[str, dict[str, str]]:
         names.setdefault(place, []).append(name)
     if len(names) < 2:
         return {}
-    return {"modules": {place: ", ".join(_runs(each)) for place, each in names.items()}}
+    return {"modules": {place: ", ".join(_merged_ranges(each)) for place, each in names.items()}}
 
 
-def _runs(names: list[str]) -> Iterator[str]:
+def _merged_ranges(names: list[str]) -> Iterator[str]:
     """The names, `layers.1` and `layers.2` and `layers.3` as `layers.1-3`."""
     numbered = [(name, *name.rpartition(".")[::2]) for name in names]
-    for _, run in groupby(enumerate(numbered), key=_sequence):
-        run = [each for _, each in run]
-        first, last = run[0][0], run[-1][2]
-        yield first if len(run) == 1 else f"{first}-{last}"
+    for _, entries in groupby(enumerate(numbered), key=_range_key):
+        entries = [entry for _, entry in entries]
+        first, last = entries[0][0], entries[-1][2]
+        yield first if len(entries) == 1 else f"{first}-{last}"
 
 
-def _sequence(place: tuple[int, tuple[str, str, str]]) -> tuple[str, int | None]:
-    """The same for numbers that follow one another, and for nothing else."""
+def _range_key(place: tuple[int, tuple[str, str, str]]) -> tuple[str, int | None]:
+    """A key that only names with consecutive numbers share."""
     index, (name, parent, number) = place
     return (parent, int(number) - index) if number.isdecimal() else (name, None)
 
 
 def return_to_input_device(model):
-    """Have the decoder and the head of a spread model answer on the device of their input."""
+    """The model, whose decoder and head now return their output on the device of their input."""
     for part in (model.base_model, model.get_output_embeddings()):
-        part.register_forward_hook(_home, with_kwargs=True)
+        part.register_forward_hook(_to_input_device, with_kwargs=True)
     return model
 
 
-def _home(_module, args: tuple, kwargs: dict, output):
-    """The output, on the device of the first tensor that was given."""
+def _to_input_device(_module, args: tuple, kwargs: dict, output):
+    """Move the output to the device of the first input tensor."""
     from accelerate.utils import send_to_device
 
-    given = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-    return send_to_device(output, next(given).device)
+    tensors = (x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+    return send_to_device(output, next(tensors).device)

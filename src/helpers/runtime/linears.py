@@ -19,7 +19,10 @@ from torch.overrides import TorchFunctionMode
 
 from helpers.runtime.processors import has_bfloat16_units
 
-OTHERS = (nn.Linear, nn.Embedding)  # hold a matrix, and multiply otherwise or not at all
+NOT_MULTIPLIED = (
+    nn.Linear,
+    nn.Embedding,
+)  # classes with a matrix whose product is not computed here
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -31,19 +34,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         bias: (outer,) or None.
     """
     if x.dtype == weight.dtype == torch.bfloat16 and is_emulated(x):
-        wide = None if bias is None else bias.float()
-        return product(x.float(), weight.float(), wide).to(torch.bfloat16)
+        bias_float32 = None if bias is None else bias.float()
+        return product(x.float(), weight.float(), bias_float32).to(torch.bfloat16)
     if not _by_onednn(x, weight):
         return linear(x, weight, bias)
     if torch.is_grad_enabled():
         return _Product.apply(x, weight, bias)
-    return _multiplied(x, weight, bias)
+    return _onednn_product(x, weight, bias)
 
 
 def grouped_product(x: Tensor, weight: Tensor) -> Tensor:
-    """(groups, rows, outer) x @ weightᵀ of every group, a row the same among any 16 or more.
+    """(groups, rows, outer) x @ weightᵀ of every group; a row is the same among any 16 or more.
 
-    MKL's batched product depends on the number of rows with AVX2, and elsewhere at outer = 1.
+    MKL's batched product depends on the number of rows: with AVX2 always, else if outer = 1.
 
     Args:
         x: (groups, rows, inner).
@@ -60,7 +63,7 @@ def is_emulated(x: Tensor) -> bool:
 
 
 def widened(*operands: Tensor) -> tuple[Tensor, ...]:
-    """The operands of a product as it is computed here: emulated bfloat16 as float32."""
+    """The operands of a product, emulated bfloat16 cast to float32 as `product` does."""
     return tuple(x.float() if is_emulated(x) else x for x in operands)
 
 
@@ -74,57 +77,57 @@ def _by_onednn(x: Tensor, weight: Tensor) -> bool:
     )
 
 
-def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _onednn_product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).contiguous()
     weight = weight.contiguous()
-    found = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    return found.reshape(*x.shape[:-1], len(weight))
+    product = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
+    return product.reshape(*x.shape[:-1], len(weight))
 
 
 class _Product(torch.autograd.Function):
-    """The product with its gradients, which are products too."""
+    """The product and its gradients, which are products too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _multiplied(x, weight, bias)
+        return _onednn_product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
+        needed = ctx.needs_input_grad
         grads, rows = grad.reshape(-1, len(weight)), x.reshape(-1, x.shape[-1])
         return (
-            _multiplied(grads, weight.t()).reshape(x.shape) if wanted[0] else None,
-            _multiplied(grads.t(), rows.t()) if wanted[1] else None,
-            grads.sum(0) if wanted[2] else None,
+            _onednn_product(grads, weight.t()).reshape(x.shape) if needed[0] else None,
+            _onednn_product(grads.t(), rows.t()) if needed[1] else None,
+            grads.sum(0) if needed[2] else None,
         )
 
 
 def use_onednn(model):
-    """The model, its Linears multiplied by `product` unless they have a forward of their own.
+    """The model, whose Linears now use `product` unless they have a `forward` of their own.
 
-    So are the products of modules that hold a matrix and are no Linears, as routers of mixtures
-    are: by MKL with AVX2 a row of theirs depends on how many rows there are.
+    Other modules with a matrix, such as routers of mixtures, use it too: with MKL and AVX2 a row
+    of their output would depend on the number of rows.
     """
     for module in model.modules():
         if "forward" in vars(module):
             continue
         if type(module) is nn.Linear:
             module.forward = MethodType(_forward, module)
-        elif _holds_a_matrix(module):
+        elif _has_matrix(module):
             module.forward = MethodType(_with_products, module)
     return model
 
 
-def _holds_a_matrix(module: nn.Module) -> bool:
+def _has_matrix(module: nn.Module) -> bool:
     matrix = module._parameters.get("weight")
-    return matrix is not None and matrix.ndim == 2 and not isinstance(module, OTHERS)
+    return matrix is not None and matrix.ndim == 2 and not isinstance(module, NOT_MULTIPLIED)
 
 
 class _Products(TorchFunctionMode):
-    """Inside, `torch.nn.functional.linear` is `product`."""
+    """Inside the context, `torch.nn.functional.linear` is `product`."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         return (product if function is linear else function)(*args, **(kwargs or {}))
@@ -145,16 +148,16 @@ class _Linear(nn.Linear):
 
 @contextmanager
 def simulated_by_onednn(model) -> Iterator[None]:
-    """Inside, what compressed-tensors simulates is multiplied by `product` too.
+    """Inside the context, the products that compressed-tensors simulates use `product` too.
 
-    It calls the forward of a Linear's class. The class is taken back afterwards, as only what
-    is an `nn.Linear` itself is saved as int8.
+    It calls the `forward` of a Linear's class, so the class is replaced, and restored at the
+    end: only modules of class `nn.Linear` are saved as int8.
     """
-    taken = [module for module in model.modules() if type(module) is nn.Linear]
-    for module in taken:
+    linears = [module for module in model.modules() if type(module) is nn.Linear]
+    for module in linears:
         module.__class__ = _Linear
     try:
         yield
     finally:
-        for module in taken:
+        for module in linears:
             module.__class__ = nn.Linear

@@ -37,89 +37,94 @@ class Expert(nn.Module):
 
 
 class LinearExperts(nn.ModuleList):
-    """All experts of a block, asked for the tokens that the router sends them.
+    """All experts of a block, each applied to the tokens that the router assigns to it.
 
-    `every_token` lets each expert read all tokens, so that a look at the inputs of its
-    Linears does not depend on whom the router chose; the answer stays the same.
+    With `every_token` each expert reads all tokens, so that statistics of the inputs of its
+    Linears do not depend on the router; the output stays the same.
+
+    llm-compressor replaces experts by Linears too, but does not keep an output bit-equal for
+    any number of tokens, which batch invariance needs.
     """
 
     def __init__(self, config):
         super().__init__([Expert(config) for _ in range(config.num_experts)])
         self.every_token = False
 
-    def forward(self, x: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-        """Σ share · expert(x) over the chosen experts of each token.
+    def forward(self, x: Tensor, expert_indices: Tensor, weights: Tensor) -> Tensor:
+        """Σ weight · expert(x) over the selected experts of each token.
 
         Args:
             x: (tokens, hidden).
-            chosen: (tokens, k) indices of experts.
-            shares: (tokens, k) their weights.
+            expert_indices: (tokens, k) the experts of each token.
+            weights: (tokens, k) their weights.
         """
         mixed = torch.zeros_like(x)
         for index, expert in enumerate(self):
-            tokens, place = torch.where(chosen == index)
+            tokens, slot = torch.where(expert_indices == index)
             if self.every_token:
-                answers = expert(x)[tokens]
+                outputs = expert(x)[tokens]
             elif len(tokens):
-                answers = _expert_outputs(expert, x, tokens)
+                outputs = _expert_outputs(expert, x, tokens)
             else:
                 continue
-            weighted = answers * shares[tokens, place, None]
+            weighted = outputs * weights[tokens, slot, None]
             mixed.index_add_(0, tokens, weighted.to(mixed.dtype))
         return mixed
 
 
 class _LinearExpertsFactory:
-    """Takes the name of transformers' class and makes ours; nothing is an instance of it,
-    so that transformers does not initialize our experts as if they were its own."""
+    """Stands in for transformers' class and makes `LinearExperts`.
+
+    Nothing is an instance of it, so transformers does not initialize our experts as its own.
+    """
 
     def __new__(cls, config):
         return LinearExperts(config)
 
 
 def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
-    """The expert's answers to some tokens, the same however many they are.
+    """The expert's outputs for some tokens, independent of their number.
 
-    Few are made more, since products of few rows sum otherwise; and whose they are is
-    told, since one dynamic scale a tensor is one a text.
+    Fewer than FEWEST_ROWS tokens are padded, since products of few rows sum in another order.
+    The sequence ids go along, since a dynamic scale per tensor is one per text.
     """
     count = len(tokens)
     if count < FEWEST_ROWS:
         tokens = torch.cat([tokens, tokens[-1:].expand(FEWEST_ROWS - count)])
-    owners = current_sequence_ids(tokens.device)
-    with use_sequence_ids(None if owners is None else owners[tokens]):
+    sequence_ids = current_sequence_ids(tokens.device)
+    with use_sequence_ids(None if sequence_ids is None else sequence_ids[tokens]):
         return expert(x[tokens])[:count]
 
 
 @contextmanager
 def linear_experts(config):
-    """Models of this configuration made or loaded inside have `LinearExperts`.
+    """Inside the context, models of this configuration are built with `LinearExperts`.
 
-    Without experts nothing changes. The names in the files are then those of the
-    modules, and nothing has to be stacked on the way in or unstacked on the way out.
+    A family without experts is unchanged. Tensor names in the files then equal those of the
+    modules, so nothing is stacked on loading or unstacked on saving.
     """
-    known = architecture(config)
-    if not known.experts:
+    entry = architecture(config)
+    if not entry.experts:
         yield
         return
-    module, _, stacked_class = known.experts.rpartition(".")
+    module, _, stacked_class = entry.experts.rpartition(".")
     modeling = import_module(module)
-    stacked, stacking = (
+    stacked_experts, conversion = (
         getattr(modeling, stacked_class),
-        get_checkpoint_conversion_mapping(known.name),
+        get_checkpoint_conversion_mapping(entry.name),
     )
     setattr(modeling, stacked_class, _LinearExpertsFactory)
-    register_checkpoint_conversion_mapping(known.name, [], overwrite=True)
+    register_checkpoint_conversion_mapping(entry.name, [], overwrite=True)
     try:
         yield
     finally:
-        setattr(modeling, stacked_class, stacked)
-        register_checkpoint_conversion_mapping(known.name, stacking, overwrite=True)
+        setattr(modeling, stacked_class, stacked_experts)
+        register_checkpoint_conversion_mapping(entry.name, conversion, overwrite=True)
 
 
 @contextmanager
 def every_expert_reads(model):
-    """Inside, every expert of the model reads every token."""
+    """Inside the context, every expert of the model reads every token."""
     mixtures = [m for m in model.modules() if isinstance(m, LinearExperts)]
     for mixture in mixtures:
         mixture.every_token = True

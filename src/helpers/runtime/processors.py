@@ -21,44 +21,44 @@ RESTRICTIONS = {
 
 
 def features() -> tuple[str, ...]:
-    """The instruction sets that decide matrix products, as far as this process may use them."""
+    """The instruction sets for matrix products that this process may use."""
     allowed = RESTRICTIONS.get(restriction(), FEATURES)
-    return tuple(name for name in _of_the_processor() if name in allowed)
+    return tuple(name for name in _cpu_features() if name in allowed)
 
 
 def restriction() -> str:
-    """What this run is kept to, a key of KEPT_TO; empty if it may use all there is.
+    """The restriction of this run, a key of RESTRICTIONS; empty if there is none.
 
     Raises:
-        StudyError: STUDY_PROCESSOR is set to something else.
+        StudyError: STUDY_PROCESSOR is set to another value.
     """
-    wanted = os.environ.get("STUDY_PROCESSOR", "")
-    if wanted and wanted not in RESTRICTIONS:
+    setting = os.environ.get("STUDY_PROCESSOR", "")
+    if setting and setting not in RESTRICTIONS:
         raise StudyError(
-            f"PROCESSOR = {wanted!r} is not one of {', '.join(RESTRICTIONS)}; leave it out"
+            f"PROCESSOR = {setting!r} is not one of {', '.join(RESTRICTIONS)}; leave it out"
         )
-    return wanted
+    return setting
 
 
 @cache
-def _of_the_processor() -> tuple[str, ...]:
+def _cpu_features() -> tuple[str, ...]:
     path = Path("/proc/cpuinfo")
     words = set(path.read_text("utf-8").split()) if path.is_file() else set()
     return tuple(name for name in FEATURES if name in words)
 
 
 def has_int8_units() -> bool:
-    """Whether torch multiplies int8 by int8 faster than float32 here: it asks for AVX-512 VNNI."""
+    """Whether torch multiplies int8 faster than float32 here, which takes AVX-512 VNNI."""
     return "avx512_vnni" in features()
 
 
 def has_bfloat16_units() -> bool:
-    """Whether bfloat16 products have instructions of their own; emulated ones are slower."""
+    """Whether the processor has bfloat16 instructions; emulation is slower than float32."""
     return bool({"avx512_bf16", "amx_bf16", "bf16"} & set(features()))
 
 
 def processor_name() -> str:
-    """The CPU as it calls itself, or its architecture."""
+    """The CPU's model name, or its architecture."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text("utf-8").splitlines() if path.is_file() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
@@ -67,7 +67,7 @@ def processor_name() -> str:
 
 
 def processor_class() -> str:
-    """The processor's class, by what it multiplies int8 with."""
+    """The processor's class by its int8 instructions."""
     own = features()
     if "amx_int8" in own:
         return "AMX"

@@ -7,22 +7,22 @@ beside a longer one is then read otherwise than alone; such texts are read one a
 from helpers.core.errors import StudyError
 
 
-def check_context_length(what: str, lengths: list[int], config) -> None:
-    """Positions beyond a model's context were never trained.
+def check_context_length(label: str, lengths: list[int], config) -> None:
+    """Check that no text is longer than the model's context, whose positions were trained.
 
     Raises:
-        StudyError: a text is longer than the model reads.
+        StudyError: a text is longer.
     """
     longest, limit = max(lengths, default=0), config.max_position_embeddings
     if longest > limit:
         raise StudyError(
-            f"{what}: a text has {longest} tokens but the model reads {limit}; lower max_tokens, "
+            f"{label}: a text has {longest} tokens but the model reads {limit}; lower max_tokens, "
             "or leave the text out"
         )
 
 
 def length_independent_up_to(config) -> int | None:
-    """The length up to which positions do not depend on it; None if they never do."""
+    """The length up to which positions do not depend on the length; None if they never do."""
     limits = []
     for parameters in _rope_parameters(config):
         kind = parameters.get("rope_type", "default")
@@ -34,20 +34,20 @@ def length_independent_up_to(config) -> int | None:
 
 
 def _rope_parameters(config) -> list[dict]:
-    """One mapping, or one for each type of layer."""
-    found = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in found.values() if isinstance(value, dict)]
-    return nested or [found]
+    """The rotary settings: one mapping, or one for each type of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    return nested or [parameters]
 
 
 def reads_alone(config, length: int) -> bool:
-    """Whether a text of this length has to be read alone."""
+    """Whether a text of this length must be read alone."""
     limit = length_independent_up_to(config)
     return limit is not None and length > limit
 
 
 def changes_at(config, length: int) -> bool:
-    """Whether the earlier tokens of a text are at other positions than in one a token shorter."""
+    """Whether the last token of a text changes the positions of the earlier ones."""
     limit = length_independent_up_to(config)
     if limit is None or length <= limit:
         return False
@@ -56,12 +56,12 @@ def changes_at(config, length: int) -> bool:
 
 
 def batch_tokens_for(config, lengths: list[int], *, batch_tokens: int) -> int:
-    """The token budget of a batch of padded texts: 1, which is one text, where they need that."""
+    """The token budget of a batch of padded texts: 1, which means one text, if needed."""
     return 1 if reads_alone(config, max(lengths, default=0)) else batch_tokens
 
 
 def reset_dynamic_rope_(model) -> None:
-    """Undo what a longer text has left behind: dynamic scaling grows, and shrinks late."""
+    """Reset dynamic scaling, which otherwise keeps the frequencies of a longer text."""
     for module in model.modules():
         if "dynamic" in str(getattr(module, "rope_type", "")):
             module.max_seq_len_cached = module.original_max_seq_len

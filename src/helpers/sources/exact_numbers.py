@@ -6,8 +6,8 @@ Used twice: to read what a model answered, and to tell which gold answers are nu
 import re
 from fractions import Fraction
 
-LONGEST_NUMBER = 400  # characters; longer ones are no answer to a word problem
-LONGEST_UNIT = 6  # words; more of them are a sentence, which may take the number back
+LONGEST_NUMBER = 400  # characters; a longer text is no answer to a word problem
+LONGEST_UNIT = 6  # words; more of them form a sentence, which may negate the number
 
 _FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9.,]+)\}\{(-?[0-9.,]+)\}")
 _DECORATION = re.compile(
@@ -41,8 +41,8 @@ def parse_number(text: str) -> Fraction | None:
     numbers = _NUMBER.findall(plain)
     if len(numbers) != 1 or not plain.startswith(numbers[0]):
         return None
-    rest = plain[len(numbers[0]) :].strip()
-    if rest and not _is_unit(rest):
+    unit = plain[len(numbers[0]) :].strip()
+    if unit and not _is_unit(unit):
         return None
     try:
         return Fraction(numbers[0]) if "/" not in numbers[0] else _ratio(numbers[0])
@@ -51,7 +51,7 @@ def parse_number(text: str) -> Fraction | None:
 
 
 def _is_unit(rest: str) -> bool:
-    """Whether what follows a number names its unit and does not change its value."""
+    """Whether the text after a number is its unit and does not change its value."""
     if _NO_UNIT.search(rest) or _NO_LETTER.match(rest) or len(rest.split()) > LONGEST_UNIT:
         return False
     return re.fullmatch(r"[A-Za-z][A-Za-z ./^]*", rest) is not None
@@ -63,5 +63,5 @@ def _ratio(text: str) -> Fraction:
 
 
 def gold_number(text: str) -> Fraction | None:
-    """The same for a gold answer, in which `3x` is an expression and not three of a unit."""
+    """As `parse_number` for a gold answer, in which `3x` is an expression and not a unit."""
     return None if re.search(r"[0-9][A-Za-z]+$", text) else parse_number(text)

@@ -33,57 +33,59 @@ Say = Callable[[str], None]
 
 
 def fetch(study: Study, pins: Pins, *, place: str, renew: bool, say: Say) -> Pins:
-    """Bring every source of a study on a Hub to this machine; return their pins.
+    """Fetch every Hub source of a study to this machine; return their pins.
 
     Args:
-        study: as its file has it, revisions not replaced by commits.
-        pins: what is on record; kept but for what is renewed or no longer named.
+        study: as its file has it, with revisions instead of commits.
+        pins: the recorded commits; kept unless they are renewed or no longer named.
         place: the study file, for messages.
+        renew: whether to look up recorded revisions again.
+        say: prints a line about each step.
 
     Raises:
-        StudyError: a line for each source that cannot be had. Without a Hub to ask, only
-            the first: what is true of one is true of all.
+        StudyError: a line for each source that cannot be fetched; if the Hub is
+            unreachable, only for the first.
     """
-    found: list[PinnedModel | PinnedDataset] = []
+    fetched: list[PinnedModel | PinnedDataset] = []
     problems: list[str] = []
-    commits: dict[tuple, str] = {}  # one name is one commit, also if it moves meanwhile
+    commits: dict[tuple, str] = {}  # one commit per name, even if the branch moves meanwhile
     for key, source in hub_sources(study):
         name = (type(source), source.hub, source.revision)
-        known = commits.get(name) or (None if renew else pins.commit(source))
+        commit = commits.get(name) or (None if renew else pins.commit(source))
         try:
-            found.append(_fetch_and_pin(source, known, pins, say))
+            fetched.append(_fetch_and_pin(source, commit, pins, say))
         except StudyError as error:
-            told = f"{key} = {source.hub!r} at {source.revision!r}"
-            problems.append(f"{place}: {told}: {error}")
+            source_label = f"{key} = {source.hub!r} at {source.revision!r}"
+            problems.append(f"{place}: {source_label}: {error}")
             if isinstance(error, Unreachable):
                 break
             continue
-        commits[name] = found[-1].commit
+        commits[name] = fetched[-1].commit
     if problems:
         raise StudyError("\n".join(problems))
     return Pins(
-        models=tuple(pin for pin in found if isinstance(pin, PinnedModel)),
-        datasets=tuple(pin for pin in found if isinstance(pin, PinnedDataset)),
+        models=tuple(pin for pin in fetched if isinstance(pin, PinnedModel)),
+        datasets=tuple(pin for pin in fetched if isinstance(pin, PinnedDataset)),
     )
 
 
-def _fetch_and_pin(source: HubSource, known: str | None, pins: Pins, say: Say):
-    """The pin of one source, which is on this machine when this returns."""
+def _fetch_and_pin(source: HubSource, recorded_commit: str | None, pins: Pins, say: Say):
+    """Fetch one source if necessary; returns its pin."""
     kind = "model" if isinstance(source, HubModel) else "dataset"
-    commit = known or commit_of(kind, source.hub, source.revision)
-    before = pins.commit(source)
-    if before != commit:
-        was = f" (was {before[:12]})" if before else ""
-        say(f"pinned   {source.hub}  {source.revision} is {commit[:12]}{was}")
+    commit = recorded_commit or commit_of(kind, source.hub, source.revision)
+    old_commit = pins.commit(source)
+    if old_commit != commit:
+        note = f" (was {old_commit[:12]})" if old_commit else ""
+        say(f"pinned   {source.hub}  {source.revision} is {commit[:12]}{note}")
     if isinstance(source, HubModel):
         _fetch_model_once(source.hub, commit, say)
         return PinnedModel(hub=source.hub, revision=source.revision, commit=commit)
     rows = _fetch_rows_once(source.model_copy(update={"revision": commit}), say)
     pin = PinnedDataset(**source.model_dump(), commit=commit, **rows)
-    on_record = pins.rows_of(source)
-    if on_record and on_record.commit == commit and on_record.sha256 != pin.sha256:
+    recorded = pins.pinned_rows(source)
+    if recorded and recorded.commit == commit and recorded.sha256 != pin.sha256:
         raise StudyError(
-            f"its {pin.rows} rows of commit {commit[:12]} are not the {on_record.rows} that "
+            f"its {pin.rows} rows of commit {commit[:12]} are not the {recorded.rows} that "
             "sources.json has on record; remove it from there to accept them"
         )
     return pin
@@ -97,30 +99,32 @@ def _fetch_model_once(name: str, commit: str, say: Say) -> None:
 
 
 def _fetch_rows_once(source: HubDataset, say: Say) -> dict:
-    if (kept := cached_rows_info(source)) is None:
+    if (info := cached_rows_info(source)) is None:
         from helpers.sources.hub_streaming import read_split  # takes seconds to import
 
-        how = f", a sample of at most {source.stream.rows} rows" if source.stream else ""
-        say(f"fetch    {source.hub}  {source.revision[:12]} ({source.split}{how})")
-        read = read_split(source)
-        kept = cache_rows(source, read.rows, of_rows=read.of_rows, pieces=read.pieces)
-    return kept
+        note = f", a sample of at most {source.stream.rows} rows" if source.stream else ""
+        say(f"fetch    {source.hub}  {source.revision[:12]} ({source.split}{note})")
+        split = read_split(source)
+        info = cache_rows(source, split.rows, of_rows=split.of_rows, pieces=split.pieces)
+    return info
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line: 0 if all is here, 2 after a line for each source that is not."""
+    """The command line: 0 if all sources are here, 2 after a line for each that is not."""
     parser = argparse.ArgumentParser(prog="python -m helpers.sources.fetching", description=__doc__)
     parser.add_argument("study")
-    parser.add_argument("--renew", action="store_true", help="ask anew what revisions mean")
-    given = parser.parse_args(argv)
-    client_logging.set_verbosity_error()  # of retries only the outcome is told, in one line
-    paths = StudyPaths(study_file(given.study).stem)
+    parser.add_argument(
+        "--renew", action="store_true", help="look up the commits of all revisions again"
+    )
+    args = parser.parse_args(argv)
+    client_logging.set_verbosity_error()  # hides retries; an error is one line
+    paths = StudyPaths(study_file(args.study).stem)
     try:
-        study, pins = read_study(given.study), read_pins(paths)
-        place = study_file_label(given.study)
-        found = fetch(study, pins, place=place, renew=given.renew, say=_say)
-        if found != pins:
-            write_pins(paths, found)
+        study, pins = read_study(args.study), read_pins(paths)
+        place = study_file_label(args.study)
+        fetched = fetch(study, pins, place=place, renew=args.renew, say=_say)
+        if fetched != pins:
+            write_pins(paths, fetched)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2

@@ -39,7 +39,7 @@ class Step:
 
 
 def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: int) -> list[Step]:
-    """Train all weights of the model in place, and return its steps.
+    """Train all weights of the model in place; returns its steps.
 
     Args:
         model: the float model; it is changed.
@@ -50,8 +50,8 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
         StudyError: an example is longer than `max_tokens`, or the loss is not finite.
         ValueError: the weights are not float32.
     """
-    if coarse := {p.dtype for p in model.parameters()} - {torch.float32}:
-        raise ValueError(f"weights in {coarse.pop()} would hardly move; load them in float32")
+    if other_dtypes := {p.dtype for p in model.parameters()} - {torch.float32}:
+        raise ValueError(f"weights in {other_dtypes.pop()} would hardly move; load them in float32")
     _check_lengths(examples, settings.max_tokens)
     batches = [b for e in range(settings.epochs) for b in _epoch(examples, settings, seed + e)]
     optimizer = torch.optim.AdamW(
@@ -62,8 +62,8 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
     model.train()
     for number, batch in enumerate(Bar(batches, desc="fine-tuning", unit="step"), start=1):
         decay = (len(batches) - number + 1) / max(1, len(batches) - warmup)
-        rate = settings.learning_rate * min(number / warmup, decay, 1.0)
-        optimizer.param_groups[0]["lr"] = rate
+        learning_rate = settings.learning_rate * min(number / warmup, decay, 1.0)
+        optimizer.param_groups[0]["lr"] = learning_rate
         loss = answer_loss(model, batch, autocast=settings.autocast)
         if not torch.isfinite(loss):
             raise StudyError(
@@ -73,18 +73,18 @@ def fine_tune_(model, examples: list[Example], settings: FineTuning, *, seed: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        steps.append(Step(number, len(batches), loss.item(), rate))
+        steps.append(Step(number, len(batches), loss.item(), learning_rate))
     model.eval()
     return steps
 
 
 def uses_bfloat16(autocast: str, device: str) -> bool:
-    """Whether training multiplies in bfloat16: asked for, and not emulated by the processor."""
+    """Whether training multiplies in bfloat16: requested, and not emulated by the processor."""
     return autocast == "bfloat16" and (device != "cpu" or has_bfloat16_units())
 
 
 def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[list[Example]]:
-    """All examples once, in batches of similar length, the batches in seeded order."""
+    """All examples once, in batches of similar length and in seeded order."""
     rng = random.Random(seed)
     order = sorted(examples, key=lambda e: (len(e[0]) + len(e[1]), rng.random()))
     size = settings.batch_items
@@ -96,7 +96,9 @@ def _epoch(examples: list[Example], settings: FineTuning, seed: int) -> list[lis
 def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
     """Mean cross-entropy over the answer tokens of a batch, in nats a token."""
     if len(batch) > 1 and reads_alone(model.config, max(len(p) + len(a) for p, a in batch)):
-        losses = [answer_loss(model, [each], autocast=autocast) * len(each[1]) for each in batch]
+        losses = [
+            answer_loss(model, [example], autocast=autocast) * len(example[1]) for example in batch
+        ]
         return torch.stack(losses).sum() / sum(len(answer) for _, answer in batch)
     device = model.device
     tokens = pad([p + a[:-1] for p, a in batch], value=0, side="right", device=device)
@@ -107,10 +109,10 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
         hidden = model.base_model(
             input_ids=tokens, attention_mask=mask, use_cache=False
         ).last_hidden_state
-        kept = [
+        states = [
             hidden[i, len(p) - 1 : len(p) - 1 + len(a)] for i, (p, a) in enumerate(batch)
         ]  # each (answer tokens, hidden): the states that predict the answer
-        logits = model.get_output_embeddings()(torch.cat(kept))
+        logits = model.get_output_embeddings()(torch.cat(states))
     targets = torch.tensor([t for _, answer in batch for t in answer], device=device)
     return cross_entropy(logits.float(), targets)
 
@@ -137,12 +139,12 @@ def _check_lengths(examples: list[Example], max_tokens: int) -> None:
 
 
 def float32_runtime(runtime: Runtime) -> Runtime:
-    """The runtime that the model to be trained is loaded with."""
+    """The runtime with which a model to train is loaded."""
     return runtime.model_copy(update={"dtype": "float32"})
 
 
 def cast_to_study_dtype(model, runtime: Runtime):
-    """The trained model in the study's dtype, as it is saved, and studied from then on."""
+    """The trained model in the study's dtype, in which it is saved and evaluated."""
     return model.to(getattr(torch, runtime.dtype))
 
 
@@ -173,14 +175,14 @@ def recorded_losses(steps: list[Step]) -> list[float]:
 
 
 def describe_loss(losses: list[float]) -> str:
-    """The course of a training loss in words: its ends compared, by the spread between batches.
+    """A sentence on whether the training loss falls, rises or does not change clearly.
 
-    The mean of the first and of the last quarter of the steps; they differ if they are further
-    apart than two standard errors of their difference. Of fewer than eight steps nothing is
-    claimed, since a quarter of them has no spread.
+    Compares the means of the first and the last quarter of the steps; they differ if they are
+    more than two standard errors of their difference apart. With fewer than eight steps a
+    quarter has no variance, and the sentence claims nothing.
 
     Args:
-        losses: nats an answer token, by step.
+        losses: nats per answer token, by step.
     """
     if not all(map(math.isfinite, losses)):
         return "The loss on the answers is not a number"
@@ -190,8 +192,8 @@ def describe_loss(losses: list[float]) -> str:
     change = fmean(last) - fmean(first)
     if abs(change) <= 2 * math.sqrt((variance(first) + variance(last)) / quarter):
         return "The loss on the answers does not change clearly"
-    ends = f"from {fmean(first):.2f} to {fmean(last):.2f} nats a token"
-    return f"The loss on the answers {'falls' if change < 0 else 'rises'} {ends}"
+    values = f"from {fmean(first):.2f} to {fmean(last):.2f} nats a token"
+    return f"The loss on the answers {'falls' if change < 0 else 'rises'} {values}"
 
 
 def running_mean(values: list[float]) -> list[float]:

@@ -32,29 +32,32 @@ from helpers.core.weight_files import stored_tensors
 from helpers.study.model_folders import config_problem, model_files_problem
 
 MODEL_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
-# Copies in other programs' layouts, and whatever lies in folders.
+# Copies in other programs' layouts, and files in subfolders.
 NOT_MODEL_FILES = ["*/*", "consolidated*.safetensors", "adapter_*"]
-ANSWER_S = 10.0  # the longest wait for a first answer
-WAITS_S = (1.0, 3.0)  # before asking again a server that had trouble
-ELSEWHERE = "connect, set HF_ENDPOINT to a mirror, or name local files in the study"
-NO_ANSWER = httpx.TransportError | OfflineModeIsEnabled
+TIMEOUT_S = 10.0  # until the first byte of a response
+WAITS_S = (1.0, 3.0)  # before each retry after a server error
+OFFLINE_REMEDY = "connect, set HF_ENDPOINT to a mirror, or name local files in the study"
+ConnectionFailure = httpx.TransportError | OfflineModeIsEnabled
 Answer = TypeVar("Answer")
 
 
 class Unreachable(StudyError):
-    """There is no Hub to ask; what lies in the cache may do."""
+    """The Hub cannot be reached; the cache may suffice."""
 
 
-def with_retries(ask: Callable[[], Answer]) -> Answer:
-    """The answer, asked for again while the server has trouble.
+def with_retries(request: Callable[[], Answer]) -> Answer:
+    """The result of a request, repeated after each server error.
+
+    huggingface_hub retries only downloads of files, and its errors have several lines and no
+    remedy.
 
     Raises:
-        StudyError: there is none; says why and what to do.
+        StudyError: the request failed; the message is one line with the remedy.
     """
     for wait_s in (*WAITS_S, None):
         try:
-            return ask()
-        except Exception as error:  # clients raise many kinds; each means there is no answer
+            return request()
+        except Exception as error:  # clients raise many kinds; each means a failed request
             if wait_s is None or not _is_transient(error):
                 raise readable_error(error) from None
             time.sleep(wait_s)
@@ -62,16 +65,16 @@ def with_retries(ask: Callable[[], Answer]) -> Answer:
 
 
 def _is_transient(error: BaseException) -> bool:
-    """Whether the same question may be answered a moment later."""
-    error = _root(error)
+    """Whether the same request may succeed a moment later."""
+    error = _root_cause(error)
     broken_off = (httpx.RemoteProtocolError, httpx.ReadError)
     return _is_server_error(_status(error)) or isinstance(error, broken_off)
 
 
-def _root(error: BaseException) -> BaseException:
-    """The Hub's own answer, or the lack of one, in what a client made of it."""
+def _root_cause(error: BaseException) -> BaseException:
+    """The Hub's error or the connection failure that caused a client's error."""
     inner: BaseException | None = error
-    while inner and not isinstance(inner, StudyError | HfHubHTTPError | NO_ANSWER):
+    while inner and not isinstance(inner, StudyError | HfHubHTTPError | ConnectionFailure):
         inner = inner.__cause__ or inner.__context__
     return inner or error
 
@@ -85,8 +88,8 @@ def _is_server_error(status: int | None) -> bool:
 
 
 def readable_error(error: BaseException) -> StudyError:
-    """Why there is no answer, and what to do about it, in one line."""
-    error = _root(error)
+    """The error of a failed request in one line, with its remedy."""
+    error = _root_cause(error)
     if isinstance(error, StudyError):
         return error
     status, reason = _status(error), _first_line(error)
@@ -118,7 +121,7 @@ def readable_error(error: BaseException) -> StudyError:
         case _ if _is_server_error(status):
             return Unreachable(f"the Hub has trouble ({status}); run again later")
         case httpx.TransportError():
-            return Unreachable(f"the Hub cannot be reached ({reason}); {ELSEWHERE}")
+            return Unreachable(f"the Hub cannot be reached ({reason}); {OFFLINE_REMEDY}")
     return StudyError(f"could not be fetched ({reason}); run again, or name local files instead")
 
 
@@ -127,31 +130,31 @@ def _first_line(error: BaseException) -> str:
 
 
 def commit_of(kind: str, name: str, revision: str) -> str:
-    """The commit a revision of a `model` or `dataset` repository is now.
+    """The current commit of a revision of a `model` or `dataset` repository.
 
-    Without a Hub, what it was when this machine's cache last heard of it.
+    If the Hub is unreachable, the commit that the cache recorded last.
 
     Raises:
-        StudyError: there is no such repository or revision, or none that may be read.
+        StudyError: the repository or revision does not exist or may not be read.
     """
     api = HfApi(library_name="smoothquant-study")
-    where = {"repo_type": kind, "revision": revision}
+    repository = {"repo_type": kind, "revision": revision}
     try:
-        with_retries(lambda: api.repo_info(name, timeout=ANSWER_S, **where))
+        with_retries(lambda: api.repo_info(name, timeout=TIMEOUT_S, **repository))
     except Unreachable:
         try:
-            return api.resolve_revision(name, local_files_only=True, **where).resolved
+            return api.resolve_revision(name, local_files_only=True, **repository).resolved
         except RevisionResolutionError:
             pass
         raise
-    # Asked once more, since this call leaves what it hears in the cache.
-    return with_retries(lambda: api.resolve_revision(name, **where)).resolved
+    # A second request, because this call records the commit in the cache.
+    return with_retries(lambda: api.resolve_revision(name, **repository)).resolved
 
 
 def cached_model(name: str, commit: str) -> Path | None:
-    """The folder of a model that is in the cache whole; None if it is not. Asks no Hub.
+    """The cached folder of a model; None if it is incomplete. Sends no request.
 
-    Whole: every file that the index names is there, as long as its header says.
+    It is complete if every file of the index exists with the size that its header states.
     """
     try:
         folder = Path(_snapshot(name, commit, local_files_only=True))
@@ -170,33 +173,33 @@ def fetch_model(name: str, commit: str) -> Path:
     """The folder of a model at a commit, its safetensors and tokenizer fetched.
 
     Raises:
-        StudyError: it cannot be had, is no safetensors model of a known family, is not whole
-            in the repository, or arrived damaged.
+        StudyError: it cannot be fetched, is no safetensors model of a known family, is
+            incomplete in the repository, or arrived damaged.
     """
     api = HfApi(library_name="smoothquant-study")
     tree = with_retries(lambda: list(api.list_repo_tree(name, revision=commit)))
     names = [entry.path for entry in tree]
-    if lacking := model_files_problem(_fetched_names(names)):
-        raise StudyError(model_files_problem(names) or lacking)
+    if problem := model_files_problem(_fetched_names(names)):
+        raise StudyError(model_files_problem(names) or problem)
     config = with_retries(lambda: hf_hub_download(name, "config.json", revision=commit))
-    if unfit := config_problem(Path(config).read_bytes()):
-        raise StudyError(unfit)
+    if config_error := config_problem(Path(config).read_bytes()):
+        raise StudyError(config_error)
     folder = Path(with_retries(lambda: _snapshot(name, commit)))
     for entry in tree:
-        path, large = folder / entry.path, getattr(entry, "lfs", None)
-        if large and path.is_file() and sha256_file(path) != large.sha256:
-            path.resolve().unlink()  # the file itself: the folder holds links to it
+        path, lfs = folder / entry.path, getattr(entry, "lfs", None)
+        if lfs and path.is_file() and sha256_file(path) != lfs.sha256:
+            path.resolve().unlink()  # the file itself: the folder holds a link to it
             path.unlink(missing_ok=True)
             raise StudyError(f"{entry.path} arrived damaged and was removed; run again")
     try:
         stored_tensors(folder)
-    except StudyError as error:  # the repository itself is not whole
+    except StudyError as error:  # the repository itself is incomplete
         raise StudyError(f"{str(error).partition(';')[0]}; name another revision") from None
     return folder
 
 
 def _fetched_names(paths: Iterable[str]) -> list[str]:
-    """The files of a repository that matter: copies in other layouts, and adapters, do not."""
+    """The files of a repository without copies in other layouts and without adapters."""
     return [p for p in paths if not any(fnmatch(p, pattern) for pattern in NOT_MODEL_FILES)]
 
 
@@ -206,6 +209,6 @@ def _snapshot(name: str, commit: str, **options) -> str:
         revision=commit,
         allow_patterns=MODEL_FILES,
         ignore_patterns=NOT_MODEL_FILES,
-        etag_timeout=ANSWER_S,
+        etag_timeout=TIMEOUT_S,
         **options,
     )

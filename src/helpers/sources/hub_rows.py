@@ -16,51 +16,53 @@ from helpers.study.schema_sources import HubDataset
 
 
 def rows_file(source: HubDataset) -> Path:
-    """Where the rows of a source, pinned to a commit, lie or will lie."""
-    told = "-".join((source.hub, source.config or "default", source.split))
-    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', told)}-{sha256_data(source.model_dump())[:12]}"
+    """The cache file for the rows of a source that is pinned to a commit."""
+    label = "-".join((source.hub, source.config or "default", source.split))
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{sha256_data(source.model_dump())[:12]}"
     return cache_root() / "datasets" / f"{name}.jsonl"
 
 
-def cache_rows(source: HubDataset, rows: list[dict], **told) -> dict:
-    """Write the rows of a source to the cache; return their account, with what else is told.
+def cache_rows(source: HubDataset, rows: list[dict], **details) -> dict:
+    """Write the rows of a source to the cache; return their number, hash and `details`.
 
     Raises:
-        StudyError: a row holds what JSON cannot, such as a picture.
+        StudyError: JSON cannot hold a value of a row, such as a picture.
     """
     path = rows_file(source)
     try:
         write_jsonl(path, rows)
     except (TypeError, ValueError) as error:
-        raise StudyError(f"its rows hold what is no text ({error}); name another dataset") from None
-    found = {"rows": len(rows), **told, "sha256": sha256_file(path)}
-    write_json(path.with_suffix(".json"), {"source": source.model_dump(), **found})
-    return found
+        raise StudyError(
+            f"its rows hold values that are no text ({error}); name another dataset"
+        ) from None
+    info = {"rows": len(rows), **details, "sha256": sha256_file(path)}
+    write_json(path.with_suffix(".json"), {"source": source.model_dump(), **info})
+    return info
 
 
 def cached_rows_info(source: HubDataset) -> dict | None:
-    """Number and hash of the rows that are kept of a source; None if they are not here, whole."""
+    """Number and hash of the cached rows of a source; None if they are missing or damaged."""
     path = rows_file(source)
     if not is_commit(source.revision) or not path.is_file():
         return None
     try:
-        found = json.loads(path.with_suffix(".json").read_text("utf-8"))
+        info = json.loads(path.with_suffix(".json").read_text("utf-8"))
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("sha256") != sha256_file(path):
+    if not isinstance(info, dict) or info.get("sha256") != sha256_file(path):
         return None
-    return {key: value for key, value in found.items() if key != "source"}
+    return {key: value for key, value in info.items() if key != "source"}
 
 
 def cached_rows(source: HubDataset) -> list[dict]:
     """The rows of a source, from the cache.
 
     Raises:
-        StudyError: the study was not fetched, or the rows are no longer what was fetched.
+        StudyError: the rows were not fetched, or differ from the fetched ones.
     """
-    what, remedy = f"{source.hub} ({source.split})", f"run {FETCH} STUDY=… with this study"
+    label, remedy = f"{source.hub} ({source.split})", f"run {FETCH} STUDY=… with this study"
     if not is_commit(source.revision):
-        raise StudyError(f"{what} at {source.revision!r} is not pinned to a commit; {remedy}")
+        raise StudyError(f"{label} at {source.revision!r} is not pinned to a commit; {remedy}")
     if cached_rows_info(source) is None:
-        raise StudyError(f"{what}: its rows are not on this machine; {remedy}")
+        raise StudyError(f"{label}: its rows are not on this machine; {remedy}")
     return read_jsonl(rows_file(source), made_by=FETCH)

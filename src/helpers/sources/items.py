@@ -21,11 +21,13 @@ class Item:
     Attributes:
         id: the row's own id, or a hash of its content.
         question: the question or problem.
-        passage: the text it is about, empty if none.
+        passage: the text that the question is about, empty if none.
         options: option texts of a multiple-choice item; yes/no for BoolQ.
         labels: the options' labels in the source ("A"…, "1"…).
-        golds: right answers: one label, or any of several texts; empty if unanswerable.
+        golds: gold answers: one label, or several texts of which any is right; empty if
+            unanswerable.
         cluster: items with the same value share a passage and are not independent.
+        title: the title of the passage's source, empty if none.
         solution: a worked solution to train on, empty if none.
     """
 
@@ -41,40 +43,48 @@ class Item:
 
 
 def normalized_text(text: str) -> str:
-    """Lower-case words and operators without punctuation or accents.
+    """Case-folded words and operators without punctuation or accents.
 
-    Two texts that differ in less are one; `2 + 3` and `2 - 3` stay two.
+    Texts with the same result count as equal; `2 + 3` and `2 - 3` stay different.
     """
-    kept = text.casefold() if text.isascii() else "".join(map(_bare, text))
-    return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", kept))
+    folded = text.casefold() if text.isascii() else "".join(map(_bare, text))
+    return " ".join(re.findall(r"\w+|[+*/=<>^%]|-(?=\s*\d)", folded))
 
 
 @cache
 def _bare(character: str) -> str:
-    """A character decomposed, folded and without accents.
+    """A character decomposed, case-folded and without accents.
 
-    One by one: normalising a whole text sorts its accents, in quadratic time.
+    Characters are normalized one by one: NFKD sorts the accents of a text in quadratic time.
     """
     folded = unicodedata.normalize("NFKD", character).casefold()
     return "".join(c for c in folded if not unicodedata.combining(c))
 
 
-@lru_cache(maxsize=2**17)  # every draw asks it of every item
+@lru_cache(maxsize=2**17)  # every draw needs the key of every item
 def item_key(item: Item) -> str:
-    """What makes two items the same question, whatever their ids and the options' order."""
+    """A key that is equal for equal questions, regardless of ids and order of options."""
     parts = (item.question, item.passage, *sorted(item.options))
     return sha256_text("\n".join(map(normalized_text, parts)))
 
 
 def text_of(value) -> str:
-    """The value, if it is a text that says something; a number or a list is a broken row."""
+    """The value, if it is a non-blank text.
+
+    Raises:
+        ValueError: it is no text, blank, or holds an unpaired surrogate.
+    """
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{value!r} stands where a text belongs")
     return _whole(value)
 
 
 def _whole(value) -> str:
-    """The value, if it is a text or nothing; half a surrogate pair cannot be written."""
+    """The value, if it is a text; empty for None.
+
+    Raises:
+        ValueError: it is no text, or holds an unpaired surrogate.
+    """
     text = "" if value is None else value
     if not isinstance(text, str):
         raise ValueError(f"{value!r} stands where a text belongs")
@@ -90,7 +100,7 @@ def _texts(values) -> tuple[str, ...]:
 
 
 def label_key(label: str) -> str:
-    """What two labels that are read alike have in common: `A`, `a` and ` A.`."""
+    """A key that is equal for labels that read alike: `A`, `a` and ` A.`."""
     return label.strip().rstrip(".").casefold()
 
 
@@ -112,7 +122,7 @@ def adapt_arc(row: dict) -> Item:
 
 
 def adapt_boolq(row: dict) -> Item:
-    """`google/boolq`: has no ids, so the content's hash is the id."""
+    """`google/boolq`: rows have no ids, so the id is a hash of the content."""
     if not isinstance(row["answer"], bool):
         raise ValueError(f"answer {row['answer']!r} is not true or false")
     return Item(
@@ -127,7 +137,7 @@ def adapt_boolq(row: dict) -> Item:
 
 
 def adapt_squad_v2(row: dict) -> Item:
-    """`rajpurkar/squad_v2`: every gold answer is kept; none means unanswerable."""
+    """`rajpurkar/squad_v2`: keeps every gold answer; without any the item is unanswerable."""
     return Item(
         id=text_of(row["id"]),
         question=text_of(row["question"]),

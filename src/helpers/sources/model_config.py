@@ -12,7 +12,7 @@ def load_config(folder: Path):
     """The configuration of a folder's model.
 
     Raises:
-        StudyError: there is none, or its family is not known.
+        StudyError: it is missing or unusable, or its family is unknown.
     """
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -25,12 +25,12 @@ def load_config(folder: Path):
     return config
 
 
-def loading_error(folder: Path, what: str, error: Exception) -> StudyError:
-    """Why, in one line; code that would have to be run is named as that."""
+def loading_error(folder: Path, part: str, error: Exception) -> StudyError:
+    """The error of a failed loading in one line; names custom code as the reason if it is."""
     if "trust_remote_code" in str(error):
         return StudyError(
-            f"{folder.name}: the {what} comes with code of its own, which is never run here; "
+            f"{folder.name}: the {part} comes with code of its own, which is never run here; "
             "give one that transformers itself knows"
         )
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return StudyError(f"{folder.name}: no {what} can be loaded from it ({reason})")
+    return StudyError(f"{folder.name}: no {part} can be loaded from it ({reason})")

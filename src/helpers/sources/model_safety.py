@@ -17,11 +17,11 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")
 
 
 def check_model_safety(folder: Path) -> None:
-    """Make sure a folder can be loaded without running anything that lies in it.
+    """Check that loading a folder runs no code from it.
 
     Raises:
-        StudyError: there are only pickles, or a file names a pickle, code to fetch, or
-            another model to load instead.
+        StudyError: it holds only pickles, or a file names a pickle, code to fetch, or another
+            model to load.
     """
     for name in SETTINGS:
         _json(folder / name)
@@ -33,8 +33,12 @@ def check_model_safety(folder: Path) -> None:
 
 
 def _check_index(folder: Path) -> None:
-    named = _json(folder / INDEX_FILE).get("weight_map", {})
-    files = sorted(set(map(str, named.values()))) if isinstance(named, dict) else [str(named)]
+    weight_map = _json(folder / INDEX_FILE).get("weight_map", {})
+    files = (
+        sorted(set(map(str, weight_map.values())))
+        if isinstance(weight_map, dict)
+        else [str(weight_map)]
+    )
     for name in files:
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise StudyError(
@@ -53,7 +57,7 @@ def _check_tokenizer(folder: Path) -> None:
 
 
 def _check_attention_code(folder: Path) -> None:
-    """transformers would fetch attention code that is named like a repository."""
+    """Refuse an attention implementation named like a repository: transformers would fetch it."""
     config = _json(folder / "config.json")
     for key in ("attn_implementation", "_attn_implementation"):
         if "/" in str(config.get(key, "")):
@@ -68,9 +72,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise StudyError(f"{path.parent.name}: {path.name} is not JSON ({error})") from None
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise StudyError(f"{path.parent.name}: {path.name} is no mapping; save the model anew")
-    return found
+    return content

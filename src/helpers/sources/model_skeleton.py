@@ -19,12 +19,12 @@ from helpers.runtime.moe_experts import linear_experts
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a model of one configuration is made of.
+    """Names and shapes of the tensors of one configuration's model.
 
     Attributes:
-        shapes: of every tensor that is saved, by name; a tied head among them.
-        unread: names that match are passed over by transformers; None if there are none.
-        prefix: what the decoder's own names have before them in the causal model.
+        shapes: of every saved tensor by name, a tied head included.
+        unread: pattern of the tensor names that transformers ignores; None if there are none.
+        prefix: prefix of the decoder's tensor names in the causal model.
         head: name of the head's weight.
         table: name of the token embeddings' weight.
     """
@@ -36,11 +36,11 @@ class Skeleton:
     table: str
 
     def is_ignored(self, name: str) -> bool:
-        """Whether transformers leaves a tensor of this name unread, and says nothing."""
+        """Whether transformers silently ignores a tensor of this name."""
         return self.unread is not None and bool(self.unread.search(name))
 
     def name_of(self, stored: str) -> str:
-        """The model's name of a tensor stored under another: a decoder saved without its head."""
+        """The model's name of a stored tensor; adds the prefix for a decoder saved without head."""
         longer = f"{self.prefix}.{stored}"
         return longer if stored not in self.shapes and longer in self.shapes else stored
 
@@ -55,7 +55,7 @@ def skeleton(config) -> Skeleton:
 
 
 class _Same:
-    """A configuration as a cache's key: equal if all that it says is."""
+    """A configuration as a cache key: equal if all its settings are equal."""
 
     def __init__(self, config):
         self.config, self.text = config, config.to_json_string(use_diff=False)

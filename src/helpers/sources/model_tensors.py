@@ -34,18 +34,18 @@ COMPARED_ROWS = 8192  # of two tables at a time
 
 
 class TensorFiles(Mapping[str, Tensor]):
-    """Tensor name to tensor, as a model loaded from the folder has them.
+    """The tensors of a folder by name, as a model loaded from it has them.
 
     Args:
         folder: `model.safetensors` or its shards, and the configuration beside them.
-        dtype: what tensors are given in, or None for their own dtype.
+        dtype: dtype of the returned tensors; None for that of the file.
 
     Attributes:
-        tied: whether the head is the embeddings: it is not in the files where the
-            configuration says that it is tied, or it equals them there.
+        tied: whether head and embeddings are one tensor: the configuration ties them, and
+            the head is not in the files or equals the embeddings.
 
     Raises:
-        StudyError: the weights are not there, or not whole.
+        StudyError: weights are missing or truncated.
     """
 
     def __init__(self, folder: Path, *, dtype: torch.dtype | None):
@@ -73,7 +73,7 @@ class TensorFiles(Mapping[str, Tensor]):
         head, table = model.head in self._tensors, model.table in self._tensors
         if not says_tied:
             return
-        if head and not table:  # either of the two will do
+        if head and not table:  # the model reads either of the two
             self._stored_names[model.table] = self._stored_names[model.head]
             self._tensors[model.table] = self._tensors[model.head]
         self.tied = not (head and table) or self._equal(model.head, model.table)
@@ -81,7 +81,7 @@ class TensorFiles(Mapping[str, Tensor]):
             self._tensors.pop(model.head, None)
 
     def _equal(self, one: str, other: str) -> bool:
-        """Whether two tensors are the same, as they are given; read a part at a time."""
+        """Whether two tensors are equal in the returned dtype, compared part by part."""
         if self.shape(one) != self.shape(other):
             return False
         if self.stored_dtype(one) != self.stored_dtype(other) and self.dtype is None:
@@ -120,7 +120,7 @@ class TensorFiles(Mapping[str, Tensor]):
         return len(self._tensors)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._tensors  # Mapping's own would read the tensor
+        return name in self._tensors  # Mapping.__contains__ would read the tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape, without reading it."""
@@ -131,5 +131,5 @@ class TensorFiles(Mapping[str, Tensor]):
         return DTYPES[self._tensors[name].dtype]
 
     def size_bytes(self, name: str) -> int:
-        """How many bytes the tensor takes in the file."""
+        """The tensor's size in the file."""
         return torch.Size(self.shape(name)).numel() * self.stored_dtype(name).itemsize

@@ -36,11 +36,10 @@ GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def model_folder(study: Study, model: str, paths: StudyPaths) -> Path:
-    """The folder of one model of the study, converted where that is needed.
+    """The folder of one model of the study, converted if necessary.
 
     Raises:
-        StudyError: the model cannot be had, or not without running its code, or a file of it is
-            damaged; says what to do.
+        StudyError: the model is missing, would run code of its own, or has a damaged file.
     """
     folder = _folder_of(study, model, paths)
     check_model_safety(folder)
@@ -65,7 +64,7 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
 
 
 def _fetched(source: HubModel, study: str) -> Path:
-    """The folder of a model in the client's cache; no Hub is asked."""
+    """The folder of a Hub model in the client's cache; sends no request."""
     remedy = f"run {FETCH} STUDY={study}"
     if not is_commit(source.revision):
         raise StudyError(f"{source.hub} at {source.revision!r} is not pinned; {remedy}")
@@ -75,14 +74,14 @@ def _fetched(source: HubModel, study: str) -> Path:
 
 
 def load_model(folder: Path, runtime: Runtime):
-    """The float model of a folder in evaluation mode, at the settled dtype and device.
+    """The float model of a folder in evaluation mode, in the runtime's dtype and device.
 
-    Its configuration says what is true of the tensors: whether the head is the embeddings.
+    Its configuration is corrected to say whether head and embeddings are tied.
 
     Raises:
-        StudyError: the folder holds no readable safetensors model of a known family, only one
-            that comes with code of its own, not all of one (what is missing would be drawn at
-            random), or more than one (what has no place would go unread).
+        StudyError: the folder holds no readable safetensors model of a known family, needs
+            custom code, lacks tensors (transformers would initialize them at random), or
+            holds tensors that no module reads.
     """
     check_model_safety(folder)
     set_activity("loading a model")
@@ -99,60 +98,61 @@ def load_model(folder: Path, runtime: Runtime):
             )
     except StudyError:
         raise
-    except Exception as error:  # of many kinds; each means that the folder is at fault
+    except Exception as error:  # of many kinds; each is a fault of the folder
         raise loading_error(folder, "model", error) from None
     if problem := tensor_problem(report["missing_keys"], report["unexpected_keys"]):
         raise StudyError(f"{folder.name}: {problem}")
     record_tied_head_(model)
     remove_sampling_settings_(model)
-    if runtime.device_map:  # the parts are where they belong already
+    if runtime.device_map:  # transformers has placed the parts already
         return return_to_input_device(model).eval()
     return use_onednn(place_on_device(model, runtime)).eval()
 
 
 def tensor_problem(missing: Iterable[str], unexpected: Iterable[str]) -> str | None:
-    """What to say of tensors that the files lack, or that no module reads; None if neither."""
-    if lacking := sorted(missing):
+    """The error message for missing or unread tensors; None if there are none."""
+    if missing_names := sorted(missing):
         return (
-            f"{lacking[0]} is not in its files ({len(lacking)} tensors in all); save the whole "
-            "model with model.save_pretrained"
+            f"{missing_names[0]} is not in its files ({len(missing_names)} tensors in all); save "
+            "the whole model with model.save_pretrained"
         )
-    if odd := sorted(unexpected):
+    if unexpected_names := sorted(unexpected):
         return (
-            f"{odd[0]} is in its files ({len(odd)} tensors in all), but config.json describes a "
-            "model that has no such tensor; correct config.json, or save the model anew"
+            f"{unexpected_names[0]} is in its files ({len(unexpected_names)} tensors in all), but "
+            "config.json describes a model that has no such tensor; correct config.json, or save "
+            "the model anew"
         )
     return None
 
 
 def record_tied_head_(model) -> None:
-    """Make the configuration say whether the head is the embeddings, as the tensors are."""
+    """Set `tie_word_embeddings` to whether head and embeddings share their tensor."""
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
     model.config.tie_word_embeddings = head.weight is table.weight
 
 
 def remove_sampling_settings_(model) -> None:
-    """Leave out settings of sampling that contradict `do_sample`; answers are greedy anyway.
+    """Remove sampling settings that contradict `do_sample`; answers are greedy anyway.
 
-    transformers reads such a file and refuses to save it again.
+    transformers reads such a file but refuses to save it.
     """
     try:
         model.generation_config.validate(strict=True)
     except ValueError:
-        told = model.generation_config
-        ids = {name: getattr(told, name) for name in GENERATION_IDS}
+        settings = model.generation_config
+        ids = {name: getattr(settings, name) for name in GENERATION_IDS}
         model.generation_config = GenerationConfig(**ids)
 
 
 def load_generation_config_(model, folder: Path) -> None:
-    """Give a model made from a configuration the folder's own tokens that end a text."""
+    """Load the folder's generation config, with its end-of-text tokens, into a model."""
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     remove_sampling_settings_(model)
 
 
 def empty_model(config, *, dtype: torch.dtype):
-    """The modules of a configuration in evaluation mode, their weights not set yet."""
+    """The model of a configuration in evaluation mode, its weights uninitialized."""
     with no_init_weights(), linear_experts(config):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
@@ -171,7 +171,7 @@ def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
 
 
 def save_model(model, tokenizer, folder: Path, **options) -> None:
-    """Write model and tokenizer to a new folder of that name; an old one is replaced whole."""
+    """Write model and tokenizer to a folder; an existing folder is replaced as a whole."""
 
     def fill(temporary: Path) -> None:
         model.save_pretrained(temporary, **options)
@@ -181,19 +181,18 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
 
 
 def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
-    """The tokenizer of a folder, its chat template settled if it has one.
+    """The tokenizer of a folder, its chat template configured if it has one.
 
     Raises:
-        StudyError: it cannot be loaded without code of its own, has no end-of-text token,
-            without which generation cannot stop, or a chat template that cannot be used as
-            the study asks.
+        StudyError: it needs custom code, has no end-of-text token, without which generation
+            cannot stop, or has a chat template that the study's settings do not fit.
     """
     check_model_safety(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # of many kinds; each means that the folder is at fault
+    except Exception as error:  # of many kinds; each is a fault of the folder
         raise loading_error(folder, "tokenizer", error) from None
     if tokenizer.eos_token_id is None:
         raise StudyError(
@@ -208,7 +207,7 @@ def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
 
 
 def bytes_by_part(folder: Path) -> dict[str, int]:
-    """Bytes on disk of a model's Linears, embeddings (a tied head is in them), and the rest."""
+    """Bytes on disk of a model's Linears, embeddings (with a tied head), and the rest."""
     config, files = load_config(folder), TensorFiles(folder, dtype=None)
     linears, tables = set(linear_names(config)), {*architecture(config).embeddings, HEAD}
     parts = {"Linears": 0, "embeddings and head": 0, "norms and others": 0}

@@ -19,7 +19,7 @@ Sequences = frozenset[tuple[str, ...]]
 
 
 def sequences(item: Item) -> Sequences:
-    """All runs of four words of question, passage and options; of a shorter text itself."""
+    """All four-word sequences of question, passage and options; of a shorter text, itself."""
     words = normalized_text("\n".join((item.question, item.passage, *item.options))).split()
     if len(words) <= WORDS:
         return frozenset({tuple(words)})
@@ -27,22 +27,24 @@ def sequences(item: Item) -> Sequences:
 
 
 class Index:
-    """Items by their sequences, to find the near-duplicates of others among them."""
+    """Items indexed by their sequences, to find near-duplicates of an item among them."""
 
     def __init__(self, items: Sequence[Item]):
         self._sizes: list[int] = []
         self._places: dict[tuple[str, ...], list[int]] = defaultdict(list)
-        for place, item in enumerate(items):
-            found = sequences(item)
-            self._sizes.append(len(found))
-            for sequence in found:
-                self._places[sequence].append(place)
+        for index, item in enumerate(items):
+            item_sequences = sequences(item)
+            self._sizes.append(len(item_sequences))
+            for sequence in item_sequences:
+                self._places[sequence].append(index)
 
     def near(self, item: Item) -> list[int]:
-        """Places of the items that share enough with this one; its own too, if it is there."""
-        own = sequences(item)
-        shared = Counter(place for s in own for place in self._places.get(s, ()))
-        return [p for p, n in shared.items() if n >= SHARE * min(len(own), self._sizes[p])]
+        """Indices of the item's near-duplicates; its own too, if it is indexed."""
+        item_sequences = sequences(item)
+        shared = Counter(index for s in item_sequences for index in self._places.get(s, ()))
+        return [
+            p for p, n in shared.items() if n >= SHARE * min(len(item_sequences), self._sizes[p])
+        ]
 
 
 @lru_cache(maxsize=8)
@@ -53,7 +55,7 @@ def near_duplicate_keys(pool: tuple[Item, ...], others: tuple[Item, ...]) -> fro
 
 
 def cluster_near_duplicates(items: Iterable[Item]) -> list[Item]:
-    """The items, near-duplicates and what shares a passage with them in one cluster."""
+    """The items; near-duplicates and items that share a passage with them get one cluster."""
     return list(_clustered(tuple(items)))
 
 
@@ -63,17 +65,17 @@ def _clustered(items: tuple[Item, ...]) -> tuple[Item, ...]:
     names = [item.cluster or item.id for item in items]
 
     def root(name: str) -> str:
-        while (above := parent.get(name, name)) != name:
-            name = above
+        while (next_name := parent.get(name, name)) != name:
+            name = next_name
         return name
 
     for item, name in zip(items, names, strict=True):
-        for place in index.near(item):
-            one, other = sorted((root(name), root(names[place])))
+        for near_index in index.near(item):
+            one, other = sorted((root(name), root(names[near_index])))
             if one != other:
                 parent[other] = one
-    found = (root(name) for name in names)
+    roots = (root(name) for name in names)
     return tuple(
         item if cluster == name else replace(item, cluster=cluster)
-        for item, name, cluster in zip(items, names, found, strict=True)
+        for item, name, cluster in zip(items, names, roots, strict=True)
     )

@@ -29,9 +29,9 @@ SIZES = {
 }
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 GATED = {"intermediate_size": 96, "initializer_range": 0.15, **GROUPED}
-WINDOW = 24  # tokens that a layer with a sliding window looks back, so few that tests notice
+WINDOW = 24  # tokens of a sliding window, short enough for tests to notice
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-# As Qwen/Qwen3-0.6B configures itself, but for the ids of its special tokens.
+# The configuration of Qwen/Qwen3-0.6B without the ids of its special tokens.
 QWEN3_06B = {
     "vocab_size": 151936,
     "hidden_size": 1024,
@@ -84,10 +84,10 @@ def byte_tokenizer():
 
 
 def random_model(family: str, *, seed: int, **changes):
-    """A tiny seeded model of a family in float32; its experts are Linears, if it has any.
+    """A tiny seeded model of a family in float32, its experts (if any) as Linears.
 
     Args:
-        changes: settings of its configuration other than the tiny ones.
+        changes: settings that replace those of the tiny configuration.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -107,15 +107,15 @@ def random_model_folder(family: str, *, size: str, seed: int) -> Path:
     A tiny model is in float32, a full-sized one in bfloat16 as it is published.
 
     Raises:
-        StudyError: the folder is damaged; says what to do.
+        StudyError: the folder is damaged.
     """
     changes = {"tiny": {}, "0.6b": QWEN3_06B}[size]
-    made_of = sha256_text(canonical_json({**SIZES, **FAMILIES[family], **changes}))[:8]
+    config_hash = sha256_text(canonical_json({**SIZES, **FAMILIES[family], **changes}))[:8]
 
     def fill(folder: Path) -> None:
         model = random_model(family, seed=seed, **changes)
         (model if size == "tiny" else model.bfloat16()).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
-    name = f"random-{family}-{size}-{seed}-{made_of}"
+    name = f"random-{family}-{size}-{seed}-{config_hash}"
     return cached_folder(cache_root() / "models" / name, fill)

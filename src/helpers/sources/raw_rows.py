@@ -17,18 +17,18 @@ from helpers.study.schema_sources import DatasetSource, FileDataset, ShippedData
 
 def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
     """Item id → hashes of the rows that have it."""
-    found: dict[str, set[str]] = {}
+    digests: dict[str, set[str]] = {}
     for row in _rows_of(source):
         try:
             identifier, parts = READERS[adapter](row)
         except (KeyError, TypeError, ValueError, AttributeError):
-            continue  # no item comes of it either; the adapter says why
-        found.setdefault(identifier, set()).add(_digest(parts))
-    return found
+            continue  # no item either; the adapter reports why
+        digests.setdefault(identifier, set()).add(_digest(parts))
+    return digests
 
 
 def _rows_of(source: DatasetSource) -> Iterator[dict]:
-    """The rows of JSON lines, read here; of other files, as they are read elsewhere."""
+    """The rows of a source: JSON lines are read here, other files by `load_rows`."""
     paths = []
     if isinstance(source, ShippedDataset):
         paths = [Path(__file__).parent / "data" / f"{source.shipped}.jsonl"]
@@ -43,12 +43,12 @@ def _rows_of(source: DatasetSource) -> Iterator[dict]:
 
 
 def item_digest(item: Item, golds: Iterable[str]) -> str:
-    """The hash of an item's texts with these golds, to be among those of its row."""
+    """The hash of an item's texts with these golds, to compare with its row's hashes."""
     return _digest([item.question, item.passage, *item.options, *item.labels, *golds])
 
 
 def _digest(parts: Iterable) -> str:
-    """Of the texts, whatever their spaces."""
+    """A hash of the texts that ignores white space."""
     return sha256_data([" ".join(str(part).split()) for part in parts])
 
 
@@ -58,9 +58,9 @@ def _arc(row: dict) -> tuple[str, list]:
 
 
 def _boolq(row: dict) -> tuple[str, list]:
-    said, labels = {True: "yes", False: "no"}[row["answer"]], ("yes", "no")
+    label, labels = {True: "yes", False: "no"}[row["answer"]], ("yes", "no")
     identifier = sha256_data([row["question"], row["passage"]])[:16]
-    return identifier, [row["question"], row["passage"], *labels, *labels, said]
+    return identifier, [row["question"], row["passage"], *labels, *labels, label]
 
 
 def _squad_v2(row: dict) -> tuple[str, list]:

@@ -16,30 +16,32 @@ from helpers.study.schema_sources import FineTunedModel, HubDataset
 
 
 def row_problems(study: Study) -> Iterator[str]:
-    """Rows that are no items, and sets that are too small to draw from."""
+    """A line for each invalid row or too small set among the rows on this machine."""
     draws: list[tuple[str, list, Callable]] = []
-    for name, wanted in study.evaluation.datasets.items():
+    for name, settings in study.evaluation.datasets.items():
         draw = lambda name=name: evaluation_items(study, name)  # noqa: E731
-        draws.append((f"evaluation.datasets.{name}", [wanted.source], draw))
+        draws.append((f"evaluation.datasets.{name}", [settings.source], draw))
     sets = [source for _, sources, _ in draws for source in sources]
     calibration = [study.calibration.dataset, *sets]
-    text = study.evaluation.shared_text.dataset
-    draws.append(("evaluation.shared_text", [text], lambda: shared_passages(study)))
+    text_source = study.evaluation.shared_text.dataset
+    draws.append(("evaluation.shared_text", [text_source], lambda: shared_passages(study)))
     draws.append(("calibration", calibration, lambda: calibration_items(study)))
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
             draw = lambda name=name: training_items(study, name)  # noqa: E731
             sources = [model.finetune.dataset, *calibration]
             draws.append((f"models.{name}.finetune", sources, draw))
-    told: set[str] = set()
+    reported: set[str] = set()
     for key, sources, draw in draws:
         if not _are_here(sources):
             continue
         try:
             draw()
         except StudyError as error:
-            if str(error) not in told:  # all draw around the evaluation sets
-                told.add(str(error))
+            if (
+                str(error) not in reported
+            ):  # all draws exclude the evaluation sets, so they repeat its error
+                reported.add(str(error))
                 yield str(error) if str(error).startswith(key) else f"{key}: {error}"
 
 

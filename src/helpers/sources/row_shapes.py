@@ -15,7 +15,7 @@ MOST_KEYS, MOST_CHARACTERS = 8, 24
 
 
 def describe_value(value: Any, *, depth: int = 2) -> str:
-    """The kind of a value, of a mapping by its keys, of a list by its first value."""
+    """The type of a value in words; of a mapping by its keys, of a list by its first value."""
     match value:
         case None:
             return "null"

@@ -16,14 +16,14 @@ from helpers.sources.row_shapes import describe_value
 from helpers.study.local_files import dataset_files
 from helpers.study.schema_sources import DatasetSource, FileDataset, HubDataset, ShippedDataset
 
-WANTED = "wanted is JSON lines: one object a line, as {…}"
+EXPECTED_FORMAT = "expected JSON lines: one object per line, as {…}"
 
 
 def load_rows(source: DatasetSource) -> list[dict]:
-    """All rows of a source, in its own order; of several files, in the order of their names.
+    """All rows of a source in its order; several files are read in the order of their names.
 
     Raises:
-        StudyError: the source cannot be read; says what to do.
+        StudyError: the source cannot be read.
     """
     match source:
         case ShippedDataset(shipped=name):
@@ -50,10 +50,10 @@ def _file_rows(path: Path, source: FileDataset) -> list[dict]:
 
 
 def _json_lines(data: bytes, place: str) -> list[dict]:
-    """The objects of JSON lines; blank lines hold none."""
-    text, rows = _text(data, place), []
+    """The objects of JSON lines; blank lines are skipped."""
+    text, rows = _decoded(data, place), []
     if not text.strip():
-        raise StudyError(f"{place}: line 1 is empty, and so are all; {WANTED}")
+        raise StudyError(f"{place}: line 1 is empty, and so are all; {EXPECTED_FORMAT}")
     # Only \n ends a line: texts may hold other separators that splitlines() would cut at.
     for number, line in enumerate(text.rstrip().split("\n"), start=1):
         if not line.strip():
@@ -61,20 +61,24 @@ def _json_lines(data: bytes, place: str) -> list[dict]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            seen = _document(text) or (_table(line) if number == 1 else "")
-            told = f"is {seen}" if seen else f"line {number} is not JSON ({error})"
-            raise StudyError(f"{place}: {told}; {WANTED}") from None
+            description = _describe_document(text) or (_describe_table(line) if number == 1 else "")
+            problem = f"is {description}" if description else f"line {number} is not JSON ({error})"
+            raise StudyError(f"{place}: {problem}; {EXPECTED_FORMAT}") from None
         if not isinstance(row, dict):
-            seen = _document(text) or f"line {number} is {describe_value(row)}"
-            raise StudyError(f"{place}: {seen}; {WANTED}")
+            description = _describe_document(text) or f"line {number} is {describe_value(row)}"
+            raise StudyError(f"{place}: {description}; {EXPECTED_FORMAT}")
         rows.append(row)
     return rows
 
 
-def _text(data: bytes, place: str) -> str:
-    """The bytes as UTF-8."""
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    if wide or (b"\0" in data[:64] and b"{" in data[:4]):
+def _decoded(data: bytes, place: str) -> str:
+    """The bytes decoded from UTF-8.
+
+    Raises:
+        StudyError: they are in UTF-16 or not UTF-8.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_utf16 or (b"\0" in data[:64] and b"{" in data[:4]):
         raise StudyError(f"{place}: is in UTF-16; save it in UTF-8")
     try:
         return data.decode("utf-8-sig")
@@ -83,8 +87,8 @@ def _text(data: bytes, place: str) -> str:
         raise StudyError(f"{place}: line {line} is not UTF-8 ({error}); save it in UTF-8") from None
 
 
-def _document(text: str) -> str:
-    """What a text is if it is one JSON value and no lines of them; empty if it is neither."""
+def _describe_document(text: str) -> str:
+    """A description of a text that is one JSON value; empty if it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -94,8 +98,8 @@ def _document(text: str) -> str:
     return f"one JSON value over several lines, {describe_value(value)}"
 
 
-def _table(line: str) -> str:
-    """What the first line is if it heads a table; empty if it does not look so."""
+def _describe_table(line: str) -> str:
+    """A description of the first line if it looks like a table header; else empty."""
     for separator, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV")):
         if separator in line and not line.lstrip().startswith(("{", "[")):
             return f"a table in {name} ({one_line(line)[:80]})"

@@ -21,19 +21,21 @@ from helpers.study.schema_sources import DatasetSource, HubDataset
 
 
 def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:
-    """The items of a source, repeated questions left out, in the source's order.
+    """The items of a source in its order, without repeated questions.
 
     Raises:
         StudyError: a row does not fit the adapter's schema, or there are no rows.
     """
-    return list(_read(source, adapter)[0])
+    return list(_items_and_row_count(source, adapter)[0])
 
 
-def _read(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
-    """(items, number of the rows they are from)."""
-    # At a commit nothing changes, and every job draws from the same rows several times.
+def _items_and_row_count(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
+    """(items, number of rows read)."""
+    # A commit does not change, and every job draws from the same rows several times.
     return (
-        _read_once(source, adapter) if isinstance(source, HubDataset) else _adapt(source, adapter)
+        _adapt_cached(source, adapter)
+        if isinstance(source, HubDataset)
+        else _adapt(source, adapter)
     )
 
 
@@ -46,19 +48,19 @@ def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
             item = ADAPTERS[adapter](row)
         except (KeyError, TypeError, ValueError) as error:
             raise StudyError(
-                f"{_shown(source)}: row {number} is no {adapter} item ({_reason(error)}): it is "
-                f"{describe_value(row)}, wanted is {EXPECTED_ROWS[adapter]}; give the Hub's "
+                f"{_source_name(source)}: row {number} is no {adapter} item ({_reason(error)}): "
+                f"found {describe_value(row)}, expected {EXPECTED_ROWS[adapter]}; give the Hub's "
                 "schema or another adapter"
             ) from None
-        known = items.setdefault(item_key(item), item)
-        if known is item and item.id in ids:
+        first_item = items.setdefault(item_key(item), item)
+        if first_item is item and item.id in ids:
             raise StudyError(
-                f"{_shown(source)}: row {number} repeats the id {item.id!r} of another question; "
-                "give each its own"
+                f"{_source_name(source)}: row {number} repeats the id {item.id!r} of another "
+                "question; give each its own"
             )
         ids.add(item.id)
     if not items:
-        raise StudyError(f"{_shown(source)}: holds no rows; give a source with items")
+        raise StudyError(f"{_source_name(source)}: holds no rows; give a source with items")
     return tuple(items.values()), len(rows)
 
 
@@ -71,51 +73,51 @@ def _reason(error: Exception) -> str:
     return str(error)
 
 
-_read_once = lru_cache(maxsize=8)(_adapt)
+_adapt_cached = lru_cache(maxsize=8)(_adapt)
 
 
-def _shown(source: DatasetSource) -> str:
+def _source_name(source: DatasetSource) -> str:
     return next(iter(source.model_dump().values()))
 
 
-def draw_items(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], what: str):
-    """`count` items in seeded order, none of them with a key in `excluding`.
+def draw_items(items: list[Item], count: int, *, seed: int, excluding: Iterable[str], label: str):
+    """Draw `count` items in seeded order, none with a key in `excluding`.
 
-    Items with titles are drawn title by title, since their raw order is clustered.
+    The draw alternates between titles, since a source lists items of one title together.
 
     Raises:
         StudyError: there are fewer than `count` items to draw from.
     """
-    barred = set(excluding)
-    free = [item for item in items if item_key(item) not in barred]
-    if len(free) < count:
+    excluded_keys = set(excluding)
+    candidates = [item for item in items if item_key(item) not in excluded_keys]
+    if len(candidates) < count:
         raise StudyError(
-            f"{what}: {count} items asked for but {len(free)} to draw from "
-            f"({len(items) - len(free)} left out as used elsewhere, or nearly so); ask for at "
-            f"most {len(free)}"
+            f"{label}: {count} items asked for but {len(candidates)} to draw from "
+            f"({len(items) - len(candidates)} left out: used elsewhere, or near-duplicates); ask "
+            f"for at most {len(candidates)}"
         )
-    free.sort(key=lambda item: sha256_text(f"{seed}:{item_key(item)}"))
+    candidates.sort(key=lambda item: sha256_text(f"{seed}:{item_key(item)}"))
     rounds: dict[str, int] = {}
-    turn = {}
-    for item in free:
-        turn[item.id] = rounds.get(item.title, 0) if item.title else 0
-        rounds[item.title] = turn[item.id] + 1
-    free.sort(key=lambda item: turn[item.id])
-    return free[:count]
+    round_of = {}
+    for item in candidates:
+        round_of[item.id] = rounds.get(item.title, 0) if item.title else 0
+        rounds[item.title] = round_of[item.id] + 1
+    candidates.sort(key=lambda item: round_of[item.id])
+    return candidates[:count]
 
 
 def evaluation_items(study: Study, dataset: str) -> list[Item]:
     """The items of one evaluation set, the same for every model and variant.
 
-    Near-duplicates among them have one cluster: they are no independent questions.
+    Near-duplicates get one cluster, since they are no independent questions.
     """
-    wanted = study.evaluation.datasets[dataset]
-    items = load_items(wanted.source, adapter=wanted.adapter)
-    if wanted.keep == "numeric_answers":
+    settings = study.evaluation.datasets[dataset]
+    items = load_items(settings.source, adapter=settings.adapter)
+    if settings.keep == "numeric_answers":
         items = [item for item in items if is_numeric(item)]
-    what = f"evaluation.datasets.{dataset}"
+    label = f"evaluation.datasets.{dataset}"
     return cluster_near_duplicates(
-        draw_items(items, wanted.items, seed=study.seed, excluding=(), what=what)
+        draw_items(items, settings.items, seed=study.seed, excluding=(), label=label)
     )
 
 
@@ -125,73 +127,77 @@ def item_ids(items: Iterable[Item]) -> list[str]:
 
 
 def is_numeric(item: Item) -> bool:
-    """Whether the gold answer is a single number, so that other spellings of it are right too."""
+    """Whether the gold answer is a single number, of which any spelling is right."""
     return gold_number(item.golds[0]) is not None
 
 
 def pool_sizes(study: Study) -> dict[str, dict[str, int]]:
-    """What each evaluation set was drawn from: rows read, questions in them, how many numeric.
+    """The pool of each evaluation set: rows read, distinct questions, non-numeric answers.
 
-    For the record: the share of answers that are no numbers is known whether they were
-    kept or left out.
+    For the record, which shows the share of non-numeric answers whether `keep` excluded them
+    or not.
     """
-    found = {}
-    for name, wanted in study.evaluation.datasets.items():
-        items, rows = _read(wanted.source, wanted.adapter)
-        found[name] = {"rows": rows, "questions": len(items)}
-        if wanted.adapter == "openmath":
-            found[name]["answers_not_numeric"] = sum(not is_numeric(item) for item in items)
-            found[name]["left_out"] = found[name]["answers_not_numeric"] * bool(wanted.keep)
-    return found
+    sizes = {}
+    for name, settings in study.evaluation.datasets.items():
+        items, rows = _items_and_row_count(settings.source, settings.adapter)
+        sizes[name] = {"rows": rows, "questions": len(items)}
+        if settings.adapter == "openmath":
+            sizes[name]["answers_not_numeric"] = sum(not is_numeric(item) for item in items)
+            sizes[name]["left_out"] = sizes[name]["answers_not_numeric"] * bool(settings.keep)
+    return sizes
 
 
 def calibration_items(study: Study) -> list[Item]:
-    """The calibration items; no question among them is an evaluation item, or nearly one."""
-    wanted = study.calibration
-    items = load_items(wanted.dataset, adapter=wanted.adapter)
-    barred = _evaluation_keys(study, items)
-    return draw_items(items, wanted.items, seed=study.seed, excluding=barred, what="calibration")
+    """The calibration items; none is an evaluation item or a near-duplicate of one."""
+    settings = study.calibration
+    items = load_items(settings.dataset, adapter=settings.adapter)
+    excluded = _evaluation_keys(study, items)
+    return draw_items(
+        items, settings.items, seed=study.seed, excluding=excluded, label="calibration"
+    )
 
 
 def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:
     """(training, held-out) items of a fine-tuning.
 
-    No question is shared with calibration or evaluation, or between the two; none is an
-    evaluation item in other words.
+    The two share no question with each other, calibration or evaluation; none is a
+    near-duplicate of an evaluation item.
     """
-    wanted = study.models[model].finetune
-    items = load_items(wanted.dataset, adapter="openmath")
-    barred = _evaluation_keys(study, items) | {item_key(item) for item in calibration_items(study)}
-    count = wanted.items + wanted.heldout_items
-    what = f"models.{model}.finetune"
-    drawn = draw_items(items, count, seed=study.seed, excluding=barred, what=what)
-    return drawn[: wanted.items], drawn[wanted.items :]
+    settings = study.models[model].finetune
+    items = load_items(settings.dataset, adapter="openmath")
+    excluded = _evaluation_keys(study, items) | {
+        item_key(item) for item in calibration_items(study)
+    }
+    count = settings.items + settings.heldout_items
+    label = f"models.{model}.finetune"
+    drawn = draw_items(items, count, seed=study.seed, excluding=excluded, label=label)
+    return drawn[: settings.items], drawn[settings.items :]
 
 
 def _evaluation_keys(study: Study, pool: list[Item]) -> set[str]:
-    """Keys of the evaluation items, and of the items of a pool that are nearly one of them."""
-    asked = tuple(
+    """Keys of the evaluation items, and of their near-duplicates in a pool."""
+    evaluated = tuple(
         item for dataset in study.evaluation.datasets for item in evaluation_items(study, dataset)
     )
-    return {item_key(item) for item in asked} | near_duplicate_keys(tuple(pool), asked)
+    return {item_key(item) for item in evaluated} | near_duplicate_keys(tuple(pool), evaluated)
 
 
 def shared_passages(study: Study) -> list[str]:
     """Distinct passages in seeded order, read by every variant.
 
     Raises:
-        StudyError: the source has fewer passages than asked for.
+        StudyError: the source has fewer passages than the study needs.
     """
-    wanted = study.evaluation.shared_text
-    rows = enumerate(load_rows(wanted.dataset), start=1)
-    passages = sorted({_passage(wanted.dataset, number, row) for number, row in rows})
-    if len(passages) < wanted.passages:
+    settings = study.evaluation.shared_text
+    rows = enumerate(load_rows(settings.dataset), start=1)
+    passages = sorted({_passage(settings.dataset, number, row) for number, row in rows})
+    if len(passages) < settings.passages:
         raise StudyError(
-            f"evaluation.shared_text.passages = {wanted.passages} but {_shown(wanted.dataset)} "
-            f"has {len(passages)}; ask for at most that"
+            f"evaluation.shared_text.passages = {settings.passages} but "
+            f"{_source_name(settings.dataset)} has {len(passages)}; ask for at most that"
         )
     random.Random(study.seed).shuffle(passages)
-    return passages[: wanted.passages]
+    return passages[: settings.passages]
 
 
 def _passage(source: DatasetSource, number: int, row: dict) -> str:
@@ -199,6 +205,6 @@ def _passage(source: DatasetSource, number: int, row: dict) -> str:
         return text_of(row["context"])
     except (KeyError, TypeError, ValueError):
         raise StudyError(
-            f"{_shown(source)}: row {number} has no 'context' to read: it is "
-            f"{describe_value(row)}, wanted is {EXPECTED_PASSAGE}; give a source in SQuAD's schema"
+            f"{_source_name(source)}: row {number} has no 'context': found {describe_value(row)}, "
+            f"expected {EXPECTED_PASSAGE}; give a source in SQuAD's schema"
         ) from None

@@ -26,25 +26,25 @@ BESIDE = (".py", ".html", ".css", ".js")
 
 @cache
 def imported_modules(notebook: Path, *, with_report: bool) -> frozenset[Path]:
-    """Files of the helper modules a notebook imports, directly or through others.
+    """Files of the helper modules that a notebook imports, directly or through others.
 
     Raises:
         StudyError: the notebook is missing or holds a cell that is not Python.
     """
     if not notebook.is_file():
         raise StudyError(f"notebooks/{notebook.name} is missing; restore it")
-    waiting, seen = set(_named_files(_parsed(_code(notebook), notebook.name), notebook)), set()
-    while waiting:
-        file = waiting.pop()
-        if file in seen or (file.is_relative_to(REPORT) and not with_report):
+    pending, visited = set(_named_files(_parsed(_code(notebook), notebook.name), notebook)), set()
+    while pending:
+        file = pending.pop()
+        if file in visited or (file.is_relative_to(REPORT) and not with_report):
             continue
-        seen.add(file)
-        waiting |= _files_named_in(file)
-    return frozenset(seen)
+        visited.add(file)
+        pending |= _files_named_in(file)
+    return frozenset(visited)
 
 
 def _code(notebook: Path) -> str:
-    """The notebook's code; lines of IPython's own syntax are not Python and import nothing."""
+    """The notebook's Python code, without lines of IPython's own syntax, which import nothing."""
     cells = json.loads(notebook.read_text("utf-8"))["cells"]
     code = ["".join(c["source"]) for c in cells if c["cell_type"] == "code"]
     lines = "\n".join(code).splitlines()
@@ -66,27 +66,27 @@ def _files_named_in(file: Path) -> frozenset[Path]:
     return frozenset(_named_files(_parsed(file.read_text("utf-8"), file.name), file))
 
 
-def _named_files(tree: ast.Module, place: Path) -> Iterator[Path]:
+def _named_files(tree: ast.Module, importer: Path) -> Iterator[Path]:
     for node in ast.walk(tree):
         names: list[str] = []
-        beside = None
+        text = None
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             if node.module is None or node.level:
-                raise StudyError(f"{place.name}: has a relative import; name the module in full")
+                raise StudyError(f"{importer.name}: has a relative import; name the module in full")
             names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            names, beside = [node.value], node.value
+            names, text = [node.value], node.value
         for name in names:
             yield from _module_files(name)
-        if beside and beside.endswith(BESIDE) and place.is_relative_to(HELPERS):
-            yield from filter(Path.is_file, [place.parent / beside])
+        if text and text.endswith(BESIDE) and importer.is_relative_to(HELPERS):
+            yield from filter(Path.is_file, [importer.parent / text])
 
 
 @cache
 def _module_files(name: str) -> tuple[Path, ...]:
-    """The file of a helper module and of each package around it; none if it is not one."""
+    """The files of a helper module and of each package around it; empty for other names."""
     parts = name.split(".")
     if parts[0] != HELPERS.name or not all(map(str.isidentifier, parts)):
         return ()
@@ -99,8 +99,8 @@ def _module_files(name: str) -> tuple[Path, ...]:
 @cache
 def _package_file(name: str) -> Path | None:
     """The file of a helper module, None if the name is not one (a function, a class)."""
-    path = HELPERS.joinpath(*name.split(".")[1:])
-    for file in (path.with_name(f"{path.name}.py"), path / "__init__.py"):
+    module_path = HELPERS.joinpath(*name.split(".")[1:])
+    for file in (module_path.with_name(f"{module_path.name}.py"), module_path / "__init__.py"):
         if file.is_file():
             return file
     return None

@@ -27,8 +27,8 @@ from helpers.study import stages
 from helpers.study.schema import Study
 from helpers.study.stages import Run
 
-_inside = cache(relative_to_project)  # asked thousands of times of a few files
-MOST_BYTES = 2**25  # a larger file is known by its size and time: weights of local models
+_inside = cache(relative_to_project)  # called thousands of times with a few paths
+MOST_BYTES = 2**25  # larger files (weights of local models) are identified by size and time
 
 
 def fingerprint_file(paths: StudyPaths, run: Run) -> Path:
@@ -36,7 +36,10 @@ def fingerprint_file(paths: StudyPaths, run: Run) -> Path:
 
 
 def dependency_text(study: Study, run: Run) -> str:
-    """What the run depends on besides the runs before it, as one text: settings and files."""
+    """The settings and file hashes that the run depends on, as one text.
+
+    Results of upstream runs are not in it.
+    """
     files = {_inside(path): _file_fingerprint(path) for path in stages.source_files(study, run)}
     return canonical_json(
         {"settings": stages.settings_text(study, run), "files": sha256_data(files)}
@@ -44,7 +47,7 @@ def dependency_text(study: Study, run: Run) -> str:
 
 
 def run_fingerprint(study: Study, paths: StudyPaths, run: Run) -> dict:
-    """What the run's results depend on, as it is now."""
+    """Hashes of everything that the run's results depend on, as it is now."""
     return {
         "depends": sha256_text(dependency_text(study, run)),
         "before": {
@@ -55,56 +58,55 @@ def run_fingerprint(study: Study, paths: StudyPaths, run: Run) -> dict:
 
 @contextmanager
 def record_fingerprint(study: Study, paths: StudyPaths, run: Run) -> Iterator[None]:
-    """While a run works there is no account of it; if it ends well, there is one.
+    """Inside the context the run has no fingerprint on disk; on success it is written.
 
-    It says what the run was made from as it was at the beginning: a file that was edited
-    meanwhile is a change.
+    It is taken at the beginning, so a file that is edited during the run counts as changed.
     """
     path = fingerprint_file(paths, run)
     path.unlink(missing_ok=True)
-    made_of = run_fingerprint(study, paths, run)
+    fingerprint = run_fingerprint(study, paths, run)
     yield
-    write_json(path, made_of | {"results": _results_hash(run.record(paths))})
+    write_json(path, fingerprint | {"results": _results_hash(run.record(paths))})
 
 
 def is_current(study: Study, paths: StudyPaths, run: Run) -> bool:
-    """Whether the run ended well, from what is there now."""
-    account = run_fingerprint(study, paths, run) | {"results": _results_hash(run.record(paths))}
+    """Whether the run finished, and settings, code, data and results are unchanged since."""
+    fingerprint = run_fingerprint(study, paths, run) | {"results": _results_hash(run.record(paths))}
     finished = run.record(paths).is_file() and run.executed(paths).is_file()
-    return finished and _read(fingerprint_file(paths, run)) == account
+    return finished and _read(fingerprint_file(paths, run)) == fingerprint
 
 
 def outdated_runs(study: Study, paths: StudyPaths) -> list[Run]:
-    """The finished runs that are not current; those that wait for them are not listed."""
+    """The finished runs that are not current; unfinished runs are not listed."""
     runs = [*stages.runs(study), Run("analysis")]
     finished = [run for run in runs if run.record(paths).is_file()]
     return [run for run in finished if not is_current(study, paths, run)]
 
 
 def completed_runs(study: Study, paths: StudyPaths) -> set[Run]:
-    """The runs before the analysis that are current, as is all that they rest on."""
+    """The runs before the analysis that are current and whose upstream runs all are, too."""
     current = {run for run in stages.runs(study) if is_current(study, paths, run)}
 
-    def rests_on_current(run: Run) -> bool:
-        return run in current and all(map(rests_on_current, stages.upstream_runs(study, run)))
+    def is_complete(run: Run) -> bool:
+        return run in current and all(map(is_complete, stages.upstream_runs(study, run)))
 
-    return {run for run in current if rests_on_current(run)}
+    return {run for run in current if is_complete(run)}
 
 
 def check_result_checksums(paths: StudyPaths, runs: Iterable[Run]) -> None:
-    """Hold all files of some runs against the checksums in their records.
+    """Compare all files of some runs with the checksums in their records.
 
-    Weights may be missing, since a report can be made where they are not, and so may a
-    measurement of costs, on which nothing rests.
+    Weights may be missing, because a report does not need them, and so may a measurement of
+    costs, on which no other run depends.
 
     Raises:
-        StudyError: a file is missing or not what was written; names it and the remedy.
+        StudyError: a file is missing or differs; the message names it and the remedy.
     """
     weights = {"finetuning": "", "quantization": "../checkpoint/"}
     for run in runs:
         if run.stage != "cost" or run.record(paths).is_file():
-            made_by, may_miss = stages.NOTEBOOKS[run.stage], weights.get(run.stage)
-            check_checksums(run.record(paths).parent, made_by=made_by, may_miss=may_miss)
+            made_by, optional = stages.NOTEBOOKS[run.stage], weights.get(run.stage)
+            check_checksums(run.record(paths).parent, made_by=made_by, optional=optional)
 
 
 def _read(path: Path) -> dict | None:
@@ -115,15 +117,15 @@ def _read(path: Path) -> dict | None:
 
 
 def _results_hash(record: Path) -> str:
-    """Hash of what a run wrote, without the times it took; empty if it has not ended."""
-    found = _read(record)
-    if not isinstance(found, dict):
+    """Hash of the files that a run wrote, without its times; empty if it has not finished."""
+    content = _read(record)
+    if not isinstance(content, dict):
         return ""
-    return sha256_data(found["files"]) if "files" in found else sha256_file(record)
+    return sha256_data(content["files"]) if "files" in content else sha256_file(record)
 
 
 def _file_fingerprint(path: Path) -> str:
-    found = path.stat()
-    if found.st_size > MOST_BYTES:
-        return f"{found.st_size} bytes of {found.st_mtime_ns}"
-    return cached_digest(path, found)
+    status = path.stat()
+    if status.st_size > MOST_BYTES:
+        return f"{status.st_size} bytes of {status.st_mtime_ns}"
+    return cached_digest(path, status)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from helpers.core.errors import StudyError
-from helpers.core.paths import PROJECT, StudyPaths
+from helpers.core.paths import PROJECT, StudyPaths, relative_to_project
 from helpers.core.plain_text import one_line
 from helpers.study.loading_yaml import MOST_BYTES, read_yaml
 from helpers.study.local_files import missing_local_files, path_is
@@ -31,62 +31,60 @@ def study_file(study: str | Path) -> Path:
 
 
 def load_study(study: str | Path, *, with_sources: bool = True) -> Study:
-    """The validated study, its names on a Hub pinned to the commits on record.
+    """The validated study, its Hub revisions replaced by the recorded commits.
 
-    Args and raises: as `read_study`; a damaged record of commits is refused too.
+    Args and raises: as `read_study`; a damaged record of commits is an error too.
     """
-    read = read_study(study, with_sources=with_sources)
-    return with_pinned_commits(read, read_pins(StudyPaths(study_file(study).stem)))
+    study_as_written = read_study(study, with_sources=with_sources)
+    return with_pinned_commits(study_as_written, read_pins(StudyPaths(study_file(study).stem)))
 
 
 def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
-    """The validated study as its file has it.
+    """The validated study, its Hub revisions as its file names them.
 
     Args:
         study: a name in `params/`, or the path of a YAML file.
-        with_sources: whether the local files it names have to be there; its results can be
-            looked at without them.
+        with_sources: whether the local files that it names must exist; reading its results
+            does not need them.
 
     Raises:
-        StudyError: one line for each thing wrong, naming file, key, value, limit and remedy.
+        StudyError: one line per problem, with file, key, value, limit and remedy.
     """
-    path, place = study_file(study), study_file_label(study)
+    path, label = study_file(study), study_file_label(study)
     if not path_is(str(path), Path.is_file):
-        known = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
-        raise StudyError(f"{place}: there is no such study file; use one of: {', '.join(known)}")
-    _check_name(path.stem, place)
+        study_names = sorted(p.stem for p in (PROJECT / "params").glob("*.yaml"))
+        names = ", ".join(study_names)
+        raise StudyError(f"{label}: there is no such study file; use one of: {names}")
+    _check_name(path.stem, label)
     try:
         with open(path, "rb") as stream:
             data = read_yaml(stream.read(MOST_BYTES + 1))
     except (ValueError, OSError) as error:
-        raise StudyError(f"{place}: is not readable YAML: {one_line(error)}") from None
+        raise StudyError(f"{label}: is not readable YAML: {one_line(error)}") from None
     if not isinstance(data, dict):
-        raise StudyError(f"{place}: is not a mapping of settings; start from params/demo.yaml")
+        raise StudyError(f"{label}: is not a mapping of settings; start from params/demo.yaml")
     try:
-        loaded = Study.model_validate(data)
+        study_settings = Study.model_validate(data)
     except ValidationError as error:
-        raise StudyError("\n".join(error_lines(error, data, place))) from None
-    found = broken_references(loaded) + (missing_local_files(loaded) if with_sources else [])
-    problems = [f"{place}: {line}" for line in found]
+        raise StudyError("\n".join(error_lines(error, data, label))) from None
+    problems = broken_references(study_settings)
+    if with_sources:
+        problems += missing_local_files(study_settings)
     if problems:
-        raise StudyError("\n".join(problems))
-    return loaded
+        raise StudyError("\n".join(f"{label}: {problem}" for problem in problems))
+    return study_settings
 
 
 def study_file_label(study: str | Path) -> str:
-    """A study's file as messages name it."""
-    return _shown(study_file(study))
+    """The name of a study's file in messages."""
+    return relative_to_project(study_file(study))
 
 
 def _check_name(study: str, place: str) -> None:
-    """A study's outputs lie in a folder of its file's name, which must not lead elsewhere."""
+    """Check that the study's name is a portable folder name, since its outputs lie there."""
     if not re.fullmatch(PATTERN, study):
         raise StudyError(f"{one_line(place)}: {study!r} names no folder; rename the file ({RULE})")
     if study in RESERVED_STUDIES:
         raise StudyError(f"{place}: {study!r} is a folder of outputs/ already; rename the file")
-    if trouble := name_problem(study):
-        raise StudyError(f"{place}: {study!r} {trouble}")
-
-
-def _shown(path: Path) -> str:
-    return str(path.relative_to(PROJECT)) if path.is_relative_to(PROJECT) else str(path)
+    if problem := name_problem(study):
+        raise StudyError(f"{place}: {study!r} {problem}")

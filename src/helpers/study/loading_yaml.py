@@ -15,26 +15,28 @@ from helpers.core.plain_text import valid_unicode
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
-DEEPEST = 24  # mappings and lists inside one another
-LONGEST_VALUE = 2_000  # characters; its number then has fewer digits than Python refuses
+MOST_LEVELS = 24  # mappings and lists inside one another
+MOST_CHARACTERS = 2_000  # characters; its number then has fewer digits than Python refuses
 
 
 class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node, deep=False):
         if isinstance(node, yaml.MappingNode):
-            names = Counter(str(key.value) for key, _ in node.value)
-            for name, times in names.items():
-                if times > 1:
+            keys = Counter(str(key.value) for key, _ in node.value)
+            for name, count in keys.items():
+                if count > 1:
                     line = node.start_mark.line + 1
-                    raise yaml.YAMLError(f"{name} stands twice, line {line} on")
+                    raise yaml.YAMLError(f"{name} is repeated, from line {line} on")
         return super().construct_mapping(node, deep)
 
 
 def read_yaml(content: bytes) -> Any:
     """The plain data of one YAML document.
 
+    PyYAML alone bounds neither aliases nor nesting and lets the last of repeated keys win.
+
     Raises:
-        ValueError: it is no YAML, or no bounded plain YAML; says why in one line.
+        ValueError: it is no YAML, or exceeds a limit; the message is one line.
     """
     if len(content) > MOST_BYTES:
         raise ValueError(f"it has more than {MOST_BYTES:,} bytes; no study needs so many")
@@ -48,38 +50,38 @@ def read_yaml(content: bytes) -> Any:
     except RecursionError:
         raise ValueError(_TOO_DEEP) from None
     except (AttributeError, IndexError, KeyError, TypeError) as error:
-        # What the loader's own constructors raise where a tag does not fit its value.
+        # PyYAML's constructors raise these if a tag does not fit its value.
         raise ValueError(f"a tag and its value do not fit ({type(error).__name__})") from None
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from None
 
 
-_TOO_DEEP = f"more than {DEEPEST} mappings and lists stand inside one another; none needs so many"
+_TOO_DEEP = f"mappings and lists are nested more than {MOST_LEVELS} deep; no study needs that"
 
 
 def _check_size(root: yaml.Node) -> None:
-    """Refuse too many values, too deep ones, endless ones, and a value inside itself."""
+    """Check the number, nesting and length of values; refuse a value inside itself."""
     sizes: dict[int, tuple[int, int]] = {}
     open_nodes: set[int] = set()
 
     def measure(node: yaml.Node) -> tuple[int, int]:
-        """(values, depth) of a node, its aliases written out."""
+        """(values, depth) of a node with its aliases expanded."""
         if id(node) in open_nodes:
             raise ValueError("an alias stands inside its own anchor; write the value out")
         if id(node) not in sizes:
             open_nodes.add(id(node))
-            inner = [measure(part) for part in _parts(node)]
+            part_sizes = [measure(part) for part in _parts(node)]
             sizes[id(node)] = (
-                1 + sum(size for size, _ in inner),
-                1 + max((depth for _, depth in inner), default=0),
+                1 + sum(size for size, _ in part_sizes),
+                1 + max((depth for _, depth in part_sizes), default=0),
             )
             open_nodes.discard(id(node))
         return sizes[id(node)]
 
     values, depth = measure(root)
     if values > MOST_VALUES:
-        raise ValueError(f"with its aliases written out it has more than {MOST_VALUES:,} values")
-    if depth > DEEPEST:
+        raise ValueError(f"with its aliases expanded it has more than {MOST_VALUES:,} values")
+    if depth > MOST_LEVELS:
         raise ValueError(_TOO_DEEP)
 
 
@@ -89,8 +91,8 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
     if isinstance(node, yaml.SequenceNode):
         return node.value
     line = node.start_mark.line + 1
-    if len(node.value) > LONGEST_VALUE:
-        raise ValueError(f"line {line}: a value has more than {LONGEST_VALUE:,} characters")
+    if len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f"line {line}: a value has more than {MOST_CHARACTERS:,} characters")
     if node.value != valid_unicode(node.value):
         raise ValueError(f"line {line}: a value holds half a character; write it anew")
     return []

@@ -8,27 +8,30 @@ from helpers.study.model_folders import folder_problem
 from helpers.study.schema import Study
 from helpers.study.schema_sources import FileDataset, FineTunedModel, FolderModel
 
-NO_PATH = (OSError, RuntimeError, ValueError)  # too long, no such user's home, a NUL
+NO_PATH = (OSError, RuntimeError, ValueError)  # a path too long, an unknown user's home, a NUL
 
 
 def resolve_path(path: str) -> Path:
-    """A path of the study file; relative ones start at the project's root."""
-    given = Path(path).expanduser()
-    return given if given.is_absolute() else PROJECT / given
+    """A path of the study file; a relative one starts at the project's root."""
+    expanded = Path(path).expanduser()
+    return expanded if expanded.is_absolute() else PROJECT / expanded
 
 
 def dataset_files(source: FileDataset) -> list[Path]:
-    """The files a local dataset names, in order of their names; empty if there are none."""
+    """The files that a local dataset names, sorted by name; empty if there are none."""
     try:
         path = resolve_path(source.file)
-        named = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
-        return sorted(file for file in named if file.is_file())
+        matches = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
+        return sorted(file for file in matches if file.is_file())
     except NO_PATH:
         return []
 
 
 def path_is(path: str, kind: Callable[[Path], bool]) -> bool:
-    """Whether a path of the study file is there; one that cannot be a path is not."""
+    """Whether a path of the study file exists and is of a kind (`Path.is_file`).
+
+    False for a text that cannot be a path.
+    """
     try:
         return kind(resolve_path(path))
     except NO_PATH:
@@ -36,7 +39,7 @@ def path_is(path: str, kind: Callable[[Path], bool]) -> bool:
 
 
 def missing_local_files(study: Study) -> list[str]:
-    """A line for each that is not there, or cannot be what it is named as."""
+    """A line for each local source that is missing or unusable."""
     problems = []
     if study.runtime.quantized == "vllm" and not vllm_python().is_file():
         problems.append(
@@ -45,8 +48,8 @@ def missing_local_files(study: Study) -> list[str]:
     for key, source in study_sources(study):
         if isinstance(source, FileDataset) and not dataset_files(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
-        if isinstance(source, FolderModel) and (wrong := _folder_problem(source)):
-            problems.append(f"{key}.folder = {source.folder!r} {wrong}")
+        if isinstance(source, FolderModel) and (problem := _folder_problem(source)):
+            problems.append(f"{key}.folder = {source.folder!r} {problem}")
     return problems
 
 
@@ -57,14 +60,14 @@ def _folder_problem(source: FolderModel) -> str | None:
 
 
 def study_sources(study: Study) -> list[tuple[str, object]]:
-    """(key, source) of every model and every set of rows that a study names."""
-    found: list[tuple[str, object]] = []
+    """(key, source) of every model and every dataset that a study names."""
+    sources: list[tuple[str, object]] = []
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
-            found.append((f"models.{name}.finetune.dataset", model.finetune.dataset))
-        found.append((f"models.{name}", model))
-    found.append(("calibration.dataset", study.calibration.dataset))
-    found.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
+            sources.append((f"models.{name}.finetune.dataset", model.finetune.dataset))
+        sources.append((f"models.{name}", model))
+    sources.append(("calibration.dataset", study.calibration.dataset))
+    sources.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
     for name, dataset in study.evaluation.datasets.items():
-        found.append((f"evaluation.datasets.{name}.source", dataset.source))
-    return found
+        sources.append((f"evaluation.datasets.{name}.source", dataset.source))
+    return sources

@@ -21,16 +21,19 @@ from helpers.core.weight_files import (
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib")
 OTHER_WEIGHTS = (".gguf", ".h5", ".msgpack", ".onnx")
 TOKENIZERS = ("tokenizer.json", "vocab.json", "vocab.txt")
-SENTENCEPIECE = ("tokenizer.model", "spiece.model")  # read only through a library not used here
+SENTENCEPIECE = (
+    "tokenizer.model",
+    "spiece.model",
+)  # reading it takes a library that is not used here
 ADAPTER = "adapter_config.json"
 SAVE = "give one with safetensors (save_pretrained of a model you trust writes them)"
 
 
 def weights_problem(names: Iterable[str]) -> str | None:
-    """Why files of these names hold no weights to read, with the remedy; None if they do."""
+    """Why files of these names hold no readable weights, with the remedy; None if they do."""
     names = sorted(names)
-    whole = WEIGHTS_FILE in names or INDEX_FILE in names
-    if ADAPTER in names and whole:
+    has_weights = WEIGHTS_FILE in names or INDEX_FILE in names
+    if ADAPTER in names and has_weights:
         return (
             f"holds an adapter ({ADAPTER}) beside a whole model, and transformers would apply it "
             "once more; remove the adapter's files (adapter_*)"
@@ -42,9 +45,9 @@ def weights_problem(names: Iterable[str]) -> str | None:
         )
     if WEIGHTS_FILE in names:
         return None
-    if whole and (lacking := missing_shards(names)):
-        return f"lacks {lacking[0]} ({len(lacking)} of its shards in all); download it again"
-    if whole:
+    if has_weights and (missing := missing_shards(names)):
+        return f"lacks {missing[0]} ({len(missing)} of its shards in all); download it again"
+    if has_weights:
         return None
     if stray := [name for name in names if name.endswith(".safetensors")]:
         absent = f"neither {WEIGHTS_FILE} nor {INDEX_FILE}"
@@ -57,10 +60,10 @@ def weights_problem(names: Iterable[str]) -> str | None:
 
 
 def model_files_problem(names: Iterable[str]) -> str | None:
-    """What files of these names lack to be a model and its tokenizer; None if nothing."""
+    """Why files of these names are no model with a tokenizer; None if they are one."""
     names = set(names)
-    if lacking := weights_problem(names):
-        return lacking
+    if problem := weights_problem(names):
+        return problem
     if "config.json" not in names:
         return "has no config.json; name what model.save_pretrained wrote"
     if not names & {*TOKENIZERS, *SENTENCEPIECE}:
@@ -75,11 +78,11 @@ def model_files_problem(names: Iterable[str]) -> str | None:
 
 
 def folder_problem(folder: Path) -> str | None:
-    """The same for a local folder, its configuration and the headers of its weights read too."""
-    if lacking := model_files_problem(path.name for path in folder.iterdir()):
-        return lacking
-    if unfit := config_problem((folder / "config.json").read_bytes()):
-        return unfit
+    """As `model_files_problem` for a local folder; also reads config.json and weight headers."""
+    if problem := model_files_problem(path.name for path in folder.iterdir()):
+        return problem
+    if config_error := config_problem((folder / "config.json").read_bytes()):
+        return config_error
     for name in TOKENIZERS:
         if (folder / name).is_file() and is_lfs_pointer(folder / name):
             return (
@@ -93,10 +96,9 @@ def folder_problem(folder: Path) -> str | None:
 
 
 def config_problem(content: bytes) -> str | None:
-    """Why a model with this config.json is none to study; None if it may be.
+    """Why a model with this config.json cannot be studied; None if it can.
 
-    Its family has to be known, and one that is quantized already is no float model to
-    compare with.
+    Its family must be known and its weights float: a quantized model is no reference.
     """
     try:
         config = json.loads(content)
@@ -105,6 +107,6 @@ def config_problem(content: bytes) -> str | None:
     if not isinstance(config, dict):
         return "has a config.json that is no mapping; save the model again"
     if scheme := config.get("quantization_config"):
-        how = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
-        return f"is quantized already ({how or 'config.json says so'}); give the float model"
+        method = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
+        return f"is quantized already ({method or 'config.json says so'}); give the float model"
     return unknown_family_message(str(config.get("model_type", "")))

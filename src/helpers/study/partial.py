@@ -24,9 +24,9 @@ class Part:
     """A part of a study, or all of it.
 
     Attributes:
-        study: with the models and variants that are in it.
-        runs: its runs that are complete: all but measurements of cost that are missing.
-        missing: names of the others, and of complete ones that are left out.
+        study: the study with the models and variants of this part.
+        runs: the part's completed runs; only measurements of cost may be missing.
+        missing: names of the runs that are incomplete or left out.
     """
 
     study: Study
@@ -34,23 +34,23 @@ class Part:
     missing: tuple[str, ...] = ()
 
     def of(self, job: Job) -> Job:
-        """The job with this part for its study."""
+        """The job with this part as its study."""
         return replace(job, study=self.study)
 
 
 def report_folder(paths: StudyPaths, *, partial: str) -> Path:
-    """Where a report is written: a partial one never where a whole one lies."""
+    """The folder of the report; a partial report never replaces a whole one."""
     return paths.root / "partial" if partial == "yes" else paths.root
 
 
 def part_to_report(job: Job, *, partial: str) -> Part:
-    """What is to be reported of a job's study.
+    """The part of a job's study that the report shows.
 
     Args:
-        partial: `yes` for what is complete, `no` for everything.
+        partial: `yes` for the completed part, `no` for the whole study.
 
     Raises:
-        StudyError: nothing can be reported yet.
+        StudyError: no part is complete yet.
     """
     if partial not in ("yes", "no"):
         raise StudyError(f"partial = {partial!r} is neither yes nor no; give one of them")
@@ -59,55 +59,55 @@ def part_to_report(job: Job, *, partial: str) -> Part:
     return largest_complete_part(job.study, fingerprints.completed_runs(job.study, job.paths))
 
 
-def largest_complete_part(study: Study, complete: Collection[Run]) -> Part:
-    """The part of the study all of whose runs are among the complete ones.
+def largest_complete_part(study: Study, completed: Collection[Run]) -> Part:
+    """The largest part of the study whose runs are all completed.
 
     Raises:
         StudyError: no model has its calibration and its baseline.
     """
     models, variants = list(study.models), list(study.variants)
-    while gaps := _gaps(study, models, variants, complete):
-        _leave_out(gaps, models, variants, study.baseline)
+    while missing := _missing_parts(study, models, variants, completed):
+        _leave_out(missing, models, variants, study.baseline)
     if not models:
         raise StudyError("no model's calibration and baseline are complete; run make study")
-    kept = {
+    selected = {
         "models": {name: study.models[name] for name in models},
         "variants": {name: study.variants[name] for name in variants},
     }
-    part = study.model_copy(update=kept)
-    shown = tuple(run for run in stages.runs(part) if run in complete)
-    left_out = [run for run in stages.runs(study) if run not in shown]
-    return Part(part, shown, tuple(_run_label(run, run in complete) for run in left_out))
+    part = study.model_copy(update=selected)
+    included = tuple(run for run in stages.runs(part) if run in completed)
+    left_out = [run for run in stages.runs(study) if run not in included]
+    return Part(part, included, tuple(_run_label(run, run in completed) for run in left_out))
 
 
-def _run_label(run: Run, done: bool) -> str:
+def _run_label(run: Run, completed: bool) -> str:
     name = " ".join(filter(None, (run.stage, run.model, run.variant)))
-    return f"{name} (complete, but not what it is compared with)" if done else name
+    return f"{name} (complete, but not what it is compared with)" if completed else name
 
 
-def _gaps(study: Study, models, variants, complete) -> list[tuple[str, str]]:
-    """(model, variant) of every run that is missing; no variant where it is the model's own."""
-    gaps = []
+def _missing_parts(study: Study, models, variants, completed) -> list[tuple[str, str]]:
+    """(model, variant) of every missing run; the variant is empty if the whole model needs it."""
+    missing = []
     for run in stages.runs(study):
-        needed = run.stage != "cost" and run.model in models and run.variant in ("", *variants)
-        if needed and run not in complete:
-            gaps.append((run.model, "" if run.variant == study.baseline else run.variant))
+        required = run.stage != "cost" and run.model in models and run.variant in ("", *variants)
+        if required and run not in completed:
+            missing.append((run.model, "" if run.variant == study.baseline else run.variant))
     for model in models:
         source = study.models[model]
         if isinstance(source, FineTunedModel) and source.finetune.start not in models:
-            gaps.append((model, ""))  # it is compared with what it was trained from
-    return gaps
+            missing.append((model, ""))  # the report compares it with the model it was trained from
+    return missing
 
 
-def _leave_out(gaps: list[tuple[str, str]], models: list, variants: list, baseline: str) -> None:
-    """Drop a model that cannot stay, else the model or variant with the largest share of gaps."""
-    for model, variant in gaps:
+def _leave_out(missing: list[tuple[str, str]], models: list, variants: list, baseline: str) -> None:
+    """Drop an unusable model, else the model or variant with the largest share of missing runs."""
+    for model, variant in missing:
         if not variant:
             models.remove(model)
             return
     others = [name for name in variants if name != baseline]
-    by_model = {m: len({v for x, v in gaps if x == m}) / len(others) for m in models}
-    by_variant = {v: len({m for m, x in gaps if x == v}) / len(models) for v in others}
+    by_model = {m: len({v for x, v in missing if x == m}) / len(others) for m in models}
+    by_variant = {v: len({m for m, x in missing if x == v}) / len(models) for v in others}
     model, variant = (
         max(by_model, key=by_model.__getitem__),
         max(others, key=by_variant.__getitem__),

@@ -28,7 +28,7 @@ HubSource = HubModel | HubDataset
 
 
 class PinnedModel(Strict):
-    """A model repository, and the commit its revision was when first fetched."""
+    """A model repository, and the commit of its revision at the first fetch."""
 
     hub: str
     revision: str
@@ -36,10 +36,10 @@ class PinnedModel(Strict):
 
 
 class PinnedDataset(Strict):
-    """The same for one split of a dataset, with the rows that were read of it.
+    """One split of a dataset, the commit of its revision, and the rows that were read.
 
-    `rows` of the split's `of_rows` were read; if it was streamed, from the first of `pieces`
-    of the second, drawn by `stream`.
+    `rows` of the split's `of_rows` were read; if `stream` drew them, `pieces` holds the number
+    of pieces that were read and the number in the split.
     """
 
     hub: str
@@ -55,30 +55,30 @@ class PinnedDataset(Strict):
 
 
 class Pins(Strict):
-    """All that a study's `sources.json` says."""
+    """The content of a study's `sources.json`."""
 
     models: tuple[PinnedModel, ...] = ()
     datasets: tuple[PinnedDataset, ...] = ()
 
     def commit(self, source: HubSource) -> str | None:
-        """The commit of a source as the study file names it; None if it is not pinned."""
+        """The commit of a source that the study file names; None if it is not pinned."""
         if is_commit(source.revision):
             return source.revision
         pins = self.models if isinstance(source, HubModel) else self.datasets
         names = (source.hub, source.revision)
         return next((pin.commit for pin in pins if (pin.hub, pin.revision) == names), None)
 
-    def rows_of(self, source: HubDataset) -> PinnedDataset | None:
-        """What is on record of the rows of one split; `source` as the study file names it."""
-        wanted = source.model_dump()
+    def pinned_rows(self, source: HubDataset) -> PinnedDataset | None:
+        """The record of the rows of one split; `source` has the revision of the study file."""
+        settings = source.model_dump()
         for pin in self.datasets:
-            if pin.model_dump(include=set(wanted)) == wanted:
+            if pin.model_dump(include=set(settings)) == settings:
                 return pin
         return None
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a commit already, so that there is nothing to look up."""
+    """Whether a revision is a commit already, which needs no lookup."""
     return re.match(COMMIT, revision) is not None
 
 
@@ -90,7 +90,7 @@ def read_pins(paths: StudyPaths) -> Pins:
     """The pins of a study; empty before its first fetch.
 
     Raises:
-        StudyError: the file is torn, or pins one name to two commits.
+        StudyError: the file is damaged, or pins one name to two commits.
     """
     path = pins_file(paths)
     place = f"outputs/{paths.study}/{path.name}"
@@ -100,12 +100,12 @@ def read_pins(paths: StudyPaths) -> Pins:
     try:
         pins = Pins.model_validate(read_json(path, made_by=FETCH))
     except ValidationError as error:
-        where = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
-        raise StudyError(f"{place}: {where} is damaged; {remedy}") from None
+        key = ".".join(map(str, error.errors()[0]["loc"])) or "the file"
+        raise StudyError(f"{place}: {key} is damaged; {remedy}") from None
     for kind in (pins.models, pins.datasets):
-        known: dict = {}
+        commits: dict = {}
         for pin in kind:
-            if known.setdefault((pin.hub, pin.revision), pin.commit) != pin.commit:
+            if commits.setdefault((pin.hub, pin.revision), pin.commit) != pin.commit:
                 raise StudyError(f"{place}: {pin.hub} at {pin.revision} has two commits; {remedy}")
     return pins
 
@@ -116,19 +116,19 @@ def write_pins(paths: StudyPaths, pins: Pins) -> None:
 
 def hub_sources(study: Study) -> list[tuple[str, HubSource]]:
     """Every source on a Hub with its dotted key in the study file, each source once."""
-    found: dict[HubSource, str] = {}
+    sources: dict[HubSource, str] = {}
     for key, source in _walk(study, ""):
-        found.setdefault(source, key)
-    return [(key, source) for source, key in found.items()]
+        sources.setdefault(source, key)
+    return [(key, source) for source, key in sources.items()]
 
 
-def _walk(value: Any, at: str) -> Iterator[tuple[str, HubSource]]:
+def _walk(value: Any, key: str) -> Iterator[tuple[str, HubSource]]:
     if isinstance(value, HubSource):
-        yield at, value
+        yield key, value
         return
     members = value if isinstance(value, dict) else {n: getattr(value, n) for n in _fields(value)}
     for name, member in members.items():
-        yield from _walk(member, f"{at}.{name}".lstrip("."))
+        yield from _walk(member, f"{key}.{name}".lstrip("."))
 
 
 def _fields(value: Any) -> tuple[str, ...]:
@@ -136,7 +136,7 @@ def _fields(value: Any) -> tuple[str, ...]:
 
 
 def with_pinned_commits(study: Study, pins: Pins) -> Study:
-    """The study with commits for revisions, wherever they are known."""
+    """The study with every known revision replaced by its commit."""
 
     def pin(source: HubSource) -> HubSource:
         return source.model_copy(update={"revision": pins.commit(source) or source.revision})

@@ -61,10 +61,10 @@ class Generate(Strict):
 
 
 class EvaluationSet(Strict):
-    """Which items are asked, and how.
+    """The items of one evaluation set, and how the model is asked.
 
     `keep: numeric_answers` leaves out items whose gold answer is no single number; without
-    it all are kept, and golds that are no numbers have to be matched as text.
+    it all items stay, and gold answers that are no numbers are matched as text.
     """
 
     adapter: Adapter
@@ -83,9 +83,9 @@ class SharedText(Strict):
 
 
 class Batch(Strict):
-    """The most of one forward pass; answers do not depend on it.
+    """The limits of one forward pass; answers do not depend on them.
 
-    `tokens` of prompts are read at once, `rows` answers are written at once.
+    At most `tokens` tokens of prompts are read at once, and at most `rows` answers generated.
     """
 
     tokens: Count
@@ -93,7 +93,7 @@ class Batch(Strict):
 
 
 class Evaluation(Strict):
-    """The evaluation sets, and the text every variant reads."""
+    """The evaluation sets, and the shared text that every variant reads."""
 
     batch: Batch
     datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
@@ -120,7 +120,7 @@ class Comparison(Strict):
 
 
 class Statistics(Strict):
-    """How sure is sure enough."""
+    """Confidence, power, equivalence margin and the declared comparisons."""
 
     confidence: Annotated[Number, Field(gt=0.5, lt=1.0)]
     power: Annotated[Number, Field(gt=0.5, lt=1.0)]

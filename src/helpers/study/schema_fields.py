@@ -25,14 +25,14 @@ def _no_truth_value(value: Any) -> Any:
 
 
 def sole_key(value: Any) -> str | None:
-    """The tag of a one-key mapping such as `{hub: …, revision: …}`: its first key."""
-    known = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
-    return next(iter(known), None)
+    """The tag of a mapping such as `{hub: …, revision: …}`: its first key."""
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
+    return next(iter(keys), None)
 
 
 def _portable(name: str) -> str:
-    if trouble := name_problem(name):
-        raise PydanticCustomError("name", "{trouble}", {"trouble": trouble})
+    if problem := name_problem(name):
+        raise PydanticCustomError("name", "{trouble}", {"trouble": problem})
     return name
 
 
@@ -53,8 +53,8 @@ class Strict(BaseModel):
     def _known_keys(cls, data: Any) -> Any:
         for key in data if isinstance(data, dict) else ():
             if key not in cls.model_fields:
-                near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "remove it"
+                matches = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"did you mean {matches[0]!r}?" if matches else "remove it"
                 raise PydanticCustomError(
                     "unknown_key",
                     "is not a known key; {hint} (known here: {known})",

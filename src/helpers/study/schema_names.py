@@ -6,7 +6,7 @@ a path, so that no two differ in case alone, and none that Windows keeps for a d
 
 PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
-# What the project itself writes beside them, and so no name for them.
+# Names that the project writes beside them.
 RESERVED_NAMES = {
     "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
     | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json", "items.html"},
@@ -20,7 +20,7 @@ DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
 
 
 def name_problem(name: str) -> str | None:
-    """Why a name that fits the pattern is still none for a folder; None if it is one."""
+    """Why a name that fits the pattern is no portable folder name; None if it is one."""
     if name.endswith("."):
         return "ends in a dot, which Windows leaves out; rename it"
     if name.partition(".")[0] in DEVICES:

@@ -12,15 +12,15 @@ HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 
-OTHER_ROWS = {
+OTHER_FORMATS = {
     "csv": "a table in CSV",
     "tsv": "a table in TSV",
     "xlsx": "a spreadsheet",
     "json": "one JSON document, or JSON lines by another name (.jsonl)",
     "arrow": "an Arrow file",
 }
-ROWS = (
-    "wanted is JSON lines, one object a line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
+EXPECTED_FORMAT = (
+    "expected JSON lines, one object per line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
     "orient='records', lines=True) writes them"
 )
 
@@ -50,12 +50,14 @@ class HubDataset(Strict):
 
 
 def _rows_file(file: str) -> str:
-    """The name, if its ending is that of a format that is read."""
-    kind = file.rpartition(".")[2].lower()
-    if kind in ("jsonl", "parquet"):
+    """The name, if its extension is that of a supported format."""
+    extension = file.rpartition(".")[2].lower()
+    if extension in ("jsonl", "parquet"):
         return file
-    seen = OTHER_ROWS.get(kind, "neither JSON lines (.jsonl) nor parquet")
-    raise PydanticCustomError("rows", "is {seen}; {wanted}", {"seen": seen, "wanted": ROWS})
+    description = OTHER_FORMATS.get(extension, "neither JSON lines (.jsonl) nor parquet")
+    raise PydanticCustomError(
+        "rows", "is {seen}; {expected}", {"seen": description, "expected": EXPECTED_FORMAT}
+    )
 
 
 class FileDataset(Strict):

@@ -22,7 +22,7 @@ PRESETS: dict[str, tuple[Weights, Activations]] = {
 }
 
 
-def _a_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+def _alpha_grid(values: tuple[float, ...]) -> tuple[float, ...]:
     if len(values) < 2 or len(set(values)) < len(values):
         raise PydanticCustomError(
             "grid", "is no choice; list two values or more, each once, or give one number"
@@ -39,13 +39,13 @@ def _kind_of_alpha(value: Any) -> str:
 class Smooth(Strict):
     """SmoothQuant's migration strength and the places it is folded into.
 
-    α is a number, a list of which the best is taken, or `auto` for one a group; what is
-    chosen is chosen on held-out calibration items (helpers.quantization.alpha).
+    α is a number, a list from which the best is chosen, or `auto` for one α per group. The
+    choice is made on held-out calibration items (helpers.quantization.alpha).
     """
 
     alpha: Annotated[
         Annotated[Fraction, Tag("number")]
-        | Annotated[tuple[Fraction, ...], AfterValidator(_a_grid), Tag("list")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_alpha_grid), Tag("list")]
         | Annotated[Literal["auto"], Tag("auto")],
         Discriminator(_kind_of_alpha),
     ]
@@ -53,12 +53,12 @@ class Smooth(Strict):
 
 
 class Variant(Strict):
-    """How a model is quantized; no weights and no activations means it stays float.
+    """How a model is quantized; without weights and activations it stays float.
 
     `recipe: seed` is the known broken recipe (helpers.quantization.seed_recipe), a control
-    that has to be flagged. It says for itself how it quantizes. `dtype` is a control too:
-    the very same weights, computed with in another float type, differ by rounding alone
-    and show what differences of that size are worth.
+    that must be flagged; it brings its own quantization scheme. `dtype` is a control too: the
+    same weights, computed in another float type, differ by rounding alone and show the size
+    of differences that mean nothing.
     """
 
     recipe: Literal["seed"] | None = None
@@ -82,8 +82,8 @@ class Variant(Strict):
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
             )
-        chosen = self.smooth and not isinstance(self.smooth.alpha, float)
-        if chosen and (self.recipe or not (self.preset or self.weights)):
+        searches_alpha = self.smooth and not isinstance(self.smooth.alpha, float)
+        if searches_alpha and (self.recipe or not (self.preset or self.weights)):
             raise ValueError(
                 "smooth.alpha is chosen by the error of quantization, and this variant has none "
                 "of its own; give a number"
@@ -111,31 +111,31 @@ class Variant(Strict):
 
     @property
     def needs_checkpoint(self) -> bool:
-        """Whether a checkpoint has to be made: the variant is quantized or smoothed."""
+        """Whether the variant has a checkpoint: it is quantized or smoothed."""
         return self.quantized or self.smooth is not None
 
     @property
     def is_unmodified(self) -> bool:
-        """Whether it is the model itself, in the study's own float type."""
+        """Whether the variant is the source model in the study's float type."""
         return not self.needs_checkpoint and self.dtype is None
 
     @property
     def claim(self) -> "Variant":
-        """What the variant gives itself out for, and is held to.
+        """The variant as its report declares it; the gates check this declaration.
 
         The seed recipe's report calls it SmoothQuant W8A8, weights per tensor, head kept.
         """
         if self.recipe != "seed":
             return self
-        claimed = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
-        return self.model_copy(update=claimed)
+        declared = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
+        return self.model_copy(update=declared)
 
 
 def speed_key(variant: Variant) -> tuple:
-    """What decides the speed and the bytes of a quantized variant."""
+    """The settings that determine a quantized variant's speed and size."""
     return variant.scheme, variant.ignore, variant.dtype
 
 
 def variant_per_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:
-    """Of the quantized variants that run alike the one to measure, the last of them."""
+    """The variant to measure for each `speed_key`: the last quantized variant that has it."""
     return {speed_key(recipe): name for name, recipe in variants.items() if recipe.quantized}

@@ -47,11 +47,11 @@ class Run:
         return ".".join(filter(None, (NOTEBOOKS[self.stage], self.model, self.variant)))
 
     def executed(self, paths: StudyPaths) -> Path:
-        """The executed notebook that is kept for review."""
+        """The path of the executed notebook."""
         return paths.notebooks / f"{self.name}.ipynb"
 
     def record(self, paths: StudyPaths) -> Path:
-        """What the run leaves for the next stage to find."""
+        """The path of the run's record, which the next stages read."""
         match self.stage:
             case "finetuning":
                 return paths.finetuned_model(self.model) / "record.json"
@@ -73,23 +73,23 @@ def runs(study: Study) -> list[Run]:
         StudyError: two runs would share a name.
     """
     pairs = [(m, v) for m in study.models for v in study.variants]
-    found = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
-    found += [Run("calibration", m) for m in study.models]
-    found += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
-    found += [Run("cost", m) for m in timed_models(study)]
-    found += [Run("evaluation", m, v) for m, v in pairs]
-    names = [run.name for run in found]
-    for run in found:
+    all_runs = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
+    all_runs += [Run("calibration", m) for m in study.models]
+    all_runs += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
+    all_runs += [Run("cost", m) for m in timed_models(study)]
+    all_runs += [Run("evaluation", m, v) for m, v in pairs]
+    names = [run.name for run in all_runs]
+    for run in all_runs:
         if names.count(run.name) > 1:
             raise StudyError(
                 f"models.{run.model}, variants.{run.variant}: two runs would be called "
                 f"{run.name}; leave out the dots in the names"
             )
-    return found
+    return all_runs
 
 
 def timed_models(study: Study) -> list[str]:
-    """The models whose cost is measured, if it is: one trained here costs what its start costs."""
+    """The models whose cost is measured; a model trained here costs as much as its start."""
     if not study.runtime.cost:
         return []
     return [m for m in study.models if not _is_trained(study, m)]
@@ -108,68 +108,72 @@ def upstream_runs(study: Study, run: Run) -> list[Run]:
         case "quantization":
             return [*trained, Run("calibration", run.model)]
         case "cost":
-            made = [v for v in study.variants if study.variants[v].needs_checkpoint]
-            return [Run("quantization", run.model, v) for v in made]
+            changed = [v for v in study.variants if study.variants[v].needs_checkpoint]
+            return [Run("quantization", run.model, v) for v in changed]
         case "evaluation":
-            found = [*trained]
+            upstream = [*trained]
             if study.variants[run.variant].needs_checkpoint:
-                found.append(Run("quantization", run.model, run.variant))
-            if run.variant != study.baseline:  # its gates are held against the baseline
-                found.append(Run("evaluation", run.model, study.baseline))
-            return found
+                upstream.append(Run("quantization", run.model, run.variant))
+            if run.variant != study.baseline:  # its gates compare it with the baseline
+                upstream.append(Run("evaluation", run.model, study.baseline))
+            return upstream
         case "analysis":
             return runs(study)
     return []
 
 
 def settings_text(study: Study, run: Run) -> str:
-    """All the study file says that this run's result depends on, as one text."""
+    """All settings of the study file that this run's result depends on, as one text."""
     if run.stage == "analysis":
-        measured = {"runtime": {"cost"}} if study.runtime.cost else None  # as it always was
-        return canonical_json(study.model_dump(mode="json", exclude=measured))
-    uses: dict[str, Any] = {
+        excluded = (
+            {"runtime": {"cost"}} if study.runtime.cost else None
+        )  # absent from older fingerprints
+        return canonical_json(study.model_dump(mode="json", exclude=excluded))
+    settings: dict[str, Any] = {
         "seed": study.seed,
-        "runtime": study.runtime.model_dump(exclude={"cost"}),  # of no number but its own
+        "runtime": study.runtime.model_dump(exclude={"cost"}),  # influences only the cost stage
         "model": _model(study, run.model),
     }
     if run.stage in ("finetuning", "calibration"):
-        del uses["runtime"]["quantized"]  # both work on the float model
+        del settings["runtime"]["quantized"]  # both work on the float model
     if study.enable_thinking is not None:
-        uses["enable_thinking"] = study.enable_thinking
+        settings["enable_thinking"] = study.enable_thinking
     if run.variant:
-        uses["variant"] = _variant(study, run.variant)
+        settings["variant"] = _variant(study, run.variant)
     if run.stage == "cost":
-        del uses["runtime"]["threads"]  # it takes all there are
-        uses["variants"] = {v: _variant(study, v) for v in study.variants}
-        uses["baseline"], uses["batch"] = study.baseline, study.evaluation.batch.model_dump()
+        del settings["runtime"]["threads"]  # it uses all cores
+        settings["variants"] = {v: _variant(study, v) for v in study.variants}
+        settings["baseline"] = study.baseline
+        settings["batch"] = study.evaluation.batch.model_dump()
     if run.stage in ("calibration", "quantization", "cost") or (
         run.variant and study.variants[run.variant].needs_checkpoint
     ):
-        uses["calibration"] = study.calibration.model_dump()
-        uses["barred_from_calibration"] = _evaluation_draws(study)
+        settings["calibration"] = study.calibration.model_dump()
+        settings["barred_from_calibration"] = _evaluation_draws(study)
     if run.stage == "evaluation":
-        uses["evaluation"] = study.evaluation.model_dump()
-        uses["baseline"] = study.baseline
-    return canonical_json(uses)
+        settings["evaluation"] = study.evaluation.model_dump()
+        settings["baseline"] = study.baseline
+    return canonical_json(settings)
 
 
 def _variant(study: Study, variant: str) -> dict:
-    wanted = study.variants[variant]
-    return {"settings": wanted.model_dump(mode="json"), "scheme": wanted.scheme}
+    settings = study.variants[variant]
+    return {"settings": settings.model_dump(mode="json"), "scheme": settings.scheme}
 
 
 def _model(study: Study, model: str) -> dict:
-    """A model's source; for a trained one, all that its training depends on."""
+    """The settings of a model's source; for a trained model, also those of its training."""
     source = study.models[model]
-    uses: dict[str, Any] = {"source": source.model_dump()}
+    settings: dict[str, Any] = {"source": source.model_dump()}
     if isinstance(source, FineTunedModel):
-        uses["start"] = study.models[source.finetune.start].model_dump()
-        uses["barred_from_training"] = [study.calibration.model_dump(), _evaluation_draws(study)]
-    return uses
+        settings["start"] = study.models[source.finetune.start].model_dump()
+        barred = [study.calibration.model_dump(), _evaluation_draws(study)]
+        settings["barred_from_training"] = barred
+    return settings
 
 
 def _evaluation_draws(study: Study) -> dict:
-    """What decides which items are evaluation items, and so barred elsewhere."""
+    """The settings that decide which items are drawn for evaluation and barred elsewhere."""
     return {
         name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
         for name, dataset in study.evaluation.datasets.items()
@@ -198,11 +202,11 @@ def source_files(study: Study, run: Run) -> list[Path]:
 def _data_sources(study: Study, run: Run) -> list:
     if run.stage == "analysis":
         return []
-    asked = [dataset.source for dataset in study.evaluation.datasets.values()]
+    evaluated = [dataset.source for dataset in study.evaluation.datasets.values()]
     model = study.models[run.model]
     if run.stage == "evaluation":
-        return [model, *asked, study.evaluation.shared_text.dataset]
-    found = [model, study.calibration.dataset, *asked]
+        return [model, *evaluated, study.evaluation.shared_text.dataset]
+    sources = [model, study.calibration.dataset, *evaluated]
     if isinstance(model, FineTunedModel) and run.stage == "finetuning":
-        found += [model.finetune.dataset, study.models[model.finetune.start]]
-    return found
+        sources += [model.finetune.dataset, study.models[model.finetune.start]]
+    return sources

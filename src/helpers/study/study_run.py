@@ -14,8 +14,8 @@ from helpers.study.schema_variants import Variant
 class Job:
     """One run of one notebook.
 
-    `runtime` is what the machine at hand made of the study file's runtime, for the record;
-    helpers.runtime.devices settles it.
+    `runtime` describes, for the record, what the runtime settings of the study file mean on
+    this machine; helpers.runtime.devices fills it in.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Job:
 
     @property
     def recipe(self) -> Variant:
-        """What the study file says of this job's variant."""
+        """The settings of this job's variant."""
         return self.study.variants[self.variant]
 
     @property
@@ -43,21 +43,21 @@ class Job:
 
 
 def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
-    """The validated study with one of its models and variants.
+    """The job of a validated study with one of its models and variants.
 
-    Without a model the job reads records only, so that models and data may be elsewhere.
+    Without a model the job reads records only, and models and data may be missing.
 
     Raises:
         StudyError: the study file is wrong, it has no such model or variant, or a link
             under its outputs leads elsewhere.
     """
-    loaded, name = load_study(study, with_sources=bool(model)), study_file(study).stem
-    for kind, value, known in (
-        ("model", model, loaded.models),
-        ("variant", variant, loaded.variants),
+    study_settings, name = load_study(study, with_sources=bool(model)), study_file(study).stem
+    for kind, value, names in (
+        ("model", model, study_settings.models),
+        ("variant", variant, study_settings.variants),
     ):
-        if value and value not in known:
-            raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(known)}")
+        if value and value not in names:
+            raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(names)}")
     paths = StudyPaths(name)
     paths.check_links()
-    return Job(name, loaded, paths, model, variant)
+    return Job(name, study_settings, paths, model, variant)

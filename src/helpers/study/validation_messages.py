@@ -18,12 +18,12 @@ UNION_TAGS |= {"loglikelihood", "generate"}
 
 
 def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
-    """Each of pydantic's errors as `file: dotted.key = value message`."""
+    """Each pydantic error as a line `file: dotted.key = value message`."""
     lines = []
     for problem in error.errors():
         key, value = _locate(problem, data)
         if problem["type"] == "too_short" and value:
-            continue  # its members were refused above
+            continue  # its members have errors of their own
         if problem["type"] == "missing":
             lines.append(f"{place}: {key} is missing; add it (params/demo.yaml has an example)")
         elif problem["type"].startswith("union_tag"):
@@ -36,31 +36,31 @@ def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
 
 
 def unknown_name_line(key: str, value: str, kind: str, known: Iterable[str]) -> str:
-    """The line for a name that the study does not define."""
-    near = difflib.get_close_matches(value, known, n=1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    """The error line for a name that the study does not define."""
+    matches = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
     return f"{key} = {value!r} is not a {kind} of this study ({', '.join(known)}){hint}"
 
 
 def _locate(problem: ErrorDetails, data: Any) -> tuple[str, Any]:
-    """The dotted key and value in the file; pydantic's union tags are left out."""
+    """The dotted key and the value in the file, without pydantic's union tags."""
     keys: list[str] = []
-    value, tagged = data, False
-    loc = list(problem["loc"])
+    value, tag_seen = data, False
+    location = list(problem["loc"])
     if problem["type"] == "unknown_key":
-        loc.append(problem["ctx"]["key"])
-    for part in loc:
-        if part in UNION_TAGS and _is_union(keys) and not tagged:
-            tagged = True  # the same word may follow as a key
+        location.append(problem["ctx"]["key"])
+    for part in location:
+        if part in UNION_TAGS and _is_union(keys) and not tag_seen:
+            tag_seen = True  # the same word may follow as a key
             continue
-        tagged = False
-        inside = isinstance(value, dict) and part in value
-        inside |= isinstance(value, list) and isinstance(part, int) and part < len(value)
-        if inside:
+        tag_seen = False
+        is_member = isinstance(value, dict) and part in value
+        is_member |= isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if is_member:
             keys.append(_short_key(part))
             value = value[part]
     if problem["type"] == "missing":
-        keys.append(_short_key(loc[-1]))
+        keys.append(_short_key(location[-1]))
     return ".".join(keys) or "the file", value
 
 
@@ -69,10 +69,10 @@ def _short_key(key: object) -> str:
 
 
 def _is_union(keys: list[str]) -> bool:
-    """Whether pydantic puts the tag of a union's member after these keys."""
-    model = len(keys) == 2 and keys[0] == "models"
-    named = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
-    return model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not named)
+    """Whether pydantic's location has a union tag after these keys."""
+    is_model = len(keys) == 2 and keys[0] == "models"
+    is_evaluation_set = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
+    return is_model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not is_evaluation_set)
 
 
 def _message(problem: ErrorDetails) -> str:

@@ -20,14 +20,14 @@ PROTOCOLS = {
 
 
 def broken_references(study: Study) -> list[str]:
-    """What the study file says about its own names that is not so."""
-    problems = _baseline(study) + _float_types(study) + _taken_names(study)
+    """The contradictions among a study file's own names, one line each."""
+    problems = _baseline(study) + _float_types(study) + _reserved_names(study)
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
-        asked = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
-        problems += [f"evaluation.datasets.{name}.{problem}" for problem in asked]
+        prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
+        problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
     return problems + _comparisons(study) + _old_rules(study)
 
 
@@ -43,7 +43,7 @@ def _baseline(study: Study) -> list[str]:
 
 
 def _float_types(study: Study) -> list[str]:
-    """A control in another float type has to differ from the study's own."""
+    """The float type of a control must differ from the study's own."""
     problems = []
     for name, variant in study.variants.items():
         key = f"variants.{name}.dtype = {variant.dtype!r}"
@@ -54,16 +54,16 @@ def _float_types(study: Study) -> list[str]:
             )
         elif variant.dtype and study.runtime.dtype == "auto":
             problems.append(
-                f"{key} may be what runtime.dtype = 'auto' comes to; name runtime.dtype too"
+                f"{key} may equal runtime.dtype = 'auto' on some machine; name runtime.dtype too"
             )
     return problems
 
 
-def _taken_names(study: Study) -> list[str]:
+def _reserved_names(study: Study) -> list[str]:
     return [
         f"{kind}.{name} names what every run writes itself; rename it"
-        for kind, taken in RESERVED_NAMES.items()
-        for name in sorted(taken & set(attrgetter(kind)(study)))
+        for kind, reserved in RESERVED_NAMES.items()
+        for name in sorted(reserved & set(attrgetter(kind)(study)))
     ]
 
 
@@ -76,7 +76,7 @@ def _start(study: Study, key: str, start: str) -> list[str]:
 
 
 def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
-    """What does not go together in how one set is asked, each from its key on."""
+    """Contradictions in the settings of one evaluation set; each line starts with its key."""
     problems, ask = [], dataset.ask
     if ask.protocol not in PROTOCOLS[dataset.adapter]:
         problems.append(
@@ -105,11 +105,11 @@ def _comparisons(study: Study) -> list[str]:
             "baseline": study.variants,
             "variant": study.variants,
         }
-        for field, known in defined.items():
+        for field, names in defined.items():
             value = getattr(pair, field)
-            if value not in known:
+            if value not in names:
                 kind = "variant" if field == "baseline" else field
-                problems.append(unknown_name_line(f"{key}.{field}", value, kind, known))
+                problems.append(unknown_name_line(f"{key}.{field}", value, kind, names))
         if pair.variant == pair.baseline:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
         if pair in primary[:index]:
@@ -124,5 +124,7 @@ def _old_rules(study: Study) -> list[str]:
         if name not in study.variants:
             problems.append(unknown_name_line(key, name, "variant", study.variants))
         elif name == study.baseline:
-            problems.append(f"{key} = {name!r} is the baseline; name what is held against it")
+            problems.append(
+                f"{key} = {name!r} is the baseline; name a variant that is compared with it"
+            )
     return problems

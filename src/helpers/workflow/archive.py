@@ -41,26 +41,26 @@ def pack(study: str, to: Path | None = None) -> Path:
     """Write a study's archive and return its path, `outputs/<study>.tar.gz` if none is given.
 
     Raises:
-        StudyError: there is no study file, or its results are not complete.
+        StudyError: there is no study file, or its results are incomplete.
     """
     load_study(study, with_sources=False)
-    source = study_file(study)
-    paths = StudyPaths(source.stem)
+    study_path = study_file(study)
+    paths = StudyPaths(study_path.stem)
     paths.check_links()
     if not (paths.root / "summary.json").is_file():
         raise StudyError(f"{paths.study} has no results yet; run make study STUDY={paths.study}")
     with _study_lock(paths):
-        files = {f"params/{paths.study}.yaml": source, **_results(paths)}
+        files = {f"params/{paths.study}.yaml": study_path, **_results(paths)}
         hashes = {name: sha256_file(path) for name, path in files.items()}
-        about = {"format": FORMAT, "study": paths.study, "files": hashes}
+        manifest = {"format": FORMAT, "study": paths.study, "files": hashes}
         target = to or outputs_root() / f"{paths.study}.tar.gz"
-        write_atomically(target, lambda path: _write(path, about, files))
+        write_atomically(target, lambda path: _write(path, manifest, files))
     return target
 
 
 @contextlib.contextmanager
 def _study_lock(paths: StudyPaths) -> Iterator[None]:
-    """Hold the study's lock, the one a run holds."""
+    """Inside the context, hold the lock that a run of the study holds."""
     lock = outputs_root() / f".{paths.study}.lock"
     acquire_lock(lock, f"study {paths.study!r} is being run")
     try:
@@ -70,23 +70,23 @@ def _study_lock(paths: StudyPaths) -> Iterator[None]:
 
 
 def _results(paths: StudyPaths) -> dict[str, Path]:
-    """Every file of a study's results by its name in the archive; weights stay behind."""
-    found = {}
+    """Every file of a study's results by its name in the archive, without weights."""
+    files = {}
     for path in sorted(p for p in paths.root.rglob("*") if p.is_file()):
-        inside = path.relative_to(paths.root)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        weights = inside.parts[1:2] == ("model",) or inside.parts[2:3] == ("checkpoint",)
-        weights |= path.suffix == ".safetensors" and inside.parts[1] != "calibration"
+        relative = path.relative_to(paths.root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        is_weight = relative.parts[1:2] == ("model",) or relative.parts[2:3] == ("checkpoint",)
+        is_weight |= path.suffix == ".safetensors" and relative.parts[1] != "calibration"
         if hidden or path.name.endswith(EXCLUDED_ENDINGS):
             continue
-        if weights and path.name != "record.json":
+        if is_weight and path.name != "record.json":
             continue
-        found[f"outputs/{paths.study}/{inside.as_posix()}"] = path
-    return found
+        files[f"outputs/{paths.study}/{relative.as_posix()}"] = path
+    return files
 
 
 def _write(target: Path, about: dict, files: dict[str, Path]) -> None:
-    """The same files make the same bytes: in order, of nobody, at no time."""
+    """Write the archive; equal files give equal bytes: sorted, without owners and times."""
     manifest = json.dumps(about, indent=1, sort_keys=True).encode("utf-8")
     with (
         open(target, "wb") as raw,
@@ -100,17 +100,19 @@ def _write(target: Path, about: dict, files: dict[str, Path]) -> None:
 
 
 def _member(name: str, size: int) -> tarfile.TarInfo:
-    found = tarfile.TarInfo(name)
-    found.size, found.mode = size, 0o644
-    return found
+    member = tarfile.TarInfo(name)
+    member.size, member.mode = size, 0o644
+    return member
 
 
 def unpack(archive: Path, to: Path) -> dict:
-    """Put an archive's files into a new folder, each as its hash says; return the manifest.
+    """Unpack an archive into a new folder, check every hash, and return the manifest.
+
+    tar alone checks no content and admits paths outside the folder.
 
     Raises:
-        StudyError: the folder is not empty, or the archive is damaged, holds a file that it
-            does not announce, or names one outside the folder. The folder is empty then.
+        StudyError: the folder is not empty, or the archive is damaged, holds a file that its
+            manifest does not list, or one outside the folder. The folder is then empty.
     """
     if to.exists() and any(to.iterdir()):
         raise StudyError(f"{to} is not empty; give a new folder")
@@ -118,8 +120,8 @@ def unpack(archive: Path, to: Path) -> dict:
     try:
         return _unpack_all(archive, to)
     except StudyError:
-        for begun in to.iterdir():  # the folder was empty
-            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
+        for path in to.iterdir():  # the folder was empty
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         raise
 
 
@@ -127,17 +129,17 @@ def _unpack_all(archive: Path, to: Path) -> dict:
     try:
         with tarfile.open(archive, "r:gz") as opened:
             manifest = _manifest(opened, archive)
-            waiting = dict(manifest["files"])
-            whole = 0
+            remaining = dict(manifest["files"])
+            total_bytes = 0
             while member := opened.next():
-                whole += member.size  # of a sparse member what it becomes, not what is stored
-                if whole > MOST_BYTES:
-                    raise StudyError(f"{archive}: has more than {MOST_BYTES:,} bytes in it")
-                _unpack_one(opened, member, waiting, to, archive)
+                total_bytes += member.size  # of a sparse member the unpacked size
+                if total_bytes > MOST_BYTES:
+                    raise StudyError(f"{archive}: unpacks to more than {MOST_BYTES:,} bytes")
+                _unpack_one(opened, member, remaining, to, archive)
     except (tarfile.TarError, OSError, EOFError) as error:
-        raise StudyError(f"{archive}: is no whole archive of a study ({error})") from None
-    if waiting:
-        raise StudyError(f"{archive}: lacks {min(waiting)}; pack the study again")
+        raise StudyError(f"{archive}: is no complete archive of a study ({error})") from None
+    if remaining:
+        raise StudyError(f"{archive}: lacks {min(remaining)}; pack the study again")
     return manifest
 
 
@@ -146,20 +148,24 @@ def _manifest(opened: tarfile.TarFile, archive: Path) -> dict:
     try:
         if first.name != MANIFEST or not first.isreg() or first.size > LARGEST_MANIFEST:
             raise ValueError(first.name)
-        found = json.loads(opened.extractfile(first).read())
-        names = [PurePosixPath(name) for name in found["files"]]
-        inside = all(n.parts[0] in ("params", "outputs") and ".." not in n.parts for n in names)
-        if found["format"] != FORMAT or not inside or not re.fullmatch(PATTERN, found["study"]):
+        manifest = json.loads(opened.extractfile(first).read())
+        names = [PurePosixPath(name) for name in manifest["files"]]
+        is_inside = all(n.parts[0] in ("params", "outputs") and ".." not in n.parts for n in names)
+        if (
+            manifest["format"] != FORMAT
+            or not is_inside
+            or not re.fullmatch(PATTERN, manifest["study"])
+        ):
             raise ValueError("format")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError, RecursionError):
         raise StudyError(f"{archive}: is no archive of a study; make archive makes one") from None
-    return found
+    return manifest
 
 
-def _unpack_one(opened, member: tarfile.TarInfo, waiting: dict, to: Path, archive: Path) -> None:
-    digest = waiting.pop(member.name, None)
+def _unpack_one(opened, member: tarfile.TarInfo, remaining: dict, to: Path, archive: Path) -> None:
+    digest = remaining.pop(member.name, None)
     if digest is None or not member.isreg():
-        raise StudyError(f"{archive}: holds {member.name!r}, which it does not announce")
+        raise StudyError(f"{archive}: holds {member.name!r}, which its manifest does not list")
     target = to / member.name
     target.parent.mkdir(parents=True, exist_ok=True)
     with open(target, "wb") as stream:
@@ -167,15 +173,17 @@ def _unpack_one(opened, member: tarfile.TarInfo, waiting: dict, to: Path, archiv
         while block := content.read(2**20):
             stream.write(block)
     if sha256_file(target) != digest:
-        raise StudyError(f"{archive}: {member.name} is not what it was; pack the study again")
+        raise StudyError(
+            f"{archive}: {member.name} differs from its checksum; pack the study again"
+        )
 
 
 def remake_report(archive: Path, to: Path) -> Path:
-    """Unpack a study and make its report again from what is in it; return the report's folder.
+    """Unpack a study and recompute its report; return the report's folder.
 
     Raises:
-        StudyError: the archive is damaged, or `summary.json` comes out another.
-        JobFailed: the analysis refuses what it finds.
+        StudyError: the archive is damaged, or the recomputed `summary.json` differs.
+        JobFailed: the analysis rejects the results.
     """
     from helpers.workflow.notebook_execution import run_notebook
     from helpers.workflow.notebook_export import export_report
@@ -188,11 +196,11 @@ def remake_report(archive: Path, to: Path) -> Path:
     run_notebook(PROJECT / "notebooks" / "04_analysis.ipynb", executed, {"study": study})
     export_report(executed, study, paths.root)
     for file in ("summary.json", "summary.csv"):
-        before = manifest["files"].get(f"outputs/{name}/{file}")
-        if sha256_file(paths.root / file) != before:
+        packed_hash = manifest["files"].get(f"outputs/{name}/{file}")
+        if sha256_file(paths.root / file) != packed_hash:
             raise StudyError(
-                f"{paths.root / file} is not the archive's: the results in it do not give it with "
-                "this version of the project"
+                f"{paths.root / file} differs from the archive's: this version of the project "
+                "computes another one from the same results"
             )
     return paths.root
 
@@ -206,16 +214,16 @@ def main(argv: list[str] | None = None) -> int:
     packing = commands.add_parser("pack", help="write a study's results into one file")
     packing.add_argument("study")
     packing.add_argument("--to", type=Path)
-    again = commands.add_parser("again", help="make the report again from such a file")
+    again = commands.add_parser("again", help="recompute the report from such a file")
     again.add_argument("archive", type=Path)
     again.add_argument("--to", type=Path, required=True, help="a new folder")
-    given = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     try:
-        if given.command == "pack":
-            made = pack(given.study, given.to)
-            print(f"{made}: {made.stat().st_size / 1e6:.1f} MB")
+        if args.command == "pack":
+            archive_path = pack(args.study, args.to)
+            print(f"{archive_path}: {archive_path.stat().st_size / 1e6:.1f} MB")
         else:
-            folder = remake_report(given.archive, given.to)
+            folder = remake_report(args.archive, args.to)
             print(f"the same summary.json and summary.csv; the report is {folder / 'report.html'}")
     except (StudyError, JobFailed) as error:
         print(error, file=sys.stderr)

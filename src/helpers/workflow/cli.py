@@ -6,7 +6,9 @@ Each job says in one line that it starts, and in one how it ended and how long i
 import signal
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this loads ends it without a word
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C during the imports ends the process silently
 
 import argparse
 import importlib
@@ -33,7 +35,7 @@ from helpers.workflow.notebook_execution import JobFailed, kernel, run_notebook
 
 
 def run_job(label: str, work: Callable[[], None]) -> int:
-    """Do the work; say when it starts, and when and how it ends. Returns the exit code."""
+    """Run a job and report its start, its result and its duration. Returns the exit code."""
     die_with_parent()
     report_event(START, label)
     started = time.monotonic()
@@ -53,7 +55,7 @@ def run_job(label: str, work: Callable[[], None]) -> int:
 
 
 def _error_line(error: Exception) -> str:
-    """The message; of a system's error, with what to do about it."""
+    """The error message, with the remedy if the operating system raised it."""
     return "; ".join(
         filter(None, (str(error), isinstance(error, OSError) and remedy_for(str(error))))
     )
@@ -67,7 +69,7 @@ def _label(stage: str, parameters: dict[str, str]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """The command line; see `--help`."""
     arguments = sys.argv[1:] if argv is None else argv
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here on it is told
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # from here on Ctrl-C is reported
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if arguments[:1] == ["kernel"]:
         kernel(arguments[1:])
@@ -77,11 +79,11 @@ def main(argv: list[str] | None = None) -> int:
     if arguments[:1] == ["answer"]:
         importlib.import_module(arguments[1]).main(*arguments[2:])
         return 0
-    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    separator = arguments.index("--") if "--" in arguments else len(arguments)
     try:
-        given = _parser().parse_args(arguments[:cut])
-        given.options = arguments[cut + 1 :]  # after `--`: Snakemake's own
-        return _dispatch(given)
+        args = _parser().parse_args(arguments[:separator])
+        args.options = arguments[separator + 1 :]  # after `--`: Snakemake's own
+        return _dispatch(args)
     except (StudyError, OSError) as error:
         print(_error_line(error), file=sys.stderr)
         return 2
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def engine(arguments: list[str]) -> int:
-    """Become Snakemake, which ends without a word on Ctrl-C while it still loads."""
+    """Run Snakemake in this process; Ctrl-C during its imports ends it silently."""
     try:
         from snakemake.cli import main as snakemake
 
@@ -102,7 +104,7 @@ def engine(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m helpers.workflow.cli", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="read a study file and say what is wrong with it")
+    check = commands.add_parser("check", help="check a study file and list its errors")
     check.add_argument("study")
     study = commands.add_parser("study", help="check a study, then run what is not current")
     study.add_argument("study")
@@ -122,40 +124,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _dispatch(given: argparse.Namespace) -> int:
+def _dispatch(args: argparse.Namespace) -> int:
     from helpers.workflow import launcher
 
-    match given.command:
+    match args.command:
         case "check":
-            return launcher.check_study(given.study) or launcher.check_study_sources(
-                given.study, dry=True
+            return launcher.check_study(args.study) or launcher.check_study_sources(
+                args.study, dry=True
             )
         case "study":
-            return launcher.run_study(given)
+            return launcher.run_study(args)
         case "run":
-            parameters = dict(given.parameters)
-            stage = given.notebook.stem.partition("_")[2] or given.notebook.stem
-            return run_job(_label(stage, parameters), lambda: _run(given, stage, parameters))
+            parameters = dict(args.parameters)
+            stage = args.notebook.stem.partition("_")[2] or args.notebook.stem
+            return run_job(_label(stage, parameters), lambda: _run(args, stage, parameters))
     from helpers.workflow.notebook_export import export_report
 
-    return run_job(
-        _label("report", {}), lambda: export_report(given.notebook, given.study, given.to)
-    )
+    return run_job(_label("report", {}), lambda: export_report(args.notebook, args.study, args.to))
 
 
-def _run(given: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
-    """Execute the notebook; of a run of the grid, leave an account of what it was made from."""
+def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
+    """Execute the notebook; for a run of the study, record the fingerprint of its inputs."""
     from helpers.study import fingerprints, stages
     from helpers.study.study_run import open_job
 
-    output, account = given.output.absolute(), nullcontext()
+    output, fingerprint = args.output.absolute(), nullcontext()
     if stage in stages.NOTEBOOKS and "partial" not in parameters:
-        named = {key: parameters[key] for key in ("study", "model", "variant") if key in parameters}
-        opened = open_job(**named)
-        run = stages.Run(stage, opened.model, opened.variant)
-        account = fingerprints.record_fingerprint(opened.study, opened.paths, run)
-    with account:
-        run_notebook(given.notebook, output, parameters)
+        run_parameters = {
+            key: parameters[key] for key in ("study", "model", "variant") if key in parameters
+        }
+        job = open_job(**run_parameters)
+        run = stages.Run(stage, job.model, job.variant)
+        fingerprint = fingerprints.record_fingerprint(job.study, job.paths, run)
+    with fingerprint:
+        run_notebook(args.notebook, output, parameters)
 
 
 if __name__ == "__main__":
@@ -163,4 +165,4 @@ if __name__ == "__main__":
         code = run_in_fork(sys.argv[1:])
         sys.exit(main() if code is None else code)
     finally:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left that could be stopped
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nothing is left to interrupt

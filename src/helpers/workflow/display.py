@@ -21,13 +21,13 @@ from helpers.study.stages import Run
 from helpers.workflow.duration_estimate import Estimate, rough_duration
 from helpers.workflow.schedule import makespan_s
 
-EVERY_S = 25.0  # a plain line; nobody shall wait 30 seconds for one
-LEAST_LEFT = 0.1  # of a job's estimate, as long as it runs
+EVERY_S = 25.0  # between two plain lines: a reader waits less than 30 seconds
+LEAST_REMAINING = 0.1  # of a running job's estimate
 
 
 @dataclass(frozen=True)
 class RunningJob:
-    """One job that runs: its name, for how long, and what it tells."""
+    """A running job: its name, its time so far, and its activity."""
 
     name: str
     elapsed_s: float
@@ -36,7 +36,7 @@ class RunningJob:
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run of a study is; `left_s` is None where nobody knows."""
+    """The progress of a run of a study; `left_s` is None if there is no estimate."""
 
     done: int
     total: str
@@ -47,12 +47,12 @@ class Status:
 
 @dataclass
 class Watch:
-    """Follows a run by what its jobs say and write.
+    """Follows a run by its progress file and the activity files of its jobs.
 
     Args:
-        shared: the file that all jobs share.
-        estimate: seconds of each job, if they could be estimated.
-        clock: seconds that only go forward.
+        shared: the progress file that all jobs share.
+        estimate: seconds of each job; None without an estimate.
+        clock: a monotonic clock in seconds.
     """
 
     shared: Path
@@ -65,7 +65,7 @@ class Watch:
         self._started = self.clock()
 
     def status(self) -> Status:
-        """What can be said now."""
+        """The progress now."""
         (total, events), now = console.read_events(self.shared), self.clock()
         ended = {console.event_job(e): e["word"] for e in events if e["word"] in console.ENDS}
         for event in events:
@@ -76,40 +76,42 @@ class Watch:
                 self._took.setdefault(job, now - self._begun[job])
         folder = activity.activity_folder(self.shared)
         running = [
-            RunningJob(one_line(job), now - begun, activity.read_activity(folder / f"{job}.json"))
-            for job, begun in self._begun.items()
+            RunningJob(one_line(job), now - started, activity.read_activity(folder / f"{job}.json"))
+            for job, started in self._begun.items()
             if job not in ended
         ]
         done = sum(word == console.DONE for word in ended.values())
-        left = self._left(set(ended), running) if self.estimate else None
-        return Status(done, total, now - self._started, left, running)
+        left_s = self._left(set(ended), running) if self.estimate else None
+        return Status(done, total, now - self._started, left_s, running)
 
     def _left(self, ended: set[str], running: list[RunningJob]) -> float:
-        """Seconds that the rest takes, by how far off the estimates were so far."""
-        known = {job_name(run): (run, s) for run, s in self.estimate.seconds.items()}
-        pairs = [(took, known[job][1]) for job, took in self._took.items() if job in known]
-        late = [(d.elapsed_s, known[d.name][1]) for d in running if d.name in known]
-        pairs += [(elapsed, due) for elapsed, due in late if elapsed > due]
-        due = sum(due for _, due in pairs)
-        scale = sum(took for took, _ in pairs) / due if due else 1.0
-        rest = {run: s * scale for job, (run, s) in known.items() if job not in ended}
-        begun = []
+        """Remaining seconds: the estimates, scaled by the jobs' actual times so far."""
+        estimates = {job_name(run): (run, s) for run, s in self.estimate.seconds.items()}
+        pairs = [
+            (actual, estimates[job][1]) for job, actual in self._took.items() if job in estimates
+        ]
+        overdue = [(d.elapsed_s, estimates[d.name][1]) for d in running if d.name in estimates]
+        pairs += [(elapsed, expected) for elapsed, expected in overdue if elapsed > expected]
+        expected = sum(expected for _, expected in pairs)
+        scale = sum(actual for actual, _ in pairs) / expected if expected else 1.0
+        rest = {run: s * scale for job, (run, s) in estimates.items() if job not in ended}
+        started = []
         for job in running:
-            if job.name in known:
-                run, whole = known[job.name][0], known[job.name][1] * scale
-                told = job.activity.left_s if job.activity else None
-                rest[run] = max(whole - job.elapsed_s, LEAST_LEFT * whole, told or 0.0)
-                begun.append(run)
-        return makespan_s(self.estimate.study, rest, self.estimate.room, begun=begun)
+            if job.name in estimates:
+                run, whole = estimates[job.name][0], estimates[job.name][1] * scale
+                reported = job.activity.left_s if job.activity else None
+                rest[run] = max(whole - job.elapsed_s, LEAST_REMAINING * whole, reported or 0.0)
+                started.append(run)
+        return makespan_s(self.estimate.study, rest, self.estimate.room, started=started)
 
 
 def job_name(run: Run) -> str:
-    """The run as jobs name themselves."""
+    """The name of a run's job in messages."""
     return " ".join(filter(None, (run.stage, run.model, run.variant)))
 
 
 def describe_job(job: RunningJob) -> str:
-    """What a job is doing, how far it is and how long the rest of that takes."""
+    """A job's task, its progress and the time left for it."""
     if job.activity is None:
         return "starting" if job.elapsed_s < EVERY_S else "at work"
     left = job.activity.left_s
@@ -117,23 +119,23 @@ def describe_job(job: RunningJob) -> str:
 
 
 def describe_status(status: Status) -> str:
-    """How far the whole study is."""
+    """The progress of the whole study."""
     left = "" if status.left_s is None else f", about {rough_duration(status.left_s)} left"
     return f"{status.done} of {status.total} done after {rough_duration(status.elapsed_s)}{left}"
 
 
 class Screen(Protocol):
-    """Where a run is shown."""
+    """An output that shows the progress of a run."""
 
     def show(self, text: str) -> None:
-        """Text that stays: lines of jobs."""
+        """Print lines of jobs, which stay."""
 
     def update(self, status: Status) -> None:
-        """How far the run is now."""
+        """Show the current progress."""
 
 
 class Lines:
-    """Lines one after the other, for a file or a terminal that draws over nothing."""
+    """Plain lines, for a file or a terminal that cannot overwrite lines."""
 
     def __init__(self, stream: IO[str], clock: Callable[[], float] = time.monotonic):
         self.stream, self.clock, self.last = stream, clock, clock()
@@ -151,7 +153,7 @@ class Lines:
 
 
 class Table:
-    """A table of the running jobs below the lines, drawn anew every second."""
+    """A table of the running jobs below the lines, redrawn every second."""
 
     def __init__(self, live):
         self.live = live
@@ -167,7 +169,7 @@ class Table:
 
 
 def render_status(status: Status):
-    """The status as rich draws it; no word of it is markup."""
+    """The status as a rich renderable; its text is never parsed as markup."""
     from rich.console import Group
     from rich.progress_bar import ProgressBar
     from rich.table import Table as Columns
@@ -175,17 +177,19 @@ def render_status(status: Status):
 
     columns = Columns.grid(padding=(0, 2))
     for job in status.running:
-        told = job.activity
-        counted = told is not None and told.of
-        bar = ProgressBar(total=told.of, completed=told.done, width=20) if counted else ""
+        activity = job.activity
+        is_counted = activity is not None and activity.of
+        bar = (
+            ProgressBar(total=activity.of, completed=activity.done, width=20) if is_counted else ""
+        )
         columns.add_row(Text(job.name), bar, Text(describe_job(job)))
     return Group(columns, Text(describe_status(status), style="bold"))
 
 
 @contextmanager
-def screen(*, draws: bool) -> Iterator[Screen]:
-    """Where this run is shown: drawn if the terminal can, else lines."""
-    if not draws:
+def screen(*, can_draw_over: bool) -> Iterator[Screen]:
+    """Inside the context, the output for this run: a table if the terminal can, else lines."""
+    if not can_draw_over:
         yield Lines(sys.stderr)
         return
     from rich.console import Console
@@ -202,7 +206,7 @@ def screen(*, draws: bool) -> Iterator[Screen]:
 
 
 def can_draw() -> bool:
-    """Whether stderr is a terminal that lines can be drawn over."""
+    """Whether stderr is a terminal that can overwrite lines."""
     if not sys.stderr.isatty():
         return False
     from rich.console import Console
@@ -211,7 +215,7 @@ def can_draw() -> bool:
 
 
 def forward_lines(stream: IO[str], show: Callable[[str], None]) -> threading.Thread:
-    """A thread that shows each line of a stream until it ends."""
+    """Start a thread that shows each line of a stream until its end."""
 
     def copy() -> None:
         for line in stream:

@@ -24,28 +24,28 @@ from helpers.workflow.schedule import Capacity, concurrent_jobs, machine_capacit
 
 ANALYSIS = Run("analysis")
 COUNTERS = ("helpers.cost.quantization_operations", "helpers.evaluation.evaluation_operations")
-TIMEOUT_S = 300  # for counting or measuring
-LONG_S = 3600  # from here on it is said what would shorten a study
-# Attention, norms and activations, by the time of the same Linears in float32; answers being
-# written look back at all they continue, one token at a time.
+TIMEOUT_S = 300  # of one counting or measuring process
+LONG_S = 3600  # longer estimates come with advice on shortening the study
+# Time of attention, norms and activations, relative to the same Linears in float32. Generation
+# attends to the whole prefix, one token at a time.
 OVERHEADS = {"reading": 0.7, "writing": 0.9}
-# What a job takes besides, in start-ups of a process that imports torch: the runner, the kernel,
-# loading and checking a model, tables and pictures.
+# The other costs of a job (runner, kernel, loading and checking a model, tables, pictures), in
+# multiples of the start-up of a process that imports torch.
 STARTS = {"quantization": 2.8, "analysis": 2.8}
 STARTS_OF_OTHERS = 2.3
-MEASUREMENT = 0.4  # of a start-up: a process forked off one that has imported all
-# Where jobs are forks of a process that has imported the packages, what is measured is the import
-# of a few modules of this project; so many times that is what stands for a start-up.
+MEASUREMENT = 0.4  # of a start-up: a fork of a process that has imported all packages
+# If jobs are forks of a process that has imported the packages, only the import of this project's
+# modules is measured; a start-up counts as this many times that.
 FORKED_START = 10
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What one job has of this machine while others run beside it.
+    """The speed of this machine for one job while others run beside it.
 
     Attributes:
         speeds: operations (or weights touched) per second by kind of work.
-        start_s: processor seconds that importing takes what jobs import.
+        start_s: processor seconds for the imports of a job.
     """
 
     speeds: Mapping[str, float]
@@ -54,11 +54,11 @@ class Machine:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Seconds of every job that would run, by run.
+    """The estimated seconds of every job that would run.
 
     Attributes:
-        seconds: of the analysis too.
-        about: words on what could not be counted; empty if all was.
+        seconds: by run, the analysis included.
+        about: notes on operations that could not be counted.
     """
 
     study: Study
@@ -68,32 +68,32 @@ class Estimate:
 
     @property
     def whole_s(self) -> float:
-        """Seconds of all jobs, side by side as they will run."""
+        """Seconds until the last job ends, with jobs side by side."""
         return makespan_s(self.study, self.seconds, self.room)
 
 
 def runs_to_execute(study: Study, paths: StudyPaths) -> list[Run]:
-    """The jobs that are not current, the analysis last; none if all is current."""
+    """The runs that are not current, the analysis last; empty if all are current."""
     current = fingerprints.completed_runs(study, paths)
     runs = [run for run in stages.runs(study) if run not in current]
     return [*runs, ANALYSIS] if runs or not fingerprints.is_current(study, paths, ANALYSIS) else []
 
 
 def print_estimate(study_name: str, paths: StudyPaths, **limits: int) -> Estimate | None:
-    """The estimate, told on stderr; None where nothing would run, or none can be made.
+    """Print the estimate to stderr; None if nothing would run or the estimate fails.
 
     Args:
-        limits: of this run, as `schedule.machine_capacity` takes them.
+        limits: cores and memory of this run, as `schedule.machine_capacity` takes them.
     """
     try:
-        study = load_study(study_name)  # again: what was fetched is pinned now
-        found = estimate(study_name, study, paths, machine_capacity(study, **limits), say=_say)
-        for line in estimate_lines(found) if found else ():
+        study = load_study(study_name)  # again: fetching has pinned its sources
+        result = estimate(study_name, study, paths, machine_capacity(study, **limits), say=_say)
+        for line in estimate_lines(result) if result else ():
             _say(line)
-    except Exception as error:  # whatever it is, the study can be run without
+    except Exception as error:  # of any kind: the study runs without an estimate
         _say(f"none: {one_line(error)}")
         return None
-    return found
+    return result
 
 
 def _say(line: str) -> None:
@@ -103,39 +103,39 @@ def _say(line: str) -> None:
 def estimate(
     study_name: str, study: Study, paths: StudyPaths, room: Capacity, *, say: Callable[[str], None]
 ) -> Estimate | None:
-    """Count and measure; None if nothing would run.
+    """Count operations and measure speeds; None if nothing would run.
 
     Args:
-        say: is told what begins, since both take seconds.
+        say: prints a line before each step, since both take seconds.
 
     Raises:
-        StudyError: it cannot be counted or measured.
+        StudyError: counting or measuring fails.
     """
     if not (runs := runs_to_execute(study, paths)):
         return None
     say("counting the operations of the study")
-    counted = _json_outputs([[name, study_name] for name in COUNTERS])
+    counters_output = _json_outputs([[name, study_name] for name in COUNTERS])
     jobs: dict[str, dict] = {}
-    about: dict[str, str] = {}
-    for found in counted:
-        jobs |= found["jobs"]
-        about |= found["uncounted"]
-    shapes = json.dumps(counted[0]["shapes"])
-    beside = max(1, min(len(runs), concurrent_jobs(study, room)))
-    say(f"measuring this machine with {_count(beside, 'job')} side by side")
-    measured = _json_outputs([["helpers.cost.linear_speed", study_name, shapes]] * beside)
+    uncounted: dict[str, str] = {}
+    for counts in counters_output:
+        jobs |= counts["jobs"]
+        uncounted |= counts["uncounted"]
+    shapes = json.dumps(counters_output[0]["shapes"])
+    concurrent = max(1, min(len(runs), concurrent_jobs(study, room)))
+    say(f"measuring this machine with {_count(concurrent, 'job')} side by side")
+    measured = _json_outputs([["helpers.cost.linear_speed", study_name, shapes]] * concurrent)
     machine = _mean_machine(measured)
     seconds = {run: job_seconds(study, run, jobs.get(run.name, {}), machine, room) for run in runs}
-    words = tuple(one_line(f"{name}: {why}") for name, why in about.items())
-    return Estimate(study, room, seconds, words)
+    notes = tuple(one_line(f"{name}: {why}") for name, why in uncounted.items())
+    return Estimate(study, room, seconds, notes)
 
 
 def _json_outputs(commands: list[list[str]]) -> list[dict]:
-    """What some modules print as JSON, run side by side."""
-    answer = [sys.executable, "-m", "helpers.workflow.cli", "answer"]
+    """The JSON that each command prints; the commands run side by side."""
+    command_prefix = [sys.executable, "-m", "helpers.workflow.cli", "answer"]
     processes = [
         subprocess.Popen(
-            [*answer, *command],
+            [*command_prefix, *command],
             cwd=PROJECT,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -146,23 +146,23 @@ def _json_outputs(commands: list[list[str]]) -> list[dict]:
         for command in commands
     ]
     try:
-        said = [process.communicate(timeout=TIMEOUT_S) for process in processes]
-        return [json.loads(out.splitlines()[-1]) for out, _ in said]
+        outputs = [process.communicate(timeout=TIMEOUT_S) for process in processes]
+        return [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     except subprocess.TimeoutExpired:
         raise StudyError(f"counting takes more than {TIMEOUT_S} s") from None
     except (IndexError, ValueError):
-        last = [line for _, err in said for line in err.splitlines()[-1:]]
-        raise StudyError(one_line(last[0] if last else "no reason given")) from None
+        error_lines = [line for _, err in outputs for line in err.splitlines()[-1:]]
+        raise StudyError(one_line(error_lines[0] if error_lines else "no reason given")) from None
     finally:
         for process in processes:
             process.kill()
 
 
 def _mean_machine(measured: list[dict]) -> Machine:
-    kinds = set.intersection(*(set(found["speeds"]) for found in measured))
+    kinds = set.intersection(*(set(run["speeds"]) for run in measured))
     count = len(measured)
-    speeds = {kind: sum(found["speeds"][kind] for found in measured) / count for kind in kinds}
-    start_s = sum(found["import_s"] for found in measured) / count
+    speeds = {kind: sum(run["speeds"][kind] for run in measured) / count for kind in kinds}
+    start_s = sum(run["import_s"] for run in measured) / count
     return Machine(speeds, start_s * (FORKED_START if fork_client.is_running() else 1))
 
 
@@ -183,39 +183,42 @@ def job_seconds(
 
 
 def _seconds(kind: str, number: int, machine: Machine) -> float:
-    arithmetic, _, how = kind.partition(" ")
-    plain = machine.speeds.get(f"float32 {how}", 0)
-    speed = machine.speeds.get(kind) or plain
-    if arithmetic == "bfloat16":  # where there are no units for it, float32 takes its place
-        speed = max(speed, plain)
+    arithmetic, _, phase = kind.partition(" ")
+    float_speed = machine.speeds.get(f"float32 {phase}", 0)
+    speed = machine.speeds.get(kind) or float_speed
+    if arithmetic == "bfloat16":  # without bfloat16 units the operands are multiplied in float32
+        speed = max(speed, float_speed)
     if not speed:
         return 0.0
-    return number / speed + (number * OVERHEADS[how] / plain if how in OVERHEADS and plain else 0.0)
-
-
-def estimate_lines(found: Estimate) -> list[str]:
-    """A line a stage, one on the whole, and what would shorten a long study."""
-    shown = [stage for stage in stages.NOTEBOOKS if any(r.stage == stage for r in found.seconds)]
-    told = [_stage_line(found, stage) for stage in shown]
-    told.append(
-        f"about {rough_duration(found.whole_s)} in all on {_count(found.room.cores, 'core')}"
-    )
-    told += [f"not counted: {words}" for words in found.about]
-    if found.whole_s > LONG_S:
-        told.append(f"to shorten it: {'; '.join(shortening_advice(found))}")
-    return told
-
-
-def _stage_line(found: Estimate, stage: str) -> str:
-    seconds = [s for run, s in found.seconds.items() if run.stage == stage]
-    each = f", {rough_duration(max(seconds))} the longest" if len(seconds) > 1 else ""
-    return (
-        f"{stage:<12}  {_count(len(seconds), 'job'):<8}  about {rough_duration(sum(seconds))}{each}"
+    return number / speed + (
+        number * OVERHEADS[phase] / float_speed if phase in OVERHEADS and float_speed else 0.0
     )
 
 
-def shortening_advice(found: Estimate) -> list[str]:
-    """What takes most of the time, and what makes it less, the largest first."""
+def estimate_lines(estimate: Estimate) -> list[str]:
+    """One line per stage, one for the whole study, and advice on shortening a long one."""
+    shown_stages = [
+        stage for stage in stages.NOTEBOOKS if any(r.stage == stage for r in estimate.seconds)
+    ]
+    lines = [_stage_line(estimate, stage) for stage in shown_stages]
+    lines.append(
+        f"about {rough_duration(estimate.whole_s)} in all on {_count(estimate.room.cores, 'core')}"
+    )
+    lines += [f"not counted: {note}" for note in estimate.about]
+    if estimate.whole_s > LONG_S:
+        lines.append(f"to shorten it: {'; '.join(shortening_advice(estimate))}")
+    return lines
+
+
+def _stage_line(estimate: Estimate, stage: str) -> str:
+    seconds = [s for run, s in estimate.seconds.items() if run.stage == stage]
+    longest = f", {rough_duration(max(seconds))} the longest" if len(seconds) > 1 else ""
+    jobs = _count(len(seconds), "job")
+    return f"{stage:<12}  {jobs:<8}  about {rough_duration(sum(seconds))}{longest}"
+
+
+def shortening_advice(estimate: Estimate) -> list[str]:
+    """The stages that take most of the time, largest first, each with a way to shorten it."""
     remedies: dict[str, Callable[[], str]] = {
         "evaluation": lambda: "fewer items, shorter max_new_tokens or fewer variants",
         "finetuning": lambda: "fewer training items, or a model that is trained already",
@@ -224,19 +227,19 @@ def shortening_advice(found: Estimate) -> list[str]:
         "cost": lambda: "fewer quantized variants",
         "analysis": lambda: "fewer resamples",
     }
-    by_stage = {s: sum(t for r, t in found.seconds.items() if r.stage == s) for s in remedies}
+    by_stage = {s: sum(t for r, t in estimate.seconds.items() if r.stage == s) for s in remedies}
     largest = sorted(by_stage, key=lambda stage: -by_stage[stage])[:2]
     total = sum(by_stage.values())
-    words = [
+    advice = [
         f"{stage} is {100 * by_stage[stage] / total:.0f} % of the work ({remedies[stage]()})"
         for stage in largest
         if by_stage[stage] > total / 10
     ]
-    return [*words, "a machine with more cores, a GPU or int8 units (docs/scaling.md)"]
+    return [*advice, "a machine with more cores, a GPU or int8 units (docs/scaling.md)"]
 
 
 def rough_duration(seconds: float) -> str:
-    """`2 h 10 min`, `12 min` or `40 s`: no more digits than an estimate has."""
+    """`2 h 10 min`, `12 min` or `40 s`: an estimate has no more digits."""
     if seconds >= 3600:
         minutes = round(seconds / 60)
         return f"{minutes // 60} h {minutes % 60:02d} min"
@@ -245,5 +248,5 @@ def rough_duration(seconds: float) -> str:
     return f"{max(1, round(seconds))} s"
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

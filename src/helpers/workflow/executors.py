@@ -19,7 +19,7 @@ from helpers.core.errors import StudyError
 from helpers.core.paths import PROJECT, StudyPaths
 
 PROFILES = PROJECT / "profiles"
-PLUGINS = "executors"  # folder of the environment that holds what only one executor needs
+PLUGINS = "executors"  # folder of the environment with the packages of a single executor
 TIMEOUT_S = 60
 
 
@@ -27,29 +27,31 @@ def snakemake_options(executor: str, paths: StudyPaths) -> list[str]:
     """Snakemake's options for an executor.
 
     Raises:
-        StudyError: there is no profile of that name, or what it needs is not installed.
+        StudyError: there is no profile of that name, or its plugin is not installed.
     """
     profile = PROFILES / executor
     if not (profile / "config.yaml").is_file():
-        known = sorted(path.parent.name for path in PROFILES.glob("*/config.yaml"))
+        names = sorted(path.parent.name for path in PROFILES.glob("*/config.yaml"))
         raise StudyError(
             f"EXECUTOR = {executor!r} has no profiles/{executor}/config.yaml; "
-            f"use one of: {', '.join(['local', *known])}"
+            f"use one of: {', '.join(['local', *names])}"
         )
-    named = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8"))["executor"]
-    plugin = f"snakemake_executor_plugin_{named.replace('-', '_')}"
+    executor_name = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8"))[
+        "executor"
+    ]
+    plugin = f"snakemake_executor_plugin_{executor_name.replace('-', '_')}"
     if PathFinder.find_spec(plugin, [*_places(executor), *sys.path]) is None:
         raise StudyError(
             f"EXECUTOR = {executor!r} needs {plugin}; make study EXECUTOR={executor} installs it"
         )
-    found = ["--profile", str(profile)]
+    options = ["--profile", str(profile)]
     if executor == "slurm":
-        found += ["--slurm-jobname-prefix", job_prefix(paths)]
-    return found
+        options += ["--slurm-jobname-prefix", job_prefix(paths)]
+    return options
 
 
 def executor_environment(executor: str) -> dict[str, str]:
-    """What the engine needs to find an executor that is kept out of the local runs' way."""
+    """Environment variables with which Snakemake finds the plugin of an executor."""
     if executor == "local":
         return {}
     path = [*_places(executor), os.environ.get("PYTHONPATH", "")]
@@ -61,33 +63,33 @@ def _places(executor: str) -> list[str]:
 
 
 def job_prefix(paths: StudyPaths) -> str:
-    """Begins the names of this study's jobs on the cluster, and of no other's."""
+    """The prefix of this study's job names on the cluster; no other study has it."""
     return "study-" + hashlib.sha256(str(paths.root.absolute()).encode()).hexdigest()[:12]
 
 
 def stop_leftover_jobs(paths: StudyPaths) -> None:
-    """Cancel what a killed run of this study left on the cluster, and wait until it is gone.
+    """Cancel the cluster jobs of a killed run of this study and wait until they end.
 
     Raises:
-        StudyError: the cluster cannot be asked, or the jobs do not end.
+        StudyError: the cluster does not answer, or the jobs do not end.
     """
     if shutil.which("squeue") is None:
         return
     deadline = time.monotonic() + TIMEOUT_S
-    while left := _jobs_of(job_prefix(paths)):
+    while job_ids := _jobs_of(job_prefix(paths)):
         if time.monotonic() > deadline:
             raise StudyError(
-                f"jobs {' '.join(left)} of an earlier run do not end; stop them with scancel"
+                f"jobs {' '.join(job_ids)} of an earlier run do not end; stop them with scancel"
             )
-        subprocess.run(["scancel", *left], capture_output=True, check=False)
+        subprocess.run(["scancel", *job_ids], capture_output=True, check=False)
         time.sleep(1)
 
 
 def _jobs_of(prefix: str) -> list[str]:
     command = ["squeue", "--me", "--noheader", "--format", "%i %j"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        reason = done.stderr.strip().splitlines()[:1] or ["no reason given"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[:1] or ["no reason given"]
         raise StudyError(f"the cluster does not answer squeue ({reason[0]}); is it up?")
-    pairs = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    pairs = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
     return [number for number, name in pairs if name.startswith(prefix)]

@@ -40,13 +40,13 @@ def is_supported(*, gpu: bool) -> bool:
 
 
 def is_running() -> bool:
-    """Whether commands that are started from here find a server."""
+    """Whether commands that this process starts find a server."""
     return ADDRESS in os.environ
 
 
 @contextlib.contextmanager
 def fork_server() -> Iterator[None]:
-    """Inside, a server runs, and commands that are started from here find it."""
+    """Inside the context a server runs, and commands that this process starts find it."""
     address = f"study-{uuid.uuid4().hex}"
     with socket.socket(socket.AF_UNIX) as listener:  # clients that connect early wait
         listener.bind(f"\0{address}")
@@ -70,7 +70,7 @@ def fork_server() -> Iterator[None]:
 def run_in_fork(arguments: list[str]) -> int | None:
     """Run a command of `helpers.workflow.cli` in a fork of the server; its exit code.
 
-    Returns None if there is no server: the command is still to be run. If a signal ended the
+    Returns None if there is no server: the caller runs the command. If a signal ended the
     fork, this process ends by the same signal.
     """
     address = os.environ.get(ADDRESS)
@@ -84,11 +84,11 @@ def run_in_fork(arguments: list[str]) -> int | None:
         connection.connect(f"\0{address}")
         socket.send_fds(connection, [LENGTH.pack(len(message))], [0, 1, 2])
         connection.sendall(message)
-        fork = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
+        fork_pid = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
     except (OSError, EOFError):  # the server has ended; no fork was made
         return None
     for number in FORWARDED:
-        signal.signal(number, lambda number, _: _send_signal(fork, number))
+        signal.signal(number, lambda number, _: _send_signal(fork_pid, number))
     try:
         status = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
     except (OSError, EOFError):  # the server was killed, and its forks end with it
@@ -110,7 +110,7 @@ def receive_exactly(connection: socket.socket, size: int) -> bytes:
     """Exactly `size` bytes.
 
     Raises:
-        EOFError: the other side closed the connection before.
+        EOFError: the other side closed the connection first.
     """
     received = b""
     while len(received) < size:

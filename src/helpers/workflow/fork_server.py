@@ -63,7 +63,7 @@ def _import_packages() -> None:
         with contextlib.suppress(Exception):  # a fork that needs it fails with the reason
             importlib.import_module(package)
     sys.stderr = sys.__stderr__
-    if "pandas" in sys.modules:  # at import it took this process for one in a terminal
+    if "pandas" in sys.modules:  # pandas read the width of a terminal at import
         sys.modules["pandas"].set_option("display.max_columns", NOTEBOOK_COLUMNS)
     gc.freeze()  # pages that no collection touches stay shared
 

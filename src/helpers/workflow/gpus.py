@@ -9,8 +9,8 @@ DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and either 
 def may_take_gpu(device: str) -> bool:
     """Whether jobs with this `runtime.device` may take a GPU of this machine.
 
-    Looks for a driver and asks no library, since importing one takes seconds. Where one is
-    found that torch cannot use, jobs that could run side by side run one by one.
+    Looks for a driver instead of importing a library, which takes seconds. If torch cannot use
+    the driver, jobs run one by one although they could run side by side.
     """
     if device != "auto":
         return device != "cpu"

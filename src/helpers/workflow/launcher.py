@@ -32,15 +32,16 @@ from helpers.workflow.gpus import may_take_gpu
 from helpers.workflow.notebook_execution import JOB_ENVIRONMENT
 from helpers.workflow.preflight_process import check_sources
 
-LEAST_BYTES = 2**24  # free on a disk, for a run to begin at all
-PATIENCE_S = 5  # for the last lines of a run that has ended
+LEAST_BYTES = 2**24  # free space that a run needs to begin
+PATIENCE_S = 5  # to wait for the last lines of a finished run
 PLAN_WIDTH = 48  # of a job's name in the Snakefile's dry run
 LOCAL = "local"
+STOPPED = "stopped; finished jobs are kept, so run again to resume"
 DRY_RUN_OPTIONS = {"-n", "--dry-run", "--dryrun"}
 
 
 def check_study(study: str) -> int:
-    """Say on stderr what is wrong with a study file; 0 if nothing is, else 2."""
+    """Print the errors of a study file to stderr; 0 if there are none, else 2."""
     try:
         loaded = load_study(study)
         for run in [*stages.runs(loaded), stages.Run("analysis")]:
@@ -52,186 +53,187 @@ def check_study(study: str) -> int:
     return 0
 
 
-def run_study(given: argparse.Namespace) -> int:
-    """Run what is not current, one run at a time per study. Returns the exit code.
+def run_study(args: argparse.Namespace) -> int:
+    """Run the jobs that are not current, one run at a time per study. Returns the exit code.
 
     Raises:
-        StudyError: the study is being run already, or cannot be run as it was asked for.
+        StudyError: the study is running already, or the executor cannot be used.
         OSError: the outputs cannot be written.
     """
     die_with_parent()
     signal.signal(signal.SIGTERM, _stop)
-    if wrong := check_study(given.study):
-        return wrong
-    study, paths = load_study(given.study), StudyPaths(study_file(given.study).stem)
+    if code := check_study(args.study):
+        return code
+    study, paths = load_study(args.study), StudyPaths(study_file(args.study).stem)
     lock = acquire_lock(
         outputs_root() / f".{paths.study}.lock", f"study {paths.study!r} is being run"
     )
-    if not _is_dry(given):
-        _prepare_outputs(given, paths)
-    if given.partial and (runs := fingerprints.completed_runs(study, paths)) != set(
+    if not _is_dry(args):
+        _prepare_outputs(args, paths)
+    if args.partial and (runs := fingerprints.completed_runs(study, paths)) != set(
         stages.runs(study)
     ):
-        return _report_part(given, partial.largest_complete_part(study, runs), paths)
-    if given.only_report and (waiting := _not_current(given, study, paths)):
+        return _report_part(args, partial.largest_complete_part(study, runs), paths)
+    if args.only_report and (outdated := _not_current(args, study, paths)):
         print(
-            f"the report would show results that are not current ({', '.join(waiting)}); "
-            "run make study, or make report PARTIAL=yes for what is complete",
+            f"the report would show results that are not current ({', '.join(outdated)}); "
+            "run make study, or make report PARTIAL=yes for the completed part",
             file=sys.stderr,
         )
         return 2
-    if not (given.only_report or _is_dry(given)) and (wrong := _fetch(given.study)):
-        return wrong
-    if not given.only_report and (wrong := check_study_sources(given.study, dry=_is_dry(given))):
-        return wrong
-    with _job_fork_server(given, study):
-        return _run_snakemake(given, study, paths, lock, _estimate(given, paths))
+    if not (args.only_report or _is_dry(args)) and (code := _fetch(args.study)):
+        return code
+    if not args.only_report and (code := check_study_sources(args.study, dry=_is_dry(args))):
+        return code
+    with _job_fork_server(args, study):
+        return _run_snakemake(args, study, paths, lock, _estimate(args, paths))
 
 
-def _estimate(given: argparse.Namespace, paths: StudyPaths) -> estimates.Estimate | None:
-    """Say how long the run will take on this machine; None if that is not known, or not asked."""
-    asked = os.environ.get("STUDY_ESTIMATE", "yes") != "no"
-    if given.only_report or given.executor != LOCAL or not asked:
+def _estimate(args: argparse.Namespace, paths: StudyPaths) -> estimates.Estimate | None:
+    """Print how long the run will take on this machine; None if disabled or unknown."""
+    is_enabled = os.environ.get("STUDY_ESTIMATE", "yes") != "no"
+    if args.only_report or args.executor != LOCAL or not is_enabled:
         return None
-    limits = {"cores": given.cores, "job_mb": given.job_mb, "memory_mb": _memory_mb()}
-    return estimates.print_estimate(given.study, paths, **limits)
+    limits = {"cores": args.cores, "job_mb": args.job_mb, "memory_mb": _memory_mb()}
+    return estimates.print_estimate(args.study, paths, **limits)
 
 
 def _fetch(study: str) -> int:
-    """Bring what the study names on a Hub to this machine, before any job; 0, or 2 with why.
+    """Fetch the study's Hub sources before any job; returns 0, or 2 after printing why.
 
-    In a process of its own, since this package does without torch.
+    It runs in a process of its own, because this package imports no torch.
     """
     if not hub_sources(load_study(study)):
         return 0
     command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
-    done = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
-    return done.returncode
+    result = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    return result.returncode
 
 
 def check_study_sources(study: str, *, dry: bool) -> int:
-    """Say on stderr what jobs would fail on; 0 if nothing is found, else 2.
+    """Print the faults of models and data to stderr; 0 if there are none, else 2.
 
-    The study is loaded again, at the commits that fetching has pinned.
+    The study is loaded again, with the commits that fetching has pinned.
     """
     return check_sources(study, load_study(study), dry=dry)
 
 
-def _prepare_outputs(given: argparse.Namespace, paths: StudyPaths) -> None:
-    """Room to write, and nothing left of a run that was killed or of a clock that was ahead.
+def _prepare_outputs(args: argparse.Namespace, paths: StudyPaths) -> None:
+    """Check free space, remove files of killed runs and correct times in the future.
 
     Raises:
         StudyError: a disk is full, or jobs of an earlier run do not end.
     """
-    for place in (outputs_root(), PROJECT):
-        if (free := shutil.disk_usage(place).free) < LEAST_BYTES:
+    for folder in (outputs_root(), PROJECT):
+        if (free := shutil.disk_usage(folder).free) < LEAST_BYTES:
             raise StudyError(
-                f"{place}: only {free / 2**20:.1f} MB are free on this disk; {DISK_FULL}"
+                f"{folder}: only {free / 2**20:.1f} MB are free on this disk; {DISK_FULL}"
             )
-    for place in (paths.root, cache_root()):
-        remove_leftovers(place)
+    for folder in (paths.root, cache_root()):
+        remove_leftovers(folder)
     now = time.time()
     for path in paths.root.rglob("*"):
-        if path.lstat().st_mtime > now:  # the engine refuses results older than what they read
+        if (
+            path.lstat().st_mtime > now
+        ):  # Snakemake rejects results that are older than their inputs
             os.utime(path, (now, now), follow_symlinks=False)
-    if given.executor == "slurm":
+    if args.executor == "slurm":
         executors.stop_leftover_jobs(paths)
 
 
 def _stop(number: int, _frame) -> None:
-    """On SIGTERM: end at once, and everything that was started with it."""
-    print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
+    """On SIGTERM, end this process and with it all child processes."""
+    print(STOPPED, file=sys.stderr)
     sys.exit(128 + number)
 
 
-def _not_current(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
-    """Runs before the analysis that would have to be repeated, as a dry run tells them."""
-    changed = {"only_report": False, "options": ["-n"], "executor": LOCAL}
-    command = _command(argparse.Namespace(**vars(given) | changed), study, paths)
-    # Whatever goes wrong here goes wrong, and is told, in the run itself too.
-    done = subprocess.run(
+def _not_current(args: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
+    """The runs before the analysis that are not current, by Snakemake's dry run."""
+    overrides = {"only_report": False, "options": ["-n"], "executor": LOCAL}
+    command = _command(argparse.Namespace(**vars(args) | overrides), study, paths)
+    # An error here occurs in the run itself too, which reports it.
+    result = subprocess.run(
         command, cwd=PROJECT, env=_environment(), capture_output=True, text=True, check=False
     )
-    planned = [line[:PLAN_WIDTH].strip() for line in done.stdout.splitlines()]
+    planned = [line[:PLAN_WIDTH].strip() for line in result.stdout.splitlines()]
     return [name for name in planned if name not in ("analysis", "report")]
 
 
-def _report_part(given: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
-    """Analysis and export of a part of the study, into a folder of their own."""
+def _report_part(args: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
+    """Run analysis and export for a part of the study, into a folder of its own."""
     folder = partial.report_folder(paths, partial="yes")
     notebook = folder / f"{stages.NOTEBOOKS['analysis']}.ipynb"
-    jobs = [sys.executable, "-m", "helpers.workflow.cli"]
-    analysis = [*jobs, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
-    analysis += ["-p", "study", given.study, "-p", "partial", "yes"]
-    export = [*jobs, "export", "--notebook", str(notebook), "--study", given.study]
+    cli = [sys.executable, "-m", "helpers.workflow.cli"]
+    analysis = [*cli, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
+    analysis += ["-p", "study", args.study, "-p", "partial", "yes"]
+    export = [*cli, "export", "--notebook", str(notebook), "--study", args.study]
     for command in (analysis, [*export, "--to", str(folder)]):
-        done = subprocess.run(command, cwd=PROJECT, env=_environment(), check=False)
-        if done.returncode:
-            return done.returncode
+        result = subprocess.run(command, cwd=PROJECT, env=_environment(), check=False)
+        if result.returncode:
+            return result.returncode
     print(f"partial: {relative_to_project(folder / 'report.html')}", file=sys.stderr)
     print(f"missing: {', '.join(part.missing)}", file=sys.stderr)
     return 0
 
 
 def _run_snakemake(
-    given: argparse.Namespace,
+    args: argparse.Namespace,
     study: Study,
     paths: StudyPaths,
     lock: int,
     estimate: estimates.Estimate | None,
 ) -> int:
-    draws = not _is_dry(given) and display.can_draw()
-    with _progress_file(paths) as shared, display.screen(draws=draws) as screen:
+    can_draw = not _is_dry(args) and display.can_draw()
+    with _progress_file(paths) as shared, display.screen(can_draw_over=can_draw) as screen:
         environment = _environment() | {"STUDY_PROGRESS": str(shared)}
-        # What is drawn would be torn by others' lines: they come through here.
-        through = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if draws else {}
+        # Lines of other processes would tear the table, so they pass through this process.
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} if can_draw else {}
         engine = subprocess.Popen(
-            _command(given, study, paths),
+            _command(args, study, paths),
             cwd=PROJECT,
-            env=environment | executors.executor_environment(given.executor),
-            pass_fds=[lock],  # held as long as the engine lives, whatever happens here
+            env=environment | executors.executor_environment(args.executor),
+            pass_fds=[lock],  # Snakemake keeps the lock even if this process dies
             preexec_fn=die_with_parent,
             text=True,
             encoding="utf-8",
             errors="replace",
-            **through,
+            **streams,
         )
-        copying = display.forward_lines(engine.stdout, screen.show) if draws else None
+        forwarder = display.forward_lines(engine.stdout, screen.show) if can_draw else None
         watch = display.Watch(shared, estimate)
         try:
-            interrupted = _wait(engine, watch, screen, elsewhere=given.executor != LOCAL)
-        except SystemExit:  # what was started here ends by itself; a cluster has to be told
+            interrupted = _wait(engine, watch, screen, elsewhere=args.executor != LOCAL)
+        except SystemExit:  # local jobs end with this process; cluster jobs must be cancelled
             engine.kill()
-            if given.executor == "slurm":
+            if args.executor == "slurm":
                 executors.stop_leftover_jobs(paths)
             raise
-        if copying:
-            copying.join(PATIENCE_S)
+        if forwarder:
+            forwarder.join(PATIENCE_S)
         events = console.read_events(shared)[1]
     if interrupted or engine.returncode < 0:
-        print("stopped; what is finished is kept, so run again to go on", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         return 130 if interrupted else 128 - engine.returncode
-    if not _is_dry(given):
+    if not _is_dry(args):
         _print_outcome(engine.returncode, events, paths)
     return engine.returncode
 
 
-def _job_fork_server(given: argparse.Namespace, study: Study) -> AbstractContextManager:
-    """A fork server for the jobs if they can be forks; none for a report alone."""
-    here = given.executor == LOCAL and not given.only_report
-    supported = here and fork_client.is_supported(gpu=may_take_gpu(study.runtime.device))
+def _job_fork_server(args: argparse.Namespace, study: Study) -> AbstractContextManager:
+    """A fork server if the jobs can be forks; a null context for a report alone."""
+    runs_here = args.executor == LOCAL and not args.only_report
+    supported = runs_here and fork_client.is_supported(gpu=may_take_gpu(study.runtime.device))
     return fork_client.fork_server() if supported else nullcontext()
 
 
 def _wait(
     engine: subprocess.Popen, watch: display.Watch, screen: display.Screen, *, elsewhere: bool
 ) -> bool:
-    """Wait for the engine; show how far it is, and what jobs say that have no terminal or note.
+    """Wait for Snakemake and show progress, notes, and the lines of jobs without a terminal.
 
-    Ctrl-C reaches the engine too, and it is left to stop its jobs. Returns whether it was
-    pressed.
+    Ctrl-C reaches Snakemake too, which stops its jobs. Returns whether it was pressed.
     """
-    interrupted, shown = False, 0
+    interrupted, shown_count = False, 0
     while engine.returncode is None:
         try:
             engine.wait(timeout=1)
@@ -240,25 +242,25 @@ def _wait(
         except KeyboardInterrupt:
             interrupted = True
         events = console.read_events(watch.shared)[1]
-        unseen = [e["text"] for e in events[shown:] if elsewhere or e["word"] == console.NOTE]
+        unseen = [e["text"] for e in events[shown_count:] if elsewhere or e["word"] == console.NOTE]
         screen.show("".join(unseen))
-        shown = len(events)
+        shown_count = len(events)
         screen.update(watch.status())
     return interrupted
 
 
 @contextmanager
 def _progress_file(paths: StudyPaths) -> Iterator[Path]:
-    """The file in which all jobs of this run, wherever they are, say what they do."""
+    """Inside the context, the progress file that all jobs of this run share."""
     shared = outputs_root() / f".{paths.study}.progress"
     shared.write_text("", encoding="utf-8")
-    told = activity.activity_folder(shared)
-    shutil.rmtree(told, ignore_errors=True)
-    told.mkdir()
+    activity_folder = activity.activity_folder(shared)
+    shutil.rmtree(activity_folder, ignore_errors=True)
+    activity_folder.mkdir()
     try:
         yield shared
     finally:
-        shutil.rmtree(told, ignore_errors=True)
+        shutil.rmtree(activity_folder, ignore_errors=True)
         shared.unlink(missing_ok=True)
 
 
@@ -266,32 +268,32 @@ def _environment() -> dict[str, str]:
     return os.environ | JOB_ENVIRONMENT
 
 
-def _command(given: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
+def _command(args: argparse.Namespace, study: Study, paths: StudyPaths) -> list[str]:
     command = [sys.executable, "-m", "helpers.workflow.cli", "engine", "--snakefile", "Snakefile"]
     command += ["--nolock", "--keep-going", "--rerun-incomplete", "--scheduler", "greedy"]
-    if given.executor == LOCAL or _is_dry(given):  # a plan is the same wherever jobs run
-        command += ["--cores", str(max(1, given.cores))]
-        command += ["--default-resources", f"mem_mb={given.job_mb}"]
-        command += ["--resources", f"mem_mb={max(given.job_mb, _memory_mb())}", "gpu=1"]
+    if args.executor == LOCAL or _is_dry(args):  # a dry run is the same for every executor
+        command += ["--cores", str(max(1, args.cores))]
+        command += ["--default-resources", f"mem_mb={args.job_mb}"]
+        command += ["--resources", f"mem_mb={max(args.job_mb, _memory_mb())}", "gpu=1"]
     else:
-        command += executors.snakemake_options(given.executor, paths)
-    command += ["--config", f"study={given.study}"]
-    command += ["show=plan" if _is_dry(given) else "show=run"]
-    if given.only_report:
+        command += executors.snakemake_options(args.executor, paths)
+    command += ["--config", f"study={args.study}"]
+    command += ["show=plan" if _is_dry(args) else "show=run"]
+    if args.only_report:
         command += ["--allowed-rules", "analysis", "export", "--forcerun", "analysis"]
-        return [*command, *given.options]
-    if stale := fingerprints.outdated_runs(study, paths):
-        command += ["--forcerun", *(relative_to_project(run.record(paths)) for run in stale)]
-    first = [stages.Run("evaluation", model, study.baseline) for model in study.models]
+        return [*command, *args.options]
+    if outdated := fingerprints.outdated_runs(study, paths):
+        command += ["--forcerun", *(relative_to_project(run.record(paths)) for run in outdated)]
+    baselines = [stages.Run("evaluation", model, study.baseline) for model in study.models]
     command += [
         "--prioritize",
-        *(relative_to_project(run.record(paths)) for run in first),
-    ]  # all wait for it
-    return [*command, *given.options]
+        *(relative_to_project(run.record(paths)) for run in baselines),
+    ]  # other evaluations wait for it
+    return [*command, *args.options]
 
 
-def _is_dry(given: argparse.Namespace) -> bool:
-    return bool(DRY_RUN_OPTIONS & set(given.options))
+def _is_dry(args: argparse.Namespace) -> bool:
+    return bool(DRY_RUN_OPTIONS & set(args.options))
 
 
 def _memory_mb() -> int:
@@ -299,20 +301,20 @@ def _memory_mb() -> int:
 
 
 def _print_outcome(code: int, events: list[dict], paths: StudyPaths) -> None:
-    """Say how it ended, and what can be done if it did not end well."""
+    """Print the outcome, and the remedies if jobs failed."""
     if code == 0:
         print(f"current: {relative_to_project(paths.root / 'report.html')}", file=sys.stderr)
         return
     failed = sum(event["word"] == console.FAILED for event in events)
     if killed := console.jobs_without_result(events):
         print(
-            f"ended without a word: {', '.join(killed)}; a job that is killed was most often "
-            "short of memory, or of time on a cluster",
+            f"exited without reporting a result: {', '.join(killed)}; such a job was killed, most "
+            "often for lack of memory or, on a cluster, of time",
             file=sys.stderr,
         )
     if failed or killed:
         print(
-            f"{failed + len(killed)} failed; what is finished is kept, so mend and run again "
-            "(make report PARTIAL=yes reports what is complete)",
+            f"{failed + len(killed)} failed; finished jobs are kept, so correct the cause and run "
+            "again (make report PARTIAL=yes reports the completed part)",
             file=sys.stderr,
         )

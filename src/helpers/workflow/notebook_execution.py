@@ -13,7 +13,7 @@ from pathlib import Path
 from helpers.core.errors import StudyError, remedy_for
 from helpers.core.file_writing import write_atomically
 from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT
+from helpers.core.paths import PROJECT, relative_to_project
 from helpers.core.plain_text import safe_message
 from helpers.workflow.notebook_cleaning import cleaned_text
 
@@ -27,7 +27,7 @@ START_ATTEMPTS = 3  # kernels starting at the same moment can pick the same port
 
 
 class JobFailed(Exception):
-    """A job's notebook did not run to its end; the message is for the terminal."""
+    """A job's notebook failed; the message is for the terminal."""
 
     def __init__(self, text: str):
         super().__init__(safe_message(text))
@@ -48,7 +48,7 @@ def _kernel_manager_class():
     from jupyter_client.manager import AsyncKernelManager
 
     class ThisInterpreter(AsyncKernelManager):
-        """Starts the interpreter that runs the job; looks for no installed kernel."""
+        """Starts the job's own interpreter instead of an installed kernel."""
 
         @property
         def kernel_spec(self) -> KernelSpec:
@@ -63,7 +63,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, str]) -> No
     """Execute `notebook` with the parameters into `output`.
 
     Raises:
-        JobFailed: it failed. `<output>.failed.ipynb` shows where, `output` is not there.
+        JobFailed: a cell failed. `<output>.failed.ipynb` shows which; `output` does not exist.
     """
     running = output.with_name(f"{output.stem}.running.ipynb")
     failed = output.with_name(f"{output.stem}.failed.ipynb")
@@ -84,7 +84,7 @@ def run_notebook(notebook: Path, output: Path, parameters: dict[str, str]) -> No
 def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
     import papermill
 
-    for name in ("asyncio", "traitlets"):  # what they would log, the job says in its own words
+    for name in ("asyncio", "traitlets"):  # the job reports their errors itself
         logging.getLogger(name).setLevel(logging.CRITICAL)
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
@@ -97,7 +97,7 @@ def _execute(notebook: Path, running: Path, parameters: dict[str, str]) -> None:
                 language="python",
                 progress_bar=False,
                 kernel_manager_class=_kernel_manager_class(),
-                shutdown_kernel="immediate",  # all is written; asked politely, some take seconds
+                shutdown_kernel="immediate",  # all is written; a graceful end takes seconds
             )
             return
         except RuntimeError as error:
@@ -112,16 +112,16 @@ def _publish(running: Path, final: Path) -> None:
 
 
 def _keep_failed(running: Path, failed: Path) -> str:
-    """Keep the notebook of a failure if that can be done; say where it is."""
+    """Keep the failed notebook if possible; returns a line that names it, or an empty text."""
     try:
         _publish(running, failed)
-    except (OSError, ValueError):  # there is none, or the disk is full
+    except (OSError, ValueError):  # papermill wrote none, or the disk is full
         return ""
-    return f"\nsee {_shown(failed)}"
+    return f"\nsee {relative_to_project(failed)}"
 
 
 def _reason(error: Exception) -> str:
-    """Why, in one line; the user's own mistakes without the exception's name."""
+    """The error in one line; a StudyError without the exception's name."""
     from nbclient.exceptions import DeadKernelError
 
     if isinstance(error, DeadKernelError):
@@ -130,9 +130,5 @@ def _reason(error: Exception) -> str:
     value = str(getattr(error, "evalue", error)).strip()
     if name == StudyError.__name__:
         return value
-    told = f"{name}: {value.splitlines()[-1] if value else 'no message'}"
-    return "; ".join(filter(None, (told, remedy_for(f"{name} {value}"))))
-
-
-def _shown(path: Path) -> Path:
-    return path.relative_to(PROJECT) if path.is_relative_to(PROJECT) else path
+    reason = f"{name}: {value.splitlines()[-1] if value else 'no message'}"
+    return "; ".join(filter(None, (reason, remedy_for(f"{name} {value}"))))

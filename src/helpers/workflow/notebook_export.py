@@ -12,8 +12,8 @@ from helpers.core.plain_text import one_line
 from helpers.study.loading import load_study
 
 HIDDEN = "hide-in-report"
-# A page of reading width. In a table wider than that an interval goes below its number; if that is
-# not enough, the table scrolls by itself.
+# A page of reading width. In a wider table the interval wraps below its number; a table that is
+# still too wide scrolls.
 STYLE = """<style>
 main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon table { display: block; width: fit-content; max-width: 100%;
@@ -24,8 +24,8 @@ main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
 .jp-RenderedHTMLCommon :is(td, th)[style*="right"] { min-width: 4.6em; box-sizing: content-box; }
 </style>
 """
-# The page needs no script, so it has none, and a browser is told to run none: what stands
-# in it came from models and data sets. Nothing is fetched when it is opened.
+# The page has no scripts and forbids the browser to run any, because its text comes from models
+# and data sets. Opening it fetches nothing.
 NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
 TEMPLATE = f"""
 {{%- extends 'lab/index.html.j2' -%}}
@@ -40,7 +40,7 @@ TEMPLATE = f"""
 
 def export_report(notebook: Path, study: str, folder: Path) -> None:
     """Write report.md, report_files/ and report.html of an executed notebook to a folder."""
-    content = _shown_part(nbformat.read(notebook, as_version=4))
+    content = _without_stderr(nbformat.read(notebook, as_version=4))
     resources = {"metadata": {"name": one_line(load_study(study, with_sources=False).title)}}
     html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
         content, resources
@@ -61,12 +61,13 @@ def _config() -> Config:
     config.TemplateExporter.exclude_input = True
     config.TemplateExporter.exclude_input_prompt = True
     config.TemplateExporter.exclude_output_prompt = True
+    config.TagRemovePreprocessor.enabled = True
+    config.TagRemovePreprocessor.remove_cell_tags = {HIDDEN}
     return config
 
 
-def _shown_part(notebook):
-    """The notebook without hidden cells, and without what code printed to stderr."""
-    notebook.cells = [c for c in notebook.cells if HIDDEN not in c.metadata.get("tags", [])]
+def _without_stderr(notebook):
+    """The notebook without output to stderr."""
     for cell in notebook.cells:
         if cell.cell_type == "code":
             cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]

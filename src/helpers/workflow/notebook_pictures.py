@@ -11,9 +11,9 @@ COLORS = 128
 
 
 def reduce_palette(png: str) -> str:
-    """A base64 PNG with a palette of 128 colours, or as it is where that is no smaller.
+    """A base64 PNG with a palette of 128 colours, or unchanged if that is no smaller.
 
-    White stands behind what is transparent, as it does on the page.
+    Transparent parts become white, as on the page.
     """
     from PIL import Image
 

@@ -26,35 +26,37 @@ from helpers.study.schema_sources import (
 )
 
 USER_SOURCES = FileDataset | FolderModel | HubDataset | HubModel
-DOWNLOADED_SOURCES = HubDataset | HubModel | BundledModel  # may not be on this machine yet
+DOWNLOADED_SOURCES = (
+    HubDataset | HubModel | BundledModel
+)  # may still have to be downloaded or converted
 
 
-def check_sources(given: str, study: Study, *, dry: bool) -> int:
-    """Say on stderr what jobs would fail on; 0 if nothing is found, else 2.
+def check_sources(study_name: str, study: Study, *, dry: bool) -> int:
+    """Print the faults of models and data to stderr; 0 if there are none, else 2.
 
     Args:
-        given: the study's name or file, as it was asked for.
-        dry: only what is on this machine is looked at.
+        study_name: the study's name or file, as the user gave it.
+        dry: check only the sources that are on this machine.
     """
     sources = [source for _, source in study_sources(study)]
     if not any(isinstance(source, USER_SOURCES) for source in sources):
         return 0
-    partly = dry and any(isinstance(source, DOWNLOADED_SOURCES) for source in sources)
-    mark = cache_root() / "checked" / _state(study, sources)
-    if not partly and mark.is_file():
+    is_partial = dry and any(isinstance(source, DOWNLOADED_SOURCES) for source in sources)
+    stamp = cache_root() / "checked" / _state(study, sources)
+    if not is_partial and stamp.is_file():
         return 0
-    command = [sys.executable, "-m", "helpers.evaluation.preflight", str(given)]
+    command = [sys.executable, "-m", "helpers.evaluation.preflight", str(study_name)]
     command += ["--dry"] if dry else []
-    done = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
-    if done.returncode == 0 and not partly:
-        with contextlib.suppress(OSError):  # then it is looked at again
-            mark.parent.mkdir(parents=True, exist_ok=True)
-            mark.touch()
-    return done.returncode and 2
+    result = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    if result.returncode == 0 and not is_partial:
+        with contextlib.suppress(OSError):  # without the stamp the sources are checked again
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
+    return result.returncode and 2
 
 
 def _state(study: Study, sources: list) -> str:
-    """Hash of the study, of its local files as they are, and of the code that looks at them."""
+    """Hash of the study, of its local files' sizes and times, and of the checking code."""
     files = [path for source in sources for path in _local_files(source)]
     stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     code = [sha256_file(path) for path in sorted(HELPERS.rglob("*.py"))]

@@ -15,28 +15,28 @@ from helpers.workflow.gpus import may_take_gpu
 
 @dataclass(frozen=True)
 class Capacity:
-    """What jobs share: cores, and places for jobs by their memory or a single GPU."""
+    """The shared resources: cores, and places for jobs by memory or a single GPU."""
 
     cores: int
     places: int
 
 
 def concurrent_jobs(study: Study, room: Capacity) -> int:
-    """How many jobs of a study run at once."""
+    """The number of jobs of a study that run at once."""
     return max(1, min(room.places, room.cores // min(study.runtime.threads, room.cores)))
 
 
 def makespan_s(
-    study: Study, seconds: Mapping[Run, float], room: Capacity, *, begun: Collection[Run] = ()
+    study: Study, seconds: Mapping[Run, float], room: Capacity, *, started: Collection[Run] = ()
 ) -> float:
-    """Seconds until the last of some jobs ends, begun in the engine's order as room is free.
+    """Seconds until the last job ends, with jobs started in Snakemake's order.
 
     Args:
-        seconds: that each takes, or the rest of it.
-        begun: those that run already.
+        seconds: duration of each run, or its remaining time.
+        started: the runs that are running already.
     """
     ended: set[Run] = set()
-    waiting = sorted(_by_priority(study, seconds), key=lambda run: run not in begun)
+    waiting = sorted(_by_priority(study, seconds), key=lambda run: run not in started)
     running: dict[Run, float] = {}
     now = 0.0
     while waiting or running:
@@ -51,7 +51,7 @@ def makespan_s(
 
 
 def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
-    """As the engine begins them: what others wait for first."""
+    """The runs in Snakemake's order: first those that others wait for."""
 
     def rank(run: Run) -> int:
         if run.stage in ("finetuning", "calibration", "quantization"):
@@ -61,20 +61,21 @@ def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
     return sorted(runs, key=rank)
 
 
-def _may_begin(study: Study, run: Run, ended: set[Run], known: Collection[Run]) -> bool:
+def _may_begin(study: Study, run: Run, ended: set[Run], scheduled: Collection[Run]) -> bool:
     return all(
-        before in ended or before not in known for before in stages.upstream_runs(study, run)
+        upstream in ended or upstream not in scheduled
+        for upstream in stages.upstream_runs(study, run)
     )
 
 
 def _fits(study: Study, runs: list[Run], room: Capacity) -> bool:
-    """Whether jobs can run at once; one alone always can."""
+    """Whether the runs fit at once; a single run always does."""
     threads = min(study.runtime.threads, room.cores)
     cores = sum({"cost": room.cores, "analysis": 1}.get(run.stage, threads) for run in runs)
     return len(runs) == 1 or (cores <= room.cores and len(runs) <= room.places)
 
 
 def machine_capacity(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Capacity:
-    """What a run on this machine has for its jobs."""
+    """The capacity of this machine for the jobs of a study."""
     places = max(1, memory_mb // max(1, job_mb))
     return Capacity(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)
