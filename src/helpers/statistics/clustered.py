@@ -153,8 +153,8 @@ def cluster_sums(
     names, place = np.unique(np.array(clusters, dtype=str)[order], return_inverse=True)
     if names.size < 2:
         raise ValueError(f"all {scores.size} items are in one cluster: sample from more passages")
-    totals = np.bincount(place, (weight * scores)[order])
-    return ClusterSums(totals, np.bincount(place, weight[order]), scores.size)
+    totals, sizes = (np.bincount(place, part[order]) for part in (weight * scores, weight))
+    return ClusterSums(totals.astype(np.float64), sizes.astype(np.float64), scores.size)
 
 
 def clustered_mean(

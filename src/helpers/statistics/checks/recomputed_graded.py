@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import statsmodels.api as sm
+from numpy.typing import ArrayLike
 from scipy import linalg, optimize, special, stats
 from statsmodels.stats.power import TTestPower
 
@@ -83,9 +84,9 @@ def _root(skewness: float, quantile: float) -> float:
 
 
 def mean_of(
-    values: Sequence[float],
+    values: ArrayLike,
     clusters: Sequence[str],
-    weights: Sequence[float] | None = None,
+    weights: ArrayLike | None = None,
     *,
     plain: bool = True,
 ) -> Mean:
@@ -254,8 +255,8 @@ def able(rows: Rows, normalize: str, confidence: float) -> bool:
     ordered = sorted(rows, key=lambda row: row["id"])
     if "logprobs" not in ordered[0]:
         kept = [row for row in ordered if row["foil_tokens"]]
-        leads = [_score(r, normalize) - r["foil_loglikelihood"] / r["foil_tokens"] for r in kept]
-        return mean_of(leads, [clusters[r["id"]] for r in kept]).limits(two_sided)[0] > 0
+        over = [_score(r, normalize) - r["foil_loglikelihood"] / r["foil_tokens"] for r in kept]
+        return mean_of(over, [clusters[r["id"]] for r in kept]).limits(two_sided)[0] > 0
     scores = item_scores(ordered, normalize)
     groups = [clusters[row["id"]] for row in ordered]
     chance = np.mean([len(_right(row)) / len(row["logprobs"]) for row in ordered])
