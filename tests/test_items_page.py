@@ -1,6 +1,7 @@
 """items.html holds what the predictions hold, acts on nothing they say, and is good to use."""
 
 import base64
+import copy
 import hashlib
 import html
 import itertools
@@ -396,6 +397,43 @@ def choose(browser, name: str, value: str) -> None:
 def shown_items(browser) -> set[tuple[str, str]]:
     pairs = browser.evaluate("shown.entries.map(e => [e.set.name, e.item.id])")
     return set(map(tuple, pairs))
+
+
+def with_data(page: MadeUp, path, data: dict):
+    """The page with other data, which its policy does not bind."""
+    block = json.dumps(data).replace("<", "\\u003c")
+    kept = r'(?<=type="application/json">).*?(?=</script>)'
+    path.write_text(re.sub(kept, lambda _: block, page.text), "utf-8")
+    return path
+
+
+@needs_chromium
+def test_a_study_of_the_baseline_alone_has_no_verdicts_to_filter_by(plain, open_page, tmp_path):
+    data = copy.deepcopy(plain.data) | {"variants": ["noquant"]}
+    for of_model in (a for s in data["sets"] for item in s["items"] for a in item["answers"]):
+        of_model["of"] = of_model["of"][:1]
+    browser = open_page(with_data(plain, tmp_path / PAGE, data))
+    opened_whole(browser)
+    assert browser.evaluate("document.getElementById('verdicts').hidden")
+    assert browser.evaluate("document.querySelectorAll('#items > li').length") == 140
+    assert browser.trouble == []
+
+
+@needs_chromium
+def test_long_lists_are_shown_in_parts_and_read_to_their_end(plain, open_page, tmp_path):
+    data = copy.deepcopy(plain.data)
+    for dataset in data["sets"]:
+        many = [item | {"id": f"{item['id']} {n}"} for n in range(3) for item in dataset["items"]]
+        dataset["items"] = many
+    browser = open_page(with_data(plain, tmp_path / PAGE, data))
+    lines = "document.querySelectorAll('#items > li').length"
+    assert browser.evaluate(lines) == 200
+    browser.evaluate("shown.rows[199].head.focus()")
+    browser.press("j")  # past the last one shown
+    assert browser.evaluate(lines) == 400
+    browser.click("#more")
+    assert browser.evaluate(lines) == 420
+    assert browser.evaluate("document.getElementById('more').hidden")
 
 
 @needs_chromium
