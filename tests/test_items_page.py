@@ -49,13 +49,14 @@ class MadeUp:
 
 
 def with_logprobs(arc_rows):
-    """Rows of a scored set: log-probabilities of four options, the chosen one's the largest."""
+    """Rows of a scored set: log-probabilities of options; the chosen one has the most a byte."""
 
     def rows(rng, accuracy):
         found = arc_rows(rng, accuracy)
         for row in found:
             sums = -rng.uniform(5, 9, 4)
             sums["ABCD".index(row["parsed"])] = -rng.uniform(1, 2)
+            sums[1] *= 2  # its text is twice as long
             row["logprobs"] = [round(float(s), 6) for s in sums]
         return found
 
@@ -63,12 +64,12 @@ def with_logprobs(arc_rows):
 
 
 def put_arc_prompts(job, texts) -> dict[str, dict]:
-    """Questions of the scored set, with options of equal length, so that bytes rank as sums."""
+    """Questions of the scored set; the second option is twice as long as the others."""
     path = job.paths.evaluation("base", job.study.baseline) / "predictions" / "arc.jsonl"
     rows = []
     for i, line in enumerate(path.read_text("utf-8").split("\n")[:-1]):
         text = texts[i % len(texts)]
-        options = [f"{text} {letter}" for letter in "abcd"]
+        options = [f"{text} {letter}" * (1 + (letter == "b")) for letter in "abcd"]
         row = {"id": json.loads(line)["id"], "question": f"which {i}: {text}", "passage": ""}
         row |= {"options": options, "labels": list("ABCD"), "prompt": f"Question: {text}\nAnswer:"}
         row["continuations"] = [f" {option}" for option in options]
@@ -211,14 +212,15 @@ def test_prompts_are_what_was_asked(made_up):
 
 
 def test_shares_are_the_probabilities_among_the_options(made_up):
-    """Held to a softmax of nats a byte, the form in which the set compares its options."""
+    """Held to a softmax of nats a byte, the form of the choice, in options of the mean length."""
     [arc] = [s for s in made_up.data["sets"] if s["name"] == "arc"]
     for item, (key, row) in zip(arc["items"], made_up.arc_prompts.items(), strict=True):
         lengths = [len(option.strip().encode()) for option in row["options"]]
         for variant, answer in enumerate(item["answers"][0]["of"]):
             shown = item["answers"][0]["different"][answer]["shares"]
             prediction = made_up.rows["base", "arc", made_up.data["variants"][variant]][key]
-            odds = [math.exp(s / n) for s, n in zip(prediction["logprobs"], lengths, strict=True)]
+            rates = [s / n for s, n in zip(prediction["logprobs"], lengths, strict=True)]
+            odds = [math.exp(math.fsum(lengths) / 4 * rate) for rate in rates]
             assert shown == pytest.approx([x / math.fsum(odds) for x in odds], abs=5.1e-4)
 
 
