@@ -1,6 +1,7 @@
 """items.html holds what the predictions hold, acts on nothing they say, and is good to use."""
 
 import base64
+import copy
 import hashlib
 import html
 import itertools
@@ -48,13 +49,14 @@ class MadeUp:
 
 
 def with_logprobs(arc_rows):
-    """Rows of a scored set: log-probabilities of four options, the chosen one's the largest."""
+    """Rows of a scored set: log-probabilities of options; the chosen one has the most a byte."""
 
     def rows(rng, accuracy):
         found = arc_rows(rng, accuracy)
         for row in found:
             sums = -rng.uniform(5, 9, 4)
             sums["ABCD".index(row["parsed"])] = -rng.uniform(1, 2)
+            sums[1] *= 2  # its text is twice as long
             row["logprobs"] = [round(float(s), 6) for s in sums]
         return found
 
@@ -62,12 +64,12 @@ def with_logprobs(arc_rows):
 
 
 def put_arc_prompts(job, texts) -> dict[str, dict]:
-    """Questions of the scored set, with options of equal length, so that bytes rank as sums."""
+    """Questions of the scored set; the second option is twice as long as the others."""
     path = job.paths.evaluation("base", job.study.baseline) / "predictions" / "arc.jsonl"
     rows = []
     for i, line in enumerate(path.read_text("utf-8").split("\n")[:-1]):
         text = texts[i % len(texts)]
-        options = [f"{text} {letter}" for letter in "abcd"]
+        options = [f"{text} {letter}" * (1 + (letter == "b")) for letter in "abcd"]
         row = {"id": json.loads(line)["id"], "question": f"which {i}: {text}", "passage": ""}
         row |= {"options": options, "labels": list("ABCD"), "prompt": f"Question: {text}\nAnswer:"}
         row["continuations"] = [f" {option}" for option in options]
@@ -210,14 +212,15 @@ def test_prompts_are_what_was_asked(made_up):
 
 
 def test_shares_are_the_probabilities_among_the_options(made_up):
-    """Held to a softmax of nats a byte, the form in which the set compares its options."""
+    """Held to a softmax of nats a byte, the form of the choice, in options of the mean length."""
     [arc] = [s for s in made_up.data["sets"] if s["name"] == "arc"]
     for item, (key, row) in zip(arc["items"], made_up.arc_prompts.items(), strict=True):
         lengths = [len(option.strip().encode()) for option in row["options"]]
         for variant, answer in enumerate(item["answers"][0]["of"]):
             shown = item["answers"][0]["different"][answer]["shares"]
             prediction = made_up.rows["base", "arc", made_up.data["variants"][variant]][key]
-            odds = [math.exp(s / n) for s, n in zip(prediction["logprobs"], lengths, strict=True)]
+            rates = [s / n for s, n in zip(prediction["logprobs"], lengths, strict=True)]
+            odds = [math.exp(math.fsum(lengths) / 4 * rate) for rate in rates]
             assert shown == pytest.approx([x / math.fsum(odds) for x in odds], abs=5.1e-4)
 
 
@@ -396,6 +399,43 @@ def choose(browser, name: str, value: str) -> None:
 def shown_items(browser) -> set[tuple[str, str]]:
     pairs = browser.evaluate("shown.entries.map(e => [e.set.name, e.item.id])")
     return set(map(tuple, pairs))
+
+
+def with_data(page: MadeUp, path, data: dict):
+    """The page with other data, which its policy does not bind."""
+    block = json.dumps(data).replace("<", "\\u003c")
+    kept = r'(?<=type="application/json">).*?(?=</script>)'
+    path.write_text(re.sub(kept, lambda _: block, page.text), "utf-8")
+    return path
+
+
+@needs_chromium
+def test_a_study_of_the_baseline_alone_has_no_verdicts_to_filter_by(plain, open_page, tmp_path):
+    data = copy.deepcopy(plain.data) | {"variants": ["noquant"]}
+    for of_model in (a for s in data["sets"] for item in s["items"] for a in item["answers"]):
+        of_model["of"] = of_model["of"][:1]
+    browser = open_page(with_data(plain, tmp_path / PAGE, data))
+    opened_whole(browser)
+    assert browser.evaluate("document.getElementById('verdicts').hidden")
+    assert browser.evaluate("document.querySelectorAll('#items > li').length") == 140
+    assert browser.trouble == []
+
+
+@needs_chromium
+def test_long_lists_are_shown_in_parts_and_read_to_their_end(plain, open_page, tmp_path):
+    data = copy.deepcopy(plain.data)
+    for dataset in data["sets"]:
+        many = [item | {"id": f"{item['id']} {n}"} for n in range(3) for item in dataset["items"]]
+        dataset["items"] = many
+    browser = open_page(with_data(plain, tmp_path / PAGE, data))
+    lines = "document.querySelectorAll('#items > li').length"
+    assert browser.evaluate(lines) == 200
+    browser.evaluate("shown.rows[199].head.focus()")
+    browser.press("j")  # past the last one shown
+    assert browser.evaluate(lines) == 400
+    browser.click("#more")
+    assert browser.evaluate(lines) == 420
+    assert browser.evaluate("document.getElementById('more').hidden")
 
 
 @needs_chromium

@@ -7,7 +7,6 @@ the text itself, the two must come out the same.
 
 import json
 import re
-import shutil
 import subprocess
 
 import mistune
@@ -16,6 +15,7 @@ from bs4 import BeautifulSoup
 from markdown_it import MarkdownIt
 
 import test_report
+from chromium import CHROMIUM, QUIET, WHY_NOT
 from helpers.core.plain_text import one_line, printable
 from helpers.report import markdown, notebook_tables
 from hostile_text import HOSTILE, PLAIN
@@ -173,11 +173,7 @@ def test_line_ends_stay_where_they_are_wanted():
     assert one_line("a\n b\u2028c\x00") == "a b c�"
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-QUIET = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking")
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+@pytest.mark.skipif(not CHROMIUM, reason=WHY_NOT)
 @pytest.mark.parametrize("policy", [True, False], ids=["with its policy", "by its text alone"])
 def test_a_browser_runs_nothing_of_it(reports, tmp_path, policy):
     """Opened in Chromium, the page still has its own title and no element more."""

@@ -27,7 +27,8 @@ const unfolded = { gold: false, prompt: false };
 function entryOf(set, item) {
   const texts = [item.id, item.question ?? "", ...item.golds, ...(item.options ?? []).flat()];
   const outputs = item.answers.map((a) => a.different.map(textOf).join("\n").toLowerCase());
-  return { set, item, key: `${set.name}/${item.id}`, text: texts.join("\n").toLowerCase(), outputs };
+  const text = texts.join("\n").toLowerCase();
+  return { set, item, key: `${set.name}/${item.id}`, text, outputs };
 }
 
 /** What the model wrote, or the option that it chose. */
@@ -215,7 +216,7 @@ function rowOf(entry, filter) {
   return { entry, filter, head, body, line };
 }
 
-/** One line on a model: is the baseline right, and in which variants it is lost, gained, changed. */
+/** One line on a model: is the baseline right, and what becomes of the item in the variants. */
 function storyOf(item, model, variants) {
   const line = span("story", span("model", DATA.models[model]), " ");
   line.append(badge(answerOf(item, model, 0).score > 0 ? "right" : "wrong"));
@@ -349,7 +350,8 @@ function noteOf(answer) {
   const notes = [];
   if (answer.status === "unparsed") notes.push("no answer could be read");
   if (answer.status === "abstained") notes.push("read as: there is no answer");
-  if (answer.output !== undefined && answer.parsed !== null) notes.push(`read as: ${answer.parsed}`);
+  const isRead = answer.output !== undefined && answer.parsed !== null;
+  if (isRead) notes.push(`read as: ${answer.parsed}`);
   if (answer.end === "length") notes.push("cut off at the longest length");
   if (answer.end === "nonfinite") notes.push("ended by a number that is not finite");
   if (answer.f1 !== undefined) notes.push(`F1 ${answer.f1.toFixed(2)}`);
@@ -359,13 +361,10 @@ function noteOf(answer) {
 function answerText(before, text) {
   const made = element("p", { class: "text", dir: "auto" });
   if (!text) made.append(span("note", "(empty)"));
-  let last = "same";
   for (const [kind, part] of differing(before, text)) {
     const words = part.trimStart();
-    const space = part.slice(0, part.length - words.length);
-    made.append(space || (last === "del" ? " " : ""));
+    made.append(part.slice(0, part.length - words.length));
     made.append(kind === "same" ? words : element(kind, {}, words));
-    last = kind;
   }
   return made;
 }

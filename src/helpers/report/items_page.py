@@ -175,18 +175,20 @@ def _short(score: float) -> float:
 def option_shares(
     logprobs: list[float], continuations: list[str], *, normalize: str
 ) -> list[float]:
-    """Each option's probability among the options, in the form in which they are compared.
+    """Each option's probability, renormalised over the options as the choice is made.
 
     Args:
         logprobs: summed log-probability of each continuation, in nats.
         continuations: the texts they belong to.
-        normalize: `bytes` divides each sum by its text's UTF-8 length without the leading space.
+        normalize: `bytes` divides each sum by its text's UTF-8 length without the leading space,
+            and multiplies all by the mean length, so that they are nats an option again.
 
     Returns:
         Fractions rounded to a thousandth; the option that was chosen has the largest.
     """
     lengths = [len(c.strip().encode("utf-8")) if normalize == "bytes" else 1 for c in continuations]
-    compared = [s / n for s, n in zip(logprobs, lengths, strict=True)]
+    mean = sum(lengths) / len(lengths)
+    compared = [s / n * mean for s, n in zip(logprobs, lengths, strict=True)]
     weights = [math.exp(c - max(compared)) for c in compared]
     return [round(w / sum(weights), 3) for w in weights]
 
