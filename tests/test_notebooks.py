@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from helpers.workflow.notebook_export import HIDDEN
+
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
 NAMES = ["00_finetuning", "01_calibration", "02_quantization", "03_cost", "03_evaluation"]
 NAMES += ["04_analysis"]
@@ -87,6 +89,13 @@ def test_opens_its_stage_first_and_finishes_it_last(path):
     assert finishes == [len(code) - 1]
     last = ast.parse(code[-1]).body[-1]
     assert ast.unparse(last).startswith("run.finish(")
+
+
+def test_the_report_leaves_the_frame_of_all_answers_out():
+    with_answers = [c for c in cells(NOTEBOOKS[-1], "code") if "answers" in source(c)]
+    with_answers = [c for c in with_answers if not source(c).startswith("from ")]
+    assert with_answers
+    assert all(HIDDEN in c["metadata"]["tags"] for c in with_answers)
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

@@ -9,8 +9,10 @@ from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_folder
 from helpers.cost import operations
 from helpers.cost.quantization_operations import quantization_stage_operations
+from helpers.evaluation.prompts import prompt_examples, record_prompts
 from helpers.sources.finetuning import start_of
 from helpers.sources.stage import open_stage
+from helpers.study.study_run import open_job
 
 
 def open_calibration(study: Path):
@@ -82,3 +84,17 @@ def test_a_fine_tuning_starts_from_another_model_of_the_study(study_path, record
             count=operations.finetuning_operations,
             starts_from=start_of,
         )
+
+
+def test_the_prompts_that_are_shown_are_those_that_are_asked(study_path, record_path):
+    """Of each set, what the baseline's own record of its first prompt says."""
+    run = open_calibration(study_path)
+    job = open_job(study_path, model="base", variant="noquant")
+    record_prompts(job, run.tokenizer)
+    shown = prompt_examples(job.study, run.tokenizer)
+    files = list(job.paths.evaluation("base", "noquant").glob("prompts/*.jsonl"))
+    assert len(files) == len(job.study.evaluation.datasets)
+    for path in files:
+        first = json.loads(path.read_text("utf-8").splitlines()[0])
+        assert first["prompt"] in shown
+        assert all(repr(text) in shown for text in first["continuations"])

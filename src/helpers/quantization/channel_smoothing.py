@@ -70,8 +70,8 @@ class ChannelSmoothing:
 def study_smoothing(study: Study) -> Smooth:
     """The smoothing of the first variant that smooths, with one number as its α.
 
-    Of a grid, whose best value is not known yet, the middle one; the paper's settings where α is
-    chosen group by group, and where no variant smooths.
+    Of a grid, whose best value is not known yet, the middle one; the paper's α where it is chosen
+    group by group, and all of the paper's settings where no variant smooths.
     """
     found = (v.smooth for v in study.variants.values() if _smooths(v))
     smooth = next(found, PAPER)

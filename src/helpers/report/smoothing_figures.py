@@ -9,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style
 from helpers.report.markdown import code
@@ -124,6 +125,7 @@ def smoothing_histograms(
             axes.stairs(after, edges, baseline=0.5, color=INK, linewidth=1.6, label="after")
             axes.legend(fontsize=9, loc="upper left")
         axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("log2 of the magnitude")
         axes.set_title(name, fontsize=10)
     panels[0].set_ylabel("values")
