@@ -94,7 +94,7 @@ def test_a_damaged_record_is_refused_with_the_remedy(of_hub, content, message):
         load_study(of_hub)
     error = str(caught.value)
     assert error.startswith(f"outputs/study/sources.json: {message}")
-    assert error.endswith("or delete it and run make fetch STUDY=study to pin anew")
+    assert error.endswith("or delete it and run make fetch STUDY=study to pin again")
     assert len(error.splitlines()) == 1
 
 

@@ -70,7 +70,7 @@ def tiny():
 def settled(tmp_path_factory):
     from helpers.study.loading import load_study
 
-    path = tmp_path_factory.mktemp("bank") / "bank.yaml"
+    path = tmp_path_factory.mktemp("bank") / "failures.yaml"
     path.write_text(SETTINGS, "utf-8")
     return load_study(path)
 

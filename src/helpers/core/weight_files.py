@@ -15,7 +15,7 @@ from helpers.core.errors import StudyError
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-SAVE_AGAIN = "save the model anew (model.save_pretrained)"
+SAVE_AGAIN = "save the model again (model.save_pretrained)"
 DOWNLOAD_AGAIN = "download it again"
 LFS_POINTER = (
     b"version https://git-lfs"  # git writes it in place of a large file that it did not fetch

@@ -43,7 +43,7 @@ def _check_index(folder: Path) -> None:
         if not name.endswith(".safetensors") or Path(name).name != name:
             raise StudyError(
                 f"{folder.name}: {INDEX_FILE} names {name!r}, which is no safetensors file of this "
-                "folder; save the model anew"
+                "folder; save the model again"
             )
 
 
@@ -76,5 +76,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise StudyError(f"{path.parent.name}: {path.name} is not JSON ({error})") from None
     if not isinstance(content, dict):
-        raise StudyError(f"{path.parent.name}: {path.name} is no mapping; save the model anew")
+        raise StudyError(f"{path.parent.name}: {path.name} is no mapping; save the model again")
     return content

@@ -120,7 +120,7 @@ def tensor_problem(missing: Iterable[str], unexpected: Iterable[str]) -> str | N
         return (
             f"{unexpected_names[0]} is in its files ({len(unexpected_names)} tensors in all), but "
             "config.json describes a model that has no such tensor; correct config.json, or save "
-            "the model anew"
+            "the model again"
         )
     return None
 

@@ -94,5 +94,7 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
     if len(node.value) > MOST_CHARACTERS:
         raise ValueError(f"line {line}: a value has more than {MOST_CHARACTERS:,} characters")
     if node.value != valid_unicode(node.value):
-        raise ValueError(f"line {line}: a value holds half a character; write it anew")
+        raise ValueError(
+            f"line {line}: a value holds half a character (an unpaired surrogate); correct it"
+        )
     return []

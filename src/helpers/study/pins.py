@@ -96,7 +96,7 @@ def read_pins(paths: StudyPaths) -> Pins:
     place = f"outputs/{paths.study}/{path.name}"
     if not path.is_file():
         return Pins()
-    remedy = f"restore it, or delete it and run {FETCH} STUDY={paths.study} to pin anew"
+    remedy = f"restore it, or delete it and run {FETCH} STUDY={paths.study} to pin again"
     try:
         pins = Pins.model_validate(read_json(path, made_by=FETCH))
     except ValidationError as error:
