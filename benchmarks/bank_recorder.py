@@ -42,10 +42,10 @@ def pytest_configure(config) -> None:
     from helpers.statistics import validity
     from helpers.statistics.checks import recomputed_comparisons
 
-    made, refused = Gate.__init__, StudyError.__init__
+    init_gate, refused = Gate.__init__, StudyError.__init__
 
     def gate(self, name, passed, measured, limit):
-        made(self, name, passed, measured, limit)
+        init_gate(self, name, passed, measured, limit)
         NOTES.failed(name, not passed)
 
     def error(self, text):
@@ -54,7 +54,7 @@ def pytest_configure(config) -> None:
 
     Gate.__init__, StudyError.__init__ = gate, error
     _watch(recomputed_comparisons, "disagreements", names.COMPARISONS)
-    _watch(recomputation, "recompute", names.VERDICTS, lambda found: found[1])
+    _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)

@@ -45,10 +45,10 @@ def _row(turns: Turns, peer: str, goal: float) -> Comparison:
 
 def whole(model, material: Material, _turn: int) -> list[dict]:
     """The predictions of all sets; the shared text is read too."""
-    wanted = material.study.evaluation
-    found = material.ask(model, wanted.datasets, None)
-    read_passages(model, material.passages(None), batch_tokens=wanted.batch.tokens)
-    return found
+    settings = material.study.evaluation
+    predictions = material.ask(model, settings.datasets, None)
+    read_passages(model, material.passages(None), batch_tokens=settings.batch.tokens)
+    return predictions
 
 
 def growth(material: Material) -> list[Comparison]:
@@ -93,12 +93,12 @@ def _same_beginning(turns: Turns, name: str, small: int, size: int) -> Agreement
 
 def ask_items(model, material: Material, size: int, _turn: int) -> dict[tuple[str, str], str]:
     """(set, item id) → what was answered, on that many items of each set."""
-    limits, found = material.study.evaluation.batch, {}
+    limits, answers = material.study.evaluation.batch, {}
     for name, items in _sets(material, size):
-        wanted = material.study.evaluation.datasets[name]
-        for p in evaluate(model, material.tokenizer, items, wanted, limits=limits):
-            found[name, p["id"]] = (p["output"], p.get("logprobs"))
-    return found
+        evaluation_set = material.study.evaluation.datasets[name]
+        for p in evaluate(model, material.tokenizer, items, evaluation_set, limits=limits):
+            answers[name, p["id"]] = (p["output"], p.get("logprobs"))
+    return answers
 
 
 AGAIN = "-again"
@@ -112,8 +112,8 @@ def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
     """
     study = material.study
     for name in GROWING:
-        wanted = study.evaluation.datasets[name]
-        known = load_items(wanted.source, adapter=wanted.adapter)
+        evaluation_set = study.evaluation.datasets[name]
+        known = load_items(evaluation_set.source, adapter=evaluation_set.adapter)
         items = draw(known, min(size, len(known)), seed=study.seed, excluding=(), what=name)
         items += [_again(item) for item in items[: size - len(items)]]
         yield name, items

@@ -100,15 +100,15 @@ def weights_of(model: str) -> int:
 
 def extrapolated(table: list[dict]) -> list[dict]:
     """What each stage would need at 8 B: a line through its two sizes, weights on the x-axis."""
-    found = []
+    estimates = []
     for stage in dict.fromkeys((row["stage"], row["variant"]) for row in table):
         small, large = (row for row in table if (row["stage"], row["variant"]) == stage)
         slope = (large["peak_bytes"] - small["peak_bytes"]) / (large["weights"] - small["weights"])
         beyond = WEIGHTS_8B - large["weights"]
         row = {"stage": stage[0], "variant": stage[1], "bytes_per_weight": round(slope, 2)}
         row["fixed_bytes"] = round(large["peak_bytes"] - slope * large["weights"])
-        found.append(row | {"peak_bytes": round(large["peak_bytes"] + slope * beyond)})
-    return found
+        estimates.append(row | {"peak_bytes": round(large["peak_bytes"] + slope * beyond)})
+    return estimates
 
 
 def machine() -> dict:

@@ -25,8 +25,8 @@ INT8_KERNEL = "Int8"
 
 def linear_kernels(model: VllmModel) -> dict[str, str]:
     """What computes each Linear of the decoder, by vLLM's name; neither head nor cache."""
-    found = model.kernels()
-    return {n: k for n, k in found.items() if n.endswith("_proj") or ".fc" in n}
+    kernels = model.kernels()
+    return {n: k for n, k in kernels.items() if n.endswith("_proj") or ".fc" in n}
 
 
 def parts(name: str) -> list[str]:

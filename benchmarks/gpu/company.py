@@ -58,9 +58,9 @@ def quantized_by_rounding_(model) -> None:
         scale = absmax_scale(weight.abs().amax(1, keepdim=True))
         rounded = (weight / scale).round_().clamp_(-128, 127).to(torch.int8)
         bias = None if linear.bias is None else linear.bias.float()
-        made = Int8Linear(rounded, scale, bias, activations="token_dynamic", input_scale=None)
+        quantized = Int8Linear(rounded, scale, bias, activations="token_dynamic", input_scale=None)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
+        setattr(model.get_submodule(parent), child, quantized)
     stack_siblings_(model)
     fuse_gated_mlps_(model)
 

@@ -64,14 +64,14 @@ class Room:
         if self.part.dry and self.most is not None and tokens > self.most:
             raise torch.OutOfMemoryError("dry run")
 
-    def whole(self, asked):
+    def whole(self, ask):
         """What is answered with all the room there is; how much it took is kept."""
         self.part.forget_peak()
         before = 0 if self.part.dry else torch.cuda.memory_allocated()
-        found = asked()
+        answers = ask()
         self.before = before
         self.took = self.longest if self.part.dry else torch.cuda.max_memory_allocated() - before
-        return found
+        return answers
 
     def only(self, share: float):
         """Inside, a batch has that share of what a whole one took."""
