@@ -97,8 +97,8 @@ class Cost:
 
     def _float(self, dtype: str) -> ConfigurationResult:
         baseline = self.measurements["baseline"]
-        wanted = (baseline, dtype)
-        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == wanted)
+        key = (baseline, dtype)
+        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == key)
 
     @property
     def others(self) -> list[ConfigurationResult]:

@@ -44,7 +44,7 @@ class Progress:
         self.resumed: dict[str, set[str]] = {}
         self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
 
-    def of(self, dataset: str, prompts: dict[str, str]) -> "SavedPredictions":
+    def open_set(self, dataset: str, prompts: dict[str, str]) -> "SavedPredictions":
         """Open the saved predictions of one evaluation set.
 
         Args:

@@ -40,8 +40,8 @@ class AlphaChoice:
 
     @property
     def record(self) -> dict:
-        kept = {"alphas": self.alphas, "curve": self.curve}
-        return kept | ({"errors": self.errors} if self.errors else {})
+        choice = {"alphas": self.alphas, "curve": self.curve}
+        return choice | ({"errors": self.errors} if self.errors else {})
 
 
 def choose_alphas(

@@ -30,7 +30,7 @@ class FusedGatedMLP:
         mixed, values, scale = int8_passes.gated_silu(gate.flatten(0, -2), up.flatten(0, -2))
         mixed = mixed.view(gate.shape)
         conditions = (self.down.activations, self.down.input_scale, token_owners())
-        CachedResult.of(mixed, QUANTIZED, conditions, lambda: (values, scale))
+        CachedResult.get_or_compute(mixed, QUANTIZED, conditions, lambda: (values, scale))
         return self.down(mixed)
 
 

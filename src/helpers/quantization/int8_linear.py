@@ -185,7 +185,7 @@ class Int8Linear(nn.Module):
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """((tokens, in_features) int8, scale) of x (…, in_features), cached on x."""
         conditions = (self.activations, self.input_scale, token_owners())
-        return CachedResult.of(x, QUANTIZED, conditions, lambda: self._quantize(x))
+        return CachedResult.get_or_compute(x, QUANTIZED, conditions, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, self.in_features)
@@ -210,7 +210,7 @@ class Int8Linear(nn.Module):
             y = stack.multiplied(x)
         else:
             conditions = (stack, token_owners())
-            y = CachedResult.of(x, MULTIPLIED, conditions, lambda: stack.multiplied(x))[
+            y = CachedResult.get_or_compute(x, MULTIPLIED, conditions, lambda: stack.multiplied(x))[
                 :, self.columns
             ]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

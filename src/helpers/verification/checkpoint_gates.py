@@ -43,11 +43,11 @@ def smoothing_gate(evidence: CheckpointFiles):
         f"rounding allows; "
         f"{len(wrong_companions)} biases or routers off{examples(wrong_companions)}",
         f"{expected} groups folded, each by the scales of equation 4 at "
-        + (_in_words(evidence.alphas) if evidence.groups else "no place"),
+        + (_alpha_text(evidence.alphas) if evidence.groups else "no place"),
     )
 
 
-def _in_words(alphas: dict[str, float]) -> str:
+def _alpha_text(alphas: dict[str, float]) -> str:
     low, high = min(alphas.values()), max(alphas.values())
     return f"α = {low:g}" if low == high else f"its own α ({low:g} to {high:g})"
 

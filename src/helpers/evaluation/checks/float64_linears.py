@@ -154,7 +154,7 @@ class LinearFiles:
     def tensors(self) -> TensorReader:
         return TensorReader(self.folder)
 
-    def of(self, name: str, columns: Tensor) -> LinearFile:
+    def linear(self, name: str, columns: Tensor) -> LinearFile:
         """Some columns of a Linear.
 
         Raises:

@@ -59,17 +59,17 @@ def leakage_gate(items: list[Item], used_items: dict[str, list[Item]]) -> Gate:
     """No question, nor a near-duplicate of one, was used to make the variant."""
     keys = {item_key(i): i.id for i in items}
     repeated = [
-        f"{keys[item_key(other)]} in {use}"
+        f"{keys[item_key(second)]} in {use}"
         for use, others in used_items.items()
-        for other in others
-        if item_key(other) in keys
+        for second in others
+        if item_key(second) in keys
     ]
     reworded = [
-        f"{one.id} in other words in {use}"
+        f"{first.id} in other words in {use}"
         for use, others in used_items.items()
         if use not in EXACT_ONLY
-        for one, other in near_pairs(items, others)
-        if item_key(one) != item_key(other)
+        for first, second in near_pairs(items, others)
+        if item_key(first) != item_key(second)
     ]
     counts = " and ".join(f"{len(others)} {use} items" for use, others in used_items.items())
     leaked = repeated + reworded

@@ -150,7 +150,7 @@ class CallRecorder:
         return calls
 
     def _read(self, calls: LinearCalls) -> None:
-        calls.file = self.files.of(calls.name, calls.checked)
+        calls.file = self.files.linear(calls.name, calls.checked)
 
     @property
     def summary(self) -> str:
@@ -159,7 +159,7 @@ class CallRecorder:
         passes = ", ".join(f"{n:,} of {kind}" for kind, n in self.passes.items())
         return f"{calls:,} calls of {len(self.linears)} Linears in these passes: {passes}"
 
-    def of(self, phase: str, ask: Callable, *args):
+    def record(self, phase: str, ask: Callable, *args):
         """Return `ask(*args)` and record its calls of the model."""
         with self.during(phase):
             return ask(*args)
