@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Attributes of such a tensor.
+# Names of the tensor attributes that hold the cached results.
 QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"
 
 

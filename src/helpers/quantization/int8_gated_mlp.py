@@ -20,7 +20,7 @@ class FusedGatedMLP:
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module
         parts = (module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
-        if parts != (self.gate, self.up, self.down, self.activation):  # exchanged since
+        if parts != (self.gate, self.up, self.down, self.activation):  # a module was replaced
             return type(module).forward(module, x)
         gate, up = self.gate(x), self.up(x)
         if not (

@@ -20,7 +20,7 @@ from helpers.runtime.batching import token_owners
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read one tensor
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # Linears with the same input
 
 
 def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 
 EPS32 = torch.finfo(torch.float32).eps
-LEVELS = 127  # a row whose largest value is 127.5 steps reaches ±127 at least, however rounded
+LEVELS = 127  # a row with a maximum of 127.5 steps reaches at least ±127 after rounding
 LOGARITHM = 32  # x^α = exp(α·ln x): |ln x| < 16 for x in [1e-5, 1e6], two such factors
 SUFFIXES = ("weight_scale", "input_scale")
 

@@ -57,7 +57,7 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
         linears = linear_names(config)
         experts = [n for n in linears if ".experts." in n] if architecture(config).experts else []
         return CallRecorder(model, linear_files(job), linears, experts=experts)
-    except Exception as error:  # an evaluation goes on, and its gate fails
+    except Exception as error:  # the evaluation continues, and its gate fails
         return NoCalls(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 

@@ -12,8 +12,8 @@ from helpers.core.gates import Gate, none_of
 from helpers.sources.items import Item, item_key, normalized_text
 from helpers.sources.raw_rows import item_digest
 
-RUN = 4  # words; two items that share half of their runs are one question
-EXACT_ONLY = ("worked-example",)  # a few words long
+RUN = 4  # words per run; items that share half of their runs are near-duplicates
+EXACT_ONLY = ("worked-example",)  # too short for near-duplicate search
 
 
 def raw_rows_gate(rows: list[dict], items: list[Item], digests: dict[str, set[str]]) -> Gate:

@@ -12,7 +12,7 @@ from helpers.evaluation.scoring import number_scores
 from helpers.sources.items import Item
 from helpers.study.schema import EvaluationSet
 
-ROUNDING = 1e-6  # of stored log-probabilities; a tie within it goes to the stored answer
+ROUNDING = 1e-6  # precision of stored log-probabilities; within it, the stored answer wins a tie
 BOX = r"\boxed{"
 DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
 ARTICLE = re.compile(r"(?<!\w)(?:the|an|a)(?!\w)")

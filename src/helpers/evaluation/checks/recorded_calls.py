@@ -17,11 +17,11 @@ from helpers.evaluation.checks.float64_linears import LinearFile, LinearFiles
 from helpers.runtime.batching import token_owners
 
 PACKED, DECODING, SHARED_TEXT = "packed rows", "decoding", "shared text"
-BUFFERED = 32  # rows compared at once
-CHECKED_COLUMNS = 16  # outputs of every call
-KEPT_ROWS, KEPT_COLUMNS = 3, 512  # of a call that is kept
+BUFFERED = 32  # rows per comparison
+CHECKED_COLUMNS = 16  # output columns compared in every call
+KEPT_ROWS, KEPT_COLUMNS = 3, 512  # rows and columns stored of a kept call
 MOST_ERRORS = 10
-GROWTH = 1.25  # a late call is kept each time there are so many times more
+GROWTH = 1.25  # the next kept call has at least so many times the number of the last
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ class CallRecorder:
 
     def _absmax(self, x: Tensor, place: int) -> Tensor:
         """() largest magnitude in the text that contains a row."""
-        if len(x) != self._width:  # an expert reads some of the tokens
+        if len(x) != self._width:  # an expert reads only its routed tokens
             owners = token_owners(x.device)
             return (x if owners is None else x[owners == owners[place]]).abs().amax()
         if self._single:

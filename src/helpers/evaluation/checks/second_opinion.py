@@ -42,10 +42,14 @@ LAYERS = "layers as transformers computes them"
 LOGPROBS = "log-probabilities as transformers computes them"
 TOKENS = "generated tokens as transformers decodes them"
 TEXT = "shared text as transformers reads it"
-COMPARED_TEXTS = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
-TRACE_BYTES = 48 * 2**20  # of one text's states
+COMPARED_TEXTS = {
+    "loglikelihood": 1,
+    "generate": 1,
+    TEXT: 1,
+}  # compared items per set, and passages
+TRACE_BYTES = 48 * 2**20  # memory limit for one text's states
 
-ExactAndRounded = tuple[Tensor, Tensor]  # in float64, and in the announced type
+ExactAndRounded = tuple[Tensor, Tensor]  # (in float64, in the declared type)
 
 
 class NoOpinion:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers.core.architectures import HEAD, architecture, linear_names
 
-FINAL = "final norm"  # what the head is given
+FINAL = "final norm"  # the head's input
 INPUT, OUTPUT = "input", "output"
 
 
