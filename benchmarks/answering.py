@@ -82,12 +82,12 @@ def _row(turns, ours: str, peer: str, goal: float | None, missing: str | None) -
 
 
 def our_answers(model, material: Material, _turn: int) -> list[str]:
-    """What every item was answered."""
+    """The answer to every item."""
     return [prediction["output"] for prediction in material.ask(model, SETS, None, rows=ROWS)]
 
 
 def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
-    """The same by a peer, cut where the study's answers end.
+    """The same by another library, cut where the study's stop rules end an answer.
 
     Args:
         model: the float model, for its list of tokens that end a turn.
@@ -106,7 +106,7 @@ def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
 
 
 def up_to_the_end(tokens: list[int], ends: StopRules) -> list[int]:
-    """The tokens up to where an answer of the study ends."""
+    """The tokens before the study's stop rules end the answer."""
     answer = AnswerInProgress(0)
     for token in tokens:
         if answer.append_token(token, True, ends):

@@ -77,7 +77,7 @@ EXAMPLES = (
 
 
 class Collected:
-    """What the members reported."""
+    """Collects the reports of the bank's tests."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -95,7 +95,7 @@ class Collected:
 
 
 def members(rows: Iterable[dict]) -> list[dict]:
-    """One for each failure, in the order of kinds: its cases together."""
+    """One member per failure with all its cases, in the order of kinds."""
     by_failure: dict[tuple, dict] = {}
     for row in rows:
         key = row["kind"], row["failure"]
@@ -139,7 +139,7 @@ def _failures_of(check: str, bank: list[dict]) -> list[str]:
 
 
 def lacking(bank: dict) -> list[str]:
-    """Examples and gates without a member, and what no gate is."""
+    """Problems: examples and gates without a member, and names that are not gates."""
     problems = [
         f"no member is the example {e!r}" for e, tests in bank["examples"].items() if not tests
     ]
@@ -185,7 +185,7 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the bank; 1 if something is not caught or nobody's."""
+    """Run the bank; return 1 if a failure is not caught or a check catches none."""
     collected, start = Collected(), time.monotonic()
     pytest.main([*RUN, *argv], plugins=[collected])
     command = ["git", "log", "-1", "--format=%cs"]

@@ -16,7 +16,7 @@ from benchmarks import gate_names as names
 
 
 class Notes:
-    """What is noted of the member that runs."""
+    """Notes about the running member of the bank."""
 
     def __init__(self):
         self.begin()
@@ -105,7 +105,7 @@ def _place(target, name) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Note what happens in a member, for its report."""
+    """Record the gates and places of a member, for its report."""
     NOTES.begin()
     try:
         return (yield)

@@ -69,7 +69,7 @@ def _constants(tree: ast.Module) -> list[ast.stmt]:
 
 
 def _functions(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
-    """Functions that are given a gate's name, with their parameters."""
+    """Functions that take a gate's name, with their parameters."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -82,7 +82,7 @@ def _functions(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
 
 
 def _assigned(body: list[ast.stmt]) -> dict[str, list[ast.expr]]:
-    """Everything that is assigned to each name in some statements."""
+    """All values assigned to each name in some statements."""
     values: dict[str, list[ast.expr]] = {}
     for node in (n for statement in body for n in ast.walk(statement)):
         for target in node.targets if isinstance(node, ast.Assign) else ():
@@ -126,7 +126,7 @@ def _names(tree: ast.AST, known: Functions, constants: dict, module: str) -> Ite
 
 
 def _argument(call: ast.Call, known: Functions) -> ast.expr | None:
-    """The name that a call gives to a gate; None where it gives none."""
+    """The gate name passed in a call; None if the call passes none."""
     function = getattr(call.func, "attr", getattr(call.func, "id", ""))
     if function not in known:
         return None

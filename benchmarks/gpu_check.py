@@ -100,14 +100,14 @@ def _is_complete(account: dict, name: str) -> bool:
 
 
 def _loaded(names: list[str], options: argparse.Namespace) -> bool:
-    """Load what the parts need; whether they can be forks of this process."""
+    """Import the parts' modules; return whether the parts can be forks of this process."""
     for line in processes.load(names):
         print(f"cannot be imported: {line}", flush=True)
     return processes.forks_work("cpu" if options.dry else "cuda")
 
 
 def load(options: argparse.Namespace) -> dict:
-    """What an earlier run of the same commit and mode left, or a new account."""
+    """The results of an earlier run of the same commit and mode, or empty ones."""
     commit, file = options.commit or _commit(), options.out / FILE
     fresh = {"commit": commit, "dry": options.dry, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -132,7 +132,7 @@ def _commit() -> str:
 
 
 def started(name: str, seconds: float, options: argparse.Namespace, forks: bool) -> dict:
-    """Run a part in a process of its own and return its numbers, however it ended."""
+    """Run a part in its own process; return its numbers even if it failed."""
     print(f"{name} ({seconds:.0f} s at most)", flush=True)
     running = options.out / RUNNING
     running.unlink(missing_ok=True)

@@ -30,7 +30,7 @@ VARIANT = "smoothquant_w8a8"
 
 @dataclass(frozen=True)
 class Material:
-    """The study's model and items on this machine.
+    """Model and items of the study that the benchmarks use.
 
     Attributes:
         threads: of every way, ours and the peers'.
@@ -72,13 +72,13 @@ class Material:
         return self.study.variants[VARIANT]
 
     def share(self, things: list, turn: int | None) -> list:
-        """What one round is given of a list; all of it if no round is named."""
+        """One round's share of a list; the whole list if no round is named."""
         return things if turn is None else things[turn :: self.rounds]
 
     def sets(
         self, names: Iterable[str], turn: int | None
     ) -> Iterator[tuple[EvaluationSet, list[Item]]]:
-        """How each of these sets is asked, and the round's share of its items."""
+        """(evaluation set, the round's share of its items) of each named set."""
         for name in names:
             items = evaluation_items(self.study, name)
             yield self.study.evaluation.datasets[name], self.share(items, turn)

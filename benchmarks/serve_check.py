@@ -39,7 +39,7 @@ PROBE_TOKENS = 48
 
 
 def check_variant(job: Job, *, passages: int, items: int) -> dict:
-    """All that is measured of one variant of one model."""
+    """All measurements of one variant of one model."""
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=None)
     changed = job.recipe.changes_model
@@ -60,7 +60,7 @@ def check_variant(job: Job, *, passages: int, items: int) -> dict:
 
 
 def compare_kernels(job: Job, served: VllmModel, ours, folder: Path, tokenizer) -> dict:
-    """What vLLM chose, and how far its Linears are from the int8 products of the files."""
+    """vLLM's kernels, and the largest difference of its Linears from the files' int8 products."""
     chosen = linear_kernels(served)
     results = {"kernels": dict(Counter(chosen.values())), "layer_difference": None}
     if job.recipe.quantized:
@@ -71,7 +71,7 @@ def compare_kernels(job: Job, served: VllmModel, ours, folder: Path, tokenizer) 
 
 
 def compare_text(job: Job, served: VllmModel, ours, tokenizer, *, passages: int) -> dict:
-    """Log-probabilities on the shared text: each against the float model, and one another."""
+    """Log-probabilities on the shared text: each runtime against the float model and each other."""
     texts = shared_passages(job.study)[:passages]
     limit = job.study.evaluation.shared_text.max_tokens
     tokens = passage_tokens(tokenizer, texts, max_tokens=limit)
@@ -118,13 +118,13 @@ def kl_of_draws(ours, texts, tokens, states: dict, *, batch_tokens: int) -> dict
 
 
 def mean_per_token(rows: list[dict], key: str) -> float:
-    """The mean over all tokens of what rows of the shared text hold as sums."""
+    """Mean per token of a quantity that the shared text's rows store as sums."""
     return sum(row[key] for row in rows) / sum(row["tokens"] for row in rows)
 
 
 @torch.inference_mode()
 def largest_logprob_difference(states: dict, tokens: list[list[int]]) -> float:
-    """Over the text's own tokens, ours against vLLM's."""
+    """The largest difference between the runtimes over the text's own tokens."""
     targets = torch.tensor([t for text in tokens for t in text[1:]])
     logprobs = []
     for side in ("ours", "vllm"):
@@ -134,7 +134,7 @@ def largest_logprob_difference(states: dict, tokens: list[list[int]]) -> float:
 
 
 def compare_items(job: Job, served: VllmModel, ours, tokenizer, *, items: int) -> dict:
-    """The study's own questions: how many are answered the same, by protocol."""
+    """The number of the study's items with equal answers, by protocol."""
     by_set, limits = {}, job.study.evaluation.batch
     for name, evaluation_set in job.study.evaluation.datasets.items():
         sampled = evaluation_items(job.study, name)[:items]
@@ -156,7 +156,7 @@ def compare_items(job: Job, served: VllmModel, ours, tokenizer, *, items: int) -
 
 
 def disagreements(results: dict) -> list[str]:
-    """What is outside the tolerances; empty if all agrees.
+    """Differences outside the tolerances; empty if the runtimes agree.
 
     A float32 model has to be the same model. Of an int8 one its Linears have to be the
     same, and it has to be as far from the float model as ours is with vLLM's step; which
@@ -179,7 +179,7 @@ def disagreements(results: dict) -> list[str]:
 
 
 def table(results: list[dict]) -> Rows:
-    """One row a variant."""
+    """One row per variant."""
     rows = []
     for x in results:
         scored = [n for n in x["items"].values() if n["protocol"] == "loglikelihood"]
@@ -233,7 +233,7 @@ def open_on_own_kernels(study: str, model: str, variant: str) -> Job:
 
 
 def report(study: str, results: list[dict], versions: dict[str, str]) -> str:
-    """The table with what it means."""
+    """The report: the table and its explanation."""
     agreeing = sum(x["agrees"] for x in results)
     versions_text = ", ".join(f"{name} {version}" for name, version in versions.items())
     first = results[0]

@@ -12,7 +12,7 @@ SERVER = Path(__file__).with_name("vllm_server.py")
 
 
 def why_not() -> str | None:
-    """Why vLLM cannot be asked here; None if it can."""
+    """The reason why vLLM is not available here; None if it is."""
     if not vllm_python().is_file():
         return "vLLM is not installed here (make .venv-vllm/.study-ready)"
     tried = subprocess.run(
@@ -25,7 +25,7 @@ def why_not() -> str | None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Of this process's, without what would lead vLLM to this environment's packages."""
+    """This process's environment without the variables that select its Python packages."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     return inherited | {
         "PYTHONPATH": str(PROJECT / "src"),  # for the parser of boxes, which needs no package

@@ -44,7 +44,7 @@ class Writer:
         self.names = count()
 
     def answers(self, prompts: list, max_new_tokens: int, stops: list) -> list[list[int]]:
-        """Greedy answers; one whose box is complete leaves the batch at once."""
+        """Greedy answers; an answer with a complete box leaves the batch immediately."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine

@@ -40,7 +40,7 @@ def run(part: Part) -> None:
 
 
 def _model(drawn, kind: str):
-    """A copy of the drawn model that runs in its own way."""
+    """A copy of the random model on one runtime."""
     model = deepcopy(drawn).to(getattr(torch, kind.split()[-1]))
     if kind.startswith("int8"):
         quantized_by_rounding_(model)
@@ -66,7 +66,7 @@ def quantized_by_rounding_(model) -> None:
 
 
 def drawn_items(vocabulary: int, *, count: int, longest: int, option: int) -> list[OptionTokens]:
-    """Random texts of different lengths, every third beginning as another does."""
+    """Random texts of different lengths; every third one shares its beginning with another."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:

@@ -35,7 +35,7 @@ GOAL_S = 60
 
 
 def scratch() -> Path:
-    """A folder that the parts of one machine share."""
+    """A scratch folder that all parts on one machine share."""
     folder = Path(tempfile.gettempdir()) / f"gpu-check-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     os.environ |= {"STUDY_CACHE": str(folder), "STUDY_OUTPUTS": str(folder / "outputs")}
@@ -85,7 +85,7 @@ def run(part: Part) -> None:
 
 
 def load(part: Part, kind: str):
-    """The model in one of its ways: `int8` has its float parts in bfloat16."""
+    """Load the model on one runtime; `int8` has its float parts in bfloat16."""
     if kind == "int8":
         dtype = torch.float32 if part.dry else torch.bfloat16
         return load_int8(checkpoint_folder(part), dtype=dtype, device=part.device)

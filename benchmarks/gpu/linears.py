@@ -32,7 +32,7 @@ CHECKED_ROWS = 512  # of float64 products at a time
 
 
 def run(part: Part) -> None:
-    """Every way at every shape and number of rows; then what is equal, and the sums."""
+    """Time every product at every shape and number of rows; then equality checks and sums."""
     has_triton = part.device == "cuda" and not int8_cuda.triton_unavailable_reason(
         torch.device("cuda", 0)
     )
@@ -203,7 +203,7 @@ def _card_name(part: Part) -> str:
 
 
 def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
-    """All Linears of a layer, one after the other: the best int8 way against bfloat16."""
+    """Times of all Linears of a layer together: the best int8 product against bfloat16."""
     layer_rows = [row for row in table if row["rows"] == rows]
     operations = sum(2 * rows * inner * outer for inner, outer in shapes.values())
     totals = {}

@@ -24,7 +24,7 @@ def run(part: Part) -> None:
 
 
 def _products(part: Part) -> dict:
-    """How many products are float64's, of how many; those that are not, by their sizes."""
+    """Numbers of tried and exact products, and the sizes of inexact ones."""
     generator, inexact, tried = torch.Generator().manual_seed(0), [], 0
     for inner, outer in SHAPES[: 3 if part.dry else None]:
         for rows in (0, *ROWS):

@@ -17,7 +17,7 @@ NOTHING = "No card has been at hand yet.\n"
 
 
 def accounts() -> list[dict]:
-    """What `make gpu-check` left of cards, the oldest first; dry runs are left out."""
+    """The results of `make gpu-check` by card, the oldest first, without dry runs."""
     known = [(file.name, json.loads(file.read_text("utf-8"))) for file in FOLDER.glob("*.json")]
     known.sort(key=lambda each: (each[1]["date"], each[0]))
     return [account for _, account in known if not account["dry"]]
@@ -39,7 +39,7 @@ def _card(account: dict) -> str:
 
 
 def rows() -> list[dict]:
-    """One row a part of every card."""
+    """One row per part of every card."""
     table_rows = []
     for (card, name), (account, part) in newest().items():
         row = {"part": name.replace("_", " "), "card": card, "date": account["date"]}
@@ -76,7 +76,7 @@ def _linears(part: dict, card: str) -> str:
 
 
 def headline(name: str, part: dict, card: str) -> str:
-    """A part's most telling numbers in a few words."""
+    """A part's main numbers in a few words."""
     match name:
         case "card":
             kinds = ("bfloat16", "int8")

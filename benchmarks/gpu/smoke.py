@@ -35,7 +35,7 @@ FLOAT32_TOLERANCE = 1e-3  # of a summed log-probability
 
 
 def run(part: Part) -> None:
-    """Both runs, then what they agree in."""
+    """Run the study on CPU and card, then compare the results."""
     compression.quiet_llmcompressor()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"STUDY_OUTPUTS": scratch, "STUDY_CACHE": f"{scratch}/cache"}
@@ -66,7 +66,7 @@ def _variants(part: Part) -> tuple[str, ...]:
 
 
 class Run:
-    """The study on one device, its outputs under a name of its own."""
+    """The study on one device, with its own outputs folder."""
 
     def __init__(self, device: str, scratch: Path):
         self.device, self.predictions, self.shared = device, {}, {}
@@ -140,7 +140,7 @@ class Run:
         return max(float(((a - b).abs() / a.clamp(min=1e-9)).max()) for a, b in pairs)
 
     def prompts(self) -> dict[str, str]:
-        """Hash of every prompt by its item, made from the study anew."""
+        """Digest of every prompt by item id, rendered again."""
         digests = {}
         for name, evaluation_set in self.study.evaluation.datasets.items():
             for item in evaluation_items(self.study, name):
@@ -165,7 +165,7 @@ class Run:
 
 
 def compared(here: Run, there: Run, variant: str) -> dict:
-    """What of two runs' predictions is equal, and how far the rest is apart."""
+    """Which fields of two runs' predictions are equal, and the differences of the others."""
     cpu_predictions, device_predictions = here.predictions[variant], there.predictions[variant]
     flat = [
         (n, a, b)
