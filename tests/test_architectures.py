@@ -38,11 +38,11 @@ def smoothed_by(model, targets):
     """The model's logits before and after smoothing at the targets, and the groups."""
     ids = torch.tensor([texts()[1]])
     statistics = run_calibration(model, texts(), batch_tokens=64)
-    absmax = {name: found.absmax for name, found in statistics.items()}
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
     with torch.inference_mode():
         before = model(ids).logits
-        done = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.5))
-        return before, model(ids).logits, done
+        smoothed = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.5))
+        return before, model(ids).logits, smoothed
 
 
 def test_every_family_has_an_entry_and_tiny_sizes():
@@ -72,10 +72,10 @@ def test_the_census_is_what_transformers_builds(family):
 def test_smoothing_keeps_the_models_function(family):
     """In float64 but for the norms, which compute in float32 whatever the model's dtype."""
     model = lived_in(random_model(family, seed=3)).double()
-    before, after, done = smoothed_by(model, TARGETS)
+    before, after, smoothed = smoothed_by(model, TARGETS)
     each = 6 if family == "qwen3_moe" else 3  # its four experts are smoothed apart
-    assert len(done) == each * model.config.num_hidden_layers
-    assert not any((s.scales == 1).all() for s in done)
+    assert len(smoothed) == each * model.config.num_hidden_layers
+    assert not any((s.scales == 1).all() for s in smoothed)
     torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
 
 
@@ -138,8 +138,8 @@ def test_int8_layers_equal_the_simulation(sound_run, family):
         for name, x in capture_inputs(simulated, names, texts()[1]).items():
             expected = simulated.get_submodule(name)(x)
             size = expected.abs().max().item()
-            found = fast.get_submodule(name)(x)
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * size)
+            output = fast.get_submodule(name)(x)
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * size)
 
 
 @pytest.mark.parametrize("family", ["opt", "qwen3_moe", "gemma3_text"])
@@ -205,8 +205,8 @@ def test_a_matrix_no_entry_knows_is_caught(sound_run):
     for folder in (run.checkpoint, run.root / "source"):
         with run.edited(folder) as tensors:
             tensors["model.layers.0.extra.weight"] = torch.ones(3, 3)
-    found = {g.name: g for g in run.verify() if not g.passed}
-    assert "1 matrices of the source are no known part" in found["layer census"].measured
+    failing = {g.name: g for g in run.verify() if not g.passed}
+    assert "1 matrices of the source are no known part" in failing["layer census"].measured
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])
@@ -249,8 +249,8 @@ def test_a_model_comes_back_from_its_folder(family, tmp_path):
     model.save_pretrained(tmp_path)
     again, ids = load_model(tmp_path, RUNTIME), torch.tensor([texts()[1]])
     assert set(linear_layers(again)) == set(linear_names(again.config))
-    state, found = model.state_dict(), again.state_dict()
-    assert state.keys() == found.keys()
-    assert all(torch.equal(state[name], found[name]) for name in state)
+    state, result = model.state_dict(), again.state_dict()
+    assert state.keys() == result.keys()
+    assert all(torch.equal(state[name], result[name]) for name in state)
     with torch.inference_mode():  # its Linears are multiplied by another library
         torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-5, atol=1e-5)

@@ -18,17 +18,17 @@ NOTEBOOK = PROJECT / "notebooks" / "01_calibration.ipynb"
 @pytest.mark.parametrize("channels", [1, 2, 5, 64])
 def test_the_ratio_is_the_largest_channel_in_median_channels(channels):
     absmax = np.random.default_rng(channels).uniform(0.5, 9, channels).astype("float32")
-    found = channel_maxima.channel_maxima(absmax)
+    maxima = channel_maxima.channel_maxima(absmax)
     in_order = sorted(map(float, absmax))
-    assert absmax[found.channel] == found.largest == in_order[-1]
+    assert absmax[maxima.channel] == maxima.largest == in_order[-1]
     middle = in_order[(channels - 1) // 2] + in_order[channels // 2]
-    assert found.ratio * middle / 2 == pytest.approx(found.largest)
+    assert maxima.ratio * middle / 2 == pytest.approx(maxima.largest)
 
 
 @pytest.mark.parametrize("values", [[0, 0, 0, 7], [0, 0, 3], [0, 0]])
 def test_a_median_channel_of_zero_has_no_ratio(values):
-    found = channel_maxima.channel_maxima(np.array(values, "float32"))
-    assert (found.largest, found.median, found.ratio) == (max(values), 0, None)
+    maxima = channel_maxima.channel_maxima(np.array(values, "float32"))
+    assert (maxima.largest, maxima.median, maxima.ratio) == (max(values), 0, None)
 
 
 def test_inputs_without_a_ratio_come_last_and_there_is_a_first_in_any_case():

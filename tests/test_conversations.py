@@ -101,15 +101,17 @@ def test_examples_do_not_all_give_the_same_answer(adapter):
 
 
 def test_examples_show_an_abstention_and_an_answer():
-    told = [is_abstention(last_boxed(text)) for _, text in EXAMPLES["squad_v2"][:2]]
-    assert sorted(told) == [False, True]
+    abstentions = [is_abstention(last_boxed(text)) for _, text in EXAMPLES["squad_v2"][:2]]
+    assert sorted(abstentions) == [False, True]
 
 
 def test_the_abstention_the_system_turn_names_is_the_one_scored():
     item = Item("s", "Who left?", (), passage="Ann came.")
     assert "unanswerable" in SYSTEM["squad_v2"]
-    made = score_text(item, "squad_v2", r"\boxed{unanswerable}", answer="boxed", finish="stop")
-    assert (made["status"], made["score"]) == ("abstained", 1.0)
+    prediction = score_text(
+        item, "squad_v2", r"\boxed{unanswerable}", answer="boxed", finish="stop"
+    )
+    assert (prediction["status"], prediction["score"]) == ("abstained", 1.0)
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)
@@ -153,16 +155,16 @@ def test_training_calibration_and_generation_ask_alike(tokenizer):
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq"])
 def test_option_tokens_spell_the_prompt_and_each_option(tokenizer, adapter):
-    asked = loglikelihood_prompt(ITEMS[adapter], adapter)
-    tokens = option_tokens(tokenizer, asked)
-    assert tokenizer.decode(tokens.context) == asked.text
-    assert [tokenizer.decode(option) for option in tokens.options] == list(asked.continuations)
-    assert len(asked.continuations) == len(ITEMS[adapter].options)
+    prompt = loglikelihood_prompt(ITEMS[adapter], adapter)
+    tokens = option_tokens(tokenizer, prompt)
+    assert tokenizer.decode(tokens.context) == prompt.text
+    assert [tokenizer.decode(option) for option in tokens.options] == list(prompt.continuations)
+    assert len(prompt.continuations) == len(ITEMS[adapter].options)
 
 
 def test_prompts_are_equal_by_hash_only_if_equal_in_text():
-    asked = loglikelihood_prompt(ITEMS["arc"], "arc")
+    prompt = loglikelihood_prompt(ITEMS["arc"], "arc")
     turned = Item("a", "Which burns?", ("2",), options=("wood", "iron"), labels=("1", "2"))
     renamed = Item("z", "Which burns?", ("1",), options=("iron", "wood"), labels=("1", "2"))
-    assert asked.hash != loglikelihood_prompt(turned, "arc").hash
-    assert asked.hash == loglikelihood_prompt(renamed, "arc").hash
+    assert prompt.hash != loglikelihood_prompt(turned, "arc").hash
+    assert prompt.hash == loglikelihood_prompt(renamed, "arc").hash

@@ -93,19 +93,19 @@ def test_scored_options_are_counted_to_the_token(only, model, size, tokenizer):
     study = only("arc")
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = tokens_of(study, "arc", tokenizer)
-    assert multiplied.operations == 2 * size.linears * (found.together + found.options)
+    set_tokens = tokens_of(study, "arc", tokenizer)
+    assert multiplied.operations == 2 * size.linears * (set_tokens.together + set_tokens.options)
 
 
 def test_answers_are_counted_at_their_longest(only, model, size, tokenizer):
     study = only("squad_v2", max_new_tokens=5)
     multiplied = Multiplied(model)
     ask_all(model, tokenizer, study)
-    found = tokens_of(study, "squad_v2", tokenizer)
-    longest = 2 * size.linears * (found.together + found.items * (found.cap - 1))
+    set_tokens = tokens_of(study, "squad_v2", tokenizer)
+    longest = 2 * size.linears * (set_tokens.together + set_tokens.items * (set_tokens.cap - 1))
     # Blank rows beside few answers are multiplied too; see helpers.inference.generation.
-    blank = 2 * size.linears * 16 * found.cap
-    assert 2 * size.linears * found.together < multiplied.operations <= longest + blank
+    blank = 2 * size.linears * 16 * set_tokens.cap
+    assert 2 * size.linears * set_tokens.together < multiplied.operations <= longest + blank
 
 
 def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size, tokenizer):
@@ -113,8 +113,8 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
     limit = study.evaluation.shared_text.max_tokens
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=limit)
     read_passages(model, tokens, batch_tokens=128)
-    due = sum(evaluation.shared_text_lengths(study, tokenizer))
-    assert multiplied.operations == 2 * size.linears * due
+    expected = sum(evaluation.shared_text_lengths(study, tokenizer))
+    assert multiplied.operations == 2 * size.linears * expected
     multiplied.operations = 0
     items = calibration_items(study)
     texts = [calibration_tokens(tokenizer, i, study.calibration.adapter) for i in items]
@@ -136,9 +136,9 @@ def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     finetuning.fine_tune_(model, examples, settings, seed=study.seed)
     head = sum(len(answer) for _, answer in examples)
     trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
-    found = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
+    result = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))
     tokens = sum(len(p) + len(a) for p, a in heldout)
-    apart = sum(found.values()) - trained
+    apart = sum(result.values()) - trained
     assert 2 * 2 * size.linears * tokens * 0.9 < apart < 4 * (size.linears + size.head) * tokens * 2
 
 
@@ -209,10 +209,10 @@ def test_jobs_side_by_side_keep_the_order_and_the_cores(name, seed):
     assert time_of(study, seconds, Room(8, 1)) == pytest.approx(work)  # memory for one only
     alone = seconds[ANALYSIS] + sum(s for run, s in seconds.items() if run.stage == "cost")
     for cores in (2, 4, 100):
-        found = time_of(study, seconds, Room(cores, 100))
-        assert critical_path(study, seconds) <= found * (1 + 1e-9)
-        assert alone + (work - alone) / cores <= found * (1 + 1e-9)
-        assert found <= work * (1 + 1e-9)
+        result = time_of(study, seconds, Room(cores, 100))
+        assert critical_path(study, seconds) <= result * (1 + 1e-9)
+        assert alone + (work - alone) / cores <= result * (1 + 1e-9)
+        assert result <= work * (1 + 1e-9)
 
 
 def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings, write_study):
@@ -225,9 +225,9 @@ def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings,
 def test_a_long_study_is_told_what_would_shorten_it(study):
     run = study_stages.Run("evaluation", "base", "noquant")
     long = Estimate(study, Room(2, 9), {run: 2 * duration_estimate.LONG_S})
-    [told] = [line for line in duration_estimate.lines(long) if line.startswith("to shorten it")]
-    assert "evaluation is 100 % of the work" in told
-    assert "max_new_tokens" in told
+    [lines] = [line for line in duration_estimate.lines(long) if line.startswith("to shorten it")]
+    assert "evaluation is 100 % of the work" in lines
+    assert "max_new_tokens" in lines
     short = Estimate(study, Room(2, 9), {run: 60.0}, ("x: \ufffd",))
     assert duration_estimate.lines(short)[-1] == "not counted: x: \ufffd"
 
@@ -260,14 +260,14 @@ def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, mon
     """The whole way through, with the processes that count and measure."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    found = launcher._estimate(given(study_path), StudyPaths("study"))
-    told = capsys.readouterr().err
-    assert found is not None, told
-    assert set(found.seconds) == {*study_stages.runs(found.study), ANALYSIS}
-    assert all(seconds > 0 for seconds in found.seconds.values())
-    stages = {run.stage for run in found.seconds}
-    assert {line.split()[1] for line in told.splitlines() if " job" in line} >= stages
-    assert "in all on 2 cores" in told
+    result = launcher._estimate(given(study_path), StudyPaths("study"))
+    printed = capsys.readouterr().err
+    assert result is not None, printed
+    assert set(result.seconds) == {*study_stages.runs(result.study), ANALYSIS}
+    assert all(seconds > 0 for seconds in result.seconds.values())
+    stages = {run.stage for run in result.seconds}
+    assert {line.split()[1] for line in printed.splitlines() if " job" in line} >= stages
+    assert "in all on 2 cores" in printed
 
 
 @pytest.mark.long
@@ -285,16 +285,20 @@ def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
     for name, value in smoke.environment().items():
         monkeypatch.setenv(name, value)
     study, room = load_study(smoke.file), Room(2, 2)
-    found = duration_estimate.estimate(str(smoke.file), study, StudyPaths("smoke"), room, say=print)
+    result = duration_estimate.estimate(
+        str(smoke.file), study, StudyPaths("smoke"), room, say=print
+    )
     began = time.monotonic()
     said = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no")
     whole = time.monotonic() - began
     took = re.findall(r"^\[ *\d+/\d+\] .*?(?:(\d+) min )?(\d+) s$", said, re.M)
     jobs = sum(60 * int(minutes or 0) + int(seconds) for minutes, seconds in took)
-    print(json.dumps({"jobs": [sum(found.seconds.values()), jobs], "all": [found.whole_s, whole]}))
-    assert len(took) == len(found.seconds) + 1  # and the report
-    assert 0.5 < sum(found.seconds.values()) / jobs < 2
-    assert 0.5 < found.whole_s / whole < 2
+    print(
+        json.dumps({"jobs": [sum(result.seconds.values()), jobs], "all": [result.whole_s, whole]})
+    )
+    assert len(took) == len(result.seconds) + 1  # and the report
+    assert 0.5 < sum(result.seconds.values()) / jobs < 2
+    assert 0.5 < result.whole_s / whole < 2
 
 
 def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
@@ -321,13 +325,13 @@ def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(mon
 def test_a_count_is_the_same_again_and_of_no_machine(only, tokenizer):
     """What records hold: whole numbers by arithmetic, and no weights touched, which take time."""
     study = only("arc", "squad_v2")
-    found = [
+    result = [
         without_weight_passes(job)
         for _ in range(2)
         for job in evaluation.count_model(study, "base", SIZE, tokenizer).values()
     ]
-    half = len(found) // 2
-    assert found[:half] == found[half:]
-    for counted in found:
+    half = len(result) // 2
+    assert result[:half] == result[half:]
+    for counted in result:
         assert set(counted) <= {"float32", "bfloat16", "int8"}
         assert all(isinstance(number, int) and number > 0 for number in counted.values())

@@ -48,9 +48,9 @@ def test_files_are_those_of_transformers(tmp_path):
     ours.save_pretrained(tmp_path / "ours")
     expected = read_checkpoint_tensors(tmp_path / "stacked")
     for folder in ("source", "ours"):
-        found = read_checkpoint_tensors(tmp_path / folder)
-        assert set(found) == set(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        tensors = read_checkpoint_tensors(tmp_path / folder)
+        assert set(tensors) == set(expected)
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_transformers_is_left_as_it_was(tmp_path):

@@ -44,12 +44,12 @@ def test_a_product_is_that_of_float64_up_to_rounding(by_onednn, inner, outer, ro
     x, weight = drawn(*rows, inner), drawn(outer, inner, seed=1)
     bias = drawn(outer, seed=2) if biased else None
     with torch.inference_mode():
-        found = product(x, weight, bias)
+        result = product(x, weight, bias)
     exact = linear(x.double(), weight.double(), None if bias is None else bias.double())
     size = linear(x.abs().double(), weight.abs().double()) + (0 if bias is None else bias.abs())
     assert len(by_onednn) == 1
-    assert found.shape == exact.shape
-    assert ((found - exact).abs() <= inner * SMALLEST * size).all()
+    assert result.shape == exact.shape
+    assert ((result - exact).abs() <= inner * SMALLEST * size).all()
 
 
 @pytest.mark.parametrize(("inner", "outer"), SHAPES)

@@ -89,26 +89,28 @@ def plain_logprobs(model, ids: list[int]) -> torch.Tensor:
 
 
 def test_options_are_scored_as_transformers_scores_them(exact_model, study, tokenizer):
-    wanted, items = study.evaluation.datasets["arc"], evaluation_items(study, "arc")
+    evaluation_set, items = study.evaluation.datasets["arc"], evaluation_items(study, "arc")
     limits = Batch(tokens=512, rows=16)
-    found = {p["id"]: p for p in evaluate(exact_model, tokenizer, items, wanted, limits=limits)}
+    result = {
+        p["id"]: p for p in evaluate(exact_model, tokenizer, items, evaluation_set, limits=limits)
+    }
     for item in items:
-        asked = render_prompt(item, wanted, tokenizer)
-        context = as_transformers(tokenizer, asked.text)
-        due = []
-        for continuation in asked.continuations:
-            whole = as_transformers(tokenizer, asked.text + continuation)
+        prompt = render_prompt(item, evaluation_set, tokenizer)
+        context = as_transformers(tokenizer, prompt.text)
+        expected = []
+        for continuation in prompt.continuations:
+            whole = as_transformers(tokenizer, prompt.text + continuation)
             assert whole[: len(context)] == context
             scores = plain_logprobs(exact_model, whole)
-            due.append(scores[len(context) - 1 :].sum().item())
-        assert found[item.id]["logprobs"] == pytest.approx(due, abs=1e-4)
-        assert found[item.id]["prompt_tokens"] == len(context)
+            expected.append(scores[len(context) - 1 :].sum().item())
+        assert result[item.id]["logprobs"] == pytest.approx(expected, abs=1e-4)
+        assert result[item.id]["prompt_tokens"] == len(context)
 
 
 def test_what_prompts_share_is_counted_with_the_beginning(study_settings, study, tokenizer):
-    wanted = study.evaluation.datasets["arc"].model_copy(update={"adapter": "boolq"})
+    evaluation_set = study.evaluation.datasets["arc"].model_copy(update={"adapter": "boolq"})
     item = evaluation_items(study, "squad_v2")[0]
-    tokens = option_tokens(tokenizer, render_prompt(item, wanted, tokenizer))
+    tokens = option_tokens(tokenizer, render_prompt(item, evaluation_set, tokenizer))
     shared = as_transformers(tokenizer, item.passage)
     assert tokens.cuts == (len(shared),)
     assert tokens.context[: len(shared)] == shared
@@ -137,13 +139,13 @@ LOST = "plain text without the first token that the tokenizer puts there"
 @pytest.mark.parametrize("post", BEGUN)
 def test_options_asked_without_their_beginning_are_caught(model, study, monkeypatch, post):
     """For baseline and variants alike, so that only the tokenizer itself tells."""
-    tokenizer, wanted = tokenizer_with(post), study.evaluation.datasets["arc"]
+    tokenizer, evaluation_set = tokenizer_with(post), study.evaluation.datasets["arc"]
     items, limits = evaluation_items(study, "arc"), Batch(tokens=512, rows=16)
-    asked = render_items_again(study, tokenizer, tokenizer)["arc"]
+    rendered = render_items_again(study, tokenizer, tokenizer)["arc"]
 
     def gates():
-        rows = list(evaluate(model, tokenizer, items, wanted, limits=limits))
-        return [prompts_gate(rows, asked), length_gate(rows, asked)]
+        rows = list(evaluate(model, tokenizer, items, evaluation_set, limits=limits))
+        return [prompts_gate(rows, rendered), length_gate(rows, rendered)]
 
     assert all(gate.passed for gate in gates())
     monkeypatch.setattr(prompts, "plain_tokens", tokenize)

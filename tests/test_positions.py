@@ -89,18 +89,18 @@ def test_company_matters_to_transformers(case):
 @pytest.mark.parametrize("batch_tokens", [1, 10**6])
 def test_options_are_scored_as_each_alone(case, batch_tokens):
     model = fresh(case)
-    found = dict(option_loglikelihoods(model, ITEMS, batch_tokens=batch_tokens))
+    scores = dict(option_loglikelihoods(model, ITEMS, batch_tokens=batch_tokens))
     for index, item in enumerate(ITEMS):
-        due = [plain(case, item.context, option) for option in item.options]
-        assert found[index] == pytest.approx(due, abs=1e-3)
+        expected = [plain(case, item.context, option) for option in item.options]
+        assert scores[index] == pytest.approx(expected, abs=1e-3)
 
 
 def test_passages_are_read_as_each_alone(case):
     model = fresh(case)
     states = read_passages(model, TEXTS, batch_tokens=10**6)
-    found = states.head(states.hidden).log_softmax(-1)
-    due = torch.cat([logprobs_of(case, text)[:-1] for text in TEXTS])
-    assert (found.double() - due).abs().max() < 1e-3
+    logprobs = states.head(states.hidden).log_softmax(-1)
+    expected = torch.cat([logprobs_of(case, text)[:-1] for text in TEXTS])
+    assert (logprobs.double() - expected).abs().max() < 1e-3
 
 
 def greedy(case: str, prompt: list[int]) -> list[int]:
@@ -113,8 +113,10 @@ def greedy(case: str, prompt: list[int]) -> list[int]:
 
 def answers(model, prompts) -> list[list[int]]:
     limits = {"batch_tokens": 10**6, "batch_rows": 16}
-    found = dict(generate_greedy(model, prompts, max_new_tokens=CAP, stop_tokens=set(), **limits))
-    return [found[i].tokens for i in range(len(prompts))]
+    generated = dict(
+        generate_greedy(model, prompts, max_new_tokens=CAP, stop_tokens=set(), **limits)
+    )
+    return [generated[i].tokens for i in range(len(prompts))]
 
 
 def test_answers_are_those_of_whole_passes(case):
@@ -128,7 +130,7 @@ def test_answers_are_those_of_generate():
     """Without its cache: with it, transformers 5.17 forgets the prompt where positions change."""
     model = fresh("phi3 longrope")
     prompts = [tokens(80 + i, n) for i, n in enumerate((LIMIT - 4, LIMIT + 12))]
-    due = [
+    expected = [
         fresh("phi3 longrope")
         .generate(
             torch.tensor([prompt]),
@@ -141,7 +143,7 @@ def test_answers_are_those_of_generate():
         .tolist()
         for prompt in prompts
     ]
-    assert answers(model, prompts) == due
+    assert answers(model, prompts) == expected
 
 
 def test_every_check_passes_on_a_checkpoint_of_such_a_model(tmp_path, study_settings):
@@ -164,15 +166,15 @@ def test_calibration_sees_each_text_as_it_is_alone():
     case = "phi3 longrope"
     together = run_calibration(fresh(case).float(), TEXTS, batch_tokens=10**6)
     alone = input_maxima(fresh(case).float(), TEXTS)
-    for name, found in together.items():
-        torch.testing.assert_close(found.absmax, alone[name])
+    for name, of_input in together.items():
+        torch.testing.assert_close(of_input.absmax, alone[name])
 
 
 def test_a_probe_reads_each_text_alone():
     case = "phi3 longrope"
     probe = DivergenceProbe(fresh(case), TEXTS[:3], Variant(preset="w8a8"))
-    due = torch.cat([logprobs_of(case, TEXTS[i]) for i in (1, 2, 0)])  # the longest first
-    assert (torch.cat(probe.expected).double() - due).abs().max() < 1e-3
+    expected = torch.cat([logprobs_of(case, TEXTS[i]) for i in (1, 2, 0)])  # the longest first
+    assert (torch.cat(probe.expected).double() - expected).abs().max() < 1e-3
 
 
 def test_a_training_loss_is_the_mean_over_texts_alone():
@@ -180,6 +182,6 @@ def test_a_training_loss_is_the_mean_over_texts_alone():
     case = "phi3 longrope"
     batch = [(text[:-2], text[-2:]) for text in TEXTS if len(text) not in (3, LIMIT + 1)]
     with torch.inference_mode():
-        found = answer_loss(fresh(case), batch, autocast="none").item()
-    due = [plain(case, *example) for example in batch]
-    assert found == pytest.approx(-sum(due) / (2 * len(batch)), abs=1e-3)
+        result = answer_loss(fresh(case), batch, autocast="none").item()
+    expected = [plain(case, *example) for example in batch]
+    assert result == pytest.approx(-sum(expected) / (2 * len(batch)), abs=1e-3)

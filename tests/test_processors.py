@@ -51,10 +51,10 @@ def test_the_setting_reaches_torch_onednn_and_our_own_choice():
         "import torch; from helpers.quantization import int8_matmul; "
         "print(torch.backends.cpu.get_cpu_capability(), int8_matmul.cpu_product().name)"
     )
-    done = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
-    assert done.stdout.split(maxsplit=1) == ["AVX2", "float32 in blocks\n"]
+    assert process.stdout.split(maxsplit=1) == ["AVX2", "float32 in blocks\n"]
     makefile = (PROJECT / "Makefile").read_text("utf-8")
     for name in ("STUDY_PROCESSOR", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "NUMBA_CPU_NAME"):
         assert f"export {name} :=" in makefile
@@ -63,11 +63,11 @@ def test_the_setting_reaches_torch_onednn_and_our_own_choice():
 def test_an_emulated_product_is_float32s_rounded_once(no_units):
     x, weight, bias = (torch.randn(*s).bfloat16() for s in ((40, 96), (24, 96), (24,)))
     expected = (x.double() @ weight.double().t() + bias.double()).float().bfloat16()
-    found = product(x, weight, bias)
-    assert found.dtype == torch.bfloat16
-    off = (found.float() - expected.float()).abs() > 0  # float32's own rounding tips a few
+    result = product(x, weight, bias)
+    assert result.dtype == torch.bfloat16
+    off = (result.float() - expected.float()).abs() > 0  # float32's own rounding tips a few
     assert off.float().mean() < 0.01
-    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(result.float(), expected.float(), rtol=2**-7, atol=1e-6)
 
 
 def test_where_there_are_units_they_are_used(monkeypatch):
@@ -84,9 +84,9 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
         expected = read(model, segments())
         monkeypatch.setattr(processors, "features", lambda: ("avx2",))
         assert linears.is_emulated(expected)
-        found = read(model, segments())
-    assert found.dtype == torch.bfloat16
-    distance = (found.float() - expected.float()).norm() / expected.float().norm()
+        result = read(model, segments())
+    assert result.dtype == torch.bfloat16
+    distance = (result.float() - expected.float()).norm() / expected.float().norm()
     assert distance < 0.02
 
 

@@ -165,8 +165,8 @@ def test_what_is_discarded_or_resumed_is_said(study_path, monkeypatch, tmp_path,
     Progress(job, files="a", packages=PACKAGES).open_set("arc", PROMPTS)
     assert "arc: goes on after 2 of 5 answers" in capsys.readouterr().err
     Progress(job, files="b", packages=PACKAGES).open_set("arc", PROMPTS)
-    told = capsys.readouterr().err
-    assert "arc: discarded answers of another run (files differ)" in told
+    printed = capsys.readouterr().err
+    assert "arc: discarded answers of another run (files differ)" in printed
 
 
 def ask(run, stop_after=None):
