@@ -39,7 +39,7 @@ QUICK_ITEMS = 10
 
 
 def main() -> None:
-    """Measure what is asked for, into outputs/bench; quick tries go beside it."""
+    """Run the requested measurements; write outputs/bench, quick runs beside it."""
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ITEMS} items a set, to try")
     parser.add_argument("--only", nargs="+", choices=COMPARISONS, default=list(COMPARISONS))

@@ -14,7 +14,7 @@ HEADER = ("what", "ours", "peer", "ours took", "peer took", "ratio", "rounds", "
 
 
 def write(folder: Path, machine: dict, rows: list[Comparison], *, took_s: float) -> None:
-    """report.md, bench.json and ratios.png, into a folder that is made if it is not there."""
+    """Write report.md, bench.json and ratios.png; the folder is created if necessary."""
     machine = machine | {"took_s": round(took_s)}
     write_json(folder / "bench.json", {"machine": machine, "comparisons": list(map(_plain, rows))})
     write_atomically(folder / "ratios.png", lambda p: ratios(rows).savefig(p, format="png"))
@@ -97,7 +97,7 @@ def _agrees(row: Comparison) -> str:
 
 @in_house_style
 def ratios(rows: list[Comparison]) -> Figure:
-    """A bar a comparison: the ratio, its range over the rounds, and the goal as a tick."""
+    """One bar per comparison: the ratio, its range over the rounds, and the goal as a tick."""
     shown = [row for row in rows if row.ratio is not None][::-1]
     figure, axes = new_figure(9, 0.42 * len(shown) + 1)
     for place, row in enumerate(shown):

@@ -11,7 +11,7 @@ LOGPROB_TOLERANCE = 1e-3  # nats, of a whole option's sum, between two float32 w
 
 @dataclass(frozen=True)
 class Agreement:
-    """What was found, and whether that is agreement; None where none can be asked for."""
+    """The measured agreement, and whether it suffices; None if it cannot be expected."""
 
     text: str
     holds: bool | None = None

@@ -48,8 +48,8 @@ def compare(material: Material) -> list[Comparison]:
         "float32": partial(our_answers, model, material),
         "INT8": partial(our_answers, int8, material),
     }
-    told = partial(generated, material.peers_model(), box_closes(material.tokenizer))
-    ways[GENERATE] = partial(peer_answers, material, model, told)
+    generate_answers = partial(generated, material.peers_model(), box_closes(material.tokenizer))
+    ways[GENERATE] = partial(peer_answers, material, model, generate_answers)
     missing, servers = why_not(), {}
     if not missing:
         folders = {"float32": material.folder, "INT8": material.checkpoint}
@@ -59,9 +59,9 @@ def compare(material: Material) -> list[Comparison]:
     turns = take_turns(ways, rounds=material.rounds)
     for server in servers.values():
         server.close()
-    wanted = [("float32", GENERATE, 2.5), ("INT8", GENERATE, None)]
-    wanted += [("float32", VLLM["float32"], 1 / 1.3), ("INT8", VLLM["INT8"], None)]
-    return [_row(turns, ours, peer, goal, missing) for ours, peer, goal in wanted]
+    comparisons = [("float32", GENERATE, 2.5), ("INT8", GENERATE, None)]
+    comparisons += [("float32", VLLM["float32"], 1 / 1.3), ("INT8", VLLM["INT8"], None)]
+    return [_row(turns, ours, peer, goal, missing) for ours, peer, goal in comparisons]
 
 
 def _row(turns, ours: str, peer: str, goal: float | None, missing: str | None) -> Comparison:
@@ -82,12 +82,12 @@ def _row(turns, ours: str, peer: str, goal: float | None, missing: str | None) -
 
 
 def our_answers(model, material: Material, _turn: int) -> list[str]:
-    """What every item was answered."""
+    """The answer to every item."""
     return [prediction["output"] for prediction in material.ask(model, SETS, None, rows=ROWS)]
 
 
 def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
-    """The same by a peer, cut where the study's answers end.
+    """The same by another library, cut where the study's stop rules end an answer.
 
     Args:
         model: the float model, for its list of tokens that end a turn.
@@ -95,18 +95,18 @@ def peer_answers(material: Material, model, write, _turn: int) -> list[str]:
     """
     tokenizer, answers = material.tokenizer, []
     stops, closes = stop_tokens(model, tokenizer), box_closes(tokenizer)
-    for wanted, items in material.sets(SETS, None):
-        asked = [render_prompt(item, wanted, tokenizer) for item in items]
-        tokens = [tokenize(tokenizer, p.text) for p in asked]
-        ends = StopRules(wanted.ask.max_new_tokens, frozenset(stops), closes)
-        for row in write(tokens, wanted.ask.max_new_tokens, stops):
-            kept = tokenizer.decode(up_to_the_end(row, ends), skip_special_tokens=True)
-            answers.append(valid_unicode(kept))
+    for evaluation_set, items in material.sets(SETS, None):
+        prompts = [render_prompt(item, evaluation_set, tokenizer) for item in items]
+        tokens = [tokenize(tokenizer, p.text) for p in prompts]
+        ends = StopRules(evaluation_set.ask.max_new_tokens, frozenset(stops), closes)
+        for row in write(tokens, evaluation_set.ask.max_new_tokens, stops):
+            text = tokenizer.decode(up_to_the_end(row, ends), skip_special_tokens=True)
+            answers.append(valid_unicode(text))
     return answers
 
 
 def up_to_the_end(tokens: list[int], ends: StopRules) -> list[int]:
-    """The tokens up to where an answer of the study ends."""
+    """The tokens before the study's stop rules end the answer."""
     answer = AnswerInProgress(0)
     for token in tokens:
         if answer.append_token(token, True, ends):

@@ -77,7 +77,7 @@ EXAMPLES = (
 
 
 class Collected:
-    """What the members reported."""
+    """Collects the reports of the bank's tests."""
 
     def __init__(self):
         self.rows: list[dict] = []
@@ -95,18 +95,18 @@ class Collected:
 
 
 def members(rows: Iterable[dict]) -> list[dict]:
-    """One for each failure, in the order of kinds: its cases together."""
-    found: dict[tuple, dict] = {}
+    """One member per failure with all its cases, in the order of kinds."""
+    by_failure: dict[tuple, dict] = {}
     for row in rows:
         key = row["kind"], row["failure"]
-        member = found.setdefault(key, {"kind": key[0], "failure": key[1], "cases": 0} | {
+        member = by_failure.setdefault(key, {"kind": key[0], "failure": key[1], "cases": 0} | {
             name: [] for name in ("at", "gates", "tests")})  # fmt: skip
         member["cases"] += 1
         values = {"at": row["at"], "gates": row["gates"], "tests": [row["test"]]}
         for name, new in values.items():
             member[name] += [v for v in new if v and v not in member[name]]
     order = {name: place for place, name in enumerate(KINDS)}
-    return sorted(found.values(), key=lambda m: (order[m["kind"]], m["failure"].lower()))
+    return sorted(by_failure.values(), key=lambda m: (order[m["kind"]], m["failure"].lower()))
 
 
 def all_gates() -> dict[str, str]:
@@ -138,36 +138,40 @@ def _failures_of(check: str, bank: list[dict]) -> list[str]:
     return [member["failure"] for member in bank if check in member["gates"]]
 
 
-def lacking(found: dict) -> list[str]:
-    """Examples and gates without a member, and what no gate is."""
-    told = [f"no member is the example {e!r}" for e, by in found["examples"].items() if not by]
-    told += [f"no member makes {c['name']!r} fail" for c in found["checks"] if not c["failures"]]
-    caught = {gate for member in found["members"] for gate in member["gates"]}
-    return told + [f"{g!r} catches one and is no gate" for g in sorted(caught - set(all_gates()))]
+def lacking(bank: dict) -> list[str]:
+    """Problems: examples and gates without a member, and names that are not gates."""
+    problems = [
+        f"no member is the example {e!r}" for e, tests in bank["examples"].items() if not tests
+    ]
+    problems += [f"no member makes {c['name']!r} fail" for c in bank["checks"] if not c["failures"]]
+    catching = {gate for member in bank["members"] for gate in member["gates"]}
+    return problems + [
+        f"{g!r} catches one and is no gate" for g in sorted(catching - set(all_gates()))
+    ]
 
 
-def markdown(found: dict) -> str:
+def markdown(bank: dict) -> str:
     """The bank as tables: failures by kind, then examples, then gates."""
-    count = sum(member["cases"] for member in found["members"])
+    count = sum(member["cases"] for member in bank["members"])
     lines = [
         "# Silent failures, and what catches them",
         "",
-        f"{len(found['members'])} failures, put into the running code or into files one at a time "
-        f"({count} cases, {found['minutes']:g} minutes, {found['processor']}, code of "
-        f"{found['commit_date']}). Without its check, each ends as a number in a report. "
+        f"{len(bank['members'])} failures, put into the running code or into files one at a time "
+        f"({count} cases, {bank['minutes']:g} minutes, {bank['processor']}, code of "
+        f"{bank['commit_date']}). Without its check, each ends as a number in a report. "
         "`make bank` makes this table from what happened.",
     ]
     for kind, heading in KINDS.items():
-        chosen = [member for member in found["members"] if member["kind"] == kind]
+        chosen = [member for member in bank["members"] if member["kind"] == kind]
         cells = [[m["failure"], _code(m["at"]), ", ".join(m["gates"]), _code(m["tests"])]
                  for m in chosen]  # fmt: skip
         if cells:
             lines += ["", f"## {heading}", ""]
             lines += _table(["failure", "put in at", "caught by", "shown by"], cells)
     lines += ["", "## Failures that once passed every check", ""]
-    lines += _table(["failure", "shown by"], [[e, _code(t)] for e, t in found["examples"].items()])
+    lines += _table(["failure", "shown by"], [[e, _code(t)] for e, t in bank["examples"].items()])
     lines += ["", "## Every check, and failures that it catches", ""]
-    cells = [[c["name"], _code([c["module"]]), "; ".join(c["failures"])] for c in found["checks"]]
+    cells = [[c["name"], _code([c["module"]]), "; ".join(c["failures"])] for c in bank["checks"]]
     return "\n".join([*lines, *_table(["check", "module", "failures"], cells), ""])
 
 
@@ -181,23 +185,23 @@ def _table(heads: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Run the bank; 1 if something is not caught or nobody's."""
-    collected, began = Collected(), time.monotonic()
+    """Run the bank; return 1 if a failure is not caught or a check catches none."""
+    collected, start = Collected(), time.monotonic()
     pytest.main([*RUN, *argv], plugins=[collected])
-    shown = ["git", "log", "-1", "--format=%cs"]
-    date = subprocess.run(shown, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
+    command = ["git", "log", "-1", "--format=%cs"]
+    date = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True).stdout.strip()
     unknown = {row["kind"] for row in collected.rows} - set(KINDS)
-    wrong = [*collected.wrong, *(f"no kind is called {kind!r}" for kind in sorted(unknown))]
+    problems = [*collected.wrong, *(f"no kind is called {kind!r}" for kind in sorted(unknown))]
     rows = [row for row in collected.rows if row["kind"] in KINDS]
-    found = table(rows, date=date, seconds=time.monotonic() - began)
+    bank = table(rows, date=date, seconds=time.monotonic() - start)
     if argv:
-        print(markdown(found))
+        print(markdown(bank))
     else:
-        wrong += lacking(found)
-        write_json(FOLDER / "bank.json", found)
-        write_atomically(FOLDER / "bank.md", lambda p: p.write_text(markdown(found), "utf-8"))
-    print("\n".join(wrong) or f"{len(found['members'])} failures, each caught", file=sys.stderr)
-    return 1 if wrong else 0
+        problems += lacking(bank)
+        write_json(FOLDER / "bank.json", bank)
+        write_atomically(FOLDER / "bank.md", lambda p: p.write_text(markdown(bank), "utf-8"))
+    print("\n".join(problems) or f"{len(bank['members'])} failures, each caught", file=sys.stderr)
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

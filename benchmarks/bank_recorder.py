@@ -16,7 +16,7 @@ from benchmarks import gate_names as names
 
 
 class Notes:
-    """What is noted of the member that runs."""
+    """Notes about the running member of the bank."""
 
     def __init__(self):
         self.begin()
@@ -42,10 +42,10 @@ def pytest_configure(config) -> None:
     from helpers.statistics import validity
     from helpers.statistics.checks import recomputed_comparisons
 
-    made, refused = Gate.__init__, StudyError.__init__
+    init_gate, refused = Gate.__init__, StudyError.__init__
 
     def gate(self, name, passed, measured, limit):
-        made(self, name, passed, measured, limit)
+        init_gate(self, name, passed, measured, limit)
         NOTES.failed(name, not passed)
 
     def error(self, text):
@@ -54,7 +54,7 @@ def pytest_configure(config) -> None:
 
     Gate.__init__, StudyError.__init__ = gate, error
     _watch(recomputed_comparisons, "disagreements", names.COMPARISONS)
-    _watch(recomputation, "recompute", names.VERDICTS, lambda found: found[1])
+    _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
@@ -105,7 +105,7 @@ def _place(target, name) -> str:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item):
-    """Note what happens in a member, for its report."""
+    """Record the gates and places of a member, for its report."""
     NOTES.begin()
     try:
         return (yield)

@@ -18,7 +18,7 @@ LINEAR = 0.9  # of the cost an item at the smallest size, that each larger size 
 
 
 def compare(material: Material) -> list[Comparison]:
-    """All evaluation sets and the shared text, as the study has them."""
+    """Compare runtimes on all evaluation sets and the shared text of the study."""
     models = _models(material) | {"bfloat16": material.float_model("bfloat16")}
     ways = {name: partial(whole, model, material) for name, model in models.items()}
     turns = take_turns(ways, rounds=material.rounds)
@@ -45,10 +45,10 @@ def _row(turns: Turns, peer: str, goal: float) -> Comparison:
 
 def whole(model, material: Material, _turn: int) -> list[dict]:
     """The predictions of all sets; the shared text is read too."""
-    wanted = material.study.evaluation
-    found = material.ask(model, wanted.datasets, None)
-    read_passages(model, material.passages(None), batch_tokens=wanted.batch.tokens)
-    return found
+    settings = material.study.evaluation
+    predictions = material.ask(model, settings.datasets, None)
+    read_passages(model, material.passages(None), batch_tokens=settings.batch.tokens)
+    return predictions
 
 
 def growth(material: Material) -> list[Comparison]:
@@ -85,35 +85,35 @@ def _said(material: Material, size: int) -> str:
 
 
 def _same_beginning(turns: Turns, name: str, small: int, size: int) -> Agreement:
-    """The items of the smallest evaluation are answered alike in larger company."""
+    """Check that the items of the smallest evaluation get the same answers in larger ones."""
     a, b = (turns.answers[name, s][-1] for s in (small, size))
     same = sum(p == b[key] for key, p in a.items())
     return Agreement(f"{same} of {len(a)} items of the smallest answered alike", same == len(a))
 
 
 def ask_items(model, material: Material, size: int, _turn: int) -> dict[tuple[str, str], str]:
-    """(set, item id) → what was answered, on that many items of each set."""
-    limits, found = material.study.evaluation.batch, {}
+    """(set, item id) → answer, for so many items of each set."""
+    limits, answers = material.study.evaluation.batch, {}
     for name, items in _sets(material, size):
-        wanted = material.study.evaluation.datasets[name]
-        for p in evaluate(model, material.tokenizer, items, wanted, limits=limits):
-            found[name, p["id"]] = (p["output"], p.get("logprobs"))
-    return found
+        evaluation_set = material.study.evaluation.datasets[name]
+        for p in evaluate(model, material.tokenizer, items, evaluation_set, limits=limits):
+            answers[name, p["id"]] = (p["output"], p.get("logprobs"))
+    return answers
 
 
 AGAIN = "-again"
 
 
 def _sets(material: Material, size: int) -> Iterator[tuple[str, list[Item]]]:
-    """So many items of each set; beyond what is shipped, items come again in another dress.
+    """So many items of each set; beyond the shipped ones, copies with changed wording.
 
     A word before question and passage keeps a repeated item from sharing anything that
     was read for the first one.
     """
     study = material.study
     for name in GROWING:
-        wanted = study.evaluation.datasets[name]
-        known = load_items(wanted.source, adapter=wanted.adapter)
+        evaluation_set = study.evaluation.datasets[name]
+        known = load_items(evaluation_set.source, adapter=evaluation_set.adapter)
         items = draw_items(known, min(size, len(known)), seed=study.seed, excluding=(), label=name)
         items += [_again(item) for item in items[: size - len(items)]]
         yield name, items

@@ -49,19 +49,19 @@ def gate_names(folder: Path = SOURCE) -> dict[str, str]:
     functions = {module: dict(_functions(tree)) for module, tree in trees.items()}
     functions["core.gates"]["Gate"] = ["name"]
     constants = {module: _assigned(_constants(tree)) for module, tree in trees.items()}
-    found: dict[str, str] = {}
+    module_by_name: dict[str, str] = {}
     for module, tree in trees.items():
-        known, given = dict(functions[module]), dict(constants[module])
+        functions_here, constants_here = dict(functions[module]), dict(constants[module])
         for node in (n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)):
             source = (node.module or "").removeprefix("helpers.")
             for name in (alias.name for alias in node.names):
                 if name in functions.get(source, ()):
-                    known[name] = functions[source][name]
-                given.setdefault(name, constants.get(source, {}).get(name, []))
-        known.setdefault("gate", ["name"])  # a method, too
-        for name in _names(tree, known, given, module):
-            found.setdefault(name, module)
-    return found
+                    functions_here[name] = functions[source][name]
+                constants_here.setdefault(name, constants.get(source, {}).get(name, []))
+        functions_here.setdefault("gate", ["name"])  # a method, too
+        for name in _names(tree, functions_here, constants_here, module):
+            module_by_name.setdefault(name, module)
+    return module_by_name
 
 
 def _constants(tree: ast.Module) -> list[ast.stmt]:
@@ -69,7 +69,7 @@ def _constants(tree: ast.Module) -> list[ast.stmt]:
 
 
 def _functions(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
-    """Functions that are given a gate's name, with their parameters."""
+    """Functions that take a gate's name, with their parameters."""
     for node in ast.walk(tree):
         if not isinstance(node, ast.FunctionDef):
             continue
@@ -82,17 +82,17 @@ def _functions(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
 
 
 def _assigned(body: list[ast.stmt]) -> dict[str, list[ast.expr]]:
-    """Everything that is assigned to each name in some statements."""
-    found: dict[str, list[ast.expr]] = {}
+    """All values assigned to each name in some statements."""
+    values: dict[str, list[ast.expr]] = {}
     for node in (n for statement in body for n in ast.walk(statement)):
         for target in node.targets if isinstance(node, ast.Assign) else ():
             pairs = [(target, node.value)]
             if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
                 pairs = list(zip(target.elts, node.value.elts, strict=False))
-            for one, value in pairs:
-                if isinstance(one, ast.Name):
-                    found.setdefault(one.id, []).append(value)
-    return found
+            for name, value in pairs:
+                if isinstance(name, ast.Name):
+                    values.setdefault(name.id, []).append(value)
+    return values
 
 
 def _names(tree: ast.AST, known: Functions, constants: dict, module: str) -> Iterator[str]:
@@ -126,9 +126,9 @@ def _names(tree: ast.AST, known: Functions, constants: dict, module: str) -> Ite
 
 
 def _argument(call: ast.Call, known: Functions) -> ast.expr | None:
-    """The name that a call gives to a gate; None where it gives none."""
-    called = getattr(call.func, "attr", getattr(call.func, "id", ""))
-    if called not in known:
+    """The gate name passed in a call; None if the call passes none."""
+    function = getattr(call.func, "attr", getattr(call.func, "id", ""))
+    if function not in known:
         return None
-    given = dict(zip(known[called], call.args, strict=False))
-    return (given | {k.arg: k.value for k in call.keywords}).get("name")
+    arguments = dict(zip(known[function], call.args, strict=False))
+    return (arguments | {k.arg: k.value for k in call.keywords}).get("name")

@@ -71,18 +71,18 @@ def run_all(options: argparse.Namespace) -> int:
         print(f"gpu-check: there is no part {', '.join(sorted(unknown))}", file=sys.stderr)
         return 1
     account = load(options)
-    done = [name for name in names if _is_complete(account, name) and not options.again]
-    for name in done:
+    complete = [name for name in names if _is_complete(account, name) and not options.again]
+    for name in complete:
         print(f"{name}: complete already", flush=True)
-    rest = [name for name in names if name not in done]
-    forks = bool(rest) and _loaded(rest, options)
-    if rest and not (forks or options.dry or processes.has_cuda()):
+    remaining = [name for name in names if name not in complete]
+    forks = bool(remaining) and _loaded(remaining, options)
+    if remaining and not (forks or options.dry or processes.has_cuda()):
         print(
             "gpu-check: torch sees no CUDA device here; --dry runs it on the CPU", file=sys.stderr
         )
         return 1
     print(f"loaded in {time.monotonic() - began:.1f} s; parts are forks: {forks}", flush=True)
-    for name in rest:
+    for name in remaining:
         seconds = min(PARTS[name], options.limit - GRACE_S - (time.monotonic() - began))
         if seconds < LEAST_S:
             print(f"{name}: no time left", flush=True)
@@ -100,14 +100,14 @@ def _is_complete(account: dict, name: str) -> bool:
 
 
 def _loaded(names: list[str], options: argparse.Namespace) -> bool:
-    """Load what the parts need; whether they can be forks of this process."""
+    """Import the parts' modules; return whether the parts can be forks of this process."""
     for line in processes.load(names):
         print(f"cannot be imported: {line}", flush=True)
     return processes.forks_work("cpu" if options.dry else "cuda")
 
 
 def load(options: argparse.Namespace) -> dict:
-    """What an earlier run of the same commit and mode left, or a new account."""
+    """The results of an earlier run of the same commit and mode, or empty ones."""
     commit, file = options.commit or _commit(), options.out / FILE
     fresh = {"commit": commit, "dry": options.dry, "date": f"{datetime.now(UTC):%Y-%m-%d}"}
     old = json.loads(file.read_text("utf-8")) if file.is_file() else {}
@@ -132,7 +132,7 @@ def _commit() -> str:
 
 
 def started(name: str, seconds: float, options: argparse.Namespace, forks: bool) -> dict:
-    """Run a part in a process of its own and return its numbers, however it ended."""
+    """Run a part in its own process; return its numbers even if it failed."""
     print(f"{name} ({seconds:.0f} s at most)", flush=True)
     running = options.out / RUNNING
     running.unlink(missing_ok=True)
@@ -145,14 +145,14 @@ def started(name: str, seconds: float, options: argparse.Namespace, forks: bool)
         command += ["--out", str(options.out), "--seconds", str(seconds)]
         command += ["--dry"] if options.dry else []
         ended = processes.run(command, seconds + GRACE_S)
-    found = json.loads(running.read_text("utf-8")) if running.is_file() else {}
+    outcome = json.loads(running.read_text("utf-8")) if running.is_file() else {}
     running.unlink(missing_ok=True)
     if ended:
-        found["ended"] = ended
-    found["seconds"] = round(time.monotonic() - began, 1)
-    found["complete"] = not {"ended", "error", "stopped"} & set(found)
-    print(f"{name}: {found['seconds']} s{', ' + ended if ended else ''}", flush=True)
-    return found
+        outcome["ended"] = ended
+    outcome["seconds"] = round(time.monotonic() - began, 1)
+    outcome["complete"] = not {"ended", "error", "stopped"} & set(outcome)
+    print(f"{name}: {outcome['seconds']} s{', ' + ended if ended else ''}", flush=True)
+    return outcome
 
 
 def run_part(options: argparse.Namespace) -> None:

@@ -30,7 +30,7 @@ VARIANT = "smoothquant_w8a8"
 
 @dataclass(frozen=True)
 class Material:
-    """The study's model and items on this machine.
+    """Model and items of the study that the benchmarks use.
 
     Attributes:
         threads: of every way, ours and the peers'.
@@ -72,13 +72,13 @@ class Material:
         return self.study.variants[VARIANT]
 
     def share(self, things: list, turn: int | None) -> list:
-        """What one round is given of a list; all of it if no round is named."""
+        """One round's share of a list; the whole list if no round is named."""
         return things if turn is None else things[turn :: self.rounds]
 
     def sets(
         self, names: Iterable[str], turn: int | None
     ) -> Iterator[tuple[EvaluationSet, list[Item]]]:
-        """How each of these sets is asked, and the round's share of its items."""
+        """(evaluation set, the round's share of its items) of each named set."""
         for name in names:
             items = evaluation_items(self.study, name)
             yield self.study.evaluation.datasets[name], self.share(items, turn)
@@ -91,18 +91,18 @@ class Material:
         Args:
             rows: the most answers written at once; the study's own if None.
         """
-        limits, found = self.study.evaluation.batch, []
+        limits, predictions = self.study.evaluation.batch, []
         limits = Batch(tokens=limits.tokens, rows=rows or limits.rows)
-        for wanted, items in self.sets(names, turn):
-            stream = evaluate(model, self.tokenizer, items, wanted, limits=limits)
+        for evaluation_set, items in self.sets(names, turn):
+            stream = evaluate(model, self.tokenizer, items, evaluation_set, limits=limits)
             by_id = {prediction["id"]: prediction for prediction in stream}
-            found += [by_id[item.id] for item in items]
-        return found
+            predictions += [by_id[item.id] for item in items]
+        return predictions
 
     def passages(self, turn: int | None) -> list[list[int]]:
         """Token ids of the round's share of the study's shared text."""
-        wanted, texts = self.study.evaluation.shared_text, shared_passages(self.study)
-        tokens = passage_tokens(self.tokenizer, texts, max_tokens=wanted.max_tokens)
+        settings, texts = self.study.evaluation.shared_text, shared_passages(self.study)
+        tokens = passage_tokens(self.tokenizer, texts, max_tokens=settings.max_tokens)
         return self.share(tokens, turn)
 
     def float_model(self, dtype: str = "float32"):
@@ -147,8 +147,8 @@ class Material:
 
 def _asking(study: Study, most: int) -> Study:
     sets = {
-        name: wanted.model_copy(update={"items": min(wanted.items, most)})
-        for name, wanted in study.evaluation.datasets.items()
+        name: settings.model_copy(update={"items": min(settings.items, most)})
+        for name, settings in study.evaluation.datasets.items()
     }
     shared = study.evaluation.shared_text
     shared = shared.model_copy(update={"passages": min(shared.passages, most)})

@@ -61,7 +61,7 @@ def _place(kind: str) -> int:
 
 
 def _rounds(material: Material) -> dict[str, list[dict]]:
-    """What each way of running the model, and the bare products, measured in each round."""
+    """Measurements of each configuration and of the bare products, round by round."""
     runtime = material.study.runtime
     loads: dict[str, Callable] = {
         dtype: partial(load_model, material.folder, runtime.model_copy(update={"dtype": dtype}))

@@ -25,7 +25,7 @@ KL_FACTOR = 1.5  # two right checkpoints cost the model about the same
 
 
 def compare(material: Material) -> list[Comparison]:
-    """Five α of ours against one of llmcompressor's, by each of its pipelines."""
+    """Compare five α of this project with one of llmcompressor's, by each of its pipelines."""
     ours = f"calibrated once, α = {', '.join(map(str, ALPHAS))}"
     material.calibration_texts  # noqa: B018 - tokenized beforehand, for all of them
     ways = {ours: partial(our_grid, material)}

@@ -21,7 +21,7 @@ VLLM_HALF_RANGE = 127.0  # of the 255 levels that its dynamic step makes of an a
 
 @contextmanager
 def off_by_a_millionth(model, *, seed: int) -> Iterator[None]:
-    """Inside, every channel of the model's input embeddings is off, up or down by lot."""
+    """Inside, every channel of the model's input embeddings is perturbed, up or down at random."""
     embeddings = model.get_input_embeddings()
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(0, 2, (embeddings.embedding_dim,), generator=generator) * 2 - 1
@@ -35,7 +35,7 @@ def off_by_a_millionth(model, *, seed: int) -> Iterator[None]:
 
 @contextmanager
 def vllms_step() -> Iterator[None]:
-    """Inside, a dynamic step is abs-max / 127 as vLLM has it; a static one lies in the file."""
+    """Inside, dynamic scales are abs-max / 127 as in vLLM; static ones come from the file."""
     ours = int8_linear.HALF_RANGE, int8_linear.uses_fused_passes
     int8_linear.HALF_RANGE = VLLM_HALF_RANGE
     int8_linear.uses_fused_passes = lambda _x: False  # the compiled passes know our step only
@@ -46,7 +46,7 @@ def vllms_step() -> Iterator[None]:
 
 
 def prediction_interval(draws: Sequence[float], *, confidence: float) -> tuple[float, float]:
-    """Where one more draw lies, by Student's t on logarithms.
+    """Interval for one more draw, by Student's t on logarithms.
 
     Args:
         draws: two positive figures at least, of equal standing.

@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def run_alone() -> None:
-    """Run the whole study anew, one job at a time: a neighbour would share time and memory."""
+    """Run the whole study again, one job at a time, since parallel jobs share time and memory."""
     command = [sys.executable, "-m", "helpers.workflow.cli", "study", STUDY]
     command += ["--cores", str(len(os.sched_getaffinity(0))), "--job-mb", str(2**20)]
     subprocess.run([*command, "--", "--forceall"], check=True)
@@ -89,7 +89,7 @@ def verified(model: str, variant: str) -> dict:
 
 
 def weights_of(model: str) -> int:
-    """How many weights the source has; a tied head is counted once."""
+    """Number of weights of the source; a tied head counts once."""
     from helpers.sources.model_tensors import TensorFiles
     from helpers.sources.models import model_folder
 
@@ -99,20 +99,20 @@ def weights_of(model: str) -> int:
 
 
 def extrapolated(table: list[dict]) -> list[dict]:
-    """What each stage would need at 8 B: a line through its two sizes, weights on the x-axis."""
-    found = []
+    """Estimated needs of each stage at 8 B: a line through the two measured sizes."""
+    estimates = []
     for stage in dict.fromkeys((row["stage"], row["variant"]) for row in table):
         small, large = (row for row in table if (row["stage"], row["variant"]) == stage)
         slope = (large["peak_bytes"] - small["peak_bytes"]) / (large["weights"] - small["weights"])
         beyond = WEIGHTS_8B - large["weights"]
         row = {"stage": stage[0], "variant": stage[1], "bytes_per_weight": round(slope, 2)}
         row["fixed_bytes"] = round(large["peak_bytes"] - slope * large["weights"])
-        found.append(row | {"peak_bytes": round(large["peak_bytes"] + slope * beyond)})
-    return found
+        estimates.append(row | {"peak_bytes": round(large["peak_bytes"] + slope * beyond)})
+    return estimates
 
 
 def machine() -> dict:
-    """The machine in numbers: no name of it."""
+    """The machine's figures, without its name."""
     return {
         "cores": len(os.sched_getaffinity(0)),
         "architecture": platform.machine(),
@@ -132,7 +132,7 @@ def write(table: list[dict]) -> None:
 
 
 def as_markdown(account: dict) -> str:
-    """The account as a page: what was measured, and the arithmetic of what was not."""
+    """The report: the measurements, and the arithmetic of the estimates."""
     m, packages = account["machine"], account["packages"]
     checks = [
         f"{r['model']}: {r['gates_passed']} of {r['gates']} checks hold, {r['census']}."

@@ -64,18 +64,18 @@ def _row(turns: Turns, sets: str, kind: str, goal: float | None) -> Comparison:
 
 def harness_answers(harness: HFLM, material: Material, name: str, turn: int) -> list[dict]:
     """Predictions of the round's share of one set by the harness's log-likelihoods."""
-    asked = [
-        (wanted, render_prompt(item, wanted, material.tokenizer))
-        for wanted, items in material.sets([name], turn)
+    prompts = [
+        (evaluation_set, render_prompt(item, evaluation_set, material.tokenizer))
+        for evaluation_set, items in material.sets([name], turn)
         for item in items
     ]
-    pairs = [(p.text, continuation) for _, p in asked for continuation in p.continuations]
+    pairs = [(p.text, continuation) for _, p in prompts for continuation in p.continuations]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
     values = iter(harness.loglikelihood(requests, disable_tqdm=True))
-    found = []
-    for wanted, p in asked:
+    predictions = []
+    for evaluation_set, p in prompts:
         logprobs = [next(values)[0] for _ in p.continuations]
-        found.append(
-            score_options(p.item, logprobs, p.continuations, normalize=wanted.ask.normalize)
+        predictions.append(
+            score_options(p.item, logprobs, p.continuations, normalize=evaluation_set.ask.normalize)
         )
-    return found
+    return predictions

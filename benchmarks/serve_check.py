@@ -38,45 +38,45 @@ CONFIDENCE = 0.998  # of one checkpoint; of a study's six together 0.99
 PROBE_TOKENS = 48
 
 
-def check(job: Job, *, passages: int, items: int) -> dict:
-    """All that is measured of one variant of one model."""
+def check_variant(job: Job, *, passages: int, items: int) -> dict:
+    """All measurements of one variant of one model."""
     source = model_folder(job.study, job.model, job.paths)
     tokenizer = load_tokenizer(source, enable_thinking=None)
     changed = job.recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
     ours, _ = load_variant(job)
-    began = time.monotonic()
+    start = time.monotonic()
     served = VllmModel(folder, job.study.runtime, seed=job.study.seed)
-    found = {"model": job.model, "variant": job.variant, "quantized": job.recipe.quantized}
-    found["load_s"] = round(time.monotonic() - began, 1)
-    found["versions"] = served.versions()
+    results = {"model": job.model, "variant": job.variant, "quantized": job.recipe.quantized}
+    results["load_s"] = round(time.monotonic() - start, 1)
+    results["versions"] = served.versions()
     try:
-        found |= kernels(job, served, ours, folder, tokenizer)
-        found |= on_text(job, served, ours, tokenizer, passages=passages)
-        found |= on_items(job, served, ours, tokenizer, items=items)
+        results |= compare_kernels(job, served, ours, folder, tokenizer)
+        results |= compare_text(job, served, ours, tokenizer, passages=passages)
+        results |= compare_items(job, served, ours, tokenizer, items=items)
     finally:
         served.close()
-    return found | {"agrees": not (wrong := disagreements(found)), "disagreements": wrong}
+    return results | {"agrees": not (problems := disagreements(results)), "disagreements": problems}
 
 
-def kernels(job: Job, served: VllmModel, ours, folder: Path, tokenizer) -> dict:
-    """What vLLM chose, and how far its Linears are from the int8 products of the files."""
+def compare_kernels(job: Job, served: VllmModel, ours, folder: Path, tokenizer) -> dict:
+    """vLLM's kernels, and the largest difference of its Linears from the files' int8 products."""
     chosen = linear_kernels(served)
-    found = {"kernels": dict(Counter(chosen.values())), "layer_difference": None}
+    results = {"kernels": dict(Counter(chosen.values())), "layer_difference": None}
     if job.recipe.quantized:
         text = passage_tokens(tokenizer, shared_passages(job.study)[:1], max_tokens=PROBE_TOKENS)
         names = [n for n, kernel in chosen.items() if INT8_KERNEL in kernel]
-        found["layer_difference"] = largest_difference(served, ours, folder, names, text[0])
-    return found
+        results["layer_difference"] = largest_difference(served, ours, folder, names, text[0])
+    return results
 
 
-def on_text(job: Job, served: VllmModel, ours, tokenizer, *, passages: int) -> dict:
-    """Log-probabilities on the shared text: each against the float model, and one another."""
+def compare_text(job: Job, served: VllmModel, ours, tokenizer, *, passages: int) -> dict:
+    """Log-probabilities on the shared text: each runtime against the float model and each other."""
     texts = shared_passages(job.study)[:passages]
     limit = job.study.evaluation.shared_text.max_tokens
     tokens = passage_tokens(tokenizer, texts, max_tokens=limit)
     budget = job.study.evaluation.batch.tokens
-    base = load_variant(open_settled(job.name, job.model, job.study.baseline))[0]
+    base = load_variant(open_on_own_kernels(job.name, job.model, job.study.baseline))[0]
     states = {"float": read_passages(base, tokens, batch_tokens=budget)}
     states |= {"ours": read_passages(ours, tokens, batch_tokens=budget)}
     states |= {"vllm": read_passages(served, tokens, batch_tokens=budget)}
@@ -85,44 +85,46 @@ def on_text(job: Job, served: VllmModel, ours, tokenizer, *, passages: int) -> d
         "vllm": passage_rows(texts, tokens, states["vllm"], states["float"]),
         "both": passage_rows(texts, tokens, states["vllm"], states["ours"]),
     }
-    found = {
-        f"{key}_{side}": a_token(rows[side], key)
+    results = {
+        f"{key}_{side}": mean_per_token(rows[side], key)
         for side in rows
         for key in ("nll", "kl", "top1_agreements")
     }
-    found["tokens"] = sum(row["tokens"] for row in rows["both"])
-    found["logprob_difference"] = largest_logprob_difference(states, tokens)
+    results["tokens"] = sum(row["tokens"] for row in rows["both"])
+    results["logprob_difference"] = largest_logprob_difference(states, tokens)
     if job.recipe.quantized:
-        found["draws"] = own_draws(ours, texts, tokens, states, batch_tokens=budget)
-    return found
+        results["draws"] = kl_of_draws(ours, texts, tokens, states, batch_tokens=budget)
+    return results
 
 
-def own_draws(ours, texts, tokens, states: dict, *, batch_tokens: int) -> dict[str, list[float]]:
+def kl_of_draws(ours, texts, tokens, states: dict, *, batch_tokens: int) -> dict[str, list[float]]:
     """KLs of this project's runtime with vLLM's step, from the float model and from the first.
 
     Each draw but the first has the input embeddings off by a millionth.
     """
-    drawn = []
+    draws = []
     for seed in range(DRAWS):
         with vllms_step(), off_by_a_millionth(ours, seed=seed) if seed else nullcontext():
-            drawn.append(read_passages(ours, tokens, batch_tokens=batch_tokens))
+            draws.append(read_passages(ours, tokens, batch_tokens=batch_tokens))
     return {
-        name: [a_token(passage_rows(texts, tokens, draw, held), "kl") for draw in some]
-        for name, held, some in (
-            ("kl_from_float", states["float"], drawn),
-            ("kl_from_first", drawn[0], drawn[1:]),
+        name: [
+            mean_per_token(passage_rows(texts, tokens, draw, reference), "kl") for draw in compared
+        ]
+        for name, reference, compared in (
+            ("kl_from_float", states["float"], draws),
+            ("kl_from_first", draws[0], draws[1:]),
         )
     }
 
 
-def a_token(rows: list[dict], key: str) -> float:
-    """The mean over all tokens of what rows of the shared text hold as sums."""
+def mean_per_token(rows: list[dict], key: str) -> float:
+    """Mean per token of a quantity that the shared text's rows store as sums."""
     return sum(row[key] for row in rows) / sum(row["tokens"] for row in rows)
 
 
 @torch.inference_mode()
 def largest_logprob_difference(states: dict, tokens: list[list[int]]) -> float:
-    """Over the text's own tokens, ours against vLLM's."""
+    """The largest difference between the runtimes over the text's own tokens."""
     targets = torch.tensor([t for text in tokens for t in text[1:]])
     logprobs = []
     for side in ("ours", "vllm"):
@@ -131,53 +133,57 @@ def largest_logprob_difference(states: dict, tokens: list[list[int]]) -> float:
     return (logprobs[0] - logprobs[1]).abs().max().item()
 
 
-def on_items(job: Job, served: VllmModel, ours, tokenizer, *, items: int) -> dict:
-    """The study's own questions: how many are answered the same, by protocol."""
-    found, limits = {}, job.study.evaluation.batch
-    for name, wanted in job.study.evaluation.datasets.items():
-        few = evaluation_items(job.study, name)[:items]
+def compare_items(job: Job, served: VllmModel, ours, tokenizer, *, items: int) -> dict:
+    """The number of the study's items with equal answers, by protocol."""
+    by_set, limits = {}, job.study.evaluation.batch
+    for name, evaluation_set in job.study.evaluation.datasets.items():
+        sampled = evaluation_items(job.study, name)[:items]
         sides = [
-            {p["id"]: p for p in evaluate(model, tokenizer, few, wanted, limits=limits)}
+            {p["id"]: p for p in evaluate(model, tokenizer, sampled, evaluation_set, limits=limits)}
             for model in (ours, served)
         ]
-        key = "parsed" if wanted.ask.protocol == "loglikelihood" else "output"
-        same = [sides[0][item.id][key] == sides[1][item.id][key] for item in few]
-        scores = [[side[item.id]["score"] for item in few] for side in sides]
-        found[name] = {"protocol": wanted.ask.protocol, "items": len(few), "same": sum(same)}
-        found[name] |= {"score_ours": statistics.mean(scores[0])}
-        found[name] |= {"score_vllm": statistics.mean(scores[1])}
-    return {"items": found}
+        key = "parsed" if evaluation_set.ask.protocol == "loglikelihood" else "output"
+        same = [sides[0][item.id][key] == sides[1][item.id][key] for item in sampled]
+        scores = [[side[item.id]["score"] for item in sampled] for side in sides]
+        by_set[name] = {
+            "protocol": evaluation_set.ask.protocol,
+            "items": len(sampled),
+            "same": sum(same),
+        }
+        by_set[name] |= {"score_ours": statistics.mean(scores[0])}
+        by_set[name] |= {"score_vllm": statistics.mean(scores[1])}
+    return {"items": by_set}
 
 
-def disagreements(found: dict) -> list[str]:
-    """What is outside the tolerances; empty if all agrees.
+def disagreements(results: dict) -> list[str]:
+    """Differences outside the tolerances; empty if the runtimes agree.
 
     A float32 model has to be the same model. Of an int8 one its Linears have to be the
     same, and it has to be as far from the float model as ours is with vLLM's step; which
     answers flip is a draw of rounding noise.
     """
-    names = set(found["kernels"])
-    if not found["quantized"]:
-        told = [f"kernels {names}"] if any(INT8_KERNEL in name for name in names) else []
-        if not found["logprob_difference"] <= FLOAT_TOLERANCE:
-            told.append(f"log-probabilities differ by {found['logprob_difference']:.2g}")
-        differing = [n for n, x in found["items"].items() if x["same"] < x["items"]]
-        return told + [f"answers to {name} differ" for name in differing]
-    told = [] if all(INT8_KERNEL in name for name in names) else [f"kernels {sorted(names)}"]
-    if not found["layer_difference"] <= LAYER_TOLERANCE:
-        told.append(f"a Linear differs by {found['layer_difference']:.2g}")
-    low, high = prediction_interval(found["draws"]["kl_from_float"], confidence=CONFIDENCE)
-    if not low <= found["kl_vllm"] <= high:
-        told.append("its KL from the float model is another")
-    return told
+    names = set(results["kernels"])
+    if not results["quantized"]:
+        problems = [f"kernels {names}"] if any(INT8_KERNEL in name for name in names) else []
+        if not results["logprob_difference"] <= FLOAT_TOLERANCE:
+            problems.append(f"log-probabilities differ by {results['logprob_difference']:.2g}")
+        differing = [n for n, x in results["items"].items() if x["same"] < x["items"]]
+        return problems + [f"answers to {name} differ" for name in differing]
+    problems = [] if all(INT8_KERNEL in name for name in names) else [f"kernels {sorted(names)}"]
+    if not results["layer_difference"] <= LAYER_TOLERANCE:
+        problems.append(f"a Linear differs by {results['layer_difference']:.2g}")
+    low, high = prediction_interval(results["draws"]["kl_from_float"], confidence=CONFIDENCE)
+    if not low <= results["kl_vllm"] <= high:
+        problems.append("its KL from the float model is another")
+    return problems
 
 
-def table(found: list[dict]) -> Rows:
-    """One row a variant."""
+def table(results: list[dict]) -> Rows:
+    """One row per variant."""
     rows = []
-    for x in found:
+    for x in results:
         scored = [n for n in x["items"].values() if n["protocol"] == "loglikelihood"]
-        written = [n for n in x["items"].values() if n["protocol"] != "loglikelihood"]
+        generated = [n for n in x["items"].values() if n["protocol"] != "loglikelihood"]
         row = {"model": code(x["model"]), "variant": code(x["variant"])}
         row["kernels"] = ", ".join(f"{n} {kernel}" for kernel, n in x["kernels"].items())
         row["Linear by Linear"] = number(x["layer_difference"])
@@ -186,14 +192,14 @@ def table(found: list[dict]) -> Rows:
         row["KL from float: ours, vLLM"] = f"{kls[0]}, {kls[1]}"
         row["our draws"], row["KL ours to vLLM"] = "–", kls[2]
         if x["quantized"]:
-            drawn, own = x["draws"]["kl_from_float"], statistics.mean(x["draws"]["kl_from_first"])
-            low, high = map(number, prediction_interval(drawn, confidence=CONFIDENCE))
-            told = f"{number(min(drawn))} to {number(max(drawn))} [{low}, {high}]"
-            row["our draws"] = Markup(told)
+            draws, own = x["draws"]["kl_from_float"], statistics.mean(x["draws"]["kl_from_first"])
+            low, high = map(number, prediction_interval(draws, confidence=CONFIDENCE))
+            interval = f"{number(min(draws))} to {number(max(draws))} [{low}, {high}]"
+            row["our draws"] = Markup(interval)
             row["KL ours to vLLM"] = f"{kls[2]} (two of our draws {number(own)})"
         row["same top-1 token"] = percent(x["top1_agreements_both"])
         row["same choice"] = f"{sum(n['same'] for n in scored)} of {_items(scored)}"
-        row["same text"] = f"{sum(n['same'] for n in written)} of {_items(written)}"
+        row["same text"] = f"{sum(n['same'] for n in generated)} of {_items(generated)}"
         row["verdict"] = "agrees" if x["agrees"] else "; ".join(x["disagreements"])
         rows.append(row)
     return rows
@@ -221,21 +227,21 @@ vLLM's KL has to lie there. *KL ours to vLLM* has beside it how far two such dra
 """
 
 
-def open_settled(study: str, model: str, variant: str) -> Job:
+def open_on_own_kernels(study: str, model: str, variant: str) -> Job:
     """The job on this machine, on this project's own int8 kernels."""
     return prepare(open_job(study, model=model, variant=variant))
 
 
-def report(study: str, found: list[dict], versions: dict[str, str]) -> str:
-    """The table with what it means."""
-    agreed = sum(x["agrees"] for x in found)
-    told = ", ".join(f"{name} {version}" for name, version in versions.items())
-    first = found[0]
+def report(study: str, results: list[dict], versions: dict[str, str]) -> str:
+    """The report: the table and its explanation."""
+    agreeing = sum(x["agrees"] for x in results)
+    versions_text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    first = results[0]
     return (
-        f"# vLLM against this project's own runtime\n\n{agreed} of {len(found)} checkpoints of "
+        f"# vLLM against this project's own runtime\n\n{agreeing} of {len(results)} checkpoints of "
         f"the study `{study}` agree, on {first['tokens']:,} tokens of text and "
-        f"{_items(list(first['items'].values()))} questions each (there: {told}).\n\n"
-        f"{markdown_table(table(found))}{LEGEND}"
+        f"{_items(list(first['items'].values()))} questions each (there: {versions_text}).\n\n"
+        f"{markdown_table(table(results))}{LEGEND}"
     )
 
 
@@ -246,26 +252,31 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=16)
     parser.add_argument("--items", type=int, default=24, help="of each evaluation set")
     parser.add_argument("--variants", nargs="*", help="only these")
-    given = parser.parse_args()
+    options = parser.parse_args()
     folder = outputs_root() / "serve-check"
     try:
-        study, found = open_job(given.study).study, []
+        study, results = open_job(options.study).study, []
         variants = [name for name, recipe in study.variants.items() if not recipe.dtype]
         for model in study.models:
-            for variant in given.variants or variants:
-                job = open_settled(given.study, model, variant)
-                found.append(check(job, passages=given.passages, items=given.items))
-                told = "agrees" if found[-1]["agrees"] else "; ".join(found[-1]["disagreements"])
-                print(f"{model:<12} {variant:<20} {told}", flush=True)
+            for variant in options.variants or variants:
+                job = open_on_own_kernels(options.study, model, variant)
+                results.append(check_variant(job, passages=options.passages, items=options.items))
+                outcome = (
+                    "agrees" if results[-1]["agrees"] else "; ".join(results[-1]["disagreements"])
+                )
+                print(f"{model:<12} {variant:<20} {outcome}", flush=True)
     except StudyError as error:
         print(error, file=sys.stderr)
         return 2
-    ours = package_versions()
-    write_json(folder / "serve-check.json", {"study": given.study, "ours": ours, "checked": found})
-    text = report(given.study, found, found[0]["versions"])
+    own_versions = package_versions()
+    write_json(
+        folder / "serve-check.json",
+        {"study": options.study, "ours": own_versions, "checked": results},
+    )
+    text = report(options.study, results, results[0]["versions"])
     write_atomically(folder / "serve-check.md", lambda p: p.write_text(text, "utf-8"))
     print(f"written: {folder / 'serve-check.md'}")
-    return 0 if all(x["agrees"] for x in found) else 1
+    return 0 if all(x["agrees"] for x in results) else 1
 
 
 if __name__ == "__main__":

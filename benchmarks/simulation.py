@@ -47,7 +47,7 @@ def compare(material: Material) -> list[Comparison]:
 
 @torch.inference_mode()
 def read_plainly(model, material: Material, turn: int) -> None:
-    """Each passage of the round's share alone, so that no padding is read either."""
+    """Read each passage of the round's share alone, so that there is no padding."""
     for tokens in material.passages(turn):
         model.base_model(input_ids=torch.tensor([tokens[:-1]]), use_cache=False)
 
@@ -73,7 +73,7 @@ def _memory(ours, peer, name: str, goal: float | None) -> Comparison:
 
 
 def linear_megabytes(model, names: list[str]) -> float:
-    """What the parameters and buffers of these modules hold, in MB."""
+    """Size of the parameters and buffers of these modules, in MB."""
     tensors = [tensor for name in names for tensor in _held_by(model.get_submodule(name))]
     return sum(t.numel() * t.element_size() for t in tensors) / 1e6
 

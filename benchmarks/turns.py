@@ -16,7 +16,7 @@ from benchmarks.agreement import Agreement
 
 @dataclass(frozen=True)
 class Turns:
-    """Seconds and answers of each way, round by round."""
+    """Seconds and answers of each candidate, round by round."""
 
     seconds: dict[Any, list[float]]
     answers: dict[Any, list[Any]]
@@ -46,22 +46,22 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """How many times what we took the peer took, in each round."""
+        """The peer's time divided by ours, in each round."""
         return [p / o for o, p in zip(self.ours_spent, self.peer_spent, strict=False)]
 
     @property
     def ratio(self) -> float | None:
-        """The middle of the rounds."""
+        """The median ratio of the rounds."""
         return median(self.ratios) if self.ratios else None
 
     @property
     def reached(self) -> bool | None:
-        """Whether the goal is; None without a goal or a peer."""
+        """Whether the goal is reached; None without a goal or a peer."""
         return None if self.goal is None or self.ratio is None else self.ratio >= self.goal
 
 
 def take_turns(ways: dict[Any, Callable[[int], Any]], *, rounds: int) -> Turns:
-    """Run every way once a round; every other round in the opposite order.
+    """Run every candidate once per round, in opposite order every other round.
 
     Args:
         ways: by name; each is told the number of the round, from 0.

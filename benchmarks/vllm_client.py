@@ -12,7 +12,7 @@ SERVER = Path(__file__).with_name("vllm_server.py")
 
 
 def why_not() -> str | None:
-    """Why vLLM cannot be asked here; None if it can."""
+    """The reason why vLLM is not available here; None if it is."""
     if not vllm_python().is_file():
         return "vLLM is not installed here (make .venv-vllm/.study-ready)"
     tried = subprocess.run(
@@ -25,9 +25,9 @@ def why_not() -> str | None:
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """Of this process's, without what would lead vLLM to this environment's packages."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
-    return kept | {
+    """This process's environment without the variables that select its Python packages."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
+    return inherited | {
         "PYTHONPATH": str(PROJECT / "src"),  # for the parser of boxes, which needs no package
         "OMP_NUM_THREADS": str(threads),
         "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -53,8 +53,8 @@ class Vllm:
         self, prompts: list[list[int]], max_new_tokens: int, stops: set[int]
     ) -> list[list[int]]:
         """Greedy answers as token ids, each ended at its first complete box."""
-        asked = {"prompts": prompts, "max_new_tokens": max_new_tokens, "stops": sorted(stops)}
-        self._process.stdin.write(json.dumps(asked) + "\n")
+        request = {"prompts": prompts, "max_new_tokens": max_new_tokens, "stops": sorted(stops)}
+        self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         return self._answer()["answers"]
 

@@ -24,13 +24,13 @@ INT8_KERNEL = "Int8"
 
 
 def linear_kernels(model: VllmModel) -> dict[str, str]:
-    """What computes each Linear of the decoder, by vLLM's name; neither head nor cache."""
-    found = model.kernels()
-    return {n: k for n, k in found.items() if n.endswith("_proj") or ".fc" in n}
+    """The kernel of each Linear of the decoder, by vLLM's name; without head and cache."""
+    kernels = model.kernels()
+    return {n: k for n, k in kernels.items() if n.endswith("_proj") or ".fc" in n}
 
 
 def parts(name: str) -> list[str]:
-    """The checkpoint's Linears that one of vLLM's is made of, in their order."""
+    """The checkpoint's Linears that one of vLLM's Linears combines, in their order."""
     before, _, last = name.rpartition(".")
     return [f"{before}.{part}" for part in FUSED.get(last, (last,))]
 
@@ -38,7 +38,7 @@ def parts(name: str) -> list[str]:
 def largest_difference(
     model: VllmModel, ours, folder: Path, names: list[str], tokens: list[int]
 ) -> float:
-    """The worst Linear's largest difference to its int8 product, over its largest output.
+    """The largest difference of a Linear from its int8 product, relative to its largest output.
 
     Args:
         ours: the checkpoint on this project's runtime, for real inputs.

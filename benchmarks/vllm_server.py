@@ -44,27 +44,27 @@ class Writer:
         self.names = count()
 
     def answers(self, prompts: list, max_new_tokens: int, stops: list) -> list[list[int]]:
-        """Greedy answers; one whose box is complete leaves the batch at once."""
+        """Greedy answers; an answer with a complete box leaves the batch immediately."""
         from vllm import SamplingParams
 
         engine = self.llm.llm_engine
         self.llm.reset_prefix_cache()  # a round starts with nothing read
-        how = SamplingParams(
+        sampling = SamplingParams(
             temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=stops, detokenize=False
         )
         names = [str(next(self.names)) for _ in prompts]
         for name, tokens in zip(names, prompts, strict=True):
-            engine.add_request(name, {"prompt_token_ids": tokens}, how)
-        found: dict[str, list[int]] = {}
+            engine.add_request(name, {"prompt_token_ids": tokens}, sampling)
+        completed: dict[str, list[int]] = {}
         while engine.has_unfinished_requests():
             for step in engine.step():
                 tokens = list(step.outputs[0].token_ids)
                 if step.finished:
-                    found.setdefault(step.request_id, tokens)
-                elif step.request_id not in found and self.complete(tokens):
-                    found[step.request_id] = tokens
+                    completed.setdefault(step.request_id, tokens)
+                elif step.request_id not in completed and self.complete(tokens):
+                    completed[step.request_id] = tokens
                     engine.abort_request([step.request_id])
-        return [found[name] for name in names]
+        return [completed[name] for name in names]
 
     def complete(self, tokens: list[int]) -> bool:
         """Whether the newest token completes a box."""
@@ -78,10 +78,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder")
     parser.add_argument("--rows", type=int, required=True)
-    given = parser.parse_args()
+    options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever vLLM prints is no answer
-    writer = Writer(given.folder, rows=given.rows)
+    writer = Writer(options.folder, rows=options.rows)
     import vllm
 
     print(json.dumps({"version": vllm.__version__}), file=answers, flush=True)

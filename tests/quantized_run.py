@@ -126,8 +126,8 @@ class QuantizedRun:
             chosen = alpha.choose_alphas(model, job.recipe, fit, judges)
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
-            done = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
-            compression.quantize_variant_(model, job.recipe, absmax, done)
+            smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
+            compression.quantize_variant_(model, job.recipe, absmax, smoothed)
             compression.save_checkpoint(model, tokenizer, self.checkpoint)
 
     def note_verified(self) -> None:

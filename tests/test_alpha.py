@@ -50,8 +50,8 @@ def test_the_maxima_of_a_choice_leave_the_judges_out(network, texts):
     assert judged == len(texts) - 1
     whole = calibration.run_calibration(network, texts, batch_tokens=64)
     without = calibration.run_calibration(network, texts[:judged], batch_tokens=64)
-    for name, found in whole.items():
-        torch.testing.assert_close(found.fit_absmax, without[name].absmax)
+    for name, of_input in whole.items():
+        torch.testing.assert_close(of_input.fit_absmax, without[name].absmax)
     assert any((f.fit_absmax < f.absmax).any() for f in whole.values())
 
 
@@ -75,14 +75,14 @@ def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, prese
         expected = network(ids).logits.double().log_softmax(-1)
 
     def kl(logits) -> float:
-        found = logits.double().log_softmax(-1)
-        return (expected.exp() * (expected - found)).sum(-1).mean().item()
+        logprobs = logits.double().log_softmax(-1)
+        return (expected.exp() * (expected - logprobs)).sum(-1).mean().item()
 
     by_hand = []
     for row in chosen.curve:
         copied = copy.deepcopy(network)
-        done = smooth_(copied, fit, NORMS, dict.fromkeys(chosen.alphas, row["alpha"]))
-        compression.quantize_variant_(copied, variant(row["alpha"], preset), fit, done)
+        smoothed = smooth_(copied, fit, NORMS, dict.fromkeys(chosen.alphas, row["alpha"]))
+        compression.quantize_variant_(copied, variant(row["alpha"], preset), fit, smoothed)
         with torch.inference_mode():
             built = kl(copied(ids).logits)
             tips = [abs(kl(at_millionth(copied, ids, k)) - built) for k in range(5)]
@@ -102,9 +102,9 @@ def test_texts_read_side_by_side_are_read_as_if_alone(network, fit, texts, schem
     together = DivergenceProbe(network, texts, recipe).divergence(copied)
     alone = [DivergenceProbe(network, [text], recipe).divergence(copied) for text in texts]
     sizes = list(map(len, texts))
-    for key, found in together.items():
+    for key, of_input in together.items():
         mean = sum(a[key] * n for a, n in zip(alone, sizes, strict=True)) / sum(sizes)
-        assert found == pytest.approx(mean, rel=0.02), key
+        assert of_input == pytest.approx(mean, rel=0.02), key
 
 
 @pytest.mark.parametrize("preset", ["w8a8", "o3"])
@@ -168,8 +168,8 @@ def test_a_divergence_that_is_not_finite_is_none_and_is_never_chosen(
     with pytest.raises(StudyError, match=r"layers\.1\.mlp\.gate_proj is finite at no"):
         alpha.choose_alphas(broken, variant("auto", preset), fit, texts[-1:])
 
-    told = iter([{"kl": None}, {"kl": 0.4}, {"kl": 0.2}])
-    monkeypatch.setattr(DivergenceProbe, "divergence", lambda *_: next(told))
+    divergences = iter([{"kl": None}, {"kl": 0.4}, {"kl": 0.2}])
+    monkeypatch.setattr(DivergenceProbe, "divergence", lambda *_: next(divergences))
     assert set(alpha.choose_alphas(network, recipe, fit, texts[-1:]).alphas.values()) == {GRID[2]}
 
 

@@ -20,14 +20,14 @@ def test_a_row_attends_as_each_of_its_texts_alone(heads, key_heads, window):
     row = PackedBatch([Segment([7] * size) for size in sizes])
     q = random(1, heads, sum(sizes), 16, seed=0)
     k, v = (random(1, key_heads, sum(sizes), 16, seed=s) for s in (1, 2))
-    found = row.attend(0, q, k, v, scaling=0.25, window=window)
+    attended = row.attend(0, q, k, v, scaling=0.25, window=window)
     for span, size in zip(row.spans.values(), sizes, strict=True):
         at = torch.arange(size)
         allowed = (at[:, None] >= at) & (at[:, None] - at < (window or size))
         expected = scaled_dot_product_attention(
             q[:, :, span], k[:, :, span], v[:, :, span], allowed, scale=0.25, enable_gqa=True
         )
-        torch.testing.assert_close(found[:, :, span], expected)
+        torch.testing.assert_close(attended[:, :, span], expected)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -54,7 +54,7 @@ def test_a_slot_attends_to_all_before_it(offset, window):
     k, v = (random(1, key_heads, rows, dim, seed=s) for s in (31, 32))
     positions = slots.step(rows, 0, "cpu")[0].tolist()
     assert positions == [offset + n for n in (1, 9, 1)]
-    found = slots.attend(0, q, k, v, scaling=0.3, window=window)
+    attended = slots.attend(0, q, k, v, scaling=0.3, window=window)
     for row in range(rows):
         parts = [(common.memory[0] if offset else (k[:, :, :0], v[:, :, :0])), own[row]]
         parts.append((k[:, :, row : row + 1], v[:, :, row : row + 1]))
@@ -63,7 +63,7 @@ def test_a_slot_attends_to_all_before_it(offset, window):
         expected = scaled_dot_product_attention(
             q[:, :, row : row + 1], keys, values, seen[None], scale=0.3, enable_gqa=True
         )
-        torch.testing.assert_close(found[:, :, row : row + 1], expected)
+        torch.testing.assert_close(attended[:, :, row : row + 1], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -38,33 +38,33 @@ def test_the_table_is_made_of_its_data():
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda p: p.parts[-3])
 def test_gates_on_record_are_found_in_the_source(path):
-    gates = [gate for found in json.loads(path.read_text("utf-8")).values() for gate in found]
+    gates = [gate for result in json.loads(path.read_text("utf-8")).values() for gate in result]
     assert gates
     assert {gate["name"] for gate in gates} <= gate_names().keys()
 
 
 def row(failure: str, *gates: str) -> dict:
-    told = {"kind": "text", "failure": failure, "at": ["metrics"], "gates": list(gates)}
-    return told | {"missed": [], "test": "test_full_logits.py::test_sound_figures_agree"}
+    fields = {"kind": "text", "failure": failure, "at": ["metrics"], "gates": list(gates)}
+    return fields | {"missed": [], "test": "test_full_logits.py::test_sound_figures_agree"}
 
 
 def test_what_is_missing_is_named():
-    found = table([row("some failure", "means of the passages", "no gate")], date="", seconds=1)
-    told = lacking(found)
-    assert "no member is the example 'KL the wrong way round'" in told
-    assert "no member makes 'format kept' fail" in told
-    assert "no member makes 'means of the passages' fail" not in told
-    assert "'no gate' catches one and is no gate" in told
+    bank = table([row("some failure", "means of the passages", "no gate")], date="", seconds=1)
+    problems = lacking(bank)
+    assert "no member is the example 'KL the wrong way round'" in problems
+    assert "no member makes 'format kept' fail" in problems
+    assert "no member makes 'means of the passages' fail" not in problems
+    assert "'no gate' catches one and is no gate" in problems
 
 
 def test_cases_of_one_failure_are_one_member():
     rows = [row("a", "format kept"), row("b", "answers end"), row("a", "answers end")]
-    found = table(rows, date="", seconds=1)
-    assert [m["gates"] for m in found["members"]] == [
+    bank = table(rows, date="", seconds=1)
+    assert [m["gates"] for m in bank["members"]] == [
         ["format kept", "answers end"],
         ["answers end"],
     ]
-    assert found["members"][0]["cases"] == 2
+    assert bank["members"][0]["cases"] == 2
 
 
 MODULE = """
@@ -96,15 +96,15 @@ def source(folder: Path, **modules: str) -> Path:
 
 
 def test_names_are_read_wherever_they_are_given(tmp_path):
-    found = gate_names(source(tmp_path, gates=MODULE, names="KEPT = 'another module\\'s'\n"))
-    assert set(found) == {
+    names = gate_names(source(tmp_path, gates=MODULE, names="KEPT = 'another module\\'s'\n"))
+    assert set(names) == {
         "a constant",
         "another module's",
         "a caller's",
         "a keyword's",
         "a default",
     }
-    assert set(found.values()) == {"evaluation.gates"}
+    assert set(names.values()) == {"evaluation.gates"}
 
 
 def test_a_name_that_cannot_be_read_is_an_error(tmp_path):

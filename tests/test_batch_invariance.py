@@ -45,8 +45,8 @@ def model(request, sound_runs):
 def generated(model, prompts, limits, cuts) -> list:
     limits = dict(zip(("batch_tokens", "batch_rows"), limits, strict=True))
     ends = {"max_new_tokens": 12, "stop_tokens": set()}
-    found = dict(generate_greedy(model, prompts, cuts=cuts, **ends, **limits))
-    return [found[i] for i in range(len(prompts))]
+    generated = dict(generate_greedy(model, prompts, cuts=cuts, **ends, **limits))
+    return [generated[i] for i in range(len(prompts))]
 
 
 def whole(model) -> bool:
@@ -84,9 +84,9 @@ def test_a_slot_beside_longer_ones(threads, own, beside, dim):
     generator = torch.Generator().manual_seed(7)
     newest = [torch.randn(1, n, FEWEST_ROWS, dim, generator=generator) for n in (4, 2, 2)]
     torch.set_num_threads(threads)
-    found = mixed([own, own + beside, 5])
+    result = mixed([own, own + beside, 5])
     torch.set_num_threads(1)
-    assert torch.equal(found, mixed([own]))
+    assert torch.equal(result, mixed([own]))
 
 
 @pytest.mark.parametrize("shared", [1, 5, 37, 131, 301])
@@ -106,8 +106,8 @@ def test_what_all_answers_share_among_few_and_many(shared, shape):
             slots.fill(slot, [drawn(slot, 9)])
         slots.step(rows, 0, "cpu")
         query, key, value = (x[:, :, :rows] for x in newest)
-        found = slots.attend(0, query, key, value, scaling=dim**-0.5, window=None)
-        return found[:, :, :FEWEST_ROWS]
+        attended = slots.attend(0, query, key, value, scaling=dim**-0.5, window=None)
+        return attended[:, :, :FEWEST_ROWS]
 
     generator = torch.Generator().manual_seed(7)
     newest = [torch.randn(1, n, 64, dim, generator=generator) for n in (heads, groups, groups)]
@@ -126,5 +126,5 @@ def test_log_likelihood(model, limits):
     alone = [next(iter(option_loglikelihoods(model, [item], batch_tokens=1)))[1] for item in items]
     order = [3, 0, 7, 5, 2, 6, 4, 1]
     turned = [items[i] for i in order]
-    found = dict(option_loglikelihoods(model, turned, batch_tokens=limits[0]))
-    assert [found[order.index(i)] for i in range(len(items))] == alone
+    scores = dict(option_loglikelihoods(model, turned, batch_tokens=limits[0]))
+    assert [scores[order.index(i)] for i in range(len(items))] == alone

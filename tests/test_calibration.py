@@ -40,12 +40,12 @@ def alone(model, items):
 
 @pytest.mark.parametrize("batch_tokens", [64, 100, 10_000])
 def test_padding_never_enters_a_statistic(model, items, batch_tokens):
-    found = calibration.run_calibration(model, items, batch_tokens=batch_tokens)
+    statistics = calibration.run_calibration(model, items, batch_tokens=batch_tokens)
     expected = alone(model, items)
-    assert set(found) == set(expected)
+    assert set(statistics) == set(expected)
     for name, absmax in expected.items():
-        torch.testing.assert_close(found[name].absmax, absmax, rtol=1e-4, atol=1e-5)
-        assert found[name].tokens == sum(map(len, items))
+        torch.testing.assert_close(statistics[name].absmax, absmax, rtol=1e-4, atol=1e-5)
+        assert statistics[name].tokens == sum(map(len, items))
 
 
 def test_the_check_would_see_padding(model, items, monkeypatch):
@@ -63,10 +63,10 @@ def test_the_check_would_see_padding(model, items, monkeypatch):
 
 
 def test_every_linear_but_the_head_is_seen(model, items):
-    found = calibration.run_calibration(model, items, batch_tokens=64)
+    statistics = calibration.run_calibration(model, items, batch_tokens=64)
     linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    assert set(found) == set(linears) - {"lm_head"}
-    assert len(found) == 7 * model.config.num_hidden_layers
+    assert set(statistics) == set(linears) - {"lm_head"}
+    assert len(statistics) == 7 * model.config.num_hidden_layers
 
 
 def test_the_model_is_left_as_it_was(model, items):
@@ -78,17 +78,17 @@ def test_the_model_is_left_as_it_was(model, items):
 
 def test_the_loudest_item_is_named(model, items):
     name = "model.layers.1.mlp.down_proj"
-    found = calibration.run_calibration(model, items, batch_tokens=64)
+    statistics = calibration.run_calibration(model, items, batch_tokens=64)
     peaks = [alone(model, [item])[name].max().item() for item in items]
-    assert found[name].argmax_item == int(np.argmax(peaks))
+    assert statistics[name].argmax_item == int(np.argmax(peaks))
 
 
 def test_saved_statistics_come_back(model, items, tmp_path):
-    found = calibration.run_calibration(model, items, batch_tokens=64)
-    calibration.save_calibration(tmp_path / "a.safetensors", found)
+    statistics = calibration.run_calibration(model, items, batch_tokens=64)
+    calibration.save_calibration(tmp_path / "a.safetensors", statistics)
     loaded = calibration.load_absmax(tmp_path / "a.safetensors")
-    assert set(loaded) == set(found)
-    assert all(torch.equal(loaded[n], found[n].absmax) for n in found)
+    assert set(loaded) == set(statistics)
+    assert all(torch.equal(loaded[n], statistics[n].absmax) for n in statistics)
 
 
 def test_a_histogram_counts_every_value_once():

@@ -35,13 +35,13 @@ def made(request, model, tokenizer, items, tmp_path):
     """(variant, float weights after smoothing, calibrated maxima, checkpoint folder, model)."""
     variant = VARIANTS[request.param]
     statistics = run_calibration(model, items, batch_tokens=64)
-    absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
+    smoothed = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    compression.quantize_variant_(model, variant, absmax, done)
+    compression.quantize_variant_(model, variant, absmax, smoothed)
     folder = tmp_path / "checkpoint"
     compression.save_checkpoint(model, tokenizer, folder)
-    return variant, weights, smoothed_absmax(absmax, done), folder, model
+    return variant, weights, smoothed_absmax(absmax, smoothed), folder, model
 
 
 all_variants = pytest.mark.parametrize("made", VARIANTS, indirect=True)
@@ -99,9 +99,9 @@ def test_int8_layers_equal_the_simulation_layer_by_layer(made, items):
         simulated(torch.tensor([items[0]]))
         assert seen
         for name, (x, expected) in seen.items():
-            found = fast.get_submodule(name)(x)
+            output = fast.get_submodule(name)(x)
             scale = expected.abs().max().item()
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * scale)
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * scale)
 
 
 @all_variants
@@ -120,21 +120,21 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
 
     variant = VARIANTS["smoothquant_w8a8"]
     statistics = run_calibration(model, items, batch_tokens=64)
-    absmax = {name: found.absmax for name, found in statistics.items()}
-    done = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
+    smoothed = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
     model.save_pretrained(tmp_path / "smoothed")
     theirs = type(model).from_pretrained(tmp_path / "smoothed")
     recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
     oneshot(model=theirs, processor=tokenizer, recipe=recipe)
     theirs.save_pretrained(tmp_path / "theirs", save_compressed=True)
-    compression.quantize_variant_(model, variant, absmax, done)
+    compression.quantize_variant_(model, variant, absmax, smoothed)
     compression.save_checkpoint(model, tokenizer, tmp_path / "ours")
-    expected, found = (
+    expected, tensors = (
         read_checkpoint_tensors(tmp_path / "theirs"),
         read_checkpoint_tensors(tmp_path / "ours"),
     )
-    assert set(found) == set(expected)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
 
 
 def test_an_ignored_name_that_matches_nothing_is_refused(model, items):

@@ -26,13 +26,13 @@ def linears(model) -> list:
 
 def test_every_operation_and_token_is_counted(model):
     before = [dict(m._forward_hooks) for m in linears(model)]
-    made = measure(lambda: (model, None), WORK, threads=1)
+    measured = measure(lambda: (model, None), WORK, threads=1)
     weights = sum(m.weight.numel() for m in linears(model))
-    assert made["linear_operations"] == 2 * weights * WORK.row_tokens
-    assert made["decode_tokens"] == 4 * 5  # the first token of each is the prompt's
-    assert made["linear_bytes"] == sum(p.nbytes for m in linears(model) for p in m.parameters())
-    assert all(made[key] > 0 for key in DURATIONS)
-    assert made["linears_s"] < made["prefill_s"]
+    assert measured["linear_operations"] == 2 * weights * WORK.row_tokens
+    assert measured["decode_tokens"] == 4 * 5  # the first token of each is the prompt's
+    assert measured["linear_bytes"] == sum(p.nbytes for m in linears(model) for p in m.parameters())
+    assert all(measured[key] > 0 for key in DURATIONS)
+    assert measured["linears_s"] < measured["prefill_s"]
     assert [dict(m._forward_hooks) for m in linears(model)] == before
 
 
@@ -41,13 +41,13 @@ def test_an_int8_model_does_the_same_work_and_holds_a_quarter(sound_run, model, 
     with run.outputs():
         folder = run.job.paths.checkpoint("base", "rtn_w8a8")
         load = partial(load_int8, folder, dtype=torch.float32, device="cpu")
-        made = measure(lambda: (load(), None), WORK, threads=1)
+        measured = measure(lambda: (load(), None), WORK, threads=1)
     plain = measure(lambda: (model, None), WORK, threads=1)
-    assert made["linear_operations"] == plain["linear_operations"]
-    assert made["decode_tokens"] == plain["decode_tokens"]
+    assert measured["linear_operations"] == plain["linear_operations"]
+    assert measured["decode_tokens"] == plain["decode_tokens"]
     sizes = [(m.out_features, m.in_features, m.bias) for m in linears(model)]
     scales = sum(4 * out + (4 * out if bias is not None else 0) for out, _, bias in sizes)
-    assert made["linear_bytes"] == sum(out * inner for out, inner, _ in sizes) + scales
+    assert measured["linear_bytes"] == sum(out * inner for out, inner, _ in sizes) + scales
 
 
 def test_what_shares_a_scale_is_read_alone(model, monkeypatch):
@@ -56,9 +56,9 @@ def test_what_shares_a_scale_is_read_alone(model, monkeypatch):
     read = throughput.read
     monkeypatch.setattr(throughput, "read", lambda m, s: rows.append(len(s)) or read(m, s))
     model.scale_scope = "pass"
-    made = measure(lambda: (model, None), WORK, threads=1)
+    measured = measure(lambda: (model, None), WORK, threads=1)
     assert set(rows) == {1}
-    assert made["decode_tokens"] == 5
+    assert measured["decode_tokens"] == 5
 
 
 @pytest.mark.parametrize("budget", [64, 512, 4096])
@@ -131,21 +131,21 @@ def test_the_account_is_complete_and_its_bytes_are_the_files(sound_run):
         job = of(run.job, "int8")
         alone = {name: job.study.variants[name] for name in ("noquant", "rtn_w8a8")}
         job = replace(job, study=job.study.model_copy(update={"variants": alone}))
-        found = configurations.measured_configurations(job)
-        rounds = {name: [measure(w.load, WORK, threads=1)] * 3 for name, w in found.items()}
+        by_name = configurations.measured_configurations(job)
+        rounds = {name: [measure(w.load, WORK, threads=1)] * 3 for name, w in by_name.items()}
         shapes = configurations.linear_shapes(job)
         rounds[configurations.PEAKS] = [
             gemm_peak.gemm_peaks(shapes, rows=16, threads=1, device="cpu")
         ] * 3
-        told = configurations.cost_report(job, found, rounds, throughput.workload_sizes(WORK))
+        report = configurations.cost_report(job, by_name, rounds, throughput.workload_sizes(WORK))
         checkpoint, source = job.paths.checkpoint("base", "rtn_w8a8"), run.root / "source"
         sizes = [bytes_in_headers(f) for f in (source, source, checkpoint)]
         digest = variant_digest(replace(job, variant="rtn_w8a8"))
         assert variant_digest(replace(job, variant="noquant")) != digest
-    assert [sum(w["file_bytes"].values()) for w in told["ways"]] == sizes
-    assert {len(w[key]) for w in told["ways"] for key in (*DURATIONS, "peak_memory_bytes")} == {3}
-    assert {len(values) for values in told["peaks"].values()} == {3}
-    assert told["ways"][1]["linear_bytes"][0] * 2 == told["ways"][0]["linear_bytes"][0]
+    assert [sum(w["file_bytes"].values()) for w in report["ways"]] == sizes
+    assert {len(w[key]) for w in report["ways"] for key in (*DURATIONS, "peak_memory_bytes")} == {3}
+    assert {len(values) for values in report["peaks"].values()} == {3}
+    assert report["ways"][1]["linear_bytes"][0] * 2 == report["ways"][0]["linear_bytes"][0]
     assert len(shapes) == len(linear_names(load_config(source))) - 1
 
 
@@ -179,7 +179,7 @@ def test_a_device_without_the_product_has_no_limit_in_it(monkeypatch):
     monkeypatch.setattr(gemm_peak.int8_matmul, "multiply", refuse)
     monkeypatch.setattr(gemm_peak, "SECONDS_A_SHAPE", 0)
     monkeypatch.setattr(gemm_peak, "SQUARE", 32)
-    found = gemm_peak.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")
-    assert found["int8"] is None
-    assert found["float32"] > 0
-    assert found["bfloat16"] > 0
+    peaks = gemm_peak.gemm_peaks([(16, 32)], rows=16, threads=1, device="cpu")
+    assert peaks["int8"] is None
+    assert peaks["float32"] > 0
+    assert peaks["bfloat16"] > 0

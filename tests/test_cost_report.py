@@ -20,10 +20,10 @@ __all__ = ["make_job"]  # a fixture
 def costs(study):
     """make(edit): the made-up cost of the tests' study, edited."""
 
-    def make(edit=lambda told: None) -> Cost:
-        told = account(study, "base")
-        edit(told)
-        return Cost(told, record={})
+    def make(edit=lambda measurements: None) -> Cost:
+        measurements = account(study, "base")
+        edit(measurements)
+        return Cost(measurements, record={})
 
     return make
 
@@ -35,27 +35,27 @@ def named(told: dict, name: str) -> dict:
 def test_ratios_are_taken_round_by_round(costs):
     """Each round of the other is half as long, however long the rounds themselves are."""
 
-    def slow_second_round(told):
-        named(told, "noquant float32")["prefill_s"] = [1.0, 9.0, 1.0]
-        named(told, "rtn_w8a8 float32")["prefill_s"] = [0.5, 4.5, 0.5]
+    def slow_second_round(seconds):
+        named(seconds, "noquant float32")["prefill_s"] = [1.0, 9.0, 1.0]
+        named(seconds, "rtn_w8a8 float32")["prefill_s"] = [0.5, 4.5, 0.5]
 
     cost = costs(slow_second_round)
-    way = next(w for w in cost.others if w.variant == "rtn_w8a8")
-    found = cost.ratio(way, "prefill", cost.reference)
-    assert (found.value, found.low, found.high) == (2, 2, 2)
-    measured = cost.measured(way, "prefill")
+    configuration = next(w for w in cost.others if w.variant == "rtn_w8a8")
+    ratio = cost.ratio(configuration, "prefill", cost.reference)
+    assert (ratio.value, ratio.low, ratio.high) == (2, 2, 2)
+    measured = cost.measured(configuration, "prefill")
     assert (measured.value, measured.low, measured.high) == (2000, 1000 / 4.5, 2000)
     assert "**The machine was not quiet**" in cost_chapter.measurement_note(cost)
 
 
 def test_the_gain_is_told_in_bytes_and_tokens_a_second(costs):
-    told = cost_chapter.gain_bullets(costs())
-    line = next(x for x in told.splitlines() if "`rtn_w8a8`" in x)
+    lines = cost_chapter.gain_bullets(costs())
+    line = next(x for x in lines.splitlines() if "`rtn_w8a8`" in x)
     assert "40.1 % of `noquant`'s bytes on disk" in line  # 2,008,000 of 5,008,000
     assert "its Linears take 26.5 % of float32's memory" in line
     assert "reads 1,818 tokens per second, faster than float32 (2.00×)" in line
     assert "within the spread of bfloat16" in line
-    assert "slower" not in told
+    assert "slower" not in lines
     assert "not quiet" not in cost_chapter.measurement_note(costs())
 
 
@@ -67,10 +67,10 @@ def test_a_slower_variant_is_called_slower(costs):
 
 
 def test_what_was_not_measured_is_named_with_its_reason(costs):
-    told = cost_chapter.gain_bullets(
-        costs(lambda told: told.update(left_out={"x": "runs in float"}))
+    lines = cost_chapter.gain_bullets(
+        costs(lambda lines: lines.update(left_out={"x": "runs in float"}))
     )
-    assert "- `x` runs in float; it was not measured." in told
+    assert "- `x` runs in float; it was not measured." in lines
 
 
 def test_a_processor_without_units_is_said_to_save_memory_only(costs):
@@ -108,16 +108,18 @@ def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs)
 
 
 def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
-    def elsewhere(told):
-        told["peaks"]["int8"] = [None, None, None]
-        for w in told["ways"]:
+    def elsewhere(seconds):
+        seconds["peaks"]["int8"] = [None, None, None]
+        for w in seconds["ways"]:
             w["linears_s"] = [None, None, None]
 
     cost = costs(elsewhere)
     assert "no product in int8" in cost_chapter.limit_note(cost)
     row = next(r for r in cost_tables.limit_table(cost) if r["variant"] == "`rtn_w8a8`")
     assert {row["bare product [GOP/s]"], row["time in Linears"]} == {"–"}
-    assert cost_chapter.model_section(cost, [way.variant for way in cost.others])
+    assert cost_chapter.model_section(
+        cost, [configuration.variant for configuration in cost.others]
+    )
 
 
 def test_a_study_without_the_measurement_reports_and_names_it_missing(make_job):
@@ -150,17 +152,19 @@ def test_a_trained_model_shares_the_cost_of_its_start(make_job):
 def test_a_cost_of_other_files_is_refused(make_job):
     job = make_job()
     path = job.paths.cost("base") / "record.json"
-    found = read_json(path, made_by="")
-    found["inputs"]["static"] = "files of something else"
-    write_json(path, found)
+    record = read_json(path, made_by="")
+    record["inputs"]["static"] = "files of something else"
+    write_json(path, record)
     with pytest.raises(StudyError, match="base: the cost of static was measured on other files"):
         load_results(job)
 
 
 def test_the_chapter_needs_no_torch():
     code = "import sys, helpers.report.cost_chapter; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    process = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert process.stdout.strip() == "False"
 
 
 def test_a_study_that_leaves_cost_out_says_so(make_job):

@@ -55,9 +55,9 @@ def operands(rows, inner, outer):
 def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
     a, weight = operands(*shape)
     (packed,) = int8_cuda.pack_cuda(weight)
-    found = int8_cuda.multiply_cuda(a, packed)
-    assert found.shape == (len(a), len(weight))
-    assert torch.equal(found.long(), a.long() @ weight.long().t())
+    product = int8_cuda.multiply_cuda(a, packed)
+    assert product.shape == (len(a), len(weight))
+    assert torch.equal(product.long(), a.long() @ weight.long().t())
     rows, inner, outer = cublas[0]
     assert (rows, inner % 16, outer % 16) == (max(17, len(a)), 0, 0)
 
@@ -66,8 +66,8 @@ def test_the_product_is_padded_and_only_ours_is_returned(cublas, shape):
 def test_the_largest_sums_are_exact(cublas, shape):
     rows, inner, outer = shape
     a, weight = (torch.full((n, inner), -128, dtype=torch.int8) for n in (rows, outer))
-    found = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
-    assert torch.equal(found, torch.full((rows, outer), inner * 2**14, dtype=torch.int32))
+    product = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
+    assert torch.equal(product, torch.full((rows, outer), inner * 2**14, dtype=torch.int32))
 
 
 def test_a_packed_weight_is_the_weight(cublas):
@@ -89,8 +89,8 @@ def test_the_stand_in_refuses_what_the_device_would(cublas):
 def test_operands_that_are_not_contiguous_are_made_so(cublas):
     a, weight = operands(40, 64, 24)
     a, weight = a.t().contiguous().t(), weight.t().contiguous().t()
-    found = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
-    assert torch.equal(found.long(), a.long() @ weight.long().t())
+    product = int8_cuda.multiply_cuda(a, *int8_cuda.pack_cuda(weight))
+    assert torch.equal(product.long(), a.long() @ weight.long().t())
 
 
 def test_off_the_card_nothing_is_fused():

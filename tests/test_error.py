@@ -42,8 +42,8 @@ def test_the_curve_with_smoothing_is_that_of_the_smoothed_model(family, preset):
     limits = smoothed_absmax(absmax, done)
     expected = sqnr_with_and_without(smoothed, texts(), plain, limits, alphas)["without smoothing"]
     assert set(curves["with smoothing"]) == set(expected)
-    for name, found in curves["with smoothing"].items():
-        assert found == pytest.approx(expected[name], abs=0.2), name  # dB; ties may round apart
+    for name, result in curves["with smoothing"].items():
+        assert result == pytest.approx(expected[name], abs=0.2), name  # dB; ties may round apart
     assert curves["with smoothing"] != curves["without smoothing"]
 
 

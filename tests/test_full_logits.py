@@ -152,8 +152,8 @@ def test_a_baseline_apart_from_itself_and_wrong_means_are_caught(evaluated):
     rows, _ = evaluated("noquant")
     apart = [row | {"kl": 1e-3} for row in rows]
     means = shared_text_metrics(rows)
-    found = failed(recomputed_gates(apart, means, None, is_baseline=True))
-    assert {"the baseline against itself", "means of the passages", AGAIN} <= found
+    failing = failed(recomputed_gates(apart, means, None, is_baseline=True))
+    assert {"the baseline against itself", "means of the passages", AGAIN} <= failing
     by_passage = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
     other = means | {"perplexity": 2.718281828 ** (1.01 * by_passage)}
     assert "means of the passages" in failed(recomputed_gates(rows, other, None, is_baseline=True))
@@ -177,6 +177,6 @@ def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkey
 
     turned = swapped(perplexity.plain_tokens, "ez")
     monkeypatch.setattr(perplexity, "plain_tokens", turned)
-    found = failed(evaluated("noquant")[1])
-    assert "passages read token by token" in found
-    assert "token counts of the passages" not in found
+    failing = failed(evaluated("noquant")[1])
+    assert "passages read token by token" in failing
+    assert "token counts of the passages" not in failing

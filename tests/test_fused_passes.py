@@ -212,16 +212,18 @@ def test_an_evaluation_is_the_same_by_every_way(sound_run, family, variant, monk
     own = set(processors.features())
     with run.outputs():
         folder = run.job.paths.checkpoint("base", variant)
-        for way in int8_matmul.CPU_PRODUCTS.values():
+        for cpu_product in int8_matmul.CPU_PRODUCTS.values():
             for fused in (True, False):
-                if way.features and not own & set(way.features):
+                if cpu_product.features and not own & set(cpu_product.features):
                     continue
-                monkeypatch.setattr(int8_matmul, "cpu_product", lambda way=way: way)
+                monkeypatch.setattr(
+                    int8_matmul, "cpu_product", lambda cpu_product=cpu_product: cpu_product
+                )
                 if not fused:
                     monkeypatch.setattr(int8_passes, "are_available", lambda: False)
                 model = load_int8(folder, dtype=torch.float32, device="cpu")
                 states = read_passages(model, texts, batch_tokens=64)
-                seen[way.name, fused] = states.hidden.numpy().tobytes()
+                seen[cpu_product.name, fused] = states.hidden.numpy().tobytes()
                 monkeypatch.undo()
     assert len(seen) >= 2
     assert len(set(seen.values())) == 1

@@ -91,8 +91,8 @@ def test_every_label_is_read_as_itself(labels, which):
     labels = tuple(dict.fromkeys(valid_unicode(x).strip().rstrip(".").casefold() for x in labels))
     assume(all(x.strip() for x in labels))
     gold = labels[which % len(labels)]
-    asked = Item("i", "q", (gold,), options=labels, labels=labels)
-    assert said(asked, "arc", gold)["score"] == 1.0
+    question = Item("i", "q", (gold,), options=labels, labels=labels)
+    assert said(question, "arc", gold)["score"] == 1.0
 
 
 @repeatable
@@ -108,8 +108,8 @@ def test_white_space_around_an_answer_changes_nothing(text, adapter, space):
 @given(st.text(string.ascii_letters + string.punctuation + " ", max_size=20))
 def test_the_case_of_letters_changes_no_score_of_words(text):
     for adapter, golds in (("squad_v2", ("Red Fox", "a")), ("arc", ("A",)), ("boolq", ("yes",))):
-        asked = item(adapter, *golds)
-        scores = {said(asked, adapter, t)["score"] for t in (text, text.upper(), text.lower())}
+        question = item(adapter, *golds)
+        scores = {said(question, adapter, t)["score"] for t in (text, text.upper(), text.lower())}
         assert len(scores) == 1
 
 
@@ -124,10 +124,10 @@ def test_another_whole_number_is_wrong_in_any_company(gold, other, dress, before
     assume(gold != other)
     text = valid_unicode(before + dress.format(other) + after)
     assume(str(gold).lstrip("-") not in text.replace(",", ""))
-    made = said(item("openmath", str(gold)), "openmath", text)
+    prediction = said(item("openmath", str(gold)), "openmath", text)
     value = parse_number(text)
     assert value is None or abs(value - gold) > 0
-    assert made["score"] == 0.0
+    assert prediction["score"] == 0.0
 
 
 LIKE_DIGITS = [
@@ -167,10 +167,10 @@ def test_a_word_that_changes_the_number_is_no_unit(word):
 def test_an_answer_without_words_matches_no_gold_but_itself(text):
     """Without this any article is the right answer to `A`, and any dash to `?`."""
     text = valid_unicode(text)
-    asked = item("squad_v2", "A", "?!")
-    made = said(asked, "squad_v2", text)
+    question = item("squad_v2", "A", "?!")
+    prediction = said(question, "squad_v2", text)
     right = text.strip().casefold() in ("a", "?!")
-    assert made["score"] == float(right)
+    assert prediction["score"] == float(right)
 
 
 MEGABYTE = {
@@ -224,13 +224,13 @@ def test_a_megabyte_is_read_in_a_second_or_so():
 def test_hostile_answers_survive_the_disk(study, tmp_path):
     """Every piece, as rows of a study, written and read as the stages do it."""
     rows = {}
-    for name, wanted in study.evaluation.datasets.items():
+    for name, evaluation_set in study.evaluation.datasets.items():
         rows[name] = [
-            said(item(wanted.adapter), wanted.adapter, text, answer="text")
+            said(item(evaluation_set.adapter), evaluation_set.adapter, text, answer="text")
             | {"id": f"{i}", "prompt_hash": "h", "prompt_tokens": 1, "output_tokens": 1}
             for i, text in enumerate(PIECES)
         ]
     write_predictions(tmp_path, rows, [], model="base", variant="noquant")
-    found = read_predictions(tmp_path, study)
+    predictions = read_predictions(tmp_path, study)
     owner = {"model": "base", "variant": "noquant"}
-    assert found == {name: [row | owner for row in made] for name, made in rows.items()}
+    assert predictions == {name: [row | owner for row in of_set] for name, of_set in rows.items()}

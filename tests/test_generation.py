@@ -25,9 +25,9 @@ PROMPTS = prompts()
 def answers(model, asked=PROMPTS, *, stop=frozenset(), cap=CAP, tokens=10**6, rows=64, **more):
     ends = {"max_new_tokens": cap, "stop_tokens": set(stop)}
     limits = {"batch_tokens": tokens, "batch_rows": rows}
-    found = dict(generate_greedy(model, asked, **ends, **limits, **more))
-    assert sorted(found) == list(range(len(asked)))
-    return [found[i] for i in range(len(asked))]
+    generated = dict(generate_greedy(model, asked, **ends, **limits, **more))
+    assert sorted(generated) == list(range(len(asked)))
+    return [generated[i] for i in range(len(asked))]
 
 
 @torch.inference_mode()
@@ -65,10 +65,10 @@ def test_answers_are_those_of_transformers(endless):
 
 
 def test_answers_with_stop_tokens_are_those_of_transformers(endless, stop):
-    found = answers(endless, stop=stop)
-    assert found == [reference(endless, p, stop=stop) for p in PROMPTS]
-    assert {answer.finish_reason for answer in found} >= {"stop"}
-    assert found[1] == GeneratedAnswer([], "stop")
+    generated = answers(endless, stop=stop)
+    assert generated == [reference(endless, p, stop=stop) for p in PROMPTS]
+    assert {answer.finish_reason for answer in generated} >= {"stop"}
+    assert generated[1] == GeneratedAnswer([], "stop")
 
 
 def test_different_prompts_get_different_answers(endless):
@@ -96,16 +96,16 @@ def test_shared_beginnings_change_no_answer(endless, stop):
 def test_an_answer_ends_when_it_is_complete(endless):
     free = answers(endless)
     end = free[3].tokens[4]
-    found = answers(endless, complete=lambda tokens: tokens[-1] == end)
-    for answer, whole in zip(found, free, strict=True):
+    generated = answers(endless, complete=lambda tokens: tokens[-1] == end)
+    for answer, whole in zip(generated, free, strict=True):
         place = whole.tokens.index(end) + 1 if end in whole.tokens else CAP
         reason = "answer" if end in whole.tokens else "length"
         assert answer == GeneratedAnswer(whole.tokens[:place], reason)
 
 
 def test_order_changes_no_answer(endless, stop):
-    found = answers(endless, PROMPTS[::-1], stop=stop)
-    assert found == answers(endless, stop=stop)[::-1]
+    generated = answers(endless, PROMPTS[::-1], stop=stop)
+    assert generated == answers(endless, stop=stop)[::-1]
 
 
 def test_an_answer_ends_before_its_stop_token(endless, stop):

@@ -70,9 +70,9 @@ def test_what_a_part_found_before_it_broke_is_kept(tmp_path, monkeypatch):
     )
     fake.chmod(0o755)
     monkeypatch.setattr(gpu_check.sys, "executable", str(fake))
-    found = gpu_check.started("card", 1, options(tmp_path), False)
-    assert (found["found"], found["complete"]) == (1, False)
-    assert found["ended"] == "stopped after 1 s"
+    outcome = gpu_check.started("card", 1, options(tmp_path), False)
+    assert (outcome["found"], outcome["complete"]) == (1, False)
+    assert outcome["ended"] == "stopped after 1 s"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parts are forks on Linux alone")
@@ -93,8 +93,8 @@ def test_a_fork_that_hangs_or_breaks_ends_alone_and_leaves_its_numbers(
 
     monkeypatch.setattr(gpu_check, "run_part", run_part)
     monkeypatch.setattr(gpu_check, "GRACE_S", 0)
-    found = gpu_check.started("card", 1, options(tmp_path), True)
-    assert (found["found"], found["complete"], found["ended"]) == (1, False, ended)
+    outcome = gpu_check.started("card", 1, options(tmp_path), True)
+    assert (outcome["found"], outcome["complete"], outcome["ended"]) == (1, False, ended)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="parts are forks on Linux alone")
@@ -106,8 +106,8 @@ def test_a_device_that_does_not_work_in_forks_is_seen(monkeypatch):
 
 def test_loading_the_parts_does_not_call_cuda():
     """A driver that is called before a fork does not work in the fork."""
-    done = subprocess.run([sys.executable, "-c", LOADING], cwd=PROJECT, capture_output=True)
-    assert done.returncode == 0, done.stderr.decode()
+    process = subprocess.run([sys.executable, "-c", LOADING], cwd=PROJECT, capture_output=True)
+    assert process.returncode == 0, process.stderr.decode()
 
 
 LOADING = """
@@ -169,29 +169,29 @@ def test_a_part_that_was_complete_is_published_whatever_failed_later(tmp_path, m
 def dry(folder, only=""):
     command = [sys.executable, "-m", "benchmarks.gpu_check", "--dry", "--out", str(folder)]
     command += ["--commit", "abc", "--only", only]
-    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    process = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return json.loads((folder / "gpu.json").read_text("utf-8"))["parts"]
 
 
 def test_a_dry_run_of_the_first_parts(tmp_path):
-    found = dry(tmp_path, "card,parity,two_cards")
-    assert found["parity"]["products"]["off"] == []
-    assert found["parity"]["linears alike"]
-    assert found["two_cards"]["outcome"] == "a dry run on the CPU, no card: not run"
+    outcome = dry(tmp_path, "card,parity,two_cards")
+    assert outcome["parity"]["products"]["off"] == []
+    assert outcome["parity"]["linears alike"]
+    assert outcome["two_cards"]["outcome"] == "a dry run on the CPU, no card: not run"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["gpu.json", "report.md"]
 
 
 @pytest.mark.long
 def test_a_whole_dry_run(tmp_path):
     """The same code as on a card; what holds of a CPU is asserted."""
-    found = dry(tmp_path)
-    assert list(found) == list(gpu_check.PARTS)
-    rows = found["company"]["among others and alone"]
+    outcome = dry(tmp_path)
+    assert list(outcome) == list(gpu_check.PARTS)
+    rows = outcome["company"]["among others and alone"]
     assert {
         row["log-probabilities that differ"] for row in rows if "float32" in row["runs in"]
     } == {0}
-    assert found["smoke"]["what must not differ does not"]
-    assert found["smoke"]["gates of smoothquant_w8a8 on the device"]["failed"] == []
-    assert found["memory"]["room for half a batch"]["outcome"] == "24 of 24 items answered"
-    assert "set evaluation.batch to" in found["memory"]["too little room"]["outcome"]
+    assert outcome["smoke"]["what must not differ does not"]
+    assert outcome["smoke"]["gates of smoothquant_w8a8 on the device"]["failed"] == []
+    assert outcome["memory"]["room for half a batch"]["outcome"] == "24 of 24 items answered"
+    assert "set evaluation.batch to" in outcome["memory"]["too little room"]["outcome"]

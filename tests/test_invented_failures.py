@@ -113,8 +113,8 @@ def test_what_a_report_says_in_words(figures, case):
     text = (DEMO / "report.md").read_text("utf-8")
     changed = re.sub(pattern, said, text, count=1)
     assert changed != text
-    told = figures(changed)
-    assert any(named in line for line in told), told
+    lines = figures(changed)
+    assert any(named in line for line in lines), lines
 
 
 @pytest.fixture(scope="module")
@@ -128,16 +128,16 @@ def figures(demo):
 
     study = load_study("demo")
     published = read_json(demo / "demo" / "summary.json", made_by="the test")
-    found = read_answers(demo / "demo" / "answers", study)
+    answers_read = read_answers(demo / "demo" / "answers", study)
     rows = comparison_rows(
-        study, found.answers, module._published_p_values(published["comparisons"])
+        study, answers_read.answers, module._published_p_values(published["comparisons"])
     )
-    again = RecomputedFigures(found, rows, published)
+    again = RecomputedFigures(answers_read, rows, published)
 
     def wrong(text: str) -> list[str]:
-        told = module.wrong_sentences(text, again) + module.wrong_chapters(text, again)
-        told += module.wrong_costs(text)
-        return told + module.wrong_records(text, again, demo / "demo" / "notebooks")
+        lines = module.wrong_sentences(text, again) + module.wrong_chapters(text, again)
+        lines += module.wrong_costs(text)
+        return lines + module.wrong_records(text, again, demo / "demo" / "notebooks")
 
     assert wrong((DEMO / "report.md").read_text("utf-8")) == []
     return wrong
@@ -160,9 +160,9 @@ def asked(study_path):
     study, tokenizer = open_job(study_path).study, settled_tokenizer()
 
     def told(name: str) -> str:
-        wanted = study.evaluation.datasets[name]
+        evaluation_set = study.evaluation.datasets[name]
         shown = [a.shown for a in render_items_again(study, tokenizer, tokenizer)[name]]
-        gate = contents_gate(wanted, shown)
+        gate = contents_gate(evaluation_set, shown)
         return "" if gate.passed else gate.measured
 
     return study, told
@@ -186,8 +186,8 @@ def sorted_options(item, adapter):
 
 
 def cut_contexts(tokenizer, asked):
-    made = TRUE_OPTION_TOKENS(tokenizer, asked)
-    return replace(made, context=made.context[-20:], cuts=())
+    tokens = TRUE_OPTION_TOKENS(tokenizer, asked)
+    return replace(tokens, context=tokens.context[-20:], cuts=())
 
 
 def no_room(tokenizer, messages):
@@ -223,10 +223,10 @@ PROMPTS = {
 @pytest.mark.parametrize("case", PROMPTS)
 def test_prompts_that_lack_a_part(asked, monkeypatch, case):
     place, name, failure, dataset, words = PROMPTS[case]
-    _, told = asked
-    assert told(dataset) == ""
+    _, missing = asked
+    assert missing(dataset) == ""
     monkeypatch.setattr(place, name, failure)
-    assert words in told(dataset)
+    assert words in missing(dataset)
 
 
 @pytest.mark.bank("tokens", "BoolQ's questions without passages", "prompts hold what they announce")
@@ -235,14 +235,14 @@ def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     made = {"adapter": "boolq", "source": {"shipped": "boolq"}, "items": 4, "ask": ask}
     study_settings["evaluation"]["datasets"]["boolq"] = made
     study, tokenizer = open_job(write_study(study_settings)).study, settled_tokenizer()
-    wanted = study.evaluation.datasets["boolq"]
+    evaluation_set = study.evaluation.datasets["boolq"]
 
     def shown():
         return [a.shown for a in render_items_again(study, tokenizer, tokenizer)["boolq"]]
 
-    assert contents_gate(wanted, shown()).passed
+    assert contents_gate(evaluation_set, shown()).passed
     monkeypatch.setattr(prompts, "loglikelihood_prompt", without_passage)
-    assert "its passage" in contents_gate(wanted, shown()).measured
+    assert "its passage" in contents_gate(evaluation_set, shown()).measured
 
 
 @pytest.mark.bank("items", "items drawn by another seed", "items as the seed draws them", at=DRAW)
@@ -259,10 +259,12 @@ def test_a_draw_that_the_seed_does_not_make(asked, dataset):
 )
 def test_a_draw_of_some_of_the_items(asked):
     study, _ = asked
-    wanted = study.evaluation.datasets["squad_v2"]
-    pool = item_pool(wanted)
+    evaluation_set = study.evaluation.datasets["squad_v2"]
+    pool = item_pool(evaluation_set)
     able = [item for item in pool if item.golds]
-    chosen = sampling.draw_items(able, wanted.items, seed=study.seed, excluding=(), label="x")
+    chosen = sampling.draw_items(
+        able, evaluation_set.items, seed=study.seed, excluding=(), label="x"
+    )
     assert not draw_gate(chosen, pool, seed=study.seed).passed
 
 
@@ -325,10 +327,10 @@ def misread(wanted, row) -> str:
 def test_answers_that_say_otherwise(asked, case):
     study, _ = asked
     row, words = ANSWERS[case]
-    wanted = study.evaluation.datasets["squad_v2"]
-    assert words in misread(wanted, row)
+    evaluation_set = study.evaluation.datasets["squad_v2"]
+    assert words in misread(evaluation_set, row)
     sound = answer(r"In \boxed{the Mill}.", "answered", 1.0)
-    assert misread(wanted, sound) == ""
+    assert misread(evaluation_set, sound) == ""
 
 
 @pytest.mark.parametrize("said", ["The Mill!", "a mill on the river", "Harlow", "mill, mill"])
@@ -399,8 +401,8 @@ def test_a_loss_on_other_tokens(trained, failure):
     examples = [chat_conversations.training_tokens(tokenizer, item) for item in items]
     examples = [failure(*e) for e in examples]
     loss = heldout_loss(load_model(folder, runtime), examples, batch_items=2)
-    told = {"heldout_loss_after": loss}
-    gate = training_gates.loss_gate(folder, tokenizer, items, told, dtype="float32")
+    recorded = {"heldout_loss_after": loss}
+    gate = training_gates.loss_gate(folder, tokenizer, items, recorded, dtype="float32")
     assert gate.passed == (failure is on_its_tokens), gate.measured
 
 

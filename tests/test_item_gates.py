@@ -163,11 +163,11 @@ def test_drawing_them_all_the_same_is_named_and_counted(training_reworded, monke
     drawn = calibration_items(study)
     if use == "training":
         drawn = [item for part in training_items(study, "tuned") for item in part]
-    told = [item for item in drawn if item.id in reworded_ids]
+    reworded_items = [item for item in drawn if item.id in reworded_ids]
     gate = leakage_gate(evaluation_items(study, "mine"), {use: drawn})
-    assert told
+    assert reworded_items
     assert not gate.passed
-    assert f"{len(told)} in other words" in gate.measured
+    assert f"{len(reworded_items)} in other words" in gate.measured
     assert f"in other words in {use}" in gate.measured
 
 
@@ -207,10 +207,11 @@ def test_golds_shifted_by_a_row_before_the_adapter_are_caught(monkeypatch):
     true = rows._json_lines
 
     def shifted_rows(data, place):
-        found = true(data, place)
-        golds = [row["answer"] for row in found]
+        result = true(data, place)
+        golds = [row["answer"] for row in result]
         return [
-            row | {"answer": gold} for row, gold in zip(found, golds[-1:] + golds[:-1], strict=True)
+            row | {"answer": gold}
+            for row, gold in zip(result, golds[-1:] + golds[:-1], strict=True)
         ]
 
     monkeypatch.setattr(rows, "_json_lines", shifted_rows)
@@ -241,6 +242,6 @@ def test_no_row_is_known_by_its_place(write_rows):
         raw_digests(FileDataset(file=write_rows(r, f"{k}.jsonl")), adapter="openmath")
         for k, r in enumerate((rows, spaced))
     )
-    assert {d for found in one.values() for d in found} == {
-        d for found in other.values() for d in found
+    assert {d for result in one.values() for d in result} == {
+        d for result in other.values() for d in result
     }

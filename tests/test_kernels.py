@@ -31,11 +31,11 @@ def suited(way) -> bool:
 @pytest.fixture(params=int8_matmul.CPU_PRODUCTS)
 def way(request, monkeypatch):
     """Each way in turn, as the one that the process uses."""
-    found = int8_matmul.CPU_PRODUCTS[request.param]
-    if not suited(found):
-        pytest.skip(f"this processor has none of {', '.join(found.features)}")
-    monkeypatch.setattr(int8_matmul, "cpu_product", lambda: found)
-    return found
+    cpu_product = int8_matmul.CPU_PRODUCTS[request.param]
+    if not suited(cpu_product):
+        pytest.skip(f"this processor has none of {', '.join(cpu_product.features)}")
+    monkeypatch.setattr(int8_matmul, "cpu_product", lambda: cpu_product)
+    return cpu_product
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (5, 7, 13), *WORST])

@@ -49,9 +49,9 @@ def plain(model, item: OptionTokens) -> list[float]:
 
 
 def scored(model, items, batch_tokens: int = 4096) -> list[list[float]]:
-    found = dict(option_loglikelihoods(model, items, batch_tokens=batch_tokens))
-    assert sorted(found) == list(range(len(items)))
-    return [found[i] for i in range(len(items))]
+    scores = dict(option_loglikelihoods(model, items, batch_tokens=batch_tokens))
+    assert sorted(scores) == list(range(len(items)))
+    return [scores[i] for i in range(len(items))]
 
 
 def assert_close(found, expected, tolerance: float):
@@ -69,8 +69,8 @@ def test_packed_scores_are_those_of_plain_passes(exact_model, attention):
 
 
 def test_float32_scores_are_near_the_exact_ones(model):
-    found = scored(model, ITEMS)
-    assert_close(found, [plain(model.double(), item) for item in ITEMS], 1e-3)
+    scores = scored(model, ITEMS)
+    assert_close(scores, [plain(model.double(), item) for item in ITEMS], 1e-3)
 
 
 def sharing(begin: int, *lengths: int) -> list[OptionTokens]:
@@ -103,9 +103,9 @@ def test_the_batch_changes_nothing(model, batch_tokens):
 
 def test_the_order_of_items_changes_nothing(model):
     order = [3, 0, 5, 2, 4, 1]
-    found = scored(model, [ITEMS[i] for i in order])
+    scores = scored(model, [ITEMS[i] for i in order])
     expected = scored(model, ITEMS)
-    assert_close(found, [expected[i] for i in order], 1e-4)
+    assert_close(scores, [expected[i] for i in order], 1e-4)
 
 
 def test_the_order_of_options_changes_nothing(exact_model):
@@ -119,23 +119,23 @@ def test_an_option_does_not_see_its_neighbours(exact_model):
     for k, option in enumerate(item.options):
         among = OptionTokens(item.context, [other.options[0], option, other.options[1]])
         alone = OptionTokens(item.context, [option])
-        (_, found, _), (expected,) = (
+        (_, result, _), (expected,) = (
             scored(exact_model, [among])[0],
             scored(exact_model, [alone])[0],
         )
-        assert found == pytest.approx(expected, abs=1e-5), k
+        assert result == pytest.approx(expected, abs=1e-5), k
 
 
 def test_equal_options_score_equally(exact_model):
     option = made(8, 1, 6).options[0]
-    (found,) = scored(exact_model, [OptionTokens(ITEMS[0].context, [option] * 3)])
-    assert found == pytest.approx([found[0]] * 3, abs=1e-9)
+    (scores,) = scored(exact_model, [OptionTokens(ITEMS[0].context, [option] * 3)])
+    assert scores == pytest.approx([scores[0]] * 3, abs=1e-9)
 
 
 def test_the_probabilities_of_all_next_tokens_sum_to_one(exact_model):
     item = OptionTokens(ITEMS[0].context, [[token] for token in range(259)])
-    (found,) = scored(exact_model, [item])
-    assert math.fsum(map(math.exp, found)) == pytest.approx(1.0, abs=1e-5)
+    (scores,) = scored(exact_model, [item])
+    assert math.fsum(map(math.exp, scores)) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_each_token_is_read_once_and_every_one_scored():

@@ -41,8 +41,8 @@ def answered(items: list[Item], adapter: str, texts: list[str]) -> list[dict]:
 
 def test_macro_f1_by_hand():
     """A: P 1, R 1/2; B: P 1/2, R 1; C: never said."""
-    found = macro_f1(choices([("A", "A"), ("A", "B"), ("B", "B"), ("C", None)]))
-    assert found == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
+    score = macro_f1(choices([("A", "A"), ("A", "B"), ("B", "B"), ("C", None)]))
+    assert score == pytest.approx((2 / 3 + 2 / 3 + 0) / 3)
 
 
 @repeatable
@@ -66,9 +66,9 @@ def test_macro_f1_is_the_mean_of_each_class(pairs):
 
 def test_a_constant_answer_has_the_accuracy_of_its_class_and_a_low_macro_f1():
     """62 % yes, always yes: accuracy 0.62, F1 2·0.62/1.62 for yes and 0 for no."""
-    found = set_metrics("boolq", choices([("yes", "yes")] * 62 + [("no", "yes")] * 38))
-    assert found["accuracy"] == pytest.approx(0.62)
-    assert found["macro_f1"] == pytest.approx((2 * 0.62 / 1.62 + 0) / 2)
+    values = set_metrics("boolq", choices([("yes", "yes")] * 62 + [("no", "yes")] * 38))
+    assert values["accuracy"] == pytest.approx(0.62)
+    assert values["macro_f1"] == pytest.approx((2 * 0.62 / 1.62 + 0) / 2)
 
 
 @repeatable
@@ -89,11 +89,11 @@ def test_answering_less_never_raises_accuracy(pairs, data):
 
 
 def test_every_item_has_one_status():
-    found = set_metrics("arc", choices([("A", "A"), ("A", None), ("B", "A"), ("B", None)]))
-    assert found["answered"] + found["abstained"] + found["unparsed"] == found["items"] == 4
-    assert found["unparsed"] == 2
-    assert found["finish_reasons"] == {"length": 2, "stop": 2}
-    assert (found["prompt_tokens"], found["output_tokens"]) == (40, 8)
+    values = set_metrics("arc", choices([("A", "A"), ("A", None), ("B", "A"), ("B", None)]))
+    assert values["answered"] + values["abstained"] + values["unparsed"] == values["items"] == 4
+    assert values["unparsed"] == 2
+    assert values["finish_reasons"] == {"length": 2, "stop": 2}
+    assert (values["prompt_tokens"], values["output_tokens"]) == (40, 8)
 
 
 SQUAD = [Item(f"s{i}", "q", ("Rosa Field",) if i < 6 else ()) for i in range(10)]
@@ -102,17 +102,17 @@ SQUAD = [Item(f"s{i}", "q", ("Rosa Field",) if i < 6 else ()) for i in range(10)
 def test_silence_wins_nothing_on_squad():
     """Empty and truncated outputs on 4 unanswerable items of 10: 0, where the seed said 0.4."""
     for text in ("", r"\boxed{", "the the the"):
-        found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", [text] * 10))
-        assert found["exact_match"] == found["f1"] == 0.0
-        assert found["format_success"] == 0.0
+        values = set_metrics("squad_v2", answered(SQUAD, "squad_v2", [text] * 10))
+        assert values["exact_match"] == values["f1"] == 0.0
+        assert values["format_success"] == 0.0
 
 
 def test_abstaining_always_wins_the_unanswerable_and_nothing_else():
     texts = [r"\boxed{unanswerable}"] * 10
-    found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
-    assert found["exact_match"] == found["f1"] == pytest.approx(0.4)
-    assert (found["has_answer_exact_match"], found["no_answer_exact_match"]) == (0.0, 1.0)
-    assert (found["abstained"], found["unparsed"]) == (10, 0)
+    values = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
+    assert values["exact_match"] == values["f1"] == pytest.approx(0.4)
+    assert (values["has_answer_exact_match"], values["no_answer_exact_match"]) == (0.0, 1.0)
+    assert (values["abstained"], values["unparsed"]) == (10, 0)
 
 
 @repeatable
@@ -124,19 +124,19 @@ def test_abstaining_always_wins_the_unanswerable_and_nothing_else():
     )
 )
 def test_the_parts_of_squad_make_up_the_whole(texts):
-    found = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
-    assert (found["has_answer_items"], found["no_answer_items"]) == (6, 4)
+    values = set_metrics("squad_v2", answered(SQUAD, "squad_v2", texts))
+    assert (values["has_answer_items"], values["no_answer_items"]) == (6, 4)
     for name in ("exact_match", "f1"):
-        parts = 6 * found[f"has_answer_{name}"] + 4 * found[f"no_answer_{name}"]
-        assert found[name] == pytest.approx(parts / 10)
-    assert found["no_answer_exact_match"] == pytest.approx(
+        parts = 6 * values[f"has_answer_{name}"] + 4 * values[f"no_answer_{name}"]
+        assert values[name] == pytest.approx(parts / 10)
+    assert values["no_answer_exact_match"] == pytest.approx(
         sum("unanswerable" in text for text in texts[6:]) / 4
     )
 
 
 def test_a_part_of_squad_without_items_has_no_score():
-    found = set_metrics("squad_v2", answered(SQUAD[:6], "squad_v2", [""] * 6))
-    assert (found["no_answer_items"], found["no_answer_exact_match"]) == (0, None)
+    values = set_metrics("squad_v2", answered(SQUAD[:6], "squad_v2", [""] * 6))
+    assert (values["no_answer_items"], values["no_answer_exact_match"]) == (0, None)
 
 
 MATH = [Item(f"m{i}", "q", (str(i),)) for i in range(10)]
@@ -145,23 +145,23 @@ MATH = [Item(f"m{i}", "q", (str(i),)) for i in range(10)]
 def test_the_median_difference_carries_its_coverage():
     """Off by 0, 1 and 9 where it answers: median 1 at 30 %; the rest counts against accuracy."""
     texts = [r"\boxed{0}", r"\boxed{2}", r"\boxed{11}"] + ["no idea"] * 7
-    found = set_metrics("openmath", answered(MATH, "openmath", texts))
-    assert found["median_absolute_difference"] == 1.0
-    assert found["median_absolute_difference_coverage"] == pytest.approx(0.3)
-    assert found["accuracy"] == pytest.approx(0.1)
+    values = set_metrics("openmath", answered(MATH, "openmath", texts))
+    assert values["median_absolute_difference"] == 1.0
+    assert values["median_absolute_difference_coverage"] == pytest.approx(0.3)
+    assert values["accuracy"] == pytest.approx(0.1)
 
 
 def test_without_a_number_there_is_no_difference():
-    found = set_metrics("openmath", answered(MATH, "openmath", ["no idea"] * 10))
-    assert found["median_absolute_difference"] is None
-    assert found["median_absolute_difference_coverage"] == 0.0
+    values = set_metrics("openmath", answered(MATH, "openmath", ["no idea"] * 10))
+    assert values["median_absolute_difference"] is None
+    assert values["median_absolute_difference_coverage"] == 0.0
 
 
 def test_one_absurd_answer_does_not_decide_the_difference():
     texts = [rf"\boxed{{{i}}}" for i in range(9)] + [r"\boxed{" + "9" * 300 + "}"]
-    found = set_metrics("openmath", answered(MATH, "openmath", texts))
-    assert found["median_absolute_difference"] == 0.0
-    assert found["accuracy"] == pytest.approx(0.9)
+    values = set_metrics("openmath", answered(MATH, "openmath", texts))
+    assert values["median_absolute_difference"] == 0.0
+    assert values["accuracy"] == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2", "openmath"])

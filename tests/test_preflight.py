@@ -216,13 +216,13 @@ def test_a_dry_run_says_so_before_it_plans(sound, study_settings, write_study, t
         "study",
         str(write_study(study_settings)),
     ]
-    done = subprocess.run(
+    process = subprocess.run(
         [*command, "--cores", "1", "--", "-n"], cwd=PROJECT, capture_output=True, text=True
     )
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert "has no chat template" in done.stderr
-    assert len(done.stderr.splitlines()) == 2
+    assert process.returncode == 2
+    assert process.stdout == ""
+    assert "has no chat template" in process.stderr
+    assert len(process.stderr.splitlines()) == 2
 
 
 def test_nothing_is_looked_at_twice_unless_it_changed(

@@ -135,7 +135,7 @@ def test_answers_belong_to_files_settings_prompts_code_and_packages(
     def owner(job, files="a", dataset="arc", prompts=PROMPTS, packages=PACKAGES) -> dict:
         path = job.paths.evaluation(job.model, job.variant) / ".partial" / f"{dataset}.jsonl"
         path.unlink(missing_ok=True)
-        Progress(job, files=files, packages=packages).of(dataset, prompts)
+        Progress(job, files=files, packages=packages).open_set(dataset, prompts)
         return json.loads(path.read_text().split(" ", 1)[1])
 
     def differing(other: dict) -> set[str]:
@@ -161,12 +161,12 @@ def test_answers_belong_to_files_settings_prompts_code_and_packages(
 def test_what_is_discarded_or_resumed_is_said(study_path, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path))
     job = open_job(study_path, model="base", variant="rtn_w8a8")
-    list(Progress(job, files="a", packages=PACKAGES).of("arc", PROMPTS).appending(ROWS[:2]))
-    Progress(job, files="a", packages=PACKAGES).of("arc", PROMPTS)
+    list(Progress(job, files="a", packages=PACKAGES).open_set("arc", PROMPTS).appending(ROWS[:2]))
+    Progress(job, files="a", packages=PACKAGES).open_set("arc", PROMPTS)
     assert "arc: goes on after 2 of 5 answers" in capsys.readouterr().err
-    Progress(job, files="b", packages=PACKAGES).of("arc", PROMPTS)
-    told = capsys.readouterr().err
-    assert "arc: discarded answers of another run (files differ)" in told
+    Progress(job, files="b", packages=PACKAGES).open_set("arc", PROMPTS)
+    printed = capsys.readouterr().err
+    assert "arc: discarded answers of another run (files differ)" in printed
 
 
 def ask(run, stop_after=None):

@@ -27,9 +27,9 @@ LABELS = {"arc": tuple("ABCD"), "boolq": ("yes", "no")}
 def wanted_of(study, adapter: str, protocol: str = "generate", **ask):
     """The study's set of a protocol, asked of another adapter."""
     name = "squad_v2" if protocol == "generate" else "arc"
-    found = study.evaluation.datasets[name]
-    settings = {"adapter": adapter, "ask": found.ask.model_copy(update=ask)}
-    return found.model_copy(update=settings)
+    evaluation_set = study.evaluation.datasets[name]
+    settings = {"adapter": adapter, "ask": evaluation_set.ask.model_copy(update=ask)}
+    return evaluation_set.model_copy(update=settings)
 
 
 def item_of(adapter: str, golds: tuple) -> Item:
@@ -45,7 +45,7 @@ def agree(again: dict, row: dict) -> None:
 @pytest.mark.parametrize("answer", ["boxed", "text"])
 @pytest.mark.parametrize("adapter", ADAPTERS)
 def test_two_ways_to_a_score_agree(study, adapter, answer):
-    wanted = wanted_of(study, adapter, answer=answer)
+    evaluation_set = wanted_of(study, adapter, answer=answer)
     plain = st.sampled_from([g for golds in GOLDS[adapter] for g in golds] + ["unanswerable"])
 
     @repeatable
@@ -54,14 +54,14 @@ def test_two_ways_to_a_score_agree(study, adapter, answer):
         item = item_of(adapter, golds)
         for said in (text, rf"so \boxed{{{text}}}", rf"\boxed{{3}} or \boxed{{{text}}} {{"):
             row = score_text(item, adapter, said, answer=answer, finish=finish)
-            agree(rescored(wanted, item, row), row)
+            agree(rescored(evaluation_set, item, row), row)
 
     check()
 
 
 @pytest.mark.parametrize("normalize", ["bytes", "none"])
 def test_two_ways_to_the_best_option_agree(study, normalize):
-    wanted = wanted_of(study, "arc", "loglikelihood", normalize=normalize)
+    evaluation_set = wanted_of(study, "arc", "loglikelihood", normalize=normalize)
     options = ("a", "longer words", "ä ö ü", "four")
 
     @repeatable
@@ -69,7 +69,7 @@ def test_two_ways_to_the_best_option_agree(study, normalize):
     def check(logprobs):
         item = Item("i", "q", ("B",), "", options=options, labels=tuple("ABCD"))
         row = score_options(item, logprobs, [f" {o}" for o in options], normalize=normalize)
-        agree(rescored(wanted, item, row), row)
+        agree(rescored(evaluation_set, item, row), row)
 
     check()
 
@@ -121,8 +121,8 @@ def any_gold_word_counts_as_right(patch):
 
 def recall_instead_of_f1(patch):
     def recall(answer, gold):
-        said, due = set(answer.lower().split()), gold.lower().split()
-        return sum(word in said for word in due) / len(due)
+        said, expected = set(answer.lower().split()), gold.lower().split()
+        return sum(word in said for word in expected) / len(expected)
 
     patch.setattr(scoring, "token_f1", recall)
 
@@ -147,7 +147,10 @@ TEXTS = {
 @pytest.mark.bank("answers", "scoring: {break_}", "scores follow from the answers")
 @pytest.mark.parametrize("break_", TEXTS, ids=lambda f: f.__name__)
 def test_wrong_scoring_of_every_variant_alike(study, monkeypatch, break_):
-    wanted, items = study.evaluation.datasets["squad_v2"], evaluation_items(study, "squad_v2")
+    evaluation_set, items = (
+        study.evaluation.datasets["squad_v2"],
+        evaluation_items(study, "squad_v2"),
+    )
     asked = [RenderedItem(item, "", 0) for item in items]
     texts = [TEXTS[break_].replace("%s", next(iter(i.golds), "unanswerable")) for i in items]
 
@@ -156,7 +159,7 @@ def test_wrong_scoring_of_every_variant_alike(study, monkeypatch, break_):
             score_text(item, "squad_v2", text, answer="boxed", finish="stop")
             for item, text in zip(items, texts, strict=True)
         ]
-        return rescored_gate(wanted, rows, asked)
+        return rescored_gate(evaluation_set, rows, asked)
 
     assert gate().passed
     break_(monkeypatch)
@@ -180,7 +183,7 @@ def test_wrong_scoring_of_numbers(study, monkeypatch, break_):
 def test_options_scored_by_another_length(study):
     item = Item("i", "q", ("B",), "", options=("a", "longer words"), labels=("A", "B"))
     row = score_options(item, [-2.0, -8.0], (" a", " longer words"), normalize="none")
-    wanted = wanted_of(study, "arc", "loglikelihood", normalize="bytes")
+    evaluation_set = wanted_of(study, "arc", "loglikelihood", normalize="bytes")
     assert row["score"] == 0.0
-    assert rescored(wanted, item, row)["score"] == 1.0
-    assert not rescored_gate(wanted, [row], [RenderedItem(item, "", 0)]).passed
+    assert rescored(evaluation_set, item, row)["score"] == 1.0
+    assert not rescored_gate(evaluation_set, [row], [RenderedItem(item, "", 0)]).passed

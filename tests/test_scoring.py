@@ -35,17 +35,17 @@ def reference_words(text: str) -> list[str]:
 
 
 def reference_f1(answer: str, gold: str) -> float:
-    said, due = reference_words(answer), reference_words(gold)
-    if not said or not due:
-        return float(said == due)
-    left, shared = Counter(due), 0
+    said, expected = reference_words(answer), reference_words(gold)
+    if not said or not expected:
+        return float(said == expected)
+    left, shared = Counter(expected), 0
     for word in said:
         if left[word] > 0:
             left[word] -= 1
             shared += 1
     if shared == 0:
         return 0.0
-    precision, recall = shared / len(said), shared / len(due)
+    precision, recall = shared / len(said), shared / len(expected)
     return 2 * precision * recall / (precision + recall)
 
 
@@ -60,18 +60,18 @@ gold_phrase = phrase.filter(lambda text: bool(reference_words(text)))
 @given(phrase, st.lists(gold_phrase, min_size=1, max_size=3))
 def test_squad_scores_are_the_official_ones(answer, golds):
     """The best over all golds, exact match on normalised words and token F1."""
-    made = boxed(squad(*golds), "squad_v2", answer)
+    prediction = boxed(squad(*golds), "squad_v2", answer)
     exact = any(reference_words(answer) == reference_words(gold) for gold in golds)
-    assert made["status"] == "answered"
-    assert made["score"] == float(exact)
-    assert made["f1"] == pytest.approx(max(reference_f1(answer, gold) for gold in golds))
-    assert made["score"] <= made["f1"] <= 1.0
+    assert prediction["status"] == "answered"
+    assert prediction["score"] == float(exact)
+    assert prediction["f1"] == pytest.approx(max(reference_f1(answer, gold) for gold in golds))
+    assert prediction["score"] <= prediction["f1"] <= 1.0
 
 
 def test_a_half_right_span_counts_half():
-    made = boxed(squad("Rosa Field"), "squad_v2", "Field of Rosa Elm")
-    assert made["score"] == 0.0
-    assert made["f1"] == pytest.approx(2 * (2 / 4) * (2 / 2) / (2 / 4 + 2 / 2))
+    prediction = boxed(squad("Rosa Field"), "squad_v2", "Field of Rosa Elm")
+    assert prediction["score"] == 0.0
+    assert prediction["f1"] == pytest.approx(2 * (2 / 4) * (2 / 2) / (2 / 4 + 2 / 2))
 
 
 @pytest.mark.parametrize(
@@ -88,8 +88,8 @@ def test_a_half_right_span_counts_half():
     ],
 )
 def test_only_an_explicit_abstention_is_one(item, answer, status, score):
-    made = boxed(item, "squad_v2", answer)
-    assert (made["status"], made["score"], made["f1"]) == (status, score, score)
+    prediction = boxed(item, "squad_v2", answer)
+    assert (prediction["status"], prediction["score"], prediction["f1"]) == (status, score, score)
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_only_an_explicit_abstention_is_one(item, answer, status, score):
 )
 def test_silence_and_garbage_score_zero_on_unanswerable_questions(text):
     """The mistake this project began with: empty output won half of SQuAD v2."""
-    made = score_text(squad(), "squad_v2", text, answer="boxed", finish="length")
-    assert (made["status"], made["score"], made["f1"]) == ("unparsed", 0.0, 0.0)
-    assert made["parsed"] is None
+    prediction = score_text(squad(), "squad_v2", text, answer="boxed", finish="length")
+    assert (prediction["status"], prediction["score"], prediction["f1"]) == ("unparsed", 0.0, 0.0)
+    assert prediction["parsed"] is None
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2", "openmath"])
@@ -108,21 +108,33 @@ def test_a_broken_model_has_answered_nothing(adapter):
     item = {"arc": arc(gold="C"), "squad_v2": squad("C")}.get(
         adapter, Item("x", "q", ("C",), labels=("C",))
     )
-    made = boxed(item, adapter, "C", finish="nonfinite")
-    assert (made["status"], made["score"], made["parsed"]) == ("unparsed", 0.0, None)
-    assert made["finish_reason"] == "nonfinite"
+    prediction = boxed(item, adapter, "C", finish="nonfinite")
+    assert (prediction["status"], prediction["score"], prediction["parsed"]) == (
+        "unparsed",
+        0.0,
+        None,
+    )
+    assert prediction["finish_reason"] == "nonfinite"
 
 
 @pytest.mark.parametrize("answer", ["C", "c", " c ", "C."])
 def test_labels_are_read_in_any_case(answer):
-    made = boxed(arc(), "arc", answer)
-    assert (made["parsed"], made["score"], made["status"]) == ("C", 1.0, "answered")
+    prediction = boxed(arc(), "arc", answer)
+    assert (prediction["parsed"], prediction["score"], prediction["status"]) == (
+        "C",
+        1.0,
+        "answered",
+    )
 
 
 @pytest.mark.parametrize("answer", ["E", "AC", "A or C", "oC", "3", "", "the third", "C, not A"])
 def test_what_is_no_label_is_unparsed(answer):
-    made = boxed(arc(), "arc", answer)
-    assert (made["parsed"], made["score"], made["status"]) == (None, 0.0, "unparsed")
+    prediction = boxed(arc(), "arc", answer)
+    assert (prediction["parsed"], prediction["score"], prediction["status"]) == (
+        None,
+        0.0,
+        "unparsed",
+    )
 
 
 def test_numbered_labels_are_labels():
@@ -207,18 +219,18 @@ def decimal(value: Fraction) -> str:
 def test_a_wrong_number_never_becomes_right(gold, answer, dress, other):
     assume(abs(gold - answer) > abs(gold) / 10**5)
     item = Item("m", "q", (dress.format(decimal(gold)),))
-    made = boxed(item, "openmath", other.format(decimal(answer)))
-    assert made["score"] == 0.0
-    assert made["absolute_difference"] == pytest.approx(float(abs(gold - answer)))
+    prediction = boxed(item, "openmath", other.format(decimal(answer)))
+    assert prediction["score"] == 0.0
+    assert prediction["absolute_difference"] == pytest.approx(float(abs(gold - answer)))
 
 
 @repeatable
 @given(numbers, dresses, dresses)
 def test_a_right_number_is_right_in_any_dress(gold, dress, other):
-    made = boxed(
+    prediction = boxed(
         Item("m", "q", (dress.format(decimal(gold)),)), "openmath", other.format(decimal(gold))
     )
-    assert (made["score"], made["absolute_difference"]) == (1.0, 0.0)
+    assert (prediction["score"], prediction["absolute_difference"]) == (1.0, 0.0)
 
 
 @repeatable
@@ -229,29 +241,29 @@ def test_no_output_breaks_scoring_and_every_score_is_earned(text, adapter):
         adapter, Item("x", "q", ("7",), labels=("yes", "no"))
     )
     for answer in ("boxed", "text"):
-        made = score_text(item, adapter, text, answer=answer, finish="stop")
-        assert made["score"] in (0.0, 1.0)
-        assert made["status"] in ("answered", "abstained", "unparsed")
-        assert (made["parsed"] is not None) == (made["status"] == "answered")
-        assert made["score"] == 0.0 or made["status"] != "unparsed"
-        assert made["output"] == text
+        prediction = score_text(item, adapter, text, answer=answer, finish="stop")
+        assert prediction["score"] in (0.0, 1.0)
+        assert prediction["status"] in ("answered", "abstained", "unparsed")
+        assert (prediction["parsed"] is not None) == (prediction["status"] == "answered")
+        assert prediction["score"] == 0.0 or prediction["status"] != "unparsed"
+        assert prediction["output"] == text
 
 
 def test_a_whole_text_is_an_answer_only_if_asked_for():
     item = squad("Rosa Field")
     assert score_text(item, "squad_v2", " Rosa Field\n", answer="text", finish="stop")["score"] == 1
-    made = score_text(item, "squad_v2", "Rosa Field", answer="boxed", finish="stop")
-    assert made["status"] == "unparsed"
+    prediction = score_text(item, "squad_v2", "Rosa Field", answer="boxed", finish="stop")
+    assert prediction["status"] == "unparsed"
 
 
 @repeatable
 @given(st.lists(st.floats(-500, -0.01), min_size=4, max_size=4, unique=True))
 def test_the_likeliest_option_is_the_answer(logprobs):
     item = arc()
-    made = score_options(item, logprobs, [f" {o}" for o in item.options], normalize="none")
-    assert made["parsed"] == "ABCD"[logprobs.index(max(logprobs))]
-    assert made["score"] == float(made["parsed"] == "C")
-    assert made["status"] == "answered"
+    prediction = score_options(item, logprobs, [f" {o}" for o in item.options], normalize="none")
+    assert prediction["parsed"] == "ABCD"[logprobs.index(max(logprobs))]
+    assert prediction["score"] == float(prediction["parsed"] == "C")
+    assert prediction["status"] == "answered"
 
 
 def test_normalising_divides_by_the_bytes_of_the_option():
@@ -272,6 +284,10 @@ def test_one_broken_option_breaks_the_item(broken, place):
     """Python's max would let NaN win or lose by its place."""
     logprobs = [-3.0, -2.0, -1.0, -4.0]
     logprobs[place] = broken
-    made = score_options(arc(), logprobs, [" o"] * 4, normalize="bytes")
-    assert (made["status"], made["score"], made["parsed"]) == ("unparsed", 0.0, None)
-    assert made["finish_reason"] == "nonfinite"
+    prediction = score_options(arc(), logprobs, [" o"] * 4, normalize="bytes")
+    assert (prediction["status"], prediction["score"], prediction["parsed"]) == (
+        "unparsed",
+        0.0,
+        None,
+    )
+    assert prediction["finish_reason"] == "nonfinite"

@@ -76,11 +76,13 @@ def test_only_what_has_no_modules_is_served(sides):
 def test_the_engine_asks_it_the_same_and_gets_the_same(study_path, sides, tokens):
     """Choices and texts, word for word; cut at the answer where the study wants that."""
     study, tokenizer = load_study(study_path), byte_tokenizer()
-    for name, wanted in study.evaluation.datasets.items():
+    for name, evaluation_set in study.evaluation.datasets.items():
         items = evaluation_items(study, name)[:3]
         limits = Batch(tokens=tokens, rows=2)
         plain, served = (
-            sorted(evaluate(m, tokenizer, items, wanted, limits=limits), key=lambda p: p["id"])
+            sorted(
+                evaluate(m, tokenizer, items, evaluation_set, limits=limits), key=lambda p: p["id"]
+            )
             for m in sides
         )
         for one, other in zip(plain, served, strict=True):
@@ -218,10 +220,10 @@ def test_it_hears_of_no_other_environment(folder, stand_in, monkeypatch, tmp_pat
     stand_in(code + TALKATIVE)
     monkeypatch.setenv("PYTHONSTARTUP", "/x")
     VllmModel(folder, RUNTIME, seed=0).close()
-    told = heard.read_text()
-    assert '"VLLM_NO_USAGE_STATS": "1"' in told
-    assert '"HF_HUB_OFFLINE": "1"' in told
-    assert "PYTHONSTARTUP" not in told
+    heard_text = heard.read_text()
+    assert '"VLLM_NO_USAGE_STATS": "1"' in heard_text
+    assert '"HF_HUB_OFFLINE": "1"' in heard_text
+    assert "PYTHONSTARTUP" not in heard_text
 
 
 VLLM = PROJECT / ".venv-vllm" / "bin" / "python"
@@ -245,11 +247,11 @@ def test_vllm_itself_serves_a_float_model_and_an_int8_one(sound_runs):
     saved = folder.parent / "float"
     plain.save_pretrained(saved)
     byte_tokenizer().save_pretrained(saved)
-    served, asked = VllmModel(saved, RUNTIME, seed=0), Asked(plain)
+    served, client = VllmModel(saved, RUNTIME, seed=0), Asked(plain)
     tokens = list(range(3, 40))
-    torch.testing.assert_close(served.states(tokens), asked.states(tokens), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(served.states(tokens), client.states(tokens), atol=1e-4, rtol=1e-4)
     rows = [(tokens[:9], tokens[9:14]), (tokens[:2], [7])]
-    assert served.score(rows) == pytest.approx(asked.score(rows), abs=1e-3)
+    assert served.score(rows) == pytest.approx(client.score(rows), abs=1e-3)
     ends = {"max_new_tokens": 12, "stop_tokens": {0}}
-    assert served.generate([tokens, [5]], **ends) == asked.generate([tokens, [5]], **ends)
+    assert served.generate([tokens, [5]], **ends) == client.generate([tokens, [5]], **ends)
     served.close()

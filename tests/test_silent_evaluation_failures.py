@@ -146,8 +146,8 @@ def sound(tiny, settled) -> EvaluationData:
         reference=passages,
         recomputed=computed_again(tiny, settled),
         raw={
-            name: raw_digests(wanted.source, adapter=wanted.adapter)
-            for name, wanted in settled.evaluation.datasets.items()
+            name: raw_digests(evaluation_set.source, adapter=evaluation_set.adapter)
+            for name, evaluation_set in settled.evaluation.datasets.items()
         },
     )
 
@@ -256,9 +256,9 @@ ARC_ROWS = {
 @pytest.mark.parametrize("case", ARC_ROWS)
 def test_rows_that_are_not_the_variants_own(sound, case):
     edit, names = ARC_ROWS[case]
-    found = failed(with_rows(sound, "arc", edit))
-    assert {("arc", name) for name in names} <= found
-    assert {what for what, _ in found} == {"arc"}
+    failing = failed(with_rows(sound, "arc", edit))
+    assert {("arc", name) for name in names} <= failing
+    assert {what for what, _ in failing} == {"arc"}
 
 
 def test_a_prediction_file_of_another_variant_is_told_by_name(sound):
@@ -274,7 +274,7 @@ def test_another_chat_template_for_one_variant(tiny, settled, sound):
 
     other = copy.deepcopy(tiny[1])
     other.chat_template = tiny[1].chat_template.replace("assistant", "helper")
-    asked = {name: {a.item.id: a.hash for a in found} for name, found in
+    asked = {name: {a.item.id: a.hash for a in rendered} for name, rendered in
              render_items_again(settled, other, other).items()}  # fmt: skip
     edit = each(prompt_hash=lambda row: asked["openmath"][row["id"]])
     assert failed(with_rows(sound, "openmath", edit)) == {
@@ -306,7 +306,7 @@ def test_logits_that_are_not_finite(tiny, settled, sound):
     assert metrics["shared_text"]["perplexity"] is metrics["shared_text"]["kl"] is None
     evidence = replace(
         sound,
-        predictions={name: each(**OWNER)(found) for name, found in rows.items()},
+        predictions={name: each(**OWNER)(of_set) for name, of_set in rows.items()},
         passages=each(**OWNER)(passages),
         metrics=metrics,
     )
@@ -414,8 +414,8 @@ def test_a_shared_text_cut_elsewhere_or_of_another_variant(sound):
     "answers", "one answer to every question", "answers differ", "beats fixed answers", at=ROWS
 )
 def test_a_model_that_repeats_one_answer(sound):
-    found = failed(saying(sound, r"\boxed{12345}"))
-    assert {("openmath", "answers differ"), ("openmath", "beats fixed answers")} <= found
+    failing = failed(saying(sound, r"\boxed{12345}"))
+    assert {("openmath", "answers differ"), ("openmath", "beats fixed answers")} <= failing
 
 
 def test_a_model_that_nearly_always_said_so_may_lose_its_one_exception(sound):
@@ -453,17 +453,17 @@ def test_a_model_that_echoes_the_example(sound, dataset, text):
     at=ROWS,
 )
 def test_a_model_that_never_stops(sound):
-    found = failed(saying(sound, "and so on and so on and so on and so on and so on", "length"))
+    failing = failed(saying(sound, "and so on and so on and so on and so on and so on", "length"))
     names = {"answers end", "answers do not loop", "format kept"}
-    assert {("openmath", name) for name in names} <= found
+    assert {("openmath", name) for name in names} <= failing
 
 
 @pytest.mark.bank(
     "answers", "abstaining from every question", "answers differ", "beats fixed answers", at=ROWS
 )
 def test_a_model_that_always_abstains(sound):
-    found = failed(saying(sound, r"\boxed{unanswerable}", dataset="squad_v2"))
-    assert {("squad_v2", "answers differ"), ("squad_v2", "beats fixed answers")} <= found
+    failing = failed(saying(sound, r"\boxed{unanswerable}", dataset="squad_v2"))
+    assert {("squad_v2", "answers differ"), ("squad_v2", "beats fixed answers")} <= failing
 
 
 @pytest.mark.parametrize("use", ["calibration", "training"])
@@ -500,9 +500,9 @@ def test_an_answer_that_depends_on_its_batch_mates(tiny, settled, sound):
 
     model = crowd_dependent(tiny[0])
     alone, rows = ask_alone(model, tiny[1], settled), ask_all(model, tiny[1], settled)
-    mixed = {name: each(**OWNER)(found) for name, found in rows.items()}
-    found = failed(replace(sound, predictions=mixed, alone=alone))
-    assert {(name, "same answer alone") for name in ("squad_v2", "openmath")} <= found
+    mixed = {name: each(**OWNER)(failing) for name, failing in rows.items()}
+    failing = failed(replace(sound, predictions=mixed, alone=alone))
+    assert {(name, "same answer alone") for name in ("squad_v2", "openmath")} <= failing
 
 
 def moved(by: float, *, pattern: int = 1):
@@ -568,9 +568,9 @@ def test_options_whose_probabilities_belong_to_others(sound):
     """Of every item, alone too: only the baseline's order tells."""
     evidence = with_rows(sound, "arc", as_scored(sound, rotated))
     evidence = with_rows(evidence, "arc", as_scored(sound, rotated), side="alone")
-    found = failed(replace(evidence, variant="rtn_w8a8"))
-    assert ("arc", "options in the baseline's order") in found
-    assert ("arc", "scores follow from the answers") not in found
+    failing = failed(replace(evidence, variant="rtn_w8a8"))
+    assert ("arc", "options in the baseline's order") in failing
+    assert ("arc", "scores follow from the answers") not in failing
 
 
 @pytest.mark.bank("limits", "a batch mixed up widens its own limit", "same answer alone", at=ROWS)
@@ -578,8 +578,8 @@ def test_a_batch_mixed_up_does_not_widen_its_own_limit(sound):
     """Far from the baseline because of the mix-up, near it when asked alone."""
     evidence = with_rows(sound, "arc", as_scored(sound, rotated))
     evidence = with_rows(evidence, "arc", moved(0.01), side="alone")
-    found = failed(replace(evidence, variant="rtn_w8a8"))
-    assert ("arc", "same answer alone") in found
+    failing = failed(replace(evidence, variant="rtn_w8a8"))
+    assert ("arc", "same answer alone") in failing
 
 
 @pytest.mark.parametrize("scale", [0.3, 3.0])
@@ -591,8 +591,8 @@ def test_a_collapse_keeps_the_order_of_its_options(sound, scale):
     spread = each(
         variant="rtn_w8a8", logprobs=lambda r: [x + lot.gauss(0, scale) for x in r["logprobs"]]
     )
-    found = failed(replace(with_rows(sound, "arc", spread), variant="rtn_w8a8"))
-    assert ("arc", "options in the baseline's order") not in found
+    failing = failed(replace(with_rows(sound, "arc", spread), variant="rtn_w8a8"))
+    assert ("arc", "options in the baseline's order") not in failing
 
 
 def texts(*words: str):
@@ -612,12 +612,14 @@ def test_generated_answers_filed_under_other_items(sound):
 
     rows = texts("so the answer", "then it is")(sound.predictions["openmath"])
     alone = [row for row in rows[:4]]
-    held = invariance_gate(sound.study, "rtn_w8a8", rows, sound.baseline["openmath"], alone)
-    assert held.passed
+    sound_gate = invariance_gate(sound.study, "rtn_w8a8", rows, sound.baseline["openmath"], alone)
+    assert sound_gate.passed
     outputs = [row["output"] for row in rows]
     shuffled = [r | {"output": o} for r, o in zip(rows, outputs[1:] + outputs[:1], strict=True)]
-    found = invariance_gate(sound.study, "rtn_w8a8", shuffled, sound.baseline["openmath"], alone)
-    assert not found.passed
+    shuffled_gate = invariance_gate(
+        sound.study, "rtn_w8a8", shuffled, sound.baseline["openmath"], alone
+    )
+    assert not shuffled_gate.passed
 
 
 @pytest.mark.bank("reading", "answers drawn by lot", at=ROWS)
@@ -634,11 +636,11 @@ def test_answers_drawn_by_lot_where_company_may_change_them(sound):
     repeated = replace(sound, variant="float_bf16", repeated=first)
     drawn = with_rows(repeated, "openmath", each(output="another"), side="repeated")
     never = replace(repeated, repeated={})
-    found = [
+    failing = [
         {what for what, name in failed(evidence) if name == "same answer again"}
         for evidence in (repeated, drawn, never)
     ]
-    assert found == [set(), {"openmath"}, {"openmath", "squad_v2"}]
+    assert failing == [set(), {"openmath"}, {"openmath", "squad_v2"}]
 
 
 @pytest.mark.bank(
@@ -698,8 +700,8 @@ def test_two_token_ids_exchanged_for_one_variant(tiny, settled, sound, monkeypat
 
     for name in ("tokenize", "plain_tokens"):
         monkeypatch.setattr(prompts, name, swapped(getattr(prompts, name)))
-    found = {name: each(**OWNER)(rows) for name, rows in ask_all(*tiny, settled).items()}
-    names = failed(replace(sound, predictions=found))
+    result = {name: each(**OWNER)(rows) for name, rows in ask_all(*tiny, settled).items()}
+    names = failed(replace(sound, predictions=result))
     for dataset in settled.evaluation.datasets:
         assert (dataset, "prompts of the baseline") in names
         assert (dataset, "prompts as rendered now") in names
@@ -711,9 +713,9 @@ def asked_alike(tiny, settled, sound):
     from helpers.evaluation.engine import ask_all
 
     answers = ask_all(*tiny, settled)
-    rows = {name: each(**OWNER)(found) for name, found in answers.items()}
-    asked = render_items_again(settled, tiny[1], tiny[1])
-    return replace(sound, predictions=rows, baseline=answers, rendered=asked)
+    rows = {name: each(**OWNER)(of_set) for name, of_set in answers.items()}
+    rendered = render_items_again(settled, tiny[1], tiny[1])
+    return replace(sound, predictions=rows, baseline=answers, rendered=rendered)
 
 
 @pytest.mark.bank("tokens", "two token ids swapped for all variants alike")

@@ -414,10 +414,10 @@ def calibration_polluted_by_loud_padding(run, patch):
 
 @failure(STATISTICS, kind="calibration", at="activations.safetensors")
 def calibration_maxima_of_another_layer(run, _):
-    with run.edited(run.calibration, "activations.safetensors") as found:
+    with run.edited(run.calibration, "activations.safetensors") as tensors:
         for name in ("q_proj", "k_proj", "v_proj"):
             a, b = (f"model.layers.{i}.self_attn.{name}.absmax" for i in (0, 1))
-            found[a], found[b] = found[b], found[a]
+            tensors[a], tensors[b] = tensors[b], tensors[a]
     run.quantize()
 
 

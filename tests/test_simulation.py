@@ -34,14 +34,14 @@ def test_logits_are_those_of_the_quantized_model(family, preset):
     variant = Variant(preset=preset, smooth={"alpha": 0.5, "targets": TARGETS})
     alphas = same_alpha(model.config, TARGETS, 0.5)
     built, ids = copy.deepcopy(model), torch.tensor([texts()[0]])
-    done = smooth_(built, absmax, TARGETS, alphas)
-    compression.quantize_variant_(built, variant, absmax, done)
+    smoothed = smooth_(built, absmax, TARGETS, alphas)
+    compression.quantize_variant_(built, variant, absmax, smoothed)
     with torch.inference_mode():
         plain, expected = model(ids).logits, built(ids).logits
         with simulated_quantization(model, variant, absmax, alphas):
-            found = model(ids).logits
+            result = model(ids).logits
         assert torch.equal(model(ids).logits, plain)
         tipped = max((at_millionth(built, ids, k) - expected).norm() for k in range(5))
     if family == "qwen3_moe" and preset == "w8a8":
         return  # its experts' inputs have no batch dimension: the library takes other scales
-    assert (found - expected).norm() <= tipped + 1e-5 * (expected - plain).norm()
+    assert (result - expected).norm() <= tipped + 1e-5 * (expected - plain).norm()

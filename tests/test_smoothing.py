@@ -26,7 +26,7 @@ def items():
 @pytest.fixture
 def absmax(model, items):
     statistics = run_calibration(model, items, batch_tokens=64)
-    return {name: found.absmax for name, found in statistics.items()}
+    return {name: of_input.absmax for name, of_input in statistics.items()}
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 0.5, 0.85, 1.0])
@@ -34,8 +34,8 @@ def test_scales_are_the_papers_formula(alpha):
     """Equation 4, written out in plain Python."""
     act, weight = [0.5, 8.0, 120.0, 3.0], [0.25, 0.1, 0.9, 2.0]
     expected = [a**alpha / w ** (1 - alpha) for a, w in zip(act, weight, strict=True)]
-    found = smoothing_scales(torch.tensor(act), torch.tensor(weight), alpha=alpha)
-    torch.testing.assert_close(found, torch.tensor(expected))
+    scales = smoothing_scales(torch.tensor(act), torch.tensor(weight), alpha=alpha)
+    torch.testing.assert_close(scales, torch.tensor(expected))
 
 
 def test_alpha_moves_all_difficulty_one_way():
@@ -81,22 +81,22 @@ def test_bad_scales_are_refused_before_anything_changes(bad):
 @pytest.mark.parametrize("targets", [NORMS, (*NORMS, "mlp_down")])
 def test_smoothing_keeps_the_models_function(exact_model, items, targets):
     absmax = {
-        name: found.absmax
-        for name, found in run_calibration(exact_model, items, batch_tokens=64).items()
+        name: statistics.absmax
+        for name, statistics in run_calibration(exact_model, items, batch_tokens=64).items()
     }
     ids = torch.tensor([items[1]])
     expected = exact_model(ids).logits
-    done = smooth_(exact_model, absmax, targets, same_alpha(exact_model.config, targets, 0.5))
-    assert len(done) == len(targets) * exact_model.config.num_hidden_layers
-    assert not any((s.scales == 1).all() for s in done)
+    smoothed = smooth_(exact_model, absmax, targets, same_alpha(exact_model.config, targets, 0.5))
+    assert len(smoothed) == len(targets) * exact_model.config.num_hidden_layers
+    assert not any((s.scales == 1).all() for s in smoothed)
     torch.testing.assert_close(exact_model(ids).logits, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_calibrated_maxima_after_smoothing_are_those_of_the_smoothed_model(model, items, absmax):
     """Dividing the statistics by s must equal calibrating the smoothed model anew."""
     targets = (*NORMS, "mlp_down")
-    done = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.6))
-    predicted = smoothed_absmax(absmax, done)
+    smoothed = smooth_(model, absmax, targets, same_alpha(model.config, targets, 0.6))
+    predicted = smoothed_absmax(absmax, smoothed)
     measured = run_calibration(model, items, batch_tokens=64)
     for name, expected in predicted.items():
         torch.testing.assert_close(measured[name].absmax, expected, rtol=1e-3, atol=1e-5)

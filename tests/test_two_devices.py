@@ -230,8 +230,8 @@ def test_whose_a_token_is_is_copied_to_a_card_once(cards):
 @pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
 def test_a_spread_model_is_calibrated_and_smoothed_alike(cards, family):
     def smoothed(model) -> tuple:
-        found = run_calibration(model, PROMPTS, batch_tokens=64)
-        absmax = {name: each.absmax for name, each in found.items()}
+        statistics = run_calibration(model, PROMPTS, batch_tokens=64)
+        absmax = {name: each.absmax for name, each in statistics.items()}
         variant = Variant(preset="w8a8", smooth={"alpha": "auto", "targets": NORMS})
         chosen = alpha.choose_alphas(model, variant, absmax, PROMPTS[:2])
         smoothing.smooth_variant_(model, absmax, variant, chosen.alphas)
@@ -251,9 +251,11 @@ def test_a_spread_model_is_quantized_alike(cards, ignore):
     """compressed-tensors takes the place of a forward, and so do the hooks that move inputs."""
 
     def quantized(model) -> tuple:
-        found = run_calibration(model, PROMPTS, batch_tokens=64)
+        statistics = run_calibration(model, PROMPTS, batch_tokens=64)
         variant = Variant(preset="w8a8", ignore=ignore)
-        names = compression.quantize_(model, variant, {n: each.absmax for n, each in found.items()})
+        names = compression.quantize_(
+            model, variant, {n: each.absmax for n, each in statistics.items()}
+        )
         scales = {name: model.get_submodule(name).weight_scale.cpu() for name in names}
         ids = torch.tensor([PROMPTS[1]], device=model.device)
         with torch.no_grad():
@@ -284,9 +286,9 @@ def test_a_record_says_which_part_ran_where(cards, tmp_path):
                 assert len(tensors) == 1, name
         last = [str(layer.mlp.up_proj.weight.device) for layer in spread.base_model.layers]
     for device, names in where.items():
-        told = [name for name in names.split(", ") if name.startswith("model.layers.")]
-        first, _, end = told[0].removeprefix("model.layers.").partition("-")
-        assert len(told) == 1
+        lines = [name for name in names.split(", ") if name.startswith("model.layers.")]
+        first, _, end = lines[0].removeprefix("model.layers.").partition("-")
+        assert len(lines) == 1
         assert last[int(first) : int(end or first) + 1] == [device] * last.count(device)
     record = Record(tmp_path, stage="evaluation", parameters={})
     record.add_machine(modules_by_device(spread))

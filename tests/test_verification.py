@@ -64,8 +64,8 @@ def test_smoothing_alone_computes_what_the_source_does(sound_run, family, target
 
 def test_the_seed_recipe_loads_and_is_flagged_for_what_it_is(sound_run, family):
     run = sound_run(family, "seed_recipe")
-    found = {g.name: g for g in run.verify() if not g.passed}
-    assert set(found) == {
+    failing = {g.name: g for g in run.verify() if not g.passed}
+    assert set(failing) == {
         "smoothing keeps the function",
         "smoothing as declared",
         "everything else bit-identical",
@@ -75,10 +75,10 @@ def test_the_seed_recipe_loads_and_is_flagged_for_what_it_is(sound_run, family):
         "int8 activations at run time",
         "int8 layers agree with the reference",
     }
-    assert "embed_tokens" in found["everything else bit-identical"].measured
-    assert "0 of 4 groups folded" in found["smoothing as declared"].measured
-    assert "14 float" in found["int8 activations at run time"].measured
-    assert "0 of 15 Linears are int8" in found["layer census"].measured
+    assert "embed_tokens" in failing["everything else bit-identical"].measured
+    assert "0 of 4 groups folded" in failing["smoothing as declared"].measured
+    assert "14 float" in failing["int8 activations at run time"].measured
+    assert "0 of 15 Linears are int8" in failing["layer census"].measured
     with run.outputs():
         model, _ = load_variant(run.job)
     weight = model.model.layers[0].self_attn.q_proj.weight
@@ -101,9 +101,9 @@ def test_what_cannot_be_checked_does_not_hold():
     def broken(evidence):
         return evidence["missing"], "measured", "limit"
 
-    found = broken({})
-    assert not found.passed
-    assert found.measured == "could not be checked: KeyError: 'missing'"
+    result = broken({})
+    assert not result.passed
+    assert result.measured == "could not be checked: KeyError: 'missing'"
     assert broken({"missing": 1}) == Gate("a gate", True, "measured", "limit")
 
 

@@ -16,7 +16,7 @@ COPIED_BYTES = 2**32
 
 
 def run(part: Part) -> None:
-    """Versions, the card by name, its peaks."""
+    """Report versions, the card's name, and its peak rates."""
     part.note("versions", {"python": platform.python_version(), **_versions()})
     part.note("card", _card(part.device))
     if part.device == "cuda":

@@ -40,7 +40,7 @@ def run(part: Part) -> None:
 
 
 def _model(drawn, kind: str):
-    """A copy of the drawn model that runs in its own way."""
+    """A copy of the random model on one runtime."""
     model = deepcopy(drawn).to(getattr(torch, kind.split()[-1]))
     if kind.startswith("int8"):
         quantized_by_rounding_(model)
@@ -58,15 +58,15 @@ def quantized_by_rounding_(model) -> None:
         scale = absmax_scale(weight.abs().amax(1, keepdim=True))
         rounded = (weight / scale).round_().clamp_(-128, 127).to(torch.int8)
         bias = None if linear.bias is None else linear.bias.float()
-        made = Int8Linear(rounded, scale, bias, activations="token_dynamic", input_scale=None)
+        quantized = Int8Linear(rounded, scale, bias, activations="token_dynamic", input_scale=None)
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, made)
+        setattr(model.get_submodule(parent), child, quantized)
     stack_siblings_(model)
     fuse_gated_mlps_(model)
 
 
 def drawn_items(vocabulary: int, *, count: int, longest: int, option: int) -> list[OptionTokens]:
-    """Random texts of different lengths, every third beginning as another does."""
+    """Random texts of different lengths; every third one shares its beginning with another."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:

@@ -35,7 +35,7 @@ GOAL_S = 60
 
 
 def scratch() -> Path:
-    """A folder that the parts of one machine share."""
+    """A scratch folder that all parts on one machine share."""
     folder = Path(tempfile.gettempdir()) / f"gpu-check-{os.getuid()}"
     folder.mkdir(exist_ok=True)
     os.environ |= {"STUDY_CACHE": str(folder), "STUDY_OUTPUTS": str(folder / "outputs")}
@@ -85,7 +85,7 @@ def run(part: Part) -> None:
 
 
 def load(part: Part, kind: str):
-    """The model in one of its ways: `int8` has its float parts in bfloat16."""
+    """Load the model on one runtime; `int8` has its float parts in bfloat16."""
     if kind == "int8":
         dtype = torch.float32 if part.dry else torch.bfloat16
         return load_int8(checkpoint_folder(part), dtype=dtype, device=part.device)
@@ -95,22 +95,22 @@ def load(part: Part, kind: str):
 
 def quantized(part: Part, stages: list[dict], study, folder: Path) -> None:
     """Calibrate, smooth, quantize, save."""
-    tokenizer, wanted = load_tokenizer(folder, enable_thinking=None), study.calibration
+    tokenizer, settings = load_tokenizer(folder, enable_thinking=None), study.calibration
     number = DRY_CALIBRATED if part.dry else CALIBRATED
-    changed = wanted.model_copy(update={"items": number})
+    changed = settings.model_copy(update={"items": number})
     items = calibration_items(study.model_copy(update={"calibration": changed}))
-    tokens = [calibration_tokens(tokenizer, i, wanted.adapter)[::BYTES_A_TOKEN] for i in items]
+    tokens = [calibration_tokens(tokenizer, i, settings.adapter)[::BYTES_A_TOKEN] for i in items]
     part.note("tokens calibrated on", sum(map(len, tokens)))
     with part.stage(stages, "loading, bfloat16"):
         model = load(part, "bfloat16")
     with part.stage(stages, f"calibration on {len(items)} items"):
-        found = run_calibration(model, tokens, batch_tokens=BATCH)
-        absmax = {name: each.absmax for name, each in found.items()}
+        statistics = run_calibration(model, tokens, batch_tokens=BATCH)
+        absmax = {name: each.absmax for name, each in statistics.items()}
     variant = study.variants[VARIANT]
     with part.stage(stages, "smoothing and quantization"):
         alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
-        done = smooth_variant_(model, absmax, variant, alphas)
-        compression.quantize_variant_(model, variant, absmax, done)
+        smoothed = smooth_variant_(model, absmax, variant, alphas)
+        compression.quantize_variant_(model, variant, absmax, smoothed)
     with part.stage(stages, "saving the checkpoint"):
         compression.save_checkpoint(model, tokenizer, checkpoint_folder(part))
 
@@ -133,9 +133,11 @@ def asked_items(study, folder: Path, number: int) -> list[OptionTokens]:
 
 def whole_bytes(part: Part, stages: list[dict], study, model, folder: Path) -> None:
     """The shipped items through the whole engine, a token a byte: four times the work an item."""
-    tokenizer, wanted = load_tokenizer(folder, enable_thinking=None), study.evaluation.datasets[SET]
-    items = load_items(wanted.source, adapter=wanted.adapter)[: DRY_ITEMS if part.dry else 200]
+    tokenizer = load_tokenizer(folder, enable_thinking=None)
+    evaluation_set = study.evaluation.datasets[SET]
+    items = load_items(evaluation_set.source, adapter=evaluation_set.adapter)
+    items = items[: DRY_ITEMS if part.dry else 200]
     with part.stage(stages, f"evaluating {len(items)} items, a token a byte, int8"):
         limits = Batch(tokens=BATCH, rows=64)
-        made = list(evaluate(model, tokenizer, items, wanted, limits=limits))
-    assert len(made) == len(items)
+        predictions = list(evaluate(model, tokenizer, items, evaluation_set, limits=limits))
+    assert len(predictions) == len(items)

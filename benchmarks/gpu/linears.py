@@ -32,7 +32,7 @@ CHECKED_ROWS = 512  # of float64 products at a time
 
 
 def run(part: Part) -> None:
-    """Every way at every shape and number of rows; then what is equal, and the sums."""
+    """Time every product at every shape and number of rows; then equality checks and sums."""
     has_triton = part.device == "cuda" and not int8_cuda.triton_unavailable_reason(
         torch.device("cuda", 0)
     )
@@ -205,23 +205,23 @@ def _card_name(part: Part) -> str:
 
 
 def _together(part: Part, table: list[dict], rows: int, shapes: dict) -> dict:
-    """All Linears of a layer, one after the other: the best int8 way against bfloat16."""
-    mine = [row for row in table if row["rows"] == rows]
+    """Times of all Linears of a layer together: the best int8 product against bfloat16."""
+    layer_rows = [row for row in table if row["rows"] == rows]
     operations = sum(2 * rows * inner * outer for inner, outer in shapes.values())
-    found = {}
+    totals = {}
     for way in (FLOAT, *WHOLE, ALONE):
-        if all(isinstance(row.get(way), float) for row in mine):
-            found[way] = sum(row[way] for row in mine)
-    best = [min(row[way] for way in WHOLE if isinstance(row.get(way), float)) for row in mine]
-    found["best int8"] = sum(best)
+        if all(isinstance(row.get(way), float) for row in layer_rows):
+            totals[way] = sum(row[way] for row in layer_rows)
+    best = [min(row[way] for way in WHOLE if isinstance(row.get(way), float)) for row in layer_rows]
+    totals["best int8"] = sum(best)
     peak = part.found["int8 peak, operations a second"]
     sheet = cards.INT8.get(_card_name(part))
     for way in ("best int8", LIBRARY):
-        if way in found:
-            done = operations / (found[way] * 1e-6)
-            found[f"{way}, share of the int8 peak"] = done / peak
+        if way in totals:
+            operations_a_second = operations / (totals[way] * 1e-6)
+            totals[f"{way}, share of the int8 peak"] = operations_a_second / peak
             if sheet:
-                found[f"{way}, share of the data sheet's peak"] = done / sheet
-            if FLOAT in found:
-                found[f"{way}, times as fast as bfloat16"] = found[FLOAT] / found[way]
-    return found
+                totals[f"{way}, share of the data sheet's peak"] = operations_a_second / sheet
+            if FLOAT in totals:
+                totals[f"{way}, times as fast as bfloat16"] = totals[FLOAT] / totals[way]
+    return totals

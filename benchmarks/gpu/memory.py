@@ -24,7 +24,7 @@ ENOUGH, TOO_LITTLE = 0.75, 0.25
 
 
 def run(part: Part) -> None:
-    """The same items with room for all, for half, and for too little."""
+    """Evaluate the same items with memory for a whole batch, for half a batch, and for less."""
     full_size.scratch()
     study = load_study("smoke")
     wanted = study.evaluation.datasets["arc"]
@@ -51,7 +51,7 @@ def run(part: Part) -> None:
 
 
 class Room:
-    """Memory that a batch may take: of the card, or in the dry mode tokens of a pass."""
+    """The memory limit of a batch: bytes of the card, or tokens of a pass in a dry run."""
 
     def __init__(self, part: Part, model):
         self.part, self.model, self.most = part, model, None
@@ -64,17 +64,17 @@ class Room:
         if self.part.dry and self.most is not None and tokens > self.most:
             raise torch.OutOfMemoryError("dry run")
 
-    def whole(self, asked):
-        """What is answered with all the room there is; how much it took is kept."""
+    def whole(self, ask):
+        """The answers without a limit; the memory they took is stored."""
         self.part.forget_peak()
         before = 0 if self.part.dry else torch.cuda.memory_allocated()
-        found = asked()
+        answers = ask()
         self.before = before
         self.took = self.longest if self.part.dry else torch.cuda.max_memory_allocated() - before
-        return found
+        return answers
 
     def only(self, share: float):
-        """Inside, a batch has that share of what a whole one took."""
+        """Inside, a batch may use this share of the memory of a whole one."""
         return _Limited(self, share)
 
 

@@ -9,7 +9,7 @@ def write_page(account: dict, file: Path) -> None:
 
 
 def as_markdown(account: dict) -> str:
-    """One section a part, each number on a line or in a table."""
+    """One section per part, with its numbers on lines or in tables."""
     card = account["parts"].get("card", {}).get("card", {})
     dry = (
         " This was a dry run on a CPU: its numbers say nothing of a card." if account["dry"] else ""

@@ -24,17 +24,17 @@ def run(part: Part) -> None:
 
 
 def _products(part: Part) -> dict:
-    """How many products are float64's, of how many; those that are not, by their sizes."""
-    generator, off, made = torch.Generator().manual_seed(0), [], 0
+    """Numbers of tried and exact products, and the sizes of inexact ones."""
+    generator, inexact, tried = torch.Generator().manual_seed(0), [], 0
     for inner, outer in SHAPES[: 3 if part.dry else None]:
         for rows in (0, *ROWS):
             both = torch.randint(-128, 128, (rows + outer, inner), generator=generator)
             both = both.to(torch.int8)
             for least in (False, True):
                 operands = torch.full_like(both, -128) if least else both
-                off += _off(part, operands[:rows], operands[rows:])
-                made += 1
-    return {"made": made, "exact": made - len(off), "off": off[:20]}
+                inexact += _off(part, operands[:rows], operands[rows:])
+                tried += 1
+    return {"made": tried, "exact": tried - len(inexact), "off": inexact[:20]}
 
 
 def _off(part: Part, a: Tensor, weight: Tensor) -> list[str]:
@@ -71,13 +71,16 @@ def _linear(part: Part, inner: int, outer: int, dtype: str, activations: str) ->
     x = x.to(getattr(torch, dtype))
     here = _stack(inner, outer, activations)
     there = [linear.to(part.device) for linear in _stack(inner, outer, activations)]
-    own, other = here[0].quantized(x.clone()), there[0].quantized(x.clone().to(part.device))
-    pairs = zip(own, other, strict=True)
+    cpu_values, device_values = (
+        here[0].quantized(x.clone()),
+        there[0].quantized(x.clone().to(part.device)),
+    )
+    pairs = zip(cpu_values, device_values, strict=True)
     values, scales = (int((a.cpu() != b.cpu()).sum()) for a, b in pairs)
-    found = [
+    outputs_of_both = [
         _answers(linears, x, device) for linears, device in ((here, "cpu"), (there, part.device))
     ]
-    outputs = sum(int((a != b).sum()) for a, b in zip(*found, strict=True))
+    outputs = sum(int((a != b).sum()) for a, b in zip(*outputs_of_both, strict=True))
     case = {"inner": inner, "outer": outer, "dtype": dtype, "activations": activations}
     case |= {"values off": values, "scales off": scales, "outputs off": outputs}
     return case | {"alike": not (values or scales or outputs)}

@@ -31,7 +31,7 @@ class Part:
     found: dict = field(default_factory=dict)
 
     def note(self, name: str, value) -> None:
-        """Keep a number, and show it."""
+        """Store a number and print it."""
         self.found[name] = value
         temporary = self.file.with_suffix(".new")
         temporary.write_text(json.dumps(self.found, indent=1), "utf-8")
@@ -40,14 +40,14 @@ class Part:
         print(f"  {name}: {json.dumps(newest)[:SHOWN]}", flush=True)
 
     def of(self, part: str, name: str):
-        """A number of a part that ran before; None if it is not there."""
+        """A number from an earlier part; None if there is none."""
         file = self.file.with_name("gpu.json")
         known = json.loads(file.read_text("utf-8")) if file.is_file() else {"parts": {}}
         return known["parts"].get(part, {}).get(name)
 
     @contextmanager
     def stage(self, rows: list[dict], name: str, **more):
-        """Time and peak memory of what is done inside, as a row of a table."""
+        """Append the time and peak memory of the enclosed code to a table."""
         self.forget_peak()
         began = time.perf_counter()
         yield
@@ -61,7 +61,7 @@ class Part:
         return self.until - time.monotonic()
 
     def over(self, *, need: float = 0.0) -> bool:
-        """Whether fewer seconds than needed are left; what is left out then is noted."""
+        """Whether too few seconds are left; if so, the part notes what it skips."""
         if self.left() >= need:
             return False
         self.note(
@@ -84,7 +84,7 @@ class Part:
             torch.cuda.reset_peak_memory_stats()
 
     def peak_gib(self) -> float | None:
-        """The most the device held since `forget_peak`; None on a CPU."""
+        """Peak device memory since `forget_peak`; None on a CPU."""
         if self.device != "cuda":
             return None
         return round(torch.cuda.max_memory_allocated() / 2**30, 3)

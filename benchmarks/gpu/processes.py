@@ -30,7 +30,7 @@ PROBE_S = 60
 
 
 def load(parts: list[str]) -> list[str]:
-    """Import what parts need; returns what cannot be imported, and why."""
+    """Import the parts' modules; return those that failed, with the reason."""
     missing = []
     os.environ[BY_NVML] = "1"
     for name in (*LOADED, *(f"benchmarks.gpu.{part}" for part in parts)):
@@ -63,7 +63,7 @@ def _compute(device: str) -> None:
 
 
 def forked(work: Callable[[], None], seconds: float) -> str | None:
-    """Do some work in a fork; returns how it ended, None if as it should."""
+    """Run a function in a fork; return how it failed, or None."""
     process = multiprocessing.get_context("fork").Process(target=_guarded, args=(work,))
     sys.stdout.flush()
     process.start()
@@ -87,7 +87,7 @@ def _guarded(work: Callable[[], None]) -> None:
 
 
 def run(command: list[str], seconds: float) -> str | None:
-    """Run a command as a new process; returns how it ended, None if as it should."""
+    """Run a command as a new process; return how it failed, or None."""
     try:
         done = subprocess.run(command, timeout=seconds)
     except subprocess.TimeoutExpired:

@@ -17,7 +17,7 @@ NOTHING = "No card has been at hand yet.\n"
 
 
 def accounts() -> list[dict]:
-    """What `make gpu-check` left of cards, the oldest first; dry runs are left out."""
+    """The results of `make gpu-check` by card, the oldest first, without dry runs."""
     known = [(file.name, json.loads(file.read_text("utf-8"))) for file in FOLDER.glob("*.json")]
     known.sort(key=lambda each: (each[1]["date"], each[0]))
     return [account for _, account in known if not account["dry"]]
@@ -25,13 +25,13 @@ def accounts() -> list[dict]:
 
 def newest() -> dict[tuple[str, str], tuple[dict, dict]]:
     """By card and part: the newest account that has it complete, or else the newest; the part."""
-    found: dict = {}
+    by_card: dict = {}
     for account in accounts():
         for name, part in account["parts"].items():
             key = _card(account), name
-            if part["complete"] or key not in found or not found[key][1]["complete"]:
-                found[key] = account, part
-    return found
+            if part["complete"] or key not in by_card or not by_card[key][1]["complete"]:
+                by_card[key] = account, part
+    return by_card
 
 
 def _card(account: dict) -> str:
@@ -39,56 +39,56 @@ def _card(account: dict) -> str:
 
 
 def rows() -> list[dict]:
-    """One row a part of every card."""
-    found = []
+    """One row per part of every card."""
+    table_rows = []
     for (card, name), (account, part) in newest().items():
         row = {"part": name.replace("_", " "), "card": card, "date": account["date"]}
         row |= {"commit": account["commit"][:10] or MISSING}
         row["complete"] = "yes" if part["complete"] else "no"
-        found.append(row | {"found": headline(name, part, card) or MISSING})
-    return found
+        table_rows.append(row | {"found": headline(name, part, card) or MISSING})
+    return table_rows
 
 
 def line() -> str:
     """How fast int8 Linears are on the cards there were, in a sentence each."""
-    told = [
+    sentences = [
         f"On {card.removeprefix('NVIDIA ')} ({account['date']}), Linears of an 8 B model: "
         f"{_linears(part, card)}."
         for (card, name), (account, part) in newest().items()
         if name == "linears" and _linears(part, card)
     ]
-    return "".join(f"{each}\n" for each in told) or NOTHING
+    return "".join(f"{each}\n" for each in sentences) or NOTHING
 
 
 def _linears(part: dict, card: str) -> str:
     """As the library chooses its products, at the most rows."""
-    told = part.get("together at 4096 rows", {})
-    share = told.get("as the library chooses, share of the int8 peak")
-    times = told.get("as the library chooses, times as fast as bfloat16")
+    ratios = part.get("together at 4096 rows", {})
+    share = ratios.get("as the library chooses, share of the int8 peak")
+    times = ratios.get("as the library chooses, times as fast as bfloat16")
     if share is None or times is None:
         return ""
     peak = part["int8 peak, operations a second"]
-    said = f"4,096 rows in int8 take 1/{times:.2f} of bfloat16's time"
-    said += f", {share:.2f} of the rate of cuBLASLt's product"
+    sentence = f"4,096 rows in int8 take 1/{times:.2f} of bfloat16's time"
+    sentence += f", {share:.2f} of the rate of cuBLASLt's product"
     if sheet := INT8.get(card):
-        said += f", {share * peak / sheet:.0%} of the data sheet's {sheet / 1e12:,.0f} T/s"
-    return said
+        sentence += f", {share * peak / sheet:.0%} of the data sheet's {sheet / 1e12:,.0f} T/s"
+    return sentence
 
 
 def headline(name: str, part: dict, card: str) -> str:
-    """A part's most telling numbers in a few words."""
+    """A part's main numbers in a few words."""
     match name:
         case "card":
             kinds = ("bfloat16", "int8")
             peaks = [(kind, part.get(f"{kind}, operations a second")) for kind in kinds]
-            told = [f"{kind} {p / 1e12:.0f} T/s" for kind, p in peaks if isinstance(p, float)]
+            words = [f"{kind} {p / 1e12:.0f} T/s" for kind, p in peaks if isinstance(p, float)]
             copied = part.get("copy_bytes_a_second")
-            told += [f"memory {copied / 1e12:.2f} TB/s"] if copied else []
-            return ", ".join(told)
+            words += [f"memory {copied / 1e12:.2f} TB/s"] if copied else []
+            return ", ".join(words)
         case "parity":
-            made = part.get("products", {})
+            values = part.get("products", {})
             alike = "as on the CPU" if part.get("linears alike") else "not as on the CPU"
-            return f"{made.get('exact')} of {made.get('made')} products exact, Linears {alike}"
+            return f"{values.get('exact')} of {values.get('made')} products exact, Linears {alike}"
         case "linears":
             return _linears(part, card)
         case "company":
@@ -102,11 +102,11 @@ def headline(name: str, part: dict, card: str) -> str:
             return ", ".join(f"{s['stage']}: {s['seconds']} s" for s in stages)
         case "tokens":
             rows = part.get("tokens a second", [])
-            told = [
+            words = [
                 f"{r['runs in']} ({r['whose']}) {r['read']:,.0f} / {r['written']:,.0f}"
                 for r in rows
             ]
-            return "tokens read / written a second: " + ", ".join(told) if told else ""
+            return "tokens read / written a second: " + ", ".join(words) if words else ""
         case "memory":
             return str(part.get("room for half a batch", {}).get("outcome", ""))
         case "two_cards":

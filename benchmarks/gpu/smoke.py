@@ -35,25 +35,25 @@ FLOAT32_TOLERANCE = 1e-3  # of a summed log-probability
 
 
 def run(part: Part) -> None:
-    """Both runs, then what they agree in."""
+    """Run the study on CPU and card, then compare the results."""
     compression.quiet_llmcompressor()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"STUDY_OUTPUTS": scratch, "STUDY_CACHE": f"{scratch}/cache"}
         runs = {device: Run(device, Path(scratch)) for device in ("cpu", part.device)}
         here, there = runs["cpu"], runs[part.device]
         stages: list[dict] = []
-        for one in runs.values():
-            with part.stage(stages, f"calibration, {one.device}"):
-                one.calibrate()
+        for device_run in runs.values():
+            with part.stage(stages, f"calibration, {device_run.device}"):
+                device_run.calibrate()
         part.note("calibrated maxima, largest relative difference", here.maxima_off(there))
         rows: list[dict] = []
         for variant in _variants(part):
             if part.over(need=4):
                 break
-            for one in runs.values():
-                with part.stage(stages, f"{variant}, {one.device}"):
-                    one.quantize(variant)
-                    one.evaluate(variant)
+            for device_run in runs.values():
+                with part.stage(stages, f"{variant}, {device_run.device}"):
+                    device_run.quantize(variant)
+                    device_run.evaluate(variant)
             rows.append(compared(here, there, variant))
             part.note("card and CPU", rows)
         part.note("what must not differ does not", all(row["must not differ"] for row in rows))
@@ -66,7 +66,7 @@ def _variants(part: Part) -> tuple[str, ...]:
 
 
 class Run:
-    """The study on one device, its outputs under a name of its own."""
+    """The study on one device, with its own outputs folder."""
 
     def __init__(self, device: str, scratch: Path):
         self.device, self.predictions, self.shared = device, {}, {}
@@ -82,18 +82,20 @@ class Run:
         job = self.job()
         source = model_folder(job.study, MODEL, job.paths)
         tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
-        wanted = job.study.calibration
+        settings = job.study.calibration
         items = calibration_items(job.study)
-        tokens = [calibration_tokens(tokenizer, item, wanted.adapter) for item in items]
+        tokens = [calibration_tokens(tokenizer, item, settings.adapter) for item in items]
         network = load_model(source, job.study.runtime)
-        found = calibration.run_calibration(network, tokens, batch_tokens=wanted.batch_tokens)
-        self.absmax = {name: each.absmax for name, each in found.items()}
+        statistics = calibration.run_calibration(
+            network, tokens, batch_tokens=settings.batch_tokens
+        )
+        self.absmax = {name: of_input.absmax for name, of_input in statistics.items()}
         self.judges = tokens[calibration.first_judging_item(len(tokens)) :]
-        self.fit = {name: each.fit_absmax for name, each in found.items()}
+        self.fit = {name: of_input.fit_absmax for name, of_input in statistics.items()}
         self.source = sha256_folder(source)
         folder = job.paths.calibration(MODEL)
         record = Record(folder, stage="calibration", parameters=job.parameters)
-        calibration.save_calibration(folder / "activations.safetensors", found)
+        calibration.save_calibration(folder / "activations.safetensors", statistics)
         record.add_input("model", self.source)
         record.write({"items": item_ids(items), "tokens": sum(map(len, tokens))})
 
@@ -108,8 +110,8 @@ class Run:
         record = Record(folder, stage="quantization", parameters=job.parameters)
         chosen = alpha.choose_alphas(network, job.recipe, self.fit, self.judges)
         write_json(folder / "alpha.json", chosen.record)
-        done = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
-        compression.quantize_variant_(network, job.recipe, self.absmax, done)
+        smoothed = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
+        compression.quantize_variant_(network, job.recipe, self.absmax, smoothed)
         checkpoint = job.paths.checkpoint(MODEL, variant)
         compression.save_checkpoint(network, tokenizer, checkpoint)
         record.add_input("model", self.source)
@@ -138,43 +140,48 @@ class Run:
         return max(float(((a - b).abs() / a.clamp(min=1e-9)).max()) for a, b in pairs)
 
     def prompts(self) -> dict[str, str]:
-        """Hash of every prompt by its item, made from the study anew."""
-        found = {}
-        for name, wanted in self.study.evaluation.datasets.items():
+        """Digest of every prompt by item id, rendered again."""
+        digests = {}
+        for name, evaluation_set in self.study.evaluation.datasets.items():
             for item in evaluation_items(self.study, name):
-                asked = render_prompt(item, wanted, self.tokenizer)
-                found[item.id] = input_digest(asked, model_inputs(self.tokenizer, asked))
-        return found
+                prompt = render_prompt(item, evaluation_set, self.tokenizer)
+                digests[item.id] = input_digest(prompt, model_inputs(self.tokenizer, prompt))
+        return digests
 
     def scored_anew(self, name: str, row: dict) -> dict:
         """The prediction that a row's own text leads to; a scored option has no text."""
-        wanted = self.study.evaluation.datasets[name]
-        if wanted.ask.protocol == "loglikelihood":
+        evaluation_set = self.study.evaluation.datasets[name]
+        if evaluation_set.ask.protocol == "loglikelihood":
             return row
         item = next(i for i in evaluation_items(self.study, name) if i.id == row["id"])
-        made = score_text(
+        prediction = score_text(
             item,
-            wanted.adapter,
+            evaluation_set.adapter,
             row["output"],
-            answer=wanted.ask.answer,
+            answer=evaluation_set.ask.answer,
             finish=row["finish_reason"],
         )
-        return row | made
+        return row | prediction
 
 
 def compared(here: Run, there: Run, variant: str) -> dict:
-    """What of two runs' predictions is equal, and how far the rest is apart."""
-    own, other = here.predictions[variant], there.predictions[variant]
-    flat = [(n, a, b) for n in own for a, b in zip(own[n], other[n], strict=True)]
+    """Which fields of two runs' predictions are equal, and the differences of the others."""
+    cpu_predictions, device_predictions = here.predictions[variant], there.predictions[variant]
+    flat = [
+        (n, a, b)
+        for n in cpu_predictions
+        for a, b in zip(cpu_predictions[n], device_predictions[n], strict=True)
+    ]
     prompts = here.prompts()
-    fixed = {
+    must_agree = {
         "items": all(a["id"] == b["id"] and a["golds"] == b["golds"] for _, a, b in flat),
         "prompts": all(
             a["prompt_hash"] == b["prompt_hash"] == prompts[a["id"]] for _, a, b in flat
         ),
         "parsing": all(_same(here.scored_anew(n, b), b) for n, _, b in flat),
         "metrics": _same(
-            all_metrics(here.study, json.loads(json.dumps(other))), all_metrics(there.study, other)
+            all_metrics(here.study, json.loads(json.dumps(device_predictions))),
+            all_metrics(there.study, device_predictions),
         ),
     }
     scores = [
@@ -182,18 +189,18 @@ def compared(here: Run, there: Run, variant: str) -> dict:
         for _, a, b in flat
         for x, y in zip(a.get("logprobs", ()), b.get("logprobs", ()), strict=True)
     ]
-    found = {"variant": variant, **fixed, "must not differ": all(fixed.values())}
-    found |= {"log-probability off by": max(scores, default=0.0)}
-    found |= {"answers alike": sum(a["output"] == b["output"] for _, a, b in flat), "of": len(flat)}
+    row = {"variant": variant, **must_agree, "must not differ": all(must_agree.values())}
+    row |= {"log-probability off by": max(scores, default=0.0)}
+    row |= {"answers alike": sum(a["output"] == b["output"] for _, a, b in flat), "of": len(flat)}
     for key in ("kl", "perplexity"):
         if key in here.shared[variant]:
-            found |= {
+            row |= {
                 f"{key} CPU": here.shared[variant][key],
                 f"{key} card": there.shared[variant][key],
             }
     if variant == "noquant":
-        found["must not differ"] &= found["log-probability off by"] <= FLOAT32_TOLERANCE
-    return found
+        row["must not differ"] &= row["log-probability off by"] <= FLOAT32_TOLERANCE
+    return row
 
 
 def _same(one: dict, other: dict) -> bool:

@@ -38,7 +38,7 @@ def device_seconds(calls: Sequence[Callable], device: str) -> float:
 
 
 def eager_seconds(calls: Sequence[Callable], device: str) -> float:
-    """Seconds of one call as a program that launches one after the other has them."""
+    """Seconds per call for consecutive eager launches."""
     if device != "cuda":
         return _wall(calls, CPU_S)
     repeats = -(-CALLS // len(calls))

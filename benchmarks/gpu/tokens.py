@@ -60,16 +60,16 @@ def _measured(part: Part, kind: str, whose: str) -> dict:
     with_one = _seconds(part, lambda: writer(model, starts, 1))
     writing = _seconds(part, lambda: writer(model, starts, sizes["new"])) - with_one
     steps, weights = sizes["new"] - 1, _linear_weights(model)
-    found = {"read": ids.numel() / reading, "written": len(starts) * steps / writing}
-    found |= {"ms a step": 1000 * writing / steps, "peak [GiB]": part.peak_gib()}
+    row = {"read": ids.numel() / reading, "written": len(starts) * steps / writing}
+    row |= {"ms a step": 1000 * writing / steps, "peak [GiB]": part.peak_gib()}
     peak = part.of("card", f"{kind}, operations a second")
     if isinstance(peak, float):
-        found["reading, share of peak"] = 2 * weights * ids.numel() / reading / peak
+        row["reading, share of peak"] = 2 * weights * ids.numel() / reading / peak
     bandwidth = part.of("card", "copy_bytes_a_second")
     if isinstance(bandwidth, float):
         size = weights * {"int8": 1, "bfloat16": 2, "float32": 4}[kind]
-        found["a step, share of bandwidth"] = size * steps / writing / bandwidth
-    return found
+        row["a step, share of bandwidth"] = size * steps / writing / bandwidth
+    return row
 
 
 def _generator() -> torch.Generator:
@@ -112,6 +112,6 @@ def _write(model, starts: torch.Tensor, new: int) -> None:
 
 def _generate(model, starts: torch.Tensor, new: int) -> None:
     ids = starts.to(model.device)
-    given = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
-    made = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **given)
-    assert made.shape[1] == starts.shape[1] + new
+    inputs = {"attention_mask": torch.ones_like(ids), "pad_token_id": 0, "do_sample": False}
+    output = model.generate(ids, max_new_tokens=new, min_new_tokens=new, **inputs)
+    assert output.shape[1] == starts.shape[1] + new

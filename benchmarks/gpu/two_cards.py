@@ -46,13 +46,13 @@ def run(part: Part) -> None:
 
 
 def outcome(rows: list[dict]) -> str:
-    """Whether what has to be alike is, in words."""
+    """Whether the required equalities hold, in words."""
     wrong = [row["runs in"] for row in rows if not row["as announced"]]
     return f"differs beyond rounding: {', '.join(wrong)}" if wrong else "alike but for rounding"
 
 
 def compared(part: Part, kind: str) -> dict:
-    """How far the answers over two cards are from those on one."""
+    """Differences between the answers over two cards and on one card."""
     dtype = kind.split()[-1]
     asked = Runtime(device="cuda", dtype=dtype, threads=1, quantized="int8", device_map="auto")
     one = loaded(kind, resolve_runtime(asked.model_copy(update={"device_map": None})))

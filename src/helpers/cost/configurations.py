@@ -29,7 +29,7 @@ class Configuration:
 
     variant: str
     dtype: str
-    arithmetic_record: str
+    arithmetic: str
     simulated: bool
     load: Callable[[], tuple]
 

@@ -55,7 +55,7 @@ def _operations_a_second(rows: int, inner: int, outer: int, kind: str, device: s
         packed = int8_matmul.pack(right.t().contiguous())
         seconds = _shortest(partial(int8_matmul.multiply, left, packed), device)
     else:
-        right = right.t().contiguous().t()  # as nn.Linear holds its weight
+        right = right.t().contiguous().t()  # the memory layout of nn.Linear's weight
         seconds = min(_shortest(partial(f, left, right), device) for f in _products(kind))
     return 2 * rows * inner * outer / seconds
 
@@ -63,7 +63,7 @@ def _operations_a_second(rows: int, inner: int, outer: int, kind: str, device: s
 def _products(kind: str) -> list[Callable[[Tensor, Tensor], Tensor]]:
     """The functions that multiply two matrices in torch here."""
     if kind == "bfloat16" and not has_bfloat16_units():
-        return [_linear_product]  # torch's own emulation takes seconds for one product
+        return [_linear_product]  # torch's bfloat16 emulation takes seconds per product
     return [torch.matmul, _linear_product]
 
 

@@ -23,10 +23,10 @@ from helpers.runtime.devices import resolve_runtime
 from helpers.runtime.linears import use_onednn
 from helpers.study.loading import load_study
 
-SECONDS = 2.0  # all together
+SECONDS = 2.0  # total time of all measurements
 ROWS = {READING: 256, WRITING: 32}
 PASSED = 2**22  # numbers rounded in one pass
-MOST_OPERATIONS = 2e9  # of all measured Linears together, so that no machine takes long
+MOST_OPERATIONS = 2e9  # of all measured Linears together, which bounds the time on slow machines
 
 
 def measure_speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, float]:
@@ -47,7 +47,10 @@ def measure_speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, f
             speeds[f"{arithmetic} {kind}"] = _speed(
                 measured_shapes, arithmetic, ROWS[kind], device, seconds_each
             )
-        except (NotImplementedError, RuntimeError):  # no such product, or no room for it
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # the product is not available, or out of memory
             continue
     return speeds
 
@@ -70,7 +73,9 @@ def _speed(shapes: list, arithmetic: str, rows: int, device: str, seconds: float
 
     def call() -> None:
         for linear, x in zip(linears, inputs, strict=True):
-            linear(x.view_as(x))  # another tensor: an input is quantized once for all its readers
+            linear(
+                x.view_as(x)
+            )  # a new tensor object, since quantized inputs are cached on the tensor
 
     operations = 2 * rows * sum(i * o for i, o in shapes)
     return operations / _seconds(call, seconds, device)

@@ -22,10 +22,15 @@ from helpers.study.schema import Study
 from helpers.study.schema_sources import FineTunedModel
 from helpers.study.study_run import Job
 
-READING, WRITING = "reading", "writing"  # many tokens in one product, or one of each answer
-TOUCHED = "weights touched"  # loaded, hashed, rounded or compared, each time one; no operation
+READING, WRITING = (
+    "reading",
+    "writing",
+)  # products of many tokens (prefill) or of one token per answer (decode)
+TOUCHED = (
+    "weights touched"  # weights read by loading, hashing, rounding or comparing; not an operation
+)
 BACKWARD = 2  # gradients of inputs and of weights: each as many operations as the product
-OPTIMIZER = 12  # times that a step of AdamW reads or writes something the size of the weights
+OPTIMIZER = 12  # passes over weight-sized tensors in one step of AdamW
 
 
 @dataclass(frozen=True)
@@ -136,7 +141,7 @@ def count_finetuning(study: Study, model: str, size: Size, tokenizer) -> Counter
     return (
         counts
         + reading_operations(size, "float32", 2 * tokens, head=2 * answers)
-        + weight_passes(size, OPTIMIZER * steps + 6)  # loaded, hashed and saved beside
+        + weight_passes(size, OPTIMIZER * steps + 6)  # plus loading, hashing and saving
     )
 
 

@@ -34,11 +34,9 @@ from helpers.study.schema_variants import Variant
 from helpers.study.study_run import Job
 from helpers.verification.checkpoint_files import PROBE_TOKENS, PROBES
 
-LOOKS = (
-    11  # of `sensitivity_rows`: as quantized, every kind of Linear, two single ones; of α with auto
-)
-KEPT = 25  # times a checkpoint's weights are made, saved, hashed, loaded and compared
-SIMULATED = 4  # passes over all weights that rounding them for one forward pass takes
+LOOKS = 11  # rows of `sensitivity_rows`; also the number of candidate α of `auto`
+KEPT = 25  # passes over a checkpoint's weights: quantize, save, hash, load, compare
+SIMULATED = 4  # passes over all weights to round them for one simulated forward pass
 
 
 def count_calibration(study: Study, size: Size, tokenizer) -> Counter:

@@ -14,8 +14,8 @@ from helpers.study.stages import timed_models
 from helpers.study.study_run import Job
 
 MADE_BY = "03_cost"
-TOLERANCE = 1.02  # a peak is a measurement too
-QUIET = 1.5  # slowest to fastest round; more comes of something else on the machine
+TOLERANCE = 1.02  # a peak has its own measurement error
+QUIET = 1.5  # ratio of slowest to fastest round; above it other work disturbed the machine
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class Cost:
 
     def _float(self, dtype: str) -> ConfigurationResult:
         baseline = self.measurements["baseline"]
-        wanted = (baseline, dtype)
-        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == wanted)
+        key = (baseline, dtype)
+        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == key)
 
     @property
     def others(self) -> list[ConfigurationResult]:

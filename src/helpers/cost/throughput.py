@@ -25,10 +25,10 @@ from helpers.sources.sampling import calibration_items
 from helpers.study.schema import Study
 
 PROMPTS, PROMPT_TOKENS = 32, 8
-NEW_TOKENS = 9  # the first comes with reading the prompt: 8 steps are timed
-ROUNDS = 2  # each of everything, one after the other
+NEW_TOKENS = 9  # prefill produces the first token, so 8 decode steps are timed
+ROUNDS = 2  # rounds in which every configuration is measured
 WARM_TOKENS = 32
-ROW_TOKENS = 1024  # at most; longer rows read no faster and take longer to measure
+ROW_TOKENS = 1024  # the most; longer rows are no faster per token
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,7 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
     before, started = _peak_bytes(), time.perf_counter()
     model, _ = load()
     texts, prompts = work.texts, work.prompts
-    one_text_a_pass = (
-        getattr(model, "scale_scope", "token") == "pass"
-    )  # evaluated one text at a time
+    one_text_a_pass = getattr(model, "scale_scope", "token") == "pass"  # each pass reads one text
     rows = 1 if one_text_a_pass else len(prompts)
     with use_packed_attention(model):
         read(model, [Segment(texts[0][:WARM_TOKENS])])

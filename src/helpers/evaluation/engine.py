@@ -36,7 +36,7 @@ def ask_all(
     predictions = {}
     for name, evaluation_set in study.evaluation.datasets.items():
         digests = {p.item.id: p.digest for p in prompts[name]}
-        saved = progress.of(name, digests) if progress else UnsavedPredictions()
+        saved = progress.open_set(name, digests) if progress else UnsavedPredictions()
         remaining = [p for p in prompts[name] if p.item.id not in saved.rows]
         answers = answer(model, tokenizer, remaining, evaluation_set, limits=study.evaluation.batch)
         bar = {"total": len(digests), "initial": len(saved.rows), "desc": name, "unit": "item"}

@@ -48,7 +48,7 @@ from helpers.study.schema_sources import FineTunedModel
 from helpers.study.schema_variants import variant_per_scheme
 from helpers.study.study_run import Job
 
-LOADED = 6  # times an evaluation's weights are loaded, hashed and compared
+LOADED = 6  # passes over the weights in an evaluation: load, hash, compare
 
 
 @dataclass(frozen=True)

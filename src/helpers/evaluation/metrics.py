@@ -12,7 +12,7 @@ from collections import Counter
 from helpers.study.schema import Study
 
 STATUSES = ("answered", "abstained", "unparsed")
-LARGEST_NLL = 700.0  # nats a token; e to more than this is no float
+LARGEST_NLL = 700.0  # nats per token; exp of more overflows a float
 
 
 def all_metrics(study: Study, predictions: dict[str, list[dict]]) -> dict[str, dict]:

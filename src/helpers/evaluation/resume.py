@@ -24,7 +24,7 @@ from helpers.study.fingerprinted_code import imported_modules
 from helpers.study.study_run import Job
 
 CHECK = 16  # characters of a line's checksum
-SYNC_S = 1.0  # what a power cut can cost; a kill costs nothing that was made
+SYNC_S = 1.0  # the most work that a power failure can lose; a killed process loses nothing
 
 
 class Progress:
@@ -44,7 +44,7 @@ class Progress:
         self.resumed: dict[str, set[str]] = {}
         self._folder = job.paths.evaluation(job.model, job.variant) / ".partial"
 
-    def of(self, dataset: str, prompts: dict[str, str]) -> "SavedPredictions":
+    def open_set(self, dataset: str, prompts: dict[str, str]) -> "SavedPredictions":
         """Open the saved predictions of one evaluation set.
 
         Args:

@@ -51,7 +51,7 @@ class EvaluationStage(Stage):
             StudyError: a prompt does not fit the model's context, or half a batch the card.
         """
         arguments = self.network, self.tokenizer, self.study, self.progress, self.prompts
-        return self.calls.of(PACKED, engine.ask_all, *arguments)
+        return self.calls.record(PACKED, engine.ask_all, *arguments)
 
     def read_shared_text(self) -> tuple[list[dict], full_logits.Recomputed]:
         """(one row a passage of the text every variant reads, the figures computed again).
@@ -61,7 +61,7 @@ class EvaluationStage(Stage):
         """
         passes = full_logits.Passes(self.network)
         given = self.job, self.network, self.tokenizer
-        rows = self.calls.of(SHARED_TEXT, perplexity.read_shared_text, *given)
+        rows = self.calls.record(SHARED_TEXT, perplexity.read_shared_text, *given)
         recomputed = full_logits.recompute(self.job, self.network, passes)
         self.record.add_input("float_states", sha256_file(perplexity.states_path(self.job)))
         return rows, recomputed

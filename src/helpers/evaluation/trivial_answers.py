@@ -12,11 +12,11 @@ from helpers.sources.chat_conversations import EXAMPLES
 from helpers.sources.exact_numbers import parse_number
 from helpers.study.schema import EvaluationSet
 
-LONGEST_UNIT = 60  # characters; what a loop repeats
-LOOP = 24  # characters a loop has at least
+LONGEST_UNIT = 60  # the most characters of a repeated piece
+LOOP = 24  # the fewest characters of a loop
 REPEATS = 4
-MOST_LOST = 5  # answers that all changed one way by chance: 2 × ½⁵ = 6 %, 2 × ½⁶ = 3 %
-MOST_LOST_SHARE = 0.25  # of all answers; more are no exceptions
+MOST_LOST = 5  # exceptions; a sign test gives 2 × ½⁵ = 6 % for 5, 2 × ½⁶ = 3 % for 6
+MOST_LOST_SHARE = 0.25  # the largest share of answers that counts as exceptions
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from helpers.inference.single_sequence import CachedSequence
 from helpers.runtime.batching import FEWEST_ROWS, use_sequence_ids
 from helpers.runtime.rotary_positions import reads_alone
 
-REFILL = 8  # slots are given away by so many at a time: a row of one prompt is slow to read
+REFILL = 8  # refill at least so many slots at a time: a row with a single prompt is slow to read
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.nn.functional import pad
 from helpers.inference.packed_rows import Segment
 from helpers.runtime.linears import grouped_product, widened
 
-WIDTH_STEP = 16  # matrix products sum alike at multiples of the vector width
-SUMMED = 256  # keys summed in one product on a CPU; libraries cut up sums of more than 384
+WIDTH_STEP = 16  # matrix products round equally at multiples of the vector width
+SUMMED = 256  # keys per product on a CPU; BLAS libraries split sums of more than 384
 
 
 class KVCache:

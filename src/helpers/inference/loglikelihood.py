@@ -16,7 +16,7 @@ from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import TRUNK, Segment, logits_at, packed_batches, read, split_at
 from helpers.runtime.rotary_positions import reads_alone
 
-HEAD_ROWS = 128  # positions whose logits over the vocabulary are held at once
+HEAD_ROWS = 128  # positions whose logits are in memory at once
 
 
 @dataclass(frozen=True)

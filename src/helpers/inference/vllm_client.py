@@ -28,9 +28,9 @@ from helpers.sources.models import load_config, load_head
 from helpers.study.schema import Runtime
 
 SERVER = Path(__file__).with_name("vllm_server.py")
-LONGEST = 4096  # tokens of a prompt with its answer; more needs memory that a study does not use
+LONGEST = 4096  # tokens of prompt and answer; a longer context would only reserve memory
 CACHE_GIB = 2  # of keys and values
-LINES_KEPT = 40  # of vLLM's own output, to tell why it ended
+LINES_KEPT = 40  # of vLLM's log, searched for the reason if it exits
 NOT_THERE = "vLLM is not set up; run make .venv-vllm/.study-ready"
 
 
@@ -50,7 +50,7 @@ class VllmModel:
         generation_config: the checkpoint's, with its list of tokens that end an answer.
     """
 
-    device = torch.device("cpu")  # where its answers are
+    device = torch.device("cpu")  # device of the returned tensors
 
     def __init__(self, folder: Path, runtime: Runtime, *, seed: int):
         if not vllm_python().is_file():

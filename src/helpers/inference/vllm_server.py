@@ -15,8 +15,8 @@ os.environ |= {
     "VLLM_NO_USAGE_STATS": "1",
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model is then in this process, to be looked at
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # jobs run side by side; bound, they share a core
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the model stays in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # parallel jobs that bind threads would share one core
     "TORCHDYNAMO_DISABLE": "1",  # compiling the sampler takes longer than most evaluations
 }
 
@@ -97,10 +97,10 @@ class Server:
             return compute(hidden, *rest, **keywords)
 
         self.model.compute_logits = capture
-        try:  # the logits of all tokens but the last are asked for with the prompt's
+        try:  # prompt_logprobs makes vLLM compute the logits of all prompt tokens
             self._generate([[*tokens, 0]], max_tokens=1, prompt_logprobs=0)
         finally:
-            del self.model.compute_logits  # the class's own again
+            del self.model.compute_logits  # restores the class's method
         matching = [states for states in captured if len(states) == len(tokens)]
         numpy.save(to, matching[-1], allow_pickle=False)
         return {"rows": len(matching[-1])}
@@ -134,7 +134,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, required=True)
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever vLLM prints is no answer
+    os.dup2(2, 1)  # vLLM's own output must not mix with the answers
     server = Server(
         options.folder, dtype=options.dtype, max_tokens=options.max_tokens, seed=options.seed
     )

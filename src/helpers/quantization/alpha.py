@@ -22,7 +22,7 @@ from helpers.quantization.smoothing import group_scales, same_alpha
 from helpers.runtime.moe_experts import every_expert_reads
 from helpers.study.schema_variants import Variant
 
-AUTO_ALPHAS = tuple(step / 10 for step in range(11))  # what `auto` tries for each group
+AUTO_ALPHAS = tuple(step / 10 for step in range(11))  # candidates of `auto` for each group
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,8 @@ class AlphaChoice:
 
     @property
     def record(self) -> dict:
-        kept = {"alphas": self.alphas, "curve": self.curve}
-        return kept | ({"errors": self.errors} if self.errors else {})
+        choice = {"alphas": self.alphas, "curve": self.curve}
+        return choice | ({"errors": self.errors} if self.errors else {})
 
 
 def choose_alphas(

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-# Attributes of such a tensor.
+# Names of the tensor attributes that hold the cached results.
 QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"
 
 
@@ -21,7 +21,7 @@ class CachedResult:
     conditions: tuple
 
     @classmethod
-    def of(cls, x: Tensor, name: str, conditions: tuple, compute):
+    def get_or_compute(cls, x: Tensor, name: str, conditions: tuple, compute):
         """The result cached on x under a name; computed and cached if there is none."""
         version = None if x.is_inference() else x._version  # torch counts changes in place
         conditions = (*conditions, version)

@@ -27,7 +27,9 @@ def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     config.tie_word_embeddings = f"{HEAD}.weight" not in tensors
-    model = empty_model(config, dtype=dtype)  # all of it comes from the file; checked below
+    model = empty_model(
+        config, dtype=dtype
+    )  # the file fills every tensor; `_load_float_parts_` checks that
     for name in [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]:
         linear = Int8Linear(
             tensors.pop(f"{name}.weight"),

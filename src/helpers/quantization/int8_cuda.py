@@ -21,9 +21,9 @@ from torch.nn.functional import pad
 
 from helpers.quantization import int8_cuda_choice
 
-MULTIPLE = 16  # of the sizes of a weight as it is held; 16 int8 are what one instruction loads
-ROWS = 17  # the fewest that cuBLASLt takes
-CAPABILITY = (8, 0)  # the first with int8 units that Triton multiplies by
+MULTIPLE = 16  # sizes of a packed weight are multiples of it; one instruction loads 16 int8
+ROWS = 17  # the fewest rows that cuBLASLt accepts
+CAPABILITY = (8, 0)  # the first whose int8 units Triton supports
 CUBLAS_PRODUCT, TRITON_PRODUCT = "int8 × int8 by cuBLASLt", "int8 × int8, fused in Triton"
 HALF_RANGE = 127.5
 LEAST = torch.finfo(torch.float32).eps
@@ -122,7 +122,7 @@ def self_checks(device: torch.device) -> dict[str, bool]:
     try:
         with torch.device("cpu"):  # whatever device the caller makes tensors on
             return {name: check() for name, check in _check_functions(device).items()}
-    except Exception as error:  # of many kinds: a compiler is at work
+    except Exception as error:  # compilation can raise many types
         return {f"{type(error).__name__}: {str(error)[:200]}": False}
 
 

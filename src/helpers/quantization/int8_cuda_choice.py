@@ -43,7 +43,7 @@ class Tile:
         return astuple(self)
 
 
-# For up to so many rows, the last for all more. `make gpu-check` times these and others.
+# (most rows of the class, its candidates). `make gpu-check` times these and others.
 CANDIDATES = (
     (
         16,
@@ -72,13 +72,13 @@ CANDIDATES = (
         ),
     ),
 )
-FEWEST_WEIGHTS = 2**18  # with fewer, a choice gains less than it takes
-FEW_ROWS = 16  # so few that cuBLASLt needs more
-MOST_ROWS = 4096  # of the operands that are tried
+FEWEST_WEIGHTS = 2**18  # with fewer weights, timing costs more than it gains
+FEW_ROWS = 16  # cuBLASLt needs more rows than this
+MOST_ROWS = 4096  # rows of the timed operands
 CALLS, ROUNDS = 8, 3
-LAUNCHED_ROWS = 64  # so few that launching takes longer than the work: the time of both counts
-AHEAD = 2**22  # cycles of a card in which CALLS are launched: 2 ms
-MOST_TIME_SHARE = 0.97  # a way replaces an earlier one that takes longer than this share allows
+LAUNCHED_ROWS = 64  # up to here launching takes longer than the work, so launch time is included
+AHEAD = 2**22  # cycles (2 ms) for which the card waits while CALLS are launched
+MOST_TIME_SHARE = 0.97  # a candidate must take less than this share of the best time so far
 
 _chosen: dict[tuple, Tile | None] = {}
 
@@ -109,7 +109,7 @@ def choose_tile(
     most, tiles = candidate_tiles(len(a))
     key = a.device, most, *weight.shape, dtype, bias is None, scale.numel() == 1
     if key not in _chosen:
-        if torch.cuda.is_current_stream_capturing():  # nothing can be timed meanwhile
+        if torch.cuda.is_current_stream_capturing():  # timing is not possible during capture
             return None
         _chosen[key] = _fastest_tile(product, around_cublas, _limit_rows(operands), tiles)
     return _chosen[key]
@@ -140,7 +140,7 @@ def _fastest_tile(product, around_cublas, operands: tuple, tiles: tuple[Tile, ..
         by_tile = lambda tile=tile: product(*operands, tile=tile)  # noqa: E731
         try:
             is_exact = torch.equal(by_tile(), expected)
-        except Exception:  # of many kinds: it does not fit the card, or does not compile
+        except Exception:  # any type: the tile does not fit the card, or does not compile
             continue
         if not is_exact:
             continue

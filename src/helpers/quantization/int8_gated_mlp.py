@@ -20,7 +20,7 @@ class FusedGatedMLP:
     def __call__(self, x: Tensor) -> Tensor:
         module = self.module
         parts = (module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
-        if parts != (self.gate, self.up, self.down, self.activation):  # exchanged since
+        if parts != (self.gate, self.up, self.down, self.activation):  # a module was replaced
             return type(module).forward(module, x)
         gate, up = self.gate(x), self.up(x)
         if not (
@@ -30,7 +30,7 @@ class FusedGatedMLP:
         mixed, values, scale = int8_passes.gated_silu(gate.flatten(0, -2), up.flatten(0, -2))
         mixed = mixed.view(gate.shape)
         conditions = (self.down.activations, self.down.input_scale, current_sequence_ids())
-        CachedResult.of(mixed, QUANTIZED, conditions, lambda: (values, scale))
+        CachedResult.get_or_compute(mixed, QUANTIZED, conditions, lambda: (values, scale))
         return self.down(mixed)
 
 

@@ -20,7 +20,7 @@ from helpers.runtime.batching import current_sequence_ids
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
-SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # they read one tensor
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # Linears with the same input
 
 
 def quantize_activations(x: Tensor, scale: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class Int8Linear(nn.Module):
     def quantized(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """((tokens, in_features) int8, scale) of x (…, in_features), cached on x."""
         conditions = (self.activations, self.input_scale, current_sequence_ids())
-        return CachedResult.of(x, QUANTIZED, conditions, lambda: self._quantize(x))
+        return CachedResult.get_or_compute(x, QUANTIZED, conditions, lambda: self._quantize(x))
 
     def _quantize(self, x: Tensor) -> tuple[Tensor, Tensor]:
         rows = x.reshape(-1, self.in_features)
@@ -210,7 +210,7 @@ class Int8Linear(nn.Module):
             y = stack.multiplied(x)
         else:
             conditions = (stack, current_sequence_ids())
-            y = CachedResult.of(x, MULTIPLIED, conditions, lambda: stack.multiplied(x))[
+            y = CachedResult.get_or_compute(x, MULTIPLIED, conditions, lambda: stack.multiplied(x))[
                 :, self.columns
             ]
         return y.to(x.dtype).view(*x.shape[:-1], self.out_features)

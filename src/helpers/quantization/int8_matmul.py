@@ -30,10 +30,10 @@ from torch import Tensor
 from helpers.quantization import int8_cuda
 from helpers.runtime import processors
 
-BLOCK = 1024  # 2¹⁴ × 1,024 = 2²⁴, up to which float32 holds every whole number
+BLOCK = 1024  # 2¹⁴ × 1,024 = 2²⁴, up to which float32 represents every integer
 TRIED = (256, 576, 1536)  # rows, inner, outer of the products that are timed
-ROUNDS, ROUND_S = 5, 0.008  # each way is timed in turns with the others, so often and so long
-MOST_TIME_SHARE = 0.9  # of the time of the way before it: less is left to chance
+ROUNDS, ROUND_S = 5, 0.008  # rounds of interleaved timing, seconds per product and round
+MOST_TIME_SHARE = 0.9  # a product must take less than this share of the best time so far
 
 
 @dataclass(frozen=True)
@@ -77,14 +77,22 @@ def _pack_tiles(weight: Tensor) -> tuple[Tensor, ...]:
 
 def _multiply_tiles(a: Tensor, packed: Tensor) -> Tensor:
     scale, zero_point = torch.ones(1), torch.zeros(1, dtype=torch.int32)
-    plain = (None, 1.0, 0, torch.float32, "none", [], "")  # no bias, no scales, no function after
+    plain = (
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )  # no bias, no scales, no activation function
     return torch.ops.onednn.qlinear_pointwise(a, 1.0, 0, packed, scale, zero_point, *plain)
 
 
 def _multiply_blocks(a: Tensor, weight_t: Tensor) -> Tensor:
     blocks = zip(a.split(BLOCK, dim=1), weight_t.split(BLOCK), strict=True)
     partial = [left.float() @ right.float() for left, right in blocks]
-    if len(partial) <= 2:  # one sum of two whole numbers rounds as int32 to float32 does
+    if len(partial) <= 2:  # the sum of two integers rounds like int32 to float32
         return partial[0] if len(partial) == 1 else partial[0].add_(partial[1])
     total = partial[0].to(torch.int32)
     for block in partial[1:]:
@@ -140,7 +148,7 @@ def is_exact(product: CpuProduct) -> bool:
         expected = (a.double() @ weight.double().t()).float()
         try:
             result = product.multiply(a, *product.pack(weight))
-        except (RuntimeError, AttributeError, NotImplementedError):  # this torch lacks it
+        except (RuntimeError, AttributeError, NotImplementedError):  # not available in this torch
             return False
         if not torch.equal(result.float(), expected):
             return False

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-STEP_VALUES = 2**14  # of a row block that one thread takes at a time
-SERIAL_VALUES = 2**17  # fewer are not worth waking a second thread
+STEP_VALUES = 2**14  # values per step of one thread
+SERIAL_VALUES = 2**17  # up to here one thread is faster than several
 HALF_RANGE = 127.5
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
 

@@ -197,7 +197,9 @@ def gated_silu_loop(data):
     """gate, up → SiLU(gate) · up as float32, as int8 values, and one scale a row."""
     job = carray(data, (JOB,), int64)
     rows, length, step = job[1], job[2], job[3]
-    gate = carray(pointer_to(job[4]), (rows, job[9]), float32)  # of each row the first `length`
+    gate = carray(
+        pointer_to(job[4]), (rows, job[9]), float32
+    )  # the first `length` values of each row are used
     up = carray(pointer_to(job[5]), (rows, job[10]), float32)
     mixed = carray(pointer_to(job[6]), (rows, length), float32)
     values = carray(pointer_to(job[7]), (rows, length), int8)

@@ -7,11 +7,11 @@ depends on beside where its tensors lie.
 
 from torch import Tensor
 
-ALIGNED = 16  # bytes; kernels are compiled for pointers that are multiples of it, or are not
-MOST = 4096  # compiled kernels that are kept
+ALIGNED = 16  # bytes; Triton compiles separate kernels for aligned and other pointers
+MOST = 4096  # the most compiled kernels in the cache
 
 _compiled: dict[tuple, object] = {}
-_direct = [True]  # whether this Triton's compiled kernels take what its kernels take
+_direct = [True]  # whether compiled kernels accept the same arguments as kernels
 
 
 def launch(kernel, programs: int, key: tuple, arguments: tuple, **options) -> None:

@@ -19,9 +19,9 @@ from helpers.quantization.int8_triton_kernels import (
 )
 from helpers.quantization.int8_triton_launcher import launch
 
-ROW_VALUES = 16384  # of a row that one program holds at once
-# Wider rows, where there are many, are read twice in parts, the second time from a cache: in one
-# piece they would take so many registers that too few of them are under way at once.
+ROW_VALUES = 16384  # the most values of a row in one program
+# Many rows wider than ONE_PIECE are read twice in parts, the second time from the cache. In one
+# piece they need so many registers that too few programs run at once.
 ONE_PIECE, PART, MANY_ROWS = 4096, 2048, 512
 VALUES_A_WARP, MOST_WARPS = 512, 32
 
@@ -94,7 +94,7 @@ def launch_product(a: Tensor, weight: Tensor, scale, columns, bias, dtype, *, ti
         triton.runtime.errors.OutOfResources: the tile does not fit the card.
     """
     rows, (outer, inner) = len(a), weight.shape
-    inner += -inner % 16  # behind the weight are zeros
+    inner += -inner % 16  # the weight is padded with zeros
     if a.stride(1) != 1 or a.stride(0) % 16 or a.stride(0) < inner:
         a = torch.nn.functional.pad(a, (0, inner - a.shape[1])).contiguous()
     y = torch.empty(rows, outer, dtype=dtype, device=a.device)

@@ -18,8 +18,8 @@ from helpers.runtime.linears import simulated_by_onednn
 from helpers.runtime.rotary_positions import batch_tokens_for
 from helpers.study.schema_variants import Variant
 
-HEAD_ROWS = 64  # tokens whose whole vocabulary is looked at at once
-BATCH_TOKENS = 2048  # read at once, padding counted
+HEAD_ROWS = 64  # tokens whose logits are in memory at once
+BATCH_TOKENS = 2048  # of one pass, including padding
 JUDGES = 3  # judging items that a probe reads, since it reads them once for every kind of Linear
 
 

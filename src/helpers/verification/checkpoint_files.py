@@ -28,7 +28,10 @@ from helpers.verification.model_slot import ModelSlot, with_own_kernels
 from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
 SMALLEST = 1e-5  # floor of maxima and scales, as the smoothing declares it
-PROBES, PROBE_TOKENS = 2, 48  # real texts the models are run on; few, since forwards cost most
+PROBES, PROBE_TOKENS = (
+    2,
+    48,
+)  # real texts for forward passes, which are the expensive part of the gates
 
 
 class CheckpointFiles(ModelSlot):

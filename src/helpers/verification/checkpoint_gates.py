@@ -10,7 +10,7 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 
 EPS32 = torch.finfo(torch.float32).eps
-LEVELS = 127  # a row whose largest value is 127.5 steps reaches ±127 at least, however rounded
+LEVELS = 127  # a row with a maximum of 127.5 steps reaches at least ±127 after rounding
 LOGARITHM = 32  # x^α = exp(α·ln x): |ln x| < 16 for x in [1e-5, 1e6], two such factors
 SUFFIXES = ("weight_scale", "input_scale")
 
@@ -43,11 +43,11 @@ def smoothing_gate(evidence: CheckpointFiles):
         f"rounding allows; "
         f"{len(wrong_companions)} biases or routers off{examples(wrong_companions)}",
         f"{expected} groups folded, each by the scales of equation 4 at "
-        + (_in_words(evidence.alphas) if evidence.groups else "no place"),
+        + (_alpha_text(evidence.alphas) if evidence.groups else "no place"),
     )
 
 
-def _in_words(alphas: dict[str, float]) -> str:
+def _alpha_text(alphas: dict[str, float]) -> str:
     low, high = min(alphas.values()), max(alphas.values())
     return f"α = {low:g}" if low == high else f"its own α ({low:g} to {high:g})"
 

@@ -34,7 +34,7 @@ def _matrices(evidence: CheckpointFiles) -> set[str]:
 def metadata_gate(evidence: CheckpointFiles):
     """Bits, granularities and layers agree between tensors, config and study file."""
     weights, activations = evidence.claim.scheme
-    study = _in_words(8, weights, 8, activations, set(evidence.targets))
+    study = _description(8, weights, 8, activations, set(evidence.targets))
     descriptions = {"tensors": _from_tensors(evidence), "config": _from_config(evidence)}
     differing = [f"{source}: {words}" for source, words in descriptions.items() if words != study]
     return (
@@ -44,11 +44,11 @@ def metadata_gate(evidence: CheckpointFiles):
     )
 
 
-def _in_words(weight_bits, weights, activation_bits, activations, layers: set[str]) -> str:
-    kept = "" if "lm_head" in layers else ", head kept"
+def _description(weight_bits, weights, activation_bits, activations, layers: set[str]) -> str:
+    head_note = "" if "lm_head" in layers else ", head kept"
     return (
         f"{weight_bits}-bit weights per {weights}, {activation_bits}-bit activations "
-        f"{activations.replace('_', ' ')}, {len(layers)} Linears{kept}"
+        f"{activations.replace('_', ' ')}, {len(layers)} Linears{head_note}"
     )
 
 
@@ -64,7 +64,7 @@ def _from_tensors(evidence: CheckpointFiles) -> str:
     activations = evidence.claim.scheme[1]
     if static != (len(names) if activations == "tensor_static" else 0):
         activations = f"with {static} static scales"
-    return _in_words(bits, weights, 8, activations, set(names))
+    return _description(bits, weights, 8, activations, set(names))
 
 
 def _from_config(evidence: CheckpointFiles) -> str:
@@ -81,4 +81,4 @@ def _from_config(evidence: CheckpointFiles) -> str:
     if layers != evidence.stored_int8:
         return f"ignores other Linears than the {len(evidence.stored_int8)} stored as int8"
     kind = f"{inputs['strategy']}_{timing}"
-    return _in_words(weights["num_bits"], weights["strategy"], inputs["num_bits"], kind, layers)
+    return _description(weights["num_bits"], weights["strategy"], inputs["num_bits"], kind, layers)

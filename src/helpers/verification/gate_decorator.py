@@ -20,7 +20,7 @@ def gate(name: str) -> Callable:
         def held(evidence) -> Gate:
             try:
                 passed, measured, limit = check(evidence)
-            except Exception as error:  # a broken checkpoint breaks its readers in any way
+            except Exception as error:  # a broken checkpoint may raise any exception
                 reason = " ".join(str(error).split())[:200]
                 measured = f"could not be checked: {type(error).__name__}: {reason}"
                 return Gate(name, False, measured, "can be checked")

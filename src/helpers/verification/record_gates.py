@@ -16,7 +16,7 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 from helpers.verification.hooks import capture_inputs, first_block_only
 
-SQNR_TEXTS = 4  # that the SQNR on record is over
+SQNR_TEXTS = 4  # texts of the recorded SQNR
 CLOSE_DB = 0.1
 
 
@@ -40,7 +40,7 @@ def bytes_gate(evidence: CheckpointFiles):
             b - a for a, b in (v["data_offsets"] for v in tensor_headers(folder).values())
         )
         recorded_bytes = sum(recorded[parts].values())
-        # A source may hold its head twice, or what transformers ignores.
+        # A source may store a tied head twice, or tensors that transformers ignores.
         if recorded_bytes > expected or (recorded_bytes < expected and parts == "bytes_after"):
             differences.append(f"{parts} {recorded_bytes:,}, in the files {expected:,}")
     int8 = [k for k, v in tensor_headers(evidence.folder).items() if v["dtype"] == "I8"]

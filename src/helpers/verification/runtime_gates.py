@@ -11,8 +11,8 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 from helpers.verification.hooks import logits_of
 
-CHUNK_ROWS = 8192  # of a weight at a time
-LOUDER = 2.0**8  # a power of two, so that scaling a token by it rounds nothing
+CHUNK_ROWS = 8192  # rows of a weight in one step
+LOUDER = 2.0**8  # a power of two, so that scaling a token is exact
 
 
 @gate("smoothing keeps the function")
@@ -219,7 +219,7 @@ def kernel_gate(evidence: CheckpointFiles):
         *_, allowed = _expected_products(evidence, name, x)
         error = ((output - expected).abs() / allowed.clamp(min=1e-30)).max().item()
         worst = largest((worst, error))
-        if not error <= 2:  # both of them are rounded
+        if not error <= 2:  # both outputs are rounded
             wrong.append(name)
     compared = len(inputs)
     return (

@@ -21,8 +21,8 @@ from helpers.verification import (
 from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import Gate
 
-# First what needs no model, then what runs the source, then what runs the checkpoint: the
-# evidence holds one model at a time, and in this order each is loaded once or twice.
+# Order: gates without a model, gates that run the source, gates that run the checkpoint. The
+# model slot holds one model, and in this order each model is loaded once or twice.
 FILE_CHECKS = (
     checkpoint_gates.smoothing_gate,
     checkpoint_gates.unchanged_gate,
@@ -31,7 +31,7 @@ FILE_CHECKS = (
     calibration_gates.leakage_gate,
     tokenizer_gates.tokenizer_gate,
 )
-RECORD_CHECKS = (  # what a calibration alone has left, and the making of the checkpoint told
+RECORD_CHECKS = (  # these gates need the calibration's own files
     calibration_gates.texts_gate,
     calibration_gates.order_gate,
     calibration_gates.surface_gate,

@@ -13,7 +13,7 @@ from helpers.core.gates import Gate
 from helpers.study.schema import Study
 from helpers.study.schema_sources import FineTunedModel, RandomModel
 
-LEAST_CHANGE = 1e-4  # of a held-out loss; float32 rounds a mean over tokens to 1e-6
+LEAST_CHANGE = 1e-4  # relative change of a held-out loss; float32 rounds a mean over tokens to 1e-6
 RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
 
 

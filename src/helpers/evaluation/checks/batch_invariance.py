@@ -20,11 +20,11 @@ from helpers.core.hashing import sha256_text
 from helpers.evaluation.scoring import token_f1
 from helpers.study.schema import Study
 
-# Items of each evaluation set. A written answer is dozens of decisions, one after the other,
-# and takes as long alone as ten scored ones.
+# Items of each evaluation set. A generated answer makes dozens of sequential decisions,
+# and takes as long as ten scored items.
 SAMPLE = {"loglikelihood": 4, "generate": 1}
 DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
-ROUNDING = 1e-5  # of stored log-probabilities, with room
+ROUNDING = 1e-5  # stored precision of log-probabilities, with a margin
 
 
 def sampled_ids(ids: list[str], protocol: str, *, seed: int) -> set[str]:

@@ -19,7 +19,7 @@ from helpers.evaluation.trivial_answers import (
 )
 from helpers.study.schema import EvaluationSet
 
-FORMAT_DROP = 0.25  # losing this share of readable answers is a broken run, not a lower score
+FORMAT_DROP = 0.25  # a larger drop in parsable answers means a broken run, not a lower score
 BEHAVIOR_MARGIN = 0.25  # the same for endless, looping and echoing answers
 
 
@@ -124,7 +124,7 @@ def fixed_answer_gate(
 
 def _not_more_often_gate(name: str, description: str, share: float, baseline_share: float) -> Gate:
     limit, measured = baseline_share + BEHAVIOR_MARGIN, f"{_percent(share)} {description}"
-    if limit >= 1:  # no share is above it; `validity` calls such a set uninformative
+    if limit >= 1:  # no share can exceed it; `validity` calls such a set uninformative
         return Gate(
             name, True, measured, f"none: the baseline itself has {_percent(baseline_share)}"
         )

@@ -44,7 +44,7 @@ class NoCalls:
     def __init__(self, reason: str = ""):
         self.reason = reason
 
-    def of(self, _phase: str, ask: Callable, *args):
+    def record(self, _phase: str, ask: Callable, *args):
         return ask(*args)
 
 
@@ -57,7 +57,7 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
         linears = linear_names(config)
         experts = [n for n in linears if ".experts." in n] if architecture(config).experts else []
         return CallRecorder(model, linear_files(job), linears, experts=experts)
-    except Exception as error:  # an evaluation goes on, and its gate fails
+    except Exception as error:  # the evaluation continues, and its gate fails
         return NoCalls(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
 
@@ -207,7 +207,7 @@ def _worst_linear_call(calls: CallRecorder, linears: list[LinearCalls]) -> tuple
         recorded = [call for pair in linear.kept.values() for call in pair]
         if not recorded:
             continue
-        file = calls.files.of(linear.name, linear.columns)
+        file = calls.files.linear(linear.name, linear.columns)
         tops = [call.absmax for call in recorded if call.absmax is not None]
         products = file.products(
             torch.cat([call.x for call in recorded]), torch.cat(tops) if tops else None

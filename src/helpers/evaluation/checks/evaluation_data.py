@@ -168,7 +168,7 @@ def opinion_gates(
     )
     tokens = passage_tokens(tokenizer, few_passages, max_tokens=evaluation.shared_text.max_tokens)
     read = partial(read_passages, model, batch_tokens=evaluation.batch.tokens)
-    opinion.passages(tokens, passages[: len(tokens)], read)
+    opinion.compare_passages(tokens, passages[: len(tokens)], read)
     return tuple(opinion.gates(predictions))
 
 
@@ -282,7 +282,7 @@ def ask_alone(
         sampled = [item for item in of_set if item.id in ids]
         predictions[name] = []
         for item in Bar(sampled, desc=f"{name}, asked alone", unit="item"):
-            with opinion.of(name, item) as rows:
+            with opinion.trace_item(name, item) as rows:
                 rows += evaluate(model, tokenizer, [item], evaluation_set, limits=limits)
             predictions[name] += rows
     return predictions

@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-STEPS = 127.5  # compressed-tensors: the largest magnitude is so many steps of 256 levels
-TIE = 1e-3  # steps; a value so near to the middle of two may be rounded to either
+STEPS = 127.5  # compressed-tensors: abs-max in steps, for 256 levels
+TIE = 1e-3  # in steps; a value this close to a midpoint may round either way
 EPS32 = 2.0**-23
 HEADS = ("lm_head.weight", "model.embed_tokens.weight", "model.decoder.embed_tokens.weight")
 
@@ -105,7 +105,7 @@ class LinearFile:
         size = rounded.norm(dim=1, keepdim=True) * weight.norm(dim=1)
         bound = size + (0 if self.bias is None else bias.abs())
         allowed = 8 * EPS32 * bound + 2 * self.eps * exact.abs() + self._narrow(size, weight)
-        if ties is not None:  # each of them may be one step off
+        if ties is not None:  # each tie may be one step off
             allowed += (ties.double() * scale.double()) @ weight.abs().T
             if self.simulated and self.eps > EPS32:
                 allowed += 4 * scale.double() * weight.norm(dim=1) + 2 * self.eps * size
@@ -154,7 +154,7 @@ class LinearFiles:
     def tensors(self) -> TensorReader:
         return TensorReader(self.folder)
 
-    def of(self, name: str, columns: Tensor) -> LinearFile:
+    def linear(self, name: str, columns: Tensor) -> LinearFile:
         """Some columns of a Linear.
 
         Raises:

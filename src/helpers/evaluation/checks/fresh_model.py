@@ -14,7 +14,7 @@ from helpers.core.gates import largest
 from helpers.evaluation.checks.float64_linears import LinearFiles
 from helpers.evaluation.checks.rounding_bounds import Comparison, rms
 
-PERTURBED_ROWS = 8192  # of a weight at a time
+PERTURBED_ROWS = 8192  # rows of a weight in one step
 
 
 @dataclass(frozen=True)

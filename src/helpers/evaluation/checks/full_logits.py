@@ -24,8 +24,8 @@ from helpers.study.schema import Runtime
 from helpers.study.study_run import Job
 from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
-ATTENTION = ("sdpa", "eager")  # two ways that transformers itself has
-ROWS, COLUMNS = 64, 16384  # of a matrix that are in float64 at once
+ATTENTION = ("sdpa", "eager")  # two implementations in transformers
+ROWS, COLUMNS = 64, 16384  # size of the float64 blocks of a logit matrix
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Passes:
     def __init__(self, model):
         self.read: list[tuple[list[int], Tensor]] = []
         self._hook = None
-        if isinstance(model, torch.nn.Module):  # else another engine runs it
+        if isinstance(model, torch.nn.Module):  # otherwise another engine runs the model
             self._hook = model.base_model.register_forward_hook(self._record, with_kwargs=True)
 
     def _record(self, _module, _args, options, output) -> None:
@@ -83,7 +83,9 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
     tokenizer = source_tokenizer(job)
     tokenized = [source_token_ids(tokenizer, text, plain=True) for text in texts]
     tokens = [ids_of_text[:limit] for ids_of_text, _ in tokenized]
-    starts = [max(1, special_tokens) for _, special_tokens in tokenized]  # of what is predicted
+    starts = [
+        max(1, special_tokens) for _, special_tokens in tokenized
+    ]  # index of the first scored token
     ids = [sha256_text(text)[:16] for text in texts]
     baseline = transformers_model(folder, job.study.runtime)
     dtype = getattr(torch, job.recipe.dtype or job.study.runtime.dtype)

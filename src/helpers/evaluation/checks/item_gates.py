@@ -12,8 +12,8 @@ from helpers.core.gates import Gate, none_of
 from helpers.sources.items import Item, item_key, normalized_text
 from helpers.sources.raw_rows import item_digest
 
-RUN = 4  # words; two items that share half of their runs are one question
-EXACT_ONLY = ("worked-example",)  # a few words long
+RUN = 4  # words per run; items that share half of their runs are near-duplicates
+EXACT_ONLY = ("worked-example",)  # too short for near-duplicate search
 
 
 def raw_rows_gate(rows: list[dict], items: list[Item], digests: dict[str, set[str]]) -> Gate:
@@ -59,17 +59,17 @@ def leakage_gate(items: list[Item], used_items: dict[str, list[Item]]) -> Gate:
     """No question, nor a near-duplicate of one, was used to make the variant."""
     keys = {item_key(i): i.id for i in items}
     repeated = [
-        f"{keys[item_key(other)]} in {use}"
+        f"{keys[item_key(second)]} in {use}"
         for use, others in used_items.items()
-        for other in others
-        if item_key(other) in keys
+        for second in others
+        if item_key(second) in keys
     ]
     reworded = [
-        f"{one.id} in other words in {use}"
+        f"{first.id} in other words in {use}"
         for use, others in used_items.items()
         if use not in EXACT_ONLY
-        for one, other in near_pairs(items, others)
-        if item_key(one) != item_key(other)
+        for first, second in near_pairs(items, others)
+        if item_key(first) != item_key(second)
     ]
     counts = " and ".join(f"{len(others)} {use} items" for use, others in used_items.items())
     leaked = repeated + reworded

@@ -7,9 +7,9 @@ import math
 
 from helpers.core.gates import Gate, none_of
 
-ROOM = 10.0  # times the rounding measured on one passage, which is one draw of it
+ROOM = 10.0  # times the rounding measured on one passage, a single sample
 EPS = 2.0**-22  # two roundings of float32
-LARGEST_LOGPROB = 32.0  # nats; a float32 of that size is known to one rounding
+LARGEST_LOGPROB = 32.0  # nats; bounds the absolute rounding error of a float32 log-probability
 
 
 def recomputed_gates(

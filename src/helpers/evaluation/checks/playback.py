@@ -36,7 +36,7 @@ class Playback:
         config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        self.layers = Layers.of(config)
+        self.layers = Layers.from_config(config)
         with init_empty_weights(include_buffers=False), no_init_weights():
             self.model = AutoModelForCausalLM.from_config(
                 config, attn_implementation="eager", dtype=dtype

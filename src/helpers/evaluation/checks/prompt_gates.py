@@ -14,9 +14,9 @@ from helpers.sources.chat_conversations import EXAMPLES, SYSTEM
 from helpers.sources.items import Item, item_key
 from helpers.study.schema import EvaluationSet
 
-FIXED_OPTIONS = {"boolq": [" Yes", " No"]}  # what is scored where it is not the options
+FIXED_OPTIONS = {"boolq": [" Yes", " No"]}  # scored continuations of adapters without options
 
-MOST_SPECIAL_TOKENS = 2  # tokens that a tokenizer puts before a text
+MOST_SPECIAL_TOKENS = 2  # special tokens before a text
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from helpers.core.gates import Gate, none_of
 COUNTS = ("items", "answered", "abstained", "unparsed", "prompt_tokens", "output_tokens")
 COUNTS += ("has_answer_items", "no_answer_items", "passages", "tokens")
 UNBOUNDED = ("median_absolute_difference", "kl")
-ROUNDING = 1e-6  # a KL of zero may come out as less
+ROUNDING = 1e-6  # a KL of zero may be slightly negative
 
 
 def range_gate(rows: list[dict], metrics: dict[str, dict], name: str) -> Gate:

@@ -12,7 +12,7 @@ from helpers.evaluation.scoring import number_scores
 from helpers.sources.items import Item
 from helpers.study.schema import EvaluationSet
 
-ROUNDING = 1e-6  # of stored log-probabilities; a tie within it goes to the stored answer
+ROUNDING = 1e-6  # precision of stored log-probabilities; within it, the stored answer wins a tie
 BOX = r"\boxed{"
 DECIMAL = re.compile(r"[+-]?[0-9]{1,30}(\.[0-9]{1,30})?")
 ARTICLE = re.compile(r"(?<!\w)(?:the|an|a)(?!\w)")
@@ -92,12 +92,15 @@ def _scores(item: Item, adapter: str, parsed: str | None, status: str) -> dict:
     if adapter != "squad_v2":
         return {"score": 1.0 if parsed is not None and parsed in item.golds else 0.0}
     if not item.golds:
-        due = 1.0 if status == "abstained" else 0.0
-        return {"score": due, "f1": due}
+        abstention_score = 1.0 if status == "abstained" else 0.0
+        return {"score": abstention_score, "f1": abstention_score}
     if parsed is None:
         return {"score": 0.0, "f1": 0.0}
-    said, golds = words_of(parsed), [words_of(gold) for gold in item.golds]
-    return {"score": 1.0 if said in golds else 0.0, "f1": max(_f1(said, gold) for gold in golds)}
+    words, gold_words = words_of(parsed), [words_of(gold) for gold in item.golds]
+    return {
+        "score": 1.0 if words in gold_words else 0.0,
+        "f1": max(_f1(words, gold) for gold in gold_words),
+    }
 
 
 def words_of(text: str, *, or_itself: bool = True) -> list[str]:

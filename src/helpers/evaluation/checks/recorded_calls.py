@@ -17,11 +17,11 @@ from helpers.evaluation.checks.float64_linears import LinearFile, LinearFiles
 from helpers.runtime.batching import current_sequence_ids
 
 PACKED, DECODING, SHARED_TEXT = "packed rows", "decoding", "shared text"
-BUFFERED = 32  # rows compared at once
-CHECKED_COLUMNS = 16  # outputs of every call
-KEPT_ROWS, KEPT_COLUMNS = 3, 512  # of a call that is kept
+BUFFERED = 32  # rows per comparison
+CHECKED_COLUMNS = 16  # output columns compared in every call
+KEPT_ROWS, KEPT_COLUMNS = 3, 512  # rows and columns stored of a kept call
 MOST_ERRORS = 10
-GROWTH = 1.25  # a late call is kept each time there are so many times more
+GROWTH = 1.25  # the next kept call has at least so many times the number of the last
 
 
 @dataclass(frozen=True)
@@ -150,7 +150,7 @@ class CallRecorder:
         return calls
 
     def _read(self, calls: LinearCalls) -> None:
-        calls.file = self.files.of(calls.name, calls.checked)
+        calls.file = self.files.linear(calls.name, calls.checked)
 
     @property
     def summary(self) -> str:
@@ -159,7 +159,7 @@ class CallRecorder:
         passes = ", ".join(f"{n:,} of {kind}" for kind, n in self.passes.items())
         return f"{calls:,} calls of {len(self.linears)} Linears in these passes: {passes}"
 
-    def of(self, phase: str, ask: Callable, *args):
+    def record(self, phase: str, ask: Callable, *args):
         """Return `ask(*args)` and record its calls of the model."""
         with self.during(phase):
             return ask(*args)
@@ -250,7 +250,7 @@ class CallRecorder:
 
     def _absmax(self, x: Tensor, place: int) -> Tensor:
         """() largest magnitude in the text that contains a row."""
-        if len(x) != self._width:  # an expert reads some of the tokens
+        if len(x) != self._width:  # an expert reads only its routed tokens
             owners = current_sequence_ids(x.device)
             return (x if owners is None else x[owners == owners[place]]).abs().amax()
         if self._single:

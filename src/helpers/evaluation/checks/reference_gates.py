@@ -14,12 +14,12 @@ from itertools import permutations
 from helpers.core.gates import Gate, largest
 from helpers.study.schema_variants import Variant
 
-# Nats a token that other kernels for the same model may move the loss of a passage by.
+# Nats per token: allowed change of a passage's loss by other kernels for the same model.
 SAME_MODEL = {"float32": 1e-3, "bfloat16": 1e-2}
-ALL_ORDERS = 5  # options; 120 orders
-LARGEST_LOGPROB = 32.0  # nats; a float32 of that size is known to one rounding
+ALL_ORDERS = 5  # the most options for which all orders are tried: 120
+LARGEST_LOGPROB = 32.0  # nats; bounds the absolute rounding error of a float32 log-probability
 EPS32 = 2.0**-23
-MOST_BY_ROUNDING = 0.05  # nats a token; one rounding of bfloat16 takes a real model by 0.006
+MOST_BY_ROUNDING = 0.05  # nats per token; one rounding of bfloat16 changes a real model by 0.006
 
 
 def reference_gates(recipe: Variant, passages: list[dict], perturbed: list[dict]) -> list[Gate]:

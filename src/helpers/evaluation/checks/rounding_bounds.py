@@ -9,10 +9,10 @@ from torch import Tensor
 
 from helpers.core.gates import Gate
 
-ROUNDINGS = 6.0  # how often the rounding that transformers shows itself
-FEWEST_EPS = 8.0  # no limit on states lies below so many spacings of the announced type
-SOFTMAX_EPS = 16.0  # what float32's softmax over a large vocabulary may be off, to one side
-STORED = 2e-6  # log-probabilities are stored with six decimals
+ROUNDINGS = 6.0  # multiple of the rounding error measured in transformers
+FEWEST_EPS = 8.0  # the least limit on states, in eps of the declared type
+SOFTMAX_EPS = 16.0  # allowed bias of a float32 softmax over a large vocabulary, in eps
+STORED = 2e-6  # rounding of log-probabilities stored with six decimals
 
 
 @dataclass

@@ -42,10 +42,14 @@ LAYERS = "layers as transformers computes them"
 LOGPROBS = "log-probabilities as transformers computes them"
 TOKENS = "generated tokens as transformers decodes them"
 TEXT = "shared text as transformers reads it"
-COMPARED_TEXTS = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
-TRACE_BYTES = 48 * 2**20  # of one text's states
+COMPARED_TEXTS = {
+    "loglikelihood": 1,
+    "generate": 1,
+    TEXT: 1,
+}  # compared items per set, and passages
+TRACE_BYTES = 48 * 2**20  # memory limit for one text's states
 
-ExactAndRounded = tuple[Tensor, Tensor]  # in float64, and in the announced type
+ExactAndRounded = tuple[Tensor, Tensor]  # (in float64, in the declared type)
 
 
 class NoOpinion:
@@ -59,10 +63,10 @@ class NoOpinion:
         self._gates = gates
 
     @contextmanager
-    def of(self, _dataset: str, _item: Item) -> Iterator[list[dict]]:
+    def trace_item(self, _dataset: str, _item: Item) -> Iterator[list[dict]]:
         yield []
 
-    def passages(self, *_args) -> None:
+    def compare_passages(self, *_args) -> None:
         """Read no passage again."""
 
     def gates(self, _predictions) -> list[tuple[str, Gate]]:
@@ -91,7 +95,7 @@ class SecondOpinion:
         self._next_layer = 0
 
     @contextmanager
-    def of(self, dataset: str, item: Item) -> Iterator[list[dict]]:
+    def trace_item(self, dataset: str, item: Item) -> Iterator[list[dict]]:
         """Inside, the caller asks one item alone and appends its prediction to the list."""
         evaluation_set, rows = self.job.study.evaluation.datasets[dataset], []
         number = self._looked_at.get(dataset, 0)
@@ -113,7 +117,7 @@ class SecondOpinion:
         if trace:
             self._guarded(compared, item.id, compare, trace, tokens, rows, item.id, compared)
 
-    def passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
+    def compare_passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
         """Read passages once more, and compare their stored rows with transformers.
 
         Args:

@@ -95,7 +95,7 @@ def _scores(adapter: str, answer: str, status: str, golds) -> tuple[float | None
             return 0.0, 0.0
         words, gold_words = _normalized_words(answer), [_normalized_words(gold) for gold in golds]
         if not all((words, *gold_words)):
-            return None, None  # nothing but articles; the official script makes them equal
+            return None, None  # only articles: the official script treats such texts as equal
         return float(words in gold_words), max(_f1(words, gold) for gold in gold_words)
     if status == "unparsed":
         return 0.0, None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from helpers.core.architectures import HEAD, architecture, linear_names
 
-FINAL = "final norm"  # what the head is given
+FINAL = "final norm"  # the head's input
 INPUT, OUTPUT = "input", "output"
 
 
@@ -32,7 +32,7 @@ class Layers:
     played: list[list[str]]
 
     @classmethod
-    def of(cls, config) -> "Layers":
+    def from_config(cls, config) -> "Layers":
         known = architecture(config)
         blocks = [f"{known.blocks}.{i}" for i in range(config.num_hidden_layers)]
         names = [n.split(".experts.")[0] + ".experts" if ".experts." in n else n

@@ -16,10 +16,10 @@ from helpers.sources.items import Item
 from helpers.sources.model_tensors import TensorFiles
 from helpers.study.schema_sources import FineTuning
 
-IGNORED = -100  # transformers' mark of what is not scored
+IGNORED = -100  # transformers' label for tokens without loss
 CLOSE = {"float32": 1e-3}  # relative, of a mean over all tokens
-LONGEST_STEP = 3.2  # learning rates
-COARSE = 0.02  # where the trained weights were rounded to be saved
+LONGEST_STEP = 3.2  # the most a step of AdamW moves a weight, in learning rates
+COARSE = 0.02  # tolerance if the trained weights were rounded when saved
 
 
 def steps_gate(settings: FineTuning, results: dict) -> Gate:
