@@ -101,7 +101,7 @@ def _higher_is_better(values: dict) -> dict[str, bool]:
 
 
 def _task_config(results: Results, name: str, evaluation_set: EvaluationSet) -> dict:
-    """The task as the harness describes its own, and how it was drawn under `metadata`."""
+    """The task in the harness's fields, with the sampling under `metadata`."""
     scored = evaluation_set.ask.protocol == "loglikelihood"
     config = {
         "task": name,
@@ -166,7 +166,7 @@ def _run_config(results: Results, variant: VariantResults) -> dict:
 
 
 def _provenance_fields(variant: VariantResults) -> dict:
-    """Who made it, when, with what; the harness's version is that of the format."""
+    """Date, environment and versions; the harness's version is that of the format."""
     record, name = variant.record, f"{variant.model}/{variant.variant}"
     machine = record["machine"]
     return {

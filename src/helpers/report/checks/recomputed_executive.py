@@ -19,7 +19,7 @@ BULLET_STARTS = {
     "**Invalid**": "invalid",
 }
 
-ExpectedNumbers = tuple[str, list[float | None]]  # a part of the text, and the numbers it must show
+ExpectedNumbers = tuple[str, list[float | None]]  # (text, its expected numbers)
 
 
 def _code_names(text: str) -> list[str]:
@@ -31,7 +31,7 @@ def _declared_rows(figures: RecomputedFigures) -> list[dict]:
 
 
 def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """How many declared comparisons can tell, and how many are worse or better."""
+    """The number of informative declared comparisons, and of those worse or better."""
     names = _code_names(text)
     group = [
         r
@@ -56,7 +56,7 @@ def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
 
 
 def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """A bullet of one kind of verdict: its places, and from which loss on one would be seen."""
+    """A bullet of one kind of verdict: its places, and the smallest detectable losses."""
     kind = next(kind for begin, kind in BULLET_STARTS.items() if text.startswith(begin))
     rows = [r for r in _declared_rows(figures) if r["verdict"] == kind]
     places = {(DATASET_NAMES.get(r["dataset"], r["dataset"]), r["model"]) for r in rows}

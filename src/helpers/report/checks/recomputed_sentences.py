@@ -29,7 +29,7 @@ SentenceCheck = Callable[[str, RecomputedFigures], Iterator[ExpectedNumbers | st
 
 
 def wrong_sentences(markdown: str, figures: RecomputedFigures) -> list[str]:
-    """Every known sentence that does not say what follows from the answers."""
+    """Every known sentence whose numbers or words contradict the answers."""
     lines = []
     for line in markdown.splitlines():
         text = line.removeprefix("- ")
@@ -49,7 +49,7 @@ def wrong_sentences(markdown: str, figures: RecomputedFigures) -> list[str]:
 
 
 def _unknown_sentences(markdown: str) -> Iterator[str]:
-    """Sentences of summary and findings that hold a number which nothing here looks at."""
+    """Sentences of summary and findings with a number that no check here reads."""
     summary = SUMMARY.search(markdown)
     for line in summary[1].splitlines() if summary else ():
         text = line.removeprefix("- ")
@@ -69,7 +69,7 @@ def _code_names(text: str) -> list[str]:
 def _token_change(
     figures: RecomputedFigures, before: tuple, after: tuple, key: str
 ) -> list[float | None]:
-    """Change a token of `nll` or `kl` with its interval, its p and the number of passages."""
+    """Change of `nll` or `kl` per token with its interval, its p and the number of passages."""
     first = {row["id"]: row for row in figures.variants[before].passages}
     rows = sorted(figures.variants[after].passages, key=lambda row: row["id"])
     lengths = [r["tokens"] for r in rows]
@@ -81,14 +81,14 @@ def _token_change(
 
 
 def _flip_p(sums: list[float]) -> float:
-    """Two-sided p of the sum, the signs of the passages drawn; about ± ROOM at the most."""
+    """Two-sided p of the sum by random sign flips of passages; its error is below P_TOLERANCE."""
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (SIGN_DRAWS, len(sums)))
     far = np.abs(signs @ np.array(sums)) >= abs(sum(sums)) * (1 - 1e-12)
     return float((far.sum() + 1) / (SIGN_DRAWS + 1))
 
 
 def _is_effect(change: list[float | None], figures: RecomputedFigures) -> bool | None:
-    """Whether a change is more than chance; None where drawn signs do not decide it."""
+    """Whether a change is significant; None if the p is too close to the level to tell."""
     alpha = 1 - figures.bootstrap.confidence
     return None if abs(change[3] - alpha) < P_TOLERANCE else change[3] < alpha
 
@@ -170,7 +170,7 @@ def _check_sizes(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
 
 
 def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """Perplexities of variants with one scale a tensor; the inputs are `recomputed_records`'."""
+    """Perplexities of variants with one scale per tensor."""
     model, baseline = _code_names(text)[0], figures.study.baseline
     for variant, published in ONE_SCALE.findall(text):
         sides = ((model, v) for v in (variant, baseline))
