@@ -31,7 +31,8 @@ def aggregated_results(
     """The content of `results_<date>.json` for one variant of one model."""
     datasets = results.study.evaluation.datasets
     metrics = {
-        name: _metric_values(variant, name, rows, datasets[name]) for name, rows in samples.items()
+        name: _aggregated_metrics(variant, name, rows, datasets[name])
+        for name, rows in samples.items()
     }
     counts = {name: len(rows) for name, rows in samples.items()}
     metrics[SHARED], counts[SHARED] = _shared_text_values(variant), variant.shared_text["passages"]
@@ -61,7 +62,7 @@ def _fewshot_count(evaluation_set: EvaluationSet) -> int:
     return evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
 
 
-def _metric_values(
+def _aggregated_metrics(
     variant: VariantResults, name: str, rows: list[dict], evaluation_set: EvaluationSet
 ) -> dict:
     """`metric,filter` and its standard error, as the harness names them."""

@@ -13,8 +13,11 @@ import numpy as np
 
 from helpers.evaluation.trivial_answers import answer_of
 from helpers.report.checks.published_numbers import cell_differs, plain_text, rounds_to
-from helpers.report.checks.recomputed_executive import SENTENCE_CHECKS as ON_VERDICTS
-from helpers.report.checks.recomputed_executive import ExpectedNumbers
+from helpers.report.checks.recomputed_executive import (
+    VERDICT_SENTENCE_CHECKS,
+    ExpectedNumbers,
+    code_names,
+)
 from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
 from helpers.study.schema_variants import Variant
@@ -62,10 +65,6 @@ def _without_code(text: str) -> str:
     return re.sub(r"`[^`]*`", "", text)
 
 
-def _code_names(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
-
-
 def _token_change(
     figures: RecomputedFigures, before: tuple, after: tuple, key: str
 ) -> list[float | None]:
@@ -96,7 +95,7 @@ def _is_effect(change: list[float | None], figures: RecomputedFigures) -> bool |
 def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     sentence = text.partition(" A difference no larger")[0]
     floor = figures.noise_floor
-    models = _code_names(sentence.partition(" In ")[2])
+    models = code_names(sentence.partition(" In ")[2])
     changed, total = [], 0
     for model in models:
         sides = [figures.variants[model, v].predictions for v in (figures.study.baseline, floor)]
@@ -113,7 +112,7 @@ def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
 
 
 def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    variant, *models = _code_names(text.partition(" by a KL")[0])
+    variant, *models = code_names(text.partition(" by a KL")[0])
     shared = [figures.shared[model, variant] for model in models]
     values = [s["kl"][0] for s in shared]
     if "times the effect of rounding" in text:
@@ -128,7 +127,7 @@ def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
 
 
 def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    model, plain_one, smooth = _code_names(text)[:3]
+    model, plain_one, smooth = code_names(text)[:3]
     at = (model, plain_one), (model, smooth)
     change = _token_change(figures, *at, "kl")
     sure, none = _is_effect(change, figures), "no effect of smoothing itself is detectable"
@@ -145,7 +144,7 @@ def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[Expected
 
 def _check_between_models(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     for part in re.findall(r"`[^`]+` changes `[^`]+` .*?exploratory\)", text):
-        variant, model, start = _code_names(part)[:3]
+        variant, model, start = code_names(part)[:3]
         change = _token_change(figures, (start, variant), (model, variant), "kl")
         sure, word = _is_effect(change, figures), "more than" if change[0] > 0 else "less than"
         words = ["and", word] if sure is None else [word if sure else "and"]
@@ -171,14 +170,14 @@ def _check_sizes(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
 
 def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """Perplexities of variants with one scale per tensor."""
-    model, baseline = _code_names(text)[0], figures.study.baseline
+    model, baseline = code_names(text)[0], figures.study.baseline
     for variant, published in ONE_SCALE.findall(text):
         sides = ((model, v) for v in (variant, baseline))
         yield published, [figures.shared[side]["perplexity"][0] for side in sides]
 
 
 def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    start, model = _code_names(text)[:2]
+    start, model = code_names(text)[:2]
     training = figures.summary["models"][model]["finetuning"]
     loss = text.partition(" nats per answer")[0]
     yield loss, [training["heldout_loss_before"], training["heldout_loss_after"]]
@@ -228,5 +227,5 @@ SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
     (r"^\*\*Comparisons\.\*\* Every variant", _check_method),
     (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _check_gate_count),
     (r"^Brackets: ", _check_legend),
-    *ON_VERDICTS,
+    *VERDICT_SENTENCE_CHECKS,
 )
