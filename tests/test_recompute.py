@@ -160,7 +160,7 @@ def test_items_taken_out_are_named(published):
     job, folder = published
     lines = (folder / "arc.jsonl").read_text("utf-8").splitlines(keepends=True)
     (folder / "arc.jsonl").write_text("".join(lines[1:]), "utf-8")
-    with pytest.raises(StudyError, match="has 79 items but the study asks 80"):
+    with pytest.raises(StudyError, match="has 79 items but the study has 80"):
         read_answers(folder, job.study)
 
 

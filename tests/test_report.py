@@ -452,7 +452,7 @@ def test_metrics_that_do_not_follow_from_the_predictions_are_refused(make_job):
     stored = read_json(path, made_by="")
     stored["datasets"]["arc"]["accuracy"] += 0.1
     write_json(path, stored)
-    with pytest.raises(StudyError, match=r"base/static: metrics\.json is not what"):
+    with pytest.raises(StudyError, match=r"base/static: metrics\.json does not follow"):
         load_results(job)
 
 
@@ -463,7 +463,7 @@ def test_fewer_predictions_than_items_are_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "predictions" / "arc.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(StudyError, match="arc has 79 predictions but the study asks 80"):
+    with pytest.raises(StudyError, match="arc has 79 predictions but the study has 80"):
         load_results(job)
 
 
@@ -500,7 +500,7 @@ def test_a_checkpoint_other_than_the_verified_one_is_refused(make_job):
     job = make_job()
     path = job.paths.variant("base", "static") / "verification.json"
     write_json(path, read_json(path, made_by="") | {"checkpoint": "another"})
-    with pytest.raises(StudyError, match="another checkpoint was evaluated than was verified"):
+    with pytest.raises(StudyError, match="the evaluated checkpoint is not the verified one"):
         load_results(job)
 
 
@@ -524,7 +524,7 @@ def test_a_kl_against_other_states_than_the_baselines_is_refused(make_job):
     found = read_json(path, made_by="")
     found["inputs"]["float_states"] = "states of something else"
     write_json(path, found)
-    with pytest.raises(StudyError, match="base/static: its KL is held against other states"):
+    with pytest.raises(StudyError, match="base/static: its KL was computed against other states"):
         load_results(job)
 
 

@@ -20,7 +20,7 @@ from helpers.report.results_data import VariantResults
 
 
 def recipe_table(results: Results) -> Rows:
-    """Each variant in words, read from the records of the models it was made for."""
+    """Each variant's recipe in words, from the records of its models."""
     rows = []
     for name in results.variants:
         records = [results.evaluations[model, name].quantization for model in results.models]
@@ -36,7 +36,7 @@ def recipe_table(results: Results) -> Rows:
 
 
 def outlier_table(results: Results, model: str, *, rows: int) -> Rows:
-    """The inputs whose largest channel stands furthest above the median one."""
+    """The Linear inputs with the largest ratio of largest to median channel."""
     inputs = linear_inputs(results.calibrations[model])[:rows]
     return [
         {
@@ -70,13 +70,13 @@ def worst_sqnr_table(results: Results, model: str, *, rows: int) -> Rows | None:
 
 
 def checkpoint_gate_table(results: Results, model: str) -> Rows | None:
-    """What each gate on the checkpoints measured, and whether it holds."""
+    """The gates on the checkpoints: measured value, pass or fail."""
     checked = [e for e in results.compared_variants_of(model) if e.verification]
     return _gate_rows([(e, e.verification["gates"]) for e in checked])
 
 
 def evaluation_gate_table(results: Results, model: str) -> Rows | None:
-    """Each gate on the evaluations: where it fails, with what it measured, else how often held."""
+    """The gates on the evaluations: each failure with its measured value, passes as a count."""
     return _gate_rows([(e, e.evaluation_gates["gates"]) for e in results.variants_of(model)])
 
 
@@ -113,7 +113,7 @@ def _gate_text(gate: dict) -> str:
 
 
 def size_table(results: Results) -> Rows | None:
-    """Bytes of the checkpoint by part, what became int8, and the ratio to the float model."""
+    """Bytes of the checkpoint by part, its int8 Linears, and the ratio to the float model."""
     quantized = [
         e for m in results.models for e in results.compared_variants_of(m) if e.quantization
     ]
@@ -136,7 +136,7 @@ def _size_row(e: VariantResults, *, quantized: bool) -> dict:
 
 
 def calibration_table(results: Results) -> Rows:
-    """Items and tokens each model was calibrated on."""
+    """Items and tokens of each model's calibration."""
     rows = []
     for model, calibration in results.calibrations.items():
         record = calibration.record["results"]
@@ -153,7 +153,7 @@ def calibration_table(results: Results) -> Rows:
 
 
 def protocol_table(results: Results) -> Rows:
-    """How each evaluation set is asked and scored, with its first prompt's hash."""
+    """Protocol and scoring of each evaluation set, with the hash of its first prompt."""
     rows = []
     for name, evaluation_set in results.study.evaluation.datasets.items():
         predictions = results.baseline_of(results.models[0]).predictions[name]
@@ -184,7 +184,7 @@ def _protocol_cell(ask) -> str:
 
 
 def job_table(results: Results) -> Rows:
-    """How long every stage took and the most memory one of its jobs held."""
+    """Duration of every stage and the peak memory of its largest job."""
     stages: dict[str, list[dict]] = {}
     for record in all_records(results):
         stages.setdefault(record["stage"], []).append(record)
@@ -202,7 +202,7 @@ def job_table(results: Results) -> Rows:
 
 
 def operation_table(results: Results) -> Rows | None:
-    """What every stage computes, in all and by arithmetic; None where no record says it."""
+    """Operations of every stage, in total and by arithmetic; None if no record has them."""
     stages: dict[str, list[dict]] = {}
     for record in all_records(results):
         stages.setdefault(record["stage"], []).append(record.get("operations"))
@@ -226,7 +226,7 @@ def all_records(results: Results) -> list[dict]:
 
 
 def package_table(results: Results) -> Rows:
-    """Package versions of all jobs; more than one where jobs ran on different ones."""
+    """Package versions of all jobs; several if jobs ran with different ones."""
     versions_by_package: dict[str, set[str]] = {}
     for record in all_records(results):
         for name, version in record["packages"].items():
@@ -237,7 +237,7 @@ def package_table(results: Results) -> Rows:
 
 
 def machine_kinds(results: Results) -> str:
-    """The kinds of machine the jobs ran on; no names."""
+    """Architecture and core count of the machines that ran the jobs; no host names."""
     kinds = {
         (r["machine"]["architecture"], r["machine"]["cpu_count"]) for r in all_records(results)
     }

@@ -33,7 +33,7 @@ def markdown_output(*paragraphs: str) -> Markdown:
 
 
 def notice(missing: tuple[str, ...]) -> Shown:
-    """What a partial report lacks, before anything else; nothing for a whole one."""
+    """The first paragraph of a partial report: the runs that it lacks; empty for a complete one."""
     if not missing:
         return []
     lines = narrative.bullets([escape(name) for name in missing])
@@ -117,12 +117,12 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
 
 
 def base_models(results: Results) -> Shown:
-    """Comparisons of the models the study did not train itself."""
+    """Comparisons of the models that the study did not fine-tune itself."""
     return _model_comparisons(results, [m for m in results.models if m not in results.training])
 
 
 def trained_models(results: Results) -> Shown:
-    """Comparisons of the models it fine-tuned, and how they differ from their start."""
+    """Comparisons of the models that the study fine-tuned, also with their start models."""
     comparisons = _model_comparisons(results, list(results.training))
     return [*comparisons, markdown_output(narrative.model_comparison_sentences(results))]
 
@@ -132,7 +132,7 @@ def _model_comparisons(results: Results, models: list[str]) -> Shown:
 
 
 def model_comparison(results: Results, model: str) -> Shown:
-    """One model: what its items say, and what its tokens say."""
+    """One model's comparisons by item and by token."""
     rows = tables_headline.comparison_table(results, model)
     table = markdown_table(rows) if rows else "This study has no variant besides the baseline."
     return [
@@ -187,7 +187,7 @@ def _token_figure(results: Results, model: str) -> Shown:
 
 
 def dataset_chapters(results: Results) -> Shown:
-    """Every evaluation set: scores, conduct, fixed answers, sample items."""
+    """Every evaluation set: scores, answer format, constant answers, sample items."""
     names = enumerate(results.study.evaluation.datasets, start=1)
     page = f"All items, with prompts and every answer, are in [{PAGE}]({PAGE})."
     return [

@@ -13,7 +13,7 @@ NOT_MEASURED = "This study measures neither speed nor memory (`runtime: {cost: n
 
 
 def cost_chapter(results: Results) -> Shown:
-    """What was measured of every model, or that it was not."""
+    """The cost section of every model, or a sentence that its cost was not measured."""
     if not results.study.runtime.cost:
         return [Markdown(f"{NOT_MEASURED}\n")]
     parts: Shown = []
@@ -32,7 +32,7 @@ def cost_chapter(results: Results) -> Shown:
 
 
 def model_section(cost: Cost, variants: list[str]) -> Shown:
-    """One model: what is gained, as ratios and amounts, and how near the limit.
+    """One model: sentences, ratios, amounts, and the share of the machine's limit.
 
     Args:
         variants: all that the study compares with its baseline.
@@ -51,7 +51,7 @@ def model_section(cost: Cost, variants: list[str]) -> Shown:
 
 
 def arithmetic_note(cost: Cost) -> str:
-    """How processor or card multiplies int8 and bfloat16; nothing where that is not on record."""
+    """The arithmetic of int8 and bfloat16 products here; empty if the record lacks it."""
     record = cost.measurements.get("arithmetic")
     if not record:
         return ""
@@ -72,7 +72,7 @@ def arithmetic_note(cost: Cost) -> str:
 
 
 def gain_bullets(cost: Cost) -> str:
-    """One line a variant: bytes and tokens per second, against the baseline in both floats."""
+    """One line per variant: bytes and tokens per second against both float baselines."""
     lines = [_gain_sentence(cost, way) for way in cost.others]
     lines += [
         f"{code(v)} {reason}; it was not measured."
@@ -110,7 +110,7 @@ def _speed_clause(cost: Cost, way: ConfigurationResult, quantity: str, verb: str
 
 
 def throughput_title(cost: Cost) -> str:
-    """The figure's title: how the int8 variants stand to float32, the slowest and the fastest."""
+    """The figure's title: the speed of the slowest and fastest int8 variant against float32."""
     model = cost.measurements["model"]
     int8 = [way for way in cost.others if "int8" in way.multiplies_in]
     if not int8:
@@ -129,7 +129,7 @@ def _ratio_range(ordered: list[float]) -> str:
 
 
 def measurement_note(cost: Cost) -> str:
-    """What was read and written, in which order, on what."""
+    """The measured work, the order of the rounds, and the machine."""
     account, work = cost.measurements, cost.measurements["work"]
     rounds = len(cost.reference.entry["load_s"])
     unquiet = listed([cost_tables.way_name(cost, way) for way in cost.noisy()])

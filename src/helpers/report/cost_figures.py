@@ -11,7 +11,7 @@ PANELS = {"prefill": "reading [tokens / s]", "decode": "writing [tokens / s]"}
 
 @in_house_style
 def throughput_plot(cost: Cost, *, variants: list[str], title: str) -> Figure:
-    """Tokens a second of every way: median and every round, and where its Linears would end.
+    """Tokens per second of every configuration: median, rounds, and the limit of its Linears.
 
     The bar beside a point is the reading speed if the Linears ran at the speed of the bare
     matrix product and all else took no time.

@@ -7,7 +7,7 @@ from helpers.report.markdown import MISSING, Markup, Rows, code, megabytes, numb
 
 
 def way_name(cost: Cost, way: ConfigurationResult) -> Markup:
-    """The variant; of the baseline, which runs in two, the dtype too."""
+    """The variant's name; for the baseline, which runs in two dtypes, also the dtype."""
     dtype = f" {way.entry['dtype']}" if way.variant == cost.measurements["baseline"] else ""
     return Markup(f"{code(way.variant)}{dtype}")
 
@@ -17,13 +17,13 @@ def ratio_text(value: float) -> str:
 
 
 def median_with_rounds(spread: Spread, show: Callable[[float], str]) -> Markup:
-    """The median, and the least and largest round."""
+    """The median with the smallest and the largest round."""
     low, high = show(spread.low).removesuffix("×"), show(spread.high).removesuffix("×")
     return Markup(f"{show(spread.value)} ({low}–{high})")
 
 
 def ratio_table(cost: Cost) -> Rows:
-    """Every way against the baseline in float32: bytes, load time, memory, speed."""
+    """Every configuration relative to the baseline in float32: bytes, load time, memory, speed."""
     reference = cost.reference
 
     def ratio(way: ConfigurationResult, quantity: str) -> Markup:
@@ -75,7 +75,7 @@ def billions(operations: float) -> str:
 
 
 def limit_table(cost: Cost) -> Rows:
-    """How much of the machine's matrix product the Linears use while reading."""
+    """The Linears' speed while reading, as a share of the machine's matrix product."""
     rows = []
     for way in cost.configurations:
         peak, achieved = cost.peak(way), cost.achieved(way)

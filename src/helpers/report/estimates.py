@@ -16,7 +16,7 @@ MAIN_METRICS = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not ca
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value over n items or tokens, with its interval where one is known."""
+    """A value over n items or tokens, with its interval if it has one."""
 
     value: float | None
     interval: Interval | None
@@ -24,7 +24,7 @@ class Estimate:
 
 
 def main_metric(adapter: str) -> str:
-    """What the 0/1 score of an adapter is called."""
+    """The name of an adapter's 0/1 score."""
     return MAIN_METRICS.get(adapter, "accuracy")
 
 
@@ -100,7 +100,7 @@ def token_estimates(evaluated: VariantResults, rules: DecisionRules) -> dict[str
 def _token_mean(sums: list[float | None], rows: list[dict], rules: DecisionRules) -> Estimate:
     """A mean per token with a bootstrap over passages; no interval from a single passage.
 
-    No value either where a passage has none: its sum was not finite.
+    The value is None if the sum of a passage is not finite.
     """
     tokens = [row["tokens"] for row in rows]
     if None in sums:
@@ -123,7 +123,7 @@ def _token_mean(sums: list[float | None], rows: list[dict], rules: DecisionRules
 class TokenDifference:
     """Mean difference per token of two variants on the same passages, with its test.
 
-    `value` is None where a passage of either has no finite sum, or they read other passages.
+    `value` is None if a passage of either has no finite sum, or if their passages differ.
     """
 
     value: float | None

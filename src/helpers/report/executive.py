@@ -36,7 +36,7 @@ VERDICT_WORDS = {
 
 
 def answer_sentences(results: Results) -> str:
-    """What was found, in a sentence for each variant the study declared comparisons of."""
+    """The answer: one sentence for each variant with declared comparisons."""
     declared = results.declared_verdicts()
     if not declared:
         return (
@@ -63,7 +63,7 @@ def by_variant_and_baseline(
 
 
 def _answer_sentence(results: Results, group: list[JudgedComparison]) -> str:
-    """One variant against one baseline: lost or not, in how many comparisons that can tell."""
+    """One variant against one baseline: the outcome and the number of informative comparisons."""
     c, _ = group[0]
     kinds = [verdict.kind for _, verdict in group]
     informative, n = [k for k in kinds if k in INFORMATIVE], len(kinds)
@@ -116,7 +116,7 @@ def _margin(results: Results) -> str:
 
 
 def verdict_table(results: Results) -> Rows:
-    """Every declared verdict in a word: a row for each variant and model, a column a set."""
+    """Every declared verdict in one word: a row per variant and model, a column per set."""
     rows = []
     for (variant, baseline), group in by_variant_and_baseline(results.declared_verdicts()).items():
         for model in dict.fromkeys(c.model for c, _ in group):
@@ -131,7 +131,7 @@ def verdict_table(results: Results) -> Rows:
 
 
 def verdict_bullets(results: Results) -> list[str]:
-    """One bullet for each kind of verdict that occurs: where, and what it means there."""
+    """One bullet for each kind of verdict: its places and its meaning."""
     writers = {
         "worse": _worse,
         "better": _better,
@@ -245,5 +245,5 @@ def _invalid(results: Results, judged: list[JudgedComparison]) -> str:
 
 
 def short_reason(reason: str) -> str:
-    """A reason without what was measured, which stands in the tables."""
+    """A reason without its measured values, which are in the tables."""
     return reason.partition(" (")[0]

@@ -18,7 +18,7 @@ EQUALITY_ROLES: tuple[Role, ...] = ("repetition", "smoothing alone")
 
 
 def control_table(results: Results) -> Rows | None:
-    """Every control of every model: what it shows, what it must do, and whether it did."""
+    """Every control of every model: its purpose, expected and observed outcome."""
     rows = []
     for (model, variant), outcome in results.control_outcomes.items():
         as_expected = "yes" if outcome.ok else "**NO**"
@@ -49,7 +49,7 @@ def failed_control_bullets(results: Results) -> list[str]:
 
 
 def sound_control_bullets(results: Results) -> list[str]:
-    """That all controls did what they must, where there are any beside the baseline."""
+    """One bullet if all controls behaved as expected; empty if the baseline is the only one."""
     outcomes = {
         v: outcome
         for (_, v), outcome in results.control_outcomes.items()
@@ -62,19 +62,19 @@ def sound_control_bullets(results: Results) -> list[str]:
 
 
 def headline_variants(results: Results) -> list[str]:
-    """The variants worth a row of their own: all but those that must equal the baseline."""
+    """The variants with their own row: all except those that must equal the baseline."""
     return [v for v in results.variants if results.role(v) not in EQUALITY_ROLES]
 
 
 def variant_label(results: Results, variant: str) -> Markup:
-    """The variant's name, with its role where a reader could take it for a subject."""
+    """The variant's name, with its role if it is a control."""
     role = results.role(variant)
     shown_roles = {"noise floor", "smoothing alone", "repetition", "broken on purpose"}
     return Markup(f"`{variant}` ({role})" if role in shown_roles else f"`{variant}`")
 
 
 def noise_sentence(results: Results) -> str:
-    """What single flips, KL and top-1 agreement are worth, from the noise floor's records."""
+    """The effect of rounding alone on answers, KL and top-1 agreement, from the noise floor."""
     if (name := results.noise_floor) is None:
         return ""
     dtype, study_dtype = results.study.variants[name].dtype, results.runtime.dtype
@@ -107,7 +107,7 @@ def changed_answers(variant: VariantResults, baseline: VariantResults) -> tuple[
 
 
 def kl_over_noise_floor(results: Results, variant: VariantResults) -> float | None:
-    """The variant's KL over the noise floor's; None where either is missing or zero."""
+    """The variant's KL divided by the noise floor's; None if either is missing or zero."""
     if (name := results.noise_floor) is None:
         return None
     floor = results.evaluations[variant.model, name].shared_text["kl"]

@@ -28,7 +28,7 @@ STYLE = {
 
 
 def in_house_style(draw: Callable[..., Figure]) -> Callable[..., Figure]:
-    """Draw under the house style: titles and legends take it from there when they are made."""
+    """Decorator: draw under the house style, which titles and legends read at creation."""
 
     @wraps(draw)
     def styled(*args, **options) -> Figure:
@@ -121,7 +121,7 @@ def outlier_surface(
 
 @in_house_style
 def sqnr_by_layer(curves: dict[str, dict[str, float]], *, title: str) -> Figure:
-    """SQNR in dB of every Linear in layer order, one curve a way of preparing it."""
+    """SQNR in dB of every Linear in layer order, one curve per preparation."""
     figure, axes = new_figure(8, 3.4)
     for place, (name, values) in enumerate(curves.items()):
         color = (QUIET, INK, ALARM)[place % 3]

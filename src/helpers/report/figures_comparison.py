@@ -17,7 +17,7 @@ MARKERS = "osD^vP"
 def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
     """(color, marker) by variant: the same in every figure of a study.
 
-    With more variants than colors a color comes again with another marker; 36 look different.
+    With more variants than colors, colors repeat with other markers; 36 combinations differ.
 
     Args:
         variants: all that the study compares with its baseline, in its order.
@@ -115,7 +115,7 @@ def kl_plot(rows: list[dict], *, variants: list[str], floor: float | None, title
 
 @in_house_style
 def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: str) -> Figure:
-    """KL from the float model against α, a line a variant, its least point marked.
+    """KL from the float model against α, one line per variant, its lowest point marked.
 
     Args:
         curves: variant to rows of `alpha` and `kl` (nats per token).
@@ -139,10 +139,10 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: st
 def sqnr_by_variant(
     curves: dict[str, dict[str, dict[str, float]]], *, variants: list[str], title: str
 ) -> Figure:
-    """Output SQNR of every Linear, one panel a variant: as it is, and without smoothing.
+    """Output SQNR of every Linear, one panel per variant: with and without smoothing.
 
     Args:
-        curves: by variant, then by way of preparing it, then by Linear, in dB.
+        curves: by variant, then by preparation, then by Linear, in dB.
     """
     looks, size = variant_looks(variants), (8, 0.9 + 1.7 * len(curves))
     figure, panels = plt.subplots(

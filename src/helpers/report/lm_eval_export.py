@@ -28,7 +28,7 @@ def write_harness_files(job: Job) -> Path:
     """Write every variant's files anew and return the folder they are in.
 
     Raises:
-        StudyError: the results are not complete, or there is no record of what was asked.
+        StudyError: the results are not complete, or the prompts are not on record.
     """
     results, folder = load_results(job), job.paths.root / "lm-eval"
     samples_by_variant = [
@@ -44,7 +44,7 @@ def write_harness_files(job: Job) -> Path:
 
 
 def _sample_rows(job: Job, results: Results, variant: VariantResults) -> dict[str, list[dict]]:
-    """The rows of every evaluation set, each with what the baseline was asked."""
+    """The rows of every evaluation set, each with the baseline's prompt."""
     baseline = job.paths.evaluation(variant.model, results.study.baseline)
     samples = {}
     for name, evaluation_set in results.study.evaluation.datasets.items():
@@ -53,8 +53,8 @@ def _sample_rows(job: Job, results: Results, variant: VariantResults) -> dict[st
             prompt_record = prompt_records.get(row["id"], {})
             if prompt_record.get("prompt_hash") != row["prompt_hash"]:
                 raise StudyError(
-                    f"{variant.model}/{variant.variant}: what item {row['id']} of {name} was "
-                    "asked is not on record; run 03_evaluation again"
+                    f"{variant.model}/{variant.variant}: the prompt of item {row['id']} of "
+                    f"{name} is not on record; run 03_evaluation again"
                 )
             rows.append(sample_line(place, row, prompt_record, evaluation_set))
         samples[name] = rows
@@ -62,7 +62,7 @@ def _sample_rows(job: Job, results: Results, variant: VariantResults) -> dict[st
 
 
 def _evaluation_date(variant: VariantResults) -> str:
-    """When the evaluation began, as the harness puts it into the names of its files."""
+    """Start time of the evaluation in the format of the harness's file names."""
     began = datetime.fromisoformat(variant.record["started"]).astimezone(UTC)
     return began.strftime("%Y-%m-%dT%H-%M-%S.%f")
 

@@ -31,7 +31,8 @@ def aggregated_results(
     """The content of `results_<date>.json` for one variant of one model."""
     datasets = results.study.evaluation.datasets
     metrics = {
-        name: _metric_values(variant, name, rows, datasets[name]) for name, rows in samples.items()
+        name: _aggregated_metrics(variant, name, rows, datasets[name])
+        for name, rows in samples.items()
     }
     counts = {name: len(rows) for name, rows in samples.items()}
     metrics[SHARED], counts[SHARED] = _shared_text_values(variant), variant.shared_text["passages"]
@@ -61,7 +62,7 @@ def _fewshot_count(evaluation_set: EvaluationSet) -> int:
     return evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
 
 
-def _metric_values(
+def _aggregated_metrics(
     variant: VariantResults, name: str, rows: list[dict], evaluation_set: EvaluationSet
 ) -> dict:
     """`metric,filter` and its standard error, as the harness names them."""
@@ -101,7 +102,7 @@ def _higher_is_better(values: dict) -> dict[str, bool]:
 
 
 def _task_config(results: Results, name: str, evaluation_set: EvaluationSet) -> dict:
-    """The task as the harness describes its own, and how it was drawn under `metadata`."""
+    """The task in the harness's fields, with the sampling under `metadata`."""
     scored = evaluation_set.ask.protocol == "loglikelihood"
     config = {
         "task": name,
@@ -166,7 +167,7 @@ def _run_config(results: Results, variant: VariantResults) -> dict:
 
 
 def _provenance_fields(variant: VariantResults) -> dict:
-    """Who made it, when, with what; the harness's version is that of the format."""
+    """Date, environment and versions; the harness's version is that of the format."""
     record, name = variant.record, f"{variant.model}/{variant.variant}"
     machine = record["machine"]
     return {

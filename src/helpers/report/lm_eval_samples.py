@@ -16,14 +16,14 @@ NOT_FINITE = "nan"
 
 
 def metric_names(evaluation_set: EvaluationSet) -> list[str]:
-    """The per-item metrics of an evaluation set, the one the study judges by first."""
+    """The per-item metrics of an evaluation set, the study's main metric first."""
     if evaluation_set.ask.protocol == "loglikelihood":
         return ["acc_norm", "acc"] if evaluation_set.ask.normalize == "bytes" else ["acc"]
     return ["exact_match", "f1"] if evaluation_set.adapter == "squad_v2" else ["exact_match"]
 
 
 def filter_name(evaluation_set: EvaluationSet) -> str:
-    """`boxed` where the answer is read from the last box, as its filters are named."""
+    """The harness's filter name: `boxed` if the answer is parsed from the last box."""
     boxed = evaluation_set.ask.protocol == "generate" and evaluation_set.ask.answer == "boxed"
     return "boxed" if boxed else "none"
 
@@ -36,7 +36,7 @@ def sample_line(
     Args:
         place: the item's place in the evaluation set.
         row: the prediction.
-        asked: what the item was asked (`helpers.evaluation.prompt_records`).
+        prompt_record: the item's prompt (`helpers.evaluation.prompt_records`).
     """
     scored = evaluation_set.ask.protocol == "loglikelihood"
     doc = {key: prompt_record[key] for key in ("id", "question", "passage", "options", "labels")}
@@ -62,13 +62,13 @@ def sample_line(
 
 
 def task_hash(samples: list[dict]) -> str:
-    """Equal where the same items were asked in the same words."""
+    """Hash of all items and prompts: equal for the same items with the same prompts."""
     keys = ("doc_hash", "prompt_hash", "target_hash")
     return sha256_text("".join(sample[key] for sample in samples for key in keys))
 
 
 def _target_index(row: dict, prompt_record: dict) -> str:
-    """Of a choice, its place among the options."""
+    """Index of the gold option, as text."""
     return str(prompt_record["labels"].index(row["golds"][0]))
 
 
@@ -92,7 +92,7 @@ def _unnormalized(row: dict, prompt_record: dict) -> float:
 
 
 def _choice_fields(row: dict, prompt_record: dict) -> dict[str, Any]:
-    """One request an option: (log-probability, whether it is greedy), as texts."""
+    """One request per option: (log-probability, whether it is greedy), as texts."""
     logprobs = row.get("logprobs") or [NOT_FINITE] * len(prompt_record["continuations"])
     answers = [[str(value), "None"] for value in logprobs]
     pairs = enumerate(prompt_record["continuations"])

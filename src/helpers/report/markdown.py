@@ -25,7 +25,7 @@ Rows = list[dict[str, str]]
 
 
 class Markup(str):
-    """Text that is Markdown already and safe inside a table cell."""
+    """Text that is already Markdown and safe inside a table cell."""
 
 
 def percent(fraction: float | None) -> str:
@@ -34,7 +34,7 @@ def percent(fraction: float | None) -> str:
 
 
 def percent_plain(fraction: float) -> str:
-    """A level or a chance that was chosen, without needless decimals: `80 %`."""
+    """A chosen level or power, without needless decimals: `80 %`."""
     return f"{100 * fraction:.10g} %"
 
 
@@ -44,7 +44,7 @@ def points(fraction: float | None) -> str:
 
 
 def signed(value: float, decimals: int) -> str:
-    """With + or a true minus; what rounds to zero has neither."""
+    """With + or a true minus; without a sign if it rounds to zero."""
     if round(value, decimals) == 0:
         return f"{0:.{decimals}f}"
     return f"{'+' if value > 0 else '−'}{abs(value):.{decimals}f}"
@@ -81,7 +81,7 @@ def span(interval: Interval, show) -> str:
 
 
 def with_span(value: float, interval: Interval | None, show) -> Markup:
-    """A value and, where it has one, its interval."""
+    """A value and its interval, if it has one."""
     return Markup(show(value) if interval is None else f"{show(value)} {span(interval, show)}")
 
 
@@ -93,7 +93,7 @@ def percent_span(value: float, interval: Interval | None) -> Markup:
 
 
 def p_value(p: float | None) -> str:
-    """Three decimals; below that only how small it is."""
+    """Three decimals, or `< 0.001`."""
     if p is None:
         return MISSING
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
@@ -118,23 +118,23 @@ def capitalized(text: str) -> str:
 
 
 def dataset_name(name: str) -> str:
-    """As its authors write it; a name the study gave itself stays."""
+    """The data set's name as its authors write it; other names are unchanged."""
     return DATASETS.get(name, name)
 
 
 def code(name: str) -> Markup:
-    """A name, as code; one that holds more than a name does is quoted like any text."""
+    """A name as code; text with other characters is quoted."""
     return Markup(f"`{name}`") if _PLAIN_NAME.fullmatch(name) else quoted(name, limit=200)
 
 
 def escape(text: str) -> str:
-    """Any text so that Markdown and HTML show it and do not act on it."""
+    """Any text, escaped so that Markdown and HTML show it literally."""
     active = "".join(_ACTIVE.get(c, c) for c in one_line(text))
     return _without_links(_AT_AN_EDGE.sub(lambda c: f"&#{ord(c[0])};", active))
 
 
 def quoted(text: str, *, limit: int) -> Markup:
-    """What a model wrote, cut at `limit` characters, as inert code."""
+    """A model's text, cut at `limit` characters, as inert code."""
     plain = one_line(text)
     cut = plain if len(plain) <= limit else plain[: limit - 1].rstrip() + "…"
     inert = _without_links("".join(_IN_CODE.get(c, c) for c in cut))
@@ -142,15 +142,15 @@ def quoted(text: str, *, limit: int) -> Markup:
 
 
 def _without_links(text: str) -> str:
-    """An empty tag inside everything that would be taken for an address."""
+    """The text with an empty tag inside every address, so that none becomes a link."""
     return _IN_ADDRESS.sub("<wbr/>", text)
 
 
 def markdown_table(rows: Rows) -> str:
     """A GitHub pipe table, its columns in the order they first occur.
 
-    Text columns stand left, columns of numbers right; a column that a row does not have
-    is marked as missing there. Column names are Markdown already.
+    Text columns are left-aligned, columns of numbers right-aligned. A missing cell is marked.
+    Column names are already Markdown.
 
     Raises:
         ValueError: there are no rows, or a cell is empty or not text: format it first.

@@ -55,7 +55,7 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
         markdown_table(facts_table(folder, scheme, before, after)),
         "## Checks",
         checks_section(verified),
-        "## How good it is",
+        "## Quality",
         f"The report of the study {code(job.name)} compares its answers with those of its "
         "controls: `../../../report.md`. Its metrics are in `../evaluation/metrics.json`. Without "
         "that report its quality is unknown.",
@@ -69,13 +69,13 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
 
 
 def card_tags(job: Job, scheme: dict, verified: dict) -> list[str]:
-    """What the files are found by; smoothed is only what passed its checks as such."""
+    """The Hub's tags; `smoothquant` only if the checks on the checkpoint passed."""
     smoothed = ["smoothquant"] if job.recipe.smooth and verified["passed"] else []
     return [*smoothed, *(["w8a8", "int8", "compressed-tensors"] if scheme else [])]
 
 
 def front_matter(study: Study, model: str, tags: list[str]) -> str:
-    """What the Hub reads: YAML between two lines of dashes; only what is known."""
+    """The Hub's metadata: YAML between two lines of dashes; only known fields."""
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     source, tuned = study.models[model], False
     if isinstance(source, FineTunedModel):
@@ -90,7 +90,7 @@ def front_matter(study: Study, model: str, tags: list[str]) -> str:
 
 
 def origin_sentence(job: Job, calibration: dict) -> str:
-    """Which model it was made from, and on what it was calibrated."""
+    """One sentence on the source model and the calibration."""
     source, description = job.study.models[job.model], "The model"
     if isinstance(source, FineTunedModel):
         description = f"The model {code(source.finetune.start)}, fine-tuned here by full training"
@@ -106,7 +106,7 @@ def origin_sentence(job: Job, calibration: dict) -> str:
 
 
 def facts_table(folder: Path, scheme: dict, before: dict[str, int], after: dict[str, int]) -> Rows:
-    """What the files themselves say: scheme, Linears, bytes."""
+    """Scheme, Linears and bytes as read from the files."""
     rows = []
     for name, group in scheme.get("config_groups", {}).items():
         for key in ("weights", "input_activations"):
@@ -135,7 +135,7 @@ def _scheme_words(scheme: dict) -> str:
 
 
 def stored_dtypes(folder: Path) -> dict[str, str]:
-    """The kind of number of every tensor in a folder's safetensors files, by its name."""
+    """Dtype of every tensor in a folder's safetensors files, by tensor name."""
     dtypes = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="numpy") as tensors:
@@ -145,7 +145,7 @@ def stored_dtypes(folder: Path) -> dict[str, str]:
 
 
 def checks_section(verified: dict) -> str:
-    """Every gate with what it measured; a failed one is said first."""
+    """Every gate with its measured value; failed gates come first in the summary."""
     gates = verified["gates"]
     failed = [escape(gate["name"]) for gate in gates if not gate["passed"]]
     summary = f"All {len(gates)} checks on these files pass."
@@ -162,7 +162,7 @@ def checks_section(verified: dict) -> str:
 
 
 def usage_text(folder: str, quantized: bool) -> str:
-    """How it is run, and on what it is really int8."""
+    """How to run the checkpoint, and which engines compute in int8."""
     if not quantized:
         return "transformers loads it like any float model; smoothing does not change its function."
     return (

@@ -42,7 +42,7 @@ verdicts. No number of this chapter is used anywhere else.
 
 
 def chapter(results: Results) -> list[Markdown]:
-    """The whole chapter; nothing where the study file does not ask for it."""
+    """The whole chapter; empty if the study file does not ask for it."""
     if not results.study.old_rules_chapter:
         return []
     parts = [OPENING]

@@ -7,7 +7,7 @@ from helpers.report.results import Results
 
 
 def question_sentence(results: Results) -> str:
-    """What the study asks."""
+    """The study's question."""
     roles = (None, "without smoothing")
     variants_asked = [
         v for v in results.compared if results.role(v) in roles or v in results.studied_variants
@@ -34,7 +34,7 @@ def dataset_model_places(pairs: list[tuple[str, str]]) -> str:
 
 
 def uninformative_finding(results: Results) -> str:
-    """Evaluation sets on which the baseline itself shows no ability."""
+    """Evaluation sets on which the baseline is uninformative."""
     baseline = results.study.baseline
     places = [
         (c.dataset, c.model)
@@ -50,7 +50,7 @@ def uninformative_finding(results: Results) -> str:
 
 
 def model_comparison_sentences(results: Results) -> str:
-    """Whether quantization moves a fine-tuned model more than the one it came from."""
+    """Whether quantization changes a fine-tuned model more than its start model."""
     sentences = []
     for model in results.training:
         sentences.append(narrative_findings.training_summary(results, model))
@@ -86,7 +86,7 @@ def controls_sentence(results: Results) -> str:
 
 
 def token_figure_title(results: Results, model: str, variants: list[str]) -> str:
-    """The title of the KL figure: which variant stays closest, if that is more than chance."""
+    """The title of the KL figure: the variant with the lowest KL, if significantly so."""
     evaluations = [results.evaluations[model, v] for v in variants]
     evaluations = sorted(evaluations, key=lambda e: e.shared_text["kl"])
     if len(evaluations) < 2:
@@ -159,7 +159,7 @@ def conclusion_sentences(results: Results) -> list[str]:
 
 
 def forest_plot_title(results: Results, model: str) -> str:
-    """The forest plot's title: how the model's declared comparisons came out."""
+    """The forest plot's title: the verdicts of the model's declared comparisons."""
     words = {
         "worse": "worse",
         "better": "better",

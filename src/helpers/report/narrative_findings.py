@@ -26,7 +26,7 @@ MOST_FINDINGS = 8
 
 
 def key_findings(results: Results) -> list[str]:
-    """The key findings, each with the numbers behind it."""
+    """The key findings, each with its numbers."""
     sentences = [gates_finding(results), executive_controls.noise_sentence(results)]
     sentences += [token_finding(results, v) for v in results.studied_variants]
     sentences += [
@@ -41,7 +41,7 @@ def key_findings(results: Results) -> list[str]:
 
 
 def token_finding(results: Results, variant: str) -> str:
-    """What the variant does to single tokens of every model, beside what rounding does."""
+    """The variant's token-level effect on every model, beside the noise floor."""
     evaluations = [results.evaluations[model, variant] for model in results.models]
     evaluations = [e for e in evaluations if e.failed_check is None]
     if not evaluations:
@@ -71,7 +71,7 @@ def _perplexity_change(results: Results, variant: VariantResults) -> str:
 
 
 def gates_finding(results: Results) -> str:
-    """How many checks held; a recipe that is broken on purpose is counted apart."""
+    """The number of passed checks; recipes broken on purpose are counted separately."""
     evaluations = list(results.evaluations.values())
     broken_on_purpose = [e for e in evaluations if results.role(e.variant) == "broken on purpose"]
     others = [e for e in evaluations if e not in broken_on_purpose]
@@ -112,7 +112,7 @@ def _failed_gates_sentence(failed: list[tuple[VariantResults, dict]], total: int
 
 
 def smoothing_finding(results: Results, model: str, variant: str) -> str:
-    """What the smoothing itself did, against the same scheme without it."""
+    """The effect of smoothing, against the same scheme without it."""
     if (control := results.unsmoothed_twin(variant)) is None:
         return ""
     plain, smooth = (results.evaluations[model, name] for name in (control, variant))
@@ -142,7 +142,7 @@ def _p_with_sign(p: float) -> str:
 
 
 def size_finding(results: Results) -> str:
-    """How large the quantized files are."""
+    """The size of the quantized files."""
     linears = {}
     for e in results.evaluations.values():
         if results.study.variants[e.variant].quantized and e.variant in results.studied_variants:
@@ -157,7 +157,7 @@ def size_finding(results: Results) -> str:
 
 
 def training_summary(results: Results, model: str) -> str:
-    """What the fine-tuning itself changed: held-out loss, and each shared evaluation set."""
+    """The effect of fine-tuning: held-out loss, and accuracy on word problems."""
     training = results.training[model]["results"]
     start = results.study.models[model].finetune.start
     text = (

@@ -16,13 +16,13 @@ SAMPLES = 2  # answers shown of each evaluation set: a look at their form, no ev
 
 
 def layer_maxima_table(rows: list[dict]) -> pd.DataFrame:
-    """One row a Linear: its largest channel, the median channel, and their ratio if it has one."""
+    """One row per Linear: largest channel, median channel, and their ratio."""
     frame = pd.DataFrame(rows).astype({"ratio": float})
     return frame.set_index("name").rename_axis(None).round(1)
 
 
 def largest_channel_title(row: dict) -> str:
-    """What the figure of the maxima shows, as a sentence, of the Linear that stands out most."""
+    """Title of the figure of channel maxima: the Linear with the largest ratio."""
     claim = f"{row['layer']}: channel {row['channel']} reaches {row['largest']:.0f}, "
     if row["ratio"] is None:
         return claim + "the median channel is 0"
@@ -43,14 +43,14 @@ def checkpoint_bytes_table(before: dict[str, int], after: dict[str, int]) -> pd.
 
 
 def before_and_after_table(values: dict[str, tuple[float, float]]) -> pd.DataFrame:
-    """One row a quantity: before, after, and the change."""
+    """One row per quantity: before, after, change."""
     frame = pd.DataFrame.from_dict(values, orient="index", columns=["before", "after"])
     frame["change"] = frame["after"] - frame["before"]
     return frame.round(4)
 
 
 def sqnr_summary_table(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
-    """Lowest, median and highest SQNR in dB over the Linears, and the lowest one's name."""
+    """Lowest, median and highest SQNR in dB over the Linears, and the name of the lowest."""
     rows = {}
     for name, values in curves.items():
         series = pd.Series(values)
@@ -64,14 +64,14 @@ def sqnr_summary_table(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
 
 
 def worst_layer_title(curves: dict[str, dict[str, float]]) -> str:
-    """What the figure of the curves shows, as a sentence."""
+    """Title of the SQNR figure: the Linear with the lowest SQNR."""
     name, values = list(curves.items())[-1]
     worst = min(values, key=values.get)
     return f"{name.capitalize()}, {short_layer(worst)} is the worst: {values[worst]:.1f} dB"
 
 
 def alpha_table(choice) -> pd.DataFrame:
-    """The grid's KL at every α, or how many groups have which."""
+    """KL at every α of the grid, or the number of groups by α."""
     if choice.curve:
         return pd.DataFrame(choice.curve).set_index("alpha")
     counts = pd.Series(choice.alphas, dtype=float).value_counts().sort_index()
@@ -79,12 +79,12 @@ def alpha_table(choice) -> pd.DataFrame:
 
 
 def left_float_table(losses: list[dict]) -> pd.DataFrame:
-    """What the divergence is as quantized, and with some Linears left float."""
+    """KL as quantized, and with some Linears left in float."""
     return pd.DataFrame(losses, columns=["float", "linears", "kl", "top1_agreement"])
 
 
 def gate_table(verified: dict) -> pd.DataFrame:
-    """Each gate with what was measured and the limit it was held to."""
+    """Each gate with its measured value and its limit."""
     frame = pd.DataFrame(verified["gates"])
     frame["passed"] = frame["passed"].map({True: "passes", False: "FAILS"})
     frame["measured"] = frame["measured"].map(one_line)  # it may quote an item's id
@@ -113,7 +113,7 @@ def as_column(values: dict[str, float]) -> pd.DataFrame:
 
 
 def metric_table(metrics: dict[str, dict]) -> pd.DataFrame:
-    """The main metrics, one row an evaluation set; what a set does not have stays empty."""
+    """The main metrics, one row per evaluation set; empty if a set lacks one."""
     rows = {
         dataset: {name: values.get(name) for name in METRICS} for dataset, values in metrics.items()
     }

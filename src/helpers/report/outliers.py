@@ -18,7 +18,7 @@ HALF_STEPS = 2 * 127  # half steps from zero to the end of a symmetric int8 scal
 
 @dataclass(frozen=True)
 class LinearInput:
-    """One Linear's input: its largest channel, and what one scale for it would do.
+    """One Linear's input: its largest channel, and the effect of a single scale.
 
     Attributes:
         ratio: largest channel / median channel, of their abs-max; None if the median is 0.
@@ -48,30 +48,30 @@ def linear_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
 
 
 def outlier_dominated_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
-    """Inputs of which one scale for the tensor rounds most channels to zero."""
+    """Inputs of which one scale per tensor rounds most channels to zero."""
     return [i for i in linear_inputs(calibrated) if i.rounded_away > 0.5]
 
 
 def output_sqnr(evaluated: VariantResults) -> dict[str, float]:
-    """Output SQNR in dB by Linear, as the variant is: the last curve of its record."""
+    """Output SQNR in dB by Linear of the final variant: the last curve of its record."""
     curves = evaluated.quantization["results"]["sqnr_db"]
     return list(curves.values())[-1] if curves else {}
 
 
 def zeroed_tokens(calibrated: CalibrationResults) -> tuple[int, int]:
-    """(tokens that one scale turns into zeros altogether, all tokens) of the pictured input."""
+    """(tokens that one scale rounds entirely to zero, all tokens) of the shown input."""
     half_step = float(calibrated.absmax[calibrated.surface_of].max()) / HALF_STEPS
     return int((calibrated.surface.max(1) < half_step).sum()), len(calibrated.surface)
 
 
 def per_tensor_variants(results: Results, model: str) -> list[VariantResults]:
-    """The model's variants with one activation scale a tensor, quantized ones only."""
+    """The model's quantized variants with one activation scale per tensor."""
     quantized = [e for e in results.compared_variants_of(model) if e.quantization]
     return [e for e in quantized if activation_granularity(results, e.variant).startswith("tensor")]
 
 
 def per_token_variants(results: Results, model: str) -> list[VariantResults]:
-    """The model's variants with an activation scale for each token."""
+    """The model's quantized variants with one activation scale per token."""
     quantized = [e for e in results.compared_variants_of(model) if e.quantization]
     return [e for e in quantized if activation_granularity(results, e.variant).startswith("token")]
 

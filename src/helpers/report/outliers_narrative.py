@@ -12,9 +12,9 @@ from helpers.report.outliers import (
 from helpers.report.results import Results
 from helpers.report.results_data import VariantResults
 
-COLLAPSE_RATIO = 1.5  # perplexity this many times the baseline's is called a collapse
+COLLAPSE_RATIO = 1.5  # a perplexity this many times the baseline's is a collapse
 
-UNCHANGED_DB = 0.5  # an output SQNR that smoothing moves by less was not smoothed
+UNCHANGED_DB = 0.5  # smoothing that changes an output SQNR by less did not reach the Linear
 INPUTS_WITHOUT_NORM = {
     "down_proj": "a `down_proj` reads the product inside the MLP",
     "o_proj": "an `o_proj` reads the attention's weighted values",
@@ -22,12 +22,12 @@ INPUTS_WITHOUT_NORM = {
 
 
 def has_collapsed(perplexity: float | None, baseline: float | None) -> bool:
-    """Whether a variant lost the model; one without a finite perplexity did."""
+    """Whether perplexity rose beyond COLLAPSE_RATIO or is not finite."""
     return baseline is not None and (perplexity is None or perplexity >= COLLAPSE_RATIO * baseline)
 
 
 def outlier_finding(results: Results, model: str) -> str:
-    """Inputs one scale per tensor cannot hold, and what became of the variants that have one."""
+    """Inputs with a dominant outlier channel, and the perplexity of per-tensor variants."""
     inputs = outlier_dominated_inputs(results.calibrations[model])
     total = len(results.calibrations[model].absmax)
     if not inputs:
@@ -60,14 +60,14 @@ def describe_input(linear_input: LinearInput) -> str:
 
 
 def outlier_figure_title(model: str, worst: LinearInput) -> str:
-    """What the figure of a model's largest channels shows, as its title."""
+    """Title of the figure of a model's largest channels."""
     if worst.ratio is None:
         return f"{model}: the median channel of {worst.name} is 0"
     return f"{model}: {worst.name} reaches {number(worst.ratio)}× its median channel"
 
 
 def outlier_paragraph(results: Results, model: str) -> str:
-    """Why per-tensor scales fail where they do, from the calibration and the SQNR records."""
+    """The effect of per-tensor scales, from the calibration and the SQNR records."""
     inputs = outlier_dominated_inputs(results.calibrations[model])
     if not inputs:
         return outlier_finding(results, model)
@@ -98,7 +98,7 @@ def outlier_paragraph(results: Results, model: str) -> str:
 
 
 def _sqnr_by_variant(variants: list[VariantResults], inputs: list[LinearInput]) -> list[str]:
-    """The inputs' output SQNR under each variant; variants that agree are named together."""
+    """The output SQNR of these inputs by variant; variants with equal values are grouped."""
     by_levels: dict[str, list[str]] = {}
     for e in variants:
         by_levels.setdefault(_sqnr_levels(e, inputs), []).append(f"`{e.variant}`")
@@ -110,7 +110,7 @@ def _sqnr_levels(e: VariantResults, inputs: list[LinearInput]) -> str:
 
 
 def _per_tensor_sentences(results: Results, e: VariantResults, inputs: list[LinearInput]) -> str:
-    """What one scale a tensor does in this variant, and whether its smoothing reaches there."""
+    """The effect of one scale per tensor in this variant, and the reach of its smoothing."""
     levels, recipe = output_sqnr(e), results.study.variants[e.variant]
     quantized = [i for i in inputs if i.linear in levels]
     if levels and not quantized:
@@ -135,7 +135,7 @@ def _per_tensor_sentences(results: Results, e: VariantResults, inputs: list[Line
 
 
 def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
-    """That smoothing left these inputs as they were, and why, where the architecture says it."""
+    """The inputs that smoothing does not reach, and why, if the architecture tells."""
     places = listed([target.replace("_", " ") for target in targets])
     kinds = dict.fromkeys(i.linear.rpartition(".")[2] for i in inputs)
     explanations = [INPUTS_WITHOUT_NORM[kind] for kind in kinds if kind in INPUTS_WITHOUT_NORM]

@@ -39,7 +39,7 @@ from helpers.study.study_run import Job
 
 @dataclass(frozen=True)
 class Results:
-    """A study and everything it found."""
+    """A study and all its results."""
 
     name: str
     study: Study
@@ -55,7 +55,7 @@ class Results:
 
     @property
     def variants(self) -> list[str]:
-        """The baseline first, then the others as the study file has them."""
+        """The baseline first, then the others in the study file's order."""
         return [self.study.baseline, *self.compared]
 
     @property
@@ -98,12 +98,12 @@ class Results:
 
     @cached_property
     def control_outcomes(self) -> dict[tuple[str, str], ControlOutcome]:
-        """By (model, variant): whether each control did what it is there for."""
+        """The outcome of each control by (model, variant)."""
         return self.published.control_outcomes
 
     @cached_property
     def published(self) -> PublishedAnswers:
-        """All answers and checks, as they are published for making the verdicts again."""
+        """All answers and checks, as published for recomputing the verdicts."""
         answers = {
             at: VariantAnswers(e.predictions, e.passages, e.gates)
             for at, e in self.evaluations.items()
@@ -112,20 +112,19 @@ class Results:
 
     @property
     def runtime(self) -> Runtime:
-        """The runtime as the machine settled it, by the baseline's record."""
+        """The runtime with the values that the baseline's record states."""
         requested = self.study.runtime
         recorded = self.baseline_of(self.models[0]).record["parameters"].get("runtime", {})
         settled = {key: recorded[key] for key in Runtime.model_fields if key in recorded}
         return requested.model_copy(update=settled)
 
     def role(self, variant: str) -> Role | None:
-        """What a variant is a control of; None for one that the study asks about."""
+        """A variant's role as a control; None if the study asks about it."""
         return role_of(self.study, variant)
 
     @property
     def studied_variants(self) -> list[str]:
-        """What the study is about: the variants it declared comparisons of, else all but
-        the controls; a control alone is a subject too."""
+        """The variants with declared comparisons, else all but the controls, else all."""
         declared = dict.fromkeys(c.variant for c in self.study.statistics.primary)
         declared = [v for v in declared if v != self.study.baseline]
         return declared or [v for v in self.compared if not self.role(v)] or self.compared
@@ -169,7 +168,7 @@ class Results:
         return answers_frame(self)
 
     def unsmoothed_twin(self, variant: str) -> str | None:
-        """The variant that differs from this one by the smoothing alone: its control."""
+        """The control that differs from this variant only by the missing smoothing."""
         variants = self.study.variants
         twins = (
             n
@@ -183,8 +182,8 @@ def load_results(job: Job) -> Results:
     """Read and check a whole study.
 
     Raises:
-        StudyError: something is missing, torn, or not about what it is filed under; the
-            message names the notebook to run.
+        StudyError: a result is missing, damaged, or filed under another name; the message
+            names the notebook to run.
     """
     study = job.study
     trained = [m for m, source in study.models.items() if isinstance(source, FineTunedModel)]
@@ -245,7 +244,7 @@ def _load_variant(job: Job, model: str, variant: str) -> VariantResults:
     for name, dataset_predictions in predictions.items():
         if len(dataset_predictions) != datasets[name].items:
             raise StudyError(
-                f"{at}: {name} has {len(dataset_predictions)} predictions but the study asks "
+                f"{at}: {name} has {len(dataset_predictions)} predictions but the study has "
                 f"{datasets[name].items} items; run {stage} again"
             )
     passages = read_passage_rows(folder)
@@ -254,7 +253,9 @@ def _load_variant(job: Job, model: str, variant: str) -> VariantResults:
         "shared_text": shared_text_metrics(passages),
     }
     if metrics != stored:
-        raise StudyError(f"{at}: metrics.json is not what its predictions give; run {stage} again")
+        raise StudyError(
+            f"{at}: metrics.json does not follow from its predictions; run {stage} again"
+        )
     verification = quantization = None
     if job.study.variants[variant].needs_checkpoint:
         path = job.paths.variant(model, variant) / "verification.json"
@@ -275,7 +276,7 @@ def _load_variant(job: Job, model: str, variant: str) -> VariantResults:
 
 
 def _load_gates(job: Job, model: str, variant: str) -> dict:
-    """The gates on an evaluation, which were held against the very files that are there."""
+    """The gates on an evaluation; refused if its predictions changed after the checks."""
     folder, stage = job.paths.evaluation(model, variant), "03_evaluation"
     record = read_json(folder / "gates.json", made_by=stage)
     if (record["model"], record["variant"]) != (model, variant):
@@ -287,7 +288,7 @@ def _load_gates(job: Job, model: str, variant: str) -> dict:
 
 
 def _load_prompts(job: Job, model: str, dataset: str) -> dict[str, dict]:
-    """The prompts that a model was given, without token ids; no data set is read for that."""
+    """A model's prompts from its records, without token ids; reads no data set."""
     prompts = read_prompts(job.paths.evaluation(model, job.study.baseline), dataset)
     ids = ("tokens", "continuation_tokens")
     return {

@@ -11,7 +11,7 @@ QUANTIZATION_STAGE = "02_quantization"  # of checkpoints and their verification
 
 @dataclass(frozen=True)
 class CalibrationResults:
-    """Activations of one model: abs-max by Linear, and |x| of the worst one, token by token."""
+    """Activations of one model: abs-max by Linear, and |x| by token of the worst Linear."""
 
     absmax: dict[str, np.ndarray]  # (in_features,)
     surface: np.ndarray  # (tokens, in_features)
@@ -21,12 +21,12 @@ class CalibrationResults:
 
 @dataclass(frozen=True)
 class VariantResults:
-    """One variant of one model: what it answered, and what is known of its checkpoint.
+    """One variant of one model: its answers, and the records of its checkpoint.
 
     Attributes:
         passages: rows of the shared text.
-        verification, quantization: None for a variant that leaves the model as it is.
-        checked: the gates on the evaluation itself.
+        verification, quantization: None for a variant without a checkpoint of its own.
+        evaluation_gates: the record of the gates on the evaluation itself.
     """
 
     model: str
@@ -42,7 +42,7 @@ class VariantResults:
 
     @property
     def key(self) -> tuple[str, str]:
-        """(model, variant), by which `Results` keeps what it computes."""
+        """(model, variant), the key of the mappings in `Results`."""
         return self.model, self.variant
 
     @property
@@ -52,12 +52,12 @@ class VariantResults:
 
     @property
     def passage_losses(self) -> list[float | None]:
-        """Its loss on every passage of the shared text: no two models have the same."""
+        """The loss on every passage of the shared text, which differs between models."""
         return [row["nll"] for row in self.passages]
 
     @property
     def records(self) -> list[dict]:
-        """The records of checks there are."""
+        """The existing records of checks."""
         return [record for record in (self.verification, self.evaluation_gates) if record]
 
     @property
@@ -70,16 +70,16 @@ class VariantResults:
 
     @property
     def failed_check(self) -> str | None:
-        """The first failed check that invalidates all of it, in words; None if none does."""
+        """The first failed check that invalidates the whole variant; None if none does."""
         return failed_check(self.gates, [WHOLE_VARIANT])
 
     def failed_check_on(self, dataset: str) -> str | None:
-        """The same for one evaluation set: a check on the variant, or on this set."""
+        """The first failed check on the variant or on this evaluation set; None if none failed."""
         return failed_check(self.gates, [WHOLE_VARIANT, dataset])
 
 
 def _recorded_gates(record: dict) -> list[dict]:
-    """A record's gates; one more that fails where it says it did not pass and they all do."""
+    """A record's gates, and a failed one if the record failed although all its gates passed."""
     if record["passed"] or not all(gate["passed"] for gate in record["gates"]):
         return record["gates"]
     failed_gate = {

@@ -21,7 +21,7 @@ def check_provenance(
     """Follow the hashes from stage to stage.
 
     Raises:
-        StudyError: a record is about other files than it is filed under; names the notebook.
+        StudyError: a record names files of another run; the message names the notebook.
     """
     files = {
         model: calibration.record["inputs"]["model"] for model, calibration in calibrations.items()
@@ -44,8 +44,8 @@ def check_provenance(
         floats = evaluations[model, job.study.baseline].record["inputs"]["float_states"]
         if evaluated.record["inputs"]["float_states"] != floats:
             raise StudyError(
-                f"{model}/{evaluated.variant}: its KL is held against other states than those of "
-                f"{job.study.baseline}; run 03_evaluation again"
+                f"{model}/{evaluated.variant}: its KL was computed against other states than those "
+                f"of {job.study.baseline}; run 03_evaluation again"
             )
 
 
@@ -81,12 +81,14 @@ def _check_checkpoint(job: Job, variant: VariantResults, at: str) -> None:
         )
     if verified["checkpoint"] != evaluated:
         raise StudyError(
-            f"{at}: another checkpoint was evaluated than was verified; run {QUANTIZATION_STAGE} "
+            f"{at}: the evaluated checkpoint is not the verified one; run {QUANTIZATION_STAGE} "
             "and 03_evaluation again"
         )
     activations = job.paths.calibration(variant.model) / "activations.safetensors"
     if variant.quantization["inputs"]["calibration"] != sha256_file(activations):
-        raise StudyError(f"{at}: was made from another calibration; run {QUANTIZATION_STAGE} again")
+        raise StudyError(
+            f"{at}: its checkpoint has another calibration; run {QUANTIZATION_STAGE} again"
+        )
     checkpoint = job.paths.checkpoint(variant.model, variant.variant)
     if checkpoint.is_dir() and evaluated != sha256_folder(checkpoint):  # weights may be gone
         raise StudyError(f"{at}: its checkpoint changed since; run 03_evaluation again")

@@ -40,7 +40,7 @@ def _recorded_sensitivity(variant: VariantResults) -> dict:
 
 
 def _rows_by_left_float(results: Results, model: str) -> dict[str, dict[str, dict]]:
-    """Variant to what was left float to its divergence."""
+    """Variant → label of the Linears left in float → its row."""
     measured = {
         e.variant: _recorded_sensitivity(e).get("left_float")
         for e in results.compared_variants_of(model)
@@ -49,7 +49,7 @@ def _rows_by_left_float(results: Results, model: str) -> dict[str, dict[str, dic
 
 
 def left_float_rows(results: Results, model: str) -> Rows:
-    """KL from the float model by what is left float, a column a variant."""
+    """KL from the float model by the Linears left in float, one column per variant."""
     rows_by_variant = _rows_by_left_float(results, model)
     labels = dict.fromkeys(label for rows in rows_by_variant.values() for label in rows)
     return [
@@ -65,9 +65,9 @@ def left_float_rows(results: Results, model: str) -> Rows:
 
 
 def largest_chance_rise(results: Results) -> float | None:
-    """By how much a KL rises at most, of itself, when Linears are left float; None if not probed.
+    """Largest relative rise of the KL with Linears left in float; None if not measured.
 
-    A float Linear adds no error, so that a rise is chance: every change draws rounding anew.
+    A float Linear adds no error, so a rise is chance: every change redraws the rounding.
     """
     rises = [
         row["kl"] / rows[AS_QUANTIZED]["kl"] - 1
@@ -81,7 +81,7 @@ def largest_chance_rise(results: Results) -> float | None:
 
 
 def chance_note(chance: float) -> str:
-    """What the rows below can show, given what chance moves."""
+    """How to read the rows below, given the size of chance."""
     return (
         "A Linear left in float adds no error, but every change redraws the rounding of all other "
         "Linears. A row above the first is therefore chance; here it is up to "
@@ -95,7 +95,7 @@ def _short_label(label: str) -> str:
 
 
 def loss_carrier_sentences(results: Results, model: str) -> list[str]:
-    """One sentence a variant: which kind of Linear carries most of its loss, beyond chance."""
+    """One sentence per variant: the kind of Linear that carries most of its loss."""
     sentences, chance_rise = [], largest_chance_rise(results) or 0.0
     for variant, rows in _rows_by_left_float(results, model).items():
         quantized_kl = rows[AS_QUANTIZED]["kl"]
@@ -119,7 +119,7 @@ def loss_carrier_sentences(results: Results, model: str) -> list[str]:
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
-    """Variant to its KL at every α of its grid that has a finite one."""
+    """Variant → the rows of its α grid with a finite KL."""
     curves = {
         e.variant: [
             row
@@ -132,6 +132,6 @@ def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
 
 
 def alpha_figure_title(curves: dict[str, list[dict]], model: str) -> str:
-    """Which α each grid chose."""
+    """Title of the α figure: the α with the lowest KL of each grid."""
     best = {v: min(curve, key=lambda row: row["kl"])["alpha"] for v, curve in curves.items()}
     return f"{model}: lowest KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])

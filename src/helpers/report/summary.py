@@ -28,10 +28,10 @@ ANSWERS = "answers"
 
 
 def write_summary(results: Results, folder: Path, *, missing: tuple[str, ...] = ()) -> None:
-    """Write the answers and summary.csv, then summary.json, the sign that all is done.
+    """Write the answers and summary.csv, then summary.json, whose presence marks completion.
 
     Args:
-        missing: runs a partial report does without; summary.json names them.
+        missing: the runs that a partial report lacks; summary.json names them.
     """
     hashes = write_answers(folder / ANSWERS, results.study, results.published.variants)
     table = csv_text(results)
@@ -41,7 +41,7 @@ def write_summary(results: Results, folder: Path, *, missing: tuple[str, ...] = 
 
 
 def summary(results: Results) -> dict:
-    """All headline numbers, and every verdict with what it was made from."""
+    """All headline numbers, and every verdict with its inputs."""
     study, s = results.study, results.study.statistics
     return {
         "study": results.name,
@@ -98,7 +98,7 @@ def _variant_summary(results: Results, e: VariantResults) -> dict:
 
 
 def _gate_label(gate: dict) -> str:
-    """The gate's name, with what it invalidates where that is not the whole variant."""
+    """The gate's name, with the evaluation set that it guards, if it guards only one."""
     guarded = gate.get("invalidates", WHOLE_VARIANT)
     return gate["name"] if guarded == WHOLE_VARIANT else f"{gate['name']} ({guarded})"
 
@@ -120,7 +120,7 @@ def control_row(at: tuple[str, str], outcome: ControlOutcome) -> dict:
 
 
 def comparison_row(study: Study, c: Comparison, verdict: Verdict) -> dict:
-    """One verdict as plain data, with all it was made from."""
+    """One verdict and its inputs as plain data."""
     paired, invalid = verdict.paired, verdict.kind == "invalid"
     adapter = study.evaluation.datasets[c.dataset].adapter
     return {
@@ -147,7 +147,7 @@ def comparison_row(study: Study, c: Comparison, verdict: Verdict) -> dict:
 
 
 def csv_text(results: Results) -> str:
-    """Long form: one line a figure."""
+    """Long form: one line per figure."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -43,7 +43,7 @@ def _metric_cell(name: str, estimate: Estimate) -> str:
 
 
 def behavior_table(results: Results, dataset: str) -> Rows:
-    """Answered, abstained and unparsed kept apart, why answers ended, and their length."""
+    """Counts of answered, abstained and unparsed, finish reasons, and output tokens."""
     rows = []
     for variant in _all_variants(results):
         m = variant.metrics[dataset]
@@ -58,7 +58,7 @@ def behavior_table(results: Results, dataset: str) -> Rows:
 
 
 def sample_answer_table(results: Results, dataset: str, model: str, *, rows: int) -> Rows:
-    """Answers of the variants to the same items, those they differ in first."""
+    """Answers of the variants to the same items, differing answers first."""
     by_variant = {e.variant: _by_id(e, dataset) for e in _side_by_side(results, model)}
     item_ids = [p["id"] for p in results.baseline_of(model).predictions[dataset]]
     order = sorted(item_ids, key=lambda key: _agreement([p[key] for p in by_variant.values()]))
@@ -80,20 +80,20 @@ def _by_id(variant: VariantResults, dataset: str) -> dict[str, dict]:
 
 
 def _side_by_side(results: Results, model: str) -> list[VariantResults]:
-    """The variants whose answers are worth reading: not those that only measure rounding."""
+    """The variants whose answers the table shows: all but those that only measure rounding."""
     skipped = (*EQUALITY_ROLES, "noise floor")
     return [e for e in results.variants_of(model) if results.role(e.variant) not in skipped]
 
 
 def _agreement(predictions: list[dict]) -> int:
-    """0 where scores differ, 1 where answers do, 2 where all are the same."""
+    """0 if scores differ, 1 if only answers differ, 2 if all are the same."""
     if len({p["score"] for p in predictions}) > 1:
         return 0
     return 1 if len({(p["status"], p["parsed"]) for p in predictions}) > 1 else 2
 
 
 def answer_cell(prediction: dict) -> Markup:
-    """The answer as it was read, right or wrong; the raw text where nothing could be read."""
+    """The parsed answer with its mark; the raw text if it could not be parsed."""
     mark = "✓" if prediction["score"] else "✗"
     match prediction["status"]:
         case "abstained":
@@ -104,7 +104,7 @@ def answer_cell(prediction: dict) -> Markup:
 
 
 def count_differing_items(results: Results, dataset: str, model: str) -> int:
-    """How many items not all of these variants answered alike."""
+    """The number of items with differing answers among these variants."""
     by_variant = [_by_id(e, dataset) for e in _side_by_side(results, model)]
     return sum(_agreement([p[key] for p in by_variant]) < 2 for key in by_variant[0])
 

@@ -42,8 +42,8 @@ ROLES |= {"noise floor": "noise floor: flips by rounding alone"}
 def headline_table(results: Results) -> Rows:
     """Every variant of every model: checks, token-level cost, and each evaluation set.
 
-    Controls that must equal the baseline are left to their own table. Last, what the best
-    fixed answer scores on the same items.
+    Controls that must equal the baseline have their own table. The last row gives the score of
+    the best constant answer on the same items.
     """
     rows, variants_shown = [], headline_variants(results)
     for model in results.models:
@@ -79,7 +79,7 @@ def _headline_row(results: Results, variant: VariantResults) -> dict:
 
 
 def predictions_of(variant: VariantResults, dataset: str) -> VariantPredictions:
-    """The variant's predictions of one evaluation set, as verdicts take them."""
+    """The variant's predictions of one evaluation set, in the type that verdicts take."""
     return VariantPredictions(
         variant.variant, variant.predictions[dataset], variant.failed_check_on(dataset)
     )
@@ -103,7 +103,7 @@ def main_estimate(results: Results, variant: VariantResults, dataset: str) -> Es
 
 
 def best_fixed_answers(results: Results) -> dict[str, FixedAnswer]:
-    """The best degenerate answer of every evaluation set; the items are every model's."""
+    """The best constant answer of every evaluation set; all models have the same items."""
     first = results.baseline_of(results.models[0])
     datasets = results.study.evaluation.datasets
     return {
@@ -113,7 +113,7 @@ def best_fixed_answers(results: Results) -> dict[str, FixedAnswer]:
 
 
 def checks_cell(variant: VariantResults) -> str:
-    """`70 of 70`: of the checks on the checkpoint and on the evaluation, how many hold."""
+    """`70 of 70`: the number of passed checks on the checkpoint and on the evaluation."""
     total = len(variant.gates)
     return f"{total - len(variant.failed_gates)} of {total}" + ("" if variant.passed else " ✗")
 

@@ -38,7 +38,7 @@ class BootstrapMean:
         n: items.
         clusters: resampled units.
         degenerate: every cluster has the same mean, so resampling shows no
-            spread; the interval is a point and says nothing about uncertainty.
+            spread; the interval is a point and does not measure uncertainty.
     """
 
     mean: float
@@ -111,7 +111,7 @@ def bootstrap_difference(
     `resamples` of them, else `resamples` are drawn (p >= 2 / (resamples + 1);
     Phipson and Smyth, Stat. Appl. Genet. Mol. Biol. 9 (2010) 39). The interval
     and the p are computed separately and can disagree near the threshold; a
-    verdict takes the test's word.
+    verdict follows the test.
 
     Args:
         differences: (n,) score of the variant minus score of the baseline, per item.
@@ -192,8 +192,8 @@ def _estimate(
 def _ratio_of_sums(sums: NDArray, sizes: NDArray, axis: int = -1) -> NDArray:
     """The mean over items, to 40 bits.
 
-    BCa counts how many resamples lie below the sample. With few clusters many are the sample in
-    another order, whose sum differs in its last bits; they have to tie.
+    BCa counts how many resamples lie below the sample. With few clusters, many resamples
+    permute the sample and differ from it in the last bits only; they must tie.
     """
     mantissa, exponent = np.frexp(sums.sum(axis=axis) / sizes.sum(axis=axis))
     return np.ldexp(np.round(mantissa * KEPT_BITS) / KEPT_BITS, exponent)

@@ -26,7 +26,7 @@ class VariantPredictions:
 
 @dataclass(frozen=True)
 class DecisionRules:
-    """How sure is sure enough; `family` counts the declared primary comparisons."""
+    """The study's confidence, power, margin and resampling; `family` counts its declared tests."""
 
     confidence: float
     power: float
@@ -50,8 +50,8 @@ class PairedComparison:
 
     Attributes:
         clusters: independent units: passages where items share them, else items.
-        equivalence: the interval at 1 - 2 alpha that equivalence is read from.
-        detectable: smallest loss found with the wanted power, None if none would be.
+        equivalence: the interval at 1 - 2 alpha, for the equivalence test.
+        detectable: smallest loss detected with the study's power, None if there is none.
         identical: every answer is the same, not only every score.
     """
 
@@ -79,7 +79,7 @@ def paired_predictions(
 ) -> list[tuple[dict, dict]]:
     """Both predictions of every item, in the order of the items' ids.
 
-    Items asked in other words are paired too: `validity` calls such a comparison invalid.
+    Items with different prompts are paired too: `validity` calls such a comparison invalid.
 
     Raises:
         StudyError: the items differ.
@@ -100,7 +100,7 @@ def paired_comparison(
     """Losses, gains, difference, interval and test of one comparison.
 
     Args:
-        alpha: level the smallest detectable loss is computed for.
+        alpha: level of the test for which the smallest detectable loss is computed.
     """
     pairs = paired_predictions(baseline, variant)
     before, after = ([p[i]["score"] for p in pairs] for i in (0, 1))
@@ -145,7 +145,7 @@ def paired_comparison(
 
 
 def score_interval(predictions: list[dict], rules: DecisionRules) -> Interval:
-    """Interval of one variant's share of right answers: Wilson, or by passage where shared."""
+    """Interval of one variant's share of right answers: Wilson, or clustered by passage."""
     scores = [p["score"] for p in predictions]
     clusters = [_cluster_of(p) for p in predictions]
     if len(set(clusters)) == len(scores):
@@ -162,7 +162,7 @@ def _cluster_of(prediction: dict) -> str:
 
 
 def _clustered_interval(bootstrap: BootstrapMean) -> Interval:
-    """The bootstrap's, or where resampling shows no spread, Tango's on the passages."""
+    """The bootstrap's interval; Tango's on the passages if resampling shows no spread."""
     if not bootstrap.degenerate:
         return bootstrap.interval
     flips = round(abs(bootstrap.mean) * bootstrap.clusters)

@@ -33,14 +33,14 @@ Role = Literal[
     "without smoothing",
 ]
 TIE_RATE_CONFIDENCE = (
-    0.95  # of a limit on the rate of ties; a study's own confidence is about its verdicts
+    0.95  # of the limit on the rate of ties, independent of the study's confidence
 )
-MOST_DEVIATIONS = 4.0  # standard deviations: a movement by rounding is this large at most
+MOST_DEVIATIONS = 4.0  # standard deviations; the largest change that rounding explains
 
 
 @dataclass(frozen=True)
 class VariantAnswers:
-    """What one variant of one model answered, and its checks.
+    """The answers of one variant of one model, and its checks.
 
     Attributes:
         predictions: by evaluation set.
@@ -58,14 +58,14 @@ class VariantAnswers:
 
     @property
     def failed_variant_gates(self) -> list[dict]:
-        """Those on the variant itself, not on how it answers one evaluation set."""
+        """Failed gates on the variant itself, not on one evaluation set."""
         guarded = [(gate, gate.get("invalidates", WHOLE_VARIANT)) for gate in self.failed_gates]
         return [gate for gate, what in guarded if what == WHOLE_VARIANT]
 
 
 @dataclass(frozen=True)
 class ControlOutcome:
-    """What a control must do, and what it did; the words are of the program, not of a model."""
+    """The expected and the observed outcome of a control, in the program's own words."""
 
     role: Role
     expected: str
@@ -74,7 +74,7 @@ class ControlOutcome:
 
 
 def role_of(study: Study, name: str) -> Role | None:
-    """What a variant is there for; None for one that the study asks about."""
+    """A variant's role as a control; None if the study asks about it."""
     recipe = study.variants[name]
     if name == study.baseline:
         return "baseline"
@@ -89,7 +89,7 @@ def role_of(study: Study, name: str) -> Role | None:
 
 
 def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
-    """Whether the two differ by the smoothing alone, which the first lacks."""
+    """Whether the two differ only by smoothing, which the first lacks."""
     same_scheme = (plain.scheme, plain.ignore) == (smoothed.scheme, smoothed.ignore)
     return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 
@@ -97,7 +97,7 @@ def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
 def control_outcome(
     study: Study, name: str, answers: VariantAnswers, baseline: VariantAnswers
 ) -> ControlOutcome | None:
-    """Whether a variant did what it is there for; None for one that is no control."""
+    """Expected and observed outcome of a variant; None if it is no control."""
     role = role_of(study, name)
     match role:
         case None:
@@ -132,7 +132,7 @@ def _describe_checks(answers: VariantAnswers) -> str:
 def _equality_outcome(
     role: Role, answers: VariantAnswers, baseline: VariantAnswers
 ) -> ControlOutcome:
-    """Sound by its checks, and no answer changed that rounding does not explain."""
+    """The outcome of a control that must equal the baseline, up to ties within rounding."""
     total = changed = unexplained = 0
     for name, before in baseline.predictions.items():
         pairs = _pairs_by_id(before, answers.predictions[name])
@@ -157,12 +157,12 @@ def _pairs_by_id(before: list[dict], after: list[dict]) -> list[tuple[dict, dict
 def unexplained_changes(
     changed: list[tuple[dict, dict]], passages: list[dict], *, tokens: int
 ) -> int:
-    """How many changed answers of one set are more than ties within rounding.
+    """The number of changed answers of one set that ties within rounding do not explain.
 
-    Where options are scored, a changed choice is a tie if no option's log-probability
-    moved by more than rounding moves it. A generated text shows no probabilities: as many
-    may change as there are tokens that lie as near to another one as those of the shared
-    text whose top choice changed.
+    If options are scored, a changed choice is a tie if no option's log-probability moved by
+    more than rounding moves it. Generated texts have no probabilities; for them the shared text
+    gives the rate of tokens whose top choice rounding changes, and this rate bounds the number
+    of changed answers.
 
     Args:
         changed: (baseline's, variant's) rows with different answers.
@@ -177,7 +177,7 @@ def unexplained_changes(
 
 
 def _within_rounding(before: dict, after: dict, passages: list[dict]) -> bool:
-    """No option moved by more than so small a KL moves a log-probability, token by token."""
+    """Whether no option's log-probability moved by more than the KL of rounding explains."""
     kl = abs(kl_per_token(passages)) + kl_resolution(passages)
     limit = MOST_DEVIATIONS * math.sqrt(2 * kl) * after["output_tokens"]
     pairs = zip(before["logprobs"], after.get("logprobs", ()), strict=True)

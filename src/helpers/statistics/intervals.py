@@ -140,7 +140,7 @@ def tango_interval(losses: int, gains: int, n: int, *, confidence: float) -> Int
     Tango, Stat. Med. 17 (1998) 891: the differences delta at which the score
     statistic stays within +-z. Without flips it is +-z^2 / (n + z^2). It is
     asymptotic: at a handful of flips it can exclude 0 while `mcnemar_exact`
-    does not reject, so a verdict takes the test's word.
+    does not reject; a verdict follows the test.
 
     Args:
         losses: pairs right under the baseline only.

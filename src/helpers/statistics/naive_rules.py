@@ -24,12 +24,12 @@ Side = Literal["baseline", "variant"]
 
 @dataclass(frozen=True)
 class NaiveConclusion:
-    """What the old rules make of one comparison.
+    """The earlier report's conclusion about one comparison.
 
     Attributes:
         before, after: the scores, as fractions.
-        relative_change: (after - before) / before; None where that divides by zero.
-        winner: never undecided.
+        relative_change: (after - before) / before; None if `before` is 0.
+        winner: the side with the higher score; the baseline at a tie.
     """
 
     before: float
@@ -40,11 +40,11 @@ class NaiveConclusion:
 
 @dataclass(frozen=True)
 class EmptyAnswers:
-    """What the official rule pays for saying nothing, on one SQuAD set.
+    """How the official metric rewards empty answers, on one SQuAD set.
 
     Attributes:
-        empty: answers that are empty to the official rule: unparsed ones and abstentions.
-        unparsed: those of them that say nothing readable at all.
+        empty: answers that the official metric takes as empty: unparsed ones and abstentions.
+        unparsed: those of them that could not be parsed.
         unanswerable: questions without an answer.
         has_answer, no_answer: exact match on the questions with and without one.
     """
@@ -59,7 +59,7 @@ class EmptyAnswers:
 
 
 def naive_score(adapter: str, row: dict) -> float:
-    """0 or 1 for one answer by the old rules."""
+    """The earlier report's 0/1 score of one answer."""
     return official_exact_match(row) if adapter == "squad_v2" else row["score"]
 
 
@@ -75,7 +75,7 @@ def official_exact_match(row: dict) -> float:
 def naive_conclusion(
     adapter: str, baseline: VariantPredictions, variant: VariantPredictions
 ) -> NaiveConclusion:
-    """The old rules' conclusion about two variants on the same items."""
+    """The earlier report's conclusion about two variants on the same items."""
     pairs = paired_predictions(baseline, variant)
     before, after = (sum(naive_score(adapter, p[i]) for p in pairs) / len(pairs) for i in (0, 1))
     change = (after - before) / before if before else None
@@ -83,14 +83,14 @@ def naive_conclusion(
 
 
 def win_rate(conclusions: list[NaiveConclusion], side: Side) -> float:
-    """Share of the sets that one side wins."""
+    """Share of the sets on which one side has the higher score."""
     return sum(c.winner == side for c in conclusions) / len(conclusions)
 
 
 def naive_mcnemar_p(
     adapter: str, baseline: VariantPredictions, variant: VariantPredictions
 ) -> float:
-    """Exact McNemar p of the old scores: what a test without a look at the answers says."""
+    """Exact McNemar p of the earlier report's scores, without a check of the answers."""
     pairs = [
         (naive_score(adapter, b), naive_score(adapter, a))
         for b, a in paired_predictions(baseline, variant)
@@ -99,7 +99,7 @@ def naive_mcnemar_p(
 
 
 def empty_answers(rows: list[dict]) -> EmptyAnswers:
-    """How a SQuAD score comes about by the official rule."""
+    """The composition of a SQuAD score by the official metric."""
     scores: dict[bool, list[float]] = {True: [], False: []}  # by whether the question has an answer
     for row in rows:
         scores[bool(row["golds"])].append(official_exact_match(row))
@@ -115,7 +115,7 @@ def empty_answers(rows: list[dict]) -> EmptyAnswers:
 
 
 def mean_absolute_difference(rows: list[dict]) -> tuple[float | None, int]:
-    """(mean over the answers that are numbers, how many they are); it shrinks with them."""
+    """(mean over the answers that are numbers, the number of these answers)."""
     differences = [
         row["absolute_difference"] for row in rows if row["absolute_difference"] is not None
     ]

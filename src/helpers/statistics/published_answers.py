@@ -21,7 +21,11 @@ from helpers.study.schema import Study
 
 GATES = "gates.json"
 ITEM_KEYS = ("id", "cluster", "golds")
-MODEL_KEYS = ("prompt_hash", "prompt_tokens", "tokens")  # a chat template and a tokenizer decide
+MODEL_KEYS = (
+    "prompt_hash",
+    "prompt_tokens",
+    "tokens",
+)  # they depend on the chat template and the tokenizer
 VARIANT_KEYS = ("model", "variant")
 MADE_BY = "04_analysis"
 
@@ -30,14 +34,14 @@ AnswersByVariant = Mapping[tuple[str, str], VariantAnswers]  # by (model, varian
 
 @dataclass(frozen=True)
 class PublishedAnswers:
-    """What a published study keeps of its answers: enough for every verdict."""
+    """The published answers and gates of a study: enough for every verdict."""
 
     study: Study
     variants: dict[tuple[str, str], VariantAnswers]
 
     @property
     def answers(self) -> dict[tuple[str, str, str], VariantPredictions]:
-        """By (model, dataset, variant), as verdicts take them."""
+        """Predictions by (model, dataset, variant), in the type that verdicts take."""
         return {
             (model, dataset, variant): VariantPredictions(
                 variant, rows, failed_check(variant_answers.gates, [WHOLE_VARIANT, dataset])
@@ -48,7 +52,7 @@ class PublishedAnswers:
 
     @property
     def control_outcomes(self) -> dict[tuple[str, str], ControlOutcome]:
-        """By (model, variant): whether each control did what it is there for."""
+        """The outcome of each control by (model, variant)."""
         return all_control_outcomes(self.study, self.variants)
 
 
@@ -82,7 +86,7 @@ def write_answers(folder: Path, study: Study, answers: AnswersByVariant) -> dict
 
 
 def read_answers(folder: Path, study: Study) -> PublishedAnswers:
-    """What `write_answers` wrote, every item of every set and every variant there.
+    """Read the files of `write_answers`; every set, item and variant must be there.
 
     Raises:
         StudyError: a file is missing or damaged, or lacks a variant or an item.
@@ -94,7 +98,7 @@ def read_answers(folder: Path, study: Study) -> PublishedAnswers:
     for name, evaluation_set in study.evaluation.datasets.items():
         if len(rows[name]) != evaluation_set.items:
             raise StudyError(
-                f"{folder.name}/{name}.jsonl has {len(rows[name])} items but the study asks "
+                f"{folder.name}/{name}.jsonl has {len(rows[name])} items but the study has "
                 f"{evaluation_set.items}; run {MADE_BY} again"
             )
     answers = {}
@@ -110,7 +114,7 @@ def read_answers(folder: Path, study: Study) -> PublishedAnswers:
 
 
 def _short_gate(gate: dict) -> dict:
-    """A gate that holds by its name alone; what one that fails measured, in full."""
+    """A passed gate's name only; a failed gate with its measured value."""
     keys = ("name", "passed", "invalidates") if gate["passed"] else gate
     return {key: gate[key] for key in keys if key in gate}
 
@@ -120,9 +124,9 @@ def _variant_path(owner: tuple[str, str]) -> str:
 
 
 def _side_by_side(answers: AnswersByVariant, name: str) -> list[dict]:
-    """One row an item, in the first variant's order: its own keys, then by model, by variant.
+    """One row per item, in the first variant's order: its own keys, then by model, by variant.
 
-    What a variant was asked otherwise than the first one stands beside its own answer.
+    Prompt fields that differ from the first variant's are kept with the variant's answer.
     """
     rows: dict[str, dict] = {}
     for (model, variant), variant_answers in answers.items():
@@ -146,7 +150,7 @@ def _subset(row: dict, keys: tuple[str, ...]) -> dict:
 def _rows_of_variant(
     folder: Path, name: str, rows: list[dict], owner: tuple[str, str]
 ) -> list[dict]:
-    """The rows of one variant of one model, as the evaluation had them."""
+    """The evaluation's rows of one variant of one model."""
     model, variant = owner
     variant_rows = []
     for row in rows:

@@ -17,10 +17,8 @@ from helpers.evaluation.trivial_answers import (
 )
 from helpers.statistics.comparison import DecisionRules, VariantPredictions, score_interval
 
-LARGEST_BROKEN_SHARE = 0.5  # of a baseline's answers: cut off by the cap, or running in a loop
-SMALLEST_READABLE_SHARE = (
-    0.5  # a baseline read less often than this measures the format, not the ability
-)
+LARGEST_BROKEN_SHARE = 0.5  # of a baseline's answers: truncated at the token limit, or looping
+SMALLEST_READABLE_SHARE = 0.5  # with fewer readable answers, the score measures the format
 
 
 def _percent(fraction: float) -> str:
@@ -34,7 +32,7 @@ def _mean_score(predictions: list[dict]) -> float:
 def invalid_reason(
     adapter: str, baseline: VariantPredictions, variant: VariantPredictions, rules: DecisionRules
 ) -> str | None:
-    """Why this is no measurement of the variant; None if it may be one."""
+    """Why the comparison does not measure the variant; None if it does."""
     for side in (variant, baseline):
         if side.failed_check:
             return f"{side.variant} failed a check: {side.failed_check}"
@@ -63,10 +61,10 @@ def invalid_reason(
 def uninformative_reason(
     adapter: str, baseline: VariantPredictions, rules: DecisionRules
 ) -> str | None:
-    """Why these items say nothing about ability, with this baseline; None if they may.
+    """Why these items cannot show a loss of this baseline; None if they can.
 
-    The baseline has to beat the best fixed answer by more than chance: the lower limit of
-    its interval lies above it.
+    The baseline must beat the best constant answer significantly: the lower limit of its
+    interval must exceed the constant answer's score.
     """
     predictions, name = baseline.predictions, baseline.variant
     if (share := readable_share(predictions)) < SMALLEST_READABLE_SHARE:

@@ -31,7 +31,7 @@ Kind = Literal[
 
 @dataclass(frozen=True)
 class Verdict:
-    """The conclusion of one comparison; `holm_p` only where a declared test was made."""
+    """The conclusion of one comparison; `holm_p` is None without a valid declared test."""
 
     kind: Kind
     reason: str
@@ -47,14 +47,14 @@ def study_verdicts(
 ) -> dict[Comparison, Verdict]:
     """Every variant against the study's baseline, and every declared comparison.
 
-    Holm's family is the declared comparisons, all of them: one that is invalid stays in
-    it with p = 1, so that failing a check never eases the test of another. So does one of
-    which a side is not there yet; it gets no verdict.
+    Holm's family is all declared comparisons. An invalid one stays in it with p = 1, so that a
+    failed check never eases the test of another. A comparison with a missing side stays in it
+    too and gets no verdict.
 
     Args:
         answers: by (model, dataset, variant).
-        disagreeing: comparisons whose figures do not follow from the answers, with the reason:
-            they are invalid.
+        disagreements: comparisons whose figures do not follow from the answers, with the
+            reason: they are invalid.
     """
     rules, primary = decision_rules(study), study.statistics.primary
     comparisons = [*primary, *_baseline_comparisons(study)]

@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"(?<![\w.])[+\-]?\d[\d,]*(?:\.\d+)?(?:e[+\-]?\d+)?")
 
 @dataclass(frozen=True)
 class Table:
-    """One pipe table: the heading it stands under, its columns, its rows of cells."""
+    """One pipe table: the heading above it, its columns, its rows of cells."""
 
     heading: str
     columns: tuple[str, ...]
@@ -54,19 +54,19 @@ def _split_cells(line: str) -> tuple[str, ...]:
 
 
 def plain_text(cell: str) -> str:
-    """A cell as it is read: entities resolved, marks of code and emphasis gone."""
+    """A cell's text: entities resolved, marks of code and emphasis removed."""
     text = html.unescape(re.sub(r"<[^>]*>", "", cell)).replace("\u00a0", " ")
     return text.replace("`", "").replace("**", "").strip()
 
 
 def written_numbers(cell: str) -> list[str]:
-    """The numbers of a cell as they are written, those in names and quotations left out."""
+    """The numbers written in a cell, without those in names and quotations."""
     text = html.unescape(_CODE.sub(" ", cell)).replace("−", "-").replace("\u00a0", " ")
     return [match.replace(",", "") for match in _NUMBER.findall(text)]
 
 
 def rounds_to(written: str, value: float) -> bool:
-    """Whether a number written with its decimals is the value, rounded to them."""
+    """Whether the value, rounded to the decimals of the written number, equals it."""
     mantissa, _, exponent = written.partition("e")
     decimals = len(mantissa.partition(".")[2])
     step = 10.0 ** (int(exponent or 0) - decimals)
@@ -74,7 +74,7 @@ def rounds_to(written: str, value: float) -> bool:
 
 
 def cell_differs(cell: str, values: list[float | None]) -> bool:
-    """Whether a cell does not show these numbers, in their order; None is shown as missing."""
+    """Whether the numbers of a cell differ from these, in their order; None counts as missing."""
     expected = [v for v in values if v is not None and not math.isnan(v)]
     written = written_numbers(cell)
     if len(written) != len(expected):

@@ -50,7 +50,7 @@ ANSWERS = "answers"  # the folder, and the key of summary.json
 
 
 def recompute(study: str) -> tuple[str, list[str]]:
-    """(the verdicts as a text table, everything that differs from what was published).
+    """(the verdicts as a text table, every difference from the published values).
 
     Raises:
         StudyError: the study, its answers or its summary cannot be read.
@@ -79,7 +79,7 @@ def _published_p_values(comparisons: list[dict]) -> dict[Comparison, float | Non
 
 
 def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
-    """Cells of report.md that are not made again; none where no report was exported."""
+    """Cells and sentences of report.md that differ; none if there is no report.md."""
     path = paths.root / "report.md"
     if not path.is_file():
         return []
@@ -97,7 +97,7 @@ def _control_fields(outcome: ControlOutcome) -> dict:
 
 
 def _wrong_controls(answers: PublishedAnswers, published: list[dict]) -> list[str]:
-    """Controls of summary.json that did otherwise by the answers and checks."""
+    """Controls of summary.json whose recomputed outcome differs."""
     after = {
         f"{m}: control {v}": _control_fields(outcome)
         for (m, v), outcome in answers.control_outcomes.items()
@@ -115,7 +115,7 @@ def _wrong_controls(answers: PublishedAnswers, published: list[dict]) -> list[st
 
 
 def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
-    """Files that are not those the summary was written beside."""
+    """Files of answers whose hash differs from that in summary.json."""
     if not hashes:
         return ["summary.json names no files of answers; run make report again"]
     return [
@@ -126,7 +126,7 @@ def _changed_files(folder: Path, hashes: dict[str, str]) -> list[str]:
 
 
 def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) -> list[str]:
-    """Answers whose text does not give what is stored of it; none if the items are on a Hub.
+    """Answers whose text does not give the stored score; none if the items are on a Hub.
 
     Args:
         joined: whether near-duplicates have one cluster.
@@ -158,7 +158,7 @@ def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) ->
 
 
 def _verdict_table(study: Study, rows: list[dict]) -> str:
-    """One line a comparison, the declared ones first, as they are in the summary."""
+    """One line per comparison, the declared ones first, in the order of the summary."""
     cells = [("model", "dataset", "variant", "lost", "gained", "points", "Holm p", "verdict")]
     for row in rows:
         against = "" if row["baseline"] == study.baseline else f" vs {row['baseline']}"

@@ -19,7 +19,7 @@ COMPARED_CHARACTERS = 40  # characters of an answer; what is shown may be cut af
 
 
 def wrong_chapters(markdown: str, figures: RecomputedFigures) -> list[str]:
-    """Every mark, count and sample that does not agree, with its place."""
+    """Every mark, count and sample that differs from the recomputed one, with its place."""
     report_tables = read_tables(markdown)
     lines = [
         *_wrong_marks(report_tables, figures),
@@ -40,7 +40,7 @@ def _fails_gate(figures: RecomputedFigures, at: tuple[str, str], guarded: tuple[
 
 
 def _expected_mark(figures: RecomputedFigures, at: tuple[str, str], name: str) -> str:
-    """✗ where a variant is invalid on a set, ○ where the set tells nothing."""
+    """✗ if a variant is invalid on a set, ○ if the set is uninformative."""
     for c, row in figures.rows.items():
         if (c.model, c.variant, c.dataset, c.baseline) == (*at, name, figures.study.baseline):
             return {"invalid": "✗", "uninformative": "○"}.get(row["verdict"], "")
@@ -79,7 +79,7 @@ def _dataset_chapters(markdown: str, figures: RecomputedFigures) -> Iterator[tup
 
 
 def _side_by_side(figures: RecomputedFigures) -> list[str]:
-    """The variants whose answers are shown beside each other: no repetition, no rounding alone."""
+    """The variants whose answers the samples show: no repetition, no noise floor."""
     study = figures.study
     return [
         v
@@ -131,7 +131,7 @@ def _shown_answer(row: dict) -> str:
 
 
 def _wrong_samples(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
-    """Rows of sample answers that no item has: its golds, and every answer with its mark."""
+    """Rows of sample answers whose golds, answers and marks match no item."""
     for name, text in _dataset_chapters(markdown, figures):
         for model, part in SAMPLE_TABLES.findall(text):
             items = _answers_by_item(figures, model, name)
@@ -157,7 +157,7 @@ def _wrong_samples(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
 
 
 def _matches(published: tuple, expected: tuple) -> bool:
-    """Equal, where what is shown may have been cut."""
+    """Equal up to the cut of the shown text."""
     pairs = zip(published[1:], expected[1:], strict=True)
     if not expected[0].startswith(published[0][: len(expected[0])]):
         return False
@@ -165,7 +165,7 @@ def _matches(published: tuple, expected: tuple) -> bool:
 
 
 def _wrong_gate_rows(report_tables: list[Table], figures: RecomputedFigures) -> Iterator[str]:
-    """Rows that say a gate holds where it fails, or the other way round."""
+    """Rows that state a pass for a failed gate or a failure for a passed one."""
     for table in report_tables:
         if table.columns != ("gate", "variants", "result"):
             continue
@@ -185,7 +185,7 @@ def _wrong_gate_rows(report_tables: list[Table], figures: RecomputedFigures) -> 
 
 
 def _wrong_uninformative_sets(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
-    """The sets of which the conclusions say that nothing can be read from them."""
+    """The sets that the conclusions call uninformative."""
     if not (sentence := re.search(r"No ability can be measured on (.*?): there", markdown)):
         return
     expected = {
@@ -208,4 +208,5 @@ def _wrong_fixed_answers(figures: RecomputedFigures) -> Iterator[str]:
     for name, evaluation_set in figures.study.evaluation.datasets.items():
         expected = best_fixed_score(evaluation_set.adapter, first.predictions[name])
         if abs((published := figures.fixed[name][1]) - expected) > 1e-9:
-            yield f"{name}: the best constant answer scores {published:.4g}, again {expected:.4g}"
+            score = f"{published:.4g}, recomputed {expected:.4g}"
+            yield f"{name}: the best constant answer scores {score}"

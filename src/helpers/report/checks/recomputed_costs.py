@@ -20,7 +20,7 @@ SPEED = re.compile(r"(reads|writes) ([\d,]+) tokens per second, (.*?) float32\W*
 
 
 def wrong_costs(markdown: str) -> list[str]:
-    """Every time, ratio and speed that does not fit another one, with its place."""
+    """Every time, ratio and speed that contradicts another one, with its place."""
     report_tables = read_tables(markdown)
     lines = [
         *_wrong_jobs(report_tables),
@@ -31,7 +31,7 @@ def wrong_costs(markdown: str) -> list[str]:
 
 
 def _wrong_jobs(report_tables: list[Table]) -> Iterator[str]:
-    """All jobs take at least as long as the longest, and longer than it where there are several."""
+    """Stages whose total time contradicts the number and the longest of their jobs."""
     for table in report_tables:
         if not {"stage", "total time", "longest job"} <= set(table.columns):
             continue
@@ -55,7 +55,7 @@ def _cost_tables(report_tables: list[Table]) -> Iterator[tuple[dict, dict]]:
 
 
 def _wrong_ratios(report_tables: list[Table]) -> Iterator[str]:
-    """Ratios that do not lie between those of the amounts' least and largest rounds."""
+    """Ratios outside the range given by the smallest and largest rounds of the amounts."""
     for ratios, amounts in _cost_tables(report_tables):
         reference = next(iter(amounts.values()))
         for name, row in list(ratios.items())[1:]:
@@ -80,14 +80,14 @@ def _wrong_ratios(report_tables: list[Table]) -> Iterator[str]:
 
 
 def _value_range(cell: str) -> tuple[float, float]:
-    """The least and the largest value that a cell may have been rounded from."""
+    """The smallest and the largest value that round to the numbers of a cell."""
     halves = [(float(n), 0.5 * 10.0 ** -len(n.partition(".")[2])) for n in written_numbers(cell)]
     low, high = min(v - half for v, half in halves), max(v + half for v, half in halves)
     return max(low, 1e-9), high
 
 
 def _wrong_cost_sentences(markdown: str, report_tables: list[Table]) -> Iterator[str]:
-    """Speeds and shares in words that are not those of the tables."""
+    """Sentences whose speeds and shares differ from those of the tables."""
     lines = re.findall(r"^- `(\S+)` \(.*\) takes ([\d.]+) % of (.*)$", markdown, re.M)
     for ratios, amounts in _cost_tables(report_tables):
         for variant, share, text in lines:

@@ -19,10 +19,11 @@ BULLET_STARTS = {
     "**Invalid**": "invalid",
 }
 
-ExpectedNumbers = tuple[str, list[float | None]]  # a part of the text, and the numbers it must show
+ExpectedNumbers = tuple[str, list[float | None]]  # (text, its expected numbers)
 
 
-def _code_names(text: str) -> list[str]:
+def code_names(text: str) -> list[str]:
+    """The names between backticks, in order."""
     return re.findall(r"`([^`]+)`", text)
 
 
@@ -31,8 +32,8 @@ def _declared_rows(figures: RecomputedFigures) -> list[dict]:
 
 
 def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """How many declared comparisons can tell, and how many are worse or better."""
-    names = _code_names(text)
+    """The number of informative declared comparisons, and of those worse or better."""
+    names = code_names(text)
     group = [
         r
         for r in _declared_rows(figures)
@@ -56,7 +57,7 @@ def _check_answer(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
 
 
 def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """A bullet of one kind of verdict: its places, and from which loss on one would be seen."""
+    """A bullet of one kind of verdict: its places, and the smallest detectable losses."""
     kind = next(kind for begin, kind in BULLET_STARTS.items() if text.startswith(begin))
     rows = [r for r in _declared_rows(figures) if r["verdict"] == kind]
     places = {(DATASET_NAMES.get(r["dataset"], r["dataset"]), r["model"]) for r in rows}
@@ -67,7 +68,7 @@ def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[Exp
     published_places = {
         (name, model)
         for name, models in re.findall(rf"({dataset_names}) of ((?:`[^`]+`(?:, | and )?)+)", head)
-        for model in _code_names(models)
+        for model in code_names(models)
     }
     if published_places != places:
         yield f"published {sorted(published_places)}, recomputed {sorted(places)}"
@@ -86,7 +87,7 @@ def _check_verdict_bullet(text: str, figures: RecomputedFigures) -> Iterator[Exp
 
 def _check_nothing_shown(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """A variant without an informative comparison: how many are invalid or uninformative."""
-    group = [r for r in _declared_rows(figures) if r["variant"] == _code_names(text)[0]]
+    group = [r for r in _declared_rows(figures) if r["variant"] == code_names(text)[0]]
     n, kinds = len(group), [r["verdict"] for r in group]
     counts = f"{kinds.count('invalid')} invalid, {kinds.count('uninformative')} uninformative"
     alike = re.search(r"(?:its one comparison is|all (\d+) comparisons are) (\w+)", text)
@@ -107,7 +108,7 @@ def _check_controls_bullet(
     failed = [key for key, outcome in figures.control_outcomes.items() if not outcome.ok]
     if failed:
         yield f"{len(failed)} controls failed"
-    not_controls = set(_code_names(text)) - {variant for _, variant in figures.control_outcomes}
+    not_controls = set(code_names(text)) - {variant for _, variant in figures.control_outcomes}
     if not_controls:
         yield f"{sorted(not_controls)} are no controls"
 
@@ -117,7 +118,7 @@ def _check_controls_count(text: str, figures: RecomputedFigures) -> Iterator[Exp
     yield text, [sum(outcome.ok for outcome in outcomes), len(outcomes)]
 
 
-SENTENCE_CHECKS = (
+VERDICT_SENTENCE_CHECKS = (
     (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _check_answer),
     (r"^(?:\*\*Answer\.\*\* )?No conclusion about `", _check_nothing_shown),
     ("^(?:" + "|".join(map(re.escape, BULLET_STARTS)) + ")", _check_verdict_bullet),

@@ -26,7 +26,7 @@ ROUNDING_STEP = 0.05  # of what the notebook shows, which has one decimal
 
 
 def wrong_records(markdown: str, figures: RecomputedFigures, notebooks: Path) -> list[str]:
-    """Every cell that is not what its notebook printed, with its place."""
+    """Every cell that differs from the output of its notebook, with its place."""
     lines = []
     for table in read_tables(markdown):
         columns, rows = set(table.columns), map(table.by_column, table.rows)
@@ -46,7 +46,7 @@ def wrong_records(markdown: str, figures: RecomputedFigures, notebooks: Path) ->
 
 
 def _printed_text(path: Path) -> str:
-    """All that a notebook printed or showed as text; empty where it is not kept."""
+    """All text outputs of a notebook; empty if the notebook is not there."""
     if not path.is_file():
         return ""
     cells = json.loads(path.read_text("utf-8"))["cells"]
@@ -109,7 +109,7 @@ def _wrong_outlier_sentence(model: str, count: str, text: str, notebooks: Path) 
 
 
 def _is_ratio(ratio: float, largest: float, median: float) -> bool:
-    """Whether a ratio is that of two numbers shown with one decimal; NaN is that of a median 0."""
+    """Whether a ratio fits two numbers rounded to one decimal; NaN fits a median of 0."""
     if math.isnan(ratio):
         return median == 0
     upper = (

@@ -13,8 +13,11 @@ import numpy as np
 
 from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.report.checks.published_numbers import cell_differs, plain_text, rounds_to
-from helpers.report.checks.recomputed_executive import SENTENCE_CHECKS as ON_VERDICTS
-from helpers.report.checks.recomputed_executive import ExpectedNumbers
+from helpers.report.checks.recomputed_executive import (
+    VERDICT_SENTENCE_CHECKS,
+    ExpectedNumbers,
+    code_names,
+)
 from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
 from helpers.study.schema_variants import Variant
@@ -29,7 +32,7 @@ SentenceCheck = Callable[[str, RecomputedFigures], Iterator[ExpectedNumbers | st
 
 
 def wrong_sentences(markdown: str, figures: RecomputedFigures) -> list[str]:
-    """Every known sentence that does not say what follows from the answers."""
+    """Every known sentence whose numbers or words contradict the answers."""
     lines = []
     for line in markdown.splitlines():
         text = line.removeprefix("- ")
@@ -49,7 +52,7 @@ def wrong_sentences(markdown: str, figures: RecomputedFigures) -> list[str]:
 
 
 def _unknown_sentences(markdown: str) -> Iterator[str]:
-    """Sentences of summary and findings that hold a number which nothing here looks at."""
+    """Sentences of summary and findings with a number that no check here reads."""
     summary = SUMMARY.search(markdown)
     for line in summary[1].splitlines() if summary else ():
         text = line.removeprefix("- ")
@@ -62,14 +65,10 @@ def _without_code(text: str) -> str:
     return re.sub(r"`[^`]*`", "", text)
 
 
-def _code_names(text: str) -> list[str]:
-    return re.findall(r"`([^`]+)`", text)
-
-
 def _token_change(
     figures: RecomputedFigures, before: tuple, after: tuple, key: str
 ) -> list[float | None]:
-    """Change a token of `nll` or `kl` with its interval, its p and the number of passages."""
+    """Change of `nll` or `kl` per token with its interval, its p and the number of passages."""
     first = {row["id"]: row for row in figures.variants[before].passages}
     rows = sorted(figures.variants[after].passages, key=lambda row: row["id"])
     lengths = [r["tokens"] for r in rows]
@@ -81,14 +80,14 @@ def _token_change(
 
 
 def _flip_p(sums: list[float]) -> float:
-    """Two-sided p of the sum, the signs of the passages drawn; about ± ROOM at the most."""
+    """Two-sided p of the sum by random sign flips of passages; its error is below P_TOLERANCE."""
     signs = np.random.default_rng(0).choice((-1.0, 1.0), (SIGN_DRAWS, len(sums)))
     far = np.abs(signs @ np.array(sums)) >= abs(sum(sums)) * (1 - 1e-12)
     return float((far.sum() + 1) / (SIGN_DRAWS + 1))
 
 
 def _is_effect(change: list[float | None], figures: RecomputedFigures) -> bool | None:
-    """Whether a change is more than chance; None where drawn signs do not decide it."""
+    """Whether a change is significant; None if the p is too close to the level to tell."""
     alpha = 1 - figures.bootstrap.confidence
     return None if abs(change[3] - alpha) < P_TOLERANCE else change[3] < alpha
 
@@ -96,7 +95,7 @@ def _is_effect(change: list[float | None], figures: RecomputedFigures) -> bool |
 def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     sentence = text.partition(" A difference no larger")[0]
     floor = figures.noise_floor
-    models = _code_names(sentence.partition(" In ")[2])
+    models = code_names(sentence.partition(" In ")[2])
     changed, total = [], 0
     for model in models:
         sides = [figures.variants[model, v].predictions for v in (figures.study.baseline, floor)]
@@ -113,7 +112,7 @@ def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
 
 
 def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    variant, *models = _code_names(text.partition(" by a KL")[0])
+    variant, *models = code_names(text.partition(" by a KL")[0])
     shared = [figures.shared[model, variant] for model in models]
     values = [s["kl"][0] for s in shared]
     if "times the effect of rounding" in text:
@@ -128,7 +127,7 @@ def _check_tokens(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNum
 
 
 def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    model, plain_one, smooth = _code_names(text)[:3]
+    model, plain_one, smooth = code_names(text)[:3]
     at = (model, plain_one), (model, smooth)
     change = _token_change(figures, *at, "kl")
     sure, none = _is_effect(change, figures), "no effect of smoothing itself is detectable"
@@ -145,7 +144,7 @@ def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[Expected
 
 def _check_between_models(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     for part in re.findall(r"`[^`]+` changes `[^`]+` .*?exploratory\)", text):
-        variant, model, start = _code_names(part)[:3]
+        variant, model, start = code_names(part)[:3]
         change = _token_change(figures, (start, variant), (model, variant), "kl")
         sure, word = _is_effect(change, figures), "more than" if change[0] > 0 else "less than"
         words = ["and", word] if sure is None else [word if sure else "and"]
@@ -170,15 +169,15 @@ def _check_sizes(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
 
 
 def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """Perplexities of variants with one scale a tensor; the inputs are `recomputed_records`'."""
-    model, baseline = _code_names(text)[0], figures.study.baseline
+    """Perplexities of variants with one scale per tensor."""
+    model, baseline = code_names(text)[0], figures.study.baseline
     for variant, published in ONE_SCALE.findall(text):
         sides = ((model, v) for v in (variant, baseline))
         yield published, [figures.shared[side]["perplexity"][0] for side in sides]
 
 
 def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    start, model = _code_names(text)[:2]
+    start, model = code_names(text)[:2]
     training = figures.summary["models"][model]["finetuning"]
     loss = text.partition(" nats per answer")[0]
     yield loss, [training["heldout_loss_before"], training["heldout_loss_after"]]
@@ -228,5 +227,5 @@ SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
     (r"^\*\*Comparisons\.\*\* Every variant", _check_method),
     (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _check_gate_count),
     (r"^Brackets: ", _check_legend),
-    *ON_VERDICTS,
+    *VERDICT_SENTENCE_CHECKS,
 )

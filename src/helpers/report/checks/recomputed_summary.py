@@ -22,7 +22,7 @@ FIGURE_FIELDS = ("value", "low", "high", "n")
 
 
 def wrong_comparisons(rows: dict[Comparison, dict], published: list[dict]) -> list[str]:
-    """Comparisons of summary.json that are not those made again, value by value."""
+    """Comparisons of summary.json that differ from the recomputed ones, value by value."""
     before = {comparison_place(row): row for row in published}
     after = {comparison_place(row): row for row in rows.values()}
     lines = [f"{name} was published and is none of the study's" for name in before - after.keys()]
@@ -38,20 +38,20 @@ def wrong_comparisons(rows: dict[Comparison, dict], published: list[dict]) -> li
 
 
 def comparison_place(row: dict) -> str:
-    """What a comparison is called in messages."""
+    """A comparison's name in messages."""
     against = f"{row['variant']} against {row['baseline']}"
     return f"{row['model']}: {DATASET_NAMES.get(row['dataset'], row['dataset'])}, {against}"
 
 
 def equal_values(now, then) -> bool:
-    """Equal, but for the last digits of numbers."""
+    """Equal up to the last digits of numbers."""
     if isinstance(now, float) and isinstance(then, float | int) and not isinstance(then, bool):
         return math.isclose(now, then, rel_tol=TOLERANCE, abs_tol=1e-9)
     return now == then
 
 
 def wrong_headlines(published: dict, figures: RecomputedFigures) -> list[str]:
-    """What summary.json says of the study, the fixed answers and every variant."""
+    """Values of summary.json on the study, the constant answers and every variant that differ."""
     study, s = figures.study, figures.study.statistics
     expected = {"title": study.title, "seed": study.seed, "baseline": study.baseline}
     expected["statistics"] = {
@@ -89,7 +89,7 @@ def _figure_fields(figures: dict) -> dict:
 
 
 def _differing_values(place: str, expected, stored) -> list[str]:
-    """Every value below that is another one, by its path."""
+    """Every nested value that differs, by its path."""
     if isinstance(expected, dict) and isinstance(stored, dict):
         keys = dict.fromkeys([*expected, *stored])
         return [
@@ -105,7 +105,7 @@ def _differing_values(place: str, expected, stored) -> list[str]:
 
 
 def wrong_csv_lines(path: Path, figures: RecomputedFigures) -> list[str]:
-    """Lines of summary.csv that are not those made again."""
+    """Lines of summary.csv that differ from the recomputed ones."""
     if not path.is_file():
         return [f"{path.name} is missing; run make report again"]
     with path.open(newline="", encoding="utf-8") as stream:
@@ -146,7 +146,7 @@ def _parsed_number(text: str):
 
 
 def edited_tables(markdown: str, notebook: Path) -> list[str]:
-    """Cells of report.md that the executed analysis shows otherwise; none where it is not kept."""
+    """Cells of report.md that differ from the executed analysis; none if it is not there."""
     if not notebook.is_file():
         return []
     cells = json.loads(notebook.read_text("utf-8"))["cells"]

@@ -51,12 +51,12 @@ Cell = tuple[str, list[float | None]]  # a column, and the numbers its cell must
 
 
 class RecomputedFigures:
-    """All figures of a study, made again from its answers.
+    """All figures of a study, recomputed from its answers.
 
     Args:
         published: the answers.
-        rows: by comparison, its row of summary.json made again.
-        summary: summary.json as published, for what no answer tells.
+        rows: by comparison, its recomputed row of summary.json.
+        summary: summary.json as published, for figures that do not follow from answers.
     """
 
     def __init__(self, published: PublishedAnswers, rows: dict[Comparison, dict], summary: dict):
@@ -81,7 +81,7 @@ class RecomputedFigures:
 
     @property
     def fixed(self) -> dict[str, tuple[str, float]]:
-        """Of every set, the best fixed answer and what it scores."""
+        """The best constant answer of every set and its score."""
         first = self.variants[next(iter(self.study.models)), self.study.baseline]
         best_answers = {
             name: best_fixed_answer(evaluation_set.adapter, first.predictions[name])
@@ -97,7 +97,7 @@ class RecomputedFigures:
 
 
 def wrong_cells(markdown: str, figures: RecomputedFigures) -> list[str]:
-    """Every cell of a known table that does not show its figures: row, column, both values."""
+    """Every cell of a known table that differs from its figures: row, column, both values."""
     lines = []
     for table in read_tables(markdown):
         for row, expected in _expected_rows(table, figures):
@@ -123,7 +123,7 @@ def _numbers_text(values: list[float | None]) -> str:
 def _expected_rows(
     table: Table, figures: RecomputedFigures
 ) -> Iterator[tuple[dict[str, str], list[Cell]]]:
-    """The rows of a table with the numbers each must show; none of a table not known here."""
+    """The rows of a table with their expected numbers; none for an unknown table."""
     columns = set(table.columns)
     checks = (
         check for required_columns, check in TABLE_CHECKS.items() if required_columns <= columns
@@ -175,7 +175,7 @@ def _score_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) 
 
 
 def _comparison(table: Table, row: dict[str, str], figures: RecomputedFigures) -> dict | None:
-    """The comparison that a row of the table of items is about, made again."""
+    """The recomputed comparison of a row of the table of items."""
     model = table.heading.removeprefix("Model ").partition(":")[0]
     variant, _, against = plain_text(row["variant"]).partition(" vs ")
     for c, recomputed in figures.rows.items():
@@ -214,7 +214,7 @@ def _comparison_cells(table: Table, row: dict[str, str], figures: RecomputedFigu
 
 
 def _p_shown(p: float | None) -> list[float | None]:
-    """Below a thousandth only that is shown."""
+    """The report shows a p below 0.001 as `< 0.001`."""
     return [0.001] if p is not None and p < 0.001 else [p]
 
 
@@ -279,7 +279,7 @@ def _behavior_cells(table: Table, row: dict[str, str], figures: RecomputedFigure
 def _wrong_verdict_cell(
     table: Table, row: dict[str, str], figures: RecomputedFigures, where: str
 ) -> list[str]:
-    """A verdict in other words than the one made again."""
+    """A verdict that differs from the recomputed one."""
     if "Holm p" not in row or (recomputed := _comparison(table, row, figures)) is None:
         return []
     words = VERDICT_WORDS.get(recomputed["verdict"], "")
@@ -299,7 +299,7 @@ def _control_cells(table: Table, row: dict[str, str], figures: RecomputedFigures
 
 
 def _outlier_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
-    """What no answer tells is held to summary.json."""
+    """Outliers do not follow from answers; summary.json gives the expected numbers."""
     model = table.heading.removeprefix("Model ")
     recorded = figures.summary.get("models", {}).get(model, {}).get("largest_outliers", [])
     matching = (i for i in recorded if f".{i['linear']}".endswith(f".{plain_text(row['Linear'])}"))
@@ -337,7 +337,7 @@ def _protocol_cells(table: Table, row: dict[str, str], figures: RecomputedFigure
     return [("items", [len(rows)]), ("prompt tokens", [sum(r["prompt_tokens"] for r in rows)])]
 
 
-# How a table is known: the columns it has.
+# The columns that identify a table, and its check.
 TABLE_CHECKS = {
     frozenset({"checks", "perplexity", "top-1"}): _score_cells,
     frozenset({"lost", "gained", "Holm p"}): _comparison_cells,
@@ -351,7 +351,7 @@ TABLE_CHECKS = {
 
 
 def wrong_verdict_words(markdown: str, figures: RecomputedFigures) -> list[str]:
-    """Cells of the first table, a verdict in a word each, that say another one."""
+    """Cells of the first table whose verdict differs from the recomputed one."""
     datasets_by_title = {
         DATASET_NAMES.get(name, name): name for name in figures.study.evaluation.datasets
     }
@@ -381,7 +381,7 @@ def wrong_verdict_words(markdown: str, figures: RecomputedFigures) -> list[str]:
 
 
 def failed_gate_names(gates: list[dict]) -> tuple[bool, list[str]]:
-    """Whether all hold, and the names of those that fail, as summary.json has them."""
+    """(whether all gates pass, the names of those that fail), as in summary.json."""
     failed = [g for g in gates if not g["passed"]]
     guarded = [g.get("invalidates", WHOLE_VARIANT) for g in failed]
     names = [

@@ -18,12 +18,12 @@ from helpers.statistics.checks.recomputed_statistics import (
 from helpers.statistics.verdicts import Verdict, study_verdicts
 from helpers.study.schema import Comparison, Study
 
-TOLERANCE = 1e-6  # absolute, of fractions; two ways to one figure
-NARROWEST, WIDEST = 0.6, 1.7  # of an interval's half-width to the jackknife's
+TOLERANCE = 1e-6  # absolute, of fractions computed by two methods
+NARROWEST, WIDEST = 0.6, 1.7  # ratio of an interval's half-width to the jackknife's
 
 
 def disagreements(study: Study, answers: Mapping, verdicts: Mapping) -> dict[Comparison, str]:
-    """What differs, in words, by comparison; empty where all figures follow.
+    """The differing figures in words, by comparison; empty if all agree.
 
     Args:
         answers: by (model, dataset, variant): `predictions` of each.
@@ -42,18 +42,18 @@ def disagreements(study: Study, answers: Mapping, verdicts: Mapping) -> dict[Com
 
 
 def checked_verdicts(study: Study, answers: Mapping) -> dict[Comparison, Verdict]:
-    """The study's verdicts; invalid where the figures do not follow from the answers."""
+    """The study's verdicts; invalid if the figures do not follow from the answers."""
     verdicts = study_verdicts(study, answers)
     if wrong := disagreements(study, answers, verdicts):
         verdicts = study_verdicts(study, answers, wrong)
-        # A correction over other comparisons than the declared ones is wrong for all of them.
+        # A correction over a wrong family invalidates all its comparisons.
         if wrong := disagreements(study, answers, verdicts) | wrong:
             verdicts = study_verdicts(study, answers, wrong)
     return verdicts
 
 
 def bootstrap_settings(study: Study) -> BootstrapSettings:
-    """How the study draws its bootstraps."""
+    """The study's confidence, resamples and seed."""
     return BootstrapSettings(study.statistics.confidence, study.statistics.resamples, study.seed)
 
 
@@ -67,14 +67,14 @@ def _comparison_differences(
         return "; ".join(
             figure_differences(paired, recompute_comparison(baseline, variant, settings))
         )
-    except Exception as error:  # rows of any shape: the report goes on and says so
+    except Exception as error:  # rows of any shape must not stop the report
         return f"they cannot be computed again ({type(error).__name__}: {error})"
 
 
 def figure_differences(paired, recomputed: RecomputedComparison) -> list[str]:
-    """Figures of a comparison that are not those counted again."""
+    """Figures of a comparison that differ from the recomputed ones."""
     lines = [
-        f"{name} {getattr(paired, name)}, counted again {getattr(recomputed, name)}"
+        f"{name} {getattr(paired, name)}, recomputed {getattr(recomputed, name)}"
         for name in ("n", "clusters", "losses", "gains")
         if getattr(paired, name) != getattr(recomputed, name)
     ]
@@ -87,13 +87,13 @@ def figure_differences(paired, recomputed: RecomputedComparison) -> list[str]:
         "equivalence high": (paired.equivalence.high, recomputed.equivalence_high, TOLERANCE),
     }
     lines += [
-        f"{name} {value:.6g}, again {recomputed_value:.6g}"
+        f"{name} {value:.6g}, recomputed {recomputed_value:.6g}"
         for name, (value, recomputed_value, tolerance) in pairs.items()
         if not abs(value - recomputed_value) <= tolerance
     ]
     half = (paired.interval.high - paired.interval.low) / 2
     flips = recomputed.losses + recomputed.gains
-    # Where nearly all items flip, a score interval is far from a normal one.
+    # If nearly all items flip, a score interval is far from a normal one.
     comparable = FEWEST_FLIPS <= flips <= recomputed.n / 2 and recomputed.jackknife > 0
     if comparable and not NARROWEST <= half / recomputed.jackknife <= WIDEST:
         lines.append(f"half-width {half:.4g}, {recomputed.jackknife:.4g} by a jackknife")
@@ -101,7 +101,7 @@ def figure_differences(paired, recomputed: RecomputedComparison) -> list[str]:
 
 
 def _holm_differences(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
-    """Declared comparisons whose corrected p is not Holm's over all that were declared."""
+    """Declared comparisons whose corrected p differs from Holm's over all declared ones."""
     declared = list(dict.fromkeys(study.statistics.primary))
     expected = dict(
         zip(declared, holm([_p_in_family(verdicts.get(c)) for c in declared]), strict=True)
@@ -122,5 +122,5 @@ def _holm_differences(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
 
 
 def _p_in_family(verdict) -> float:
-    """The p that enters Holm's family: 1 where there is no valid test."""
+    """The p that enters Holm's family: 1 without a valid test."""
     return 1.0 if verdict is None or verdict.kind == "invalid" else verdict.paired.p

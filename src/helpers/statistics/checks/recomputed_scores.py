@@ -15,7 +15,7 @@ from helpers.statistics.checks.recomputed_statistics import (
 )
 
 Figure = tuple[float | None, float | None, float | None, int]
-LARGEST_LOSS = 700.0  # nats a token; e to more than this is no float
+LARGEST_LOSS = 700.0  # nats per token; exp of more overflows
 
 
 def shared_text_figures(rows: list[dict], settings: BootstrapSettings) -> dict[str, Figure]:
@@ -33,7 +33,7 @@ def shared_text_figures(rows: list[dict], settings: BootstrapSettings) -> dict[s
 
 
 def token_figure(rows: list[dict], key: str, settings: BootstrapSettings) -> Figure:
-    """A mean per token over passages that count by their tokens."""
+    """A mean per token over passages, weighted by their tokens."""
     tokens = [row["tokens"] for row in rows]
     if any(row[key] is None for row in rows):
         return None, None, None, sum(tokens)
@@ -87,7 +87,7 @@ def dataset_figures(
 
 
 def score_figure(rows: list[dict], settings: BootstrapSettings) -> Figure:
-    """Share of right answers: Wilson's interval, or a bootstrap where items share passages."""
+    """Share of right answers: Wilson's interval, or a bootstrap if items share passages."""
     n, right = len(rows), sum(row["score"] for row in rows)
     names = [row["cluster"] or row["id"] for row in rows]
     if len(set(names)) == 1:
@@ -96,7 +96,7 @@ def score_figure(rows: list[dict], settings: BootstrapSettings) -> Figure:
         return right / n, *wilson_limits(int(right), n, settings.confidence), n
     mean = clustered_mean([r["score"] for r in rows], names, settings, interval=True)
     limits = (mean.low, mean.high)
-    if mean.low is None:  # every passage alike: the passages are the items
+    if mean.low is None:  # no spread: the passages are the items
         limits = wilson_limits(round(mean.mean * mean.clusters), mean.clusters, settings.confidence)
     return mean.mean, *limits, n
 
@@ -112,7 +112,7 @@ def _share_figure(part: int, n: int, settings: BootstrapSettings) -> Figure:
 
 
 def _macro_f1(rows: list[dict]) -> float:
-    """Mean over the gold classes of 2 hits / (times said + times due)."""
+    """Mean over the gold classes of 2 hits / (answers + golds of the class)."""
     gold_counts = Counter(row["golds"][0] for row in rows)
     answer_counts = Counter(row["parsed"] for row in rows)
     hits = Counter(row["parsed"] for row in rows if row["parsed"] == row["golds"][0])
@@ -122,9 +122,9 @@ def _macro_f1(rows: list[dict]) -> float:
 
 
 def best_fixed_score(adapter: str, rows: list[dict]) -> float:
-    """What the best fixed answer scores: one label, one text, or always abstaining.
+    """The score of the best constant answer: one label, one text, or always abstaining.
 
-    Of word problems only golds in the same words or digits are taken for one answer.
+    For word problems, golds count as equal only if their text is equal.
     """
     golds = [[_normalized_gold(gold, adapter) for gold in row["golds"]] for row in rows]
     gold_counts = Counter(text for texts in golds for text in set(texts))

@@ -18,12 +18,12 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
-FEWEST_FLIPS = 5  # below, no normal approximation holds
+FEWEST_FLIPS = 5  # below, the normal approximation fails
 
 
 @dataclass(frozen=True)
 class BootstrapSettings:
-    """How a study draws its bootstraps."""
+    """A study's confidence, resamples and seed."""
 
     confidence: float
     resamples: int
@@ -32,7 +32,7 @@ class BootstrapSettings:
 
 @dataclass(frozen=True)
 class ClusteredMean:
-    """A mean over items in clusters; `low` and `high` are None where all clusters agree."""
+    """A mean over items in clusters; `low` and `high` are None if all clusters agree."""
 
     mean: float
     low: float | None
@@ -43,10 +43,10 @@ class ClusteredMean:
 
 @dataclass(frozen=True)
 class RecomputedComparison:
-    """One comparison counted again: the names are those of summary.json.
+    """One comparison recomputed, under the names of summary.json.
 
-    `p_tolerance` is how far the study's p may be from this exact one, where it is drawn by lot;
-    `jackknife` the half-width of a normal interval by the jackknife's standard error.
+    `p_tolerance` bounds the distance of a Monte Carlo p from this exact one; `jackknife` is the
+    half-width of a normal interval by the jackknife's standard error.
     """
 
     n: int
@@ -109,7 +109,7 @@ def recompute_comparison(
 
 
 def _confidence_levels(settings: BootstrapSettings) -> tuple[float, float]:
-    """The study's confidence, and that of the interval equivalence is read from."""
+    """The study's confidence, and that of the interval for the equivalence test."""
     return settings.confidence, 1 - 2 * round(1 - settings.confidence, 12)
 
 
@@ -150,7 +150,7 @@ def tango_limits(losses: int, gains: int, n: int, confidence: float) -> tuple[fl
 
 
 def _likeliest_loss_rate(difference: float, losses: int, gains: int, n: int) -> float:
-    """P(loss) that maximises the likelihood of the counts, P(gain) being it + `difference`."""
+    """P(loss) that maximises the likelihood of the counts if P(gain) = P(loss) + `difference`."""
     low, high = max(0.0, -difference), (1 - difference) / 2
     if high - low < 1e-15:
         return low
@@ -234,7 +234,7 @@ def _bca_limits(sums, sizes, settings: BootstrapSettings, confidence: float) -> 
 
 
 def _clustered_limits(changes, clusters, settings: BootstrapSettings, confidence: float):
-    """BCa over clusters; where all agree, Tango's interval with a cluster for an item."""
+    """BCa over clusters; if all agree, Tango's interval with clusters as items."""
     mean = clustered_mean(changes, clusters, settings, confidence=confidence, interval=True)
     if mean.low is not None and mean.high is not None:
         return mean.low, mean.high
@@ -246,9 +246,9 @@ def _clustered_limits(changes, clusters, settings: BootstrapSettings, confidence
 def sign_flip_p(
     changes: Sequence[float], clusters: Sequence[str], resamples: int
 ) -> tuple[float, float]:
-    """(exact two-sided p, how far a drawn one may be off) of whole-numbered changes.
+    """(exact two-sided p, tolerance for a Monte Carlo p) of whole-numbered changes.
 
-    The distribution of the sum with every cluster's sign drawn is a convolution.
+    The distribution of the sum under random signs of the clusters is a convolution.
     """
     sums = [round(s) for s in _cluster_sums(changes, clusters, None)[0] if round(s)]
     if len(sums) < 2:
@@ -266,7 +266,7 @@ def sign_flip_p(
 
 
 def detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> float | None:
-    """Smallest loss that exact McNemar finds with the wanted power; None if none is."""
+    """Smallest loss that exact McNemar detects with the given power; None if there is none."""
     if gain_rate >= 0.5:
         return None
     gains = np.arange(n + 1)
@@ -285,7 +285,7 @@ def detectable_loss(n: int, gain_rate: float, alpha: float, power: float) -> flo
 
 
 def _fewest_losses(gains: int, alpha: float) -> int:
-    """The fewest losses that reject beside so many gains."""
+    """The fewest losses with which the test rejects, given the number of gains."""
     low, high = gains, 2 * gains + 64
     while low < high:
         middle = (low + high) // 2
@@ -297,7 +297,7 @@ def _fewest_losses(gains: int, alpha: float) -> int:
 
 
 def detectable_mean_loss(error: float, clusters: int, alpha: float, power: float) -> float | None:
-    """Smallest mean difference a t-test over clusters finds, by statsmodels' power."""
+    """Smallest mean difference that a t-test over clusters detects, by statsmodels' power."""
     if 2.0 ** (1 - clusters) > alpha:
         return None
     test = TTestPower()

@@ -33,11 +33,11 @@ PASSAGE_METHOD = "sign-flip test and bootstrap by passage"
 def comparison_rows(
     study: Study, answers: Mapping, published_p: Mapping[Comparison, float | None]
 ) -> dict[Comparison, dict]:
-    """By comparison, the row of summary.json, and `family_p`: the p that has to be shown.
+    """By comparison, the expected row of summary.json with `family_p`: the p that the report shows.
 
     Args:
-        answers: by (model, dataset, variant), as `Answers`.
-        published_p: what was published; a p drawn by lot enters Holm's family as it was drawn.
+        answers: `VariantPredictions` by (model, dataset, variant).
+        published_p: the published p; a Monte Carlo p enters Holm's family as published.
     """
     settings, declared = bootstrap_settings(study), list(dict.fromkeys(study.statistics.primary))
     rows = {}
@@ -115,7 +115,7 @@ def _comparison_row(
 
 
 def is_informative(adapter: str, rows: list[dict], settings: BootstrapSettings) -> bool:
-    """Whether a baseline's answers beat the best fixed one by more than chance."""
+    """Whether a baseline significantly beats the best constant answer."""
     readable = sum(row["status"] != "unparsed" for row in rows) / len(rows)
     varied_answers = (
         len({status_and_answer(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
@@ -147,7 +147,7 @@ def _detectable_loss(
 
 
 def _published_or_exact_p(row: dict, published: float | None) -> float | None:
-    """The published p where it is as near as one drawn by lot has to be, else the exact one."""
+    """The published p if it is within the tolerance of the exact one, else the exact one."""
     if row["p"] is None:
         return None
     within_tolerance = published is not None and abs(published - row["p"]) <= row["p_tolerance"]
@@ -168,7 +168,7 @@ def _verdict_kind(study: Study, row: dict) -> str:
 
 
 def _verdict_reason(study: Study, row: dict) -> str:
-    """The reason of an invalid or uninformative row, or what goes with another verdict."""
+    """The reason of an invalid or uninformative row, or the remark of another verdict."""
     if row["reason"]:
         return row["reason"]
     if row["verdict"] in ("worse", "better"):
