@@ -9,6 +9,8 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 
 from helpers.statistics.clustered import clustered_mean
 from helpers.statistics.draws import recipe_estimate
+from helpers.statistics.graded import compare_draws, compare_graded, judge_graded, scored
+from simulated_rows import option_rows, quantized
 
 
 def table_of(rng, draws, n, *, item, own, level):
@@ -79,6 +81,20 @@ def test_p_is_where_the_interval_begins_to_hold_the_value():
 def test_a_table_without_draws_is_refused():
     with pytest.raises(ValueError, match="one row a draw"):
         recipe_estimate([0.1, 0.2], range(2))
+
+
+def test_checkpoints_of_one_recipe_are_compared_as_one_recipe():
+    rng = np.random.default_rng(8)
+    before = option_rows(rng, 80)
+    draws = [quantized(before, rng, noise=0.3, loss=1.5) for _ in range(4)]
+    sides = [scored(rows, normalize="bytes") for rows in (before, *draws)]
+    usual = {"confidence": 0.95, "alpha": 0.05, "power": 0.8}
+    found = compare_draws(sides[0], sides[1:], **usual)
+    assert found.estimate.draws == 4
+    assert found.estimate.draw_means == pytest.approx(
+        [compare_graded(sides[0], side, **usual).delta for side in sides[1:]]
+    )
+    assert judge_graded(found, able=True, adjusted_p=found.p, margin=0.03) == "worse"
 
 
 # Simulated studies. Few of them: a share is refused if its bound could give it once in 10,000.
