@@ -28,7 +28,7 @@ from helpers.statistics.pooled import as_probabilities, pooled_difference, recov
 
 STUDIES = 2000
 SEED = 20261127
-LARGE = 400_000  # items that a truth without a formula is computed from
+LARGE = 200_000  # items that a truth without a formula is computed from
 CONFIDENCE, ALPHA, POWER = 0.95, 0.05, 0.8
 LOWEST, HIGHEST, SIZE = 0.93, 0.97, 0.055
 
@@ -138,7 +138,7 @@ def true_mean(scenario: str, kind: str) -> float:
     if scenario in ("normal", "heavy tails"):
         return 0.0
     draw = (DIFFERENCES | STRESS)[scenario]
-    found = [draw(np.random.default_rng(i), cluster_of(LARGE, kind)).mean() for i in range(25)]
+    found = [draw(np.random.default_rng(i), cluster_of(LARGE, kind)).mean() for i in range(10)]
     return float(np.mean(found))
 
 
@@ -286,7 +286,7 @@ def _pooled_truth(shift: float) -> tuple[float, float]:
     """(pooled difference, recovery) of a population."""
     rng, gaps, above = np.random.default_rng(5), [], []
     for name in SETS:
-        pairs = [_pair(rng, name, LARGE, shift) for _ in range(5)]
+        pairs = [_pair(rng, name, LARGE, shift) for _ in range(3)]
         sides = [[as_probabilities(x) for x in pair] for pair in pairs]
         gaps.append(np.mean([(a[0] - b[0]).mean() for b, a in sides]))
         above.append(np.mean([(b[0] - b[1]).mean() for b, _ in sides]))
@@ -313,10 +313,10 @@ def pooled(studies: int, sizes: tuple[int, ...]) -> list[Row]:
     return rows
 
 
-def recipes(studies: int) -> list[Row]:
+def recipes(studies: int, counts: tuple[int, ...]) -> list[Row]:
     """Coverage of a recipe's mean where checkpoints differ and where only items do."""
     rows = []
-    for draws in (2, 3, 4, 5, 8):
+    for draws in counts:
         for spread in (0.0, 1.0, 3.0):  # of draws, in standard errors of one draw's mean
             for kind in ("items", "passages"):
                 clusters, rng, found = cluster_of(100, kind), np.random.default_rng(SEED + 5), []
@@ -398,7 +398,7 @@ def all_rows(studies: int) -> list[Row]:
         *equivalence(studies, sizes),
         *interactions(studies, sizes),
         *pooled(studies, (50, 100)),
-        *recipes(studies),
+        *recipes(studies, (2, 3, 4, 5, 8)),
         *abilities(studies, sizes),
         *powers(studies, (50, 100, 200)),
     ]

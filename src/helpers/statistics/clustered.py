@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
+from scipy.special import stdtr, stdtrit
 from scipy.stats import nct
-from scipy.stats import t as student_t
 
 from helpers.statistics.intervals import Interval, require_fraction, require_scores
 
@@ -64,7 +64,7 @@ class MeanEstimate:
             ValueError: confidence outside (0, 1).
         """
         require_fraction("confidence", confidence)
-        t = float(student_t.ppf((1 + confidence) / 2, self.degrees))
+        t = float(stdtrit(self.degrees, (1 + confidence) / 2))
         below = max(t, _uncorrected(t, self.skewness))
         above = min(-t, _uncorrected(-t, self.skewness))
         low = self.mean - self.standard_error * below
@@ -86,7 +86,7 @@ class MeanEstimate:
         t = gap / self.standard_error
         both = (t, _corrected(t, self.skewness))
         nearest = max(0.0, min(x * math.copysign(1, t) for x in both))
-        return float(2 * student_t.sf(nearest, self.degrees))
+        return float(2 * stdtr(self.degrees, -nearest))
 
     def detectable(self, *, alpha: float, power: float) -> float | None:
         """Smallest true difference found with this power, in the unit of the scores.
@@ -105,7 +105,7 @@ class MeanEstimate:
             raise ValueError(f"power = {power} is not above alpha = {alpha}: ask for more")
         if self.degenerate:
             return None
-        critical = float(student_t.isf(alpha / 2, self.degrees))
+        critical = float(stdtrit(self.degrees, 1 - alpha / 2))
 
         def shortfall(effect: float) -> float:  # effect: in standard errors
             return float(nct.sf(critical, self.degrees, effect)) - power
@@ -148,13 +148,11 @@ def cluster_sums(
             raise ValueError(f"{name} has {length} entries for {scores.size} items: give one each")
     if weight.min() <= 0:
         raise ValueError(f"the smallest weight is {weight.min()}, not above 0: drop such items")
-    # Sorted names: the same items in another order give the same numbers.
-    order = np.argsort(np.array(clusters, dtype=str), kind="stable")
-    names, place = np.unique(np.array(clusters, dtype=str)[order], return_inverse=True)
+    names, place = np.unique(np.asarray(clusters), return_inverse=True)  # in their sorted order
     if names.size < 2:
         raise ValueError(f"all {scores.size} items are in one cluster: sample from more passages")
-    totals, sizes = (np.bincount(place, part[order]) for part in (weight * scores, weight))
-    return ClusterSums(totals.astype(np.float64), sizes.astype(np.float64), scores.size)
+    totals = np.bincount(place, weight * scores)
+    return ClusterSums(totals, np.bincount(place, weight), scores.size)
 
 
 def clustered_mean(

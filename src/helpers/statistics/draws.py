@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy.optimize import brentq
+from scipy.special import stdtrit
 from scipy.stats import norm
-from scipy.stats import t as student_t
 
 from helpers.statistics.clustered import MeanEstimate, clustered_mean
 from helpers.statistics.intervals import Interval, require_fraction
@@ -82,7 +82,7 @@ class RecipeEstimate:
         if self.draws == 1:
             return self.items.interval(confidence)
         own = replace(self.items, standard_error=self.items_error).interval(confidence)
-        by_draws = self.draws_error * student_t.ppf((1 + confidence) / 2, self.draws - 1)
+        by_draws = self.draws_error * float(stdtrit(self.draws - 1, (1 + confidence) / 2))
         low = self.mean - math.hypot(self.mean - own.low, by_draws)
         return Interval(low, self.mean + math.hypot(own.high - self.mean, by_draws), confidence)
 

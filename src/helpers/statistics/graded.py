@@ -22,8 +22,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from helpers.core.errors import StudyError
 from helpers.statistics.clustered import MeanEstimate, clustered_mean
+from helpers.statistics.draws import RecipeEstimate, recipe_estimate
 from helpers.statistics.intervals import Interval, tost_from_interval
 
+Estimate = MeanEstimate | RecipeEstimate
 Unit = Literal["probability", "nats a token"]
 GradedKind = Literal["worse", "better", "equivalent", "inconclusive", "uninformative"]
 LETTERS, DIGITS = "ABCDE", "12345"
@@ -90,7 +92,7 @@ class GradedComparison:
     p: float
     detectable: float | None
     identical: bool
-    estimate: MeanEstimate
+    estimate: Estimate
 
 
 def option_probabilities(
@@ -259,8 +261,22 @@ def compare_graded(
     )  # fmt: skip
 
 
+def compare_draws(
+    baseline: Scored, draws: Sequence[Scored], *, confidence: float, alpha: float, power: float
+) -> GradedComparison:
+    """A recipe's checkpoints on the same items; its limits hold for draws not yet made.
+
+    Of one draw they hold for that checkpoint alone: `estimate.draws` is 1.
+    """
+    changes = np.array([paired_differences(baseline, draw) for draw in draws])
+    return comparison_of(
+        recipe_estimate(changes, baseline.clusters), unit=baseline.unit, confidence=confidence,
+        alpha=alpha, power=power, identical=not changes.any(),
+    )  # fmt: skip
+
+
 def comparison_of(
-    estimate: MeanEstimate,
+    estimate: Estimate,
     *,
     unit: Unit,
     confidence: float,

@@ -96,21 +96,20 @@ def mean_of(
     places: dict[str, list[int]] = {name: [] for name in sorted({str(c) for c in clusters})}
     for i, name in enumerate(clusters):
         places[str(name)].append(i)
-    value, bread = float(np.average(y, weights=w)), 1 / w.sum()
+    value, bread, root = float(np.average(y, weights=w)), 1 / w.sum(), np.sqrt(w)
+    turned = _turned([root[at] for at in places.values()], bread)
     means = [float(np.average(y[at], weights=w[at])) for at in places.values()]
     if max(means) - min(means) <= 1e-12 * max(map(abs, means)):
-        return Mean(value, 0.0, _degrees(w, places), 0.0, len(y), len(places), 0.0)
-    root = np.sqrt(w)
+        return Mean(value, 0.0, _degrees(turned, bread), 0.0, len(y), len(places), 0.0)
     moved = root * (y - value)
     parts, raw = [], []
-    for at in places.values():
-        own = root[at]
-        parts.append(bread * own @ _adjustment(own, bread) @ moved[at])
+    for at, (vector, own) in zip(places.values(), turned, strict=True):
+        parts.append(bread * vector @ moved[at])
         raw.append(bread * own @ moved[at])
     error = math.sqrt(math.fsum(x * x for x in parts))
     skewness = math.fsum(x**3 for x in raw) / error**3
     robust = _plain_error(y, w, places) if plain else math.nan
-    return Mean(value, error, _degrees(w, places), skewness, len(y), len(places), robust)
+    return Mean(value, error, _degrees(turned, bread), skewness, len(y), len(places), robust)
 
 
 def _plain_error(y: np.ndarray, w: np.ndarray, places: Mapping[str, list[int]]) -> float:
@@ -122,20 +121,25 @@ def _plain_error(y: np.ndarray, w: np.ndarray, places: Mapping[str, list[int]]) 
     return float(model.fit(cov_type="cluster", cov_kwds={"groups": code}).bse[0])
 
 
-def _adjustment(own: np.ndarray, bread: float) -> np.ndarray:
-    """(I - H) ** -1/2 of one cluster, by its eigenvectors; H is its block of the hat matrix."""
-    values, vectors = linalg.eigh(np.eye(own.size) - bread * np.outer(own, own))
-    return (vectors / np.sqrt(values)) @ vectors.T
+def _turned(roots: list[np.ndarray], bread: float) -> list[tuple[np.ndarray, np.ndarray]]:
+    """By cluster, (I - H) ** -1/2 times the roots of its weights, and these roots.
+
+    H is the cluster's block of the hat matrix. Clusters with the same weights share the work.
+    """
+    known: dict[bytes, np.ndarray] = {}
+    for own in roots:
+        if own.tobytes() not in known:
+            values, vectors = linalg.eigh(np.eye(own.size) - bread * np.outer(own, own))
+            known[own.tobytes()] = (vectors / np.sqrt(values)) @ vectors.T @ own
+    return [(known[own.tobytes()], own) for own in roots]
 
 
-def _degrees(w: np.ndarray, places: Mapping[str, list[int]]) -> float:
+def _degrees(turned: list[tuple[np.ndarray, np.ndarray]], bread: float) -> float:
     """Satterthwaite's degrees: squared trace over squared norm of the variance's matrix.
 
-    Its entries are products of p_g = (I - H)_g' A_g sqrt(w_g), of which only the length of
-    A_g sqrt(w_g) and its projection on sqrt(w_g) are needed.
+    Its entries are products of the columns (I - H)' A sqrt(w) of two clusters, of which only
+    the length of A sqrt(w) and its projection on sqrt(w) are needed.
     """
-    root, bread = np.sqrt(w), 1 / w.sum()
-    turned = [(_adjustment(root[at], bread) @ root[at], root[at]) for at in places.values()]
     lengths = np.array([vector @ vector for vector, _ in turned])
     shadows = np.array([vector @ own for vector, own in turned]) ** 2  # (clusters,)
     diagonal = lengths - bread * shadows
@@ -298,11 +302,8 @@ def recovered(
         if near == outside:
             ends.append(value)
             continue
-        ends.append(
-            optimize.bisect(
-                lambda x, s=side: mean(x).limits(confidence)[s], near, outside, xtol=1e-9
-            )
-        )
+        solved = optimize.toms748(lambda x, s=side: mean(x).limits(confidence)[s], near, outside)
+        ends.append(float(solved))
     return value, ends[0], ends[1]
 
 
