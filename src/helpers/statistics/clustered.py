@@ -151,8 +151,8 @@ def cluster_sums(
     names, place = np.unique(np.asarray(clusters), return_inverse=True)  # in their sorted order
     if names.size < 2:
         raise ValueError(f"all {scores.size} items are in one cluster: sample from more passages")
-    totals = np.bincount(place, weight * scores)
-    return ClusterSums(totals, np.bincount(place, weight), scores.size)
+    totals, sizes = np.bincount(place, weight * scores), np.bincount(place, weight)
+    return ClusterSums(totals.astype(np.float64), sizes.astype(np.float64), scores.size)
 
 
 def clustered_mean(
