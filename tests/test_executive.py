@@ -26,7 +26,7 @@ def paired(delta: float, detectable: float | None) -> Paired:
 
 def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
     reason = {
-        "invalid": "it failed a check: layer census (3 | of 4 `Linears`)",
+        "invalid": "it failed a check: quantized layers as declared (3 | of 4 `Linears`)",
         "uninformative": "noquant itself does not beat always abstaining",
     }.get(kind, "")
     holm = None if kind == "invalid" else 0.5
@@ -98,7 +98,7 @@ def test_nothing_declared(summary_of):
 def test_all_invalid_says_nothing_of_quantization(summary_of):
     text = whole(summary_of(["invalid"] * 4))
     assert "Nothing can be said of `smoothquant_w8a8`: all 4 comparisons are invalid." in text
-    assert "`smoothquant_w8a8`: it failed a check: layer census." in text  # what it measured
+    assert "`smoothquant_w8a8`: it failed a check: quantized layers as declared." in text
     assert "of 4" not in text  # stands in the tables
 
 
