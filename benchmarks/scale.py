@@ -84,7 +84,9 @@ def verified(model: str, variant: str) -> dict:
         "peak_bytes": peak_memory_bytes(),
         "gates": len(gates),
         "gates_passed": sum(gate.passed for gate in gates),
-        "census": next(gate.measured for gate in gates if gate.name == "layer census"),
+        "census": next(
+            gate.measured for gate in gates if gate.name == "quantized layers as declared"
+        ),
     }
 
 

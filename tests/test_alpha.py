@@ -201,9 +201,9 @@ def test_the_gates_hold_a_chosen_alpha_to_the_tensors(sound_run, choice):
         record["alphas"][first] = 1.0 if record["alphas"][first] < 0.5 else 0.0
         other = json.dumps(record)
     path.write_text(other, "utf-8")
-    assert "smoothing as declared" in run.failed()
+    assert "smoothing scales as declared" in run.failed()
     path.write_text(text.replace('": 0.', '": 7.'), "utf-8")
-    assert "smoothing as declared" in run.failed()
+    assert "smoothing scales as declared" in run.failed()
 
 
 @pytest.mark.parametrize(

@@ -179,15 +179,19 @@ def test_bfloat16_norms_of_one_plus_w_pass_every_gate(study_settings, tmp_path):
 @pytest.mark.parametrize(
     ("family", "tensor", "gate"),
     [
-        ("qwen3_moe", "model.layers.1.mlp.gate.weight", "smoothing as declared"),
-        ("opt", "model.decoder.layers.0.final_layer_norm.bias", "smoothing as declared"),
-        ("opt", "model.decoder.layers.1.fc1.bias", "smoothing as declared"),
-        ("opt", "model.decoder.layers.1.fc2.bias", "everything else bit-identical"),
-        ("gemma3_text", "model.layers.0.pre_feedforward_layernorm.weight", "smoothing as declared"),
+        ("qwen3_moe", "model.layers.1.mlp.gate.weight", "smoothing scales as declared"),
+        ("opt", "model.decoder.layers.0.final_layer_norm.bias", "smoothing scales as declared"),
+        ("opt", "model.decoder.layers.1.fc1.bias", "smoothing scales as declared"),
+        ("opt", "model.decoder.layers.1.fc2.bias", "all other tensors unchanged"),
+        (
+            "gemma3_text",
+            "model.layers.0.pre_feedforward_layernorm.weight",
+            "smoothing scales as declared",
+        ),
         (
             "gemma3_text",
             "model.layers.0.post_feedforward_layernorm.weight",
-            "everything else bit-identical",
+            "all other tensors unchanged",
         ),
         ("phi3", "model.layers.0.mlp.gate_up_proj.weight_scale", "weights on the declared grid"),
     ],
@@ -206,7 +210,10 @@ def test_a_matrix_no_entry_knows_is_caught(sound_run):
         with run.edited(folder) as tensors:
             tensors["model.layers.0.extra.weight"] = torch.ones(3, 3)
     failed_gates = {g.name: g for g in run.verify() if not g.passed}
-    assert "1 matrices of the source are no known part" in failed_gates["layer census"].measured
+    assert (
+        "1 matrices of the source are no known part"
+        in failed_gates["quantized layers as declared"].measured
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bloom"])

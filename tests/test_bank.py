@@ -49,20 +49,26 @@ def row(failure: str, *gates: str) -> dict:
 
 
 def test_what_is_missing_is_named():
-    bank = table([row("some failure", "means of the passages", "no gate")], date="", seconds=1)
+    bank = table(
+        [row("some failure", "shared-text means recomputed", "no gate")], date="", seconds=1
+    )
     problems = lacking(bank)
     assert "no member is the example 'KL the wrong way round'" in problems
-    assert "no member makes 'format kept' fail" in problems
-    assert "no member makes 'means of the passages' fail" not in problems
+    assert "no member makes 'answers parse' fail" in problems
+    assert "no member makes 'shared-text means recomputed' fail" not in problems
     assert "'no gate' catches one and is no gate" in problems
 
 
 def test_cases_of_one_failure_are_one_member():
-    rows = [row("a", "format kept"), row("b", "answers end"), row("a", "answers end")]
+    rows = [
+        row("a", "answers parse"),
+        row("b", "answers within the token limit"),
+        row("a", "answers within the token limit"),
+    ]
     bank = table(rows, date="", seconds=1)
     assert [m["gates"] for m in bank["members"]] == [
-        ["format kept", "answers end"],
-        ["answers end"],
+        ["answers parse", "answers within the token limit"],
+        ["answers within the token limit"],
     ]
     assert bank["members"][0]["cases"] == 2
 

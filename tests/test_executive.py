@@ -28,7 +28,7 @@ def paired(delta: float, detectable: float | None) -> PairedComparison:
 
 def verdict(kind: str, detectable: float | None = 0.155) -> Verdict:
     reason = {
-        "invalid": "it failed a check: layer census (3 | of 4 `Linears`)",
+        "invalid": "it failed a check: quantized layers as declared (3 | of 4 `Linears`)",
         "uninformative": "noquant itself does not beat always abstaining",
     }.get(kind, "")
     holm = None if kind == "invalid" else 0.5
@@ -102,7 +102,7 @@ def test_all_invalid_says_nothing_of_quantization(summary_of):
     assert (
         "No conclusion about `smoothquant_w8a8` is possible: all 4 comparisons are invalid." in text
     )
-    assert "`smoothquant_w8a8`: it failed a check: layer census." in text  # what it measured
+    assert "`smoothquant_w8a8`: it failed a check: quantized layers as declared." in text
     assert "of 4" not in text  # stands in the tables
 
 

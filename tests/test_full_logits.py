@@ -13,7 +13,7 @@ from helpers.inference.perplexity import passage_rows, read_shared_text
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.study.study_run import open_job
 
-AGAIN = "shared text computed again"
+AGAIN = "shared-text figures recomputed"
 
 
 def job_of(study_path, variant: str):
@@ -118,7 +118,7 @@ def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
     assert AGAIN in failed(evaluated()[1])
 
 
-@pytest.mark.bank("text", "passages cut short by a token", "token counts of the passages")
+@pytest.mark.bank("text", "passages cut short by a token", "passage token counts")
 def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
     cut = perplexity.passage_tokens
     monkeypatch.setattr(
@@ -126,7 +126,7 @@ def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
         "passage_tokens",
         lambda *a, max_tokens: cut(*a, max_tokens=max_tokens - 1),
     )
-    assert "token counts of the passages" in failed(evaluated("noquant")[1])
+    assert "passage token counts" in failed(evaluated("noquant")[1])
 
 
 @pytest.mark.bank("text", "states of two passages exchanged", AGAIN)
@@ -143,20 +143,22 @@ def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
 
 
 @pytest.mark.bank(
-    "text", "a baseline apart from itself", "the baseline against itself", at="rows of the passages"
+    "text", "a baseline apart from itself", "baseline agrees with itself", at="rows of the passages"
 )
 @pytest.mark.bank(
-    "text", "means over passages instead of tokens", "means of the passages", at="metrics"
+    "text", "means over passages instead of tokens", "shared-text means recomputed", at="metrics"
 )
 def test_a_baseline_apart_from_itself_and_wrong_means_are_caught(evaluated):
     rows, _ = evaluated("noquant")
     apart = [row | {"kl": 1e-3} for row in rows]
     means = shared_text_metrics(rows)
     failing = failed(recomputed_gates(apart, means, None, is_baseline=True))
-    assert {"the baseline against itself", "means of the passages", AGAIN} <= failing
+    assert {"baseline agrees with itself", "shared-text means recomputed", AGAIN} <= failing
     by_passage = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
     other = means | {"perplexity": 2.718281828 ** (1.01 * by_passage)}
-    assert "means of the passages" in failed(recomputed_gates(rows, other, None, is_baseline=True))
+    assert "shared-text means recomputed" in failed(
+        recomputed_gates(rows, other, None, is_baseline=True)
+    )
 
 
 def test_the_hook_is_taken_off_again(evaluated, study_path):
@@ -169,7 +171,7 @@ def test_the_hook_is_taken_off_again(evaluated, study_path):
 
 
 @pytest.mark.bank(
-    "tokens", "two token ids swapped in the shared text", "passages read token by token"
+    "tokens", "two token ids swapped in the shared text", "passages tokenized by the source"
 )
 def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkeypatch):
     """The passage has as many tokens as it has to, and they are others."""
@@ -178,5 +180,5 @@ def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkey
     turned = swapped(perplexity.plain_tokens, "ez")
     monkeypatch.setattr(perplexity, "plain_tokens", turned)
     failing = failed(evaluated("noquant")[1])
-    assert "passages read token by token" in failing
-    assert "token counts of the passages" not in failing
+    assert "passages tokenized by the source" in failing
+    assert "passage token counts" not in failing

@@ -76,7 +76,7 @@ def test_the_jobs_ask_no_hub_and_run_no_code_of_it(ran):
 
 
 # The models of this Hub are random, and the study file cannot know that.
-NO_LANGUAGE = "plain text read as a language model reads it"
+NO_LANGUAGE = "plain text beats compression"
 
 
 def test_every_gate_holds(ran):

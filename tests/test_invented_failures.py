@@ -59,7 +59,7 @@ REPORT = {
     "passages counted": (r"60 items on 36 passages", "60 items on 59 passages", "60 items on 59"),
     "differing items counted": (r"\(34 of 100 differ\)", "(66 of 100 differ)", "differ"),
     "marks of samples": (r"✓ <code>B</code>", "✗ <code>B</code>", "no item has the row"),
-    "a gate that fails": (r"\*\*FAILS\*\* on OpenMath: ", "passes on OpenMath: ", "format kept"),
+    "a gate that fails": (r"\*\*FAILS\*\* on OpenMath: ", "passes on OpenMath: ", "answers parse"),
     "sets called blind": (r"(be measured on SQuAD v2 of )`base` and", r"\1", "conclusions"),
     "recipe of another": (
         r"(\| `smoothquant_o3` \| int8 weights per )tensor",
@@ -219,7 +219,7 @@ PROMPTS = {
 }
 
 
-@pytest.mark.bank("tokens", "prompts: {case}", "prompts hold what they announce")
+@pytest.mark.bank("tokens", "prompts: {case}", "prompts complete")
 @pytest.mark.parametrize("case", PROMPTS)
 def test_prompts_that_lack_a_part(asked, monkeypatch, case):
     place, name, failure, dataset, words = PROMPTS[case]
@@ -229,7 +229,7 @@ def test_prompts_that_lack_a_part(asked, monkeypatch, case):
     assert words in missing(dataset)
 
 
-@pytest.mark.bank("tokens", "BoolQ's questions without passages", "prompts hold what they announce")
+@pytest.mark.bank("tokens", "BoolQ's questions without passages", "prompts complete")
 def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     ask = {"protocol": "loglikelihood", "normalize": "none"}
     made = {"adapter": "boolq", "source": {"shipped": "boolq"}, "items": 4, "ask": ask}
@@ -245,7 +245,7 @@ def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     assert "its passage" in contents_gate(evaluation_set, shown()).measured
 
 
-@pytest.mark.bank("items", "items drawn by another seed", "items as the seed draws them", at=DRAW)
+@pytest.mark.bank("items", "items drawn by another seed", "items in seed order", at=DRAW)
 @pytest.mark.parametrize("dataset", ["arc", "squad_v2"])
 def test_a_draw_that_the_seed_does_not_make(asked, dataset):
     study, _ = asked
@@ -255,7 +255,7 @@ def test_a_draw_that_the_seed_does_not_make(asked, dataset):
 
 
 @pytest.mark.bank(
-    "items", "unanswerable questions left out of the draw", "items as the seed draws them", at=DRAW
+    "items", "unanswerable questions left out of the draw", "items in seed order", at=DRAW
 )
 def test_a_draw_of_some_of_the_items(asked):
     study, _ = asked
@@ -271,19 +271,17 @@ def test_a_draw_of_some_of_the_items(asked):
 @pytest.mark.bank(
     "training",
     "training items drawn by another seed",
-    "training items as the seed draws them",
+    "training items in seed order",
     at=DRAW,
 )
-@pytest.mark.bank(
-    "text", "passages drawn by another seed", "passages as the seed draws them", at=DRAW
-)
+@pytest.mark.bank("text", "passages drawn by another seed", "passages in seed order", at=DRAW)
 def test_training_and_passages_drawn_by_another_seed(asked):
     study, _ = asked
     items = load_items(study.calibration.dataset, adapter="openmath")
     drawn = [
         sampling.draw_items(items, 8, seed=s, excluding=(), label="x") for s in (study.seed, 1)
     ]
-    name = "training items as the seed draws them"
+    name = "training items in seed order"
     assert [order_gate(name, d, seed=study.seed).passed for d in drawn] == [True, False]
     rows = [{"id": sha256_text(p)[:16]} for p in shared_passages(study)]
     source = study.evaluation.shared_text.dataset
@@ -321,7 +319,7 @@ def misread(wanted, row) -> str:
 
 
 @pytest.mark.bank(
-    "answers", "answers: {case}", "answers read a second time", at="rows of the answers"
+    "answers", "answers: {case}", "answers scored a second time", at="rows of the answers"
 )
 @pytest.mark.parametrize("case", ANSWERS)
 def test_answers_that_say_otherwise(asked, case):
@@ -533,13 +531,13 @@ def test_what_a_quantizations_record_says(quantized, case):
 @pytest.mark.bank(
     "calibration",
     "calibration on questions without solutions",
-    "calibration reads questions and solutions whole",
+    "calibration texts complete",
     at="sources.chat_conversations.calibration_tokens",
 )
 @pytest.mark.bank(
     "calibration",
     "calibration items drawn by another seed",
-    "calibration items in the seed's order",
+    "calibration items in seed order",
     at=DRAW,
 )
 def test_a_calibration_on_other_texts(quantized):
@@ -564,7 +562,7 @@ def test_a_calibration_on_other_texts(quantized):
 @pytest.mark.bank(
     "calibration",
     "another input pictured than the largest",
-    "the pictured input is the largest",
+    "outlier figure shows the maximum",
     at="surface.safetensors",
 )
 def test_a_picture_of_another_item(quantized):

@@ -11,8 +11,8 @@ from helpers.sources.models import load_model
 from helpers.verification.runtime_loaded_gates import loaded_gates
 from quantized_run import VARIANTS, QuantizedRun
 
-ARITHMETIC, FILES = "the arithmetic announced", "the files announced"
-VERIFIED = "the checkpoint that was verified"
+ARITHMETIC, FILES = "quantized layers in memory", "weights match the files"
+VERIFIED = "checkpoint is the verified one"
 
 
 def failed(run, asked=None) -> set[str]:

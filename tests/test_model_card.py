@@ -76,9 +76,12 @@ def test_sizes_and_calibration_are_those_on_record(job):
 
 def test_a_failed_check_is_said_before_anything_else_about_them(job):
     assert "All 1 checks on these files pass." in card(job)
-    verify(job, [{"name": "layer census", "passed": False, "measured": "4", "limit": "5"}])
+    verify(
+        job,
+        [{"name": "quantized layers as declared", "passed": False, "measured": "4", "limit": "5"}],
+    )
     text = card(job)
-    assert "**Not to be used.** 1 of 1 checks fail: layer census." in text
+    assert "**Not to be used.** 1 of 1 checks fail: quantized layers as declared." in text
     assert text.index("Not to be used") < text.index("## How good it is")
     assert "smoothquant" not in yaml.safe_load(text.split("---")[1])["tags"]
 

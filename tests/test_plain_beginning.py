@@ -174,4 +174,4 @@ def test_a_shared_text_without_its_beginning_is_caught(
 
     assert failed() == set()
     monkeypatch.setattr(perplexity, "plain_tokens", tokenize)
-    assert "passages read token by token" in failed()
+    assert "passages tokenized by the source" in failed()

@@ -144,7 +144,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.bank("answers", "scoring: {break_}", "scores follow from the answers")
+@pytest.mark.bank("answers", "scoring: {break_}", "scores recomputed")
 @pytest.mark.parametrize("break_", TEXTS, ids=lambda f: f.__name__)
 def test_wrong_scoring_of_every_variant_alike(study, monkeypatch, break_):
     evaluation_set, items = (
@@ -166,7 +166,7 @@ def test_wrong_scoring_of_every_variant_alike(study, monkeypatch, break_):
     assert not gate().passed
 
 
-@pytest.mark.bank("answers", "scoring: {break_}", "scores follow from the answers")
+@pytest.mark.bank("answers", "scoring: {break_}", "scores recomputed")
 @pytest.mark.parametrize("break_", [numbers_within_a_tenth_are_right])
 def test_wrong_scoring_of_numbers(study, monkeypatch, break_):
     break_(monkeypatch)

@@ -142,7 +142,12 @@ def write_quantization(job, model: str, variant: str, passed: bool):
     made = record("quantization", parameters, inputs, results)
     write_json(job.paths.quantization(model, variant) / "record.json", made)
     gates = [
-        {"name": "layer census", "passed": passed, "measured": "4 | of 5", "limit": "4, by name"},
+        {
+            "name": "quantized layers as declared",
+            "passed": passed,
+            "measured": "4 | of 5",
+            "limit": "4, by name",
+        },
         {"name": "weights on the grid", "passed": True, "measured": "0.5", "limit": "0.5"},
     ]
     owner = {"model": model, "variant": variant, "checkpoint": f"checkpoint of {variant}"}

@@ -138,13 +138,13 @@ def test_a_failed_check_is_invalid_whatever_the_scores_say():
     weak, strong = choices(mostly(100, range(50))), choices(mostly(100, range(10)))
     found = verdict_of(weak, strong, problem="layer census (3 of 4 Linears)")
     assert found.kind == "invalid"
-    assert "layer census" in found.reason
+    assert "quantized layers as declared" in found.reason
     assert found.holm_p is None
 
 
 def test_a_failed_check_of_the_baseline_is_no_result_either():
     sides = (
-        VariantPredictions("rtn", choices([True] * 40), "layer census"),
+        VariantPredictions("rtn", choices([True] * 40), "quantized layers as declared"),
         VariantPredictions("v", choices([True] * 40)),
     )
     assert "rtn" in invalid_reason("arc", *sides, RULES)
@@ -301,7 +301,7 @@ def test_holm_runs_over_the_declared_comparisons(two_declared):
 
 def test_an_invalid_comparison_stays_in_holms_family(two_declared):
     """Failing a check must not make the other comparison's test easier."""
-    found = judged(two_declared, problem="layer census")
+    found = judged(two_declared, problem="quantized layers as declared")
     assert found["rtn_w8a8"].kind == "invalid"
     assert found["smoothquant_w8a8"].holm_p == pytest.approx(2 * found["smoothquant_w8a8"].paired.p)
 

@@ -14,16 +14,16 @@ from quantized_run import VARIANTS, QuantizedRun
 
 SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
 APPLY_TO_FLOAT = {
-    "the source's tokenizer beside the checkpoint",
-    "smoothing keeps the function",
-    "smoothing as declared",
-    "everything else bit-identical",
-    "reload gives the same logits",
-    "source model untouched",
-    "calibration items as asked",
-    "calibration apart from evaluation and training",
-    "calibration statistics over real tokens",
-    "float weights times the scales",
+    "tokenizer matches the source",
+    "smoothing preserves the logits",
+    "smoothing scales as declared",
+    "all other tensors unchanged",
+    "reloaded logits identical",
+    "source model unchanged",
+    "calibration items as declared",
+    "no calibration leakage",
+    "calibration maxima recomputed",
+    "smoothed float weights",
 }
 
 
@@ -66,19 +66,19 @@ def test_the_seed_recipe_loads_and_is_flagged_for_what_it_is(sound_run, family):
     run = sound_run(family, "seed_recipe")
     failing = {g.name: g for g in run.verify() if not g.passed}
     assert set(failing) == {
-        "smoothing keeps the function",
-        "smoothing as declared",
-        "everything else bit-identical",
+        "smoothing preserves the logits",
+        "smoothing scales as declared",
+        "all other tensors unchanged",
         "weights on the declared grid",
-        "layer census",
-        "metadata agree with the tensors",
+        "quantized layers as declared",
+        "metadata match the tensors",
         "int8 activations at run time",
-        "int8 layers agree with the reference",
+        "int8 layers match the reference",
     }
-    assert "embed_tokens" in failing["everything else bit-identical"].measured
-    assert "0 of 4 groups folded" in failing["smoothing as declared"].measured
+    assert "embed_tokens" in failing["all other tensors unchanged"].measured
+    assert "0 of 4 groups folded" in failing["smoothing scales as declared"].measured
     assert "14 float" in failing["int8 activations at run time"].measured
-    assert "0 of 15 Linears are int8" in failing["layer census"].measured
+    assert "0 of 15 Linears are int8" in failing["quantized layers as declared"].measured
     with run.outputs():
         model, _ = load_variant(run.job)
     weight = model.model.layers[0].self_attn.q_proj.weight

@@ -8,7 +8,7 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 
 
-@gate("alpha chosen at the least loss")
+@gate("alpha minimizes the loss")
 def alpha_choice_gate(evidence: CheckpointFiles):
     """The chosen α has the least KL of its grid, or with `auto` the least error of its group."""
     declared = evidence.claim.smooth.alpha

@@ -19,7 +19,7 @@ from helpers.verification.hooks import first_block_only, input_maxima
 PRODUCTS_A_BLOCK = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up
 
 
-@gate("calibration items as asked")
+@gate("calibration items as declared")
 def items_gate(evidence: CheckpointFiles):
     """The recorded items and token counts equal those that the study draws and tokenizes now."""
     results = evidence.calibration_record["results"]
@@ -44,7 +44,7 @@ def items_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("calibration reads questions and solutions whole")
+@gate("calibration texts complete")
 def texts_gate(evidence: CheckpointFiles):
     """The decoded tokens of every item contain the texts of its raw row.
 
@@ -70,7 +70,7 @@ def texts_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("calibration items in the seed's order")
+@gate("calibration items in seed order")
 def order_gate(evidence: CheckpointFiles):
     """The items lie in the order of the seed, whichever items the draw left out."""
     seed = evidence.job.study.seed
@@ -84,7 +84,7 @@ def order_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("the pictured input is the largest")
+@gate("outlier figure shows the maximum")
 def surface_gate(evidence: CheckpointFiles):
     """The item of the outlier figure contains its Linear's calibrated maximum."""
     [(name, surface)] = load_file(evidence.calibration_folder / "surface.safetensors").items()
@@ -103,7 +103,7 @@ def _without_spaces(text: str) -> str:
     return "".join(text.split())
 
 
-@gate("calibration apart from evaluation and training")
+@gate("no calibration leakage")
 def leakage_gate(evidence: CheckpointFiles):
     """No text on the calibration record is an evaluation or a training item."""
     study, model = evidence.job.study, evidence.job.model
@@ -134,7 +134,7 @@ def normalized_item_text(item: Item) -> str:
     return normalized_text(f"{item.question}\n{item.passage}")
 
 
-@gate("calibration statistics over real tokens")
+@gate("calibration maxima recomputed")
 def statistics_gate(evidence: CheckpointFiles):
     """The abs-max of the first block's Linears, computed again item by item.
 

@@ -15,7 +15,7 @@ LOGARITHM = 32  # x^α = exp(α·ln x): |ln x| < 16 for x in [1e-5, 1e6], two su
 SUFFIXES = ("weight_scale", "input_scale")
 
 
-@gate("smoothing as declared")
+@gate("smoothing scales as declared")
 def smoothing_gate(evidence: CheckpointFiles):
     """Every group was folded with the paper's scales at the declared alpha.
 
@@ -153,7 +153,7 @@ def _steps(q: Tensor, granularity: str) -> int:
     return q.shape[0] if granularity == "channel" else 1
 
 
-@gate("float weights times the scales")
+@gate("smoothed float weights")
 def float_weights_gate(evidence: CheckpointFiles):
     """In a variant that only smooths, every weight equals the source's times the scales.
 
@@ -197,7 +197,7 @@ def static_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("everything else bit-identical")
+@gate("all other tensors unchanged")
 def unchanged_gate(evidence: CheckpointFiles):
     """Head, embeddings, other norms, biases and ignored layers equal the source's bit for bit.
 
@@ -227,7 +227,7 @@ def _is_unchanged(evidence: CheckpointFiles, key: str) -> bool:
     return saved.dtype == expected.dtype and torch.equal(saved, expected)
 
 
-@gate("source model untouched")
+@gate("source model unchanged")
 def source_gate(evidence: CheckpointFiles):
     """The source's files are unchanged since calibration and since the start of the run."""
     now = sha256_folder(evidence.source_folder)

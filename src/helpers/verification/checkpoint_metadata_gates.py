@@ -7,7 +7,7 @@ from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.gate_decorator import examples, gate
 
 
-@gate("layer census")
+@gate("quantized layers as declared")
 def census_gate(evidence: CheckpointFiles):
     """The Linears stored as int8 are all of the architecture's, except those ignored by name.
 
@@ -30,7 +30,7 @@ def _matrices(evidence: CheckpointFiles) -> set[str]:
     return {k.removesuffix(".weight") for k in source if len(source.shape(k)) > 1}
 
 
-@gate("metadata agree with the tensors")
+@gate("metadata match the tensors")
 def metadata_gate(evidence: CheckpointFiles):
     """Bits, granularities and layers agree between tensors, config and study file."""
     weights, activations = evidence.claim.scheme

@@ -30,7 +30,7 @@ def tensor_headers(folder: Path) -> dict[str, dict]:
     return headers
 
 
-@gate("bytes and Linears of the record as the files have them")
+@gate("recorded bytes and Linears match the files")
 def bytes_gate(evidence: CheckpointFiles):
     """The recorded bytes and int8 Linears equal those in the headers of the files."""
     recorded, differences = evidence.record, []
@@ -56,7 +56,7 @@ def bytes_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("the recipe in words as declared")
+@gate("recorded recipe as declared")
 def scheme_gate(evidence: CheckpointFiles):
     """The recorded recipe text states the variant's α and granularities."""
     recorded = evidence.record["scheme"]
@@ -71,7 +71,7 @@ def scheme_gate(evidence: CheckpointFiles):
     return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
 
 
-@gate("output SQNR on record")
+@gate("recorded SQNR recomputed")
 def sqnr_gate(evidence: CheckpointFiles):
     """The recorded SQNR of the first quantized Linear equals one computed by numpy."""
     name = evidence.targets[0]

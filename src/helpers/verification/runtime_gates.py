@@ -15,7 +15,7 @@ CHUNK_ROWS = 8192  # rows of a weight in one step
 LOUDER = 2.0**8  # a power of two, so that scaling a token is exact
 
 
-@gate("smoothing keeps the function")
+@gate("smoothing preserves the logits")
 def function_gate(evidence: CheckpointFiles):
     """The float model that the files imply gives the source's logits.
 
@@ -186,7 +186,7 @@ def observed_granularity(layer, x: Tensor) -> str:
     return "token_dynamic"
 
 
-@gate("reload gives the same logits")
+@gate("reloaded logits identical")
 def reload_gate(evidence: CheckpointFiles):
     """Loaded twice from disk, the checkpoint gives bit-identical and finite logits."""
     first = logits_of(evidence.running_model, evidence.probes)
@@ -201,7 +201,7 @@ def reload_gate(evidence: CheckpointFiles):
     )
 
 
-@gate("int8 layers agree with the reference")
+@gate("int8 layers match the reference")
 @torch.inference_mode()
 def kernel_gate(evidence: CheckpointFiles):
     """The INT8 kernels agree with compressed-tensors' forward, layer by layer on equal inputs.

@@ -29,7 +29,7 @@ def loaded_gates(job: Job, model) -> list[Gate]:
     return [*gates, verified_gate(job)] if job.recipe.needs_checkpoint else gates
 
 
-@gate("the arithmetic announced")
+@gate("quantized layers in memory")
 def memory_layers_gate(loaded):
     """In memory, exactly the declared Linears are int8, and floats have the declared type."""
     job, model = loaded
@@ -51,7 +51,7 @@ def is_int8(linear: nn.Module) -> bool:
     return type(linear) is not nn.Linear or hasattr(linear, "quantization_scheme")
 
 
-@gate("the files announced")
+@gate("weights match the files")
 def memory_weights_gate(loaded):
     """Every tensor in memory equals the variant's files.
 
@@ -94,7 +94,7 @@ def _expected_tensors(job: Job) -> Mapping[str, torch.Tensor]:
     return floats | {name: t for name, t in reloaded.items() if name.startswith(of_linears)}
 
 
-@gate("the checkpoint that was verified")
+@gate("checkpoint is the verified one")
 def verified_gate(job):
     """The checkpoint on disk is the one that was verified under the same model and variant."""
     path = job.paths.variant(job.model, job.variant) / "verification.json"

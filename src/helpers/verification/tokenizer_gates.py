@@ -26,7 +26,7 @@ CONVERSATION = [
 ]
 
 
-@gate("the source's tokenizer beside the checkpoint")
+@gate("tokenizer matches the source")
 def tokenizer_gate(evidence: CheckpointFiles):
     """Both tokenizers agree in vocabulary, special tokens, chat format and tokens of every text."""
     source, saved = _load(evidence.source_folder), _load(evidence.folder)

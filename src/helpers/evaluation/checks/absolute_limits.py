@@ -35,7 +35,7 @@ def plain_text_gate(study: Study, model: str, rows: list[dict], texts: dict[str,
         rows: the baseline's rows of the shared text.
         texts: the scored part of each passage, by its id.
     """
-    name = "plain text read as a language model reads it"
+    name = "plain text beats compression"
     scored_rows = [row for row in rows if row["id"] in texts and row["nll"] is not None]
     text_bytes = sum(len(texts[row["id"]].encode()) for row in scored_rows)
     if not text_bytes or len(scored_rows) != len(rows):
@@ -91,7 +91,7 @@ def trained_on_gate(results: dict, drawn: list[str]) -> Gate:
     recorded = [*items.get("training", []), *items.get("heldout", [])]
     differing = len(set(recorded) ^ set(drawn))
     return Gate(
-        "trained on the items drawn",
+        "training items on record",
         bool(drawn) and recorded == drawn,
         f"{len(recorded)} items on record, {differing} of them others",
         f"the {len(drawn)} drawn, in their order",

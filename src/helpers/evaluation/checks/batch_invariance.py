@@ -48,7 +48,7 @@ def invariance_gate(
     finite = not any(a["finish_reason"] == "nonfinite" for _, a in pairs)
     own_overlap, other_overlap = _word_overlaps(pairs, rows)
     return Gate(
-        "same answer alone",
+        "answers independent of the batch",
         bool(pairs) and finite and own_overlap >= other_overlap,
         f"{changes}; words in common {own_overlap:.2f}, with other items' answers "
         f"{other_overlap:.2f}",
@@ -59,10 +59,12 @@ def invariance_gate(
 def _exactly_alone(pairs: list[tuple[dict, dict]], changed: list[str], changes: str) -> Gate:
     """No answer changes; log-probabilities change by no more than their stored precision."""
     if not any("logprobs" in row for pair in pairs for row in pair):
-        return Gate("same answer alone", bool(pairs) and not changed, changes, "none changes")
+        return Gate(
+            "answers independent of the batch", bool(pairs) and not changed, changes, "none changes"
+        )
     largest_difference = _largest_change(pairs)
     return Gate(
-        "same answer alone",
+        "answers independent of the batch",
         bool(pairs) and not changed and largest_difference <= ROUNDING,
         f"{changes}; log-probabilities of options by {largest_difference:.2g} at most",
         f"none changes; log-probabilities by {ROUNDING:g}",
@@ -83,10 +85,15 @@ def _options_alone(
         for side in (0, 1)
     ]
     if difference is None or None in distances:
-        return Gate("same answer alone", False, changes, "log-probabilities are there to compare")
+        return Gate(
+            "answers independent of the batch",
+            False,
+            changes,
+            "log-probabilities are there to compare",
+        )
     limit = DRAWS * min(distances) + ROUNDING
     return Gate(
-        "same answer alone",
+        "answers independent of the batch",
         difference <= limit,
         f"{changes}; log-probabilities by {difference:.2g}",
         f"at most {limit:.2g}, {DRAWS:g} times what separates them from the baseline",
@@ -100,7 +107,7 @@ def repeat_gate(alone: list[dict], repeated: list[dict]) -> Gate:
     changes = f"{len(changed)} of {len(repeated)} answers change" + (
         f" ({changed[0]})" if changed else ""
     )
-    return Gate("same answer again", bool(repeated) and not changed, changes, "none")
+    return Gate("answers repeatable", bool(repeated) and not changed, changes, "none")
 
 
 def is_batch_invariant(study: Study, variant: str) -> bool:

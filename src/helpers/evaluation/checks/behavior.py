@@ -47,7 +47,7 @@ def end_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
     capped = (
         _mean_share(p["finish_reason"] == "length" for p in s) for s in (predictions, baseline)
     )
-    return _not_more_often_gate("answers end", "stopped by the cap", *capped)
+    return _not_more_often_gate("answers within the token limit", "stopped by the cap", *capped)
 
 
 def loop_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
@@ -60,7 +60,7 @@ def format_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
     """The share of readable answers is not far below the baseline's."""
     share, baseline_share = readable_share(predictions), readable_share(baseline)
     return Gate(
-        "format kept",
+        "answers parse",
         baseline_share - share <= FORMAT_DROP,
         f"{_percent(share)} of the answers are readable",
         f"at most {_points(FORMAT_DROP)} points below the baseline's {_percent(baseline_share)}",
@@ -71,7 +71,7 @@ def one_answer_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
     """Questions with different gold answers do not all get the same answer."""
     distinct_answers = len(set(map(status_and_answer, predictions)))
     return Gate(
-        "answers differ",
+        "answers not constant",
         not collapsed_to_one_answer(predictions, baseline),
         f"{distinct_answers} different answers to {len(predictions)} items",
         "more than one, unless the baseline gives that one but for as few as chance may take "

@@ -27,8 +27,8 @@ from helpers.sources.models import load_config, model_folder
 from helpers.study.study_run import Job
 from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
 
-QUANTIZED, FLOAT = "quantized Linears as evaluated", "float parts as evaluated"
-WHOLE = "every token through every Linear"
+QUANTIZED, FLOAT = "quantized Linears in the evaluation", "float parts in the evaluation"
+WHOLE = "every Linear read every token"
 Measured = tuple[bool, str, str]
 
 

@@ -141,7 +141,7 @@ def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
     folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
     start = model_folder(job.study, settings.start, job.paths)
     return (
-        order_gate("training items as the seed draws them", training, seed=job.study.seed),
+        order_gate("training items in seed order", training, seed=job.study.seed),
         steps_gate(settings, results),
         weights_gate(start, folder, settings, results, dtype=dtype),
         loss_gate(folder, tokenizer, heldout, results, dtype=dtype),

@@ -111,10 +111,12 @@ def shared_gates(data: EvaluationData) -> list[Gate]:
     return [
         *data.loaded,
         finite_gate(data.predictions, data.metrics["shared_text"]),
-        owner_gate("shared text of this variant", data.passages, data.model, data.variant),
+        owner_gate("shared text belongs to the variant", data.passages, data.model, data.variant),
         passages_gate(data.passages, data.baseline_passages),
         prompt_gates.passages_gate(data.passages, data.texts, seed=data.study.seed),
-        range_gate([], {"shared_text": data.metrics["shared_text"]}, "shared text in its range"),
+        range_gate(
+            [], {"shared_text": data.metrics["shared_text"]}, "shared-text metrics in range"
+        ),
         *recomputed_gates(
             data.passages, data.metrics["shared_text"], data.recomputed, is_baseline=not is_variant
         ),
@@ -154,7 +156,7 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
     alone, items = data.alone.get(name, []), [a.item for a in rendered]
     gates = [
         *gates,
-        owner_gate("answers of this variant", rows, data.model, data.variant),
+        owner_gate("answers belong to the variant", rows, data.model, data.variant),
         prompts_gate(rows, rendered),
         same_prompts_gate(rows, baseline),
         length_gate(rows, rendered),
@@ -162,7 +164,7 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
         draw_gate(items, data.pools.get(name, []), seed=data.study.seed),
         rescored_gate(evaluation_set, rows, rendered),
         second_reading_gate(evaluation_set, rows),
-        range_gate(rows, {name: data.metrics["datasets"].get(name, {})}, "scores in their range"),
+        range_gate(rows, {name: data.metrics["datasets"].get(name, {})}, "scores in range"),
         *behavior_gates(evaluation_set, rows, baseline),
         raw_rows_gate(rows, items, data.raw.get(name, {})),
         clusters_gate(rows, items),
@@ -205,7 +207,7 @@ def prompts_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
     differing = [
         r["id"] for r in rows if r["id"] in expected and r["prompt_hash"] != expected[r["id"]]
     ]
-    return none_of("prompts as rendered now", differing, len(rows), "prompts were others")
+    return none_of("prompts match the study", differing, len(rows), "prompts were others")
 
 
 def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
@@ -215,7 +217,7 @@ def same_prompts_gate(rows: list[dict], baseline: list[dict]) -> Gate:
         r["id"] for r in rows if (r["prompt_hash"], r["prompt_tokens"]) != expected.get(r["id"])
     ]
     differing += sorted(expected.keys() - {r["id"] for r in rows})
-    return none_of("prompts of the baseline", differing, len(rows), "items were asked otherwise")
+    return none_of("prompts match the baseline", differing, len(rows), "items were asked otherwise")
 
 
 def length_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
@@ -224,7 +226,7 @@ def length_gate(rows: list[dict], rendered: list[RenderedItem]) -> Gate:
     differing = [
         r["id"] for r in rows if r["id"] in expected and r["prompt_tokens"] != expected[r["id"]]
     ]
-    return none_of("prompts not cut short", differing, len(rows), "prompts have another length")
+    return none_of("prompts not truncated", differing, len(rows), "prompts have another length")
 
 
 def rescored_gate(
@@ -237,7 +239,7 @@ def rescored_gate(
         recomputed = rescored(evaluation_set, items[row["id"]], row)
         if any(row.get(key) != value for key, value in recomputed.items()):
             differing.append(row["id"])
-    return none_of("scores follow from the answers", differing, len(rows), "rows score otherwise")
+    return none_of("scores recomputed", differing, len(rows), "rows score otherwise")
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
@@ -260,7 +262,7 @@ def passages_gate(rows: list[dict], baseline: list[dict]) -> Gate:
     passages, expected = ([(r["id"], r["tokens"]) for r in side] for side in (rows, baseline))
     tokens = [sum(n for _, n in side) for side in (passages, expected)]
     return Gate(
-        "shared text of the baseline",
+        "shared text matches the baseline",
         bool(passages) and passages == expected,
         f"{len(passages)} passages, {tokens[0]} tokens",
         f"the baseline's {len(expected)} passages, {tokens[1]} tokens, in its order",

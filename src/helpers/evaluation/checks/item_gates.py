@@ -32,7 +32,7 @@ def raw_rows_gate(rows: list[dict], items: list[Item], digests: dict[str, set[st
         if item_digest(item, golds_shown) not in digests.get(item.id, ())
     ]
     return none_of(
-        "golds and texts of the raw rows", list(dict.fromkeys(differing)), len(items), "are others"
+        "golds and texts match raw rows", list(dict.fromkeys(differing)), len(items), "are others"
     )
 
 

@@ -49,7 +49,7 @@ def logits_gate(rows: list[dict], recomputed: list[dict]) -> Gate:
             f"{len(recomputed)} of {expected_count} passages could be computed again"
         )
     return Gate(
-        "shared text computed again",
+        "shared-text figures recomputed",
         bool(recomputed) and not differences,
         "; ".join(differences) or f"{len(recomputed)} passages agree ({example})",
         "the stored figures, but for rounding measured on the baseline",
@@ -84,14 +84,12 @@ def token_counts_gate(rows: list[dict], counts: dict[str, int]) -> Gate:
     ]
     differing += sorted(counts.keys() - {row["id"] for row in rows})
     differing += [] if counts else ["no passage was tokenized again"]
-    return none_of(
-        "token counts of the passages", differing, len(rows), "passages have other counts"
-    )
+    return none_of("passage token counts", differing, len(rows), "passages have other counts")
 
 
 def tokens_gate(rows: list[dict], unread: list[str]) -> Gate:
     """Every passage was read as the token ids of the source's own tokenizer."""
-    return none_of("passages read token by token", unread, len(rows), "were read otherwise")
+    return none_of("passages tokenized by the source", unread, len(rows), "were read otherwise")
 
 
 def means_gate(rows: list[dict], means: dict) -> Gate:
@@ -99,7 +97,7 @@ def means_gate(rows: list[dict], means: dict) -> Gate:
     tokens = sum(row["tokens"] for row in rows)
     complete = tokens > 0 and all(row[key] is not None for row in rows for key in ("nll", "kl"))
     if not complete:
-        return Gate("means of the passages", False, "a passage has no figures", "each has")
+        return Gate("shared-text means recomputed", False, "a passage has no figures", "each has")
     loss, kl = (sum(row[key] for row in rows) / tokens for key in ("nll", "kl"))
     expected = {"perplexity": math.exp(min(loss, 700.0)), "kl": kl}
     expected["top1_agreement"] = sum(row["top1_agreements"] for row in rows) / tokens
@@ -109,7 +107,7 @@ def means_gate(rows: list[dict], means: dict) -> Gate:
         if means.get(name) is None
         or not math.isclose(means[name], value, rel_tol=1e-9, abs_tol=1e-12)
     ]
-    return none_of("means of the passages", differing, len(expected), "are others")
+    return none_of("shared-text means recomputed", differing, len(expected), "are others")
 
 
 def itself_gate(rows: list[dict]) -> Gate:
@@ -119,4 +117,4 @@ def itself_gate(rows: list[dict]) -> Gate:
         for row in rows
         if row["kl"] != 0 or row["top1_agreements"] != row["tokens"]
     ]
-    return none_of("the baseline against itself", differing, len(rows), "passages differ from it")
+    return none_of("baseline agrees with itself", differing, len(rows), "passages differ from it")

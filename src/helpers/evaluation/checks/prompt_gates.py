@@ -65,9 +65,7 @@ def draw_gate(drawn: list[Item], pool: list[Item], *, seed: int, name: str = "")
     expected = sorted(ranks, key=ranks.get)[: len(drawn)]
     drawn_ids = [item.id for item in drawn]
     differing = [a for a, b in zip(drawn_ids, expected, strict=False) if a != b]
-    return none_of(
-        name or "items as the seed draws them", differing, len(drawn), "are not drawn by it"
-    )
+    return none_of(name or "items in seed order", differing, len(drawn), "are not drawn by it")
 
 
 def order_gate(name: str, drawn: list[Item], *, seed: int) -> Gate:
@@ -87,7 +85,7 @@ def passages_gate(rows: list[dict], texts: set[str], *, seed: int) -> Gate:
     random.Random(seed).shuffle(pool)
     expected = [hashlib.sha256(text.encode()).hexdigest()[:16] for text in pool[: len(rows)]]
     differing = [r["id"] for r, d in zip(rows, expected, strict=False) if r["id"] != d]
-    return none_of("passages as the seed draws them", differing, len(rows), "are not drawn by it")
+    return none_of("passages in seed order", differing, len(rows), "are not drawn by it")
 
 
 def _draw_key(seed: int, item: Item) -> bytes:
@@ -99,9 +97,7 @@ def contents_gate(evaluation_set: EvaluationSet, prompts: list[RenderedPrompt]) 
     incomplete = [
         f"{s.item.id}: {part}" for s in prompts if (part := missing_part(evaluation_set, s))
     ]
-    return none_of(
-        "prompts hold what they announce", incomplete, len(prompts), "prompts lack a part"
-    )
+    return none_of("prompts complete", incomplete, len(prompts), "prompts lack a part")
 
 
 def missing_part(evaluation_set: EvaluationSet, shown: RenderedPrompt) -> str:

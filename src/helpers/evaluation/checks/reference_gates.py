@@ -44,7 +44,7 @@ def same_reference_gate(read_now: list[dict], baseline: list[dict], *, dtype: st
     finite = [(a, b) for a, b in pairs if a["nll"] is not None and b["nll"] is not None]
     largest_change = largest(abs(a["nll"] - b["nll"]) / a["tokens"] for a, b in finite)
     return Gate(
-        "held against the baseline",
+        "float reference is the baseline",
         len(finite) == len(read_now) > 0 and largest_change <= SAME_MODEL[dtype],
         f"the float model's loss on {len(read_now)} passages is {largest_change:.2g} nats a token "
         "from the baseline's",
@@ -94,7 +94,7 @@ def differs_gate(passages: list[dict]) -> Gate:
     """
     identical = sum(row["kl"] in (0, None) or math.isnan(row["kl"]) for row in passages)
     return Gate(
-        "other arithmetic than the float model's",
+        "outputs differ from float",
         bool(passages) and not identical,
         f"{identical} of {len(passages)} passages give the float model's very distributions, "
         "or no KL",
@@ -109,7 +109,7 @@ def rounding_gate(passages: list[dict], perturbed: list[dict]) -> Gate:
     kl, resolution = kl_per_token(rows), kl_resolution(rows)
     limit = min(kl_per_token(perturbed) + resolution, MOST_BY_ROUNDING)  # NaN stays NaN
     return Gate(
-        "apart by rounding alone",
+        "outputs within rounding of float",
         -resolution <= kl <= limit,  # False for NaN as well
         f"KL {kl:.2g} nats a token over {len(ids)} passages",
         f"at most {limit:.2g}, what one rounding of every weight makes of the float model",

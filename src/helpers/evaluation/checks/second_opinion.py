@@ -38,10 +38,10 @@ from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
 from helpers.study.study_run import Job
 
-LAYERS = "layers as transformers computes them"
-LOGPROBS = "log-probabilities as transformers computes them"
-TOKENS = "generated tokens as transformers decodes them"
-TEXT = "shared text as transformers reads it"
+LAYERS = "layers match transformers"
+LOGPROBS = "log-probabilities match transformers"
+TOKENS = "generated tokens match transformers"
+TEXT = "shared text matches transformers"
 COMPARED_TEXTS = {
     "loglikelihood": 1,
     "generate": 1,

@@ -25,7 +25,7 @@ def second_reading_gate(evaluation_set: EvaluationSet, rows: list[dict]) -> Gate
         for row in rows
         if (difference := misread_part(evaluation_set, row))
     ]
-    return none_of("answers read a second time", differing, len(rows), "say otherwise")
+    return none_of("answers scored a second time", differing, len(rows), "say otherwise")
 
 
 def misread_part(evaluation_set: EvaluationSet, row: dict) -> str:

@@ -30,7 +30,7 @@ def steps_gate(settings: FineTuning, results: dict) -> Gate:
     shared = set(trained) & set(heldout)
     sizes = len(set(trained)), len(set(heldout))
     return Gate(
-        "every batch trained on, held-out items apart",
+        "training steps and held-out split",
         results["steps"] == expected == len(results["losses"])
         and sizes == (settings.items, settings.heldout_items)
         and not shared,
@@ -56,7 +56,7 @@ def weights_gate(start, folder, settings: FineTuning, results: dict, *, dtype: s
         unmoved, limit = [], limit + max(float(before[n].abs().max()) for n in changes) * 2**-8
     example = f" ({unmoved[0]})" if unmoved else ""
     return Gate(
-        "weights moved as far as the learning rate takes them",
+        "weight changes within the learning rate",
         not unmoved and 0 < furthest <= limit,
         f"{len(unmoved)} of {len(changes)} tensors did not move{example}; "
         f"the furthest by {furthest:.3g}",
@@ -72,7 +72,7 @@ def loss_gate(folder, tokenizer, heldout: list[Item], results: dict, *, dtype: s
         heldout: the held-out items.
         results: from the record of the fine-tuning.
     """
-    name, recorded = "held-out loss as transformers computes it", results["heldout_loss_after"]
+    name, recorded = "held-out loss matches transformers", results["heldout_loss_after"]
     set_activity("the held-out loss a second time")
     try:
         recomputed = heldout_loss(folder, tokenizer, heldout)
