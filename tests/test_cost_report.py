@@ -20,63 +20,65 @@ __all__ = ["make_job"]  # a fixture
 def costs(study):
     """make(edit): the made-up cost of the tests' study, edited."""
 
-    def make(edit=lambda told: None) -> Cost:
-        told = account(study, "base")
-        edit(told)
-        return Cost(told, record={})
+    def make(edit=lambda record: None) -> Cost:
+        record = account(study, "base")
+        edit(record)
+        return Cost(record, record={})
 
     return make
 
 
-def named(told: dict, name: str) -> dict:
-    return next(w for w in told["ways"] if w["name"] == name)
+def named(record: dict, name: str) -> dict:
+    return next(w for w in record["ways"] if w["name"] == name)
 
 
 def test_ratios_are_taken_round_by_round(costs):
     """Each round of the other is half as long, however long the rounds themselves are."""
 
-    def slow_second_round(told):
-        named(told, "noquant float32")["prefill_s"] = [1.0, 9.0, 1.0]
-        named(told, "rtn_w8a8 float32")["prefill_s"] = [0.5, 4.5, 0.5]
+    def slow_second_round(record):
+        named(record, "noquant float32")["prefill_s"] = [1.0, 9.0, 1.0]
+        named(record, "rtn_w8a8 float32")["prefill_s"] = [0.5, 4.5, 0.5]
 
     cost = costs(slow_second_round)
     way = next(w for w in cost.others if w.variant == "rtn_w8a8")
-    found = cost.ratio(way, "prefill", cost.reference)
-    assert (found.value, found.low, found.high) == (2, 2, 2)
+    ratio = cost.ratio(way, "prefill", cost.reference)
+    assert (ratio.value, ratio.low, ratio.high) == (2, 2, 2)
     measured = cost.measured(way, "prefill")
     assert (measured.value, measured.low, measured.high) == (2000, 1000 / 4.5, 2000)
     assert "**The machine was not quiet**" in cost_chapter.measurement_note(cost)
 
 
 def test_the_gain_is_told_in_bytes_and_tokens_a_second(costs):
-    told = cost_chapter.gain_bullets(costs())
-    line = next(x for x in told.splitlines() if "`rtn_w8a8`" in x)
+    bullets = cost_chapter.gain_bullets(costs())
+    line = next(x for x in bullets.splitlines() if "`rtn_w8a8`" in x)
     assert "40.1 % of `noquant`'s bytes on disk" in line  # 2,008,000 of 5,008,000
     assert "its Linears take 26.5 % of float32's memory" in line
     assert "reads 1,818 tokens per second, faster than float32 (2.00×)" in line
     assert "within the spread of bfloat16" in line
-    assert "slower" not in told
+    assert "slower" not in bullets
     assert "not quiet" not in cost_chapter.measurement_note(costs())
 
 
 def test_a_slower_variant_is_called_slower(costs):
-    cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(prefill_s=[2.0, 2.4, 2.2]))
+    cost = costs(lambda record: named(record, "rtn_w8a8 float32").update(prefill_s=[2.0, 2.4, 2.2]))
     line = next(x for x in cost_chapter.gain_bullets(cost).splitlines() if "`rtn_w8a8`" in x)
     assert "**slower than float32** (0.50×)" in line
     assert "**slower than bfloat16**" in line
 
 
 def test_what_was_not_measured_is_named_with_its_reason(costs):
-    told = cost_chapter.gain_bullets(
-        costs(lambda told: told.update(left_out={"x": "runs in float"}))
+    bullets = cost_chapter.gain_bullets(
+        costs(lambda bullets: bullets.update(left_out={"x": "runs in float"}))
     )
-    assert "- `x` runs in float; it was not measured." in told
+    assert "- `x` runs in float; it was not measured." in bullets
 
 
 def test_a_processor_without_units_is_said_to_save_memory_only(costs):
     def multiplies(units: str, products: str):
-        how = {"processor": "AVX2", "int8_units": units, "bfloat16_products": products}
-        return lambda told: told.update(arithmetic=how | {"int8_products": "float32 in blocks"})
+        arithmetic = {"processor": "AVX2", "int8_units": units, "bfloat16_products": products}
+        return lambda record: record.update(
+            arithmetic=arithmetic | {"int8_products": "float32 in blocks"}
+        )
 
     lacking = cost_chapter.arithmetic_note(
         costs(multiplies("no", "float32, rounded to bfloat16 once"))
@@ -92,7 +94,7 @@ def test_a_processor_without_units_is_said_to_save_memory_only(costs):
 
 def test_a_simulation_is_called_one(costs):
     changes = {"simulated": True, "arithmetic": "float32"}
-    cost = costs(lambda told: named(told, "rtn_w8a8 float32").update(changes))
+    cost = costs(lambda record: named(record, "rtn_w8a8 float32").update(changes))
     assert "`rtn_w8a8` (int8 simulated in float32)" in cost_chapter.gain_bullets(cost)
     row = next(r for r in cost_tables.limit_table(cost) if r["variant"] == "`rtn_w8a8`")
     assert row["Linears multiply in"] == "int8 simulated in float32"
@@ -103,14 +105,14 @@ def test_the_limit_is_the_best_product_and_more_than_it_is_said_to_be_odd(costs)
     assert cost.peak(cost.reference).high == 100e9
     assert cost.of_peak(cost.reference) == pytest.approx(40e9 / (0.8 * 1.1) / 100e9)
     assert "exceeded the measured limit" not in cost_chapter.limit_note(cost)
-    faster = costs(lambda told: told["peaks"].update(float32=[30e9, 30e9, 30e9]))
+    faster = costs(lambda record: record["peaks"].update(float32=[30e9, 30e9, 30e9]))
     assert "`noquant` float32 exceeded the measured limit" in cost_chapter.limit_note(faster)
 
 
 def test_a_device_without_a_product_or_without_timed_linears_has_gaps(costs):
-    def elsewhere(told):
-        told["peaks"]["int8"] = [None, None, None]
-        for w in told["ways"]:
+    def elsewhere(record):
+        record["peaks"]["int8"] = [None, None, None]
+        for w in record["ways"]:
             w["linears_s"] = [None, None, None]
 
     cost = costs(elsewhere)
@@ -133,8 +135,8 @@ def test_durations_change_nothing_in_the_summary(make_job):
     job = make_job()
     before = summary.summary(load_results(job))
 
-    def slower(told):
-        for w in told["ways"]:
+    def slower(record):
+        for w in record["ways"]:
             w["prefill_s"] = [3 * s for s in w["prefill_s"]]
 
     write_cost(job, "base", record("cost", {"model": "base"}, {}, {}), slower)
@@ -150,9 +152,9 @@ def test_a_trained_model_shares_the_cost_of_its_start(make_job):
 def test_a_cost_of_other_files_is_refused(make_job):
     job = make_job()
     path = job.paths.cost("base") / "record.json"
-    found = read_json(path, made_by="")
-    found["inputs"]["static"] = "files of something else"
-    write_json(path, found)
+    stored_record = read_json(path, made_by="")
+    stored_record["inputs"]["static"] = "files of something else"
+    write_json(path, stored_record)
     with pytest.raises(StudyError, match="base: the cost of static was measured on other files"):
         load_results(job)
 

@@ -23,32 +23,32 @@ def part(*missing: Run):
 
 
 def test_a_complete_study_is_whole():
-    found = part()
-    assert found.study == STUDY
-    assert found.missing == ()
+    complete = part()
+    assert complete.study == STUDY
+    assert complete.missing == ()
 
 
 def test_a_variant_that_is_missing_everywhere_is_left_out():
     gone = [Run("quantization", m, "smooth") for m in STUDY.models]
     gone += [Run("evaluation", m, "smooth") for m in STUDY.models]
-    found = part(*gone)
-    assert list(found.study.variants) == ["noquant", "rtn"]
-    assert list(found.study.models) == ["base", "tuned"]
-    assert set(found.missing) == {f"{r.stage} {r.model} {r.variant}" for r in gone}
+    complete = part(*gone)
+    assert list(complete.study.variants) == ["noquant", "rtn"]
+    assert list(complete.study.models) == ["base", "tuned"]
+    assert set(complete.missing) == {f"{r.stage} {r.model} {r.variant}" for r in gone}
 
 
 def test_a_model_whose_baseline_is_missing_is_left_out_and_its_rest_is_named():
-    found = part(Run("evaluation", "tuned", "noquant"))
-    assert list(found.study.models) == ["base"]
-    assert "evaluation tuned noquant" in found.missing
-    assert "evaluation tuned rtn (complete, but not what it is compared with)" in found.missing
+    complete = part(Run("evaluation", "tuned", "noquant"))
+    assert list(complete.study.models) == ["base"]
+    assert "evaluation tuned noquant" in complete.missing
+    assert "evaluation tuned rtn (complete, but not what it is compared with)" in complete.missing
 
 
 def test_a_missing_measurement_of_cost_is_named_and_leaves_out_nothing():
-    found = part(Run("cost", "base"))
-    assert found.study == STUDY
-    assert found.missing == ("cost base",)
-    assert Run("cost", "base") not in found.runs
+    complete = part(Run("cost", "base"))
+    assert complete.study == STUDY
+    assert complete.missing == ("cost base",)
+    assert Run("cost", "base") not in complete.runs
 
 
 def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
@@ -59,24 +59,26 @@ def test_a_trained_model_is_not_shown_without_what_it_was_trained_from():
 def test_one_gap_among_many_models_costs_one_model_and_no_variant():
     data = toy_project.STUDY | {"models": {f"m{i}": {"random": "llama"} for i in range(5)}}
     study = Study.model_validate(data | {"statistics": data["statistics"] | {"primary": []}})
-    found = part_of(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
-    assert list(found.study.models) == ["m0", "m1", "m2", "m4"]
-    assert list(found.study.variants) == list(study.variants)
+    complete = part_of(study, set(stages.runs(study)) - {Run("evaluation", "m3", "rtn")})
+    assert list(complete.study.models) == ["m0", "m1", "m2", "m4"]
+    assert list(complete.study.variants) == list(study.variants)
 
 
 def test_whatever_is_missing_the_part_is_whole_and_the_rest_is_named():
     for count in (1, 2, 3):
         for gone in itertools.combinations(sorted(ALL, key=lambda r: r.name), count):
             try:
-                found = part(*gone)
+                complete = part(*gone)
             except StudyError:
                 continue
-            needed = {run for run in stages.runs(found.study) if run.stage != "cost"}
-            assert needed <= set(found.runs)
-            assert not set(found.runs) & set(gone)
-            assert STUDY.baseline in found.study.variants
-            assert len(found.missing) == len(ALL - set(found.runs))
-            assert {f"{r.stage} {r.model} {r.variant}".strip() for r in gone} <= set(found.missing)
+            needed = {run for run in stages.runs(complete.study) if run.stage != "cost"}
+            assert needed <= set(complete.runs)
+            assert not set(complete.runs) & set(gone)
+            assert STUDY.baseline in complete.study.variants
+            assert len(complete.missing) == len(ALL - set(complete.runs))
+            assert {f"{r.stage} {r.model} {r.variant}".strip() for r in gone} <= set(
+                complete.missing
+            )
 
 
 def answers(right: int) -> list[dict]:
@@ -96,13 +98,13 @@ def test_no_verdict_on_what_is_missing_and_no_easier_test_for_the_rest():
     ]
     declared = toy_project.STUDY["statistics"] | {"primary": pairs}
     study = Study.model_validate(toy_project.STUDY | {"statistics": declared})
-    made = {
+    verdicts_by_place = {
         ("base", "arc", name): VariantPredictions(name, answers(right))
         for name, right in (("noquant", 55), ("rtn", 48), ("smooth", 49))
     }
-    whole = study_verdicts(study, made)
-    del made["base", "arc", "smooth"]
-    some = study_verdicts(study, made)
+    whole = study_verdicts(study, verdicts_by_place)
+    del verdicts_by_place["base", "arc", "smooth"]
+    some = study_verdicts(study, verdicts_by_place)
     first, second = study.statistics.primary
     assert set(whole) - set(some) >= {second}
     assert some[first].primary
@@ -112,9 +114,9 @@ def test_no_verdict_on_what_is_missing_and_no_easier_test_for_the_rest():
 
 def test_what_is_missing_is_named_first():
     assert chapters.notice(()) == []
-    [shown] = chapters.notice(("evaluation base `x`", "calibration tuned"))
-    assert shown.data.startswith("**This report is partial.**")
-    assert "- evaluation base &#96;x&#96;\n- calibration tuned" in shown.data
+    [warning] = chapters.notice(("evaluation base `x`", "calibration tuned"))
+    assert warning.data.startswith("**This report is partial.**")
+    assert "- evaluation base &#96;x&#96;\n- calibration tuned" in warning.data
 
 
 def test_a_partial_report_is_asked_for_by_yes_or_no(study_path):
