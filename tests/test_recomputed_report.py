@@ -30,6 +30,7 @@ OWN = {
     "recomputed_tables",
     "recomputed_sentences",
     "recomputed_executive",
+    "recomputed_graded_report",
     "recomputed_chapters",
     "recomputed_costs",
     "recomputed_records",

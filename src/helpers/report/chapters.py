@@ -13,6 +13,7 @@ from helpers.report import (
     executive_controls,
     figures,
     figures_comparison,
+    graded_chapter,
     narrative,
     narrative_findings,
     outliers,
@@ -52,7 +53,9 @@ def opening(results: Results) -> Shown:
             "## Executive summary",
             executive.answer_sentences(results),
             markdown_table(verdicts) if verdicts else "",
-            narrative.bullets(executive.verdict_bullets(results)),
+            narrative.bullets(
+                [*executive.verdict_bullets(results), *graded_chapter.summary_bullets(results)]
+            ),
         ),
         markdown_output(
             "### Scores",

@@ -30,6 +30,7 @@ from helpers.statistics.controls import (
     is_unsmoothed_twin,
     role_of,
 )
+from helpers.statistics.graded_study import GradedStudy, graded_study
 from helpers.statistics.published_answers import PublishedAnswers
 from helpers.statistics.verdicts import Verdict
 from helpers.study.schema import Comparison, Runtime, Study
@@ -79,6 +80,11 @@ class Results:
     def verdicts(self) -> dict[Comparison, Verdict]:
         """Primary comparisons first, then every other variant against the baseline."""
         return checked_verdicts(self.study, self.published.answers)
+
+    @cached_property
+    def graded(self) -> GradedStudy:
+        """Graded scores: comparisons, pooled differences, costs of fine-tuning."""
+        return graded_study(self.study, self.published.variants, self.verdicts)
 
     @cached_property
     def token_estimates(self) -> dict[tuple[str, str], dict[str, Estimate]]:

@@ -14,6 +14,7 @@ from helpers.core.gates import WHOLE_VARIANT
 from helpers.core.records import write_json
 from helpers.report import outliers, tables_headline
 from helpers.report.estimates import Estimate, main_metric
+from helpers.report.graded_summary import graded_blocks
 from helpers.report.results import Results
 from helpers.report.results_data import VariantResults
 from helpers.statistics.controls import ControlOutcome
@@ -63,6 +64,7 @@ def summary(results: Results) -> dict:
         "controls": [control_row(at, outcome) for at, outcome in results.control_outcomes.items()],
         "models": {model: _model_summary(results, model) for model in results.models},
         "comparisons": [comparison_row(study, c, v) for c, v in results.verdicts.items()],
+        **graded_blocks(results.graded),
     }
 
 

@@ -119,12 +119,20 @@ class Comparison(Strict):
     variant: Name
 
 
+class GradedMargins(Strict):
+    """Largest harmless differences of graded scores: probability 0-1, and nats a token."""
+
+    probability: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.03
+    nats: Annotated[Number, Field(gt=0.0, lt=10.0)] = 0.05
+
+
 class Statistics(Strict):
-    """Confidence, power, equivalence margin and the declared comparisons."""
+    """Confidence, power, equivalence margins and the declared comparisons."""
 
     confidence: Annotated[Number, Field(gt=0.5, lt=1.0)]
     power: Annotated[Number, Field(gt=0.5, lt=1.0)]
     margin: Annotated[Number, Field(gt=0.0, lt=1.0)]
+    graded_margins: GradedMargins = GradedMargins()
     resamples: Annotated[Whole, Field(ge=100)]
     primary: tuple[Comparison, ...]
 

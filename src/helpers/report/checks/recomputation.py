@@ -23,6 +23,11 @@ from helpers.evaluation.checks.recomputed_answers import rescored
 from helpers.evaluation.checks.second_scoring import misread_part
 from helpers.report.checks.recomputed_chapters import wrong_chapters
 from helpers.report.checks.recomputed_costs import wrong_costs
+from helpers.report.checks.recomputed_graded_report import (
+    missing_chapter,
+    wrong_graded_blocks,
+    wrong_graded_cells,
+)
 from helpers.report.checks.recomputed_records import wrong_records
 from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_summary import (
@@ -68,6 +73,7 @@ def recompute(study: str) -> tuple[str, list[str]]:
     differing += wrong_comparisons(rows, published["comparisons"])
     differing += _wrong_controls(answers, published["controls"])
     differing += wrong_headlines(published, figures)
+    differing += wrong_graded_blocks(published, figures)
     differing += wrong_csv_lines(folder / "summary.csv", figures)
     differing += _wrong_report(paths, figures)
     return _verdict_table(loaded, list(rows.values())), differing
@@ -86,6 +92,7 @@ def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
     text = path.read_text("utf-8")
     lines = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
     lines += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
+    lines += [*wrong_graded_cells(text, figures), *missing_chapter(text, figures.summary)]
     lines += wrong_records(text, figures, paths.notebooks)
     return lines + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 

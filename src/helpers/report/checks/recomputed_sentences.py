@@ -18,6 +18,7 @@ from helpers.report.checks.recomputed_executive import (
     ExpectedNumbers,
     code_names,
 )
+from helpers.report.checks.recomputed_graded_report import GRADED_SENTENCE_CHECKS
 from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
 from helpers.study.schema_variants import Variant
@@ -228,4 +229,5 @@ SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
     (r"^(?:All [\d,]+ checks on|[\d,]+ of [\d,]+ checks fail)", _check_gate_count),
     (r"^Brackets: ", _check_legend),
     *VERDICT_SENTENCE_CHECKS,
+    *GRADED_SENTENCE_CHECKS,
 )

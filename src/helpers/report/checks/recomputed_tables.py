@@ -5,6 +5,7 @@ its names, and the numbers in a cell are held to the figures it must show.
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 
 from helpers.core.gates import WHOLE_VARIANT
 from helpers.evaluation.trivial_answers import best_fixed_answer
@@ -16,6 +17,7 @@ from helpers.report.checks.published_numbers import (
     written_numbers,
 )
 from helpers.statistics.checks.recomputed_comparisons import bootstrap_settings
+from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
 from helpers.statistics.checks.recomputed_scores import (
     Figure,
     dataset_figures,
@@ -88,6 +90,11 @@ class RecomputedFigures:
             for name, evaluation_set in self.study.evaluation.datasets.items()
         }
         return {name: (best.answer, best.score) for name, best in best_answers.items()}
+
+    @cached_property
+    def graded_blocks(self) -> dict:
+        """The blocks of graded scores, as summary.json holds them; empty without any."""
+        return GradedBlocks(self.study, self.variants, self.rows).blocks()
 
     @property
     def noise_floor(self) -> str | None:

@@ -1,0 +1,293 @@
+"""The chapter on graded scores: tables, one figure, and two bullets of the executive summary.
+
+Both models stand side by side. A study without graded scores has no such chapter.
+"""
+
+from collections.abc import Iterator
+
+from IPython.display import Markdown
+from matplotlib.figure import Figure
+
+from helpers.report.executive_controls import headline_variants, variant_label
+from helpers.report.graded_figure import graded_plot
+from helpers.report.markdown import (
+    MISSING,
+    Markup,
+    Rows,
+    code,
+    dataset_name,
+    listed,
+    markdown_table,
+    percent_plain,
+    percent_span,
+    points,
+    signed,
+    span,
+)
+from helpers.report.results import Results
+from helpers.statistics.graded_study import INSIDE_MARGIN, FineTuningCost, GradedVerdict
+from helpers.study.schema import Comparison
+
+UNITS = {"probability": "points", "nats a token": "0.01 nats"}
+COST_WORDS = {"worse": "**higher cost**", "better": "**lower cost**"}
+
+
+def chapter(results: Results) -> list[Markdown | Figure]:
+    """How to read it, every set, the pooled answer, the cost of fine-tuning; empty without any."""
+    if not results.graded.comparisons:
+        return []
+    parts = [
+        "## Graded scores",
+        reading_paragraph(results),
+        markdown_table(comparison_table(results)),
+    ]
+    if pooled := pooled_table(results):
+        about = (
+            "**Pooled.** Every informative set with the same weight. Recovery is the score above"
+        )
+        parts += [f"{about} chance as a share of the float model's.", markdown_table(pooled)]
+    shown: list[Markdown | Figure] = [_markdown(parts), *_figure(results)]
+    if costs := cost_table(results):
+        about = (
+            "Quantization's effect on the fine-tuned model minus its effect on the start model. "
+        )
+        about += "Scores below zero, and KL above zero, mean that fine-tuning raises the cost."
+        parts = ["### Does fine-tuning raise the cost?", about, markdown_table(costs)]
+        shown.append(_markdown(parts))
+    return shown
+
+
+def _markdown(parts: list[str]) -> Markdown:
+    return Markdown("\n\n".join(parts) + "\n")
+
+
+def reading_paragraph(results: Results) -> str:
+    """How the chapter's numbers are made and judged."""
+    margins, rules = results.study.statistics.graded_margins, results.rules
+    return (
+        "Option sets: the right option's probability, in points. Written answers: the right "
+        "answer's log-probability, in hundredths of a nat a token. Cells give variant minus "
+        f"baseline with the {percent_plain(rules.confidence)} interval. Verdicts on declared "
+        "comparisons are adjusted by Holm as a family of their own. All others are exploratory, a "
+        "family a variant. "
+        f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
+        "of a nat."
+    )
+
+
+def _shown(results: Results) -> list[str]:
+    return [v for v in results.compared if v in headline_variants(results)]
+
+
+def _places(results: Results) -> Iterator[tuple[str, str, str]]:
+    """(model, baseline, variant) of each row: all shown variants, and every declared one."""
+    for model in results.models:
+        rows = [(model, results.study.baseline, v) for v in _shown(results)]
+        declared = [
+            (c.model, c.baseline, c.variant)
+            for c, v in results.graded.comparisons.items()
+            if v.declared and c.model == model
+        ]
+        yield from dict.fromkeys([*rows, *declared])
+
+
+def _graded_sets(results: Results) -> dict[str, str]:
+    """Unit of each set that has graded scores."""
+    units = {name: a.unit for (_, name, _), a in results.graded.abilities.items()}
+    return {name: units[name] for name in results.study.evaluation.datasets if name in units}
+
+
+def set_column(name: str, unit: str) -> str:
+    """`ARC [points]`."""
+    return f"{dataset_name(name)} [{UNITS[unit]}]"
+
+
+def comparison_table(results: Results) -> Rows:
+    """Every variant of every model against its baseline, one column a set."""
+    rows = []
+    for model, baseline, variant in _places(results):
+        against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
+        label = Markup(f"{variant_label(results, variant)}{against}")
+        row = {"graded scores": code(model), "variant": label}
+        for name, unit in _graded_sets(results).items():
+            c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
+            row[set_column(name, unit)] = graded_cell(results.graded.comparisons.get(c))
+        rows.append(row)
+    return rows
+
+
+def graded_cell(verdict: GradedVerdict | None, words: dict[str, str] | None = None) -> Markup:
+    """`−5.6 [−10.9, −0.3] **worse**`."""
+    if verdict is None:
+        return Markup(MISSING)
+    words = words or {"worse": "**worse**", "better": "**better**"}
+    word = words.get(verdict.kind, verdict.kind)
+    if verdict.comparison is None:
+        return Markup(word)
+    if verdict.reason == INSIDE_MARGIN:
+        word += " (inside the margin)"
+    found = verdict.comparison
+    return Markup(f"{points(found.delta)} {span(found.interval, points)} {word}")
+
+
+def pooled_table(results: Results) -> Rows:
+    """One answer a model and variant: difference, verdict and recovery."""
+    rows = []
+    for (model, variant), pooled in results.graded.pooled.items():
+        if variant not in _shown(results):
+            continue
+        recovered = pooled.recovery
+        rows.append(
+            {
+                "pooled": code(model),
+                "variant": variant_label(results, variant),
+                "informative sets": ", ".join(map(dataset_name, pooled.sets)),
+                "difference [points]": graded_cell(pooled.verdict),
+                "recovery": percent_span(recovered.value, recovered.interval)
+                if recovered
+                else MISSING,
+            }
+        )
+    return rows
+
+
+def cost_table(results: Results) -> Rows:
+    """The difference of differences of every variant, set by set, pooled, and of the KL."""
+    rows = []
+    for cost in results.graded.finetuning:
+        if cost.variant not in _shown(results):
+            continue
+        label = variant_label(results, cost.variant)
+        row = {"fine-tuned − start": code(cost.finetuned), "variant": label}
+        for name, unit in _graded_sets(results).items():
+            row[set_column(name, unit)] = graded_cell(cost.sets.get(name), COST_WORDS)
+        row["pooled [points]"] = graded_cell(cost.pooled, COST_WORDS)
+        row["KL [0.01 nats]"] = graded_cell(cost.kl, COST_WORDS)
+        rows.append(row)
+    return rows
+
+
+def _figure(results: Results) -> list[Figure]:
+    margins = results.study.statistics.graded_margins
+    rows = [
+        _figure_row(c.model, c.variant, dataset_name(c.dataset), v)
+        for c, v in results.graded.comparisons.items()
+        if c.baseline == results.study.baseline and c.variant in _shown(results) and v.comparison
+    ]
+    rows += [
+        _figure_row(model, variant, "pooled", pooled.verdict)
+        for (model, variant), pooled in results.graded.pooled.items()
+        if variant in _shown(results) and pooled.verdict.comparison
+    ]
+    if not rows:
+        return []
+    order = [*map(dataset_name, _graded_sets(results)), "pooled"]
+    rows.sort(key=lambda row: order.index(row["dataset"]))
+    return [
+        graded_plot(
+            rows, models=results.models, variants=results.compared,
+            margins={"probability": margins.probability, "nats a token": margins.nats},
+            title=_figure_title(results),
+        )
+    ]  # fmt: skip
+
+
+def _figure_row(model: str, variant: str, name: str, verdict: GradedVerdict) -> dict:
+    found = verdict.comparison
+    row = {"model": model, "variant": variant, "dataset": name, "unit": found.unit}
+    row |= {"delta": found.delta, "low": found.interval.low, "high": found.interval.high}
+    return row | {"kind": verdict.kind, "filled": verdict.declared or name == "pooled"}
+
+
+def _figure_title(results: Results) -> str:
+    variants = results.studied_variants
+    worse = [p for v in variants for p in _worse_places(results, v)]
+    what = listed([f"{v}" for v in variants])
+    if worse:
+        return f"Graded scores: {what} found worse in {len(worse)} places"
+    return f"Graded scores: no loss of {what} found"
+
+
+def _judged(results: Results, variant: str) -> Iterator[tuple[Comparison, GradedVerdict]]:
+    """The variant's comparisons with the baseline that say something."""
+    for c, verdict in results.graded.comparisons.items():
+        if (c.variant, c.baseline) == (variant, results.study.baseline):
+            yield c, verdict
+
+
+def _worse_places(results: Results, variant: str) -> list[str]:
+    return [
+        f"{dataset_name(c.dataset)} of `{c.model}` ({_amount(v)})"
+        for c, v in _judged(results, variant)
+        if v.kind == "worse"
+    ]
+
+
+def _amount(verdict: GradedVerdict) -> str:
+    found = verdict.comparison
+    unit = "points" if found.unit == "probability" else "hundredths of a nat a token"
+    return f"{points(found.delta)} {unit}"
+
+
+def summary_bullets(results: Results) -> list[str]:
+    """What graded scores show for the studied variants, and on fine-tuning."""
+    if not results.graded.comparisons or not results.declared_verdicts():
+        return []
+    bullets = [_score_bullet(results, variant) for variant in results.studied_variants]
+    costs = [
+        cost for v in results.studied_variants for cost in results.graded.finetuning
+        if cost.variant == v
+    ]  # fmt: skip
+    return [*bullets, *(_cost_bullet(cost) for cost in costs)]
+
+
+def _score_bullet(results: Results, variant: str) -> str:
+    """Where a variant is found worse, and the pooled loss that is excluded."""
+    worse = _worse_places(results, variant)
+    text = f"**Graded scores** find `{variant}` " + (
+        f"worse: {', '.join(worse)}." if worse else "worse nowhere."
+    )
+    pooled = {
+        model: p.verdict.comparison
+        for (model, v), p in results.graded.pooled.items()
+        if v == variant and p.verdict.comparison
+    }
+    if not pooled:
+        return f"{text} No set can be pooled."
+    excluded = [f"{_excluded_points(c)} (`{model}`)" for model, c in pooled.items()]
+    return (
+        f"{text} Pooled over the informative sets, a loss of probability above "
+        f"{listed(excluded)} points is excluded."
+    )
+
+
+def _excluded_points(comparison) -> str:
+    return f"{100 * max(0.0, -comparison.interval.low):.1f}"
+
+
+def _cost_bullet(cost: FineTuningCost) -> str:
+    """Whether quantization costs the fine-tuned model more, by scores and by tokens."""
+    parts = [_cost_clause(cost.pooled, "score pooled", "points of probability")]
+    parts.append(_cost_clause(cost.kl, "KL", "hundredths of a nat a token"))
+    if not any(parts):
+        parts = ["nothing can be said"]
+    return (
+        f"**Fine-tuning** and the cost of `{cost.variant}` (`{cost.finetuned}` minus "
+        f"`{cost.start}`): {'; '.join(filter(None, parts))}."
+    )
+
+
+COST_CLAUSES = {
+    "worse": "higher cost",
+    "better": "lower cost",
+    "equivalent": "the same cost within the margin",
+    "inconclusive": "no difference detected",
+}
+
+
+def _cost_clause(verdict: GradedVerdict | None, what: str, unit: str) -> str:
+    if verdict is None or verdict.comparison is None:
+        return ""
+    found = verdict.comparison
+    amount = f"{signed(100 * found.delta, 1)} {span(found.interval, points)}"
+    return f"by {what}, {COST_CLAUSES[verdict.kind]} ({amount} {unit})"

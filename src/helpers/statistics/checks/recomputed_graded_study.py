@@ -1,0 +1,298 @@
+"""The graded blocks of summary.json a second time, from the answers by `recomputed_graded`.
+
+Shares no statistics with `graded_study`: only which comparisons are invalid comes from the
+recomputed verdicts of right and wrong.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from helpers.core.gates import WHOLE_VARIANT
+from helpers.statistics.checks import recomputed_graded as again
+from helpers.statistics.checks.recomputed_statistics import holm
+from helpers.statistics.controls import VariantAnswers
+from helpers.study.schema import Comparison, Study
+
+KL_UNIT = "nats a token"
+
+
+class GradedBlocks:
+    """The three blocks of a study.
+
+    Args:
+        rows: by comparison, its recomputed row of right and wrong: `verdict`, `reason`.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        answers: Mapping[tuple[str, str], VariantAnswers],
+        rows: Mapping[Comparison, dict],
+    ):
+        self.study, self.answers, self.rows = study, answers, rows
+        self.confidence = study.statistics.confidence
+        self.alpha = round(1 - self.confidence, 12)
+        self.normalize = {
+            name: getattr(evaluation_set.ask, "normalize", "none")
+            for name, evaluation_set in study.evaluation.datasets.items()
+        }
+        self.complete = {
+            (m, name, v): _has_scores(answers[m, v].predictions[name], self.normalize[name])
+            for m, v in answers
+            for name in study.evaluation.datasets
+        }
+        sides = {(c.model, c.dataset, c.baseline) for c in rows}
+        self.able = {
+            at: again.able(self._rows(*at), self.normalize[at[1]], self.confidence)
+            for at in self.complete
+            if self.complete[at] and at in sides
+        }
+
+    def blocks(self) -> dict:
+        """`graded`, `pooled` and `finetuning_cost`; empty without graded scores."""
+        comparisons = self._comparisons()
+        if not comparisons:
+            return {}
+        abilities = [
+            {"model": m, "dataset": name, "variant": v, "able": able}
+            | {"mean": self._mean_score(m, name, v), "unit": self._unit(name)}
+            for (m, name, v), able in self.able.items()
+        ]
+        others = [v for v in self.study.variants if v != self.study.baseline]
+        by_variant = {v: self._pooled(v) for v in others}
+        pooled = [by_variant[v][m] for m in self.study.models for v in others if m in by_variant[v]]
+        return {
+            "graded": {"abilities": abilities, "comparisons": comparisons},
+            "pooled": pooled,
+            "finetuning_cost": self._finetuning(others),
+        }
+
+    def _rows(self, model: str, name: str, variant: str) -> list[dict]:
+        return self.answers[model, variant].predictions[name]
+
+    def _pair(self, model: str, name: str, variant: str, baseline: str = "") -> again.Pair:
+        baseline = baseline or self.study.baseline
+        return self._rows(model, name, baseline), self._rows(model, name, variant)
+
+    def _unit(self, name: str) -> str:
+        first = next(iter(self.answers.values())).predictions[name][0]
+        return "probability" if "logprobs" in first else "nats a token"
+
+    def _mean_score(self, model: str, name: str, variant: str) -> float:
+        rows = self._rows(model, name, variant)
+        return float(np.mean(list(again.item_scores(rows, self.normalize[name]).values())))
+
+    def _margin(self, unit: str) -> float:
+        margins = self.study.statistics.graded_margins
+        return margins.probability if unit == "probability" else margins.nats
+
+    def _row(
+        self, mean: again.Mean, unit: str, *, tests: int = 1, identical: bool = False,
+        primary: bool = False,
+    ) -> dict:  # fmt: skip
+        """A row as published, its verdict still open."""
+        low, high = mean.limits(self.confidence)
+        inner = mean.limits(1 - 2 * self.alpha)
+        return {
+            "verdict": "", "reason": "", "primary": primary, "margin": self._margin(unit),
+            "holm_p": None, "unit": unit, "n": mean.n, "clusters": mean.clusters,
+            "delta": mean.value, "low": low, "high": high,
+            "equivalence_low": inner[0], "equivalence_high": inner[1], "p": mean.p(),
+            "smallest_detectable_difference": mean.detectable(
+                self.alpha / max(1, tests), self.study.statistics.power
+            ),
+            "identical_scores": identical,
+        }  # fmt: skip
+
+    def _invalid_row(self, reason: str, unit: str, *, primary: bool = False) -> dict:
+        row = {"verdict": "invalid", "reason": reason, "primary": primary}
+        return row | {"margin": self._margin(unit), "holm_p": None}
+
+    def _judge(self, row: dict, *, able: bool, holm_p: float | None, lower: bool = True) -> None:
+        """Fill in a row's verdict; `lower` says that a negative difference is a loss."""
+        p = row["p"] if holm_p is None else holm_p
+        margin = row["margin"]
+        inside = row["equivalence_low"] > -margin and row["equivalence_high"] < margin
+        row["holm_p"] = holm_p
+        if not able:
+            row["verdict"] = "uninformative"
+            row["reason"] = "the float model shows no ability that could be lost"
+        elif p <= self.alpha and row["delta"]:
+            row["verdict"] = "worse" if (row["delta"] < 0) is lower else "better"
+            if inside:
+                row["reason"] = "the difference is nevertheless inside the margin"
+        else:
+            row["verdict"] = "equivalent" if inside else "inconclusive"
+
+    def _invalid(self, model: str, name: str, variant: str) -> str:
+        """Why a variant counts for nothing on a set; empty if it counts."""
+        baseline = self.study.baseline
+        c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
+        if c in self.rows and self.rows[c]["verdict"] == "invalid":
+            return self.rows[c]["reason"]
+        complete = self.complete[model, name, variant]
+        return "" if complete else "its graded scores are missing or not finite"
+
+    def _comparisons(self) -> list[dict]:
+        declared = list(dict.fromkeys(self.study.statistics.primary))
+        sizes: dict[str, list[Comparison]] = {"": declared}
+        for c in self.rows:
+            if c not in declared:
+                sizes.setdefault(c.variant, []).append(c)
+        made: dict[Comparison, dict] = {}
+        for c in self.rows:
+            if not self.complete[c.model, c.dataset, c.baseline]:
+                continue
+            primary, unit = c in declared, self._unit(c.dataset)
+            tests = len(sizes["" if primary else c.variant])
+            made[c] = self._compared(c, unit, tests, primary)
+        for family in sizes.values():
+            usable = {c: made[c]["p"] for c in family if c in made and not made[c]["verdict"]}
+            adjusted = holm([usable.get(c, 1.0) for c in family])
+            for c, holm_p in zip(family, adjusted, strict=True):
+                if c in usable:
+                    able = self.able[c.model, c.dataset, c.baseline]
+                    self._judge(made[c], able=able, holm_p=holm_p)
+        return [c.model_dump() | row for c, row in made.items()]
+
+    def _compared(self, c: Comparison, unit: str, tests: int, primary: bool) -> dict:
+        accuracy = self.rows[c]
+        if not self.complete[c.model, c.dataset, c.variant]:
+            wrong = accuracy["verdict"] == "invalid"
+            reason = accuracy["reason"] if wrong else "its graded scores are missing or not finite"
+            return self._invalid_row(reason, unit, primary=primary)
+        pair = self._pair(c.model, c.dataset, c.variant, c.baseline)
+        normalize = self.normalize[c.dataset]
+        row = self._row(
+            again.difference(pair, normalize), unit, tests=tests, primary=primary,
+            identical=_same_scores(pair, normalize),
+        )  # fmt: skip
+        if accuracy["verdict"] == "invalid":
+            row |= {"verdict": "invalid", "reason": accuracy["reason"], "p": None}
+        return row
+
+    def _able_sets(self, model: str) -> list[str]:
+        baseline = self.study.baseline
+        return [n for n in self.study.evaluation.datasets if self.able.get((model, n, baseline))]
+
+    def _pooled(self, variant: str) -> dict[str, dict]:
+        """By model, the pooled row of a variant."""
+        models = {m: names for m in self.study.models if (names := self._able_sets(m))}
+        made = {}
+        for model, names in models.items():
+            head = {"model": model, "variant": variant, "sets": names}
+            reasons = [r for n in names if (r := self._invalid(model, n, variant))]
+            if reasons:
+                made[model] = head | self._invalid_row(reasons[0], "probability")
+            else:
+                pairs = {n: self._pair(model, n, variant) for n in names}
+                same = all(_same_scores(pair, self.normalize[n]) for n, pair in pairs.items())
+                mean = again.pooled(pairs, self.normalize)
+                row = self._row(mean, "probability", tests=len(models), identical=same)
+                made[model] = head | row
+        p_values = [row.get("p", 1.0) for row in made.values()]
+        for (model, row), holm_p in zip(made.items(), holm(p_values), strict=True):
+            row["recovery"] = None
+            if row["verdict"] == "invalid":
+                continue
+            self._judge(row, able=True, holm_p=holm_p)
+            pairs = {n: self._pair(model, n, variant) for n in models[model]}
+            if recovered := again.recovered(pairs, self.normalize, self.confidence):
+                row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
+        return made
+
+    def _finetuning(self, others: list[str]) -> list[dict]:
+        made = []
+        for finetuned, source in self.study.models.items():
+            if (training := getattr(source, "finetune", None)) is None:
+                continue
+            for variant in others:
+                models = (training.start, finetuned)
+                places = [(m, v) for m in models for v in (self.study.baseline, variant)]
+                if all(at in self.answers for at in places):
+                    made.append(self._cost(models, variant))
+        return [row for row in made if row["sets"] or row["kl"]]
+
+    def _cost(self, models: tuple[str, str], variant: str) -> dict:
+        baseline, sets, family = self.study.baseline, {}, []
+        names = [
+            n
+            for n in self.study.evaluation.datasets
+            if all(self.complete[m, n, v] for m in models for v in (baseline, variant))
+            and _same_items(*(self._rows(m, n, baseline) for m in models))
+        ]
+        reasons = {
+            n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
+        }
+        able = {n: all(self.able[m, n, baseline] for m in models) for n in names}
+        for n in names:
+            pairs = [self._pair(m, n, variant) for m in models]
+            mean = again.cost_difference(*pairs, self.normalize[n])
+            same = mean.value == 0 and mean.error == 0
+            sets[n] = self._row(mean, self._unit(n), tests=len(names), identical=same)
+            family.append(1.0 if reasons[n] else sets[n]["p"])
+            if reasons[n]:
+                sets[n] |= {"verdict": "invalid", "reason": reasons[n], "p": None}
+        for n, holm_p in zip(names, holm(family), strict=True):
+            if not reasons[n]:
+                self._judge(sets[n], able=able[n], holm_p=holm_p)
+        kept = [n for n in names if able[n]]
+        return {
+            "start": models[0], "finetuned": models[1], "variant": variant, "sets": sets,
+            "pooled_sets": kept, "pooled": self._pooled_cost(models, variant, kept, reasons),
+            "kl": self._kl_cost(models, variant),
+        }  # fmt: skip
+
+    def _pooled_cost(self, models: tuple, variant: str, kept: list, reasons: dict) -> dict | None:
+        if not kept:
+            return None
+        if wrong := [reasons[n] for n in kept if reasons[n]]:
+            return self._invalid_row(wrong[0], "probability")
+        sides = ({n: self._pair(m, n, variant) for n in kept} for m in models)
+        mean = again.pooled_cost_difference(*sides, self.normalize)
+        row = self._row(mean, "probability", identical=mean.value == 0 and mean.error == 0)
+        self._judge(row, able=True, holm_p=None)
+        return row
+
+    def _kl_cost(self, models: tuple[str, str], variant: str) -> dict | None:
+        sides = [self.answers[m, variant] for m in models]
+        for side in sides:
+            for gate in side.failed_gates:
+                if gate.get("invalidates", WHOLE_VARIANT) in (WHOLE_VARIANT, "shared_text"):
+                    reason = f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
+                    return self._invalid_row(reason, KL_UNIT)
+        tokens = [{r["id"]: r["tokens"] for r in side.passages} for side in sides]
+        unreadable = any(r["kl"] is None for side in sides for r in side.passages)
+        if tokens[0] != tokens[1] or unreadable or len(tokens[0]) < 2:
+            return None
+        mean = again.kl_difference(*(side.passages for side in sides))
+        row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
+        self._judge(row, able=True, holm_p=None, lower=False)
+        return row
+
+
+def _same_scores(pair: again.Pair, normalize: str) -> bool:
+    return again.item_scores(pair[0], normalize) == again.item_scores(pair[1], normalize)
+
+
+def _same_items(first: list[dict], second: list[dict]) -> bool:
+    return {row["id"] for row in first} == {row["id"] for row in second}
+
+
+def _has_scores(rows: list[dict], normalize: str) -> bool:
+    """Whether every row holds finite log-probabilities, and two clusters something to beat."""
+    groups = set()
+    for row in rows:
+        if "logprobs" in row:
+            numbers = [*row["logprobs"]]
+            numbers += [None] if normalize == "bytes" and "option_bytes" not in row else []
+            beaten = True
+        else:
+            numbers = [*(row.get("gold_loglikelihoods") or [None])]
+            beaten = bool(row.get("foil_tokens"))
+            numbers += [row["foil_loglikelihood"]] if beaten else []
+        if not all(x is not None and np.isfinite(x) for x in numbers):
+            return False
+        groups |= {row["cluster"] or row["id"]} if beaten else set()
+    return len(groups) > 1

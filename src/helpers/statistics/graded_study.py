@@ -1,0 +1,366 @@
+"""Graded scores of a whole study: every comparison, one answer a model, the cost of fine-tuning.
+
+Holm's family of the graded scores is the declared comparisons, one test each, apart from the
+family of right and wrong. A comparison that is invalid by its answers is invalid here too.
+Comparisons that nobody declared are exploratory: those of one variant are a family of their
+own, as are its pooled differences over the models, and its costs of fine-tuning over the sets.
+
+A set whose rows hold no log-probabilities has no graded scores, and nothing is said about it.
+Imports no torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from helpers.core.errors import StudyError
+from helpers.core.gates import WHOLE_VARIANT, failed_check
+from helpers.evaluation.predictions import SHARED_TEXT
+from helpers.statistics.clustered import clustered_mean
+from helpers.statistics.comparison import DecisionRules, decision_rules
+from helpers.statistics.controls import VariantAnswers
+from helpers.statistics.graded import (
+    Ability,
+    Estimate,
+    GradedComparison,
+    Scored,
+    Unit,
+    ability,
+    comparison_of,
+    judge_graded,
+    missing_scores,
+    paired_differences,
+    scored,
+)
+from helpers.statistics.interaction import cost_difference, kl_difference
+from helpers.statistics.intervals import holm, tost_from_interval
+from helpers.statistics.pooled import (
+    Recovery,
+    pooled_cost_difference,
+    pooled_difference,
+    recovery,
+)
+from helpers.statistics.verdicts import Verdict
+from helpers.study.schema import Comparison, EvaluationSet, LogLikelihood, Study
+from helpers.study.schema_sources import FineTunedModel
+
+Place = tuple[str, str, str]  # model, evaluation set, variant
+KL_UNIT: Unit = "nats a token"
+NO_ABILITY = "the float model shows no ability that could be lost"
+INSIDE_MARGIN = "the difference is nevertheless inside the margin"
+NO_SCORES = "its graded scores are missing or not finite"
+
+
+@dataclass(frozen=True)
+class GradedVerdict:
+    """One judged difference of graded scores, or of differences.
+
+    Attributes:
+        kind: `invalid`, or a word of `judge_graded`.
+        comparison: None where a side has no finite scores.
+        holm_p: adjusted p, None outside a family.
+        declared: whether the study declared the comparison.
+        margin: largest harmless difference, in the comparison's unit.
+    """
+
+    kind: str
+    reason: str
+    comparison: GradedComparison | None
+    margin: float
+    holm_p: float | None = None
+    declared: bool = False
+
+
+@dataclass(frozen=True)
+class PooledVerdict:
+    """One variant of one model over its informative sets, each with the same weight."""
+
+    sets: tuple[str, ...]
+    verdict: GradedVerdict
+    recovery: Recovery | None
+
+
+@dataclass(frozen=True)
+class FineTuningCost:
+    """What quantization costs the fine-tuned model less what it costs its start.
+
+    Attributes:
+        sets: by evaluation set; `pooled` over the sets informative for both, named in
+            `pooled_sets`; None without such a set.
+        kl: of the shared text, in nats a token; None where the two read other tokens.
+    """
+
+    start: str
+    finetuned: str
+    variant: str
+    sets: dict[str, GradedVerdict]
+    pooled_sets: tuple[str, ...]
+    pooled: GradedVerdict | None
+    kl: GradedVerdict | None
+
+
+@dataclass(frozen=True)
+class GradedStudy:
+    """Everything that graded scores say about a study; empty without any.
+
+    Attributes:
+        abilities: by (model, evaluation set, baseline).
+        pooled: by (model, variant), against the study's baseline.
+    """
+
+    abilities: dict[Place, Ability]
+    comparisons: dict[Comparison, GradedVerdict]
+    pooled: dict[tuple[str, str], PooledVerdict]
+    finetuning: tuple[FineTuningCost, ...]
+
+
+def length_rule(evaluation_set: EvaluationSet) -> str:
+    """How a set's option log-likelihoods are compared: `bytes` or `none`."""
+    ask = evaluation_set.ask
+    return ask.normalize if isinstance(ask, LogLikelihood) else "none"
+
+
+def graded_scores(rows: Sequence[dict], normalize: str) -> Scored | None:
+    """The graded scores of rows; None if a row lacks what they are made from.
+
+    None too where fewer than two clusters have a score: nothing could be estimated.
+    """
+    if not rows or missing_scores(rows):
+        return None
+    options = [row for row in rows if "logprobs" in row]
+    if normalize == "bytes" and any("option_bytes" not in row for row in options):
+        return None  # rows from before the lengths were kept
+    if not all(x is not None and math.isfinite(x) for row in options for x in row["logprobs"]):
+        return None
+    found = scored(rows, normalize=normalize)
+    kept = {found.clusters[i] for i in np.flatnonzero(~np.isnan(found.lead))}
+    return found if len(kept) > 1 else None
+
+
+def graded_study(
+    study: Study,
+    answers: Mapping[tuple[str, str], VariantAnswers],
+    verdicts: Mapping[Comparison, Verdict],
+) -> GradedStudy:
+    """All graded comparisons of a study, pooled differences and costs of fine-tuning.
+
+    Args:
+        answers: by (model, variant).
+        verdicts: of right and wrong: which comparisons there are, and which are invalid.
+    """
+    return _StudyScores(study, answers, verdicts).judged()
+
+
+class _StudyScores:
+    """The scores of a study and the rules it judges them by."""
+
+    def __init__(self, study: Study, answers: Mapping, verdicts: Mapping[Comparison, Verdict]):
+        self.study, self.answers, self.verdicts = study, answers, verdicts
+        self.rules: DecisionRules = decision_rules(study)
+        self.scores: dict[Place, Scored] = {}
+        for (model, variant), variant_answers in answers.items():
+            for name, evaluation_set in study.evaluation.datasets.items():
+                rows = variant_answers.predictions[name]
+                found = graded_scores(rows, length_rule(evaluation_set))
+                if found is not None:
+                    self.scores[model, name, variant] = found
+        sides = {(c.model, c.dataset, c.baseline) for c in verdicts}
+        self.abilities = {
+            at: ability(self.scores[at], confidence=self.rules.confidence)
+            for at in self.scores
+            if at in sides
+        }
+
+    def judged(self) -> GradedStudy:
+        comparisons = self._comparisons()
+        others = [v for v in self.study.variants if v != self.study.baseline]
+        pooled = {at: found for v in others for at, found in self._pooled_of_variant(v).items()}
+        by_model = {
+            (m, v): pooled[m, v] for m in self.study.models for v in others if (m, v) in pooled
+        }
+        return GradedStudy(self.abilities, comparisons, by_model, tuple(self._finetuning()))
+
+    def margin(self, unit: Unit) -> float:
+        margins = self.study.statistics.graded_margins
+        return margins.probability if unit == "probability" else margins.nats
+
+    def _compared(self, estimate: Estimate, unit: Unit, tests: int, identical: bool):
+        """An estimate with what is said of it; `tests` shares the level of the detectable size."""
+        return comparison_of(
+            estimate, unit=unit, confidence=self.rules.confidence, power=self.rules.power,
+            alpha=self.rules.alpha / max(1, tests), identical=identical,
+        )  # fmt: skip
+
+    def _verdict(self, comparison: GradedComparison, able: bool, holm_p: float | None, **fields):
+        margin = self.margin(comparison.unit)
+        adjusted = comparison.p if holm_p is None else holm_p
+        better = fields.pop("higher_is_better", True)
+        kind = judge_graded(
+            comparison, able=able, adjusted_p=adjusted, margin=margin, higher_is_better=better
+        )
+        reason = "" if able else NO_ABILITY
+        if kind in ("worse", "better"):
+            inside = tost_from_interval(
+                comparison.equivalence, margin=margin, alpha=self.rules.alpha
+            )
+            reason = INSIDE_MARGIN if inside else ""
+        return GradedVerdict(kind, reason, comparison, margin, holm_p, **fields)
+
+    def _comparisons(self) -> dict[Comparison, GradedVerdict]:
+        declared = list(dict.fromkeys(self.study.statistics.primary))
+        families: dict[str, dict[Comparison, float]] = {"": dict.fromkeys(declared, 1.0)}
+        members = {c: "" if c in declared else c.variant for c in self.verdicts}
+        for c, family in members.items():
+            families.setdefault(family, {})[c] = 1.0
+        compared = {}
+        for c, family in members.items():
+            sides = [self.scores.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant)]
+            if sides[0] is None:
+                continue
+            compared[c] = None
+            if sides[1] is not None:
+                compared[c] = self._pair(*sides, len(families[family]))
+                if self.verdicts[c].kind != "invalid":
+                    families[family][c] = compared[c].p
+        holm_p = {c: p for family in families.values() for c, p in holm(family).items()}
+        return {
+            c: self._comparison_verdict(c, comparison, holm_p[c], declared=c in declared)
+            for c, comparison in compared.items()
+        }
+
+    def _comparison_verdict(
+        self, c: Comparison, comparison: GradedComparison | None, holm_p: float, *, declared: bool
+    ) -> GradedVerdict:
+        verdict, at = self.verdicts[c], (c.model, c.dataset, c.baseline)
+        if verdict.kind == "invalid" or comparison is None:
+            reason = verdict.reason if verdict.kind == "invalid" else NO_SCORES
+            margin = self.margin(self.scores[at].unit)
+            return GradedVerdict("invalid", reason, comparison, margin, declared=declared)
+        return self._verdict(comparison, self.abilities[at].able, holm_p, declared=declared)
+
+    def _pair(self, before: Scored, after: Scored, tests: int) -> GradedComparison:
+        changes = paired_differences(before, after)
+        estimate = clustered_mean(changes, before.clusters)
+        return self._compared(estimate, before.unit, tests, not changes.any())
+
+    def _invalid(self, model: str, name: str, variant: str) -> str:
+        """Why a variant's scores on a set count for nothing; empty if they count."""
+        if variant == self.study.baseline:
+            return ""
+        baseline = self.study.baseline
+        c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
+        if c in self.verdicts and self.verdicts[c].kind == "invalid":
+            return self.verdicts[c].reason
+        return "" if (model, name, variant) in self.scores else NO_SCORES
+
+    def _pooled_of_variant(self, variant: str) -> dict[tuple[str, str], PooledVerdict]:
+        """By (model, variant), over the sets on which the model's baseline has an ability.
+
+        A variant that is invalid on one of these sets has no pooled difference: to leave that
+        set out would choose sets by their result.
+        """
+        found, models = {}, {m: self._able_sets(m) for m in self.study.models}
+        models = {m: able for m, able in models.items() if able}
+        compared = {}
+        for model, able in models.items():
+            if not any(self._invalid(model, name, variant) for name in able):
+                pairs = {n: self._sides(model, n, variant) for n in able}
+                identical = all(not paired_differences(*pair).any() for pair in pairs.values())
+                compared[model] = self._compared(
+                    pooled_difference(pairs), "probability", len(models), identical
+                )
+        holm_p = holm({m: compared[m].p if m in compared else 1.0 for m in models})
+        for model, able in models.items():
+            if model not in compared:
+                reason = next(r for n in able if (r := self._invalid(model, n, variant)))
+                verdict = GradedVerdict("invalid", reason, None, self.margin("probability"))
+                found[model, variant] = PooledVerdict(able, verdict, None)
+                continue
+            pairs = {n: self._sides(model, n, variant) for n in able}
+            verdict = self._verdict(compared[model], True, holm_p[model])
+            recovered = recovery(pairs, confidence=self.rules.confidence)
+            found[model, variant] = PooledVerdict(able, verdict, recovered)
+        return found
+
+    def _able_sets(self, model: str) -> tuple[str, ...]:
+        return tuple(
+            name
+            for name in self.study.evaluation.datasets
+            if (a := self.abilities.get((model, name, self.study.baseline))) and a.able
+        )
+
+    def _sides(self, model: str, name: str, variant: str) -> tuple[Scored, Scored]:
+        return self.scores[model, name, self.study.baseline], self.scores[model, name, variant]
+
+    def _finetuning(self):
+        for finetuned, source in self.study.models.items():
+            if not isinstance(source, FineTunedModel):
+                continue
+            start = source.finetune.start
+            for variant in self.study.variants:
+                there = {(m, v) for m in (start, finetuned) for v in (self.study.baseline, variant)}
+                if variant == self.study.baseline or not there <= self.answers.keys():
+                    continue
+                if cost := self._cost(start, finetuned, variant):
+                    yield cost
+
+    def _cost(self, start: str, finetuned: str, variant: str) -> FineTuningCost | None:
+        baseline, models = self.study.baseline, (start, finetuned)
+        names = [
+            name
+            for name in self.study.evaluation.datasets
+            if all((m, name, v) in self.scores for m in models for v in (baseline, variant))
+            and self.scores[start, name, baseline].ids == self.scores[finetuned, name, baseline].ids
+        ]
+        invalid = {
+            n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
+        }
+        pairs = {n: [self._sides(m, n, variant) for m in models] for n in names}
+        compared = {n: self._cost_of_set(*pairs[n], len(names)) for n in names}
+        holm_p = holm({n: 1.0 if invalid[n] else compared[n].p for n in names})
+        sets = {}
+        for n in names:
+            able = all(self.abilities[m, n, baseline].able for m in models)
+            if invalid[n]:
+                margin = self.margin(compared[n].unit)
+                sets[n] = GradedVerdict("invalid", invalid[n], compared[n], margin)
+            else:
+                sets[n] = self._verdict(compared[n], able, holm_p[n])
+        kept = [n for n in names if all(self.abilities[m, n, baseline].able for m in models)]
+        pooled = self._pooled_cost(kept, pairs, invalid) if kept else None
+        kl = self._kl_cost(start, finetuned, variant)
+        if not sets and kl is None:
+            return None
+        return FineTuningCost(start, finetuned, variant, sets, tuple(kept), pooled, kl)
+
+    def _cost_of_set(self, base, finetuned, tests: int) -> GradedComparison:
+        estimate = cost_difference(base, finetuned)
+        changes = paired_differences(*finetuned) - paired_differences(*base)
+        return self._compared(estimate, base[0].unit, tests, not changes.any())
+
+    def _pooled_cost(self, kept: list[str], pairs: dict, invalid: dict) -> GradedVerdict:
+        if reasons := [invalid[n] for n in kept if invalid[n]]:
+            return GradedVerdict("invalid", reasons[0], None, self.margin("probability"))
+        estimate = pooled_cost_difference(*({n: pairs[n][i] for n in kept} for i in (0, 1)))
+        comparison = self._compared(
+            estimate, "probability", 1, estimate.mean == 0 and estimate.degenerate
+        )
+        return self._verdict(comparison, True, None)
+
+    def _kl_cost(self, start: str, finetuned: str, variant: str) -> GradedVerdict | None:
+        sides = [self.answers[m, variant] for m in (start, finetuned)]
+        guarded = [WHOLE_VARIANT, SHARED_TEXT]
+        for side in sides:
+            if reason := failed_check(side.gates, guarded):
+                return GradedVerdict("invalid", reason, None, self.margin(KL_UNIT))
+        if len(sides[0].passages) < 2:
+            return None
+        try:
+            estimate = kl_difference(*(side.passages for side in sides))
+        except StudyError:  # other tokens, or a passage without a finite KL
+            return None
+        identical = estimate.mean == 0 and estimate.degenerate
+        comparison = self._compared(estimate, KL_UNIT, 1, identical)
+        return self._verdict(comparison, True, None, higher_is_better=False)
