@@ -44,7 +44,7 @@ def answers_frame(results: "Results") -> pd.DataFrame:
 def _rows(results: "Results", evaluated) -> Iterator[dict]:
     owner = {"model": evaluated.model, "variant": evaluated.variant}
     for dataset, predictions in evaluated.predictions.items():
-        valid = evaluated.problem_of(dataset) is None
+        valid = evaluated.failed_check_on(dataset) is None
         questions = results.questions.get(dataset, {})
         for row in predictions:
             question = questions.get(row["id"])
