@@ -34,7 +34,8 @@ from helpers.cost.throughput import (
 )
 from helpers.evaluation.checks.batch_invariance import SAMPLE, exact
 from helpers.evaluation.checks.float_reference import PASSAGES
-from helpers.evaluation.prompts import cuts, option_tokens, prompt, prompt_tokens
+from helpers.evaluation.gold_answers import answer_tokens, gold_answers
+from helpers.evaluation.prompts import asked_tokens, option_tokens, prompt
 from helpers.inference.packed_rows import Text, cut
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.batching import FEWEST_ROWS
@@ -58,7 +59,7 @@ class Asked:
         items: how many.
         alone: tokens of all prompts, each read from its beginning.
         together: the same with shared beginnings read once.
-        options: tokens of the options that are read; none where answers are written.
+        options: tokens read of the options, or of golds and foils where answers are written.
         predicted: how many tokens' predictions are looked at before any is written.
         cap: the most new tokens of an answer; 0 where none is written.
     """
@@ -80,9 +81,15 @@ def asked(study: Study, name: str, tokenizer) -> Asked:
         texts = [cut(t.context, t.cuts) for t in tokens]
         options = sum(len(option) - 1 for t in tokens for option in t.options)
         return _asked(texts, options, options + len(texts), 0)
-    ids = [prompt_tokens(tokenizer, p) for p in prompts]
-    texts = [cut(t, cuts(tokenizer, p, t)) for p, t in zip(prompts, ids, strict=True)]
-    return _asked(texts, 0, len(texts), wanted.ask.max_new_tokens)
+    tokens = [asked_tokens(tokenizer, p) for p in prompts]
+    golds = gold_answers([p.item for p in prompts], wanted)
+    read = [
+        answer_tokens(tokenizer, p, t, golds[p.item.id].texts, wanted.ask)
+        for p, t in zip(prompts, tokens, strict=True)
+    ]
+    texts = [cut(t.context, t.cuts) for t in tokens]
+    options = sum(len(option) - 1 for r in read for option in r.options)
+    return _asked(texts, options, options + 2 * len(texts), wanted.ask.max_new_tokens)
 
 
 def _asked(texts: Sequence[Text], options: int, predicted: int, cap: int) -> Asked:

@@ -50,7 +50,38 @@ def metrics(adapter: str, predictions: list[dict]) -> dict:
         found |= number_metrics(predictions)
     else:
         found["macro_f1"] = macro_f1(predictions)
-    return found | conduct(predictions)
+    return found | conduct(predictions) | gold_metrics(predictions)
+
+
+def gold_metrics(predictions: list[dict]) -> dict:
+    """Graded scores of written answers, in nats a token; none where no golds were read.
+
+    Of the golds of an item the one with the best mean counts. None where a sum is not finite.
+    """
+    if not all("gold_loglikelihoods" in p for p in predictions):
+        return {}
+    golds = [gold_score(p) for p in predictions]
+    foils = [(g, foil_score(p)) for g, p in zip(golds, predictions, strict=True) if p["foil"]]
+    finite = None not in golds and all(foil is not None for _, foil in foils)
+    return {
+        "gold_nats_per_token": mean(golds) if finite else None,
+        "foil_nats_per_token": mean(f for _, f in foils) if finite and foils else None,
+        "gold_above_foil": mean(g > f for g, f in foils) if finite and foils else None,
+    }
+
+
+def gold_score(prediction: dict) -> float | None:
+    """Log-likelihood of the best gold in nats a token; None where one is not finite."""
+    sums, sizes = prediction["gold_loglikelihoods"], prediction["gold_tokens"]
+    if None in sums:
+        return None
+    return max(s / n for s, n in zip(sums, sizes, strict=True))
+
+
+def foil_score(prediction: dict) -> float | None:
+    """Log-likelihood of the foil in nats a token; None where it is not finite."""
+    value = prediction["foil_loglikelihood"]
+    return None if value is None else value / prediction["foil_tokens"]
 
 
 def conduct(predictions: list[dict]) -> dict:

@@ -79,6 +79,33 @@ FIELDS: dict[str, dict[str, Callable[[Any], bool]]] = {
 }
 
 
+def _sum(value: Any) -> bool:
+    """A log-likelihood; None where it was not finite."""
+    return value is None or (_number(value) and value <= 0)
+
+
+def _sums(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_sum, value))
+
+
+def _size(value: Any) -> bool:
+    return _count(value) and value > 0
+
+
+def _sizes(value: Any) -> bool:
+    return isinstance(value, list) and value != [] and all(map(_size, value))
+
+
+GOLDS: dict[str, Callable[[Any], bool]] = {  # of written answers; older rows have none of them
+    "gold_loglikelihoods": _sums,
+    "gold_tokens": _sizes,
+    "foil_loglikelihood": _sum,
+    "foil_tokens": _or_none(_size),
+    "foil": _or_none(_name),
+    "gold_hash": _name,
+}
+
+
 def refuse_odd_rows(rows: list, *, kind: str, place: str) -> None:
     """Make sure that every row is one of its kind, and no id occurs twice.
 
@@ -102,6 +129,8 @@ def refuse_odd_rows(rows: list, *, kind: str, place: str) -> None:
 def _odd_field(row: Any, fields: dict[str, Callable[[Any], bool]]) -> str | None:
     if not isinstance(row, dict):
         return "is no row of named values"
+    if any(name in row for name in GOLDS):
+        fields = fields | GOLDS
     for name, fits in fields.items():
         if name not in row:
             return f"lacks {name!r}"
@@ -110,6 +139,10 @@ def _odd_field(row: Any, fields: dict[str, Callable[[Any], bool]]) -> str | None
     logprobs = row.get("logprobs", [])
     if not isinstance(logprobs, list) or not all(map(_number, logprobs)):
         return "has log-probabilities that are no numbers"
+    if len(row.get("gold_loglikelihoods", ())) != len(row.get("gold_tokens", ())):
+        return "has another number of gold_loglikelihoods than of gold_tokens"
+    if (row.get("foil") is None) != (row.get("foil_tokens") is None):
+        return "has a foil without its tokens, or tokens of none"
     return None
 
 

@@ -14,7 +14,8 @@ from transformers.utils import logging
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
-from helpers.evaluation.prompts import option_tokens, prompt, prompt_tokens
+from helpers.evaluation.gold_answers import answer_tokens, gold_answers
+from helpers.evaluation.prompts import asked_tokens, option_tokens, prompt
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.rotary_positions import fixed_up_to
 from helpers.sources.bundled_model import bundled_model_is_here
@@ -34,7 +35,7 @@ from helpers.sources.sampling import (
 )
 from helpers.study.loading import load_study, place_of, study_file
 from helpers.study.pins import is_commit
-from helpers.study.schema import Study
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
 
 ANEW = "resize them with model.resize_token_embeddings and train, or take the tokenizer it had"
@@ -157,11 +158,8 @@ def _texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Texts, st
         if wanted.ask.protocol == "loglikelihood":
             yield key, _scored(tokenizer, asked), "leave the item out"
         else:
-            cap, remedy = (
-                wanted.ask.max_new_tokens,
-                "lower max_new_tokens or shots, or leave the item out",
-            )
-            yield key, _answered(tokenizer, asked, cap), remedy
+            remedy = "lower max_new_tokens or shots, or leave the item out"
+            yield key, _answered(tokenizer, asked, wanted), remedy
     shared = study.evaluation.shared_text
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=shared.max_tokens)
     texts = ((f"passage {i}", ids, 0) for i, ids in enumerate(tokens, start=1))
@@ -189,10 +187,15 @@ def _scored(tokenizer, asked) -> Texts:
         yield f"item {each.item.id}", found.context + longest, 0
 
 
-def _answered(tokenizer, asked, cap: int) -> Texts:
-    end = end_of_turn(tokenizer)
+def _answered(tokenizer, asked, wanted: EvaluationSet) -> Texts:
+    """Each prompt with the highest id that may follow it, and room for the longest answer."""
+    end, golds = end_of_turn(tokenizer), gold_answers([each.item for each in asked], wanted)
     for each in asked:
-        yield f"item {each.item.id}", [*prompt_tokens(tokenizer, each), end], cap - 1
+        texts, tokens = golds[each.item.id].texts, asked_tokens(tokenizer, each)
+        read = answer_tokens(tokenizer, each, tokens, texts, wanted.ask).options
+        room = max([wanted.ask.max_new_tokens, *map(len, read)])
+        highest = max([end, *(token for option in read for token in option)])
+        yield f"item {each.item.id}", [*tokens.context, highest], room - 1
 
 
 def _within(texts: Texts, key: str, limit: int) -> Texts:

@@ -5,7 +5,7 @@ each other, at the positions they would have alone. What several contexts begin 
 computed once for all of them. The head runs only where a scored token is predicted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,17 @@ def option_loglikelihoods(
     """
     apart = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
     for index in apart:
-        yield index, [_alone(model, items[index].context, o) for o in items[index].options]
+        yield (
+            index,
+            [alone_loglikelihood(model, items[index].context, o) for o in items[index].options],
+        )
     together = [i for i in range(len(items)) if i not in set(apart)]
     packed_items = [items[i] for i in together]
     for index, sums in _packed(model, packed_items, batch_tokens):
         yield together[index], sums
 
 
-def _alone(model, context: list[int], option: list[int]) -> float:
+def alone_loglikelihood(model, context: list[int], option: list[int]) -> float:
     """The option's summed log-probability by one pass over context and option."""
     hidden, first = single_sequence.states(model, context + option), len(context) - 1
     places = list(range(first, first + len(option)))
@@ -102,26 +105,42 @@ def _packed(
     for indices, segments, leaves in rows(texts, make, row_tokens=batch_tokens):
         with packed(model):
             hidden = read(model, segments)
-        starts = _starts(segments)
-        wanted = [
-            (starts[leaf] + at, token, (index, k))
-            for index, leaf in zip(indices, leaves, strict=True)
-            for at, token, k in targets(items[index], leaf.branches)
+        begins = starts(segments)
+        pieces = [
+            (begins[leaf], items[i], leaf.branches) for i, leaf in zip(indices, leaves, strict=True)
         ]
-        sums = {(i, k): 0.0 for i in indices for k in range(len(items[i].options))}
-        logprobs = target_logprobs(model, hidden, [w[0] for w in wanted], [w[1] for w in wanted])
-        for (_, _, owner), value in zip(wanted, logprobs.tolist(), strict=True):
-            sums[owner] += value
-        for i in indices:
-            yield i, [sums[i, k] for k in range(len(items[i].options))]
+        yield from zip(indices, option_sums(model, hidden, pieces), strict=True)
 
 
-def _starts(segments: list[Segment]) -> dict[Segment, int]:
-    starts, end = {}, 0
+def option_sums(
+    model, hidden: Tensor, pieces: Sequence[tuple[int, OptionTokens, list[int]]]
+) -> list[list[float]]:
+    """Summed log-probability of each option of several items read in one row.
+
+    Args:
+        hidden: (rows, hidden) states of the row.
+        pieces: (where its segment starts in the row, item, the segment's branches) of each item;
+            what comes before a segment without a context is the context's end.
+    """
+    wanted = [
+        (start + at, token, (number, k))
+        for number, (start, item, branches) in enumerate(pieces)
+        for at, token, k in targets(item, branches)
+    ]
+    sums = [[0.0] * len(item.options) for _, item, _ in pieces]
+    logprobs = target_logprobs(model, hidden, [w[0] for w in wanted], [w[1] for w in wanted])
+    for (_, _, (number, k)), value in zip(wanted, logprobs.tolist(), strict=True):
+        sums[number][k] += value
+    return sums
+
+
+def starts(segments: list[Segment]) -> dict[Segment, int]:
+    """Where each segment begins in the row of all of them."""
+    found, end = {}, 0
     for segment in segments:
-        starts[segment] = end
+        found[segment] = end
         end += len(segment.tokens)
-    return starts
+    return found
 
 
 def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int]) -> Tensor:

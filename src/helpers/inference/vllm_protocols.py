@@ -5,7 +5,7 @@ a model of torch, for one that can only be asked (`helpers.inference.vllm_client
 How its engine batches is its own affair; what is handed over at once is bounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -46,22 +46,29 @@ def generate_greedy(
     stop_tokens: set[int],
     batch_tokens: int,
     complete: Callable[[list[int]], bool] | None = None,
+    options: Sequence[Sequence[list[int]]] = (),
     **_its_own_affair,
 ) -> Iterator[tuple[int, Generated]]:
-    """Yield (prompt index, answer); an answer that was complete before its end is cut there."""
+    """Yield (prompt index, answer); an answer that was complete before its end is cut there.
+
+    The log-likelihoods of the options are asked for by prompt_logprobs, after the answers.
+    """
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
         asked = [prompts[i] for i in batch]
         found = model.generate(asked, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens)
-        for i, (tokens, reason) in zip(batch, found, strict=True):
-            yield i, _cut(tokens, reason, complete)
+        after = [list(options[i]) if options else [] for i in batch]
+        rows = [(prompt, o) for prompt, own in zip(asked, after, strict=True) for o in own]
+        sums = iter(model.score(rows) if rows else ())
+        for i, own, (tokens, reason) in zip(batch, after, found, strict=True):
+            yield i, _cut(tokens, reason, complete, tuple(next(sums) for _ in own))
 
 
-def _cut(tokens: list[int], reason: str, complete) -> Generated:
+def _cut(tokens: list[int], reason: str, complete, loglikelihoods: tuple) -> Generated:
     for end in range(1, len(tokens) + 1) if complete else ():
         if complete(tokens[:end]):
-            return Generated(tokens[:end], "answer")
-    return Generated(tokens, reason)
+            return Generated(tokens[:end], "answer", loglikelihoods)
+    return Generated(tokens, reason, loglikelihoods)
 
 
 def passage_states(model, passages: list[list[int]]) -> torch.Tensor:

@@ -138,6 +138,20 @@ def end_of_turn(tokenizer) -> int:
     return found[0] if found else tokenizer.eos_token_id
 
 
+def answer_lead(tokenizer) -> str:
+    """What the template writes between the room for an answer and the answer.
+
+    Mostly nothing; a space after `[/INST]`, or a thinking block that is empty. Empty too where
+    the template renders an answer that was given behind another header than one to be written.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    asked = _rendered(tokenizer)
+    answered = tokenizer.apply_chat_template([*PROBE, ANSWER], tokenize=False)
+    before, mark, _ = answered.partition(ANSWER["content"])
+    return before[len(asked) :] if mark and before.startswith(asked) else ""
+
+
 def _rendered(tokenizer, **switches) -> str:
     return tokenizer.apply_chat_template(
         PROBE, tokenize=False, add_generation_prompt=True, **switches
