@@ -11,7 +11,7 @@ from conftest import STUDY
 from evaluated_run import looked_at
 from helpers.evaluation.checks.batch_invariance import invariance_gate
 from helpers.evaluation.checks.evaluation_data import ask_alone
-from helpers.evaluation.checks.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
+from helpers.evaluation.checks.second_opinion import GOLDS, LAYERS, LOGPROBS, TEXT, TOKENS
 from helpers.evaluation.engine import ask_all
 from helpers.inference import generation, kv_cache, loglikelihood, packed_rows, perplexity
 from helpers.quantization.variants import load_variant
@@ -65,7 +65,7 @@ SOUND += [("qwen3", "rtn_w8a8"), ("qwen3", "o3")]
 def test_a_sound_engine_agrees(runs, family, variant):
     gates = looked_at(runs(family, variant))
     assert [gate for _, gate in gates if not gate.passed] == []
-    assert {gate.name for _, gate in gates} == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert {gate.name for _, gate in gates} == {LAYERS, LOGPROBS, TOKENS, GOLDS, TEXT}
     assert {what for what, _ in gates} == {"whole variant", "arc", "squad_v2", "boolq"}
 
 
@@ -229,7 +229,7 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
         return [(max(0, at - 1), token, k) for at, token, k in whole(item, branches)]
 
     monkeypatch.setattr(loglikelihood, "targets", shifted)
-    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
@@ -237,7 +237,7 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
 def test_an_option_without_its_last_token(runs, monkeypatch, variant):
     whole = loglikelihood.targets
     monkeypatch.setattr(loglikelihood, "targets", lambda *args: whole(*args)[:-1])
-    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
@@ -354,5 +354,5 @@ def test_texts_packed_whose_positions_depend_on_their_length(tmp_path, monkeypat
 def test_a_look_that_fails_is_a_gate_that_fails(runs, monkeypatch):
     monkeypatch.setattr("helpers.evaluation.checks.traces.Trace.rows_of", lambda *_: None)
     gates = looked_at(runs("llama", "rtn_w8a8"))
-    assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, GOLDS, TEXT}
     assert any("did not read this text" in gate.measured for _, gate in gates)

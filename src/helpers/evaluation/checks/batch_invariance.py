@@ -74,9 +74,9 @@ def _options_alone(pairs: list[tuple[dict, dict]], floats: dict[str, dict], told
     The baseline is held against both answers, and the nearer one counts: a batch that was
     mixed up is far from it, and must not widen its own limit.
     """
-    moved = _rms_change(pairs)
+    moved = rms_change(pairs)
     distances = [
-        _rms_change([(floats[pair[side]["id"]], pair[side]) for pair in pairs]) for side in (0, 1)
+        rms_change([(floats[pair[side]["id"]], pair[side]) for pair in pairs]) for side in (0, 1)
     ]
     if moved is None or None in distances:
         return Gate("same answer alone", False, told, "log-probabilities are there to compare")
@@ -132,7 +132,7 @@ def _largest_change(pairs: list[tuple[dict, dict]]) -> float:
     return largest(changes)
 
 
-def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:
+def rms_change(pairs: list[tuple[dict, dict]]) -> float | None:
     """Root mean square change of the options' log-probabilities; None if there are none."""
     squares = [
         (x - y) ** 2

@@ -10,6 +10,7 @@ from helpers.core.records import read_json
 from helpers.evaluation.checks.batch_invariance import exact, sample
 from helpers.evaluation.checks.float_reference import read_reference, read_shaken
 from helpers.evaluation.checks.full_logits import Recomputed
+from helpers.evaluation.checks.gold_gates import DueGolds, due_golds
 from helpers.evaluation.checks.integrity import Asked, Evidence, evaluation_gates
 from helpers.evaluation.checks.prompt_gates import Shown, answer_opening, order_gate
 from helpers.evaluation.checks.second_opinion import (
@@ -21,6 +22,7 @@ from helpers.evaluation.checks.second_opinion import (
 )
 from helpers.evaluation.checks.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.evaluation.engine import evaluate
+from helpers.evaluation.gold_answers import gold_answers
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompts import Prompt, asked_tokens, prompt
 from helpers.inference.perplexity import passage_tokens, read_passages
@@ -98,6 +100,7 @@ def gather(job: Job, model, tokenizer, *, loaded: list[Gate], recomputed: Recomp
         texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
         pools={name: pool_of(wanted) for name, wanted in study.evaluation.datasets.items()},
         opinions=opinions(job, model, tokenizer, opinion, predictions, passages),
+        golds=golds_now(study, tokenizer, own_tokenizer(job), predictions),
     )
 
 
@@ -174,6 +177,26 @@ def asked_now(study: Study, tokenizer, own) -> dict[str, list[Asked]]:
     }
 
 
+def golds_now(
+    study: Study, tokenizer, own, predictions: dict[str, list[dict]]
+) -> dict[str, dict[str, DueGolds]]:
+    """What has to be read after every prompt that is answered in writing, by set and item id.
+
+    Args:
+        tokenizer, own: as in `asked_now`.
+        predictions: name the foils.
+    """
+    found: dict[str, dict[str, DueGolds]] = {}
+    for name, wanted in study.evaluation.datasets.items():
+        if wanted.ask.protocol != "generate":
+            continue
+        foils = {row["id"]: row.get("foil") for row in predictions.get(name, [])}
+        for item in evaluation_items(study, name):
+            args = tokenizer, own, item, wanted, prompt(item, wanted, tokenizer).text
+            found.setdefault(name, {})[item.id] = due_golds(*args, foils.get(item.id))
+    return found
+
+
 def asked_of(tokenizer, asked: Prompt, shown: Shown) -> Asked:
     """A prompt with its tokens, and the digest of both that a prediction has to have stored.
 
@@ -214,8 +237,10 @@ def ask_again(model, tokenizer, study: Study, variant: str, alone: dict[str, lis
     found, limits = {}, study.evaluation.batch
     for name, wanted in study.evaluation.datasets.items():
         if wanted.ask.protocol == "generate":
-            first = [i for i in evaluation_items(study, name) if i.id == alone[name][0]["id"]]
-            found[name] = list(evaluate(model, tokenizer, first, wanted, limits=limits))
+            items = evaluation_items(study, name)
+            first = [item for item in items if item.id == alone[name][0]["id"]]
+            read = {"limits": limits, "golds": gold_answers(items, wanted)}
+            found[name] = list(evaluate(model, tokenizer, first, wanted, **read))
     return found
 
 
@@ -232,10 +257,10 @@ def ask_alone(
         items = evaluation_items(study, name)
         chosen = sample([item.id for item in items], wanted.ask.protocol, seed=study.seed)
         few = [item for item in items if item.id in chosen]
-        limits = study.evaluation.batch
+        read = {"limits": study.evaluation.batch, "golds": gold_answers(items, wanted)}
         found[name] = []
         for item in Bar(few, desc=f"{name}, asked alone", unit="item"):
             with opinion.of(name, item) as rows:
-                rows += evaluate(model, tokenizer, [item], wanted, limits=limits)
+                rows += evaluate(model, tokenizer, [item], wanted, **read)
             found[name] += rows
     return found

@@ -16,6 +16,13 @@ from helpers.evaluation.checks.absolute_limits import (
 )
 from helpers.evaluation.checks.batch_invariance import exact, invariance_gate, repeat_gate
 from helpers.evaluation.checks.behavior import conduct_gates
+from helpers.evaluation.checks.gold_gates import (
+    DueGolds,
+    company_gate,
+    foil_gate,
+    golds_gate,
+    not_finite,
+)
 from helpers.evaluation.checks.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.checks.prompt_gates import Shown, contents_gate, draw_gate
@@ -65,6 +72,7 @@ class Evidence:
         pools: by set, the items it is drawn from.
         texts: raw passages of the shared text's source.
         trained: gates on the fine-tuning, made with the trained model's files.
+        golds: by set of written answers and item id, what has to be read after its prompt.
         opinions: gates on its answers by transformers' own forward pass, with what they guard.
     """
 
@@ -90,6 +98,7 @@ class Evidence:
     pools: dict[str, list[Item]] = field(default_factory=dict)
     trained: tuple[Gate, ...] = ()
     texts: set[str] = field(default_factory=set)
+    golds: dict[str, dict[str, DueGolds]] = field(default_factory=dict)
 
 
 def evaluation_gates(e: Evidence) -> list[tuple[str, Gate]]:
@@ -156,6 +165,11 @@ def dataset_gates(e: Evidence, name: str) -> list[Gate]:
     ]
     if not generated:
         return [*gates, options_gate(rows, before)]
+    gates += [
+        golds_gate(rows, e.golds.get(name, {})),
+        foil_gate(wanted, rows, items),
+        company_gate(e.study, e.variant, rows, before, alone),
+    ]
     if exact(e.study, e.variant):
         return gates
     return [*gates, repeat_gate(alone, e.again.get(name, []))]
@@ -218,8 +232,12 @@ def rescored_gate(wanted: EvaluationSet, rows: list[dict], asked: list[Asked]) -
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
-    """No answer ended in logits that are not finite, and the shared text has its figures."""
-    broken = sum(r["finish_reason"] == "nonfinite" for rows in predictions.values() for r in rows)
+    """No answer, gold or foil met logits that are not finite; the shared text has its figures."""
+    broken = sum(
+        r["finish_reason"] == "nonfinite" or not_finite(r)
+        for rows in predictions.values()
+        for r in rows
+    )
     lacking = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
     told = f"; no {' and no '.join(lacking)}" if lacking else ""
     return Gate(

@@ -19,6 +19,7 @@ from torch import Tensor
 from helpers.core.gates import WHOLE_VARIANT, Gate
 from helpers.evaluation.checks.call_gates import linear_files
 from helpers.evaluation.checks.fresh_model import Reading, read_whole
+from helpers.evaluation.checks.gold_gates import DueGolds, due_golds, log_likelihoods
 from helpers.evaluation.checks.playback import Playback
 from helpers.evaluation.checks.rounding_bounds import (
     FEWEST_EPS,
@@ -31,16 +32,19 @@ from helpers.evaluation.checks.rounding_bounds import (
     tie_margin,
 )
 from helpers.evaluation.checks.traces import FINAL, OUTPUT, Trace, traced
-from helpers.evaluation.prompts import option_tokens, prompt
+from helpers.evaluation.prompts import Prompt, option_tokens, prompt
+from helpers.inference.loglikelihood import OptionTokens
 from helpers.inference.vllm_protocols import is_served
 from helpers.sources.chat_conversations import tokenize
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
+from helpers.study.schema import EvaluationSet
 from helpers.study.study_run import Job
 
 LAYERS = "layers as transformers computes them"
 LOGPROBS = "log-probabilities as transformers computes them"
 TOKENS = "generated tokens as transformers decodes them"
+GOLDS = "golds as likely as transformers computes"
 TEXT = "shared text as transformers reads it"
 LOOKED_AT = {"loglikelihood": 1, "generate": 1, TEXT: 1}  # items of every set, and passages
 TRACE_BYTES = 48 * 2**20  # of one text's states
@@ -86,6 +90,7 @@ class SecondOpinion:
         self.layers = self.exact.layers
         self.by_layer, self.text = Comparison(), Comparison()
         self.answers: dict[str, Comparison] = {}
+        self.golds: dict[str, Comparison] = {}
         self._readings: list[Reading] = []
         self._looked_at: dict[str, int] = {}
         self._next_layer = 0
@@ -106,12 +111,23 @@ class SecondOpinion:
             length = len(tokens.context) + sum(map(len, tokens.options))
         else:
             tokens, look = tokenize(self.tokenizer, asked.text), self._written
-            length = len(tokens) + asking.ask.max_new_tokens
+            length = (
+                len(tokens) + asking.ask.max_new_tokens + 2 * sum(self._golds(asked, asking).sizes)
+            )
         with ExitStack() as stack:
             trace = self._guarded(compared, item.id, self._trace, stack, length)
             yield rows
-        if trace:
-            self._guarded(compared, item.id, look, trace, tokens, rows, item.id, compared)
+        if not trace:
+            return
+        self._guarded(compared, item.id, look, trace, tokens, rows, item.id, compared)
+        if asking.ask.protocol == "generate":
+            golds = self.golds.setdefault(dataset, Comparison())
+            self._guarded(golds, item.id, self._read_after, trace, tokens, rows, asked, dataset)
+
+    def _golds(self, asked: Prompt, asking: EvaluationSet, foil: str | None = None) -> DueGolds:
+        """What has to be read after a prompt that is answered in writing."""
+        tokenizer = self.tokenizer
+        return due_golds(tokenizer, tokenizer, asked.item, asking, asked.text, foil)
 
     def passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
         """Have passages read once more, and hold what was stored of them to transformers.
@@ -145,6 +161,8 @@ class SecondOpinion:
             scored = self.job.study.evaluation.datasets[dataset].ask.protocol == "loglikelihood"
             name = LOGPROBS if scored else TOKENS
             gates.append((dataset, compared.gate(name, "options" if scored else "tokens", "nats")))
+        for dataset, compared in self.golds.items():
+            gates.append((dataset, compared.gate(GOLDS, "golds and foils", "nats")))
         return gates
 
     def _guarded(self, compared: Comparison, where: str, step: Callable, *args):
@@ -195,27 +213,45 @@ class SecondOpinion:
     def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
         """The log-probability of every option, summed over its tokens."""
         [row] = rows
-        if len(row.get("logprobs", ())) != len(tokens.options):
+        self._continued(trace, tokens, row.get("logprobs", ()), where, compared)
+
+    def _read_after(self, trace: Trace, context: list[int], rows, asked: Prompt, dataset) -> None:
+        """The log-likelihood of every gold and the foil after the prompt of a written answer."""
+        [row], asking = rows, self.job.study.evaluation.datasets[dataset]
+        due = self._golds(asked, asking, row.get("foil"))
+        tokens = OptionTokens(context, list(due.tokens))
+        self._continued(trace, tokens, log_likelihoods(row), row["id"], self.golds[dataset])
+
+    def _continued(self, trace: Trace, tokens: OptionTokens, sums, where: str, compared) -> None:
+        """The log-probability of every text that continues a context."""
+        if len(sums) != len(tokens.options):
             raise LookupError("the item has no log-probabilities")
-        first = len(tokens.context) - 1
-        for k, (option, logprob) in enumerate(zip(tokens.options, row["logprobs"], strict=True)):
+        first, looks = len(tokens.context) - 1, []
+        for k, (option, logprob) in enumerate(zip(tokens.options, sums, strict=True)):
             text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
             found = trace.rows_of_option(tokens.context, tokens.options, k)
             states = self._states(trace, found, text, where)
-            self._scored(Reading(compared, where, text, places, option, logprob, k), states)
+            looks.append((Reading(compared, where, text, places, option, logprob, k), states))
+        self._scored(looks)
 
     def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
         """The loss on a passage, but for what is not predicted of its beginning."""
         text, first = passage[:-1], max(0, len(passage) - 1 - row["tokens"])
         states = self._states(trace, trace.rows_of(text), text, "shared text")
         places, targets = list(range(first, len(text))), passage[1 + first :]
-        self._scored(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)
+        self._scored([(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)])
 
-    def _scored(self, reading: Reading, states: Both) -> None:
-        """Hold the log-probability of some tokens to the states before the head."""
-        self._readings.append(reading)
-        exact, rounded = self._head(states, reading.places)
-        self._sum(reading, exact, rms(exact - rounded))
+    def _scored(self, looks: list[tuple[Reading, Both]]) -> None:
+        """Hold the log-probability of some tokens of each text to its states before the head."""
+        self._readings += [reading for reading, _ in looks]
+        together = tuple(
+            torch.cat([states[side][reading.places] for reading, states in looks])
+            for side in (0, 1)
+        )
+        sizes = [len(reading.places) for reading, _ in looks]
+        logits = (part.split(sizes) for part in self._head(together, list(range(sum(sizes)))))
+        for (reading, _), exact, rounded in zip(looks, *logits, strict=True):
+            self._sum(reading, exact, rms(exact - rounded))
 
     def _sum(self, reading: Reading, logits: Tensor, change: float) -> None:
         difference = abs(reading.engine - float(each_logprob(logits, reading.targets).sum()))
@@ -226,7 +262,7 @@ class SecondOpinion:
         """Every generated token is the likeliest, but for ties."""
         [row], written = rows, trace.written()
         text = [*asked, *(trace.ids[i] for i in written)]
-        begin = trace.rows_of(asked)
+        begin = trace.rows_of(asked, last=True)
         states = self._states(trace, None if begin is None else begin + written, text, where)
         places = list(range(len(asked) - 1, len(text)))
         reading = Reading(compared, where, text, places, None, row)
@@ -267,6 +303,12 @@ class SecondOpinion:
             for name, rows in predictions.items()
             for row in rows
             if name in self.answers and "logprobs" in row
+        }
+        stored |= {
+            (id(self.golds[name]), row["id"]): log_likelihoods(row)
+            for name, rows in predictions.items()
+            for row in rows
+            if name in self.golds
         }
         for reading, found in zip(self._readings, logits, strict=True):
             if reading.targets is None:
