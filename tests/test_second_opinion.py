@@ -9,6 +9,7 @@ import yaml
 
 from conftest import STUDY
 from evaluated_run import looked_at
+from helpers.evaluation import engine
 from helpers.evaluation.checks.batch_invariance import invariance_gate
 from helpers.evaluation.checks.evaluation_data import ask_alone
 from helpers.evaluation.checks.second_opinion import GOLDS, LAYERS, LOGPROBS, TEXT, TOKENS
@@ -238,6 +239,61 @@ def test_an_option_without_its_last_token(runs, monkeypatch, variant):
     whole = loglikelihood.targets
     monkeypatch.setattr(loglikelihood, "targets", lambda *args: whole(*args)[:-1])
     assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
+
+
+def golds_of_the_token_before(patch):
+    """Each token of a gold looked up where the one before it is predicted."""
+    whole = generation.option_sums
+
+    def early(model, hidden, pieces):
+        return whole(model, hidden, [(start - 1, *rest) for start, *rest in pieces])
+
+    patch.setattr(generation, "option_sums", early)
+
+
+def a_foil_stored_as_the_gold(patch):
+    whole = engine.gold_fields
+
+    def swapped(golds, options, loglikelihoods):
+        return whole(golds, options, loglikelihoods[::-1])
+
+    patch.setattr(engine, "gold_fields", swapped)
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "{lapse}", GOLDS)
+@pytest.mark.parametrize("lapse", [golds_of_the_token_before, a_foil_stored_as_the_gold])
+def test_log_likelihoods_of_golds(runs, monkeypatch, lapse, variant):
+    lapse(monkeypatch)
+    assert failed(looked_at(runs("llama", variant))) == {GOLDS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "golds read after a prompt without its end", LAYERS)
+def test_golds_after_a_prompt_without_its_end(runs, monkeypatch, variant):
+    """Golds do not see the last tokens of their prompt; what is written is sound."""
+    whole = packed_rows.Segment._mask
+
+    def short(self, window):
+        mask = whole(self, window)
+        if self.branches and packed_rows.TRUNK not in self.branches:
+            mask[:, self.start - 4 : self.start] = False
+        return mask
+
+    monkeypatch.setattr(packed_rows.Segment, "_mask", short)
+    assert {LAYERS} <= failed(looked_at(runs("llama", variant)))
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "golds of another item read after a prompt", GOLDS)
+def test_golds_of_another_item(runs, monkeypatch, variant):
+    whole = engine.answer_tokens
+
+    def others(tokenizer, asked, tokens, texts, ask):
+        return whole(tokenizer, asked, tokens, [f"{text}!" for text in texts], ask)
+
+    monkeypatch.setattr(engine, "answer_tokens", others)
+    assert failed(looked_at(runs("llama", variant))) == {GOLDS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])

@@ -8,7 +8,13 @@ from dataclasses import replace
 import pytest
 
 from helpers.core.gates import WHOLE_VARIANT, as_record
-from helpers.evaluation.checks.evaluation_data import ask_again, ask_alone, asked_now, seen_items
+from helpers.evaluation.checks.evaluation_data import (
+    ask_again,
+    ask_alone,
+    asked_now,
+    golds_now,
+    seen_items,
+)
 from helpers.evaluation.checks.integrity import Evidence, evaluation_gates
 from helpers.evaluation.checks.reference_gates import reference_gates
 from helpers.evaluation.metrics import all_metrics, shared_text_metrics
@@ -138,6 +144,7 @@ def sound(tiny, settled) -> Evidence:
         shaken=shaken_in(tiny, settled, "float32"),
         reference=passages,
         recomputed=computed_again(tiny, settled),
+        golds=golds_now(settled, tokenizer, tokenizer, answers),
         raw={
             name: raw_digests(wanted.source, adapter=wanted.adapter)
             for name, wanted in settled.evaluation.datasets.items()
