@@ -20,8 +20,15 @@ from helpers.statistics.controls import Asked, Duty, duty
 from helpers.study.schema import Study
 
 GATES = "gates.json"
-OF_ITEM = ("id", "cluster", "golds")
-OF_MODEL = ("prompt_hash", "prompt_tokens", "tokens")  # a chat template and a tokenizer decide
+OF_ITEM = ("id", "cluster", "golds", "foil")
+OF_MODEL = (  # a chat template and a tokenizer decide
+    "prompt_hash",
+    "prompt_tokens",
+    "tokens",
+    "gold_hash",
+    "gold_tokens",
+    "foil_tokens",
+)
 OWNER = ("model", "variant")
 MADE_BY = "04_analysis"
 
