@@ -128,8 +128,8 @@ def test_a_baseline_whose_own_answers_are_broken_says_nothing(study, changes, to
     assert (
         uninformative_reason("openmath", VariantPredictions("noquant", answers(40)), rules) is None
     )
-    asked = VariantPredictions("noquant", answers(40, **changes))
-    assert uninformative_reason("openmath", asked, rules) == told
+    baseline = VariantPredictions("noquant", answers(40, **changes))
+    assert uninformative_reason("openmath", baseline, rules) == told
 
 
 @pytest.mark.bank(

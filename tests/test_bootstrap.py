@@ -55,22 +55,22 @@ def test_interval_is_the_exact_bca_of_all_resamples(passages):
     left_out = np.array([np.delete(sums, i).sum() / np.delete(sizes, i).sum() for i in range(8)])
     spread = left_out.mean() - left_out
     acceleration = (spread**3).sum() / (6 * (spread**2).sum() ** 1.5)
-    found = bootstrap_mean(*passages, confidence=0.95, resamples=100_000, seed=0)
-    for limit, z in ((found.interval.low, -1.96), (found.interval.high, 1.96)):
+    estimate = bootstrap_mean(*passages, confidence=0.95, resamples=100_000, seed=0)
+    for limit, z in ((estimate.interval.low, -1.96), (estimate.interval.high, 1.96)):
         level = stats.norm.cdf(bias + (bias + z) / (1 - acceleration * (bias + z)))
         assert chances[means <= limit].sum() == pytest.approx(level, abs=0.004)
 
 
 def test_interval_agrees_with_scipy_where_each_item_is_its_own_cluster():
     values = np.random.default_rng(0).gamma(0.5, size=60)
-    found = bootstrap_mean(values, range(60), confidence=0.9, resamples=20_000, seed=1)
+    estimate = bootstrap_mean(values, range(60), confidence=0.9, resamples=20_000, seed=1)
     expected = stats.bootstrap(
         (values,), np.mean, confidence_level=0.9, n_resamples=20_000, method="BCa", rng=2
     )
     tolerance = 0.05 * expected.standard_error
-    assert found.mean == pytest.approx(values.mean())
-    assert found.interval.low == pytest.approx(expected.confidence_interval.low, abs=tolerance)
-    assert found.interval.high == pytest.approx(expected.confidence_interval.high, abs=tolerance)
+    assert estimate.mean == pytest.approx(values.mean())
+    assert estimate.interval.low == pytest.approx(expected.confidence_interval.low, abs=tolerance)
+    assert estimate.interval.high == pytest.approx(expected.confidence_interval.high, abs=tolerance)
 
 
 def clustered_study(rng, passages: int) -> tuple[np.ndarray, list[int]]:
@@ -86,9 +86,9 @@ def test_interval_covers_the_truth_and_ignoring_passages_does_not():
     for seed in range(studies):
         values, clusters = clustered_study(rng, 60)
         settings = {"confidence": 0.95, "resamples": 800, "seed": seed}
-        found = bootstrap_mean(values, clusters, **settings).interval
+        estimate = bootstrap_mean(values, clusters, **settings).interval
         items = bootstrap_mean(values, range(values.size), **settings).interval
-        covered += found.low <= 0 <= found.high
+        covered += estimate.low <= 0 <= estimate.high
         covered_by_items += items.low <= 0 <= items.high
     noise = 3 * math.sqrt(0.95 * 0.05 / studies)
     assert covered / studies == pytest.approx(0.94, abs=noise)
@@ -96,8 +96,8 @@ def test_interval_covers_the_truth_and_ignoring_passages_does_not():
 
 
 def test_mean_counts_items_not_passages():
-    found = bootstrap_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"], **USUAL)
-    assert (found.mean, found.n, found.clusters) == (0.75, 4, 2)
+    estimate = bootstrap_mean([1.0, 1.0, 1.0, 0.0], ["a", "a", "a", "b"], **USUAL)
+    assert (estimate.mean, estimate.n, estimate.clusters) == (0.75, 4, 2)
 
 
 def test_interval_moves_and_scales_with_the_scores(passages):
@@ -111,8 +111,8 @@ def test_interval_moves_and_scales_with_the_scores(passages):
 
 def test_standard_error_is_the_textbook_one_for_independent_items():
     values = np.random.default_rng(0).normal(size=30)
-    found = bootstrap_mean(values, range(30), **USUAL)
-    assert found.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(30))
+    estimate = bootstrap_mean(values, range(30), **USUAL)
+    assert estimate.standard_error == pytest.approx(values.std(ddof=1) / math.sqrt(30))
 
 
 def test_standard_error_sees_that_copies_bring_nothing():
@@ -137,9 +137,9 @@ def test_same_seed_same_numbers_whatever_the_item_order(passages):
     values, clusters = passages
     order = np.random.default_rng(1).permutation(values.size)
     first = bootstrap_difference(values, clusters, **USUAL)
-    again = bootstrap_difference(values, clusters, **USUAL)
+    repeated = bootstrap_difference(values, clusters, **USUAL)
     shuffled = bootstrap_difference(values[order], [clusters[i] for i in order], **USUAL)
-    assert first == again
+    assert first == repeated
     assert shuffled.interval.low == pytest.approx(first.interval.low)
     assert shuffled.p == first.p
 
@@ -165,9 +165,9 @@ def enumerated_p(sums) -> float:
 def test_p_is_the_share_of_sign_patterns_as_extreme(passages):
     values, clusters = passages
     for shift in (0.0, 0.5, 1.0):
-        found = bootstrap_difference(values - shift, clusters, **USUAL)
-        assert found.p_method == "exact"
-        assert found.p == pytest.approx(enumerated_p(cluster_sums(values - shift, clusters)[0]))
+        estimate = bootstrap_difference(values - shift, clusters, **USUAL)
+        assert estimate.p_method == "exact"
+        assert estimate.p == pytest.approx(enumerated_p(cluster_sums(values - shift, clusters)[0]))
 
 
 def test_drawn_p_agrees_with_the_exact_one():
@@ -183,16 +183,16 @@ def test_drawn_p_agrees_with_the_exact_one():
 @pytest.mark.parametrize(("losses", "gains"), [(6, 0), (5, 1), (9, 3), (4, 4)])
 def test_p_of_single_flips_is_exact_mcnemar(losses, gains):
     differences = [-1] * losses + [1] * gains + [0] * 40
-    found = bootstrap_difference(
+    estimate = bootstrap_difference(
         differences, range(len(differences)), **{**USUAL, "resamples": 5000}
     )
-    assert found.p_method == "exact"
-    assert found.p == pytest.approx(mcnemar_exact(losses, gains))
+    assert estimate.p_method == "exact"
+    assert estimate.p == pytest.approx(mcnemar_exact(losses, gains))
 
 
 def test_drawn_p_is_never_zero():
-    found = bootstrap_difference(np.linspace(1, 2, 40), range(40), **USUAL)
-    assert found.p == pytest.approx(2 / 2001)
+    estimate = bootstrap_difference(np.linspace(1, 2, 40), range(40), **USUAL)
+    assert estimate.p == pytest.approx(2 / 2001)
 
 
 def test_p_errs_as_often_as_it_says():
@@ -214,28 +214,28 @@ def test_p_errs_as_often_as_it_says():
 
 
 def test_no_difference_anywhere_is_flagged():
-    found = bootstrap_difference([0.0] * 6, list("aabbcc"), **USUAL)
-    assert found.degenerate
-    assert (found.mean, found.interval.low, found.interval.high) == (0, 0, 0)
-    assert (found.standard_error, found.p, found.p_method) == (0, 1, "exact")
+    estimate = bootstrap_difference([0.0] * 6, list("aabbcc"), **USUAL)
+    assert estimate.degenerate
+    assert (estimate.mean, estimate.interval.low, estimate.interval.high) == (0, 0, 0)
+    assert (estimate.standard_error, estimate.p, estimate.p_method) == (0, 1, "exact")
 
 
 def test_the_same_difference_everywhere_is_flagged_but_tested():
-    found = bootstrap_difference([0.1] * 8, range(8), **USUAL)
-    assert found.degenerate
-    assert found.interval.low == found.interval.high == pytest.approx(0.1)
-    assert found.p == pytest.approx(2 / 2**8)
+    estimate = bootstrap_difference([0.1] * 8, range(8), **USUAL)
+    assert estimate.degenerate
+    assert estimate.interval.low == estimate.interval.high == pytest.approx(0.1)
+    assert estimate.p == pytest.approx(2 / 2**8)
 
 
 def test_rounding_noise_is_not_spread():
-    found = bootstrap_mean([0.1, 0.2, 0.3, 0.3, 0.3 - 1e-16, 0.0], list("aaabbb"), **USUAL)
-    assert found.degenerate
+    estimate = bootstrap_mean([0.1, 0.2, 0.3, 0.3, 0.3 - 1e-16, 0.0], list("aaabbb"), **USUAL)
+    assert estimate.degenerate
 
 
 def test_a_tiny_real_difference_is_not_degenerate():
-    found = bootstrap_difference([1e-9, 3e-9, 2e-9, 2.5e-9], range(4), **USUAL)
-    assert not found.degenerate
-    assert found.interval.low < found.interval.high
+    estimate = bootstrap_difference([1e-9, 3e-9, 2e-9, 2.5e-9], range(4), **USUAL)
+    assert not estimate.degenerate
+    assert estimate.interval.low < estimate.interval.high
 
 
 @pytest.mark.filterwarnings("ignore:.*:RuntimeWarning")
@@ -278,10 +278,10 @@ def test_errors_use_the_name_of_the_argument():
 
 
 def test_one_differing_cluster_is_as_likely_either_way():
-    found = bootstrap_difference(
+    estimate = bootstrap_difference(
         [0, 0, 1, 0, 0], list("abcde"), confidence=0.95, resamples=200, seed=1
     )
-    assert found.p == 1.0
+    assert estimate.p == 1.0
 
 
 @pytest.mark.parametrize("size", [1.0, 1e-9])

@@ -66,9 +66,9 @@ def test_what_the_study_asks_about_has_no_duty(roles):
 
 @pytest.mark.parametrize("name", ["again", "smoothed"])
 def test_equal_answers_are_equal(roles, name):
-    found = control_outcome(roles, name, asked(scored(50)), asked(scored(50)))
-    assert found.ok
-    assert found.observed.startswith("50 of 50 answers equal the baseline's")
+    outcome = control_outcome(roles, name, asked(scored(50)), asked(scored(50)))
+    assert outcome.ok
+    assert outcome.observed.startswith("50 of 50 answers equal the baseline's")
 
 
 @pytest.mark.parametrize("name", ["again", "smoothed"])
@@ -80,19 +80,19 @@ def test_a_failed_check_breaks_the_duty_even_where_answers_agree(roles, name):
 def test_a_choice_between_options_a_rounding_apart_may_change(roles):
     """Of five items one changed, and no log-probability moved by more than 0.001."""
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.0008, -1.0]}]
-    found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
-    assert found.ok
+    outcome = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
+    assert outcome.ok
     assert (
         "4 of 5 answers equal the baseline's, 0 of the others differ by more than ties"
-        in found.observed
+        in outcome.observed
     )
 
 
 def test_a_choice_that_moved_by_more_than_rounding_is_no_tie(roles):
     after = [*scored(4), scored(5)[4] | {"parsed": "B", "logprobs": [-1.2, -1.0]}]
-    found = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
-    assert not found.ok
-    assert "1 of the others differ by more than ties" in found.observed
+    outcome = control_outcome(roles, "smoothed", asked(after), asked(scored(5)))
+    assert not outcome.ok
+    assert "1 of the others differ by more than ties" in outcome.observed
 
 
 def test_as_many_texts_may_change_as_ties_of_the_shared_text_explain():
@@ -107,10 +107,10 @@ def test_as_many_texts_may_change_as_ties_of_the_shared_text_explain():
 
 def test_a_changed_parse_of_the_same_text_counts_as_another_answer(roles):
     after = written(100, parsed=None, status="unparsed")
-    found = control_outcome(
+    outcome = control_outcome(
         roles, "smoothed", asked(after, name="openmath"), asked(written(100), name="openmath")
     )
-    assert not found.ok
+    assert not outcome.ok
 
 
 def test_the_broken_recipe_has_to_fail_as_a_whole(roles):

@@ -63,10 +63,10 @@ def whole(results) -> str:
 
 def sound(text: str) -> None:
     """No trace of the machinery, no sentence without an end, and no praise."""
-    told = re.sub(r"`[^`]*`", "X", text)
-    assert not re.search(r"[{}]|\bnan\b|\bNone\b|\.\.|,\s*\.|\(\)| {2}|\b1 are\b|\b0 of\b", told)
-    assert not re.search(r"\bwins?\b|winner|improve|outperform|80\.0|95\.0", told)
-    for line in told.splitlines():
+    prose = re.sub(r"`[^`]*`", "X", text)
+    assert not re.search(r"[{}]|\bnan\b|\bNone\b|\.\.|,\s*\.|\(\)| {2}|\b1 are\b|\b0 of\b", prose)
+    assert not re.search(r"\bwins?\b|winner|improve|outperform|80\.0|95\.0", prose)
+    for line in prose.splitlines():
         if line and not line.startswith(("|", "**Answer.**")):
             assert line.endswith("."), line
 
@@ -167,17 +167,18 @@ def outcome(done: bool) -> ControlOutcome:
 
 def test_a_control_that_failed_is_shouted_before_anything_else(summary_of):
     outcomes = {("base", "smooth_only"): outcome(False), ("tuned", "smooth_only"): outcome(True)}
-    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
-    assert told[0].startswith("**⚠ 1 of 2 controls FAILED. Do not rely on any result below")
+    bullets = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
+    assert bullets[0].startswith("**⚠ 1 of 2 controls FAILED. Do not rely on any result below")
     assert (
-        "`smooth_only` of `base` was expected to answer as the baseline does, but 3 of 9" in told[0]
+        "`smooth_only` of `base` was expected to answer as the baseline does, but 3 of 9"
+        in bullets[0]
     )
-    assert not [line for line in told if "behaved as expected" in line]
-    sound("\n".join(told))
+    assert not [line for line in bullets if "behaved as expected" in line]
+    sound("\n".join(bullets))
 
 
 def test_controls_that_held_are_named(summary_of):
     outcomes = {("base", "smooth_only"): outcome(True), ("tuned", "smooth_only"): outcome(True)}
-    told = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
-    assert told[-1].startswith("**All controls behaved as expected**")
-    assert told[-1].count("`smooth_only`") == 1
+    bullets = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
+    assert bullets[-1].startswith("**All controls behaved as expected**")
+    assert bullets[-1].count("`smooth_only`") == 1

@@ -16,7 +16,7 @@ def test_what_is_shown_is_within_half_a_step(size):
     chance = random.Random(1)
     for _ in range(2000):
         value = size * chance.uniform(0.5, 2)
-        shown = number(value)
-        mantissa, _, exponent = shown.replace(",", "").partition("e")
+        written = number(value)
+        mantissa, _, exponent = written.replace(",", "").partition("e")
         step = 10.0 ** (int(exponent or 0) - len(mantissa.partition(".")[2]))
-        assert abs(float(shown.replace(",", "")) - value) <= 0.5000001 * step, (value, shown)
+        assert abs(float(written.replace(",", "")) - value) <= 0.5000001 * step, (value, written)

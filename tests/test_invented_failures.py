@@ -67,13 +67,13 @@ REPORT = {
         "recipe of smoothquant_o3",
     ),
     "tokens of calibration": (r"\| 9,789 \| 210", "| 100 | 210", "calibration of base"),
-    "a channel that dominates": (
+    "a channel that rules": (
         r"channel 1229 reaches",
         "channel 1230 reaches",
         "11.mlp.down_proj",
     ),
     "how far a channel reaches": (r"3,065, 2,405 times", "3,065, 2,045 times", "11.mlp.down_proj"),
-    "perplexity with one scale per tensor": (
+    "what became of one scale": (
         r"its perplexity is 126",
         "its perplexity is 62",
         "Linear inputs",
@@ -88,7 +88,7 @@ REPORT = {
         "and `smoothquant_w8a8` (without smoothing).",
         "are no controls",
     ),
-    "no conclusion": (
+    "nothing can be said": (
         r"\*\*Answer\.\*\* .*",
         "**Answer.** No conclusion about `smoothquant_w8a8` is possible: all 8 comparisons are "
         "invalid.",

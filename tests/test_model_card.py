@@ -25,20 +25,20 @@ def job(sound_runs, study_path, tmp_path, monkeypatch):
     """A real checkpoint of a tiny model, with the records its card is made from."""
     run = sound_runs("llama", VARIANT)
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
-    made = open_job(study_path, model="base", variant=VARIANT)
+    study_run = open_job(study_path, model="base", variant=VARIANT)
     saved = next(run.root.rglob("checkpoint"))
-    shutil.copytree(saved, made.paths.checkpoint("base", VARIANT))
+    shutil.copytree(saved, study_run.paths.checkpoint("base", VARIANT))
     results = {"items": ["a", "b"], "tokens": 1234}
     record = {"inputs": {"model": "0123456789abcdef"}, "results": results}
-    write_json(made.paths.calibration("base") / "record.json", record)
+    write_json(study_run.paths.calibration("base") / "record.json", record)
     gates = [{"name": "grid | <b>", "passed": True, "measured": "0.5 | $x$", "limit": "0.5"}]
-    verify(made, gates)
-    return made
+    verify(study_run, gates)
+    return study_run
 
 
 def verify(job, gates) -> None:
-    told = {"passed": all(g["passed"] for g in gates), "gates": gates}
-    write_json(job.paths.variant("base", VARIANT) / "verification.json", told)
+    verification = {"passed": all(g["passed"] for g in gates), "gates": gates}
+    write_json(job.paths.variant("base", VARIANT) / "verification.json", verification)
 
 
 def card(job) -> str:
@@ -82,7 +82,7 @@ def test_a_failed_check_is_said_before_anything_else_about_them(job):
     )
     text = card(job)
     assert "**Not to be used.** 1 of 1 checks fail: quantized layers as declared." in text
-    assert text.index("Not to be used") < text.index("## How good it is")
+    assert text.index("Not to be used") < text.index("## Quality")
     assert "smoothquant" not in yaml.safe_load(text.split("---")[1])["tags"]
 
 
@@ -110,8 +110,8 @@ def test_the_front_matter_is_yaml_with_what_is_known(study):
     """Of a model of unknown origin neither base nor license is made up."""
 
     def told(model="base", **models) -> dict:
-        named = study.model_copy(update={"models": study.models | models})
-        return yaml.safe_load(front_matter(named, model, ["int8"]).strip("-"))
+        renamed = study.model_copy(update={"models": study.models | models})
+        return yaml.safe_load(front_matter(renamed, model, ["int8"]).strip("-"))
 
     assert "base_model" not in told()
     assert "license" not in told()

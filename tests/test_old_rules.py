@@ -37,10 +37,10 @@ def test_the_case_that_began_it():
         VariantPredictions("noquant", squad(NOISY, HALF)),
         VariantPredictions("seed", squad([None] * 20, HALF)),
     )
-    found = naive_rules.naive_conclusion("squad_v2", before, after)
-    assert (found.before, found.after) == (0.05, 0.5)
-    assert found.relative_change == pytest.approx(9.0)
-    assert found.winner == "variant"
+    conclusion = naive_rules.naive_conclusion("squad_v2", before, after)
+    assert (conclusion.before, conclusion.after) == (0.05, 0.5)
+    assert conclusion.relative_change == pytest.approx(9.0)
+    assert conclusion.winner == "variant"
     # one question with an answer is lost, ten without one are gained: p = 24 / 2^11
     assert naive_rules.naive_mcnemar_p("squad_v2", before, after) == pytest.approx(
         mcnemar_exact(1, 10)
@@ -70,9 +70,9 @@ def test_the_official_exact_match(said, golds, score):
 
 def test_a_tie_goes_to_the_baseline_and_nothing_divides_by_zero():
     nothing = VariantPredictions("noquant", squad([None] * 4, [["a"]] * 4))
-    found = naive_rules.naive_conclusion("openmath", nothing, nothing)
-    assert (found.winner, found.relative_change) == ("baseline", None)
-    assert naive_rules.win_rate([found, found], "baseline") == 1.0
+    conclusion = naive_rules.naive_conclusion("openmath", nothing, nothing)
+    assert (conclusion.winner, conclusion.relative_change) == ("baseline", None)
+    assert naive_rules.win_rate([conclusion, conclusion], "baseline") == 1.0
 
 
 def test_the_mean_difference_improves_as_a_model_answers_less():
@@ -86,16 +86,16 @@ def test_the_mean_difference_improves_as_a_model_answers_less():
 
 def importers(module: str) -> set[str]:
     """Files of the library that import a module, by itself or out of its room."""
-    found, (room, _, name) = set(), module.rpartition(".")
+    importing, (room, _, name) = set(), module.rpartition(".")
     for path in (PROJECT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if isinstance(node, ast.ImportFrom):
                 names = {alias.name for alias in node.names}
                 if node.module == module or (node.module == room and name in names):
-                    found.add(path.name)
+                    importing.add(path.name)
             if isinstance(node, ast.Import) and module in {a.name for a in node.names}:
-                found.add(path.name)
-    return found
+                importing.add(path.name)
+    return importing
 
 
 def test_one_chapter_imports_the_rules_and_nothing_imports_the_chapter():

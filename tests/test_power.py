@@ -38,8 +38,8 @@ def enumerated_power(n: int, loss: float, gain_rate: float, alpha: float) -> flo
 @pytest.mark.parametrize("alpha", [0.05, 0.0625, 0.01])  # 0.0625 is itself the p of 5 losses
 def test_power_is_the_sum_over_all_outcomes(n, gain_rate, alpha):
     for loss in (0.0, 0.1, 0.6):
-        found = mcnemar_power(n, loss=loss, gain_rate=gain_rate, alpha=alpha)
-        assert found == pytest.approx(enumerated_power(n, loss, gain_rate, alpha), abs=1e-9)
+        computed = mcnemar_power(n, loss=loss, gain_rate=gain_rate, alpha=alpha)
+        assert computed == pytest.approx(enumerated_power(n, loss, gain_rate, alpha), abs=1e-9)
 
 
 def test_power_agrees_with_simulated_studies():
@@ -89,10 +89,10 @@ def test_items_for_loss_is_where_a_scan_first_and_finally_arrives(loss, gain_rat
     power = np.array(
         [mcnemar_power(n, loss=loss, gain_rate=gain_rate, alpha=0.05) for n in range(1, 500)]
     )
-    found = items_for_loss(loss, gain_rate=gain_rate, **USUAL)
-    assert found == np.flatnonzero(power >= 0.8)[0] + 1
-    assert found == np.flatnonzero(power < 0.8)[-1] + 2
-    assert detectable_loss(found, gain_rate=gain_rate, **USUAL) <= loss
+    fewest = items_for_loss(loss, gain_rate=gain_rate, **USUAL)
+    assert fewest == np.flatnonzero(power >= 0.8)[0] + 1
+    assert fewest == np.flatnonzero(power < 0.8)[-1] + 2
+    assert detectable_loss(fewest, gain_rate=gain_rate, **USUAL) <= loss
 
 
 def test_no_benchmark_detects_a_vanishing_loss():
@@ -134,8 +134,8 @@ def enumerated_equivalence(n: int, margin: float, flip_rate: float) -> float:
     [(20, 0.2, 0.1), (30, 0.3, 1.0), (40, 0.01, 0.1), (100, 0.05, 0.0), (476, 0.03, 0.05)],
 )
 def test_equivalence_power_is_the_sum_over_all_outcomes(n, margin, flip_rate):
-    found = equivalence_power(n, margin=margin, flip_rate=flip_rate, alpha=0.05)
-    assert found == pytest.approx(enumerated_equivalence(n, margin, flip_rate), abs=1e-6)
+    computed = equivalence_power(n, margin=margin, flip_rate=flip_rate, alpha=0.05)
+    assert computed == pytest.approx(enumerated_equivalence(n, margin, flip_rate), abs=1e-6)
 
 
 def test_the_approximate_item_count_falls_short_of_its_power():
@@ -164,8 +164,8 @@ def test_detectable_mean_difference_solves_the_noncentral_t(clusters):
 
 
 def test_detectable_mean_difference_tends_to_the_normal_figure():
-    found = detectable_mean_difference(0.01, clusters=10**5, **USUAL)
-    assert found == pytest.approx(0.01 * (norm.isf(0.025) + norm.ppf(0.8)), rel=1e-4)
+    detectable = detectable_mean_difference(0.01, clusters=10**5, **USUAL)
+    assert detectable == pytest.approx(0.01 * (norm.isf(0.025) + norm.ppf(0.8)), rel=1e-4)
 
 
 def test_detectable_mean_difference_is_detected_in_simulation():
@@ -205,10 +205,10 @@ def test_bad_input_names_the_value(call, message):
 @pytest.mark.parametrize("alpha", [0.0125, 0.05])
 def test_detectable_mean_difference_has_its_power_by_statsmodels(clusters, alpha):
     """59 clusters at 0.0125 is where statsmodels' own solver goes astray."""
-    found = detectable_mean_difference(1.0, clusters=clusters, alpha=alpha, power=0.8)
-    effect = found / math.sqrt(clusters)
+    detectable = detectable_mean_difference(1.0, clusters=clusters, alpha=alpha, power=0.8)
+    effect = detectable / math.sqrt(clusters)
     power = TTestPower().power(effect, nobs=clusters, alpha=alpha, alternative="larger")
     two_sided = TTestPower().power(effect, nobs=clusters, alpha=alpha)
-    assert found > 0
+    assert detectable > 0
     assert two_sided == pytest.approx(0.8, abs=1e-3)
     assert power > two_sided

@@ -55,23 +55,25 @@ def test_untouched_answers_give_the_published_verdicts(published, capsys):
     table, differing = recompute(study_path(job))
     assert differing == []
     assert main([study_path(job)]) == 0
-    shown = capsys.readouterr().out
-    assert table in shown
-    assert "all as published" in shown
+    printed = capsys.readouterr().out
+    assert table in printed
+    assert "all as published" in printed
 
 
 def test_answers_come_back_as_the_evaluation_had_them(published):
     job, folder = published
     results = load_results(job)
-    again = read_answers(folder, job.study)
-    for at, asked in results.published.variants.items():
+    read_back = read_answers(folder, job.study)
+    for at, variant_answers in results.published.variants.items():
         own = ("model", "variant")
-        for name, rows in asked.predictions.items():
-            assert again.variants[at].predictions[name] == [
+        for name, rows in variant_answers.predictions.items():
+            assert read_back.variants[at].predictions[name] == [
                 {k: v for k, v in row.items() if k not in own} for row in rows
             ]
-        assert [r["nll"] for r in again.variants[at].passages] == [r["nll"] for r in asked.passages]
-    assert again.control_outcomes == results.control_outcomes
+        assert [r["nll"] for r in read_back.variants[at].passages] == [
+            r["nll"] for r in variant_answers.passages
+        ]
+    assert read_back.control_outcomes == results.control_outcomes
 
 
 @pytest.mark.bank("report", "an edited answer", "make verdicts", at="answers/arc.jsonl")
@@ -80,10 +82,10 @@ def test_a_tampered_prediction_is_caught(published, capsys):
     job, folder = published
     rewrite(folder / "arc.jsonl", lambda row: answer(row).update(parsed="E", score=0.0))
     assert main([study_path(job)]) == 1
-    told = capsys.readouterr().err
-    assert "NOT AS PUBLISHED" in told
-    assert "answers/arc.jsonl is not the file the summary was made with" in told
-    assert "base: ARC, smoothquant_w8a8 against noquant: losses is" in told
+    printed = capsys.readouterr().err
+    assert "NOT AS PUBLISHED" in printed
+    assert "answers/arc.jsonl is not the file the summary was made with" in printed
+    assert "base: ARC, smoothquant_w8a8 against noquant: losses is" in printed
 
 
 @pytest.mark.bank(
@@ -106,10 +108,10 @@ def test_a_prediction_tampered_together_with_its_hash_is_caught_by_its_verdict(p
 def test_a_verdict_edited_in_the_summary_is_caught(published):
     job, _ = published
     path = job.paths.root / "summary.json"
-    told = json.loads(path.read_text("utf-8"))
-    told["comparisons"][0]["verdict"] = "better"
-    told["controls"][0]["done"] = not told["controls"][0]["done"]
-    write_json(path, told)
+    summary_data = json.loads(path.read_text("utf-8"))
+    summary_data["comparisons"][0]["verdict"] = "better"
+    summary_data["controls"][0]["done"] = not summary_data["controls"][0]["done"]
+    write_json(path, summary_data)
     _, differing = recompute(study_path(job))
     assert any("verdict is" in line and "published 'better'" in line for line in differing)
     assert any("control noquant: done is" in line for line in differing)

@@ -94,9 +94,11 @@ def test_an_edited_number_in_a_table_is_named(demo, row, column):
     """One in every kind of table that answers give, one that only the analysis gives."""
     published, before = edit_cell(demo / "report.md", row, column)
     assert published != before
-    named = [line for line in recompute("demo")[1] if f"column {column.strip('`')}:" in line]
-    assert named, (row, column)
-    assert any(written_numbers(published)[0] in line.replace(",", "") for line in named), named
+    differences = [line for line in recompute("demo")[1] if f"column {column.strip('`')}:" in line]
+    assert differences, (row, column)
+    assert any(written_numbers(published)[0] in line.replace(",", "") for line in differences), (
+        differences
+    )
 
 
 def edit_value(path, row: str) -> str:
@@ -117,16 +119,18 @@ def test_edited_summaries_are_named(demo):
     accuracy = edit_value(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy")
     edit_value(demo / "summary.csv", "finetuned,noquant,squad_v2,f1")
     path = demo / "summary.json"
-    told = json.loads(path.read_text("utf-8"))
-    told["models"]["base"]["variants"]["rtn_w8a8"]["datasets"]["boolq"]["macro_f1"]["value"] += 0.01
-    told["models"]["base"]["variants"]["rtn_w8a8"]["passed"] ^= True
-    told["models"]["base"]["largest_outliers"][0]["largest"] *= 1.1
-    told["best_fixed_answers"]["boolq"]["score"] -= 0.1
-    told["statistics"]["margin"] *= 2
-    told["comparisons"][0]["holm_p"] = 0.0123
-    told["comparisons"][1]["reason"] = bumped(told["comparisons"][1]["reason"])
-    path.write_text(json.dumps(told), "utf-8")
-    named = "\n".join(recompute("demo")[1])
+    published = json.loads(path.read_text("utf-8"))
+    published["models"]["base"]["variants"]["rtn_w8a8"]["datasets"]["boolq"]["macro_f1"][
+        "value"
+    ] += 0.01
+    published["models"]["base"]["variants"]["rtn_w8a8"]["passed"] ^= True
+    published["models"]["base"]["largest_outliers"][0]["largest"] *= 1.1
+    published["best_fixed_answers"]["boolq"]["score"] -= 0.1
+    published["statistics"]["margin"] *= 2
+    published["comparisons"][0]["holm_p"] = 0.0123
+    published["comparisons"][1]["reason"] = bumped(published["comparisons"][1]["reason"])
+    path.write_text(json.dumps(published), "utf-8")
+    differences = "\n".join(recompute("demo")[1])
     for place in (
         f"summary.csv, row base / rtn_w8a8 / arc / accuracy, column value: published '{accuracy}",
         "summary.csv, row finetuned / noquant / squad_v2 / f1, column value",
@@ -138,7 +142,7 @@ def test_edited_summaries_are_named(demo):
         "summary.json, base: ARC, smoothquant_w8a8 against noquant: holm_p is",
         "summary.json, base: SQuAD v2, smoothquant_w8a8 against noquant: reason is",
     ):
-        assert place in named, place
+        assert place in differences, place
 
 
 @pytest.mark.bank(
@@ -148,10 +152,10 @@ def test_lines_taken_out_or_put_in_are_named(demo):
     path = demo / "summary.csv"
     lines = path.read_text("utf-8").splitlines()
     path.write_text("\n".join([*lines[:4], *lines[5:], lines[5], "base,x,arc,accuracy,1,,,1"]))
-    named = "\n".join(recompute("demo")[1])
-    assert "summary.csv has no row" in named
-    assert "row base / x / arc / accuracy is none of the study's" in named
-    assert "summary.csv has a row twice" in named
+    differences = "\n".join(recompute("demo")[1])
+    assert "summary.csv has no row" in differences
+    assert "row base / x / arc / accuracy is none of the study's" in differences
+    assert "summary.csv has a row twice" in differences
 
 
 @pytest.mark.bank("report", "verdicts edited in the report", "make verdicts", at="report.md")
@@ -159,9 +163,9 @@ def test_verdicts_in_other_words_are_named(demo):
     report = demo / "report.md"
     edit_cell(report, "| `smoothquant_w8a8` | `base` |", "ARC", lambda _: "better")
     edit_cell(report, "| ARC | `smoothquant_w8a8`", "verdict", lambda _: "worse")
-    named = "\n".join(recompute("demo")[1])
-    assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in named
-    assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in named
+    differences = "\n".join(recompute("demo")[1])
+    assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in differences
+    assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in differences
 
 
 @pytest.mark.bank(
@@ -183,9 +187,9 @@ def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  #
     bootstrap_of_four_times_the_items(monkeypatch)
     monkeypatch.setattr(Results, "verdicts", property(unchecked))
     summary.write_summary(load_results(job), job.paths.root)
-    named = recompute(str(job.paths.root.parents[1] / "study.yaml"))[1]
-    assert any("smoothquant_w8a8 against noquant: low is" in line for line in named)
-    assert any("summary.csv" in line and "column low" in line for line in named)
+    differences = recompute(str(job.paths.root.parents[1] / "study.yaml"))[1]
+    assert any("smoothquant_w8a8 against noquant: low is" in line for line in differences)
+    assert any("summary.csv" in line and "column low" in line for line in differences)
 
 
 def test_none_of_the_reports_code_makes_its_numbers_again():
@@ -194,8 +198,10 @@ def test_none_of_the_reports_code_makes_its_numbers_again():
         imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
         report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
         assert report <= OWN, name
-        made = {"helpers.statistics." + m for m in ("intervals", "bootstrap", "power", "verdicts")}
-        assert not imported & (made | {"helpers.evaluation.metrics"}), name
+        statistics_modules = {
+            "helpers.statistics." + m for m in ("intervals", "bootstrap", "power", "verdicts")
+        }
+        assert not imported & (statistics_modules | {"helpers.evaluation.metrics"}), name
 
 
 def test_a_cell_shows_numbers_to_its_decimals():

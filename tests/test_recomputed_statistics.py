@@ -45,8 +45,8 @@ def judged(study_settings, write_study):
 
 def row_of(i: int, dataset: str, right: bool) -> dict:
     gold = f"{'ABCD'[i % 4]}" if dataset == "arc" else f"answer {i}"
-    said = gold if right else f"other {i}"
-    row = {"id": f"item-{i:03}", "golds": [gold], "output": said, "parsed": said}
+    answer = gold if right else f"other {i}"
+    row = {"id": f"item-{i:03}", "golds": [gold], "output": answer, "parsed": answer}
     row |= {"status": "answered", "finish_reason": "stop", "score": float(right)}
     row |= {"prompt_hash": f"hash {i}", "prompt_tokens": 9, "output_tokens": 3}
     return row | {"cluster": f"passage {i // 2}" if dataset == "squad_v2" else f"item-{i:03}"}
@@ -54,8 +54,8 @@ def row_of(i: int, dataset: str, right: bool) -> dict:
 
 def invalid(study, answers) -> list[str]:
     """Reasons of the comparisons that are invalid because their figures differ."""
-    found = checked_verdicts(study, answers).values()
-    return [v.reason for v in found if v.kind == "invalid" and "do not follow" in v.reason]
+    verdicts = checked_verdicts(study, answers).values()
+    return [v.reason for v in verdicts if v.kind == "invalid" and "do not follow" in v.reason]
 
 
 def test_right_figures_agree(judged):
@@ -70,23 +70,27 @@ def test_two_ways_to_tango_and_mcnemar_agree(n):
     for losses, gains in itertools.product(range(0, n + 1, max(1, n // 5)), repeat=2):
         if losses + gains > n:
             continue
-        found = tango_interval(losses, gains, n, confidence=0.95)
+        interval = tango_interval(losses, gains, n, confidence=0.95)
         assert again.tango_limits(losses, gains, n, 0.95) == pytest.approx(
-            (found.low, found.high), abs=1e-9
+            (interval.low, interval.high), abs=1e-9
         )
         assert again.mcnemar_p(losses, gains) == pytest.approx(mcnemar_exact(losses, gains))
 
 
 @pytest.mark.parametrize(("n", "gain_rate"), [(5, 0.0), (20, 0.0), (100, 0.05), (150, 0.3)])
 def test_two_ways_to_the_detectable_loss_agree(n, gain_rate):
-    due = detectable_loss(n, gain_rate=gain_rate, alpha=0.05, power=0.8)
-    found = again.detectable_loss(n, gain_rate, 0.05, 0.8)
-    assert found == due if due is None else found == pytest.approx(due, abs=1e-6)
+    expected = detectable_loss(n, gain_rate=gain_rate, alpha=0.05, power=0.8)
+    recomputed = again.detectable_loss(n, gain_rate, 0.05, 0.8)
+    assert (
+        recomputed == expected
+        if expected is None
+        else recomputed == pytest.approx(expected, abs=1e-6)
+    )
 
 
 def test_two_ways_to_the_detectable_mean_agree():
-    due = detectable_mean_difference(0.03, clusters=20, alpha=0.05, power=0.8)
-    assert again.detectable_mean_loss(0.03, 20, 0.05, 0.8) == pytest.approx(due, abs=1e-6)
+    expected = detectable_mean_difference(0.03, clusters=20, alpha=0.05, power=0.8)
+    assert again.detectable_mean_loss(0.03, 20, 0.05, 0.8) == pytest.approx(expected, abs=1e-6)
     assert again.detectable_mean_loss(0.03, 4, 0.05, 0.8) is None
 
 
@@ -218,9 +222,11 @@ def test_a_bootstrap_and_its_check_wrong_alike_differ_from_the_jackknife(judged,
 
 def test_rows_that_cannot_be_counted_again_stop_nothing(judged, monkeypatch):
     study, answers = judged
-    found = study_verdicts(study, answers)
+    verdicts = study_verdicts(study, answers)
     lost = {
         at: VariantPredictions(a.variant, a.predictions[at[2] != "noquant" :])
         for at, a in answers.items()
     }
-    assert all("cannot be computed again" in x for x in disagreements(study, lost, found).values())
+    assert all(
+        "cannot be computed again" in x for x in disagreements(study, lost, verdicts).values()
+    )

@@ -61,8 +61,8 @@ def arc_rows(rng, accuracy: float) -> list[dict]:
     rows = []
     for i in range(80):
         gold = "ABCD"[i % 4]
-        said = gold if rng.random() < accuracy else "ABCD"[(i + 1 + i // 4 % 3) % 4]
-        rows.append(scored(f"arc-{i}", f"arc-{i}", [gold], said, said))
+        answer = gold if rng.random() < accuracy else "ABCD"[(i + 1 + i // 4 % 3) % 4]
+        rows.append(scored(f"arc-{i}", f"arc-{i}", [gold], answer, answer))
     return rows
 
 
@@ -71,8 +71,8 @@ def squad_rows(rng, accuracy: float) -> list[dict]:
     rows = []
     for i in range(60):
         golds, lucky = ([] if i % 3 == 0 else [f"gold {i}"]), rng.random() < accuracy
-        said = f"gold {i}" if lucky else NASTY[i % len(NASTY)]
-        row = scored(f"squad-{i}", f"passage-{i // 2}", golds, said, said)
+        answer = f"gold {i}" if lucky else NASTY[i % len(NASTY)]
+        row = scored(f"squad-{i}", f"passage-{i // 2}", golds, answer, answer)
         if i % 10 == 9:
             row |= {"parsed": None, "status": "unparsed", "score": 0.0}
         if not golds and lucky:
@@ -139,8 +139,8 @@ def write_quantization(job, model: str, variant: str, passed: bool):
     results |= {"smoothed_groups": 2, "sqnr_db": ways, "passed": passed}
     results |= {"bytes_before": sizes, "bytes_after": sizes | {"Linears": 1_000_000}}
     parameters = {"study": job.name, "model": model, "variant": variant}
-    made = record("quantization", parameters, inputs, results)
-    write_json(job.paths.quantization(model, variant) / "record.json", made)
+    stage_record = record("quantization", parameters, inputs, results)
+    write_json(job.paths.quantization(model, variant) / "record.json", stage_record)
     gates = [
         {
             "name": "quantized layers as declared",
@@ -158,19 +158,19 @@ def write_quantization(job, model: str, variant: str, passed: bool):
 def write_evaluation(job, model: str, variant: str, seed: int, accuracy: float, noise: float):
     rng = np.random.default_rng(seed)
     makers = {"arc": arc_rows, "squad_v2": squad_rows}
-    wanted = job.study.evaluation.datasets
-    predictions = {name: makers[name](rng, accuracy) for name in wanted}
+    datasets = job.study.evaluation.datasets
+    predictions = {name: makers[name](rng, accuracy) for name in datasets}
     passages = text_rows(rng, noise)
     folder = job.paths.evaluation(model, variant)
     write_predictions(folder, predictions, passages, model=model, variant=variant)
     metrics = {"datasets": all_metrics(job.study, predictions)}
     write_json(folder / "metrics.json", metrics | {"shared_text": shared_text_metrics(passages)})
     parameters = {"study": job.name, "model": model, "variant": variant}
-    made = job.study.variants[variant].needs_checkpoint
-    inputs = {"variant": f"checkpoint of {variant}" if made else f"files of {model}"}
+    has_checkpoint = job.study.variants[variant].needs_checkpoint
+    inputs = {"variant": f"checkpoint of {variant}" if has_checkpoint else f"files of {model}"}
     inputs["float_states"] = f"states of {model}"
     write_json(folder / "record.json", record("evaluation", parameters, inputs, {"items": {}}))
-    guarded = ["whole variant", *wanted]
+    guarded = ["whole variant", *datasets]
     write_json(folder / "gates.json", gates_of(folder, model, variant, guarded))
 
 
@@ -182,8 +182,8 @@ def gates_of(folder, model: str, variant: str, guarded: list[str], broken: str =
         for what in guarded
     ]
     digests = prediction_digests(folder, guarded[1:])
-    found = {"model": model, "variant": variant, "passed": not broken, "gates": gates}
-    return found | {"predictions": digests}
+    checks = {"model": model, "variant": variant, "passed": not broken, "gates": gates}
+    return checks | {"predictions": digests}
 
 
 def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, failed: str = ""):
@@ -199,8 +199,8 @@ def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, f
         if model == "tuned":
             start = "files of base"
             results = {"training_items": 8, "heldout_loss_before": 2.5, "heldout_loss_after": 1.5}
-            made = record("finetuning", {"model": model}, {"source_model": start}, results)
-            write_json(job.paths.finetuned_model(model) / "record.json", made)
+            training = record("finetuning", {"model": model}, {"source_model": start}, results)
+            write_json(job.paths.finetuned_model(model) / "record.json", training)
 
 
 @pytest.fixture
@@ -256,11 +256,11 @@ def with_controls(settings):
 
 def whole_report(results) -> str:
     """All Markdown of the report, as the notebook displays it."""
-    shown = chapters.opening(results) + chapters.outlier_pictures(results)
-    shown += chapters.base_models(results) + chapters.trained_models(results)
-    shown += chapters.dataset_chapters(results) + cost_chapter.cost_chapter(results)
-    shown += [chapters.technical_details(results), chapters.conclusion(results)]
-    return "\n\n".join(part.data for part in shown if isinstance(part, Markdown))
+    parts = chapters.opening(results) + chapters.outlier_pictures(results)
+    parts += chapters.base_models(results) + chapters.trained_models(results)
+    parts += chapters.dataset_chapters(results) + cost_chapter.cost_chapter(results)
+    parts += [chapters.technical_details(results), chapters.conclusion(results)]
+    return "\n\n".join(part.data for part in parts if isinstance(part, Markdown))
 
 
 def told(text: str) -> str:
@@ -329,8 +329,8 @@ def test_controls_are_shown_as_what_they_are_whatever_their_names(make_job):
 
 def test_the_noise_floor_is_counted_from_the_answers(make_job):
     results = load_results(make_job(with_controls))
-    told = [x for x in whole_report(results).split("\n- ") if x.startswith("Rounding alone")]
-    (sentence,) = {x.splitlines()[0] for x in told}
+    sentences = [x for x in whole_report(results).split("\n- ") if x.startswith("Rounding alone")]
+    (sentence,) = {x.splitlines()[0] for x in sentences}
     for model in results.models:
         before, after = (results.evaluations[model, v].predictions for v in ("noquant", "x1"))
         changed = sum(
@@ -398,18 +398,18 @@ def test_every_estimate_is_computed_once_a_report(make_job, tmp_path, monkeypatc
 
 def test_the_summary_repeats_to_the_byte_and_holds_fractions(make_job):
     job = make_job()
-    kept = []
+    written = []
     for _ in range(2):
         summary.write_summary(load_results(job), job.paths.root)
-        kept.append([(job.paths.root / f"summary.{x}").read_bytes() for x in ("json", "csv")])
-    assert kept[0] == kept[1]
-    found = json.loads(kept[0][0])
-    assert "duration" not in kept[0][0].decode() + kept[0][1].decode()
-    for c in found["comparisons"]:
+        written.append([(job.paths.root / f"summary.{x}").read_bytes() for x in ("json", "csv")])
+    assert written[0] == written[1]
+    summary_data = json.loads(written[0][0])
+    assert "duration" not in written[0][0].decode() + written[0][1].decode()
+    for c in summary_data["comparisons"]:
         assert c["delta"] == pytest.approx((c["gains"] - c["losses"]) / c["n"])
         assert -1 <= c["low"] <= c["delta"] <= c["high"] <= 1
         assert (c["p"] is None) == (c["verdict"] == "invalid")
-    rows = list(csv.DictReader(kept[0][1].decode().splitlines()))
+    rows = list(csv.DictReader(written[0][1].decode().splitlines()))
     stored = read_json(job.paths.evaluation("tuned", "static") / "metrics.json", made_by="")
     for dataset, metric in (("arc", "accuracy"), ("squad_v2", "has_answer_f1")):
         at = {"model": "tuned", "variant": "static", "dataset": dataset, "metric": metric}
@@ -488,9 +488,9 @@ def test_results_of_other_files_are_refused(make_job, stage, key, remedy):
     job = make_job()
     variant = "static" if stage == "quantization" else "noquant"
     path = getattr(job.paths, stage)("base", variant) / "record.json"
-    found = read_json(path, made_by="")
-    found["inputs"][key] = "files of something else"
-    write_json(path, found)
+    stored_record = read_json(path, made_by="")
+    stored_record["inputs"][key] = "files of something else"
+    write_json(path, stored_record)
     with pytest.raises(StudyError, match=rf"base/{variant}: .*run {remedy}"):
         load_results(job)
 
@@ -526,9 +526,9 @@ def test_the_verification_of_another_variant_is_refused(make_job):
 def test_a_kl_against_other_states_than_the_baselines_is_refused(make_job):
     job = make_job()
     path = job.paths.evaluation("base", "static") / "record.json"
-    found = read_json(path, made_by="")
-    found["inputs"]["float_states"] = "states of something else"
-    write_json(path, found)
+    stored_record = read_json(path, made_by="")
+    stored_record["inputs"]["float_states"] = "states of something else"
+    write_json(path, stored_record)
     with pytest.raises(StudyError, match="base/static: its KL was computed against other states"):
         load_results(job)
 
@@ -582,9 +582,9 @@ def test_answers_of_another_checkpoint_are_refused(make_job):
 def test_a_model_trained_from_other_files_is_refused(make_job):
     job = make_job()
     path = job.paths.finetuned_model("tuned") / "record.json"
-    found = read_json(path, made_by="")
-    found["inputs"]["source_model"] = "files of something else"
-    write_json(path, found)
+    stored_record = read_json(path, made_by="")
+    stored_record["inputs"]["source_model"] = "files of something else"
+    write_json(path, stored_record)
     with pytest.raises(StudyError, match="tuned: was fine-tuned from other model files"):
         load_results(job)
 
@@ -613,8 +613,8 @@ def test_a_failed_gate_on_one_set_invalidates_that_set_alone(make_job):
 def test_a_failed_gate_on_the_variant_invalidates_all_its_sets(make_job):
     job = make_job()
     break_gate(job, "base", "static", "whole variant")
-    found = load_results(job).verdicts.items()
-    kinds = {v.kind for c, v in found if (c.model, c.variant) == ("base", "static")}
+    verdicts = load_results(job).verdicts.items()
+    kinds = {v.kind for c, v in verdicts if (c.model, c.variant) == ("base", "static")}
     assert kinds == {"invalid"}
 
 
@@ -667,10 +667,10 @@ def test_what_a_model_wrote_is_shown_and_does_nothing(written):
     assert not re.search(r"[$\\{}`*~\[\]]|<(?!/?code>)", table)
     assert [line.count("|") for line in table.splitlines()] == [3, 3, 3]
     page = markdown2html_mistune(table)
-    (shown,) = re.findall(r"<code>(.*?)</code>", page)
+    (cell,) = re.findall(r"<code>(.*?)</code>", page)
     visible = " ".join("".join(c if c.isprintable() else "\ufffd" for c in written).split())
-    assert "<" not in shown
-    assert html.unescape(shown).replace("\ufffd", " ").split() == (
+    assert "<" not in cell
+    assert html.unescape(cell).replace("\ufffd", " ").split() == (
         visible.replace("\ufffd", " ").split()
     )
 

@@ -39,17 +39,17 @@ def flip_counts(draw) -> tuple[int, int, int]:
 @given(st.integers(1, 500), st.data(), st.sampled_from([0.8, 0.9, 0.95, 0.99]))
 def test_wilson_agrees_with_scipy(n, data, confidence):
     k = data.draw(st.integers(0, n))
-    found = wilson_interval(k, n, confidence=confidence)
+    interval = wilson_interval(k, n, confidence=confidence)
     expected = binomtest(k, n).proportion_ci(confidence, method="wilson")
-    assert (found.low, found.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert 0 <= found.low <= k / n <= found.high <= 1
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
+    assert 0 <= interval.low <= k / n <= interval.high <= 1
 
 
 def test_wilson_limits_are_where_the_score_test_turns():
     """At each limit p, |k/n - p| is z standard errors of p itself."""
     k, n, z = 26, 100, norm.isf(0.025)
-    found = wilson_interval(k, n, confidence=0.95)
-    for p in (found.low, found.high):
+    interval = wilson_interval(k, n, confidence=0.95)
+    for p in (interval.low, interval.high):
         assert abs(k / n - p) == pytest.approx(z * math.sqrt(p * (1 - p) / n))
 
 
@@ -115,10 +115,10 @@ def brute_force_score(delta: float, losses: int, gains: int, n: int) -> float:
     [(3, 9, 200), (9, 3, 200), (7, 1, 21), (1, 0, 20), (0, 6, 20), (10, 10, 40), (0, 0, 20)],
 )
 def test_tango_limits_are_where_the_score_test_turns(counts, confidence):
-    found = tango_interval(*counts, confidence=confidence)
+    interval = tango_interval(*counts, confidence=confidence)
     z = norm.isf((1 - confidence) / 2)
-    assert brute_force_score(found.low, *counts) == pytest.approx(z, abs=1e-4)
-    assert brute_force_score(found.high, *counts) == pytest.approx(-z, abs=1e-4)
+    assert brute_force_score(interval.low, *counts) == pytest.approx(z, abs=1e-4)
+    assert brute_force_score(interval.high, *counts) == pytest.approx(-z, abs=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -130,37 +130,39 @@ def test_tango_limits_are_where_the_score_test_turns(counts, confidence):
     ],
 )
 def test_tango_reproduces_published_figures(losses, gains, n, confidence, low, high):
-    found = tango_interval(losses, gains, n, confidence=confidence)
+    interval = tango_interval(losses, gains, n, confidence=confidence)
     places = len(str(low).split(".")[1])
-    assert (round(found.low, places), round(found.high, places)) == (low, high)
+    assert (round(interval.low, places), round(interval.high, places)) == (low, high)
 
 
 @pytest.mark.parametrize("n", [1, 2, 20, 100, 11873])
 def test_tango_without_flips_has_the_closed_form_width(n):
     z2 = norm.isf(0.025) ** 2
-    found = tango_interval(0, 0, n, confidence=0.95)
-    assert (found.low, found.high) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), rel=1e-9)
+    interval = tango_interval(0, 0, n, confidence=0.95)
+    assert (interval.low, interval.high) == pytest.approx((-z2 / (n + z2), z2 / (n + z2)), rel=1e-9)
 
 
 @repeatable
 @given(flip_counts())
 def test_tango_contains_the_estimate_and_mirrors(counts):
     losses, gains, n = counts
-    found = tango_interval(losses, gains, n, confidence=0.95)
+    interval = tango_interval(losses, gains, n, confidence=0.95)
     swapped = tango_interval(gains, losses, n, confidence=0.95)
     wider = tango_interval(losses, gains, n, confidence=0.99)
-    assert -1 <= wider.low <= found.low <= (gains - losses) / n <= found.high <= wider.high <= 1
-    assert (-swapped.high, -swapped.low) == pytest.approx((found.low, found.high), abs=1e-10)
-    assert found.high > found.low
+    assert (
+        -1 <= wider.low <= interval.low <= (gains - losses) / n <= interval.high <= wider.high <= 1
+    )
+    assert (-swapped.high, -swapped.low) == pytest.approx((interval.low, interval.high), abs=1e-10)
+    assert interval.high > interval.low
 
 
 @repeatable
 @given(flip_counts())
 def test_tango_excludes_zero_exactly_when_mcnemar_chi_square_does(counts):
     losses, gains, n = counts
-    found = tango_interval(losses, gains, n, confidence=0.95)
+    interval = tango_interval(losses, gains, n, confidence=0.95)
     rejected = (gains - losses) ** 2 > norm.isf(0.025) ** 2 * (gains + losses)
-    assert (found.low > 0 or found.high < 0) == rejected
+    assert (interval.low > 0 or interval.high < 0) == rejected
 
 
 @pytest.mark.parametrize("n", [20, 60])
@@ -174,8 +176,8 @@ def test_tango_covers_the_truth(n, rates):
             outcome = [losses, gains, n - losses - gains]
             chance = multinomial.pmf(outcome, n, [loss_rate, gain_rate, 1 - loss_rate - gain_rate])
             if chance > 1e-7:
-                found = tango_interval(losses, gains, n, confidence=0.95)
-                coverage += chance * (found.low <= truth <= found.high)
+                interval = tango_interval(losses, gains, n, confidence=0.95)
+                coverage += chance * (interval.low <= truth <= interval.high)
     assert 0.93 < coverage <= 1.0
 
 
@@ -185,25 +187,25 @@ def test_tango_covers_the_truth(n, rates):
 def test_paired_binary_counts_flips_both_ways():
     baseline = np.array([1, 1, 1, 1, 0, 0, 0, 1])
     variant = np.array([1, 0, 0, 1, 1, 0, 0, 0])
-    found = paired_binary(baseline, variant, confidence=0.95)
-    assert (found.n, found.losses, found.gains) == (8, 3, 1)
-    assert found.delta == pytest.approx(variant.mean() - baseline.mean())
-    assert found.flip_rate == 0.5
-    assert found.p == mcnemar_exact(3, 1)
-    assert found.interval == tango_interval(3, 1, 8, confidence=0.95)
+    paired = paired_binary(baseline, variant, confidence=0.95)
+    assert (paired.n, paired.losses, paired.gains) == (8, 3, 1)
+    assert paired.delta == pytest.approx(variant.mean() - baseline.mean())
+    assert paired.flip_rate == 0.5
+    assert paired.p == mcnemar_exact(3, 1)
+    assert paired.interval == tango_interval(3, 1, 8, confidence=0.95)
 
 
 def test_a_variant_that_loses_answers_has_a_negative_difference():
-    found = paired_binary([True] * 20, [False] * 8 + [True] * 12, confidence=0.95)
-    assert found.delta == -0.4
-    assert found.interval.high < 0
-    assert found.p < 0.05
+    paired = paired_binary([True] * 20, [False] * 8 + [True] * 12, confidence=0.95)
+    assert paired.delta == -0.4
+    assert paired.interval.high < 0
+    assert paired.p < 0.05
 
 
 def test_identical_answers_are_not_proof_of_no_difference():
-    found = paired_binary([0, 1] * 10, [0, 1] * 10, confidence=0.95)
-    assert (found.delta, found.p, found.flip_rate) == (0, 1, 0)
-    assert found.interval.high == pytest.approx(0.161, abs=5e-4)
+    paired = paired_binary([0, 1] * 10, [0, 1] * 10, confidence=0.95)
+    assert (paired.delta, paired.p, paired.flip_rate) == (0, 1, 0)
+    assert paired.interval.high == pytest.approx(0.161, abs=5e-4)
 
 
 # Families of comparisons
@@ -225,9 +227,9 @@ def closed_testing(p_values: dict[str, float]) -> dict[str, float]:
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=6))
 def test_holm_is_closed_testing(p_values):
     family = {f"comparison {i}": p for i, p in enumerate(p_values)}
-    found = holm(family)
-    assert list(found) == list(family)
-    assert found == pytest.approx(closed_testing(family), rel=1e-12)
+    adjusted = holm(family)
+    assert list(adjusted) == list(family)
+    assert adjusted == pytest.approx(closed_testing(family), rel=1e-12)
 
 
 def test_holm_of_no_comparisons_is_empty():

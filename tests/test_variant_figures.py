@@ -78,5 +78,5 @@ def test_the_figure_of_costs_uses_the_studys_looks(study):
 def test_a_partial_report_shows_the_cost_of_what_it_does_not_compare(study):
     cost = Cost(account(study, "base"), {})
     measured = [way.variant for way in cost.others]
-    shown = drawn(throughput_plot(cost, variants=measured[1:], title=""))
-    assert set(figures.variant_looks(measured).values()) <= shown
+    looks = drawn(throughput_plot(cost, variants=measured[1:], title=""))
+    assert set(figures.variant_looks(measured).values()) <= looks

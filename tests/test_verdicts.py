@@ -19,16 +19,16 @@ def choices(right: list[bool], *, cluster=None) -> list[dict]:
     rows = []
     for i, good in enumerate(right):
         gold, wrong = LABELS[i % 4], LABELS[(i + 1 + i // 4 % 3) % 4]
-        said = gold if good else (wrong if wrong != gold else LABELS[(i + 1) % 4])
+        answer = gold if good else (wrong if wrong != gold else LABELS[(i + 1) % 4])
         rows.append(
             {
                 "id": f"item-{i:04d}",
                 "cluster": cluster(i) if cluster else f"item-{i:04d}",
                 "golds": [gold],
-                "parsed": said,
+                "parsed": answer,
                 "status": "answered",
                 "finish_reason": "scored",
-                "score": float(said == gold),
+                "score": float(answer == gold),
                 "prompt_hash": f"hash-{i}",
             }
         )
@@ -71,9 +71,9 @@ def test_a_clear_loss_is_worse_and_its_mirror_better():
 def test_identical_answers_are_equivalent_only_where_there_are_enough_of_them():
     many, few = choices(mostly(100, range(20))), choices(mostly(20, range(4)))
     assert verdict_of(many, many).kind == "equivalent"
-    found = verdict_of(few, few)
-    assert found.kind == "inconclusive"
-    assert found.reason == "identical answers on all 20 items"
+    verdict = verdict_of(few, few)
+    assert verdict.kind == "inconclusive"
+    assert verdict.reason == "identical answers on all 20 items"
 
 
 def test_equal_scores_of_different_answers_are_not_called_identical():
@@ -81,25 +81,25 @@ def test_equal_scores_of_different_answers_are_not_called_identical():
     after[0]["parsed"] = next(
         x for x in LABELS if x not in (after[0]["parsed"], *after[0]["golds"])
     )
-    found = verdict_of(before, after)
-    assert (found.paired.losses, found.paired.gains) == (0, 0)
-    assert not found.reason
+    verdict = verdict_of(before, after)
+    assert (verdict.paired.losses, verdict.paired.gains) == (0, 0)
+    assert not verdict.reason
 
 
 def test_no_difference_comes_with_the_smallest_loss_that_would_have_been_found():
     before, after = choices(mostly(100, range(20))), choices(mostly(100, range(3, 29)))
-    found = verdict_of(before, after)
-    assert found.kind == "inconclusive"
-    assert 0.05 < found.paired.detectable < 0.25
+    verdict = verdict_of(before, after)
+    assert verdict.kind == "inconclusive"
+    assert 0.05 < verdict.paired.detectable < 0.25
 
 
 def test_the_test_decides_and_not_the_interval():
     """Five losses of twelve: Tango's interval excludes 0, exact McNemar does not reject."""
     before, after = choices(mostly(12, range(0))), choices(mostly(12, range(5)))
-    found = verdict_of(before, after)
-    assert found.paired.interval.high < 0
-    assert found.paired.p > 0.05
-    assert found.kind == "inconclusive"
+    verdict = verdict_of(before, after)
+    assert verdict.paired.interval.high < 0
+    assert verdict.paired.p > 0.05
+    assert verdict.kind == "inconclusive"
 
 
 @pytest.mark.parametrize(
@@ -121,8 +121,8 @@ def test_one_answer_is_invalid_unless_the_baseline_nearly_gives_it_too(items, ex
     same = [row | {"parsed": "no", "score": 0.0} for row in reading(["wrong"] * items, golds=golds)]
     others = [row | {"parsed": f"other {i}"} for i, row in enumerate(same[:exceptions])]
     before = VariantPredictions("noquant", [*others, *same[exceptions:]])
-    found = invalid_reason("openmath", before, VariantPredictions("variant", same), RULES)
-    assert (found == "it gives the same answer to every question") == invalid
+    verdict = invalid_reason("openmath", before, VariantPredictions("variant", same), RULES)
+    assert (verdict == "it gives the same answer to every question") == invalid
 
 
 def test_one_answer_that_is_not_the_baselines_is_invalid():
@@ -130,16 +130,16 @@ def test_one_answer_that_is_not_the_baselines_is_invalid():
     rows = [row | {"score": 0.0} for row in reading(["wrong"] * 20, golds=golds)]
     yes, no = ([row | {"parsed": word} for row in rows] for word in ("yes", "no"))
     sides = VariantPredictions("noquant", yes), VariantPredictions("variant", no)
-    told = invalid_reason("openmath", *sides, RULES)
-    assert told == "it gives the same answer to every question"
+    reason = invalid_reason("openmath", *sides, RULES)
+    assert reason == "it gives the same answer to every question"
 
 
 def test_a_failed_check_is_invalid_whatever_the_scores_say():
     weak, strong = choices(mostly(100, range(50))), choices(mostly(100, range(10)))
-    found = verdict_of(weak, strong, problem="layer census (3 of 4 Linears)")
-    assert found.kind == "invalid"
-    assert "quantized layers as declared" in found.reason
-    assert found.holm_p is None
+    verdict = verdict_of(weak, strong, problem="layer census (3 of 4 Linears)")
+    assert verdict.kind == "invalid"
+    assert "quantized layers as declared" in verdict.reason
+    assert verdict.holm_p is None
 
 
 def test_a_failed_check_of_the_baseline_is_no_result_either():
@@ -158,12 +158,12 @@ FLOAT = ["right" if i == 1 else "wrong" for i in range(20)]  # exact match 5 %
 def test_silence_that_scores_on_unanswerable_questions_is_invalid_never_better(said):
     """The report this project redoes: 5 % → 50 % for a model that emits nothing."""
     before, after = reading(FLOAT, golds=HALF), reading([said] * 20, golds=HALF)
-    found = verdict_of(before, after, adapter="squad_v2")
-    assert found.kind == "invalid"
-    assert found.holm_p is None
+    verdict = verdict_of(before, after, adapter="squad_v2")
+    assert verdict.kind == "invalid"
+    assert verdict.holm_p is None
     if said == "abstained":  # significance alone would have certified it
-        assert found.paired.delta == pytest.approx(0.45)
-        assert mcnemar_exact(found.paired.losses, found.paired.gains) < 0.05
+        assert verdict.paired.delta == pytest.approx(0.45)
+        assert mcnemar_exact(verdict.paired.losses, verdict.paired.gains) < 0.05
 
 
 def test_logits_that_are_not_finite_are_invalid():
@@ -174,18 +174,18 @@ def test_logits_that_are_not_finite_are_invalid():
 
 def test_a_variant_no_better_than_a_fixed_answer_is_invalid_if_the_baseline_is_better():
     before, after = choices(mostly(100, range(20))), choices(mostly(100, range(5, 100)))
-    found = verdict_of(before, after)
-    assert found.kind == "invalid"
-    assert "always answering" in found.reason
+    verdict = verdict_of(before, after)
+    assert verdict.kind == "invalid"
+    assert "always answering" in verdict.reason
 
 
 def test_a_baseline_no_better_than_a_fixed_answer_says_nothing_about_the_variant():
     """Even where the variant scores significantly less."""
     before, after = choices(mostly(100, range(28, 100))), choices(mostly(100, range(8, 100)))
-    found = verdict_of(before, after)
-    assert found.paired.p < 0.001
-    assert found.kind == "uninformative"
-    assert "noquant itself" in found.reason
+    verdict = verdict_of(before, after)
+    assert verdict.paired.p < 0.001
+    assert verdict.kind == "uninformative"
+    assert "noquant itself" in verdict.reason
 
 
 def test_a_baseline_that_is_seldom_readable_measures_the_format():
@@ -215,9 +215,9 @@ def test_other_items_are_refused_by_name():
 def test_other_words_for_an_item_are_invalid_and_stop_nothing():
     before, after = choices([True] * 10), choices([True] * 10)
     after[4]["prompt_hash"] = "another"
-    found = verdict_of(before, after)
-    assert found.kind == "invalid"
-    assert found.reason == "1 of its items had other prompts or tokens (item-0004)"
+    verdict = verdict_of(before, after)
+    assert verdict.kind == "invalid"
+    assert verdict.reason == "1 of its items had other prompts or tokens (item-0004)"
 
 
 @pytest.mark.parametrize("cluster", [None, lambda i: f"passage {i // 3}"])
@@ -233,10 +233,10 @@ def test_flips_within_one_passage_are_one_observation():
 
     before = choices(mostly(100, range(90, 100)), cluster=cluster)
     after = choices(mostly(100, [*range(12), *range(90, 100)]), cluster=cluster)
-    found = verdict_of(before, after)
-    assert mcnemar_exact(found.paired.losses, found.paired.gains) < 0.001
-    assert found.paired.p == 1.0
-    assert found.kind == "inconclusive"
+    verdict = verdict_of(before, after)
+    assert mcnemar_exact(verdict.paired.losses, verdict.paired.gains) < 0.001
+    assert verdict.paired.p == 1.0
+    assert verdict.kind == "inconclusive"
 
 
 def test_without_flips_shared_passages_count_as_the_independent_items():
@@ -250,7 +250,7 @@ def test_without_flips_shared_passages_count_as_the_independent_items():
 def test_the_detectable_loss_by_passage_is_that_of_the_noncentral_t():
     before = choices(mostly(80, range(12)), cluster=lambda i: f"passage {i // 2}")
     after = choices(mostly(80, range(5, 21)), cluster=lambda i: f"passage {i // 2}")
-    found = verdict_of(before, after).paired
+    verdict = verdict_of(before, after).paired
     from helpers.statistics.bootstrap import bootstrap_mean
 
     pairs = zip(before, after, strict=True)
@@ -263,7 +263,7 @@ def test_the_detectable_loss_by_passage_is_that_of_the_noncentral_t():
     expected = detectable_mean_difference(
         spread.standard_error, clusters=spread.clusters, alpha=0.05, power=0.8
     )
-    assert found.detectable == pytest.approx(expected, rel=1e-4)
+    assert verdict.detectable == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.fixture
@@ -286,27 +286,29 @@ def judged(study, *, problem=None):
     rows = {"noquant": before, "rtn_w8a8": after, "smoothquant_w8a8": after, "extra": after}
     problems = {"rtn_w8a8": problem}
     answers = {
-        ("base", "arc", name): VariantPredictions(name, found, problems.get(name))
-        for name, found in rows.items()
+        ("base", "arc", name): VariantPredictions(name, dataset_rows, problems.get(name))
+        for name, dataset_rows in rows.items()
     }
     return {c.variant: v for c, v in study_verdicts(study, answers).items()}
 
 
 def test_holm_runs_over_the_declared_comparisons(two_declared):
-    found = judged(two_declared)
+    verdicts = judged(two_declared)
     for name in ("rtn_w8a8", "smoothquant_w8a8"):
-        assert found[name].holm_p == pytest.approx(2 * found[name].paired.p)
-        assert found[name].kind == "worse"
+        assert verdicts[name].holm_p == pytest.approx(2 * verdicts[name].paired.p)
+        assert verdicts[name].kind == "worse"
 
 
 def test_an_invalid_comparison_stays_in_holms_family(two_declared):
     """Failing a check must not make the other comparison's test easier."""
-    found = judged(two_declared, problem="quantized layers as declared")
-    assert found["rtn_w8a8"].kind == "invalid"
-    assert found["smoothquant_w8a8"].holm_p == pytest.approx(2 * found["smoothquant_w8a8"].paired.p)
+    verdicts = judged(two_declared, problem="quantized layers as declared")
+    assert verdicts["rtn_w8a8"].kind == "invalid"
+    assert verdicts["smoothquant_w8a8"].holm_p == pytest.approx(
+        2 * verdicts["smoothquant_w8a8"].paired.p
+    )
 
 
 def test_what_was_not_declared_gets_no_verdict(two_declared):
-    found = judged(two_declared)["extra"]
-    assert found.paired.p < 0.01
-    assert (found.kind, found.primary, found.holm_p) == ("exploratory", False, None)
+    verdict = judged(two_declared)["extra"]
+    assert verdict.paired.p < 0.01
+    assert (verdict.kind, verdict.primary, verdict.holm_p) == ("exploratory", False, None)

@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"\nNOT AS PUBLISHED, in {len(differing)} places:", file=sys.stderr)
         print("\n".join(f"  {line}" for line in differing), file=sys.stderr)
         return 1
-    recomputed = f"{table.count(chr(10))} verdicts and every table made again from the answers"
+    recomputed = f"{table.count(chr(10))} verdicts and every table recomputed from the answers"
     print(f"\n{recomputed}: all as published")
     return 0
 
