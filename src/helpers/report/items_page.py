@@ -119,7 +119,9 @@ def _shared_lines(texts: list[str]) -> str:
 def _invalid(results: Results, dataset: str) -> dict[str, dict[str, str]]:
     """The failed check that invalidates a variant on this set, by model and variant."""
     return {
-        model: {e.variant: p for e in results.variants_of(model) if (p := e.failed_check_on(dataset))}
+        model: {
+            e.variant: p for e in results.variants_of(model) if (p := e.failed_check_on(dataset))
+        }
         for model in results.models
     }
 
