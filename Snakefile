@@ -226,7 +226,7 @@ rule analysis:
         notebook=executed("analysis"),
         record=record("analysis"),
         table=relative_to_project(PATHS.root / "summary.csv"),
-        page=inside(PATHS.root / "items.html"),
+        page=relative_to_project(PATHS.root / "items.html"),
     params:
         notebook=stages.NOTEBOOKS["analysis"],
         depends=depends("analysis"),

@@ -61,6 +61,26 @@ def test_generation(model, limits):
     assert generated(model, PROMPTS, limits, cuts) == alone
 
 
+OPTIONS = [[tokens(50 + i, 5), tokens(70 + i, 1), tokens(90 + i, n)] for i, n in enumerate(LENGTHS)]
+
+
+@pytest.mark.parametrize("limits", LIMITS[1:])
+def test_what_is_read_after_a_prompt(model, limits):
+    """Alike alone and in company; what is written is what it was without."""
+    if whole(model):
+        pytest.skip("read apart from what is written, as options are")
+    limits = dict(zip(("batch_tokens", "batch_rows"), limits, strict=True))
+    ends = {"max_new_tokens": 12, "stop_tokens": set()}
+    cuts = [(len(FIRST),)] * len(PROMPTS)
+    found = dict(generate_greedy(model, PROMPTS, cuts=cuts, options=OPTIONS, **ends, **limits))
+    for i, p in enumerate(PROMPTS):
+        one = {"batch_tokens": 10**6, "batch_rows": 16, "cuts": cuts[:1], **ends}
+        [(_, alone)] = generate_greedy(model, [p], options=[OPTIONS[i]], **one)
+        [(_, without)] = generate_greedy(model, [p], **one)
+        assert found[i] == alone
+        assert (alone.tokens, len(alone.loglikelihoods)) == (without.tokens, len(OPTIONS[i]))
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("own", [9, 300, 571, 790])
 @pytest.mark.parametrize("beside", [0, 16, 100, 700])

@@ -42,6 +42,7 @@ NEED_TORCH = {
         "checks.training_gates",
         "engine",
         "evaluation_operations",
+        "gold_answers",
         "out_of_memory",
         "preflight",
         "prompts",

@@ -95,6 +95,21 @@ def test_options_are_scored_as_each_alone(case, batch_tokens):
         assert scored[index] == pytest.approx(expected, abs=1e-3)
 
 
+def test_what_is_read_after_a_prompt_is_what_whole_passes_give(case):
+    """Also where a text after the prompt goes beyond the limit and the answer does not."""
+    prompts = [tokens(70 + i, n) for i, n in enumerate((5, LIMIT - 4, LIMIT + 12))]
+    options = [[tokens(40 + i, n) for n in (1, 9)] for i in range(len(prompts))]
+    ends = {"max_new_tokens": 2, "stop_tokens": set(), "batch_tokens": 10**6, "batch_rows": 16}
+    found = dict(generate_greedy(fresh(case), prompts, options=options, **ends))
+    for index, prompt in enumerate(prompts):
+        due = []
+        for option in options[index]:
+            logprobs = logprobs_of(case, prompt + option)
+            places = range(len(prompt) - 1, len(prompt) + len(option) - 1)
+            due.append(sum(float(logprobs[p, t]) for p, t in zip(places, option, strict=True)))
+        assert found[index].loglikelihoods == pytest.approx(due, abs=1e-3)
+
+
 def test_passages_are_read_as_each_alone(case):
     model = fresh(case)
     states = read_passages(model, TEXTS, batch_tokens=10**6)

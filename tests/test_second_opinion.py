@@ -9,9 +9,10 @@ import yaml
 
 from conftest import STUDY
 from evaluated_run import looked_at
+from helpers.evaluation import engine
 from helpers.evaluation.checks.batch_invariance import invariance_gate
 from helpers.evaluation.checks.evaluation_data import ask_alone
-from helpers.evaluation.checks.second_opinion import LAYERS, LOGPROBS, TEXT, TOKENS
+from helpers.evaluation.checks.second_opinion import GOLDS, LAYERS, LOGPROBS, TEXT, TOKENS
 from helpers.evaluation.engine import ask_all
 from helpers.inference import generation, kv_cache, loglikelihood, packed_rows, perplexity
 from helpers.quantization.variants import load_variant
@@ -65,7 +66,7 @@ SOUND += [("qwen3", "rtn_w8a8"), ("qwen3", "o3")]
 def test_a_sound_engine_agrees(runs, family, variant):
     gates = looked_at(runs(family, variant))
     assert [gate for _, gate in gates if not gate.passed] == []
-    assert {gate.name for _, gate in gates} == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert {gate.name for _, gate in gates} == {LAYERS, LOGPROBS, TOKENS, GOLDS, TEXT}
     assert {what for what, _ in gates} == {"whole variant", "arc", "squad_v2", "boolq"}
 
 
@@ -229,7 +230,7 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
         return [(max(0, at - 1), token, k) for at, token, k in whole(item, branches)]
 
     monkeypatch.setattr(loglikelihood, "scored_tokens", shifted)
-    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
@@ -237,7 +238,62 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
 def test_an_option_without_its_last_token(runs, monkeypatch, variant):
     whole = loglikelihood.scored_tokens
     monkeypatch.setattr(loglikelihood, "scored_tokens", lambda *args: whole(*args)[:-1])
-    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS}
+    assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
+
+
+def golds_of_the_token_before(patch):
+    """Each token of a gold looked up where the one before it is predicted."""
+    whole = generation.packed_option_sums
+
+    def early(model, hidden, placed):
+        return whole(model, hidden, [(start - 1, *rest) for start, *rest in placed])
+
+    patch.setattr(generation, "packed_option_sums", early)
+
+
+def a_foil_stored_as_the_gold(patch):
+    whole = engine.gold_fields
+
+    def swapped(golds, options, loglikelihoods):
+        return whole(golds, options, loglikelihoods[::-1])
+
+    patch.setattr(engine, "gold_fields", swapped)
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "{lapse}", GOLDS)
+@pytest.mark.parametrize("lapse", [golds_of_the_token_before, a_foil_stored_as_the_gold])
+def test_log_likelihoods_of_golds(runs, monkeypatch, lapse, variant):
+    lapse(monkeypatch)
+    assert failed(looked_at(runs("llama", variant))) == {GOLDS}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "golds read after a prompt without its end", LAYERS)
+def test_golds_after_a_prompt_without_its_end(runs, monkeypatch, variant):
+    """Golds do not see the last tokens of their prompt; the generated answer is right."""
+    whole = packed_rows.Segment._mask
+
+    def short(self, window):
+        mask = whole(self, window)
+        if self.branches and packed_rows.TRUNK not in self.branches:
+            mask[:, self.start - 4 : self.start] = False
+        return mask
+
+    monkeypatch.setattr(packed_rows.Segment, "_mask", short)
+    assert {LAYERS} <= failed(looked_at(runs("llama", variant)))
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.bank("reading", "golds of another item read after a prompt", GOLDS)
+def test_golds_of_another_item(runs, monkeypatch, variant):
+    whole = engine.answer_tokens
+
+    def others(tokenizer, prompt, texts, ask):
+        return whole(tokenizer, prompt, [f"{text}!" for text in texts], ask)
+
+    monkeypatch.setattr(engine, "answer_tokens", others)
+    assert failed(looked_at(runs("llama", variant))) == {GOLDS}
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
@@ -354,5 +410,5 @@ def test_texts_packed_whose_positions_depend_on_their_length(tmp_path, monkeypat
 def test_a_look_that_fails_is_a_gate_that_fails(runs, monkeypatch):
     monkeypatch.setattr("helpers.evaluation.checks.traces.Trace.rows_of", lambda *_: None)
     gates = looked_at(runs("llama", "rtn_w8a8"))
-    assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, TEXT}
+    assert failed(gates) == {LAYERS, LOGPROBS, TOKENS, GOLDS, TEXT}
     assert any("did not read this text" in gate.measured for _, gate in gates)

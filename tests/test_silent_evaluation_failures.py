@@ -11,6 +11,7 @@ from helpers.core.gates import WHOLE_VARIANT, as_record
 from helpers.evaluation.checks.evaluation_data import (
     ask_alone,
     ask_alone_again,
+    render_golds_again,
     render_items_again,
     used_items,
 )
@@ -145,6 +146,7 @@ def sound(tiny, settled) -> EvaluationData:
         perturbed=shaken_in(tiny, settled, "float32"),
         reference=passages,
         recomputed=computed_again(tiny, settled),
+        golds=render_golds_again(settled, tokenizer, tokenizer, answers),
         raw={
             name: raw_digests(evaluation_set.source, adapter=evaluation_set.adapter)
             for name, evaluation_set in settled.evaluation.datasets.items()

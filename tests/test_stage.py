@@ -9,7 +9,7 @@ from helpers.core.errors import StudyError
 from helpers.core.hashing import sha256_folder
 from helpers.cost import operations
 from helpers.cost.quantization_operations import quantization_stage_operations
-from helpers.evaluation.prompts import prompt_examples, record_prompts
+from helpers.evaluation.prompts import prompt_examples, record_prompts, study_prompts
 from helpers.sources.finetuning import start_of
 from helpers.sources.stage import open_stage
 from helpers.study.study_run import open_job
@@ -90,8 +90,9 @@ def test_the_prompts_that_are_shown_are_those_that_are_asked(study_path, record_
     """Of each set, what the baseline's own record of its first prompt says."""
     run = open_calibration(study_path)
     job = open_job(study_path, model="base", variant="noquant")
-    record_prompts(job, run.tokenizer)
-    shown = prompt_examples(job.study, run.tokenizer)
+    prompts = study_prompts(job.study, run.tokenizer)
+    record_prompts(job, prompts)
+    shown = prompt_examples(prompts)
     files = list(job.paths.evaluation("base", "noquant").glob("prompts/*.jsonl"))
     assert len(files) == len(job.study.evaluation.datasets)
     for path in files:

@@ -3,20 +3,29 @@
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
+from types import MappingProxyType
 
 from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
 from helpers.evaluation.answer_parsing import last_boxed
+from helpers.evaluation.gold_answers import (
+    GoldAnswers,
+    answer_tokens,
+    gold_answers,
+    gold_fields,
+)
 from helpers.evaluation.out_of_memory import with_halved_batch
 from helpers.evaluation.prompts import TokenizedPrompt, study_prompts, tokenize_prompts
 from helpers.evaluation.resume import Progress, UnsavedPredictions
 from helpers.evaluation.scoring import score_options, score_text
 from helpers.inference import vllm_protocols
-from helpers.inference.generation import generate_greedy
-from helpers.inference.loglikelihood import option_loglikelihoods
+from helpers.inference.generation import GeneratedAnswer, generate_greedy
+from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
-from helpers.study.schema import Batch, EvaluationSet, Study
+from helpers.study.schema import Batch, EvaluationSet, Generate, Study
+
+NO_GOLDS: Mapping[str, GoldAnswers] = MappingProxyType({})
 
 
 def ask_all(
@@ -38,7 +47,9 @@ def ask_all(
         digests = {p.item.id: p.digest for p in prompts[name]}
         saved = progress.open_set(name, digests) if progress else UnsavedPredictions()
         remaining = [p for p in prompts[name] if p.item.id not in saved.rows]
-        answers = answer(model, tokenizer, remaining, evaluation_set, limits=study.evaluation.batch)
+        golds = gold_answers([p.item for p in prompts[name]], evaluation_set)
+        options = {"limits": study.evaluation.batch, "golds": golds}
+        answers = answer(model, tokenizer, remaining, evaluation_set, **options)
         bar = {"total": len(digests), "initial": len(saved.rows), "desc": name, "unit": "item"}
         rows = saved.rows | {p["id"]: p for p in Bar(saved.appending(answers), **bar)}
         predictions[name] = [rows[item_id] for item_id in digests]
@@ -46,11 +57,17 @@ def ask_all(
 
 
 def evaluate(
-    model, tokenizer, items: list[Item], evaluation_set: EvaluationSet, *, limits: Batch
+    model,
+    tokenizer,
+    items: list[Item],
+    evaluation_set: EvaluationSet,
+    *,
+    limits: Batch,
+    golds: Mapping[str, GoldAnswers] = NO_GOLDS,
 ) -> Iterator[dict]:
     """Render the items' prompts and yield their predictions; see `answer`."""
     prompts = tokenize_prompts(items, evaluation_set, tokenizer)
-    yield from answer(model, tokenizer, prompts, evaluation_set, limits=limits)
+    yield from answer(model, tokenizer, prompts, evaluation_set, limits=limits, golds=golds)
 
 
 def answer(
@@ -60,6 +77,7 @@ def answer(
     evaluation_set: EvaluationSet,
     *,
     limits: Batch,
+    golds: Mapping[str, GoldAnswers] = NO_GOLDS,
 ) -> Iterator[dict]:
     """Yield one prediction per prompt, in the order in which they finish.
 
@@ -68,6 +86,8 @@ def answer(
         prompts: of the evaluation set's items.
         evaluation_set: adapter and protocol.
         limits: the most tokens and the most answers of one forward pass.
+        golds: by item id, the texts whose log-likelihood is read after the item's prompt; the
+            prediction of an item that is not among them has no graded score.
 
     Raises:
         StudyError: a prompt exceeds the model's context, or half a batch the card's memory.
@@ -78,7 +98,7 @@ def answer(
     if scope == "pass":
         limits = Batch(tokens=1, rows=1)
     scored = evaluation_set.ask.protocol == "loglikelihood"
-    protocol = _score_options if scored else _generate_answers
+    protocol = _score_options if scored else partial(_generate_answers, golds=golds)
     yield from with_halved_batch(
         partial(protocol, model, tokenizer, evaluation_set), prompts, limits
     )
@@ -102,34 +122,84 @@ def _score_options(
 
 
 def _generate_answers(
-    model, tokenizer, evaluation_set, prompts: list[TokenizedPrompt], limits: Batch
+    model,
+    tokenizer,
+    evaluation_set,
+    prompts: list[TokenizedPrompt],
+    limits: Batch,
+    *,
+    golds: Mapping[str, GoldAnswers],
 ) -> Iterator[dict]:
-    contexts = [p.tokens.context for p in prompts]
-    max_new_tokens = evaluation_set.ask.max_new_tokens
-    _check_context_length(model, prompts, [len(c) + max_new_tokens for c in contexts])
+    ask = evaluation_set.ask
+    options = [
+        answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) if p.item.id in golds else []
+        for p in prompts
+    ]
+    longest = [max([ask.max_new_tokens, *map(len, own)]) for own in options]
+    lengths = [len(p.tokens.context) + n for p, n in zip(prompts, longest, strict=True)]
+    _check_context_length(model, prompts, lengths)
+    for index, generated in _generate(model, tokenizer, ask, prompts, options, limits):
+        item = prompts[index].item
+        text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        prediction = score_text(
+            item,
+            evaluation_set.adapter,
+            text,
+            answer=ask.answer,
+            finish=generated.finish_reason,
+        )
+        prediction |= _counts(prompts[index], len(generated.tokens))
+        if options[index]:
+            sums = generated.loglikelihoods
+            prediction |= gold_fields(golds[item.id], options[index], sums)
+        yield prediction
+
+
+def _generate(
+    model,
+    tokenizer,
+    ask: Generate,
+    prompts: list[TokenizedPrompt],
+    options: list[list[list[int]]],
+    limits: Batch,
+) -> Iterator[tuple[int, GeneratedAnswer]]:
+    """Yield (prompt index, answer with the log-likelihoods of the prompt's options).
+
+    Options are read in the row of their prompt, so that the prompt is read once. If several
+    tokens share one activation scale, options would change what the model generates; they are
+    then read before, in rows of their own.
+    """
+    shares_scale = getattr(model, "scale_scope", "token") != "token"
+    loglikelihoods = _read_apart(model, prompts, options, limits) if shares_scale else {}
     generate = (
         vllm_protocols.generate_greedy if vllm_protocols.is_served(model) else generate_greedy
     )
     answers = generate(
         model,
-        contexts,
-        max_new_tokens=max_new_tokens,
+        [p.tokens.context for p in prompts],
+        max_new_tokens=ask.max_new_tokens,
         stop_tokens=stop_tokens(model, tokenizer),
         batch_tokens=limits.tokens,
         batch_rows=limits.rows,
         cuts=[p.tokens.cuts for p in prompts],
-        complete=box_closes(tokenizer) if evaluation_set.ask.stop == "answer" else None,
+        complete=box_closes(tokenizer) if ask.stop == "answer" else None,
+        options=[] if shares_scale else options,
     )
     for index, generated in answers:
-        text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        prediction = score_text(
-            prompts[index].item,
-            evaluation_set.adapter,
-            text,
-            answer=evaluation_set.ask.answer,
-            finish=generated.finish_reason,
-        )
-        yield prediction | _counts(prompts[index], len(generated.tokens))
+        sums = loglikelihoods.get(index, generated.loglikelihoods)
+        yield index, replace(generated, loglikelihoods=sums)
+
+
+def _read_apart(
+    model, prompts: list[TokenizedPrompt], options: list[list[list[int]]], limits: Batch
+) -> dict[int, tuple[float, ...]]:
+    """Log-likelihoods of each prompt's options by prompt index, without any generation."""
+    indices = [i for i, own in enumerate(options) if own]
+    items = [
+        OptionTokens(prompts[i].tokens.context, options[i], prompts[i].tokens.cuts) for i in indices
+    ]
+    sums = option_loglikelihoods(model, items, batch_tokens=limits.tokens)
+    return {indices[number]: tuple(own) for number, own in sums}
 
 
 def _counts(prompt: TokenizedPrompt, output_tokens: int) -> dict:

@@ -35,6 +35,7 @@ from helpers.cost.throughput import (
 )
 from helpers.evaluation.checks.batch_invariance import SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.float_reference import PASSAGES
+from helpers.evaluation.gold_answers import answer_tokens, gold_answers
 from helpers.evaluation.prompts import TokenizedPrompt, study_prompts
 from helpers.inference.packed_rows import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
@@ -59,7 +60,7 @@ class SetTokens:
         items: how many items.
         alone: tokens of all prompts, each read from its beginning.
         together: the same if shared prefixes are read once.
-        options: tokens of the options that are read; 0 for generated answers.
+        options: tokens read of the options; for generated answers, of golds and foils.
         predicted: tokens at which the head runs before any token is generated.
         cap: the most new tokens of an answer; 0 for scored options.
     """
@@ -73,7 +74,7 @@ class SetTokens:
 
 
 def count_set_tokens(
-    prompts: Sequence[TokenizedPrompt], evaluation_set: EvaluationSet
+    prompts: Sequence[TokenizedPrompt], evaluation_set: EvaluationSet, tokenizer
 ) -> SetTokens:
     """The tokens of one evaluation set, from its prompts."""
     tokens = [p.tokens for p in prompts]
@@ -81,7 +82,11 @@ def count_set_tokens(
     if evaluation_set.ask.protocol == "loglikelihood":
         options = sum(len(option) - 1 for t in tokens for option in t.options)
         return _set_tokens(texts, options, options + len(texts), 0)
-    return _set_tokens(texts, 0, len(texts), evaluation_set.ask.max_new_tokens)
+    ask = evaluation_set.ask
+    golds = gold_answers([p.item for p in prompts], evaluation_set)
+    answers = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
+    options = sum(len(answer) - 1 for own in answers for answer in own)
+    return _set_tokens(texts, options, options + 2 * len(texts), ask.max_new_tokens)
 
 
 def _set_tokens(texts: Sequence[SplitText], options: int, predicted: int, cap: int) -> SetTokens:
@@ -179,7 +184,7 @@ def _served(study: Study, variant: str) -> bool:
 
 def count_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Counter]:
     """Counts by job: every evaluation of a model but vLLM's, and its cost if it is measured."""
-    set_tokens = _study_tokens(study, study_prompts(study, tokenizer))
+    set_tokens = _study_tokens(study, tokenizer, study_prompts(study, tokenizer))
     passages = shared_text_lengths(study, tokenizer)
     counts = {}
     for variant in study.variants:
@@ -192,9 +197,9 @@ def count_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Co
     return counts
 
 
-def _study_tokens(study: Study, prompts: Mapping[str, list[TokenizedPrompt]]) -> dict:
+def _study_tokens(study: Study, tokenizer, prompts: Mapping[str, list[TokenizedPrompt]]) -> dict:
     sets = study.evaluation.datasets
-    return {name: count_set_tokens(prompts[name], sets[name]) for name in sets}
+    return {name: count_set_tokens(prompts[name], sets[name], tokenizer) for name in sets}
 
 
 def evaluation_stage_operations(
@@ -206,7 +211,10 @@ def evaluation_stage_operations(
         prompts: of every evaluation set, by its name.
     """
     study, size = job.study, size_of(folder_to_count(job.study, job.model, job.paths))
-    set_tokens, passages = _study_tokens(study, prompts), shared_text_lengths(study, tokenizer)
+    set_tokens, passages = (
+        _study_tokens(study, tokenizer, prompts),
+        shared_text_lengths(study, tokenizer),
+    )
     counts = count_evaluation(study, job.variant, size, set_tokens, passages)
     return without_weight_passes(counts)
 

@@ -50,7 +50,39 @@ def set_metrics(adapter: str, predictions: list[dict]) -> dict:
         values |= number_metrics(predictions)
     else:
         values["macro_f1"] = macro_f1(predictions)
-    return values | behavior_counts(predictions)
+    return values | behavior_counts(predictions) | gold_metrics(predictions)
+
+
+def gold_metrics(predictions: list[dict]) -> dict:
+    """Graded scores of generated answers, in nats per token; empty if golds were not scored.
+
+    Of an item's golds, the one with the highest mean per token counts. Values are None if a
+    sum is not finite.
+    """
+    if not all("gold_loglikelihoods" in p for p in predictions):
+        return {}
+    golds = [gold_score(p) for p in predictions]
+    foils = [(g, foil_score(p)) for g, p in zip(golds, predictions, strict=True) if p["foil"]]
+    finite = None not in golds and all(foil is not None for _, foil in foils)
+    return {
+        "gold_nats_per_token": mean(golds) if finite else None,
+        "foil_nats_per_token": mean(f for _, f in foils) if finite and foils else None,
+        "gold_above_foil": mean(g > f for g, f in foils) if finite and foils else None,
+    }
+
+
+def gold_score(prediction: dict) -> float | None:
+    """Log-likelihood of the best gold in nats per token; None if a sum is not finite."""
+    sums, sizes = prediction["gold_loglikelihoods"], prediction["gold_tokens"]
+    if None in sums:
+        return None
+    return max(s / n for s, n in zip(sums, sizes, strict=True))
+
+
+def foil_score(prediction: dict) -> float | None:
+    """Log-likelihood of the foil in nats per token; None if it is not finite."""
+    value = prediction["foil_loglikelihood"]
+    return None if value is None else value / prediction["foil_tokens"]
 
 
 def behavior_counts(predictions: list[dict]) -> dict:

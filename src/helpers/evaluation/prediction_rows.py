@@ -16,7 +16,9 @@ FINISH_REASONS = ("stop", "answer", "length", "nonfinite", "scored")
 
 Name = Annotated[str, Field(min_length=1)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+TokenCount = Annotated[int, Field(ge=1, lt=2**53)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+LogLikelihood = Annotated[float, Field(le=0)]  # in nats
 
 
 class Row(BaseModel):
@@ -59,7 +61,7 @@ class NumberRow(AnswerRow):
 class PassageRow(Row):
     """The figures of one passage of the shared text; None stands for a sum that is not finite."""
 
-    tokens: Annotated[int, Field(ge=1, lt=2**53)]
+    tokens: TokenCount
     nll: float | None
     kl: float | None
     top1_agreements: Count
@@ -72,6 +74,23 @@ ROW_MODELS: dict[str, type[Row]] = {
     "openmath": NumberRow,
     PASSAGES: PassageRow,
 }
+
+
+class GoldRow(Row):
+    """The graded scores of a written answer; None stands for a sum that is not finite.
+
+    Rows that were written before this project had graded scores have none of these fields.
+    """
+
+    gold_loglikelihoods: Annotated[list[LogLikelihood | None], Field(min_length=1)]
+    gold_tokens: Annotated[list[TokenCount], Field(min_length=1)]
+    foil_loglikelihood: LogLikelihood | None
+    foil_tokens: TokenCount | None
+    foil: Name | None
+    gold_hash: Name
+
+
+GOLD_FIELDS = GoldRow.model_fields.keys() - Row.model_fields.keys()
 
 
 def check_prediction_rows(rows: list, *, kind: str, place: str) -> None:
@@ -96,6 +115,13 @@ def check_prediction_rows(rows: list, *, kind: str, place: str) -> None:
 
 def _problem(row: Any, model: type[Row]) -> str | None:
     """The first invalid field of a row, as the end of a sentence; None if all are valid."""
+    problem = _invalid_field(row, model)
+    if problem or GOLD_FIELDS.isdisjoint(row):
+        return problem
+    return _invalid_field(row, GoldRow) or _unpaired_gold(row)
+
+
+def _invalid_field(row: Any, model: type[Row]) -> str | None:
     try:
         model.model_validate(row)
     except ValidationError as error:
@@ -106,6 +132,14 @@ def _problem(row: Any, model: type[Row]) -> str | None:
         if first["type"] == "missing":
             return f"lacks {field!r}"
         return f"has {field} = {_short_repr(row[field])}, which is not valid"
+    return None
+
+
+def _unpaired_gold(row: dict) -> str | None:
+    if len(row["gold_loglikelihoods"]) != len(row["gold_tokens"]):
+        return "has not as many gold_loglikelihoods as gold_tokens"
+    if (row["foil"] is None) != (row["foil_tokens"] is None):
+        return "has only one of foil and foil_tokens"
     return None
 
 

@@ -14,13 +14,15 @@ from transformers.utils import logging
 
 from helpers.core.errors import StudyError
 from helpers.core.paths import StudyPaths
-from helpers.evaluation.prompts import context_tokens, option_tokens, render_prompt
+from helpers.evaluation.gold_answers import answer_tokens, gold_answers
+from helpers.evaluation.prompts import option_tokens, render_prompt, tokenize_prompts
 from helpers.inference.perplexity import passage_tokens
 from helpers.runtime.rotary_positions import length_independent_up_to
 from helpers.sources.bundled_model import is_bundled_model_converted
 from helpers.sources.chat_conversations import calibration_tokens, training_tokens
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.hub import cached_model
+from helpers.sources.items import Item
 from helpers.sources.model_config import load_config
 from helpers.sources.model_skeleton import skeleton
 from helpers.sources.model_tensors import TensorFiles
@@ -34,7 +36,7 @@ from helpers.sources.sampling import (
 )
 from helpers.study.loading import load_study, study_file, study_file_label
 from helpers.study.pins import is_commit
-from helpers.study.schema import Study
+from helpers.study.schema import EvaluationSet, Study
 from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
 
 REMEDY_TOKENIZER = (
@@ -156,17 +158,13 @@ def _model_texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Tex
     """(key, its texts, remedy if one is too long) for everything that the model reads."""
     for name, evaluation_set in study.evaluation.datasets.items():
         key = f"evaluation.datasets.{name}"
-        prompts = [
-            render_prompt(item, evaluation_set, tokenizer) for item in evaluation_items(study, name)
-        ]
+        items = evaluation_items(study, name)
         if evaluation_set.ask.protocol == "loglikelihood":
+            prompts = [render_prompt(item, evaluation_set, tokenizer) for item in items]
             yield key, _scored_texts(tokenizer, prompts), "leave the item out"
         else:
-            cap, remedy = (
-                evaluation_set.ask.max_new_tokens,
-                "lower max_new_tokens or shots, or leave the item out",
-            )
-            yield key, _generated_texts(tokenizer, prompts, cap), remedy
+            remedy = "lower max_new_tokens or shots, or leave the item out"
+            yield key, _generated_texts(tokenizer, items, evaluation_set), remedy
     shared = study.evaluation.shared_text
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=shared.max_tokens)
     texts = ((f"passage {i}", ids, 0) for i, ids in enumerate(tokens, start=1))
@@ -198,10 +196,15 @@ def _scored_texts(tokenizer, prompts) -> Texts:
         yield f"item {prompt.item.id}", tokens.context + longest, 0
 
 
-def _generated_texts(tokenizer, prompts, cap: int) -> Texts:
-    end = end_of_turn(tokenizer)
-    for prompt in prompts:
-        yield f"item {prompt.item.id}", [*context_tokens(tokenizer, prompt), end], cap - 1
+def _generated_texts(tokenizer, items: list[Item], evaluation_set: EvaluationSet) -> Texts:
+    """Each prompt with the highest id that may follow it, and room for the longest answer."""
+    end, golds = end_of_turn(tokenizer), gold_answers(items, evaluation_set)
+    for prompt in tokenize_prompts(items, evaluation_set, tokenizer):
+        texts = golds[prompt.item.id].texts
+        answers = answer_tokens(tokenizer, prompt, texts, evaluation_set.ask)
+        room = max([evaluation_set.ask.max_new_tokens, *map(len, answers)])
+        highest = max([end, *(token for answer in answers for token in answer)])
+        yield f"item {prompt.item.id}", [*prompt.tokens.context, highest], room - 1
 
 
 def _check_max_tokens(texts: Texts, key: str, limit: int) -> Texts:

@@ -1,7 +1,8 @@
 """Greedy generation: prompts read in packed rows, answers written in a full batch of slots.
 
 A slot whose answer has ended is given to the next prompt at once. What all prompts begin
-with (the system turn, the worked examples) is read once and held once.
+with (the system turn, the worked examples) is read once and held once. Options, texts whose
+log-likelihood after a prompt is read too, follow it in its own row as branches.
 """
 
 from collections import deque
@@ -13,6 +14,13 @@ import torch
 from torch import Tensor
 
 from helpers.inference.kv_cache import KVCache
+from helpers.inference.loglikelihood import (
+    OptionTokens,
+    loglikelihood_alone,
+    option_segment,
+    packed_option_sums,
+    segment_starts,
+)
 from helpers.inference.packed_attention import use_packed_attention
 from helpers.inference.packed_rows import PrefixCache, Segment, SplitText, logits_at, read, split_at
 from helpers.inference.single_sequence import CachedSequence
@@ -30,10 +38,12 @@ class GeneratedAnswer:
         tokens: the new tokens, without the one that ended the turn.
         finish_reason: `stop` (end of turn), `answer` (it is complete), `length` (the cap),
             `nonfinite` (broken logits).
+        loglikelihoods: of each option that was read after the prompt, in nats.
     """
 
     tokens: list[int]
     finish_reason: str
+    loglikelihoods: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,7 @@ class AnswerInProgress:
     """An unfinished answer: the index of its prompt, and its tokens so far."""
 
     index: int
+    loglikelihoods: tuple[float, ...] = ()
     tokens: list[int] = field(default_factory=list)
 
     def append_token(self, token: int, finite: bool, stop_rules: StopRules) -> str | None:
@@ -80,6 +91,7 @@ def generate_greedy(
     batch_rows: int,
     cuts: Sequence[Sequence[int]] = (),
     complete: Callable[[list[int]], bool] | None = None,
+    options: Sequence[Sequence[list[int]]] = (),
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yield (prompt index, answer) as answers end.
 
@@ -92,44 +104,65 @@ def generate_greedy(
         batch_rows: the most answers written at once.
         cuts: for each prompt, token counts at which it may be shared with others.
         complete: whether the tokens so far are a complete answer.
+        options: for each prompt, non-empty continuations whose log-likelihood is read too; they
+            do not change what the model generates.
     """
     stop_rules = StopRules(max_new_tokens, frozenset(stop_tokens), complete)
     texts = [split_at(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
-    alone = {i for i, p in enumerate(prompts) if reads_alone(model.config, len(p) + max_new_tokens)}
+    items = [
+        OptionTokens(prompt, list(own)) if own else None
+        for prompt, own in zip(prompts, options or [()] * len(prompts), strict=True)
+    ]
+    lengths = [
+        max(len(prompt) + max_new_tokens, len(item) if item else 0)
+        for prompt, item in zip(prompts, items, strict=True)
+    ]
+    alone = {i for i, length in enumerate(lengths) if reads_alone(model.config, length)}
     for index in alone:
-        yield index, _generate_alone(model, prompts[index], stop_rules)
+        yield index, _generate_alone(model, prompts[index], items[index], stop_rules)
     shared_prefix = lambda i: texts[i].shared[:1]  # noqa: E731 - common to its batch
     batched = [i for i in range(len(texts)) if i not in alone]
     for _, group in groupby(sorted(batched, key=shared_prefix), key=shared_prefix):
         chosen = list(group)
-        decoder = Decoder(model, [texts[i] for i in chosen], stop_rules, batch_tokens, batch_rows)
+        inputs = [texts[i] for i in chosen], [items[i] for i in chosen]
+        decoder = Decoder(model, *inputs, stop_rules, batch_tokens, batch_rows)
         with use_packed_attention(model):
             for index, answer in decoder.answers():
                 yield chosen[index], answer
 
 
-def _generate_alone(model, prompt: list[int], stop_rules: StopRules) -> GeneratedAnswer:
+def _generate_alone(
+    model, prompt: list[int], item: OptionTokens | None, stop_rules: StopRules
+) -> GeneratedAnswer:
     """The answer to one prompt by the model's own forward pass, without packing."""
-    answer, sequence = AnswerInProgress(0), CachedSequence(model)
+    options = item.options if item else []
+    loglikelihoods = tuple(loglikelihood_alone(model, prompt, option) for option in options)
+    answer, sequence = AnswerInProgress(0, loglikelihoods), CachedSequence(model)
     while True:
         logits = logits_at(model, sequence.last_state(prompt + answer.tokens))[0]
         finite = bool(logits.isfinite().all())
         if reason := answer.append_token(int(logits.argmax()), finite, stop_rules):
-            return GeneratedAnswer(answer.tokens, reason)
+            return GeneratedAnswer(answer.tokens, reason, answer.loglikelihoods)
 
 
 class Decoder:
-    """Decodes prompts that share their beginning, each in one slot of the KV cache."""
+    """Decodes prompts that share their beginning, each in one slot of the KV cache.
+
+    Args:
+        texts: the prompts, split at their shared prefixes.
+        items: each prompt with its options; None for a prompt without options.
+    """
 
     def __init__(
         self,
         model,
         texts: list[SplitText],
+        items: list[OptionTokens | None],
         stop_rules: StopRules,
         batch_tokens: int,
         batch_rows: int,
     ):
-        self.model, self.texts, self.ends = model, texts, stop_rules
+        self.model, self.texts, self.items, self.ends = model, texts, items, stop_rules
         self.batch_tokens, self.rows = batch_tokens, batch_rows
         self.prefixes, self.recent_segments = PrefixCache(), []
         self.active: list[AnswerInProgress] = []  # the answer in slot 0, 1, …
@@ -156,30 +189,42 @@ class Decoder:
         """The next prompts to read: as many as there are free slots and as fit one row."""
         chosen, row_tokens = [], 0
         while waiting and len(chosen) < free:
-            row_tokens += len(self.texts[waiting[0]])
+            row_tokens += len(self.texts[waiting[0]]) + self._option_tokens(waiting[0])
             if chosen and row_tokens > self.batch_tokens:
                 break
             chosen.append(waiting.popleft())
         return chosen
 
+    def _option_tokens(self, index: int) -> int:
+        """How many tokens of a prompt's options are read: all but the last of each."""
+        item = self.items[index]
+        return sum(len(option) - 1 for option in item.options) if item else 0
+
     def _read_prompts(self, indices: list[int]) -> Iterator[tuple[int, GeneratedAnswer]]:
-        """Read prompts, give each a slot, and take their first tokens."""
-        segments, suffixes = [], []
+        """Read prompts with their options, give each a slot, and take their first tokens."""
+        segments, suffixes, branched = [], [], []
         for index in indices:
             prefix, new = self.prefixes.before(self.texts[index])
-            suffixes.append(Segment(list(self.texts[index].rest), prefix, kept=True))
-            segments += [*new, suffixes[-1]]
+            suffix = Segment(list(self.texts[index].rest), prefix, kept=True)
+            suffixes.append(suffix)
+            segments += [*new, suffix]
+            if item := self.items[index]:
+                options = option_segment(item, (*prefix, suffix))
+                branched.append((suffix, item, options.branches))
+                segments += [options] if options.tokens else []
         hidden = read(self.model, segments)
-        last_rows = torch.tensor([len(s.tokens) for s in segments]).cumsum(0) - 1
-        answer_rows = [
-            int(end) for end, s in zip(last_rows, segments, strict=True) if s in set(suffixes)
-        ]
+        starts = segment_starts(segments)
+        ends = {suffix: starts[suffix] + len(suffix.tokens) for suffix in suffixes}
+        placed = [(ends[suffix], item, branches) for suffix, item, branches in branched]
+        sums = iter(packed_option_sums(self.model, hidden, placed) if placed else ())
         first_slot = len(self.active)
         for index, suffix in zip(indices, suffixes, strict=True):
             own_segments = [*suffix.before[len(self.shared) :], suffix]
             self.slots.fill(len(self.active), own_segments)
-            self.active.append(AnswerInProgress(index))
+            loglikelihoods = tuple(next(sums)) if self.items[index] else ()
+            self.active.append(AnswerInProgress(index, loglikelihoods))
         self.recent_segments = suffixes  # keeps their prefixes alive for the next prompts
+        answer_rows = [ends[suffix] - 1 for suffix in suffixes]
         yield from self._append_tokens(first_slot, logits_at(self.model, hidden[answer_rows]))
 
     def _decode_step(self) -> Iterator[tuple[int, GeneratedAnswer]]:
@@ -216,7 +261,8 @@ class Decoder:
             answer = self.active[slot]
             if reason := answer.append_token(token, is_finite, self.ends):
                 ended_slots.append(slot)
-                yield answer.index, GeneratedAnswer(answer.tokens, reason)
+                generated = GeneratedAnswer(answer.tokens, reason, answer.loglikelihoods)
+                yield answer.index, generated
         for slot in reversed(ended_slots):
             last = len(self.active) - 1
             if slot != last:

@@ -5,7 +5,7 @@ each other, at the positions they would have alone. What several contexts begin 
 computed once for all of them. The head runs only where a scored token is predicted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,14 +80,15 @@ def option_loglikelihoods(
     """
     alone = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
     for index in alone:
-        yield index, [_logprob_alone(model, items[index].context, o) for o in items[index].options]
+        context, options = items[index].context, items[index].options
+        yield index, [loglikelihood_alone(model, context, option) for option in options]
     batched = [i for i in range(len(items)) if i not in set(alone)]
     packed_items = [items[i] for i in batched]
     for index, sums in _packed_logprobs(model, packed_items, batch_tokens):
         yield batched[index], sums
 
 
-def _logprob_alone(model, context: list[int], option: list[int]) -> float:
+def loglikelihood_alone(model, context: list[int], option: list[int]) -> float:
     """The option's summed log-probability, from one pass over context and option."""
     hidden, first = single_sequence.hidden_states(model, context + option), len(context) - 1
     places = list(range(first, first + len(option)))
@@ -102,21 +103,38 @@ def _packed_logprobs(
     for indices, segments, suffixes in packed_batches(texts, make_segment, row_tokens=batch_tokens):
         with use_packed_attention(model):
             hidden = read(model, segments)
-        starts = _segment_starts(segments)
-        scored = [
-            (starts[suffix] + at, token, (index, k))
+        starts = segment_starts(segments)
+        placed = [
+            (starts[suffix], items[index], suffix.branches)
             for index, suffix in zip(indices, suffixes, strict=True)
-            for at, token, k in scored_tokens(items[index], suffix.branches)
         ]
-        sums = {(i, k): 0.0 for i in indices for k in range(len(items[i].options))}
-        logprobs = target_logprobs(model, hidden, [w[0] for w in scored], [w[1] for w in scored])
-        for (_, _, owner), value in zip(scored, logprobs.tolist(), strict=True):
-            sums[owner] += value
-        for i in indices:
-            yield i, [sums[i, k] for k in range(len(items[i].options))]
+        yield from zip(indices, packed_option_sums(model, hidden, placed), strict=True)
 
 
-def _segment_starts(segments: list[Segment]) -> dict[Segment, int]:
+def packed_option_sums(
+    model, hidden: Tensor, placed: Sequence[tuple[int, OptionTokens, list[int]]]
+) -> list[list[float]]:
+    """Summed log-probability of each option of several items read in one row.
+
+    Args:
+        hidden: (rows, hidden) states of the row.
+        placed: (start of its segment in the row, item, branches of the segment) of each item.
+            A segment without context tokens follows the end of its context.
+    """
+    scored = [
+        (start + at, token, (number, k))
+        for number, (start, item, branches) in enumerate(placed)
+        for at, token, k in scored_tokens(item, branches)
+    ]
+    sums = [[0.0] * len(item.options) for _, item, _ in placed]
+    logprobs = target_logprobs(model, hidden, [s[0] for s in scored], [s[1] for s in scored])
+    for (_, _, (number, k)), value in zip(scored, logprobs.tolist(), strict=True):
+        sums[number][k] += value
+    return sums
+
+
+def segment_starts(segments: list[Segment]) -> dict[Segment, int]:
+    """Index of each segment's first token in the row of all segments."""
     starts, end = {}, 0
     for segment in segments:
         starts[segment] = end

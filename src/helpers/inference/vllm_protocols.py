@@ -5,7 +5,8 @@ a model of torch, for one that can only be asked (`helpers.inference.vllm_client
 How its engine batches is its own affair; what is handed over at once is bounded.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -46,17 +47,29 @@ def generate_greedy(
     stop_tokens: set[int],
     batch_tokens: int,
     complete: Callable[[list[int]], bool] | None = None,
+    options: Sequence[Sequence[list[int]]] = (),
     **_batch_options,
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
-    """Yield (prompt index, answer); an answer is cut where it was first complete."""
+    """Yield (prompt index, answer); an answer is cut where it was first complete.
+
+    After the answers of a batch, `prompt_logprobs` gives the log-likelihoods of its options.
+    """
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
         batch_prompts = [prompts[i] for i in batch]
         answers = model.generate(
             batch_prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
         )
-        for i, (tokens, reason) in zip(batch, answers, strict=True):
-            yield i, _cut_at_complete(tokens, reason, complete)
+        batch_options = [list(options[i]) if options else [] for i in batch]
+        pairs = [
+            (prompt, option)
+            for prompt, own in zip(batch_prompts, batch_options, strict=True)
+            for option in own
+        ]
+        sums = iter(model.score(pairs) if pairs else ())
+        for i, own, (tokens, reason) in zip(batch, batch_options, answers, strict=True):
+            answer = _cut_at_complete(tokens, reason, complete)
+            yield i, replace(answer, loglikelihoods=tuple(next(sums) for _ in own))
 
 
 def _cut_at_complete(tokens: list[int], reason: str, complete) -> GeneratedAnswer:

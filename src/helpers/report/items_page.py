@@ -96,7 +96,7 @@ def _set(results: Results, dataset: str) -> dict:
     ]
     opening = _shared_lines(texts)
     rows = {
-        model: [{p["id"]: p for p in e.predictions[dataset]} for e in results.of_model(model)]
+        model: [{p["id"]: p for p in e.predictions[dataset]} for e in results.variants_of(model)]
         for model in results.models
     }
     order = list(rows[results.models[0]][0])
@@ -119,7 +119,9 @@ def _shared_lines(texts: list[str]) -> str:
 def _invalid(results: Results, dataset: str) -> dict[str, dict[str, str]]:
     """The failed check that invalidates a variant on this set, by model and variant."""
     return {
-        model: {e.variant: p for e in results.of_model(model) if (p := e.problem_of(dataset))}
+        model: {
+            e.variant: p for e in results.variants_of(model) if (p := e.failed_check_on(dataset))
+        }
         for model in results.models
     }
 

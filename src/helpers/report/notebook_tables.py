@@ -12,6 +12,7 @@ from helpers.core.plain_text import one_line
 pd.set_option("display.html.use_mathjax", False)
 
 METRICS = ("items", "accuracy", "macro_f1", "exact_match", "f1", "format_success")
+METRICS += ("gold_nats_per_token", "foil_nats_per_token", "gold_above_foil")
 SAMPLES = 2  # answers shown of each evaluation set: a look at their form, no evidence
 
 

@@ -139,6 +139,20 @@ def end_of_turn(tokenizer) -> int:
     return end_tokens[0] if end_tokens else tokenizer.eos_token_id
 
 
+def answer_lead(tokenizer) -> str:
+    """The text that the template writes between the generation prompt and an answer.
+
+    Empty for most templates; else a space after `[/INST]`, or an empty thinking block. Also
+    empty if the template renders a past answer with another header than the generation prompt.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    prompt = _rendered(tokenizer)
+    conversation = tokenizer.apply_chat_template([*PROBE, ANSWER], tokenize=False)
+    before, answer, _ = conversation.partition(ANSWER["content"])
+    return before[len(prompt) :] if answer and before.startswith(prompt) else ""
+
+
 def _rendered(tokenizer, **switches) -> str:
     return tokenizer.apply_chat_template(
         PROBE, tokenize=False, add_generation_prompt=True, **switches

@@ -12,8 +12,9 @@ symmetric ones with heavy tails, where BCa and studentized bootstraps fail too; 
 cover 93 to 97 % of simulated studies of 20 to 200 items (`benchmarks.coverage`). Nothing is
 drawn by lot, so that the same answers give the same figures everywhere.
 
-Left out: any repair where fewer than one cluster in twenty collapses and fewer than 60 were
-drawn. A sample without a collapse cannot show that there are any.
+Left out: a remedy for rare collapses. If one item in twenty loses everything, an interval of 20
+items covers the truth 60 % of the time and one of 50 items 86 %: a sample without a collapse
+cannot show that there are any. With 100 items it covers 95 %.
 """
 
 import math

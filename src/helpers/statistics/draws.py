@@ -8,7 +8,7 @@ recipe needs both.
 The half-widths that items and draws would have alone are added in quadrature (Zou and Donner,
 Stat. Med. 27 (2008) 1693): each keeps its own degrees of freedom, of which the draws have few.
 Adding variances with Satterthwaite's degrees instead covered 83 % of simulated studies of two
-draws. With four draws or more the interval covers 95 to 97 %; with two or three up to 99 %,
+draws. With four draws or more the interval covers 94 to 97 %; with two or three up to 99 %,
 since two checkpoints hardly show a spread.
 
 One draw says nothing about the spread between draws, and the result says so.

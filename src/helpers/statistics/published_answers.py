@@ -20,12 +20,15 @@ from helpers.statistics.controls import ControlOutcome, VariantAnswers, control_
 from helpers.study.schema import Study
 
 GATES = "gates.json"
-ITEM_KEYS = ("id", "cluster", "golds")
-MODEL_KEYS = (
+ITEM_KEYS = ("id", "cluster", "golds", "foil")
+MODEL_KEYS = (  # they depend on the chat template and the tokenizer
     "prompt_hash",
     "prompt_tokens",
     "tokens",
-)  # they depend on the chat template and the tokenizer
+    "gold_hash",
+    "gold_tokens",
+    "foil_tokens",
+)
 VARIANT_KEYS = ("model", "variant")
 MADE_BY = "04_analysis"
 

@@ -79,9 +79,9 @@ def _options_alone(
     Both answers are compared with the baseline, and the smaller distance counts: a batch that
     was mixed up lies far from the baseline and must not widen its own limit.
     """
-    difference = _rms_change(pairs)
+    difference = rms_change(pairs)
     distances = [
-        _rms_change([(baseline_rows[pair[side]["id"]], pair[side]) for pair in pairs])
+        rms_change([(baseline_rows[pair[side]["id"]], pair[side]) for pair in pairs])
         for side in (0, 1)
     ]
     if difference is None or None in distances:
@@ -148,7 +148,7 @@ def _largest_change(pairs: list[tuple[dict, dict]]) -> float:
     return largest(changes)
 
 
-def _rms_change(pairs: list[tuple[dict, dict]]) -> float | None:
+def rms_change(pairs: list[tuple[dict, dict]]) -> float | None:
     """Root mean square change of the options' log-probabilities; None if there are none."""
     squares = [
         (x - y) ** 2

@@ -145,7 +145,9 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[
     packed = decoding = 0
     for name, rows in fresh.items():
         if job.study.evaluation.datasets[name].ask.protocol == "generate":
-            packed += len(rows)
+            packed += len(rows)  # of golds and foils the last token is predicted and not read
+            packed += sum(n - 1 for row in rows for n in row.get("gold_tokens", ()))
+            packed += sum(row["foil_tokens"] - 1 for row in rows if row.get("foil_tokens"))
             decoding += sum(max(0, row["output_tokens"] - 1) for row in rows)
         else:  # the last token of an option is predicted and not read
             options = [len(row.get("logprobs", [])) or row["output_tokens"] for row in rows]

@@ -14,6 +14,7 @@ from helpers.evaluation.checks.float_reference import (
     read_reference_passages,
 )
 from helpers.evaluation.checks.full_logits import Recomputed
+from helpers.evaluation.checks.gold_gates import ExpectedGolds, render_golds
 from helpers.evaluation.checks.integrity import EvaluationData, RenderedItem, evaluation_gates
 from helpers.evaluation.checks.prompt_gates import RenderedPrompt, answer_opening, order_gate
 from helpers.evaluation.checks.second_opinion import (
@@ -25,6 +26,7 @@ from helpers.evaluation.checks.second_opinion import (
 )
 from helpers.evaluation.checks.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.evaluation.engine import evaluate
+from helpers.evaluation.gold_answers import gold_answers
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
 from helpers.evaluation.prompts import Prompt, model_inputs, render_prompt
 from helpers.inference.perplexity import passage_tokens, read_passages
@@ -107,6 +109,7 @@ def gather_evaluation_data(
         texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
         pools={name: item_pool(evaluation_set) for name, evaluation_set in sets.items()},
         opinions=opinion_gates(job, model, tokenizer, opinion, predictions, passages),
+        golds=render_golds_again(study, tokenizer, source_tokenizer(job), predictions, items),
     )
 
 
@@ -202,6 +205,34 @@ def render_items_again(
     }
 
 
+def render_golds_again(
+    study: Study,
+    tokenizer,
+    own,
+    predictions: dict[str, list[dict]],
+    items: Mapping[str, list[Item]] | None = None,
+) -> dict[str, dict[str, ExpectedGolds]]:
+    """The golds and the foil of every prompt with a generated answer, by set and item id.
+
+    Args:
+        tokenizer, own: as in `render_items_again`.
+        predictions: name the foils.
+        items: of every set; drawn here if None.
+    """
+    golds: dict[str, dict[str, ExpectedGolds]] = {}
+    for name, of_set in (items or draw_sets(study)).items():
+        evaluation_set = study.evaluation.datasets[name]
+        if evaluation_set.ask.protocol != "generate":
+            continue
+        foils = {row["id"]: row.get("foil") for row in predictions.get(name, [])}
+        golds[name] = {}
+        for item in of_set:
+            text = render_prompt(item, evaluation_set, tokenizer).text
+            foil = foils.get(item.id)
+            golds[name][item.id] = render_golds(tokenizer, own, item, evaluation_set, text, foil)
+    return golds
+
+
 def rendered_item(tokenizer, prompt: Prompt, shown: RenderedPrompt) -> RenderedItem:
     """A prompt with its token count, and the digest that its prediction must have stored.
 
@@ -257,7 +288,8 @@ def ask_alone_again(
         evaluation_set = study.evaluation.datasets[name]
         if evaluation_set.ask.protocol == "generate":
             first = [item for item in of_set if item.id == alone[name][0]["id"]]
-            rows = evaluate(model, tokenizer, first, evaluation_set, limits=limits)
+            options = {"limits": limits, "golds": gold_answers(of_set, evaluation_set)}
+            rows = evaluate(model, tokenizer, first, evaluation_set, **options)
             predictions[name] = list(rows)
     return predictions
 
@@ -280,9 +312,10 @@ def ask_alone(
         evaluation_set = study.evaluation.datasets[name]
         ids = sampled_ids([i.id for i in of_set], evaluation_set.ask.protocol, seed=study.seed)
         sampled = [item for item in of_set if item.id in ids]
+        options = {"limits": limits, "golds": gold_answers(of_set, evaluation_set)}
         predictions[name] = []
         for item in Bar(sampled, desc=f"{name}, asked alone", unit="item"):
             with opinion.trace_item(name, item) as rows:
-                rows += evaluate(model, tokenizer, [item], evaluation_set, limits=limits)
+                rows += evaluate(model, tokenizer, [item], evaluation_set, **options)
             predictions[name] += rows
     return predictions

@@ -20,6 +20,13 @@ from helpers.evaluation.checks.batch_invariance import (
     repeat_gate,
 )
 from helpers.evaluation.checks.behavior import behavior_gates
+from helpers.evaluation.checks.gold_gates import (
+    ExpectedGolds,
+    foil_gate,
+    gold_invariance_gate,
+    golds_gate,
+    has_nonfinite_golds,
+)
 from helpers.evaluation.checks.item_gates import clusters_gate, leakage_gate, raw_rows_gate
 from helpers.evaluation.checks.passage_gates import recomputed_gates
 from helpers.evaluation.checks.prompt_gates import RenderedPrompt, contents_gate, draw_gate
@@ -69,6 +76,7 @@ class EvaluationData:
         pools: by set, the items it is drawn from.
         texts: raw passages of the shared text's source.
         trained: gates on the fine-tuning, from the trained model's files.
+        golds: by set of generated answers and item id, the golds and foil, rendered again.
         opinions: gates by transformers' own forward pass, with what they invalidate.
     """
 
@@ -94,6 +102,7 @@ class EvaluationData:
     pools: dict[str, list[Item]] = field(default_factory=dict)
     trained: tuple[Gate, ...] = ()
     texts: set[str] = field(default_factory=set)
+    golds: dict[str, dict[str, ExpectedGolds]] = field(default_factory=dict)
 
 
 def evaluation_gates(data: EvaluationData) -> list[tuple[str, Gate]]:
@@ -173,6 +182,11 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
     ]
     if not generated:
         return [*gates, options_gate(rows, baseline)]
+    gates += [
+        golds_gate(rows, data.golds.get(name, {})),
+        foil_gate(evaluation_set, rows, items),
+        gold_invariance_gate(data.study, data.variant, rows, baseline, alone),
+    ]
     if is_batch_invariant(data.study, data.variant):
         return gates
     return [*gates, repeat_gate(alone, data.repeated.get(name, []))]
@@ -243,9 +257,11 @@ def rescored_gate(
 
 
 def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
-    """No answer ended in NaN or infinite logits, and no figure of the shared text is missing."""
+    """Logits of answers, golds and foils are finite; no figure of the shared text is missing."""
     nonfinite = sum(
-        r["finish_reason"] == "nonfinite" for rows in predictions.values() for r in rows
+        r["finish_reason"] == "nonfinite" or has_nonfinite_golds(r)
+        for rows in predictions.values()
+        for r in rows
     )
     missing = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
     note = f"; no {' and no '.join(missing)}" if missing else ""

@@ -7,6 +7,7 @@ from helpers.core.gates import Gate, none_of
 COUNTS = ("items", "answered", "abstained", "unparsed", "prompt_tokens", "output_tokens")
 COUNTS += ("has_answer_items", "no_answer_items", "passages", "tokens")
 UNBOUNDED = ("median_absolute_difference", "kl")
+LOGLIKELIHOODS = ("gold_nats_per_token", "foil_nats_per_token")
 ROUNDING = 1e-6  # a KL of zero may be slightly negative
 
 
@@ -29,6 +30,8 @@ def in_range(metric: str, value) -> bool:
         return isinstance(value, int) and value >= 0
     if metric == "perplexity":
         return 1 <= value < math.inf
+    if metric in LOGLIKELIHOODS:
+        return -math.inf < value <= 0
     if metric in UNBOUNDED:
         return -ROUNDING <= value < math.inf
     return 0 <= value <= 1

@@ -19,6 +19,7 @@ from torch import Tensor
 from helpers.core.gates import WHOLE_VARIANT, Gate
 from helpers.evaluation.checks.call_gates import linear_files
 from helpers.evaluation.checks.fresh_model import Reading, read_whole
+from helpers.evaluation.checks.gold_gates import ExpectedGolds, log_likelihoods, render_golds
 from helpers.evaluation.checks.playback import Playback
 from helpers.evaluation.checks.rounding_bounds import (
     FEWEST_EPS,
@@ -31,16 +32,19 @@ from helpers.evaluation.checks.rounding_bounds import (
     tie_margin,
 )
 from helpers.evaluation.checks.traces import FINAL, OUTPUT, Trace, traced
-from helpers.evaluation.prompts import option_tokens, render_prompt
+from helpers.evaluation.prompts import Prompt, option_tokens, render_prompt
+from helpers.inference.loglikelihood import OptionTokens
 from helpers.inference.vllm_protocols import is_served
 from helpers.sources.chat_conversations import tokenize
 from helpers.sources.chat_template import end_of_turn
 from helpers.sources.items import Item
+from helpers.study.schema import EvaluationSet
 from helpers.study.study_run import Job
 
 LAYERS = "layers match transformers"
 LOGPROBS = "log-probabilities match transformers"
 TOKENS = "generated tokens match transformers"
+GOLDS = "gold log-likelihoods match transformers"
 TEXT = "shared text matches transformers"
 COMPARED_TEXTS = {
     "loglikelihood": 1,
@@ -90,6 +94,7 @@ class SecondOpinion:
         self.layers = self.exact.layers
         self.by_layer, self.text = Comparison(), Comparison()
         self.answers: dict[str, Comparison] = {}
+        self.golds: dict[str, Comparison] = {}
         self._readings: list[Reading] = []
         self._looked_at: dict[str, int] = {}
         self._next_layer = 0
@@ -110,12 +115,24 @@ class SecondOpinion:
             length = len(tokens.context) + sum(map(len, tokens.options))
         else:
             tokens, compare = tokenize(self.tokenizer, prompt.text), self._written
-            length = len(tokens) + evaluation_set.ask.max_new_tokens
+            gold_tokens = sum(self._render_golds(prompt, evaluation_set).sizes)
+            length = len(tokens) + evaluation_set.ask.max_new_tokens + 2 * gold_tokens
         with ExitStack() as stack:
             trace = self._guarded(compared, item.id, self._trace, stack, length)
             yield rows
-        if trace:
-            self._guarded(compared, item.id, compare, trace, tokens, rows, item.id, compared)
+        if not trace:
+            return
+        self._guarded(compared, item.id, compare, trace, tokens, rows, item.id, compared)
+        if evaluation_set.ask.protocol == "generate":
+            golds = self.golds.setdefault(dataset, Comparison())
+            self._guarded(golds, item.id, self._golds, trace, tokens, rows, prompt, dataset)
+
+    def _render_golds(
+        self, prompt: Prompt, evaluation_set: EvaluationSet, foil: str | None = None
+    ) -> ExpectedGolds:
+        """The golds and the foil of a prompt with a generated answer."""
+        tokenizer = self.tokenizer
+        return render_golds(tokenizer, tokenizer, prompt.item, evaluation_set, prompt.text, foil)
 
     def compare_passages(self, tokens: list[list[int]], rows: list[dict], read: Callable) -> None:
         """Read passages once more, and compare their stored rows with transformers.
@@ -149,6 +166,8 @@ class SecondOpinion:
             scored = self.job.study.evaluation.datasets[dataset].ask.protocol == "loglikelihood"
             name = LOGPROBS if scored else TOKENS
             gates.append((dataset, compared.gate(name, "options" if scored else "tokens", "nats")))
+        for dataset, compared in self.golds.items():
+            gates.append((dataset, compared.gate(GOLDS, "golds and foils", "nats")))
         return gates
 
     def _guarded(self, compared: Comparison, where: str, step: Callable, *args):
@@ -201,27 +220,49 @@ class SecondOpinion:
     def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
         """Compare the summed log-probability of every option."""
         [row] = rows
-        if len(row.get("logprobs", ())) != len(tokens.options):
+        self._continuations(trace, tokens, row.get("logprobs", ()), where, compared)
+
+    def _golds(self, trace: Trace, context: list[int], rows, prompt: Prompt, dataset) -> None:
+        """Compare the log-likelihood of every gold and the foil of a generated answer."""
+        [row], evaluation_set = rows, self.job.study.evaluation.datasets[dataset]
+        golds = self._render_golds(prompt, evaluation_set, row.get("foil"))
+        tokens = OptionTokens(context, list(golds.tokens))
+        self._continuations(trace, tokens, log_likelihoods(row), row["id"], self.golds[dataset])
+
+    def _continuations(
+        self, trace: Trace, tokens: OptionTokens, sums, where: str, compared
+    ) -> None:
+        """Compare the summed log-probability of every continuation of a context."""
+        if len(sums) != len(tokens.options):
             raise LookupError("the item has no log-probabilities")
-        first = len(tokens.context) - 1
-        for k, (option, logprob) in enumerate(zip(tokens.options, row["logprobs"], strict=True)):
+        first, readings = len(tokens.context) - 1, []
+        for k, (option, logprob) in enumerate(zip(tokens.options, sums, strict=True)):
             text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
             trace_rows = trace.rows_of_option(tokens.context, tokens.options, k)
             states = self._states(trace, trace_rows, text, where)
-            self._scored(Reading(compared, where, text, places, option, logprob, k), states)
+            reading = Reading(compared, where, text, places, option, logprob, k)
+            readings.append((reading, states))
+        self._scored(readings)
 
     def _passage(self, passage: list[int], trace: Trace, row: dict) -> None:
         """Compare the loss on a passage, over its scored tokens."""
         text, first = passage[:-1], max(0, len(passage) - 1 - row["tokens"])
         states = self._states(trace, trace.rows_of(text), text, "shared text")
         places, targets = list(range(first, len(text))), passage[1 + first :]
-        self._scored(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)
+        self._scored([(Reading(self.text, row["id"], text, places, targets, -row["nll"]), states)])
 
-    def _scored(self, reading: Reading, states: ExactAndRounded) -> None:
-        """Compare a summed log-probability with the states before the head."""
-        self._readings.append(reading)
-        exact, rounded = self._head(states, reading.places)
-        self._sum(reading, exact, rms(exact - rounded))
+    def _scored(self, readings: list[tuple[Reading, ExactAndRounded]]) -> None:
+        """Compare summed log-probabilities with the states before the head, in one pass of it."""
+        self._readings += [reading for reading, _ in readings]
+        exact, rounded = (
+            torch.cat([states[side][reading.places] for reading, states in readings])
+            for side in (0, 1)
+        )
+        sizes = [len(reading.places) for reading, _ in readings]
+        logits = self._head((exact, rounded), list(range(sum(sizes))))
+        parts = (part.split(sizes) for part in logits)
+        for (reading, _), exact, rounded in zip(readings, *parts, strict=True):
+            self._sum(reading, exact, rms(exact - rounded))
 
     def _sum(self, reading: Reading, logits: Tensor, change: float) -> None:
         difference = abs(reading.engine - float(each_logprob(logits, reading.targets).sum()))
@@ -234,7 +275,7 @@ class SecondOpinion:
         """Compare a generated answer: every token is the likeliest, except for ties."""
         [row], generated_rows = rows, trace.written()
         text = [*prompt_tokens, *(trace.ids[i] for i in generated_rows)]
-        prompt_rows = trace.rows_of(prompt_tokens)
+        prompt_rows = trace.rows_of(prompt_tokens, last=True)
         states = self._states(
             trace, None if prompt_rows is None else prompt_rows + generated_rows, text, where
         )
@@ -279,6 +320,12 @@ class SecondOpinion:
             for name, rows in predictions.items()
             for row in rows
             if name in self.answers and "logprobs" in row
+        }
+        stored |= {
+            (id(self.golds[name]), row["id"]): log_likelihoods(row)
+            for name, rows in predictions.items()
+            for row in rows
+            if name in self.golds
         }
         for reading, reading_logits in zip(self._readings, logits, strict=True):
             if reading.targets is None:

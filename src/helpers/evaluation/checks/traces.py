@@ -67,10 +67,15 @@ class Trace:
         """Indices of the rows that were decoded one token at a time, in order."""
         return [row for row, decoding in enumerate(self.decoding) if decoding]
 
-    def rows_of(self, tokens: Sequence[int]) -> list[int] | None:
-        """Row indices of a text that was read in one piece; None if it was not."""
+    def rows_of(self, tokens: Sequence[int], *, last: bool = False) -> list[int] | None:
+        """Row indices of a text that was read in one piece; None if it was not.
+
+        Args:
+            last: the rows of its last reading; else of its first.
+        """
         size, tokens = len(tokens), list(tokens)
-        for start in range(len(self.ids) - size + 1):
+        starts = range(len(self.ids) - size + 1)
+        for start in reversed(starts) if last else starts:
             if self.ids[start : start + size] == tokens and not any(
                 self.decoding[start : start + size]
             ):
