@@ -43,6 +43,8 @@ class AnswerRow(Row):
     output_tokens: Count
     score: Fraction
     logprobs: list[float] = []
+    labels: list[Name] = []
+    option_bytes: list[TokenCount] = []
 
 
 class SquadRow(AnswerRow):

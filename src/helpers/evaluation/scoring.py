@@ -20,6 +20,8 @@ RELATIVE_TOLERANCE = Fraction(1, 10**6)
 def score_options(item: Item, logprobs: list[float], continuations, *, normalize: str) -> dict:
     """The prediction of a log-likelihood protocol: the option with the best score.
 
+    Labels and lengths are kept with the answer, so that its graded score follows from the row.
+
     Args:
         logprobs: summed log-probability of each continuation.
         continuations: the options' texts.
@@ -33,6 +35,9 @@ def score_options(item: Item, logprobs: list[float], continuations, *, normalize
     prediction = _prediction(item, output=best, parsed=best, status="answered", finish="scored")
     prediction["score"] = float(best in item.golds)
     prediction["logprobs"] = [round(s, 6) for s in logprobs]
+    prediction["labels"] = list(item.labels)
+    if normalize == "bytes":
+        prediction["option_bytes"] = lengths
     return prediction
 
 

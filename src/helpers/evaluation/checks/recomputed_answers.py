@@ -49,6 +49,8 @@ def _chosen_option(item: Item, row: dict, *, in_bytes: bool) -> dict:
     ]
     parsed = row["parsed"] if row["parsed"] in tied else tied[0]
     fields = {"parsed": parsed, "output": parsed, "status": "answered", "finish_reason": "scored"}
+    kept = {"labels": list(item.labels)} | ({"option_bytes": sizes} if in_bytes else {})
+    fields |= {key: value for key, value in kept.items() if key in row}  # older rows have none
     return fields | {"score": 1.0 if parsed in item.golds else 0.0}
 
 
