@@ -116,7 +116,14 @@ def comparison_table(results: Results) -> Rows:
     return rows
 
 
-def graded_cell(verdict: GradedVerdict | None, words: dict[str, str] | None = None) -> Markup:
+def _hundredths(value: float) -> str:
+    """KL in hundredths of a nat, with two decimals: `−0.13`."""
+    return signed(100 * value, 2)
+
+
+def graded_cell(
+    verdict: GradedVerdict | None, words: dict[str, str] | None = None, show=points
+) -> Markup:
     """`−5.6 [−10.9, −0.3] **worse**`."""
     if verdict is None:
         return Markup(MISSING)
@@ -127,7 +134,7 @@ def graded_cell(verdict: GradedVerdict | None, words: dict[str, str] | None = No
     if verdict.reason == INSIDE_MARGIN:
         word += " (inside the margin)"
     found = verdict.comparison
-    return Markup(f"{points(found.delta)} {span(found.interval, points)} {word}")
+    return Markup(f"{show(found.delta)} {span(found.interval, show)} {word}")
 
 
 def pooled_table(results: Results) -> Rows:
@@ -162,7 +169,7 @@ def cost_table(results: Results) -> Rows:
         for name, unit in _graded_sets(results).items():
             row[set_column(name, unit)] = graded_cell(cost.sets.get(name), COST_WORDS)
         row["pooled [points]"] = graded_cell(cost.pooled, COST_WORDS)
-        row["KL [0.01 nats]"] = graded_cell(cost.kl, COST_WORDS)
+        row["KL [0.01 nats]"] = graded_cell(cost.kl, COST_WORDS, _hundredths)
         rows.append(row)
     return rows
 
@@ -268,7 +275,7 @@ def _excluded_points(comparison) -> str:
 def _cost_bullet(cost: FineTuningCost) -> str:
     """Whether quantization costs the fine-tuned model more, by scores and by tokens."""
     parts = [_cost_clause(cost.pooled, "score pooled", "points of probability")]
-    parts.append(_cost_clause(cost.kl, "KL", "hundredths of a nat a token"))
+    parts.append(_cost_clause(cost.kl, "KL", "hundredths of a nat a token", _hundredths))
     if not any(parts):
         parts = ["nothing can be said"]
     return (
@@ -285,9 +292,9 @@ COST_CLAUSES = {
 }
 
 
-def _cost_clause(verdict: GradedVerdict | None, what: str, unit: str) -> str:
+def _cost_clause(verdict: GradedVerdict | None, what: str, unit: str, show=points) -> str:
     if verdict is None or verdict.comparison is None:
         return ""
     found = verdict.comparison
-    amount = f"{signed(100 * found.delta, 1)} {span(found.interval, points)}"
+    amount = f"{show(found.delta)} {span(found.interval, show)}"
     return f"by {what}, {COST_CLAUSES[verdict.kind]} ({amount} {unit})"

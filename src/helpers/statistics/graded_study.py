@@ -214,16 +214,18 @@ class _StudyScores:
         members = {c: "" if c in declared else c.variant for c in self.verdicts}
         for c, family in members.items():
             families.setdefault(family, {})[c] = 1.0
-        compared = {}
+        compared: dict[Comparison, GradedComparison | None] = {}
         for c, family in members.items():
-            sides = [self.scores.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant)]
-            if sides[0] is None:
+            before = self.scores.get((c.model, c.dataset, c.baseline))
+            after = self.scores.get((c.model, c.dataset, c.variant))
+            if before is None:
                 continue
             compared[c] = None
-            if sides[1] is not None:
-                compared[c] = self._pair(*sides, len(families[family]))
+            if after is not None:
+                comparison = self._pair(before, after, len(families[family]))
+                compared[c] = comparison
                 if self.verdicts[c].kind != "invalid":
-                    families[family][c] = compared[c].p
+                    families[family][c] = comparison.p
         holm_p = {c: p for family in families.values() for c, p in holm(family).items()}
         return {
             c: self._comparison_verdict(c, comparison, holm_p[c], declared=c in declared)
@@ -317,7 +319,9 @@ class _StudyScores:
         invalid = {
             n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
         }
-        pairs = {n: [self._sides(m, n, variant) for m in models] for n in names}
+        pairs = {
+            n: (self._sides(start, n, variant), self._sides(finetuned, n, variant)) for n in names
+        }
         compared = {n: self._cost_of_set(*pairs[n], len(names)) for n in names}
         holm_p = holm({n: 1.0 if invalid[n] else compared[n].p for n in names})
         sets = {}

@@ -227,8 +227,8 @@ class GradedBlocks:
         }
         able = {n: all(self.able[m, n, baseline] for m in models) for n in names}
         for n in names:
-            pairs = [self._pair(m, n, variant) for m in models]
-            mean = again.cost_difference(*pairs, self.normalize[n])
+            first, second = (self._pair(m, n, variant) for m in models)
+            mean = again.cost_difference(first, second, self.normalize[n])
             same = mean.value == 0 and mean.error == 0
             sets[n] = self._row(mean, self._unit(n), tests=len(names), identical=same)
             family.append(1.0 if reasons[n] else sets[n]["p"])
@@ -249,8 +249,8 @@ class GradedBlocks:
             return None
         if wrong := [reasons[n] for n in kept if reasons[n]]:
             return self._invalid_row(wrong[0], "probability")
-        sides = ({n: self._pair(m, n, variant) for n in kept} for m in models)
-        mean = again.pooled_cost_difference(*sides, self.normalize)
+        first, second = ({n: self._pair(m, n, variant) for n in kept} for m in models)
+        mean = again.pooled_cost_difference(first, second, self.normalize)
         row = self._row(mean, "probability", identical=mean.value == 0 and mean.error == 0)
         self._judge(row, able=True, holm_p=None)
         return row
@@ -266,7 +266,7 @@ class GradedBlocks:
         unreadable = any(r["kl"] is None for side in sides for r in side.passages)
         if tokens[0] != tokens[1] or unreadable or len(tokens[0]) < 2:
             return None
-        mean = again.kl_difference(*(side.passages for side in sides))
+        mean = again.kl_difference(sides[0].passages, sides[1].passages)
         row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
         self._judge(row, able=True, holm_p=None, lower=False)
         return row
