@@ -7,12 +7,14 @@ import numpy as np
 import pytest
 
 import test_report
+from helpers.core.errors import StudyError
 from helpers.core.records import write_json
 from helpers.report import graded_chapter, summary
 from helpers.report.checks.recomputation import recompute
 from helpers.report.graded_summary import graded_blocks
 from helpers.report.results import load_results
 from helpers.statistics.graded_study import graded_scores
+from helpers.study.loading import load_study
 from helpers.study.schema import Comparison
 from simulated_rows import option_rows, quantized, written_rows
 from test_report import make_job  # noqa: F401 - a fixture
@@ -132,6 +134,19 @@ def test_rows_without_graded_fields_change_nothing(make_job):  # noqa: F811
     assert graded_blocks(results.graded) == {}
     assert graded_chapter.chapter(results) == []
     assert graded_chapter.summary_bullets(results) == []
+
+
+@pytest.mark.parametrize("margins", [{"probability": 0.0}, {"nats": -0.1}, {"points": 3.0}])
+def test_margins_that_are_none_are_refused_by_name(write_study, study_settings, margins):
+    study_settings["statistics"]["graded_margins"] = margins
+    with pytest.raises(StudyError, match=f"statistics.graded_margins.{next(iter(margins))}"):
+        load_study(write_study(study_settings))
+
+
+def test_the_demo_states_the_margins_of_a_study_that_names_none(write_study, study_settings):
+    assert "graded_margins" not in study_settings["statistics"]
+    default = load_study(write_study(study_settings)).statistics.graded_margins
+    assert default == load_study("demo").statistics.graded_margins
 
 
 @pytest.mark.parametrize("field", ["logprobs", "option_bytes"])
