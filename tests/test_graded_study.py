@@ -233,7 +233,7 @@ def test_an_edited_number_of_a_block_is_named(published, edit):
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| [+−]?\d+\.(\d)", "column difference"),
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| .* \| \d+\.(\d) %", "column recovery"),
         (r"fine-tuned − start[^`]*\| `tuned` \| `rtn_w8a8` \| [+−]?\d+\.(\d)", "column ARC"),
-        (r"a loss of probability above \d+\.(\d)", "Graded scores find"),
+        (r"losses above \d+\.(\d) points", "Graded scores of"),
         (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Fine-tuning and the cost"),
         (r"Margins: ±(\d) points", "Option sets"),
     ],

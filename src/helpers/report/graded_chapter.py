@@ -15,6 +15,7 @@ from helpers.report.markdown import (
     Markup,
     Rows,
     code,
+    count,
     dataset_name,
     listed,
     markdown_table,
@@ -211,7 +212,7 @@ def _figure_title(results: Results) -> str:
     worse = [p for v in variants for p in _worse_places(results, v)]
     what = listed([f"{v}" for v in variants])
     if worse:
-        return f"Graded scores: {what} found worse in {len(worse)} places"
+        return f"Graded scores: {what} found worse in {count(len(worse), 'comparison')}"
     return f"Graded scores: no loss of {what} found"
 
 
@@ -251,9 +252,8 @@ def summary_bullets(results: Results) -> list[str]:
 def _score_bullet(results: Results, variant: str) -> str:
     """Where a variant is found worse, and the pooled loss that is excluded."""
     worse = _worse_places(results, variant)
-    text = f"**Graded scores** find `{variant}` " + (
-        f"worse: {', '.join(worse)}." if worse else "worse nowhere."
-    )
+    found = f"worse on {', '.join(worse)}" if worse else "no loss detected"
+    text = f"**Graded scores** of `{variant}`: {found}."
     pooled = {
         model: p.verdict.comparison
         for (model, v), p in results.graded.pooled.items()
@@ -261,11 +261,10 @@ def _score_bullet(results: Results, variant: str) -> str:
     }
     if not pooled:
         return f"{text} No set can be pooled."
-    excluded = [f"{_excluded_points(c)} (`{model}`)" for model, c in pooled.items()]
-    return (
-        f"{text} Pooled over the informative sets, a loss of probability above "
-        f"{listed(excluded)} points is excluded."
-    )
+    (first, estimate), *others = pooled.items()
+    limits = [f"{_excluded_points(estimate)} points of probability (`{first}`)"]
+    limits += [f"{_excluded_points(c)} (`{model}`)" for model, c in others]
+    return f"{text} Pooled over the informative sets, losses above {listed(limits)} are excluded."
 
 
 def _excluded_points(comparison) -> str:

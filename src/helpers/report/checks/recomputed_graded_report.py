@@ -164,9 +164,9 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
     ]
     places = [f"{DATASET_NAMES.get(c['dataset'], c['dataset'])} of `{c['model']}`" for c in worse]
     published = text.partition(" Pooled")[0].partition(" No set can")[0]
-    expected = "worse: " if worse else "worse nowhere"
+    expected = "worse on " if worse else "no loss detected"
     if expected not in published or not all(place in published for place in places):
-        yield f"recomputed {', '.join(places) or 'worse nowhere'}"
+        yield f"recomputed {', '.join(places) or 'no loss detected'}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
     models = code_names(text.partition(" Pooled")[2])
     if models != [row["model"] for row in pooled]:
@@ -200,7 +200,7 @@ def _check_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNu
 
 
 GRADED_SENTENCE_CHECKS = (
-    (r"^\*\*Graded scores\*\* find `", _check_score_bullet),
+    (r"^\*\*Graded scores\*\* of `", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
     (r"^Option sets: the right option's probability, in points", _check_reading),
 )
