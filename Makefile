@@ -32,7 +32,7 @@ CODE  := $(wildcard src tests tools benchmarks notebooks)
 # The name of a study's output folder, whether STUDY is a name or a path.
 NAME  := $(filter-out . ..,$(patsubst %.yaml,%,$(notdir $(STUDY))))
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
-# Besides outputs: the version of Python (helpers.workflow.lab_notebooks).
+# Besides outputs: the version of Python (tools.lab_notebooks).
 STRIPPED  = --extra-keys metadata.language_info.version
 
 # Import only packages of the environment.
@@ -43,7 +43,7 @@ export PYTHONUTF8 := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 # Restrict a run to the instruction sets of another processor: torch, oneDNN, MKL, numba and the
-# project (helpers.runtime.processors) each have a variable for it.
+# project (helpers.runtime.devices) each have a variable for it.
 PROCESSOR ?=
 ifneq (,$(PROCESSOR))
 export STUDY_PROCESSOR := $(PROCESSOR)
@@ -93,21 +93,21 @@ report: $(READY) ## run only analysis and report, on the existing results
 	  --cores $(CORES) --job-mb $(JOB_MB) -- $(ARGS)
 
 archive: $(READY) ## pack a study's records, answers and report into one file, without weights
-	@$(PY) -m helpers.workflow.archive pack $(STUDY) $(ARGS)
+	@$(PY) -m tools.archive pack $(STUDY) $(ARGS)
 
 again: $(READY) ## recompute the report from such a file: ARCHIVE=file TO=new-folder
 	@test -n '$(ARCHIVE)' -a -n '$(TO)' || { echo 'make: ARCHIVE or TO is missing; run make again ARCHIVE=file TO=new-folder' >&2; exit 1; }
-	@$(PY) -m helpers.workflow.archive again '$(ARCHIVE)' --to '$(TO)'
+	@$(PY) -m tools.archive again '$(ARCHIVE)' --to '$(TO)'
 
 export: $(READY) ## write a study's results in the format of lm-evaluation-harness
-	@$(PY) -m helpers.report.lm_eval_export $(STUDY) $(ARGS)
+	@$(PY) -m tools.lm_eval_export $(STUDY) $(ARGS)
 
 verdicts: $(READY) ## recompute every verdict and number from the answers and compare with the published ones
 	@$(PY) -m helpers.report.checks.recomputation $(STUDY)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \
-	  --ServerApp.contents_manager_class=helpers.workflow.lab_notebooks.LabNotebooks \
+	  --ServerApp.contents_manager_class=tools.lab_notebooks.LabNotebooks \
 	  --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate $(ARGS)
 
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones

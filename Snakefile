@@ -12,12 +12,12 @@ import os
 import re
 import sys
 
-from helpers.core import console
+from helpers.core import processes
 from helpers.core.errors import StudyError, one_line_error
-from helpers.core.paths import StudyPaths, relative_to_project
+from helpers.core.files import StudyPaths, relative_to_project
 from helpers.study import fingerprints, stages
 from helpers.study.loading import load_study, study_file
-from helpers.workflow.gpus import may_take_gpu
+from helpers.workflow.duration_estimate import may_take_gpu
 from helpers.workflow.launcher import PLAN_WIDTH
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -74,7 +74,7 @@ def log_errors(message):
     if event == LogEvent.JOB_ERROR:
         for job in workflow.dag.jobs:
             if workflow.dag.jobid(job) == message.jobid:
-                console.report_lost_job(job.message)
+                processes.report_lost_job(job.message)
     if message.levelno < logging.ERROR or event == LogEvent.JOB_ERROR:
         return False
     message.msg, message.args = one_line_error(text), ()

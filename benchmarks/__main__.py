@@ -22,8 +22,8 @@ from benchmarks import (
     simulation,
 )
 from benchmarks.material import Material
-from helpers.core.paths import outputs_root
-from helpers.runtime.allocator import set_malloc_thresholds
+from helpers.core.files import outputs_root
+from helpers.runtime.devices import set_malloc_thresholds
 
 COMPARISONS = {
     "scoring": scoring.compare,

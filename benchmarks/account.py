@@ -6,7 +6,7 @@ from statistics import median
 from matplotlib.figure import Figure
 
 from benchmarks.turns import Comparison
-from helpers.core.file_writing import write_atomically
+from helpers.core.files import write_atomically
 from helpers.core.records import write_json
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style, new_figure
 

@@ -16,12 +16,12 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from benchmarks.vllm_client import Vllm, why_not
-from helpers.core.plain_text import valid_unicode
+from helpers.core.errors import valid_unicode
 from helpers.evaluation.engine import box_closes, stop_tokens
 from helpers.evaluation.prompts import render_prompt
-from helpers.inference.generation import AnswerInProgress, StopRules
-from helpers.runtime.batching import pad
-from helpers.sources.chat_conversations import tokenize
+from helpers.inference.protocols import AnswerInProgress, StopRules
+from helpers.runtime.linears import pad
+from helpers.sources.chat import tokenize
 
 SETS = ("openmath", "squad_v2")
 ROWS = 32

@@ -16,11 +16,10 @@ from collections.abc import Iterable
 import pytest
 
 from benchmarks.gate_names import CHECKS, gate_names
-from helpers.core.file_writing import write_atomically
-from helpers.core.paths import PROJECT
+from helpers.core.files import PROJECT, write_atomically
 from helpers.core.records import write_json
-from helpers.runtime.processors import processor_class as processor_kind
-from helpers.runtime.processors import processor_name as processor_name
+from helpers.runtime.devices import processor_class as processor_kind
+from helpers.runtime.devices import processor_name
 
 FOLDER = PROJECT / "outputs" / "bank"
 RUN = ("-m", "bank", "-q", "-n", "2", "--dist", "loadfile", "-p", "benchmarks.bank_recorder")

@@ -36,11 +36,11 @@ NOTES = Notes()
 def pytest_configure(config) -> None:
     """Watch gates and checks before a test imports them."""
     from helpers.core.errors import StudyError
-    from helpers.core.gates import Gate
+    from helpers.core.records import Gate
     from helpers.evaluation import preflight
     from helpers.report.checks import recomputation
-    from helpers.statistics import validity
-    from helpers.statistics.checks import recomputed_comparisons
+    from helpers.statistics import verdicts
+    from helpers.statistics.checks import recomputed_verdicts
 
     init_gate, refused = Gate.__init__, StudyError.__init__
 
@@ -53,13 +53,13 @@ def pytest_configure(config) -> None:
         NOTES.failed(names.REFUSED, True)
 
     Gate.__init__, StudyError.__init__ = gate, error
-    _watch(recomputed_comparisons, "disagreements", names.COMPARISONS)
+    _watch(recomputed_verdicts, "disagreements", names.COMPARISONS)
     _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
     _watch(recomputation, "wrong_records", names.RECORDS)
-    _watch(validity, "uninformative_reason", names.BASELINE)
+    _watch(verdicts, "uninformative_reason", names.BASELINE)
     true = preflight.problems
 
     def problems(*args, **options):
@@ -96,7 +96,7 @@ def _noting_places(patch: Callable) -> Callable:
 
 
 def _place(target, name) -> str:
-    """`helpers.inference.packed_rows.Segment._mask`, of a module or a class."""
+    """`helpers.inference.packed_attention.Segment._mask`, of a module or a class."""
     parts = [getattr(target, "__name__", ""), name]
     if isinstance(target, type):
         parts = [target.__module__, target.__qualname__, name]

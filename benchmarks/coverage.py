@@ -17,12 +17,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from helpers.core.file_writing import write_atomically
-from helpers.core.paths import outputs_root
+from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import write_json
 from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.draws import recipe_estimate
-from helpers.statistics.graded import Scored, ability, option_probabilities
+from helpers.statistics.graded import Scored, ability, option_probabilities, recipe_estimate
 from helpers.statistics.intervals import mcnemar_exact
 from helpers.statistics.pooled import as_probabilities, pooled_difference, recovery
 

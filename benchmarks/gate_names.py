@@ -9,7 +9,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.core.paths import PROJECT
+from helpers.core.files import PROJECT
 
 SOURCE = PROJECT / "src" / "helpers"
 COMPARISONS = "figures that follow from the answers"
@@ -22,13 +22,13 @@ BASELINE = "a baseline that can tell"
 BEFOREHAND = "sources looked at before the first job"
 REFUSED = "refused in one line"
 CHECKS = {  # what catches a failure and is no gate
-    COMPARISONS: "statistics.checks.recomputed_comparisons",
+    COMPARISONS: "statistics.checks.recomputed_verdicts",
     VERDICTS: "report.checks.recomputation",
     SENTENCES: "report.checks.recomputed_sentences",
     CHAPTERS: "report.checks.recomputed_chapters",
-    COSTS: "report.checks.recomputed_costs",
-    RECORDS: "report.checks.recomputed_records",
-    BASELINE: "statistics.validity",
+    COSTS: "report.checks.recomputed_chapters",
+    RECORDS: "report.checks.recomputed_chapters",
+    BASELINE: "statistics.verdicts",
     BEFOREHAND: "evaluation.preflight",
     REFUSED: "core.errors",
 }
@@ -47,7 +47,7 @@ def gate_names(folder: Path = SOURCE) -> dict[str, str]:
         for path in sorted(folder.rglob("*.py"))
     }
     functions = {module: dict(_functions(tree)) for module, tree in trees.items()}
-    functions["core.gates"]["Gate"] = ["name"]
+    functions["core.records"]["Gate"] = ["name"]
     constants = {module: _assigned(_constants(tree)) for module, tree in trees.items()}
     module_by_name: dict[str, str] = {}
     for module, tree in trees.items():

@@ -5,8 +5,8 @@ import platform
 from importlib.metadata import version
 
 from helpers.core.records import package_versions
-from helpers.cost.gemm_peak import gemm_peaks
-from helpers.runtime.processors import features
+from helpers.cost.measurement import gemm_peaks
+from helpers.runtime.devices import features
 
 
 def describe(shapes: set[tuple[int, int]], *, rows: int, threads: int) -> dict:

@@ -13,16 +13,14 @@ from helpers.evaluation.engine import evaluate
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import compression
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.smoothing import same_alpha, smooth_variant_
-from helpers.sources.bundled_model import bundled_model_folder
-from helpers.sources.chat_conversations import calibration_tokens
+from helpers.quantization.variants import load_int8
+from helpers.sources.chat import calibration_tokens
 from helpers.sources.items import Item
-from helpers.sources.models import load_model, load_tokenizer
+from helpers.sources.models import bundled_model_folder, load_model, load_tokenizer
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.loading import load_study
-from helpers.study.schema import Batch, EvaluationSet, Study
-from helpers.study.schema_variants import Variant
+from helpers.study.schema import Batch, EvaluationSet, Study, Variant
 
 STUDY = "demo"
 VARIANT = "smoothquant_w8a8"

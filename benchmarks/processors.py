@@ -16,15 +16,13 @@ import torch
 
 from benchmarks.material import Material
 from benchmarks.turns import Comparison
-from helpers.core.file_writing import write_atomically
-from helpers.core.interleaved_processes import interleaved_rounds
-from helpers.core.paths import outputs_root
+from helpers.core.files import outputs_root, write_atomically
+from helpers.core.processes import interleaved_rounds
 from helpers.core.records import write_json
-from helpers.cost.gemm_peak import gemm_peaks
-from helpers.cost.throughput import measure, workload
-from helpers.quantization import int8_matmul, int8_passes
-from helpers.quantization.int8_checkpoint import load_int8
-from helpers.runtime import processors
+from helpers.cost.measurement import gemm_peaks, measure, workload
+from helpers.quantization import int8_matmul
+from helpers.quantization.variants import load_int8
+from helpers.runtime import devices
 from helpers.sources.models import load_model
 
 ROUNDS = 3
@@ -85,13 +83,13 @@ def _pair(load: Callable) -> tuple:
 
 def _described(threads: int) -> dict:
     return {
-        "kind": processors.processor_class(),
-        "kept_to": processors.restriction(),
-        "name": processors.processor_name(),
-        "features": list(processors.features()),
+        "kind": devices.processor_class(),
+        "kept_to": devices.restriction(),
+        "name": devices.processor_name(),
+        "features": list(devices.features()),
         "threads": threads,
         "int8_products": int8_matmul.cpu_product().name,
-        "int8_passes": "fused" if int8_passes.are_available() else "torch's",
+        "int8_passes": "fused" if int8_matmul.are_available() else "torch's",
         "torch": torch.__version__,
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -15,7 +15,7 @@ from benchmarks.agreement import Agreement
 from benchmarks.material import Material
 from benchmarks.turns import Comparison, take_turns
 from helpers.inference.perplexity import passage_rows, read_passages
-from helpers.quantization.int8_checkpoint import load_int8
+from helpers.quantization.variants import load_int8
 from helpers.sources.sampling import shared_passages
 
 ALPHAS = (0.3, 0.5, 0.65, 0.8, 0.9)

@@ -14,12 +14,11 @@ import sys
 import time
 
 from benchmarks.machine import features
-from helpers.core.file_writing import write_atomically
-from helpers.core.paths import StudyPaths, outputs_root
+from helpers.core.files import StudyPaths, outputs_root, write_atomically
 from helpers.core.records import package_versions, peak_memory_bytes, read_json, write_json
 from helpers.report.markdown import MISSING, markdown_table, signed
+from helpers.study.loading import open_job
 from helpers.study.stages import Run, runs
-from helpers.study.study_run import open_job
 
 STUDY, FOLDER = "sizes", "scale"
 MADE = "quantization"  # the stage that makes a checkpoint
@@ -70,7 +69,7 @@ def again(model: str, variant: str) -> dict:
 
 def verified(model: str, variant: str) -> dict:
     """Seconds, peak and outcome of all gates on one checkpoint of the study."""
-    from helpers.core.hashing import sha256_folder
+    from helpers.core.records import sha256_folder
     from helpers.runtime.devices import prepare
     from helpers.sources.models import model_folder
     from helpers.verification.variant_gates import verify_checkpoint
@@ -92,7 +91,7 @@ def verified(model: str, variant: str) -> dict:
 
 def weights_of(model: str) -> int:
     """Number of weights of the source; a tied head counts once."""
-    from helpers.sources.model_tensors import TensorFiles
+    from helpers.sources.model_files import TensorFiles
     from helpers.sources.models import model_folder
 
     job = open_job(STUDY, model=model)

@@ -18,8 +18,7 @@ import torch
 from benchmarks.rounding_draws import off_by_a_millionth, prediction_interval, vllms_step
 from benchmarks.vllm_linears import INT8_KERNEL, largest_difference, linear_kernels
 from helpers.core.errors import StudyError
-from helpers.core.file_writing import write_atomically
-from helpers.core.paths import outputs_root
+from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import package_versions, write_json
 from helpers.evaluation.engine import evaluate
 from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
@@ -29,7 +28,7 @@ from helpers.report.markdown import Markup, Rows, code, markdown_table, number, 
 from helpers.runtime.devices import prepare
 from helpers.sources.models import load_tokenizer, model_folder
 from helpers.sources.sampling import evaluation_items, shared_passages
-from helpers.study.study_run import Job, open_job
+from helpers.study.loading import Job, open_job
 
 LAYER_TOLERANCE = 1e-5  # of the largest output: float32 rounding
 FLOAT_TOLERANCE = 1e-3  # nats, of one token's log-probability in a float32 model

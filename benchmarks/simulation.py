@@ -11,7 +11,7 @@ from benchmarks.turns import Comparison, take_turns
 from helpers.inference.perplexity import read_passages
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_reference
-from helpers.verification.hooks import capture_inputs
+from helpers.verification.checkpoint_files import capture_inputs
 
 PEER = "the same checkpoint in plain transformers (simulated)"
 FLOAT = "float32 model in plain transformers"

@@ -5,8 +5,8 @@ import os
 import subprocess
 from pathlib import Path
 
-from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT, vllm_python
+from helpers.core.files import PROJECT, vllm_python
+from helpers.core.processes import die_with_parent
 
 SERVER = Path(__file__).with_name("vllm_server.py")
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from helpers.inference.vllm_client import VllmModel
-from helpers.sources.model_tensors import TensorFiles
-from helpers.verification.hooks import capture_inputs
+from helpers.sources.model_files import TensorFiles
+from helpers.verification.checkpoint_files import capture_inputs
 
 VLLM_HALF_RANGE = 127
 TIE = 4 * 2**-24  # float32 roundings of a quotient, relative: by 1 / step, or by the step

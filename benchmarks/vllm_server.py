@@ -10,7 +10,7 @@ import os
 import sys
 from itertools import count
 
-from helpers.evaluation.answer_parsing import last_boxed
+from helpers.evaluation.scoring import last_boxed
 
 LONGEST = 2048  # tokens of a prompt with its answer
 

@@ -141,7 +141,7 @@ def model(family):
     """A tiny seeded model in float32, the test's own to break."""
     import torch
 
-    from helpers.sources.random_model import random_model
+    from helpers.sources.models import random_model
 
     torch.set_num_threads(1)
     return random_model(family, seed=SEED)
@@ -156,7 +156,7 @@ def exact_model(model):
 @pytest.fixture(scope="session")
 def tokenizer():
     """One token a byte, three special tokens, a chat template."""
-    from helpers.sources.random_model import byte_tokenizer
+    from helpers.sources.models import byte_tokenizer
 
     return byte_tokenizer()
 

@@ -12,12 +12,15 @@ import numpy as np
 from scipy.stats import binom, norm
 
 from helpers.statistics.intervals import (
+    likely_flips,
+    mcnemar_power,
     require_count,
     require_fraction,
+    require_power,
+    require_rates,
     tango_interval,
     tost_from_interval,
 )
-from helpers.statistics.power import likely_flips, mcnemar_power, require_power, require_rates
 
 MOST_ITEMS = 1_000_000  # a benchmark nobody has; beyond it the answer is "not reachable"
 

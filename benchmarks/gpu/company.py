@@ -10,13 +10,15 @@ from copy import deepcopy
 import torch
 
 from benchmarks.gpu.part import Part
-from helpers.inference.generation import generate_greedy
-from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.inference.packed_attention import use_packed_attention
-from helpers.inference.packed_rows import Segment, read
-from helpers.quantization.int8_gated_mlp import fuse_gated_mlps_
-from helpers.quantization.int8_linear import Int8Linear, absmax_scale, stack_siblings_
-from helpers.sources.random_model import random_model
+from helpers.inference.packed_attention import Segment, read, use_packed_attention
+from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
+from helpers.quantization.int8_linear import (
+    Int8Linear,
+    absmax_scale,
+    fuse_gated_mlps_,
+    stack_siblings_,
+)
+from helpers.sources.models import random_model
 
 ITEMS, ALONE, OPTIONS = 24, 8, 4
 NEW_TOKENS = 24

@@ -14,14 +14,13 @@ import torch
 from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.prompts import model_inputs, render_prompt
-from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.quantization import compression, int8_cuda, int8_cuda_choice
+from helpers.inference.protocols import OptionTokens, option_loglikelihoods
+from helpers.quantization import compression, int8_cuda
 from helpers.quantization.calibration import run_calibration
-from helpers.quantization.int8_checkpoint import load_int8
 from helpers.quantization.smoothing import same_alpha, smooth_variant_
-from helpers.sources.chat_conversations import calibration_tokens
-from helpers.sources.models import load_model, load_tokenizer
-from helpers.sources.random_model import random_model_folder
+from helpers.quantization.variants import load_int8
+from helpers.sources.chat import calibration_tokens
+from helpers.sources.models import load_model, load_tokenizer, random_model_folder
 from helpers.sources.sampling import calibration_items, load_items
 from helpers.study.loading import load_study
 from helpers.study.schema import Batch
@@ -76,7 +75,7 @@ def run(part: Part) -> None:
         assert len(sums) == len(items)
         part.note(f"evaluation under {GOAL_S} s, {kind}", stages[-1]["seconds"] < GOAL_S)
         if kind == "int8":
-            part.note("products chosen by the library", int8_cuda_choice.chosen_tiles())
+            part.note("products chosen by the library", int8_cuda.chosen_tiles())
             with part.stage(stages, f"evaluating them again, every choice made, {kind}"):
                 dict(option_loglikelihoods(model, items, batch_tokens=BATCH))
         del model

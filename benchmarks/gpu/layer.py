@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds
-from helpers.quantization import int8_gated_mlp
+from helpers.quantization import int8_linear
 from helpers.quantization.int8_linear import Int8Linear, stack_siblings_
 
 HIDDEN, MIDDLE, KEYS = 4096, 14336, 1024  # of Llama-3.1-8B
@@ -45,7 +45,7 @@ def measured(part: Part, rows: int) -> dict:
             layers = [make(*sizes) for _ in range(2)]
             microseconds[kind] = _microseconds(part, layers, x)
             if kind == "int8":
-                fused = isinstance(layers[0].mlp.forward, int8_gated_mlp.FusedGatedMLP)
+                fused = isinstance(layers[0].mlp.forward, int8_linear.FusedGatedMLP)
             del layers
     ratio = microseconds["bfloat16"] / microseconds["int8"]
     return {**microseconds, "SiLU · up quantized in one kernel": fused, "times as fast": ratio}
@@ -68,7 +68,7 @@ def _int8(*sizes: int) -> Layer:
             parent, _, child = name.rpartition(".")
             setattr(layer.get_submodule(parent), child, quantized)
     stack_siblings_(layer)
-    int8_gated_mlp.fuse_gated_mlps_(layer)
+    int8_linear.fuse_gated_mlps_(layer)
     return layer
 
 

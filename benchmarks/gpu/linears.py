@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 from benchmarks.gpu import cards, layer, tiles
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import device_seconds, eager_seconds
-from helpers.quantization import int8_cuda, int8_cuda_choice
+from helpers.quantization import int8_cuda
 from helpers.quantization.int8_linear import absmax_scale, quantize_activations
 
 # (in_features, out_features) of Llama-3.1-8B's, those that read one tensor stacked.
@@ -48,7 +48,7 @@ def run(part: Part) -> None:
             table.append(row)
             case.measure(row, has_triton, lambda: part.note("microseconds", table))
             del case
-        part.note("chosen by the library", int8_cuda_choice.chosen_tiles())
+        part.note("chosen by the library", int8_cuda.chosen_tiles())
         part.note(f"together at {rows} rows", _together(part, table, rows, shapes))
         if not part.over(need=4):
             part.note(f"reading a layer, {rows} rows", layer.measured(part, rows))
@@ -92,7 +92,7 @@ class Case:
         row |= {way: self._us(call) for way, call in self._torch_ways().items()}
         if not has_triton:
             return keep()
-        from helpers.quantization import int8_triton_passes as passes
+        from helpers.quantization import int8_triton as passes
 
         row[QUANTIZE] = self._us(lambda _w: passes.launch_quantize_rows(self.x))
         row["quantization by size"] = self._by_size(passes)
@@ -107,7 +107,7 @@ class Case:
         if not timed:
             return keep()
         best = min(timed, key=timed.get)
-        tile = int8_cuda_choice.Tile(*best)
+        tile = int8_cuda.Tile(*best)
         row |= {"tile": str(best), "Triton product alone": timed[best]}
         row[TRITON] = self._us(partial(self._by_library, partial(passes.launch_product, tile=tile)))
         row["exact"] = self._is_exact(passes, tile)
@@ -131,7 +131,7 @@ class Case:
             if self.part.left() < 6:
                 break
             given = scale, self.columns, None, torch.bfloat16
-            product = partial(passes.launch_product, tile=int8_cuda_choice.Tile(*sizes))
+            product = partial(passes.launch_product, tile=int8_cuda.Tile(*sizes))
             found[sizes] = self._us(
                 lambda w, product=product, given=given: product(values, w, *given)
             )

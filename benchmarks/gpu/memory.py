@@ -8,8 +8,7 @@ from benchmarks.gpu import full_size
 from benchmarks.gpu.part import Part
 from helpers.core.errors import StudyError
 from helpers.evaluation.engine import evaluate
-from helpers.sources.models import load_tokenizer
-from helpers.sources.random_model import random_model, random_model_folder
+from helpers.sources.models import load_tokenizer, random_model, random_model_folder
 from helpers.sources.sampling import load_items
 from helpers.study.loading import load_study
 from helpers.study.schema import Batch

@@ -5,10 +5,11 @@ python -m benchmarks.gpu.published
 
 import json
 
+from tools.update_readme import split_at_markers
+
 from benchmarks.gpu.cards import INT8
-from helpers.core.paths import PROJECT
+from helpers.core.files import PROJECT
 from helpers.report.markdown import MISSING, markdown_table
-from helpers.report.readme import split_at_markers
 
 FOLDER = PROJECT / "outputs" / "gpu"
 PAGE, README = PROJECT / "docs" / "scaling.md", PROJECT / "README.md"

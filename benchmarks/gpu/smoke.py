@@ -10,21 +10,19 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.gpu.part import Part
-from helpers.core.hashing import sha256_folder
-from helpers.core.paths import PROJECT
-from helpers.core.records import Record, write_json
+from helpers.core.files import PROJECT
+from helpers.core.records import Record, sha256_folder, write_json
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.metrics import all_metrics, shared_text_metrics
 from helpers.evaluation.prompts import input_digest, model_inputs, render_prompt
-from helpers.evaluation.scoring import score_text
+from helpers.evaluation.scoring import all_metrics, score_text, shared_text_metrics
 from helpers.inference.perplexity import read_shared_text
-from helpers.quantization import alpha, calibration, compression, smoothing
+from helpers.quantization import calibration, compression, simulation, smoothing
 from helpers.quantization.variants import load_variant
 from helpers.runtime.devices import prepare
-from helpers.sources.chat_conversations import calibration_tokens
+from helpers.sources.chat import calibration_tokens
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items, evaluation_items, item_ids
-from helpers.study.study_run import open_job
+from helpers.study.loading import open_job
 from helpers.verification.variant_gates import verify_checkpoint
 
 STUDY, MODEL = "smoke", "base"
@@ -108,7 +106,7 @@ class Run:
         network = load_model(source, job.study.runtime)
         folder = job.paths.quantization(MODEL, variant)
         record = Record(folder, stage="quantization", parameters=job.parameters)
-        chosen = alpha.choose_alphas(network, job.recipe, self.fit, self.judges)
+        chosen = simulation.choose_alphas(network, job.recipe, self.fit, self.judges)
         write_json(folder / "alpha.json", chosen.record)
         smoothed = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
         compression.quantize_variant_(network, job.recipe, self.absmax, smoothed)

@@ -1,6 +1,6 @@
 """Tiles of the Triton product that are tried."""
 
-# Sizes of `int8_cuda_choice.Tile`, the most promising first, by the most rows they are tried for.
+# Sizes of `int8_cuda.Tile`, the most promising first, by the most rows they are tried for.
 TRIED = {
     16: (
         (16, 64, 256, 1, 4, 5, True),

@@ -9,9 +9,8 @@ from benchmarks.gpu import full_size
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import eager_seconds
 from helpers.core.architectures import HEAD, linear_names
-from helpers.inference.generation import generate_greedy
-from helpers.inference.packed_attention import use_packed_attention
-from helpers.inference.packed_rows import Segment, read
+from helpers.inference.packed_attention import Segment, read, use_packed_attention
+from helpers.inference.protocols import generate_greedy
 from helpers.quantization import compression
 from helpers.study.loading import load_study
 

@@ -13,16 +13,13 @@ from torch import Tensor
 
 from benchmarks.gpu.company import MEDIUM, drawn_items, quantized_by_rounding_
 from benchmarks.gpu.part import Part
-from helpers.inference.generation import generate_greedy
-from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.inference.packed_attention import use_packed_attention
-from helpers.inference.packed_rows import Segment, read
+from helpers.inference.packed_attention import Segment, read, use_packed_attention
+from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
 from helpers.quantization import int8_matmul
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_quantized
 from helpers.runtime.devices import modules_by_device, resolve_runtime
-from helpers.sources.models import load_model
-from helpers.sources.random_model import random_model
+from helpers.sources.models import load_model, random_model
 from helpers.study.schema import Runtime
 
 ITEMS, NEW_TOKENS = 24, 16

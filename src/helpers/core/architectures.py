@@ -3,7 +3,7 @@
 An entry says where the blocks lie, which Linears a block has, what feeds each of them,
 how its norms multiply, and what a configuration must not ask for. Everything that
 depends on a family (smoothing, census, checks, loading) is read off this table, so that
-a ninth family is one entry here and one line of tiny sizes in `random_model`.
+a ninth family is one entry here and one line of tiny sizes in `models`.
 
 A place is a producer, whose output channels can be divided by s, and the Linears that
 read it, whose input channels are then multiplied by s. Every Linear of a block is read

@@ -1,12 +1,12 @@
 """Imported first by a process that shall end with the one its environment names.
 
-The server that measuring processes are forked off (`helpers.core.interleaved_processes`) is started
+The server that measuring processes are forked off (`helpers.core.processes`) is started
 by Python, which offers no other moment to tell it so.
 """
 
 import os
 
-from helpers.core.parent_process import die_with_parent
+from helpers.core.processes import die_with_parent
 
 PARENT = "STUDY_MEASURING_PARENT"
 

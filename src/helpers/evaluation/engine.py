@@ -1,29 +1,95 @@
-"""Asks a model its evaluation sets: one prediction an item, in the items' order."""
+"""The evaluation's engine: a model answers every item of every set, in the items' order.
 
+Out of memory on a card, the batch is halved once, and one line says what to set. What was answered
+before is kept. Answers may depend on the batch in their last bits there, as they do on any card
+(`helpers.evaluation.checks.numeric_gates`).
+"""
+
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
 
-from helpers.core.activity import Bar
+import torch
+
 from helpers.core.errors import StudyError
-from helpers.evaluation.answer_parsing import last_boxed
-from helpers.evaluation.gold_answers import (
+from helpers.core.processes import Bar
+from helpers.evaluation.predictions import Progress, UnsavedPredictions
+from helpers.evaluation.prompts import (
     GoldAnswers,
+    TokenizedPrompt,
     answer_tokens,
     gold_answers,
     gold_fields,
+    study_prompts,
+    tokenize_prompts,
 )
-from helpers.evaluation.out_of_memory import with_halved_batch
-from helpers.evaluation.prompts import TokenizedPrompt, study_prompts, tokenize_prompts
-from helpers.evaluation.resume import Progress, UnsavedPredictions
-from helpers.evaluation.scoring import score_options, score_text
-from helpers.inference import vllm_protocols
-from helpers.inference.generation import GeneratedAnswer, generate_greedy
-from helpers.inference.loglikelihood import OptionTokens, option_loglikelihoods
-from helpers.sources.chat_template import end_of_turn
+from helpers.evaluation.scoring import last_boxed, score_options, score_text
+from helpers.inference import vllm_client
+from helpers.inference.protocols import (
+    GeneratedAnswer,
+    OptionTokens,
+    generate_greedy,
+    option_loglikelihoods,
+)
+from helpers.sources.chat import end_of_turn
 from helpers.sources.items import Item
 from helpers.study.schema import Batch, EvaluationSet, Generate, Study
+
+
+def with_halved_batch(ask: Callable[[list, Batch], Iterator[dict]], prompts: list, limits: Batch):
+    """Yield the predictions of `ask`; after running out of memory, continue with half the batch.
+
+    Args:
+        ask: (prompts, limits) → one prediction per prompt, with the `id` of the prompt's item.
+        prompts: all prompts, with an `item` each.
+        limits: the most tokens and answers of one forward pass.
+
+    Raises:
+        StudyError: half a batch does not fit either; the message suggests a smaller one.
+    """
+    answered: set[str] = set()
+    try:
+        for prediction in ask(prompts, limits):
+            answered.add(prediction["id"])
+            yield prediction
+        return
+    except torch.OutOfMemoryError:
+        pass  # the error's traceback references the memory of the failed pass
+    half_batch = half_of(limits)
+    _free_memory()
+    warnings.warn(
+        f"out of memory with evaluation.batch = {_describe(limits)}; the rest is asked with "
+        f"{_describe(half_batch)}, which the study file can set",
+        stacklevel=2,
+    )
+    remaining = [prompt for prompt in prompts if prompt.item.id not in answered]
+    try:
+        yield from ask(remaining, half_batch)
+    except torch.OutOfMemoryError:
+        _free_memory()
+        raise StudyError(
+            f"out of memory with evaluation.batch = {_describe(limits)}, and with half of it; "
+            f"set evaluation.batch to {_describe(half_of(half_batch))}"
+        ) from None
+
+
+def half_of(limits: Batch) -> Batch:
+    """Half the tokens and answers of a batch, at least one each."""
+    return Batch(tokens=max(1, limits.tokens // 2), rows=max(1, limits.rows // 2))
+
+
+def _describe(limits: Batch) -> str:
+    return f"{{tokens: {limits.tokens}, rows: {limits.rows}}}"
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
 
 NO_GOLDS: Mapping[str, GoldAnswers] = MappingProxyType({})
 
@@ -111,9 +177,7 @@ def _score_options(
     longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
     _check_context_length(model, prompts, longest)
     score = (
-        vllm_protocols.option_loglikelihoods
-        if vllm_protocols.is_served(model)
-        else option_loglikelihoods
+        vllm_client.option_loglikelihoods if vllm_client.is_served(model) else option_loglikelihoods
     )
     for index, logprobs in score(model, tokens, batch_tokens=limits.tokens):
         prompt, normalize = prompts[index].prompt, evaluation_set.ask.normalize
@@ -171,9 +235,7 @@ def _generate(
     """
     shares_scale = getattr(model, "scale_scope", "token") != "token"
     loglikelihoods = _read_apart(model, prompts, options, limits) if shares_scale else {}
-    generate = (
-        vllm_protocols.generate_greedy if vllm_protocols.is_served(model) else generate_greedy
-    )
+    generate = vllm_client.generate_greedy if vllm_client.is_served(model) else generate_greedy
     answers = generate(
         model,
         [p.tokens.context for p in prompts],

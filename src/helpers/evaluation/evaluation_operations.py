@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from functools import partial
 
 from helpers.core.errors import StudyError
-from helpers.core.paths import StudyPaths
+from helpers.core.files import StudyPaths
+from helpers.cost.measurement import (
+    NEW_TOKENS,
+    PROMPT_TOKENS,
+    PROMPTS,
+    ROUNDS,
+    ROW_TOKENS,
+    WARM_TOKENS,
+)
 from helpers.cost.operations import (
     Size,
     folder_to_count,
@@ -25,29 +33,17 @@ from helpers.cost.operations import (
     without_weight_passes,
     writing_operations,
 )
-from helpers.cost.throughput import (
-    NEW_TOKENS,
-    PROMPT_TOKENS,
-    PROMPTS,
-    ROUNDS,
-    ROW_TOKENS,
-    WARM_TOKENS,
-)
-from helpers.evaluation.checks.batch_invariance import SAMPLE, is_batch_invariant
-from helpers.evaluation.checks.float_reference import PASSAGES
-from helpers.evaluation.gold_answers import answer_tokens, gold_answers
-from helpers.evaluation.prompts import TokenizedPrompt, study_prompts
-from helpers.inference.packed_rows import SplitText, split_at
+from helpers.evaluation.checks.evaluation_data import PASSAGES
+from helpers.evaluation.checks.numeric_gates import SAMPLE, is_batch_invariant
+from helpers.evaluation.prompts import TokenizedPrompt, answer_tokens, gold_answers, study_prompts
+from helpers.inference.packed_attention import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
-from helpers.runtime.batching import FEWEST_ROWS
+from helpers.runtime.linears import FEWEST_ROWS
 from helpers.sources.models import load_tokenizer
 from helpers.sources.sampling import shared_passages
 from helpers.study import stages
-from helpers.study.loading import load_study, study_file
-from helpers.study.schema import EvaluationSet, Study
-from helpers.study.schema_sources import FineTunedModel
-from helpers.study.schema_variants import variant_per_scheme
-from helpers.study.study_run import Job
+from helpers.study.loading import Job, load_study, study_file
+from helpers.study.schema import EvaluationSet, FineTunedModel, Study, variant_per_scheme
 
 LOADED = 6  # passes over the weights in an evaluation: load, hash, compare
 

@@ -1,43 +1,95 @@
 """What would stop a study inside a job, found before the first one: a line for each problem.
 
-Rows are read and items drawn; of every model the tensors' names and shapes, the tokenizer,
-the chat template and the length of every text it will be given are looked at. No weight is
-read. What is on a Hub and not here yet is passed over.
+Rows are read and items drawn: rows that are no items and sets too small to draw from are named. Of
+every model the tensors' names and shapes, the tokenizer, the chat template and the length of every
+text it will be given are looked at. No weight is read. What is on a Hub and not here yet is passed
+over.
 
 usage: python -m helpers.evaluation.preflight STUDY [--dry]
 """
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from transformers.utils import logging
 
 from helpers.core.errors import StudyError
-from helpers.core.paths import StudyPaths
-from helpers.evaluation.gold_answers import answer_tokens, gold_answers
-from helpers.evaluation.prompts import option_tokens, render_prompt, tokenize_prompts
+from helpers.core.files import StudyPaths
+from helpers.evaluation.prompts import (
+    answer_tokens,
+    gold_answers,
+    option_tokens,
+    render_prompt,
+    tokenize_prompts,
+)
 from helpers.inference.perplexity import passage_tokens
-from helpers.runtime.rotary_positions import length_independent_up_to
-from helpers.sources.bundled_model import is_bundled_model_converted
-from helpers.sources.chat_conversations import calibration_tokens, training_tokens
-from helpers.sources.chat_template import end_of_turn
-from helpers.sources.hub import cached_model
-from helpers.sources.items import Item
-from helpers.sources.model_config import load_config
-from helpers.sources.model_skeleton import skeleton
-from helpers.sources.model_tensors import TensorFiles
-from helpers.sources.models import load_tokenizer, model_folder, tensor_problem
-from helpers.sources.row_problems import row_problems, rows_are_here
+from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
+from helpers.sources.fetching import cached_model
+from helpers.sources.items import Item, cached_rows_info
+from helpers.sources.model_files import TensorFiles, length_independent_up_to, load_config, skeleton
+from helpers.sources.models import (
+    is_bundled_model_converted,
+    load_tokenizer,
+    model_folder,
+    tensor_problem,
+)
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
     shared_passages,
     training_items,
 )
+from helpers.study.inputs import is_commit, study_sources
 from helpers.study.loading import load_study, study_file, study_file_label
-from helpers.study.pins import is_commit
-from helpers.study.schema import EvaluationSet, Study
-from helpers.study.schema_sources import BundledModel, FineTunedModel, HubModel, ModelSource
+from helpers.study.schema import (
+    BundledModel,
+    EvaluationSet,
+    FineTunedModel,
+    HubDataset,
+    HubModel,
+    ModelSource,
+    Study,
+)
+
+
+def row_problems(study: Study) -> Iterator[str]:
+    """A line for each invalid row or too small set among the rows on this machine."""
+    draws: list[tuple[str, list, Callable]] = []
+    for name, settings in study.evaluation.datasets.items():
+        draw = lambda name=name: evaluation_items(study, name)  # noqa: E731
+        draws.append((f"evaluation.datasets.{name}", [settings.source], draw))
+    sets = [source for _, sources, _ in draws for source in sources]
+    calibration = [study.calibration.dataset, *sets]
+    text_source = study.evaluation.shared_text.dataset
+    draws.append(("evaluation.shared_text", [text_source], lambda: shared_passages(study)))
+    draws.append(("calibration", calibration, lambda: calibration_items(study)))
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            draw = lambda name=name: training_items(study, name)  # noqa: E731
+            sources = [model.finetune.dataset, *calibration]
+            draws.append((f"models.{name}.finetune", sources, draw))
+    reported: set[str] = set()
+    for key, sources, draw in draws:
+        if not _are_here(sources):
+            continue
+        try:
+            draw()
+        except StudyError as error:
+            if (
+                str(error) not in reported
+            ):  # all draws exclude the evaluation sets, so they repeat its error
+                reported.add(str(error))
+                yield str(error) if str(error).startswith(key) else f"{key}: {error}"
+
+
+def rows_are_here(study: Study) -> bool:
+    """Whether all rows that a study names on a Hub have been fetched."""
+    return _are_here([source for _, source in study_sources(study)])
+
+
+def _are_here(sources: list) -> bool:
+    return all(cached_rows_info(source) for source in sources if isinstance(source, HubDataset))
+
 
 REMEDY_TOKENIZER = (
     "resize them with model.resize_token_embeddings and train, or take the tokenizer it had"

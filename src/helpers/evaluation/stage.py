@@ -8,22 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.core.gates import Gate
-from helpers.core.hashing import sha256_file
+from helpers.core.records import Gate, sha256_file
 from helpers.evaluation import engine
-from helpers.evaluation.checks import call_gates, evaluation_data, full_logits
+from helpers.evaluation.checks import call_gates, evaluation_data, recomputed_losses
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
 from helpers.evaluation.evaluation_operations import evaluation_stage_operations
-from helpers.evaluation.metrics import all_metrics, shared_text_metrics
-from helpers.evaluation.predictions import write_predictions
+from helpers.evaluation.predictions import Progress, write_predictions
 from helpers.evaluation.prompts import TokenizedPrompt, record_prompts, study_prompts
-from helpers.evaluation.resume import Progress
-from helpers.inference import perplexity, vllm_protocols
+from helpers.evaluation.scoring import all_metrics, shared_text_metrics
+from helpers.inference import perplexity, vllm_client
 from helpers.quantization import variants
 from helpers.runtime.devices import modules_by_device, prepare
 from helpers.sources.stage import Stage, begin_record
-from helpers.study.study_run import open_job
-from helpers.verification.runtime_loaded_gates import loaded_gates
+from helpers.study.loading import open_job
+from helpers.verification.runtime_gates import loaded_gates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,16 +51,16 @@ class EvaluationStage(Stage):
         arguments = self.network, self.tokenizer, self.study, self.progress, self.prompts
         return self.calls.record(PACKED, engine.ask_all, *arguments)
 
-    def read_shared_text(self) -> tuple[list[dict], full_logits.Recomputed]:
+    def read_shared_text(self) -> tuple[list[dict], recomputed_losses.Recomputed]:
         """(one row a passage of the text every variant reads, the figures computed again).
 
         Raises:
             StudyError: the baseline has not been evaluated yet, or a file of it is damaged.
         """
-        passes = full_logits.Passes(self.network)
+        passes = recomputed_losses.Passes(self.network)
         given = self.job, self.network, self.tokenizer
         rows = self.calls.record(SHARED_TEXT, perplexity.read_shared_text, *given)
-        recomputed = full_logits.recompute(self.job, self.network, passes)
+        recomputed = recomputed_losses.recompute(self.job, self.network, passes)
         self.record.add_input("float_states", sha256_file(perplexity.states_path(self.job)))
         return rows, recomputed
 
@@ -78,7 +76,7 @@ class EvaluationStage(Stage):
         self,
         predictions: dict[str, list[dict]],
         rows: list[dict],
-        recomputed: full_logits.Recomputed,
+        recomputed: recomputed_losses.Recomputed,
     ) -> dict:
         """Hold what was saved to every check; the record of the gates, written to gates.json."""
         resumed = self.progress.resumed
@@ -115,7 +113,7 @@ def open_evaluation(study: str | Path, *, model: str, variant: str) -> Evaluatio
     record = begin_record("evaluation", job)
     record.add_input("variant", variants.variant_digest(job))
     network, tokenizer = variants.load_variant(job)
-    record.add_packages(vllm_protocols.engine_packages(network))
+    record.add_packages(vllm_client.engine_packages(network))
     loaded = loaded_gates(job, network)
     prompts = study_prompts(job.study, tokenizer)
     record_prompts(job, prompts)

@@ -1,15 +1,15 @@
 """Answers that need no model: fixed ones, echoes of the prompt's examples, loops.
 
 Everything here is counted on the items a variant was asked. What it means for a verdict
-is in `validity` and `behavior`. Imports no torch and no statistics.
+is in `verdicts` and `integrity`. Imports no torch and no statistics.
 """
 
 from collections import Counter
 from dataclasses import dataclass
 
-from helpers.evaluation.answer_parsing import last_boxed, normalize_answer
-from helpers.sources.chat_conversations import EXAMPLES
-from helpers.sources.exact_numbers import parse_number
+from helpers.evaluation.scoring import last_boxed, normalize_answer
+from helpers.sources.chat import EXAMPLES
+from helpers.sources.items import parse_number
 from helpers.study.schema import EvaluationSet
 
 LONGEST_UNIT = 60  # the most characters of a repeated piece

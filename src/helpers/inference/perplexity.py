@@ -15,21 +15,26 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from helpers.core.activity import Bar
-from helpers.core.checksums import check_checksums
 from helpers.core.errors import StudyError
-from helpers.core.file_writing import write_atomically
-from helpers.core.hashing import sha256_text
-from helpers.inference import single_sequence, vllm_protocols
-from helpers.inference.loglikelihood import HEAD_ROWS
-from helpers.inference.packed_attention import use_packed_attention
-from helpers.inference.packed_rows import Segment, SplitText, logits_at, packed_batches, read
+from helpers.core.files import write_atomically
+from helpers.core.processes import Bar
+from helpers.core.records import check_checksums, sha256_text
+from helpers.inference import protocols, vllm_client
+from helpers.inference.packed_attention import (
+    Segment,
+    SplitText,
+    logits_at,
+    packed_batches,
+    read,
+    use_packed_attention,
+)
+from helpers.inference.protocols import HEAD_ROWS
 from helpers.runtime.linears import product
-from helpers.runtime.rotary_positions import check_context_length, reads_alone
-from helpers.sources.chat_conversations import beginning_tokens, plain_tokens
+from helpers.sources.chat import beginning_tokens, plain_tokens
+from helpers.sources.model_files import check_context_length, reads_alone
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.sampling import shared_passages
-from helpers.study.study_run import Job
+from helpers.study.loading import Job
 
 
 @dataclass(frozen=True)
@@ -100,8 +105,8 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Hid
         passages: token ids, at least two each.
         batch_tokens: the most tokens of one forward pass.
     """
-    if vllm_protocols.is_served(model):
-        return HiddenStates(vllm_protocols.passage_states(model, passages), model.head)
+    if vllm_client.is_served(model):
+        return HiddenStates(vllm_client.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
     alone = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
@@ -111,7 +116,7 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Hid
     hidden_by_passage: dict[int, Tensor] = {}
     with Bar(total=len(passages), desc="shared text", unit="passage") as bar:
         for index in alone:
-            hidden_by_passage[index] = single_sequence.hidden_states(model, passages[index])[:-1]
+            hidden_by_passage[index] = protocols.hidden_states(model, passages[index])[:-1]
             bar.update()
         with use_packed_attention(model):
             for indices, segments, _ in packed_batches(texts, make_suffix, row_tokens=batch_tokens):

@@ -1,9 +1,10 @@
-"""A checkpoint on vLLM, in a process and an environment of its own, as a model to be asked.
+"""vLLM as a model to be asked: a checkpoint in a process and an environment of its own.
 
-It does what the evaluation needs of a model and nothing else: score continuations,
-answer greedily, give a text's last states (`helpers.inference.vllm_protocols` asks it). vLLM
-batches as it likes, within what one question hands it. The other process
-(`vllm_server`) imports nothing of this project; what is asked and answered is plain data.
+It does what the evaluation needs of a model and nothing else: score continuations, answer
+greedily, give a text's last states. These are the operations of `protocols` and `perplexity`, for
+a model that can only be asked: token ids go in, log-probabilities come out. vLLM batches as it
+likes, within what one question hands it; what is handed over at once is bounded. The other process
+(`vllm_server`) imports nothing of this project; questions and answers are plain data.
 """
 
 import contextlib
@@ -12,6 +13,8 @@ import os
 import subprocess
 import tempfile
 from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from helpers.core.errors import StudyError
-from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import vllm_python
-from helpers.runtime.linears import product
-from helpers.sources.models import load_config, load_head
+from helpers.core.files import vllm_python
+from helpers.core.processes import die_with_parent
+from helpers.inference.protocols import GeneratedAnswer, OptionTokens
+from helpers.runtime.linears import product, token_budget_batches
+from helpers.sources.model_files import load_config
+from helpers.sources.models import load_head
 from helpers.study.schema import Runtime
 
 SERVER = Path(__file__).with_name("vllm_server.py")
@@ -151,3 +156,72 @@ def _environment(threads: int) -> dict[str, str]:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV"))}
     limits = {"OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GIB)}
     return inherited | limits
+
+
+def is_served(model) -> bool:
+    """Whether another engine runs the model, so that it has no torch modules here."""
+    return not isinstance(model, torch.nn.Module)
+
+
+def engine_packages(model) -> dict[str, str]:
+    """Package versions of the engine of a served model, for records; empty for a torch model."""
+    if not is_served(model):
+        return {}
+    return {f"{name} (serving)": version for name, version in model.versions().items()}
+
+
+def option_loglikelihoods(
+    model, items: list[OptionTokens], *, batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield (item index, summed log-probability of each option)."""
+    lengths = [sum(len(i.context) + len(option) for option in i.options) for i in items]
+    for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
+        rows = [(items[i].context, option) for i in batch for option in items[i].options]
+        sums = iter(model.score(rows))
+        for i in batch:
+            yield i, [next(sums) for _ in items[i].options]
+
+
+def generate_greedy(
+    model,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: set[int],
+    batch_tokens: int,
+    complete: Callable[[list[int]], bool] | None = None,
+    options: Sequence[Sequence[list[int]]] = (),
+    **_batch_options,
+) -> Iterator[tuple[int, GeneratedAnswer]]:
+    """Yield (prompt index, answer); an answer is cut where it was first complete.
+
+    After the answers of a batch, `prompt_logprobs` gives the log-likelihoods of its options.
+    """
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
+        batch_prompts = [prompts[i] for i in batch]
+        answers = model.generate(
+            batch_prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
+        )
+        batch_options = [list(options[i]) if options else [] for i in batch]
+        pairs = [
+            (prompt, option)
+            for prompt, own in zip(batch_prompts, batch_options, strict=True)
+            for option in own
+        ]
+        sums = iter(model.score(pairs) if pairs else ())
+        for i, own, (tokens, reason) in zip(batch, batch_options, answers, strict=True):
+            answer = _cut_at_complete(tokens, reason, complete)
+            yield i, replace(answer, loglikelihoods=tuple(next(sums) for _ in own))
+
+
+def _cut_at_complete(tokens: list[int], reason: str, complete) -> GeneratedAnswer:
+    for end in range(1, len(tokens) + 1) if complete else ():
+        if complete(tokens[:end]):
+            return GeneratedAnswer(tokens[:end], "answer")
+    return GeneratedAnswer(tokens, reason)
+
+
+def passage_states(model, passages: list[list[int]]) -> torch.Tensor:
+    """(tokens, hidden) last states, passage after passage, without each passage's last token."""
+    return torch.cat([model.states(tokens[:-1]) for tokens in passages])

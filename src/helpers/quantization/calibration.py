@@ -1,8 +1,11 @@
-"""What the inputs of every Linear look like on the calibration items, in one pass.
+"""Calibration: the Linears to quantize, and statistics of their inputs from one pass.
 
-Items are padded into batches and the padding is masked out, so that a statistic is
-over real tokens only. The head is not calibrated: no variant quantizes it. Histograms
-and percentiles come from an even sample of the tokens; abs-max is exact.
+Items are padded into batches and the padding is masked out, so that a statistic is over real
+tokens only. The head is not calibrated: no variant quantizes it. Histograms and percentiles come
+from an even sample of the tokens; abs-max is exact.
+
+What a family looks like is in `helpers.core.architectures`; here it becomes the groups of one
+model at which smoothing scales can be folded, and the Linears that one variant quantizes.
 """
 
 from contextlib import contextmanager
@@ -14,18 +17,75 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from helpers.core.activity import Bar
-from helpers.core.checksums import check_checksums
+from helpers.core.architectures import architecture, places
 from helpers.core.errors import StudyError
-from helpers.core.file_writing import write_atomically
-from helpers.core.hashing import sha256_file
-from helpers.core.records import Record
-from helpers.quantization.layer_groups import linear_layers
-from helpers.runtime.allocator import trim_heap
-from helpers.runtime.batching import pad, token_budget_batches
-from helpers.runtime.moe_experts import every_expert_reads
-from helpers.runtime.rotary_positions import batch_tokens_for, check_context_length
-from helpers.study.study_run import Job
+from helpers.core.files import write_atomically
+from helpers.core.processes import Bar
+from helpers.core.records import Record, check_checksums, sha256_file
+from helpers.runtime.devices import trim_heap
+from helpers.runtime.linears import every_expert_reads, pad, token_budget_batches
+from helpers.sources.model_files import batch_tokens_for, check_context_length
+from helpers.study.loading import Job
+
+
+@dataclass(frozen=True)
+class SmoothingGroup:
+    """Modules into which one vector of smoothing scales s is folded, by name.
+
+    Attributes:
+        target: the study file's word for this kind of group.
+        producer: the norm or Linear whose (last) output channels are divided by s.
+        consumers: the Linears that read it; their input channels are multiplied by s.
+        readers: float matrices that read it too (a router), multiplied by s as well.
+        norm_offset: the constant that a norm adds to its weight before it multiplies.
+    """
+
+    target: str
+    producer: str
+    consumers: tuple[str, ...]
+    readers: tuple[str, ...]
+    norm_offset: float
+
+
+def smoothing_groups(config, targets: tuple[str, ...]) -> list[SmoothingGroup]:
+    """The groups of the named targets in a model of this configuration, in layer order.
+
+    Raises:
+        StudyError: the architecture is unknown, or smoothing a target would change its function.
+    """
+    family = architecture(config)
+    for place in family.places:
+        if place.target in targets and place.need and not place.need.holds(config):
+            condition = place.need.words.format(config=config)
+            raise StudyError(f"smooth.targets: {place.target!r} needs {condition}; leave it out")
+    return [
+        SmoothingGroup(p.target, p.producer, p.consumers, p.readers, family.norm_offset)
+        for p in places(config)
+        if p.target in targets
+    ]
+
+
+def linear_layers(model) -> dict[str, nn.Linear]:
+    """Every Linear of the model by name, the head included."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+
+
+def quantized_linears(model, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
+    """The Linears a variant quantizes: all but those it ignores.
+
+    Args:
+        ignore: module names, whole or their last part (`lm_head`, `down_proj`).
+
+    Raises:
+        StudyError: an ignored name matches nothing.
+    """
+    linears = linear_layers(model)
+    ignored = {name for name in linears for i in ignore if name == i or name.endswith("." + i)}
+    for i in ignore:
+        if not any(name == i or name.endswith("." + i) for name in linears):
+            raise StudyError(f"ignore: {i!r} matches no Linear of this model; correct the name")
+    return {name: m for name, m in linears.items() if name not in ignored}
+
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles
 LOG2_EDGES = range(-12, 15)  # histogram bins of |x|, a power of two each

@@ -1,22 +1,59 @@
-"""Linears that multiply int8 by int8 exactly (`int8_matmul`), alone and stacked.
+"""INT8 Linears: alone, stacked beside their siblings, and in a gated MLP.
 
-Activations are quantized at the granularity the checkpoint declares, by the rule
-compressed-tensors uses (scale = abs-max / 127.5, round half to even, clamp to [-128, 127]), so
-that the simulated checkpoint and this runtime agree. Weights are held once, as int8, in the
-order the kernel reads. `int8_passes` does the elementwise work where it can; torch's
-operations, which stand here, are the rule, and equal to the bit.
+They multiply int8 by int8 exactly (`int8_matmul`). Activations are quantized at the granularity
+the checkpoint declares, by the rule compressed-tensors uses (scale = abs-max / 127.5, round half
+to even, clamp to [-128, 127]), so that the simulated checkpoint and this runtime agree. Weights
+are held once, as int8, in the order the kernel reads. What one Linear computed from a tensor (its
+quantized values, its stack's product) is kept on the tensor for the next Linear that reads it. The
+middle of an MLP between INT8 Linears is one pass that also quantizes.
+
+The compiled passes of `int8_matmul` do the elementwise work where they can; torch's operations,
+which stand here, are the rule, and equal to the bit.
 """
 
 from collections.abc import Sequence
 from copy import copy, deepcopy
+from dataclasses import dataclass
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from helpers.quantization import int8_cuda, int8_matmul, int8_passes
-from helpers.quantization.int8_activation_cache import MULTIPLIED, QUANTIZED, CachedResult
-from helpers.runtime.batching import current_sequence_ids
+from helpers.quantization import int8_cuda, int8_matmul
+from helpers.runtime.linears import current_sequence_ids
+
+# Names of the tensor attributes that hold the cached results.
+QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"
+
+
+@dataclass(frozen=True)
+class CachedResult:
+    """A result computed from a tensor, cached for the next Linear that reads the same tensor.
+
+    Attributes:
+        value: the result.
+        conditions: the other inputs of the computation; equal conditions give an equal result.
+    """
+
+    value: object
+    conditions: tuple
+
+    @classmethod
+    def get_or_compute(cls, x: Tensor, name: str, conditions: tuple, compute):
+        """The result cached on x under a name; computed and cached if there is none."""
+        version = None if x.is_inference() else x._version  # torch counts changes in place
+        conditions = (*conditions, version)
+        cached = getattr(x, name, None)
+        if cached is None or not all(map(_equal, cached.conditions, conditions)):
+            cached = cls(compute(), conditions)
+            setattr(x, name, cached)
+        return cached.value
+
+
+def _equal(first, second) -> bool:
+    return first is second or (not isinstance(first, Tensor) and first == second)
+
 
 HALF_RANGE = 127.5  # of 256 levels: compressed-tensors' symmetric int8
 SMALLEST_SCALE = torch.finfo(torch.float32).eps
@@ -106,7 +143,7 @@ class LinearStack:
             return int8_cuda.rescaled_product(values, *operands, x.dtype)
         product = int8_matmul.multiply(values, self.packed)
         if uses_fused_passes(product):
-            y = int8_passes.rescale_cpu_(product, scale, self.scales)
+            y = int8_matmul.rescale_cpu_(product, scale, self.scales)
         else:
             y = product.float().mul_(scale).mul_(self.scales)
         return y if self.bias is None else y.add_(self.bias)
@@ -193,10 +230,10 @@ class Int8Linear(nn.Module):
             return int8_cuda.quantize_rows_cuda(rows)
         rows = rows.float()
         if uses_fused_passes(rows) and self.activations == "token_dynamic":
-            return int8_passes.quantize_rows_cpu(rows)
+            return int8_matmul.quantize_rows_cpu(rows)
         scale = self.scale_of(rows)
         quantize = (
-            int8_passes.quantize_with_scales if uses_fused_passes(rows) else quantize_activations
+            int8_matmul.quantize_with_scales if uses_fused_passes(rows) else quantize_activations
         )
         return quantize(rows, scale), scale
 
@@ -217,7 +254,7 @@ class Int8Linear(nn.Module):
 
 
 def uses_fused_passes(x: Tensor) -> bool:
-    return x.device.type == "cpu" and int8_passes.are_available()
+    return x.device.type == "cpu" and int8_matmul.are_available()
 
 
 def stack_siblings_(model) -> int:
@@ -246,3 +283,48 @@ def _are_stackable(linears: list[Int8Linear]) -> bool:
     kinds = {(each.in_features, each.activations, each.bias is None) for each in linears}
     scales = [each.input_scale for each in linears if each.input_scale is not None]
     return len(kinds) == 1 and all(torch.equal(scale, scales[0]) for scale in scales)
+
+
+class FusedGatedMLP:
+    """down(SiLU(gate(x)) · up(x)) with the activation and quantization for `down` in one pass."""
+
+    def __init__(self, module: nn.Module):
+        self.module, self.activation = module, getattr(module, "act_fn", None)
+        self.gate, self.up, self.down = module.gate_proj, module.up_proj, module.down_proj
+
+    def __call__(self, x: Tensor) -> Tensor:
+        module = self.module
+        parts = (module.gate_proj, module.up_proj, module.down_proj, module.act_fn)
+        if parts != (self.gate, self.up, self.down, self.activation):  # a module was replaced
+            return type(module).forward(module, x)
+        gate, up = self.gate(x), self.up(x)
+        if not (uses_fused_passes(gate) and gate.dtype == torch.float32 and gate.numel()):
+            return self.down(silu(gate) * up)
+        mixed, values, scale = int8_matmul.gated_silu(gate.flatten(0, -2), up.flatten(0, -2))
+        mixed = mixed.view(gate.shape)
+        conditions = (self.down.activations, self.down.input_scale, current_sequence_ids())
+        CachedResult.get_or_compute(mixed, QUANTIZED, conditions, lambda: (values, scale))
+        return self.down(mixed)
+
+
+@torch.inference_mode()
+def fuse_gated_mlps_(model) -> int:
+    """Give gated MLPs the forward of `FusedGatedMLP`; return how many.
+
+    An MLP qualifies if its own forward gives the same bits on a random input, whatever its
+    class.
+    """
+    fused = 0
+    for module in model.modules():
+        parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+        if not all(isinstance(part, Int8Linear) for part in parts):
+            continue
+        if not uses_fused_passes(parts[0].weight_scale) or parts[2].activations != "token_dynamic":
+            continue
+        if not hasattr(module, "act_fn"):
+            continue
+        fused_mlp, generator = FusedGatedMLP(module), torch.Generator().manual_seed(0)
+        x = torch.randn(1, 16, parts[0].in_features, generator=generator, device="cpu")
+        if torch.equal(module(x), fused_mlp(x.clone())):
+            module.forward, fused = fused_mlp, fused + 1
+    return fused

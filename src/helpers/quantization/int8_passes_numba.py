@@ -1,4 +1,4 @@
-"""The loops of `int8_passes`, compiled by numba into functions that C can call.
+"""The loops of `int8_matmul`, compiled by numba into functions that C can call.
 
 Each function takes one pointer to a job: an array of int64 that holds a ticket counter, the
 number of rows, their length, how many rows a ticket stands for, and the addresses of the

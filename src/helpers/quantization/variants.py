@@ -1,5 +1,10 @@
-"""A variant of a model, ready to be asked: the float source, or its checkpoint on a runtime."""
+"""Variants of a model, ready to be asked: the float source, or a checkpoint on a runtime.
 
+A saved int8 checkpoint is loaded on INT8 Linears (`int8_linear`), its float parts beside them, or
+handed to vLLM, or simulated.
+"""
+
+import json
 from pathlib import Path
 from types import MethodType
 
@@ -7,20 +12,105 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.core.checksums import check_checksums
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
-from helpers.core.hashing import sha256_folder
+from helpers.core.records import check_checksums, sha256_folder
 from helpers.inference.vllm_client import VllmModel
-from helpers.quantization import int8_cuda, int8_matmul, int8_passes
-from helpers.quantization.int8_checkpoint import declared_activations, load_int8
-from helpers.quantization.int8_linear import unpack_stacks_
-from helpers.runtime import processors
+from helpers.quantization import int8_cuda, int8_matmul
+from helpers.quantization.int8_linear import (
+    Int8Linear,
+    fuse_gated_mlps_,
+    stack_siblings_,
+    unpack_stacks_,
+)
+from helpers.runtime import devices
 from helpers.runtime.devices import place_on_device
-from helpers.runtime.linears import use_onednn
-from helpers.runtime.moe_experts import linear_experts
-from helpers.sources.models import load_config, load_model, load_tokenizer, model_folder
+from helpers.runtime.linears import linear_experts, use_onednn
+from helpers.sources.model_files import TensorFiles, load_config
+from helpers.sources.models import (
+    empty_model,
+    load_generation_config_,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
+from helpers.study.loading import Job
 from helpers.study.schema import Runtime
-from helpers.study.study_run import Job
+
+
+def load_int8(folder: Path, *, dtype: torch.dtype, device: str):
+    """Load a saved checkpoint with INT8 Linears; float parts have `dtype`.
+
+    Raises:
+        StudyError: it is not an int8 checkpoint in the compressed-tensors format.
+    """
+    tensors = read_checkpoint_tensors(folder)
+    config = load_config(folder)
+    activations = declared_activations(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.tie_word_embeddings = f"{HEAD}.weight" not in tensors
+    model = empty_model(
+        config, dtype=dtype
+    )  # the file fills every tensor; `_load_float_parts_` checks that
+    for name in [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]:
+        linear = Int8Linear(
+            tensors.pop(f"{name}.weight"),
+            tensors.pop(f"{name}.weight_scale"),
+            tensors.pop(f"{name}.bias", None),
+            activations=activations,
+            input_scale=tensors.pop(f"{name}.input_scale", None),
+        )
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, linear)
+    _load_float_parts_(model, tensors)
+    stack_siblings_(model)
+    fuse_gated_mlps_(model.to(device))
+    load_generation_config_(model, folder)
+    model.scale_scope = "text" if activations == "tensor_dynamic" else "token"
+    return use_onednn(model).eval()
+
+
+def _load_float_parts_(model, tensors: dict[str, Tensor]) -> None:
+    int8_names = {n for n, m in model.named_modules() if isinstance(m, Int8Linear)}
+    expected = {k for k in model.state_dict() if k.rpartition(".")[0] not in int8_names}
+    if model.config.tie_word_embeddings:
+        expected.discard(f"{HEAD}.weight")
+    if expected != set(tensors):
+        differing = sorted(expected ^ set(tensors))
+        raise StudyError(
+            f"the checkpoint and its architecture differ in {differing[0]} "
+            f"({len(differing)} in all)"
+        )
+    model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+
+
+def read_checkpoint_tensors(folder: Path) -> dict[str, Tensor]:
+    """The checkpoint's tensors, one copy of each; a tied head is missing."""
+    return TensorFiles(folder, dtype=None).load_all()
+
+
+def declared_activations(folder: Path) -> str:
+    """The activation granularity a checkpoint's config declares, in the study's words.
+
+    Raises:
+        StudyError: it is not 8-bit symmetric integer activations of a known granularity.
+    """
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) != 1:
+        raise StudyError(
+            f"{Path(folder).name}: {len(groups)} quantization groups; one is supported"
+        )
+    inputs = next(iter(groups.values()))["input_activations"]
+    granularity = f"{inputs['strategy']}_{'dynamic' if inputs['dynamic'] else 'static'}"
+    supported = ("token_dynamic", "tensor_dynamic", "tensor_static")
+    if granularity not in supported or inputs["num_bits"] != 8 or not inputs["symmetric"]:
+        raise StudyError(
+            f"{Path(folder).name}: activations are {granularity}, not one of {supported} in 8 bits"
+        )
+    return granularity
 
 
 def load_variant(job: Job):
@@ -74,12 +164,12 @@ def arithmetic_record(job: Job) -> dict[str, str]:
         }
     if job.study.runtime.device != "cpu":
         return {}
-    units = "bfloat16" if processors.has_bfloat16_units() else "float32, rounded to bfloat16 once"
+    units = "bfloat16" if devices.has_bfloat16_units() else "float32, rounded to bfloat16 once"
     return {
-        "processor": processors.processor_class(),
-        "int8_units": "yes" if processors.has_int8_units() else "no",
+        "processor": devices.processor_class(),
+        "int8_units": "yes" if devices.has_int8_units() else "no",
         "int8_products": int8_matmul.cpu_product().name,
-        "int8_passes": "fused" if int8_passes.are_available() else "torch's",
+        "int8_passes": "fused" if int8_matmul.are_available() else "torch's",
         "bfloat16_products": units,
     }
 

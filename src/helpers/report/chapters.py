@@ -1,29 +1,259 @@
 """The report's chapters: for every model and evaluation set, its text, tables and figures.
 
-Each function returns what a cell of 04_analysis displays, in order, so that a study with
-one model or five reads the same way. What stands in them is made elsewhere.
+Each function returns what a cell of 04_analysis displays, in order, so that a study with one model
+or five reads the same way. What stands in them is made elsewhere, but for the appendix: how it was
+done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packages.
 """
 
 from IPython.display import Markdown
 from matplotlib.figure import Figure
 
-from helpers.report import (
-    appendix,
-    executive,
-    executive_controls,
-    figures,
-    figures_comparison,
-    graded_chapter,
-    narrative,
-    narrative_findings,
-    outliers,
-    outliers_narrative,
-    tables_datasets,
-    tables_headline,
-)
+from helpers.core.records import WHOLE_VARIANT
+from helpers.report import executive, figures, graded_chapter, narrative, sensitivity, tables
+from helpers.report.estimates import VariantResults
+from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.items_page import PAGE
-from helpers.report.markdown import count, dataset_name, escape, markdown_table, percent
+from helpers.report.markdown import (
+    MISSING,
+    Markup,
+    Rows,
+    code,
+    count,
+    dataset_name,
+    escape,
+    markdown_table,
+    megabytes,
+    number,
+    percent,
+)
 from helpers.report.results import Results
+from helpers.report.sensitivity import linear_inputs, output_sqnr
+
+
+def recipe_table(results: Results) -> Rows:
+    """Each variant's recipe in words, from the records of its models."""
+    rows = []
+    for name in results.variants:
+        records = [results.evaluations[model, name].quantization for model in results.models]
+        schemes = {record["results"]["scheme"] for record in records if record}
+        dtype = results.study.variants[name].dtype or results.runtime.dtype
+        as_loaded, role = f"the model as loaded, in {dtype}", results.role(name)
+        role = f"{role}: {ROLE_PURPOSES[role]}" if role else ""
+        if control := results.unsmoothed_twin(name):
+            role = f"control without smoothing: {control}"
+        recipe = f"{'; '.join(sorted(schemes)) or as_loaded}{f' ({role})' if role else ''}"
+        rows.append({"variant": code(name), "recipe": recipe})
+    return rows
+
+
+def outlier_table(results: Results, model: str, *, rows: int) -> Rows:
+    """The Linear inputs with the largest ratio of largest to median channel."""
+    inputs = linear_inputs(results.calibrations[model])[:rows]
+    return [
+        {
+            "Linear": code(i.name),
+            "channel": str(i.channel),
+            "largest": number(i.largest),
+            "median channel": number(i.median),
+            "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
+            "channels rounded to zero by one scale": percent(i.rounded_away),
+        }
+        for i in inputs
+    ]
+
+
+def worst_sqnr_table(results: Results, model: str, *, rows: int) -> Rows | None:
+    """Output SQNR of the worst Linears in every quantized variant; None without any."""
+    quantized = [v for v in results.compared if results.study.variants[v].quantized]
+    curves = {v: output_sqnr(results.evaluations[model, v]) for v in quantized}
+    curves = {name: values for name, values in curves.items() if values}
+    if not curves:
+        return None
+    lowest = {n: min(v.get(n, 1e9) for v in curves.values()) for v in curves.values() for n in v}
+    order = sorted(lowest, key=lambda n: (lowest[n], n))[:rows]
+    table = []
+    for name in order:
+        row = {"output SQNR [dB]": code(name.removeprefix("model.layers."))}
+        for variant, values in curves.items():
+            row[code(variant)] = f"{values[name]:.1f}" if name in values else MISSING
+        table.append(row)
+    return table
+
+
+def checkpoint_gate_table(results: Results, model: str) -> Rows | None:
+    """The gates on the checkpoints: measured value, pass or fail."""
+    checked = [e for e in results.compared_variants_of(model) if e.verification]
+    return _gate_rows([(e, e.verification["gates"]) for e in checked])
+
+
+def evaluation_gate_table(results: Results, model: str) -> Rows | None:
+    """The gates on the evaluations: each failure with its measured value, passes as a count."""
+    return _gate_rows([(e, e.evaluation_gates["gates"]) for e in results.variants_of(model)])
+
+
+def _gate_rows(gates_by_variant: list[tuple[VariantResults, list[dict]]]) -> Rows | None:
+    """A row for each gate and each result it has; variants with the same one share a row."""
+    rows = []
+    for name in dict.fromkeys(g["name"] for _, gates in gates_by_variant for g in gates):
+        by_result: dict[str, list[str]] = {}
+        for e, gates in gates_by_variant:
+            same_gate = [g for g in gates if g["name"] == name]
+            if same_gate:
+                by_result.setdefault(_gate_cell(same_gate), []).append(code(e.variant))
+        for result, variants in by_result.items():
+            variant_names = (
+                "all" if len(variants) == len(gates_by_variant) > 1 else ", ".join(variants)
+            )
+            rows.append({"gate": name, "variants": Markup(variant_names), "result": Markup(result)})
+    return rows or None
+
+
+def _gate_cell(same_gate: list[dict]) -> str:
+    failed = [g for g in same_gate if not g["passed"]]
+    if failed or len(same_gate) < 2:
+        return " ".join(map(_gate_text, failed or same_gate))
+    return f"passes on {len(same_gate)} evaluation sets"
+
+
+def _gate_text(gate: dict) -> str:
+    guarded = gate.get("invalidates", WHOLE_VARIANT)
+    where = "" if guarded == WHOLE_VARIANT else f" on {escape(dataset_name(guarded))}"
+    if gate["passed"]:
+        return f"passes{where}: {escape(gate['measured'])}"
+    return f"**FAILS**{where}: {escape(gate['measured'])}; limit: {escape(gate['limit'])}"
+
+
+def size_table(results: Results) -> Rows | None:
+    """Bytes of the checkpoint by part, its int8 Linears, and the ratio to the float model."""
+    quantized = [
+        e for m in results.models for e in results.compared_variants_of(m) if e.quantization
+    ]
+    rows = [_size_row(e, quantized=results.study.variants[e.variant].quantized) for e in quantized]
+    return rows or None
+
+
+def _size_row(e: VariantResults, *, quantized: bool) -> dict:
+    sizes = e.quantization["results"]
+    before, after = sizes["bytes_before"], sizes["bytes_after"]
+    row = {"model": code(e.model), "variant": code(e.variant)}
+    row["int8 Linears"] = str(sizes["quantized_linears"] if quantized else 0)
+    row["smoothed groups"] = str(sizes["smoothed_groups"])
+    row |= {part: f"{megabytes(before[part])} → {megabytes(after[part])}" for part in before}
+    total = sum(after.values()) / sum(before.values())
+    return row | {
+        "all": megabytes(sum(after.values())),
+        "relative to the float model": percent(total),
+    }
+
+
+def calibration_table(results: Results) -> Rows:
+    """Items and tokens of each model's calibration."""
+    rows = []
+    for model, calibration in results.calibrations.items():
+        record = calibration.record["results"]
+        row = {
+            "model": code(model),
+            "items": str(len(record["items"])),
+            "tokens": f"{record['tokens']:,}",
+        }
+        row["Linear inputs"] = str(record["linears"])
+        rows.append(
+            row | {"model files": Markup(f"`{calibration.record['inputs']['model'][:12]}`")}
+        )
+    return rows
+
+
+def protocol_table(results: Results) -> Rows:
+    """Protocol and scoring of each evaluation set, with the hash of its first prompt."""
+    rows = []
+    for name, evaluation_set in results.study.evaluation.datasets.items():
+        predictions = results.baseline_of(results.models[0]).predictions[name]
+        source = next(iter(evaluation_set.source.model_dump().values()))
+        rows.append(
+            {
+                "dataset": dataset_name(name),
+                "items": str(len(predictions)),
+                "source": code(source),
+                "protocol": _protocol_cell(evaluation_set.ask),
+                "prompt tokens": f"{sum(p['prompt_tokens'] for p in predictions):,}",
+                "first prompt": Markup(
+                    f"{code(predictions[0]['id'])}: `{predictions[0]['prompt_hash']}`"
+                ),
+            }
+        )
+    return rows
+
+
+def _protocol_cell(ask) -> str:
+    if ask.protocol == "loglikelihood":
+        normalization = "per byte" if ask.normalize == "bytes" else "not normalized"
+        return f"the option text with the largest log-likelihood, {normalization}"
+    shots = count(ask.shots, "worked example")
+    return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
+        "last box" if ask.answer == "boxed" else "whole text"
+    )
+
+
+def job_table(results: Results) -> Rows:
+    """Duration of every stage and the peak memory of its largest job."""
+    stages: dict[str, list[dict]] = {}
+    for record in all_records(results):
+        stages.setdefault(record["stage"], []).append(record)
+    rows = [
+        {
+            "stage": stage,
+            "jobs": str(len(records)),
+            "total time": f"{sum(r['duration_s'] for r in records):,.0f} s",
+            "longest job": f"{max(r['duration_s'] for r in records):,.0f} s",
+            "peak memory": f"{max(r['peak_memory_bytes'] for r in records) / 1e9:.2f} GB",
+        }
+        for stage, records in stages.items()
+    ]
+    return rows
+
+
+def operation_table(results: Results) -> Rows | None:
+    """Operations of every stage, in total and by arithmetic; None if no record has them."""
+    stages: dict[str, list[dict]] = {}
+    for record in all_records(results):
+        stages.setdefault(record["stage"], []).append(record.get("operations"))
+    stages = {stage: counts for stage, counts in stages.items() if all(counts)}
+    kinds = sorted({kind for counts in stages.values() for c in counts for kind in c})
+    rows = []
+    for stage, counts in stages.items():
+        sums = [sum(c.get(kind, 0) for c in counts) for kind in kinds]
+        row = {"stage": stage, "jobs": str(len(counts)), "TFLOP": number(sum(sums) / 1e12)}
+        rows.append(row | {k: number(n / 1e12) for k, n in zip(kinds, sums, strict=True)})
+    return rows or None
+
+
+def all_records(results: Results) -> list[dict]:
+    """Every record of the study, stage by stage."""
+    variants = list(results.evaluations.values())
+    records = [*results.training.values(), *(c.record for c in results.calibrations.values())]
+    records += [e.quantization for e in variants if e.quantization]
+    records += [cost.record for cost in results.costs.values() if cost]
+    return records + [e.record for e in variants]
+
+
+def package_table(results: Results) -> Rows:
+    """Package versions of all jobs; several if jobs ran with different ones."""
+    versions_by_package: dict[str, set[str]] = {}
+    for record in all_records(results):
+        for name, version in record["packages"].items():
+            versions_by_package.setdefault(name, set()).add(version)
+    versions = [" and ".join(sorted(v)) for v in versions_by_package.values()]
+    pairs = zip(versions_by_package, versions, strict=True)
+    return [{"package": code(name), "version": version} for name, version in pairs]
+
+
+def machine_kinds(results: Results) -> str:
+    """Architecture and core count of the machines that ran the jobs; no host names."""
+    kinds = {
+        (r["machine"]["architecture"], r["machine"]["cpu_count"]) for r in all_records(results)
+    }
+    return " and ".join(f"{arch} with {cpus} CPUs" for arch, cpus in sorted(kinds))
+
 
 Shown = list[Markdown | Figure]
 
@@ -45,7 +275,7 @@ def notice(missing: tuple[str, ...]) -> Shown:
 
 def opening(results: Results) -> Shown:
     """The question, the answer, the headline table, the key findings and the controls."""
-    verdicts, controls = executive.verdict_table(results), executive_controls.control_table(results)
+    verdicts, controls = executive.verdict_table(results), executive.control_table(results)
     return [
         markdown_output(
             f"# {escape(results.study.title)}",
@@ -59,12 +289,10 @@ def opening(results: Results) -> Shown:
         ),
         markdown_output(
             "### Scores",
-            markdown_table(tables_headline.headline_table(results)),
+            markdown_table(tables.headline_table(results)),
             narrative.headline_legend(results),
         ),
-        markdown_output(
-            "### Key findings", narrative.bullets(narrative_findings.key_findings(results))
-        ),
+        markdown_output("### Key findings", narrative.bullets(narrative.key_findings(results))),
         markdown_output(
             "### Controls", narrative.controls_sentence(results), markdown_table(controls)
         ),
@@ -78,14 +306,14 @@ def outlier_pictures(results: Results) -> Shown:
 
 def _outlier_section(results: Results, model: str) -> Shown:
     calibrated = results.calibrations[model]
-    inputs = {i.linear: i for i in outliers.linear_inputs(calibrated)}
+    inputs = {i.linear: i for i in sensitivity.linear_inputs(calibrated)}
     in_order = [inputs[linear] for linear in calibrated.absmax]
     worst, pictured = next(iter(inputs.values())), inputs[calibrated.surface_of]
     maxima = figures.layer_maxima(
         [i.name for i in in_order],
         [i.largest for i in in_order],
         [i.median for i in in_order],
-        title=outliers_narrative.outlier_figure_title(model, worst),
+        title=sensitivity.outlier_figure_title(model, worst),
     )
     column = calibrated.surface[:, calibrated.surface.max(0).argmax()]  # (tokens,)
     outlier_tokens = int((column > column.max() / 2).sum())
@@ -93,19 +321,19 @@ def _outlier_section(results: Results, model: str) -> Shown:
     claim = f"{model}, {pictured.name}: one channel at {tokens} sets the scale"
     surface = figures.outlier_surface(calibrated.surface, title=claim)
     introduction = markdown_output(
-        f"### Model `{model}`", outliers_narrative.outlier_paragraph(results, model)
+        f"### Model `{model}`", sensitivity.outlier_paragraph(results, model)
     )
-    tables = [markdown_table(appendix.outlier_table(results, model, rows=6))]
-    if low := appendix.worst_sqnr_table(results, model, rows=6):
-        tables.append(markdown_table(low))
-    return [introduction, maxima, surface, *_sqnr_figure(results, model), markdown_output(*tables)]
+    parts = [markdown_table(outlier_table(results, model, rows=6))]
+    if low := worst_sqnr_table(results, model, rows=6):
+        parts.append(markdown_table(low))
+    return [introduction, maxima, surface, *_sqnr_figure(results, model), markdown_output(*parts)]
 
 
 def _sqnr_figure(results: Results, model: str) -> Shown:
     curves = {
         e.variant: e.quantization["results"]["sqnr_db"]
         for e in results.compared_variants_of(model)
-        if results.study.variants[e.variant].quantized and outliers.output_sqnr(e)
+        if results.study.variants[e.variant].quantized and sensitivity.output_sqnr(e)
     }
     if not curves:
         return []
@@ -116,7 +344,7 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     name, level = lows[variant]
     label = name.removeprefix("model.layers.")
     title = f"{model}: lowest SQNR {level:.1f} dB, at {label} under {variant}"
-    return [figures_comparison.sqnr_by_variant(curves, variants=results.compared, title=title)]
+    return [figures.sqnr_by_variant(curves, variants=results.compared, title=title)]
 
 
 def base_models(results: Results) -> Shown:
@@ -136,14 +364,14 @@ def _model_comparisons(results: Results, models: list[str]) -> Shown:
 
 def model_comparison(results: Results, model: str) -> Shown:
     """One model's comparisons by item and by token."""
-    rows = tables_headline.comparison_table(results, model)
+    rows = tables.comparison_table(results, model)
     table = markdown_table(rows) if rows else "This study has no variant besides the baseline."
     return [
         markdown_output(f"### Model `{model}`: items", table),
         *_forest_plot(results, model),
         markdown_output(
             f"### Model `{model}`: tokens",
-            markdown_table(tables_headline.token_table(results, model)),
+            markdown_table(tables.token_table(results, model)),
         ),
         *_token_figure(results, model),
     ]
@@ -160,17 +388,15 @@ def _forest_plot(results: Results, model: str) -> Shown:
             "filled": v.primary,
             "kind": v.kind,
         }
-        for c, v in tables_headline.ordered_comparisons(results, model)
+        for c, v in tables.ordered_comparisons(results, model)
         if c.baseline == results.study.baseline
-        and c.variant in executive_controls.headline_variants(results)
+        and c.variant in executive.headline_variants(results)
     ]
     if not rows:
         return []
     title = narrative.forest_plot_title(results, model)
     margin = results.rules.margin
-    return [
-        figures_comparison.forest_plot(rows, variants=results.compared, margin=margin, title=title)
-    ]
+    return [figures.forest_plot(rows, variants=results.compared, margin=margin, title=title)]
 
 
 def _token_figure(results: Results, model: str) -> Shown:
@@ -179,14 +405,14 @@ def _token_figure(results: Results, model: str) -> Shown:
         kl = results.token_estimates[e.key]["kl"]
         if e.variant == results.noise_floor:
             floor = kl.value
-        elif kl.value and e.variant in executive_controls.headline_variants(results):
+        elif kl.value and e.variant in executive.headline_variants(results):
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             rows.append({"model": model, "variant": e.variant, "kl": kl.value})
             rows[-1] |= {"low": low, "high": high}
     if not rows:
         return []
     title = narrative.token_figure_title(results, model, [row["variant"] for row in rows])
-    return [figures_comparison.kl_plot(rows, variants=results.compared, floor=floor, title=title)]
+    return [figures.kl_plot(rows, variants=results.compared, floor=floor, title=title)]
 
 
 def dataset_chapters(results: Results) -> Shown:
@@ -201,7 +427,7 @@ def dataset_chapters(results: Results) -> Shown:
 
 def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
     """One evaluation set, for all models and variants."""
-    best = tables_headline.best_fixed_answers(results)[dataset]
+    best = tables.best_fixed_answers(results)[dataset]
     predictions = results.baseline_of(results.models[0]).predictions[dataset]
     passages = len({p["cluster"] or p["id"] for p in predictions})
     about = f"{count(len(predictions), 'item')}"
@@ -211,16 +437,16 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
         f"### 5.{place} {dataset_name(dataset)}",
         f"{about}. The best constant answer, always {escape(best.answer)}, is right on "
         f"{percent(best.score)} of them.",
-        markdown_table(tables_datasets.score_table(results, dataset)),
+        markdown_table(tables.score_table(results, dataset)),
         "Format and length of the answers:",
-        markdown_table(tables_datasets.behavior_table(results, dataset)),
+        markdown_table(tables.behavior_table(results, dataset)),
     ]
     for model in results.models:
-        differing = tables_datasets.count_differing_items(results, dataset, model)
+        differing = tables.count_differing_items(results, dataset, model)
         parts += [
             f"Items of `{model}`, differing answers first "
             f"({differing} of {len(predictions)} differ):",
-            markdown_table(tables_datasets.sample_answer_table(results, dataset, model, rows=5)),
+            markdown_table(tables.sample_answer_table(results, dataset, model, rows=5)),
         ]
     return markdown_output(*parts)
 
@@ -229,28 +455,28 @@ def technical_details(results: Results) -> Markdown:
     """Method, recipes, calibration, protocols, layers and bytes, gates, jobs, packages."""
     r = results.runtime
     parts = ["**Comparisons.** " + narrative.method_paragraph(results)]
-    parts += ["**Variants.**", markdown_table(appendix.recipe_table(results))]
-    parts += ["**Calibration.**", markdown_table(appendix.calibration_table(results))]
-    parts += ["**Evaluation.**", markdown_table(appendix.protocol_table(results))]
-    if sizes := appendix.size_table(results):
+    parts += ["**Variants.**", markdown_table(recipe_table(results))]
+    parts += ["**Calibration.**", markdown_table(calibration_table(results))]
+    parts += ["**Evaluation.**", markdown_table(protocol_table(results))]
+    if sizes := size_table(results):
         parts += ["**Layers and bytes**, float → variant.", markdown_table(sizes)]
     for model in results.models:
-        if gates := appendix.checkpoint_gate_table(results, model):
+        if gates := checkpoint_gate_table(results, model):
             parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
-        if gates := appendix.evaluation_gate_table(results, model):
+        if gates := evaluation_gate_table(results, model):
             parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
     where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} per job, runtime {r.quantized}"
     parts += [
-        f"**Jobs**, on {appendix.machine_kinds(results)} ({where}).",
-        markdown_table(appendix.job_table(results)),
+        f"**Jobs**, on {machine_kinds(results)} ({where}).",
+        markdown_table(job_table(results)),
     ]
-    if computed := appendix.operation_table(results):
+    if computed := operation_table(results):
         about = "**Operations** (TFLOP per stage): 10¹² multiplications and additions of matrix "
         about += "products, counted from items and weights with answers at their maximum length."
         parts += [about, markdown_table(computed)]
     parts += [
         "**Packages.**",
-        markdown_table(appendix.package_table(results)),
+        markdown_table(package_table(results)),
     ]
     return markdown_output(*parts)
 

@@ -1,15 +1,108 @@
-"""Every figure the report quotes about one variant, with its interval and how many it is over.
+"""Every figure the report quotes, with its interval: scores, losses, and what running costs.
 
-Items that share a passage, and the tokens of the shared text, are resampled by passage.
+Items that share a passage, and the tokens of the shared text, are resampled by passage; each
+figure says how many items it is over. A cost is the median of its rounds, with the least and the
+largest. Ratios are taken round by round, where both were measured within a minute of each other,
+and only then summed up: what slows the machine for a while slows both.
 """
 
 import math
 from dataclasses import dataclass
+from statistics import median
 
-from helpers.report.results_data import VariantResults
-from helpers.statistics.bootstrap import bootstrap_difference, bootstrap_mean
-from helpers.statistics.comparison import DecisionRules, score_interval
+import numpy as np
+
+from helpers.core.errors import StudyError
+from helpers.core.records import WHOLE_VARIANT, failed_check, read_json
+from helpers.statistics.clustered import bootstrap_difference, bootstrap_mean
 from helpers.statistics.intervals import Interval, wilson_interval
+from helpers.statistics.verdicts import DecisionRules, score_interval
+from helpers.study.loading import Job
+from helpers.study.stages import timed_models
+
+QUANTIZATION_STAGE = "02_quantization"  # of checkpoints and their verification
+
+
+@dataclass(frozen=True)
+class CalibrationResults:
+    """Activations of one model: abs-max by Linear, and |x| by token of the worst Linear."""
+
+    absmax: dict[str, np.ndarray]  # (in_features,)
+    surface: np.ndarray  # (tokens, in_features)
+    surface_of: str
+    record: dict
+
+
+@dataclass(frozen=True)
+class VariantResults:
+    """One variant of one model: its answers, and the records of its checkpoint.
+
+    Attributes:
+        passages: rows of the shared text.
+        verification, quantization: None for a variant without a checkpoint of its own.
+        evaluation_gates: the record of the gates on the evaluation itself.
+    """
+
+    model: str
+    variant: str
+    predictions: dict[str, list[dict]]
+    passages: list[dict]
+    metrics: dict[str, dict]
+    shared_text: dict
+    record: dict
+    verification: dict | None
+    quantization: dict | None
+    evaluation_gates: dict
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """(model, variant), the key of the mappings in `Results`."""
+        return self.model, self.variant
+
+    @property
+    def gates(self) -> list[dict]:
+        """All gates: on the checkpoint, if there is one, then on the evaluation."""
+        return [gate for record in self.records for gate in _recorded_gates(record)]
+
+    @property
+    def passage_losses(self) -> list[float | None]:
+        """The loss on every passage of the shared text, which differs between models."""
+        return [row["nll"] for row in self.passages]
+
+    @property
+    def records(self) -> list[dict]:
+        """The existing records of checks."""
+        return [record for record in (self.verification, self.evaluation_gates) if record]
+
+    @property
+    def failed_gates(self) -> list[dict]:
+        return [gate for gate in self.gates if not gate["passed"]]
+
+    @property
+    def passed(self) -> bool:
+        return not self.failed_gates
+
+    @property
+    def failed_check(self) -> str | None:
+        """The first failed check that invalidates the whole variant; None if none does."""
+        return failed_check(self.gates, [WHOLE_VARIANT])
+
+    def failed_check_on(self, dataset: str) -> str | None:
+        """The first failed check on the variant or on this evaluation set; None if none failed."""
+        return failed_check(self.gates, [WHOLE_VARIANT, dataset])
+
+
+def _recorded_gates(record: dict) -> list[dict]:
+    """A record's gates, and a failed one if the record failed although all its gates passed."""
+    if record["passed"] or not all(gate["passed"] for gate in record["gates"]):
+        return record["gates"]
+    failed_gate = {
+        "name": "record of checks",
+        "passed": False,
+        "measured": "it says it did not pass",
+    }
+    return [*record["gates"], failed_gate | {"limit": "a gate that fails says why"}]
+
 
 MAIN_METRICS = {"squad_v2": "exact_match"}  # adapters whose 0/1 score is not called accuracy
 
@@ -156,3 +249,192 @@ def token_difference(
     )
     interval = None if bootstrap.degenerate else bootstrap.interval
     return TokenDifference(bootstrap.mean, interval, bootstrap.p, bootstrap.clusters)
+
+
+MADE_BY = "03_cost"
+TOLERANCE = 1.02  # a peak has its own measurement error
+QUIET_SPREAD = 1.5  # ratio of slowest to fastest round; above it other work disturbed the machine
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and largest of the rounds."""
+
+    value: float
+    low: float
+    high: float
+
+
+def spread(values: list[float]) -> Spread:
+    return Spread(median(values), min(values), max(values))
+
+
+@dataclass(frozen=True)
+class ConfigurationResult:
+    """One measured configuration; `entry` is its object in `cost.json`, with lists by round."""
+
+    entry: dict
+
+    @property
+    def name(self) -> str:
+        return self.entry["name"]
+
+    @property
+    def variant(self) -> str:
+        return self.entry["variant"]
+
+    @property
+    def file_bytes(self) -> int:
+        return sum(self.entry["file_bytes"].values())
+
+    @property
+    def linear_bytes(self) -> int:
+        return self.entry["linear_bytes"][0]
+
+    @property
+    def multiplies_in(self) -> str:
+        """The type the Linears multiply in; a simulation is named as one."""
+        kind = self.entry["arithmetic"]
+        return f"int8 simulated in {kind}" if self.entry["simulated"] else kind
+
+    def rounds(self, quantity: str, prefill_tokens: int = 0) -> list[float]:
+        """One value a round of `load`, `memory`, `prefill` or `decode` (tokens a second)."""
+        entry = self.entry
+        match quantity:
+            case "load":
+                return entry["load_s"]
+            case "memory":
+                return entry["peak_memory_bytes"]
+            case "prefill":
+                return [prefill_tokens / s for s in entry["prefill_s"]]
+            case "decode":
+                pairs = zip(entry["decode_tokens"], entry["decode_s"], strict=True)
+                return [tokens / s for tokens, s in pairs]
+        raise ValueError(f"no quantity is called {quantity!r}")
+
+
+@dataclass(frozen=True)
+class Cost:
+    """The measurements of one model (the content of `cost.json`), and their record."""
+
+    measurements: dict
+    record: dict
+
+    @property
+    def configurations(self) -> list[ConfigurationResult]:
+        return [ConfigurationResult(entry) for entry in self.measurements["ways"]]
+
+    @property
+    def reference(self) -> ConfigurationResult:
+        """The baseline in float32, the denominator of all ratios."""
+        return self._float("float32")
+
+    @property
+    def bfloat16(self) -> ConfigurationResult:
+        return self._float("bfloat16")
+
+    def _float(self, dtype: str) -> ConfigurationResult:
+        baseline = self.measurements["baseline"]
+        key = (baseline, dtype)
+        return next(w for w in self.configurations if (w.variant, w.entry["dtype"]) == key)
+
+    @property
+    def others(self) -> list[ConfigurationResult]:
+        """All configurations but the baseline's."""
+        return [w for w in self.configurations if w.variant != self.measurements["baseline"]]
+
+    def measured(self, configuration: ConfigurationResult, quantity: str) -> Spread:
+        return spread(self._rounds(configuration, quantity))
+
+    def ratio(
+        self, configuration: ConfigurationResult, quantity: str, against: ConfigurationResult
+    ) -> Spread:
+        """The quantity as a multiple of another configuration's, round by round."""
+        pairs = zip(
+            self._rounds(configuration, quantity), self._rounds(against, quantity), strict=True
+        )
+        return spread([own / other for own, other in pairs])
+
+    def _rounds(self, configuration: ConfigurationResult, quantity: str) -> list[float]:
+        return configuration.rounds(quantity, self.measurements["work"]["prefill_tokens"])
+
+    def noisy(self) -> list[ConfigurationResult]:
+        """Configurations whose prefill or decode speed differs widely between rounds."""
+        spreads = {
+            w.name: [self.measured(w, q) for q in ("prefill", "decode")]
+            for w in self.configurations
+        }
+        return [
+            w
+            for w in self.configurations
+            if any(s.high > QUIET_SPREAD * s.low for s in spreads[w.name])
+        ]
+
+    def peak(self, configuration: ConfigurationResult) -> Spread | None:
+        """Operations a second of the bare matrix product in this arithmetic."""
+        values = self.measurements["peaks"][configuration.entry["arithmetic"]]
+        return None if None in values else spread(values)
+
+    def achieved(self, configuration: ConfigurationResult) -> Spread | None:
+        """Operations a second inside the Linears during prefill; None if they were not timed."""
+        seconds = configuration.entry["linears_s"]
+        if None in seconds:
+            return None
+        pairs = zip(configuration.entry["linear_operations"], seconds, strict=True)
+        return spread([operations / s for operations, s in pairs])
+
+    def peak_fraction(self, configuration: ConfigurationResult) -> float | None:
+        """The median achieved, as a fraction of the highest peak."""
+        achieved, peak = self.achieved(configuration), self.peak(configuration)
+        return achieved.value / peak.high if achieved and peak else None
+
+    def linear_time_fraction(self, configuration: ConfigurationResult) -> float | None:
+        """The fraction of the prefill time that Linears take."""
+        pairs = zip(configuration.entry["linears_s"], configuration.entry["prefill_s"], strict=True)
+        shares = [inside / whole for inside, whole in pairs if inside is not None]
+        return median(shares) if shares else None
+
+    def prefill_limit(self, configuration: ConfigurationResult) -> float | None:
+        """Prefill tokens a second if Linears ran at the peak and nothing else took time."""
+        if (peak := self.peak(configuration)) is None:
+            return None
+        tokens = self.measurements["work"]["prefill_tokens"]
+        return peak.high * tokens / configuration.entry["linear_operations"][0]
+
+
+def read_costs(job: Job) -> dict[str, Cost | None]:
+    """The cost of every model that the study times; None where it was not measured.
+
+    Raises:
+        StudyError: a measurement file is damaged.
+    """
+    return {model: _read(job, model) for model in timed_models(job.study)}
+
+
+def _read(job: Job, model: str) -> Cost | None:
+    folder = job.paths.cost(model)
+    if not (folder / "record.json").is_file():
+        return None
+    account = read_json(folder / "cost.json", made_by=MADE_BY)
+    return Cost(account, read_json(folder / "record.json", made_by=MADE_BY))
+
+
+def check_measured_files(
+    costs: dict[str, Cost | None], evaluated_digests: dict[tuple[str, str], str]
+) -> None:
+    """Check that costs were measured on the files that were evaluated.
+
+    Args:
+        costs: by model.
+        evaluated_digests: (model, variant) to the hash of the evaluated files.
+
+    Raises:
+        StudyError: a variant was measured on other files.
+    """
+    for (model, variant), digest in evaluated_digests.items():
+        cost = costs.get(model)
+        if cost and cost.record["inputs"].get(variant) != digest:
+            raise StudyError(
+                f"{model}: the cost of {variant} was measured on other files than were "
+                f"evaluated; run {MADE_BY} again"
+            )

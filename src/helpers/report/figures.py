@@ -1,17 +1,24 @@
-"""One model, or one variant of it, in figures: losses, activations, errors by layer.
+"""Figures in one house style: one model or variant, variants side by side, and smoothing.
 
-The house style of every figure is here too. Axes name their units, and a figure's title is
-the claim it shows. Returns figures; shows nothing.
+One model or one variant in figures: losses, activations, errors by layer. Variants side by side:
+differences with intervals, KL, α; they keep their colour and marker from figure to figure of a
+study. What smoothing does to the worst channel: equation 4 with its numbers, which come from
+`helpers.quantization.smoothing` as plain numbers and arrays. Axes name their units, and a figure's
+title is the claim it shows. Returns figures; shows nothing.
 """
 
 import textwrap
 from collections.abc import Callable
 from functools import wraps
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython.display import Markdown
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from helpers.report.markdown import code
 
 SURFACE_CHANNELS = 96  # of a surface: more would hide each other
 INK, QUIET, ALARM = "#1f3a5f", "#9fb3c8", "#c8553d"
@@ -162,3 +169,292 @@ def annotate_lowest(axes, names: list[str], heights: list[float]) -> None:
             fontsize=8,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.7},
         )
+
+
+# Okabe and Ito's colours, told apart by every kind of colour vision.
+VARIANT_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKERS = "osD^vP"
+
+
+def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
+    """(color, marker) by variant: the same in every figure of a study.
+
+    With more variants than colors, colors repeat with other markers; 36 combinations differ.
+
+    Args:
+        variants: all that the study compares with its baseline, in its order.
+    """
+    colors, markers = len(VARIANT_COLORS), len(MARKERS)
+    return {
+        name: (VARIANT_COLORS[i % colors], MARKERS[(i + i // colors) % markers])
+        for i, name in enumerate(variants)
+    }
+
+
+def _row_heights(groups: list[str], variants: list[str]) -> dict[tuple[str, str], float]:
+    """The height at which each variant of each group is drawn."""
+    step = 0.75 / max(1, len(variants))
+    return {
+        (group, variant): i + step * (j - (len(variants) - 1) / 2)
+        for i, group in enumerate(groups)
+        for j, variant in enumerate(variants)
+    }
+
+
+def _legend_below(figure: Figure, axes, variants: list[str]) -> None:
+    for name, (color, marker) in variant_looks(variants).items():
+        axes.plot([], [], marker, color=color, label=name)
+    figure.legend(loc="outside lower left", ncols=min(4, len(variants)), fontsize=9)
+
+
+@in_house_style
+def forest_plot(rows: list[dict], *, variants: list[str], margin: float, title: str) -> Figure:
+    """Differences with their intervals in points, grouped by evaluation set.
+
+    Args:
+        rows: dataset, variant, delta, low, high as fractions; `kind` of the verdict, and
+            `filled` for a declared comparison.
+        margin: the equivalence margin, shaded.
+    """
+    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
+    looks, places = variant_looks(variants), _row_heights(datasets, variants)
+    figure, axes = new_figure(8, 1.7 + 0.22 * len(rows) + 0.1 * len(datasets))
+    axes.axvspan(-100 * margin, 100 * margin, color=QUIET, alpha=0.22, linewidth=0)
+    axes.axvline(0, color="black", linewidth=0.8)
+    for row in rows:
+        color, marker = looks[row["variant"]]
+        marker = "x" if row["kind"] == "invalid" else marker
+        opacity = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
+        place = places[row["dataset"], row["variant"]]
+        low, high, delta = (100 * row[key] for key in ("low", "high", "delta"))
+        axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=opacity)
+        face = color if row["filled"] else "white"
+        axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=opacity)
+    axes.set_yticks(range(len(datasets)), datasets)
+    axes.set_ylim(len(datasets) - 0.45, -0.55)
+    meaning = "filled: declared, hollow: exploratory, pale: uninformative, ×: invalid"
+    label = f"difference to the baseline [points] ({meaning}; shaded: margin)"
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_title(wrapped_title(title))
+    _legend_below(figure, axes, variants)
+    return figure
+
+
+@in_house_style
+def kl_plot(rows: list[dict], *, variants: list[str], floor: float | None, title: str) -> Figure:
+    """KL to the float model by model and variant, log scale, with intervals.
+
+    Args:
+        rows: model, variant, kl, low, high in nats per token; low and high may be None.
+        floor: the KL of the noise floor, drawn as a line; None without one.
+    """
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    looks, places = variant_looks(variants), _row_heights(models, variants)
+    figure, axes = new_figure(8, 1.5 + 0.25 * len(rows))
+    for row in rows:
+        color, marker = looks[row["variant"]]
+        place = places[row["model"], row["variant"]]
+        if row["low"] is not None:
+            axes.hlines(place, row["low"], row["high"], color=color, linewidth=1.6)
+        axes.plot(row["kl"], place, marker, color=color)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    values = [row["kl"] for row in rows]
+    if floor:
+        axes.axvline(floor, color="black", linestyle=":", linewidth=1)
+        axes.annotate("noise floor", (floor, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
+        values.append(floor)
+    axes.set_xlim(min(values) / 2, max(values) * 2)
+    axes.set_yticks(range(len(models)), models)
+    axes.set_ylim(len(models) - 0.45, -0.55)
+    axes.set_xlabel("KL from the float model [nats / token], log scale")
+    axes.set_title(wrapped_title(title))
+    _legend_below(figure, axes, variants)
+    return figure
+
+
+@in_house_style
+def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: str) -> Figure:
+    """KL from the float model against α, one line per variant, its lowest point marked.
+
+    Args:
+        curves: variant to rows of `alpha` and `kl` (nats per token).
+    """
+    figure, axes = new_figure(6.4, 3.2)
+    looks = variant_looks(variants)
+    for variant, rows in curves.items():
+        color, marker = looks[variant]
+        rows = sorted(rows, key=lambda row: row["alpha"])
+        alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
+        axes.plot(alphas, kl, f"{marker}-", color=color, label=variant)
+        lowest = min(rows, key=lambda row: row["kl"])
+        axes.plot(lowest["alpha"], lowest["kl"], "o", color=color, markersize=11, fillstyle="none")
+    axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped_title(title))
+    axes.set_ylim(0, 1.08 * max(row["kl"] for rows in curves.values() for row in rows))
+    axes.legend(frameon=False)
+    return figure
+
+
+@in_house_style
+def sqnr_by_variant(
+    curves: dict[str, dict[str, dict[str, float]]], *, variants: list[str], title: str
+) -> Figure:
+    """Output SQNR of every Linear, one panel per variant: with and without smoothing.
+
+    Args:
+        curves: by variant, then by preparation, then by Linear, in dB.
+    """
+    looks, size = variant_looks(variants), (8, 0.9 + 1.7 * len(curves))
+    figure, panels = plt.subplots(
+        len(curves), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
+    )
+    plt.close(figure)
+    for axes, (variant, ways) in zip(panels[:, 0], curves.items(), strict=True):
+        *before, (_, values) = ways.items()
+        for _, plain in before:
+            axes.plot(list(plain.values()), "_", color="#999999", markersize=5)
+        color, marker = looks[variant]
+        axes.plot(list(values.values()), marker, color=color, markersize=3)
+        annotate_lowest(axes, list(values), list(values.values()))
+        note = " (grey: the same without smoothing)" if before else ""
+        axes.set_title(variant + note, fontsize=9, color=looks[variant][0])
+        axes.set_ylabel("SQNR [dB]")
+        axes.margins(y=0.15)
+    panels[-1, 0].set_xlabel("Linear, in layer order")
+    figure.suptitle(wrapped_title(title), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+NEIGHBOURS = 12  # channels shown on each side of the worst one: single bars stay visible
+DIGITS = 4  # of the numbers in the equation
+
+
+def equation_4(smoothing: Any) -> Markdown:
+    """Equation 4 with the numbers of the worst channel, and both maxima afterwards.
+
+    Args:
+        smoothing: a `ChannelSmoothing`.
+    """
+    c, alpha, scale = smoothing.channel, smoothing.alpha, smoothing.scales[smoothing.channel]
+    act, weight = smoothing.act_absmax[c], smoothing.weight_absmax[c]
+    where = f"Channel {c} of the input of {code(smoothing.layer)}"
+    before = rf"\max|X_{{{c}}}| = {_tex(act)}, \qquad \max|W_{{{c}}}| = {_tex(weight)}"
+    if alpha is None:
+        return Markdown(f"This variant does not smooth: every s is 1. {where}:\n\n$$ {before} $$\n")
+    fraction = rf"\frac{{{_tex(act)}^{{{alpha:g}}}}}{{{_tex(weight)}^{{1 - {alpha:g}}}}}"
+    value = rf"s_{{{c}}} = {fraction} = {_tex(smoothing.wanted_scale)}"
+    after = rf"\frac{{\max|X_{{{c}}}|}}{{s_{{{c}}}}} = {_tex(act / scale)}, \qquad "
+    after += rf"s_{{{c}}} \max|W_{{{c}}}| = {_tex(weight * scale)}"
+    folded = ""
+    if _tex(scale) != _tex(smoothing.wanted_scale):
+        folded = f"The nearest s that the norm can hold is {scale:.{DIGITS}g}. "
+    return Markdown(
+        f"{where} stands out most among the inputs that are smoothed:\n\n$$ {before} $$\n\n"
+        f"$$ {value} $$\n\n{folded}Afterwards:\n\n$$ {after} $$\n"
+    )
+
+
+def _tex(number: float) -> str:
+    """A number in LaTeX, with a power of ten where it needs one."""
+    digits, _, exponent = f"{number:.{DIGITS}g}".partition("e")
+    return rf"{digits} \cdot 10^{{{int(exponent)}}}" if exponent else digits
+
+
+@in_house_style
+def channel_neighbours(smoothing: Any) -> Figure:
+    """Abs-max of the worst channel and its neighbours before and after smoothing.
+
+    Activations above, weights below, in median channels, since s changes the unit of both.
+
+    Args:
+        smoothing: a `ChannelSmoothing`.
+    """
+    c, size = smoothing.channel, len(smoothing.act_absmax)
+    shown = np.arange(max(0, c - NEIGHBOURS), min(size, c + NEIGHBOURS + 1))
+    rows = {
+        "activations": (smoothing.act_absmax, smoothing.act_after),
+        "weights": (smoothing.weight_absmax, smoothing.weight_after),
+    }
+    figure, panels = plt.subplots(
+        2, 2, figsize=(8, 4.4), sharex=True, sharey="row", layout="constrained"
+    )
+    plt.close(figure)
+    colors = [ALARM if channel == c else QUIET for channel in shown]
+    for axes, (name, maxima) in zip(panels, rows.items(), strict=True):
+        for panel, values in zip(axes, map(_in_medians, maxima), strict=True):
+            panel.bar(shown, values[shown], color=colors)
+        axes[0].set_ylabel(f"{name}\n[median channels]", fontsize=9)
+    panels[0, 0].set_title("before", fontsize=10)
+    panels[0, 1].set_title(f"after, α = {smoothing.alpha:g}", fontsize=10)
+    for panel in panels[1]:
+        panel.set_xlabel("input channel")
+    figure.suptitle(neighbours_claim(smoothing), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def neighbours_claim(smoothing: Any) -> str:
+    """What the figure of the neighbours shows, as a sentence."""
+    before, after = (
+        _in_medians(values)[smoothing.channel]
+        for values in (smoothing.act_absmax, smoothing.act_after)
+    )
+    if not np.median(smoothing.act_absmax):
+        claim = f"{smoothing.layer}: channel {smoothing.channel} reaches {before:.3g}, "
+        return f"{claim}{after:.3g} after smoothing; the median channel is 0"
+    return (
+        f"{smoothing.layer}: channel {smoothing.channel} is {before:.3g}× the median channel, "
+        f"{after:.3g}× after smoothing"
+    )
+
+
+def _in_medians(absmax: np.ndarray) -> np.ndarray:
+    """(in_features,) maxima in units of the median channel's; as they are where that one is 0."""
+    median = float(np.median(absmax))
+    return absmax / median if median > 0 else absmax
+
+
+@in_house_style
+def smoothing_histograms(
+    smoothing: Any, counts: dict[str, list[list[int]]], log2_edges: list[int]
+) -> Figure:
+    """|X| and |W| of the worst channel's Linears by power of two, before and after smoothing.
+
+    Args:
+        smoothing: a `ChannelSmoothing`.
+        counts: of `activations` and of `weights`, before and after.
+        log2_edges: of the bins.
+    """
+    figure, panels = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained")
+    plt.close(figure)
+    for axes, (name, pair) in zip(panels, counts.items(), strict=True):
+        filled = np.flatnonzero(np.any(pair, axis=0))
+        bins = slice(filled[0], filled[-1] + 1)
+        edges = log2_edges[bins.start : bins.stop + 1]
+        before, after = (np.maximum(part[bins], 0.5) for part in map(np.array, pair))
+        axes.stairs(before, edges, baseline=0.5, color=QUIET, fill=True, label="before")
+        if smoothing.alpha is not None:
+            axes.stairs(after, edges, baseline=0.5, color=INK, linewidth=1.6, label="after")
+            axes.legend(fontsize=9, loc="upper left")
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("log2 of the magnitude")
+        axes.set_title(name, fontsize=10)
+    panels[0].set_ylabel("values")
+    figure.suptitle(histograms_claim(smoothing), x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def histograms_claim(smoothing: Any) -> str:
+    """What the histograms show, as a sentence."""
+    if smoothing.alpha is None:
+        return f"{smoothing.layer}: inputs and weights as they are; this variant does not smooth"
+    values = (smoothing.act_absmax, smoothing.act_after)
+    before, after = (float(v.max()) for v in values)
+    weights = (smoothing.weight_absmax, smoothing.weight_after)
+    light, heavy = (float(v.max()) for v in weights)
+    return (
+        f"{smoothing.layer}: the largest input goes from {before:.3g} to {after:.3g}, "
+        f"the largest weight from {light:.3g} to {heavy:.3g}"
+    )

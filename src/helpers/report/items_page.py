@@ -15,8 +15,8 @@ from itertools import takewhile
 from pathlib import Path
 from string import Template
 
-from helpers.core.file_writing import write_atomically
-from helpers.core.plain_text import one_line, printable
+from helpers.core.errors import one_line, printable
+from helpers.core.files import write_atomically
 from helpers.report.markdown import dataset_name
 from helpers.report.results import Results
 

@@ -9,7 +9,7 @@ links: what GitHub would make one of (`www.`, `://`, `a@b.c`) is broken by an em
 import math
 import re
 
-from helpers.core.plain_text import one_line
+from helpers.core.errors import one_line
 from helpers.statistics.intervals import Interval
 
 MISSING = "–"

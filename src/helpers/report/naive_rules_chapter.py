@@ -1,13 +1,26 @@
-"""The chapter a study file asks for with `old_rules_chapter`: the old rules, looked at.
+"""The chapter on naive rules: what an earlier report's rules conclude from the study's own answers.
 
-It stands alone. It is the only place that imports `helpers.statistics.naive_rules`, it hands
-nothing but finished text to the notebook, and nothing else in the library imports it.
+A study file asks for it with `old_rules_chapter`. The rules certified a broken model; they are the
+subject of this chapter and never a tool. What they conclude stands beside what this project
+concludes:
+
+- the higher score wins, whatever the difference, and a tie goes to the baseline;
+- differences are told in percent of a percentage;
+- a win rate counts the sets won;
+- SQuAD is read by its official rule, and an answer without a box is the empty answer, which is
+  right wherever the question has no answer;
+- the mean absolute difference of numbers is over the answers that parse, however few.
+
+The chapter stands alone: it hands nothing but finished text to the notebook, and nothing else in
+the library imports it.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Literal
 
 from IPython.display import Markdown
 
+from helpers.evaluation.scoring import normalize_answer
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -25,11 +38,116 @@ from helpers.report.markdown import (
 )
 from helpers.report.narrative import bullets
 from helpers.report.results import Results
-from helpers.report.tables_headline import verdict_on, verdict_text
-from helpers.statistics import naive_rules
-from helpers.statistics.comparison import VariantPredictions
-from helpers.statistics.naive_rules import NaiveConclusion
-from helpers.statistics.verdicts import Verdict
+from helpers.report.tables import verdict_on, verdict_text
+from helpers.statistics.intervals import mcnemar_exact
+from helpers.statistics.verdicts import VariantPredictions, Verdict, paired_predictions
+
+Side = Literal["baseline", "variant"]
+
+
+@dataclass(frozen=True)
+class NaiveConclusion:
+    """The earlier report's conclusion about one comparison.
+
+    Attributes:
+        before, after: the scores, as fractions.
+        relative_change: (after - before) / before; None if `before` is 0.
+        winner: the side with the higher score; the baseline at a tie.
+    """
+
+    before: float
+    after: float
+    relative_change: float | None
+    winner: Side
+
+
+@dataclass(frozen=True)
+class EmptyAnswers:
+    """How the official metric rewards empty answers, on one SQuAD set.
+
+    Attributes:
+        empty: answers that the official metric takes as empty: unparsed ones and abstentions.
+        unparsed: those of them that could not be parsed.
+        unanswerable: questions without an answer.
+        has_answer, no_answer: exact match on the questions with and without one.
+    """
+
+    items: int
+    empty: int
+    unparsed: int
+    unanswerable: int
+    exact_match: float
+    has_answer: float | None
+    no_answer: float | None
+
+
+def naive_score(adapter: str, row: dict) -> float:
+    """The earlier report's 0/1 score of one answer."""
+    return official_exact_match(row) if adapter == "squad_v2" else row["score"]
+
+
+def official_exact_match(row: dict) -> float:
+    """SQuAD 2.0's official exact match of the text that was parsed, empty if there is none.
+
+    Rajpurkar et al., arXiv:1806.03822: without gold answers the gold is the empty text.
+    """
+    prediction = normalize_answer(row["parsed"] or "")
+    return float(any(prediction == normalize_answer(gold) for gold in row["golds"] or [""]))
+
+
+def naive_conclusion(
+    adapter: str, baseline: VariantPredictions, variant: VariantPredictions
+) -> NaiveConclusion:
+    """The earlier report's conclusion about two variants on the same items."""
+    pairs = paired_predictions(baseline, variant)
+    before, after = (sum(naive_score(adapter, p[i]) for p in pairs) / len(pairs) for i in (0, 1))
+    change = (after - before) / before if before else None
+    return NaiveConclusion(before, after, change, "variant" if after > before else "baseline")
+
+
+def win_rate(conclusions: list[NaiveConclusion], side: Side) -> float:
+    """Share of the sets on which one side has the higher score."""
+    return sum(c.winner == side for c in conclusions) / len(conclusions)
+
+
+def naive_mcnemar_p(
+    adapter: str, baseline: VariantPredictions, variant: VariantPredictions
+) -> float:
+    """Exact McNemar p of the earlier report's scores, without a check of the answers."""
+    pairs = [
+        (naive_score(adapter, b), naive_score(adapter, a))
+        for b, a in paired_predictions(baseline, variant)
+    ]
+    return mcnemar_exact(sum(b > a for b, a in pairs), sum(a > b for b, a in pairs))
+
+
+def empty_answers(rows: list[dict]) -> EmptyAnswers:
+    """The composition of a SQuAD score by the official metric."""
+    scores: dict[bool, list[float]] = {True: [], False: []}  # by whether the question has an answer
+    for row in rows:
+        scores[bool(row["golds"])].append(official_exact_match(row))
+    return EmptyAnswers(
+        items=len(rows),
+        empty=sum(not normalize_answer(row["parsed"] or "") for row in rows),
+        unparsed=sum(row["status"] == "unparsed" for row in rows),
+        unanswerable=len(scores[False]),
+        exact_match=_mean(scores[True] + scores[False]),
+        has_answer=_mean(scores[True]) if scores[True] else None,
+        no_answer=_mean(scores[False]) if scores[False] else None,
+    )
+
+
+def mean_absolute_difference(rows: list[dict]) -> tuple[float | None, int]:
+    """(mean over the answers that are numbers, the number of these answers)."""
+    differences = [
+        row["absolute_difference"] for row in rows if row["absolute_difference"] is not None
+    ]
+    return (_mean(differences) if differences else None), len(differences)
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
 
 OPENING = """## The conclusions of the earlier report's rules
 
@@ -78,7 +196,7 @@ def _predictions_of(results: Results, model: str, variant: str, dataset: str) ->
 def _naive_conclusion(results: Results, model: str, variant: str, dataset: str) -> NaiveConclusion:
     adapter = results.study.evaluation.datasets[dataset].adapter
     sides = (_predictions_of(results, model, v, dataset) for v in (results.study.baseline, variant))
-    return naive_rules.naive_conclusion(adapter, *sides)
+    return naive_conclusion(adapter, *sides)
 
 
 def _conclusion_table(results: Results, model: str) -> Rows:
@@ -136,7 +254,7 @@ def _win_rate_sentence(results: Results, model: str) -> str:
             dataset: _naive_conclusion(results, model, variant, dataset)
             for dataset in results.study.evaluation.datasets
         }
-        rates = [naive_rules.win_rate(list(by_set.values()), s) for s in ("baseline", "variant")]
+        rates = [win_rate(list(by_set.values()), s) for s in ("baseline", "variant")]
         won = [dataset_name(d) for d, old in by_set.items() if old.winner == "variant"]
         text = (
             f"between `{results.study.baseline}` and `{variant}` the “win rates” are "
@@ -150,9 +268,7 @@ def _empty_answer_table(results: Results, dataset: str) -> Rows:
     rows, last_counts = [], None
     for model in results.models:
         for variant in (results.study.baseline, *results.study.old_rules_chapter):
-            counts = naive_rules.empty_answers(
-                _predictions_of(results, model, variant, dataset).predictions
-            )
+            counts = empty_answers(_predictions_of(results, model, variant, dataset).predictions)
             row = {"model": code(model), "variant": code(variant)}
             row["exact match, official metric"] = percent(counts.exact_match)
             row |= {"HasAns": percent(counts.has_answer), "NoAns": percent(counts.no_answer)}
@@ -177,15 +293,13 @@ def _certified_sentences(results: Results, model: str, dataset: str) -> str:
     sentences, adapter = [], results.study.evaluation.datasets[dataset].adapter
     for variant in results.study.old_rules_chapter:
         old = _naive_conclusion(results, model, variant, dataset)
-        counts = naive_rules.empty_answers(
-            _predictions_of(results, model, variant, dataset).predictions
-        )
+        counts = empty_answers(_predictions_of(results, model, variant, dataset).predictions)
         if old.winner == "baseline" or 2 * counts.empty <= counts.items:
             continue
         sides = [
             _predictions_of(results, model, v, dataset) for v in (results.study.baseline, variant)
         ]
-        p = naive_rules.naive_mcnemar_p(adapter, *sides)
+        p = naive_mcnemar_p(adapter, *sides)
         consequence = (
             "so a significance test alone would have certified it"
             if p <= results.rules.alpha
@@ -216,7 +330,7 @@ def _mean_difference_table(results: Results, dataset: str) -> Rows:
     for model in results.models:
         for variant in (results.study.baseline, *results.study.old_rules_chapter):
             answers = _predictions_of(results, model, variant, dataset).predictions
-            mean, n = naive_rules.mean_absolute_difference(answers)
+            mean, n = mean_absolute_difference(answers)
             row = {"model": code(model), "variant": code(variant)}
             row["numbers among the answers"] = f"{n} of {len(answers)}"
             row["mean absolute difference over these"] = number(mean)

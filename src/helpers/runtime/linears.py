@@ -1,14 +1,24 @@
-"""The float products of Linears on a CPU, by the library that the processor does them best with.
+"""Float products of Linears on a CPU, experts as Linears, and batches of token sequences.
 
-torch hands float32 to MKL, which on some processors does half of what oneDNN does there
-(NOTES.md has figures); oneDNN comes with torch too. bfloat16 on a processor that has no
-instructions for it is emulated there at a tenth of float32's speed: the operands are multiplied
-in float32 instead, and the sum is rounded to bfloat16 once, as the instructions do. A Linear
-multiplied here is still a plain `nn.Linear`, and can be trained; only its `forward` is its own.
+A product goes to the library that the processor does it best with. torch hands float32 to MKL,
+which on some processors does half of what oneDNN does there (NOTES.md has figures); oneDNN comes
+with torch too. bfloat16 on a processor that has no instructions for it is emulated there at a
+tenth of float32's speed: the operands are multiplied in float32 instead, and the sum is rounded to
+bfloat16 once, as the instructions do. A Linear multiplied here is still a plain `nn.Linear`, and
+can be trained; only its `forward` is its own.
+
+transformers stacks the experts of a mixture into two three-dimensional tensors, which no quantizer
+of Linears sees and into which int8 weights cannot be loaded back. On disk every expert has its own
+gate, up and down; here it has them in memory too. The function is that of the stacked experts
+(tests/runtime/test_experts.py).
+
+Batches have a budget of tokens, over sequences sorted by length; each token knows its sequence.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib import import_module
 from types import MethodType
 
 import torch
@@ -16,8 +26,80 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
+from transformers.activations import ACT2FN
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
-from helpers.runtime.processors import has_bfloat16_units
+from helpers.core.architectures import architecture
+from helpers.runtime.devices import has_bfloat16_units
+
+
+def token_budget_batches(lengths: list[int], *, batch_tokens: int) -> list[list[int]]:
+    """Indices of sequences, longest first, so that rows × longest row ≤ `batch_tokens`.
+
+    A sequence longer than the budget is a batch of its own. Ties keep their order.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    batches: list[list[int]] = []
+    for index in order:
+        longest = lengths[batches[-1][0]] if batches else 0
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def pad(rows: list[list[int]], *, value: int, side: str, device) -> Tensor:
+    """(rows, longest) int64, short rows filled with `value` on the given side."""
+    width = max(len(row) for row in rows)
+    filled = torch.full((len(rows), width), value, dtype=torch.long)
+    for i, row in enumerate(rows):
+        if side == "right":
+            filled[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+        else:
+            filled[i, width - len(row) :] = torch.tensor(row, dtype=torch.long)
+    return filled.to(device)
+
+
+FEWEST_ROWS = 16  # of a matrix product; with fewer, libraries use kernels that sum in another order
+
+# The tensor by device, its original device first; a model on several devices copies it.
+_SEQUENCE_IDS: ContextVar[dict[torch.device, Tensor] | None] = ContextVar("owners", default=None)
+
+
+@contextmanager
+def use_sequence_ids(sequence_ids: Tensor | None) -> Iterator[None]:
+    """Inside the context, the tokens of a forward pass belong to different texts.
+
+    Args:
+        owners: (tokens,) int64, the number of each token's text; None if there is one text.
+    """
+    token = _SEQUENCE_IDS.set(None if sequence_ids is None else {sequence_ids.device: sequence_ids})
+    try:
+        yield
+    finally:
+        _SEQUENCE_IDS.reset(token)
+
+
+def current_sequence_ids(device: torch.device | None = None) -> Tensor | None:
+    """(tokens,) number of each token's text in this forward pass; None if there is one text.
+
+    Args:
+        device: the device of the result, to which it is copied once; None for the original.
+    """
+    copies = _SEQUENCE_IDS.get()
+    if copies is None:
+        return None
+    source_ids = next(iter(copies.values()))
+    if device is None:
+        return source_ids
+    if device not in copies:
+        copies[device] = source_ids.to(device)
+    return copies[device]
+
 
 NOT_MULTIPLIED = (
     nn.Linear,
@@ -161,3 +243,117 @@ def simulated_by_onednn(model) -> Iterator[None]:
     finally:
         for module in linears:
             module.__class__ = nn.Linear
+
+
+class Expert(nn.Module):
+    """One gated MLP: down(act(gate(x)) · up(x))."""
+
+    def __init__(self, config):
+        super().__init__()
+        width, inner = config.hidden_size, config.moe_intermediate_size
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
+        self.down_proj = nn.Linear(inner, width, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LinearExperts(nn.ModuleList):
+    """All experts of a block, each applied to the tokens that the router assigns to it.
+
+    With `every_token` each expert reads all tokens, so that statistics of the inputs of its
+    Linears do not depend on the router; the output stays the same.
+
+    llm-compressor replaces experts by Linears too, but does not keep an output bit-equal for
+    any number of tokens, which batch invariance needs.
+    """
+
+    def __init__(self, config):
+        super().__init__([Expert(config) for _ in range(config.num_experts)])
+        self.every_token = False
+
+    def forward(self, x: Tensor, expert_indices: Tensor, weights: Tensor) -> Tensor:
+        """Σ weight · expert(x) over the selected experts of each token.
+
+        Args:
+            x: (tokens, hidden).
+            expert_indices: (tokens, k) the experts of each token.
+            weights: (tokens, k) their weights.
+        """
+        mixed = torch.zeros_like(x)
+        for index, expert in enumerate(self):
+            tokens, slot = torch.where(expert_indices == index)
+            if self.every_token:
+                outputs = expert(x)[tokens]
+            elif len(tokens):
+                outputs = _expert_outputs(expert, x, tokens)
+            else:
+                continue
+            weighted = outputs * weights[tokens, slot, None]
+            mixed.index_add_(0, tokens, weighted.to(mixed.dtype))
+        return mixed
+
+
+class _LinearExpertsFactory:
+    """Stands in for transformers' class and makes `LinearExperts`.
+
+    Nothing is an instance of it, so transformers does not initialize our experts as its own.
+    """
+
+    def __new__(cls, config):
+        return LinearExperts(config)
+
+
+def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
+    """The expert's outputs for some tokens, independent of their number.
+
+    Fewer than FEWEST_ROWS tokens are padded, since products of few rows sum in another order.
+    The sequence ids go along, since a dynamic scale per tensor is one per text.
+    """
+    count = len(tokens)
+    if count < FEWEST_ROWS:
+        tokens = torch.cat([tokens, tokens[-1:].expand(FEWEST_ROWS - count)])
+    sequence_ids = current_sequence_ids(tokens.device)
+    with use_sequence_ids(None if sequence_ids is None else sequence_ids[tokens]):
+        return expert(x[tokens])[:count]
+
+
+@contextmanager
+def linear_experts(config):
+    """Inside the context, models of this configuration are built with `LinearExperts`.
+
+    A family without experts is unchanged. Tensor names in the files then equal those of the
+    modules, so nothing is stacked on loading or unstacked on saving.
+    """
+    entry = architecture(config)
+    if not entry.experts:
+        yield
+        return
+    module, _, stacked_class = entry.experts.rpartition(".")
+    modeling = import_module(module)
+    stacked_experts, conversion = (
+        getattr(modeling, stacked_class),
+        get_checkpoint_conversion_mapping(entry.name),
+    )
+    setattr(modeling, stacked_class, _LinearExpertsFactory)
+    register_checkpoint_conversion_mapping(entry.name, [], overwrite=True)
+    try:
+        yield
+    finally:
+        setattr(modeling, stacked_class, stacked_experts)
+        register_checkpoint_conversion_mapping(entry.name, conversion, overwrite=True)
+
+
+@contextmanager
+def every_expert_reads(model):
+    """Inside the context, every expert of the model reads every token."""
+    mixtures = [m for m in model.modules() if isinstance(m, LinearExperts)]
+    for mixture in mixtures:
+        mixture.every_token = True
+    try:
+        yield
+    finally:
+        for mixture in mixtures:
+            mixture.every_token = False

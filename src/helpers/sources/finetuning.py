@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from helpers.core.activity import Bar
 from helpers.core.errors import StudyError
-from helpers.runtime.batching import pad
-from helpers.runtime.processors import has_bfloat16_units
-from helpers.runtime.rotary_positions import reads_alone
-from helpers.study.schema import Runtime, Study
-from helpers.study.schema_sources import FineTunedModel, FineTuning
+from helpers.core.processes import Bar
+from helpers.runtime.devices import has_bfloat16_units
+from helpers.runtime.linears import pad
+from helpers.sources.model_files import reads_alone
+from helpers.study.schema import FineTunedModel, FineTuning, Runtime, Study
 
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
 LOSS_DECIMALS = 6  # of a loss on record: float32 has about seven digits

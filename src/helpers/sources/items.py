@@ -1,17 +1,100 @@
-"""Items in one shape each, from rows in the Hub's schemas.
+"""Items of a study: rows of any source, read into one shape each.
 
-What an item is asked lies in `helpers.sources.chat_conversations` and
-`helpers.evaluation.prompts`; here only its content, and what makes two of them the same.
+Rows are in the Hub's schemas: shipped, from local files, or fetched. No Hub is asked here: its
+rows were fetched to the project's cache at one commit (`helpers.sources.fetching`), so that no job
+needs a network and all read the same rows. A commit does not change, so a cached file is right as
+long as its hash is.
+
+An item holds its content, and what makes two items the same; what it is asked lies in
+`helpers.sources.chat` and `helpers.evaluation.prompts`. The exact value of a text that is one
+number is read here too, as word problems write their answers: it is used to read what a model
+answered, and to tell which gold answers are numbers.
 """
 
+import codecs
+import json
 import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
 
-from helpers.core.hashing import sha256_data, sha256_text
-from helpers.core.plain_text import valid_unicode
+from helpers.core.errors import StudyError, one_line, valid_unicode
+from helpers.core.files import cache_root
+from helpers.core.records import (
+    read_jsonl,
+    sha256_data,
+    sha256_file,
+    sha256_text,
+    write_json,
+    write_jsonl,
+)
+from helpers.study.inputs import FETCH, dataset_files, is_commit
+from helpers.study.schema import DatasetSource, FileDataset, HubDataset, ShippedDataset
+
+LONGEST_NUMBER = 400  # characters; a longer text is no answer to a word problem
+LONGEST_UNIT = 6  # words; more of them form a sentence, which may negate the number
+
+_FRACTION = re.compile(r"\\[dt]?frac\{(-?[0-9.,]+)\}\{(-?[0-9.,]+)\}")
+_DECORATION = re.compile(
+    r"\\(?:text|mathrm|mbox)\{([^{}]*)\}|\\[,;!: ]|\\(?:left|right)(?![A-Za-z])|\\?[$€£]|\\?%"
+)
+_NO_UNIT = re.compile(  # "2 million", "5 and a half" and "7 squared" are not 2, 5 and 7
+    r"\b(?:and|or|to|plus|minus|times|over|half|halves|third|fifth|sixth|eighth|tenth|dozen|gross"
+    r"|hundred(?:th)?|thousand(?:th)?|[a-z]*illion(?:th)?|squared|cubed|factorial|choose|mod|root"
+    r"|sqrt|pi|not|zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve)s?\b",
+    re.IGNORECASE,
+)
+_NO_LETTER = re.compile(r"(?:[xyznie]|[kKMB]|bn|mn|mil)\b")  # unknowns, constants, "3k" for 3000
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:/[0-9]+(?:\.[0-9]+)?)?")
+_GROUPED = re.compile(r"(?<![0-9.,])([1-9][0-9]{0,2}(?:,[0-9]{3})+)(?![0-9,])")
+
+
+def parse_number(text: str) -> Fraction | None:
+    r"""The exact value of a text that is one number, with its unit or dollar sign.
+
+    Understands signs, decimals, thousands separators, `3/4`, `\frac{3}{4}` and units
+    after the number (`12 \text{ km}`, `12 apples`); anything else is None, as is a word or
+    letter after it that may change its value (`2 million`, `7 squared`, `3k`, `3x`).
+    """
+    if len(text) > LONGEST_NUMBER:
+        return None
+    plain = re.sub(r",\\!|\{,\}", ",", text)
+    plain = _FRACTION.sub(lambda m: f" {m[1]}/{m[2]} ", plain)  # apart from a number beside it
+    plain = _DECORATION.sub(lambda m: f" {m[1]}" if m[1] else " ", plain)
+    plain = _GROUPED.sub(lambda m: m[1].replace(",", ""), plain)
+    plain = re.sub(r"^\s*([+-])\s+", r"\1", plain.strip().rstrip("."))
+    numbers = _NUMBER.findall(plain)
+    if len(numbers) != 1 or not plain.startswith(numbers[0]):
+        return None
+    unit = plain[len(numbers[0]) :].strip()
+    if unit and not _is_unit(unit):
+        return None
+    try:
+        return Fraction(numbers[0]) if "/" not in numbers[0] else _ratio(numbers[0])
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _is_unit(rest: str) -> bool:
+    """Whether the text after a number is its unit and does not change its value."""
+    if _NO_UNIT.search(rest) or _NO_LETTER.match(rest) or len(rest.split()) > LONGEST_UNIT:
+        return False
+    return re.fullmatch(r"[A-Za-z][A-Za-z ./^]*", rest) is not None
+
+
+def _ratio(text: str) -> Fraction:
+    above, below = text.split("/")
+    return Fraction(above) / Fraction(below)
+
+
+def gold_number(text: str) -> Fraction | None:
+    """As `parse_number` for a gold answer, in which `3x` is an expression and not a unit."""
+    return None if re.search(r"[0-9][A-Za-z]+$", text) else parse_number(text)
 
 
 @dataclass(frozen=True)
@@ -166,3 +249,189 @@ ADAPTERS: dict[str, Callable[[dict], Item]] = {
     "squad_v2": adapt_squad_v2,
     "openmath": adapt_openmath,
 }
+
+
+EXPECTED_ROWS = {
+    "arc": "{id: text, question: text, choices: {label: [text], text: [text]}, answerKey: text}",
+    "boolq": "{question: text, passage: text, answer: true or false}",
+    "squad_v2": "{id: text, question: text, context: text, answers: {text: [text]}}",
+    "openmath": "{problem: text, expected_answer: text}",
+}
+EXPECTED_PASSAGE = "{context: text}"
+MOST_KEYS, MOST_CHARACTERS = 8, 24
+
+
+def describe_value(value: Any, *, depth: int = 2) -> str:
+    """The type of a value in words; of a mapping by its keys, of a list by its first value."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "true or false"
+        case int() | float():
+            return "number"
+        case str():
+            return "text" if value.strip() else "empty text"
+        case dict() if depth:
+            return _mapping(value, depth)
+        case dict():
+            return "{…}"
+        case list() | tuple() if depth and value:
+            return f"[{describe_value(value[0], depth=depth - 1)}]"
+        case list() | tuple():
+            return "[…]" if value else "[]"
+    return type(value).__name__
+
+
+def _mapping(value: dict, depth: int) -> str:
+    keys = [f"{_short(key)}: {describe_value(value[key], depth=depth - 1)}" for key in list(value)]
+    more = [f"{len(keys) - MOST_KEYS} more"] if len(keys) > MOST_KEYS else []
+    return "{" + ", ".join(keys[:MOST_KEYS] + more) + "}"
+
+
+def _short(key: Any) -> str:
+    text = one_line(key)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def rows_file(source: HubDataset) -> Path:
+    """The cache file for the rows of a source that is pinned to a commit."""
+    label = "-".join((source.hub, source.config or "default", source.split))
+    name = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', label)}-{sha256_data(source.model_dump())[:12]}"
+    return cache_root() / "datasets" / f"{name}.jsonl"
+
+
+def cache_rows(source: HubDataset, rows: list[dict], **details) -> dict:
+    """Write the rows of a source to the cache; return their number, hash and `details`.
+
+    Raises:
+        StudyError: JSON cannot hold a value of a row, such as a picture.
+    """
+    path = rows_file(source)
+    try:
+        write_jsonl(path, rows)
+    except (TypeError, ValueError) as error:
+        raise StudyError(
+            f"its rows hold values that are no text ({error}); name another dataset"
+        ) from None
+    info = {"rows": len(rows), **details, "sha256": sha256_file(path)}
+    write_json(path.with_suffix(".json"), {"source": source.model_dump(), **info})
+    return info
+
+
+def cached_rows_info(source: HubDataset) -> dict | None:
+    """Number and hash of the cached rows of a source; None if they are missing or damaged."""
+    path = rows_file(source)
+    if not is_commit(source.revision) or not path.is_file():
+        return None
+    try:
+        info = json.loads(path.with_suffix(".json").read_text("utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(info, dict) or info.get("sha256") != sha256_file(path):
+        return None
+    return {key: value for key, value in info.items() if key != "source"}
+
+
+def cached_rows(source: HubDataset) -> list[dict]:
+    """The rows of a source, from the cache.
+
+    Raises:
+        StudyError: the rows were not fetched, or differ from the fetched ones.
+    """
+    label, remedy = f"{source.hub} ({source.split})", f"run {FETCH} STUDY=… with this study"
+    if not is_commit(source.revision):
+        raise StudyError(f"{label} at {source.revision!r} is not pinned to a commit; {remedy}")
+    if cached_rows_info(source) is None:
+        raise StudyError(f"{label}: its rows are not on this machine; {remedy}")
+    return read_jsonl(rows_file(source), made_by=FETCH)
+
+
+EXPECTED_FORMAT = "expected JSON lines: one object per line, as {…}"
+
+
+def load_rows(source: DatasetSource) -> list[dict]:
+    """All rows of a source in its order; several files are read in the order of their names.
+
+    Raises:
+        StudyError: the source cannot be read.
+    """
+    match source:
+        case ShippedDataset(shipped=name):
+            data = files("helpers.sources").joinpath(f"data/{name}.jsonl").read_bytes()
+            return _json_lines(data, name)
+        case FileDataset():
+            return [row for path in dataset_files(source) for row in _file_rows(path, source)]
+        case HubDataset():
+            return cached_rows(source)
+    raise StudyError(f"{source!r} is not a kind of dataset source")
+
+
+def _file_rows(path: Path, source: FileDataset) -> list[dict]:
+    place = source.file if "*" not in source.file else str(path)
+    if path.suffix != ".parquet":
+        return _json_lines(path.read_bytes(), place)
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        raise StudyError(f"{place}: is not parquet ({one_line(error)}); mend it") from None
+
+
+def _json_lines(data: bytes, place: str) -> list[dict]:
+    """The objects of JSON lines; blank lines are skipped."""
+    text, rows = _decoded(data, place), []
+    if not text.strip():
+        raise StudyError(f"{place}: line 1 is empty, and so are all; {EXPECTED_FORMAT}")
+    # Only \n ends a line: texts may hold other separators that splitlines() would cut at.
+    for number, line in enumerate(text.rstrip().split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            description = _describe_document(text) or (_describe_table(line) if number == 1 else "")
+            problem = f"is {description}" if description else f"line {number} is not JSON ({error})"
+            raise StudyError(f"{place}: {problem}; {EXPECTED_FORMAT}") from None
+        if not isinstance(row, dict):
+            description = _describe_document(text) or f"line {number} is {describe_value(row)}"
+            raise StudyError(f"{place}: {description}; {EXPECTED_FORMAT}")
+        rows.append(row)
+    return rows
+
+
+def _decoded(data: bytes, place: str) -> str:
+    """The bytes decoded from UTF-8.
+
+    Raises:
+        StudyError: they are in UTF-16 or not UTF-8.
+    """
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    if is_utf16 or (b"\0" in data[:64] and b"{" in data[:4]):
+        raise StudyError(f"{place}: is in UTF-16; save it in UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise StudyError(f"{place}: line {line} is not UTF-8 ({error}); save it in UTF-8") from None
+
+
+def _describe_document(text: str) -> str:
+    """A description of a text that is one JSON value; empty if it is none."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    if isinstance(value, list):
+        return f"one JSON array of {len(value)} values, the first {describe_value(value[:1])[1:-1]}"
+    return f"one JSON value over several lines, {describe_value(value)}"
+
+
+def _describe_table(line: str) -> str:
+    """A description of the first line if it looks like a table header; else empty."""
+    for separator, name in (("\t", "TSV"), (",", "CSV"), (";", "CSV")):
+        if separator in line and not line.lstrip().startswith(("{", "[")):
+            return f"a table in {name} ({one_line(line)[:80]})"
+    return ""

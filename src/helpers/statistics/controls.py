@@ -17,12 +17,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from helpers.core.gates import WHOLE_VARIANT
-from helpers.evaluation.checks.reference_gates import kl_per_token, kl_resolution
+from helpers.core.records import WHOLE_VARIANT
+from helpers.evaluation.checks.numeric_gates import kl_per_token, kl_resolution
 from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.statistics.intervals import wilson_interval
-from helpers.study.schema import Study
-from helpers.study.schema_variants import Variant
+from helpers.study.schema import Study, Variant
 
 Role = Literal[
     "baseline",

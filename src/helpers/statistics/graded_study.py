@@ -16,10 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from helpers.core.errors import StudyError
-from helpers.core.gates import WHOLE_VARIANT, failed_check
+from helpers.core.records import WHOLE_VARIANT, failed_check
 from helpers.evaluation.predictions import SHARED_TEXT
 from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.comparison import DecisionRules, decision_rules
 from helpers.statistics.controls import VariantAnswers
 from helpers.statistics.graded import (
     Ability,
@@ -34,17 +33,17 @@ from helpers.statistics.graded import (
     paired_differences,
     scored,
 )
-from helpers.statistics.interaction import cost_difference, kl_difference
 from helpers.statistics.intervals import holm, tost_from_interval
 from helpers.statistics.pooled import (
     Recovery,
+    cost_difference,
+    kl_difference,
     pooled_cost_difference,
     pooled_difference,
     recovery,
 )
-from helpers.statistics.verdicts import Verdict
-from helpers.study.schema import Comparison, EvaluationSet, LogLikelihood, Study
-from helpers.study.schema_sources import FineTunedModel
+from helpers.statistics.verdicts import DecisionRules, Verdict, decision_rules
+from helpers.study.schema import Comparison, EvaluationSet, FineTunedModel, LogLikelihood, Study
 
 Place = tuple[str, str, str]  # model, evaluation set, variant
 KL_UNIT: Unit = "nats a token"

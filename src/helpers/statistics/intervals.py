@@ -1,13 +1,17 @@
-"""Intervals and tests for scores of 0 or 1, one model or two models on the same items.
+"""Intervals, tests and detectable differences for scores of 0 or 1, of one model or two.
 
-Every fraction is 0-1; a difference is variant minus baseline, so a loss is
-negative. Means of graded scores and items that share a passage are in
-`bootstrap`, sample sizes and detectable differences in `power`; what the numbers
-mean for a study is in `verdicts`.
+Wilson, Tango, McNemar, Holm, equivalence by two one-sided tests; two models answer the same items.
+Every fraction is 0-1; a difference is variant minus baseline, so a loss is negative. Means of
+graded scores and items that share a passage are in `clustered`; what the numbers mean for a study
+is in `verdicts`.
 
-Left out: Wald intervals, which have zero width at zero flips, where a quantized
-model often lands; unpaired tests, which throw away that both models saw the same
-items; effect sizes without a unit.
+The smallest difference that a study of n items detects with a given power stands beside every null
+result in the report, which would otherwise read as "no cost"; alpha is two-sided there. How many
+items a planned study needs is in `tools.sample_size`.
+
+Left out: Wald intervals, which have zero width at zero flips, where a quantized model often lands;
+unpaired tests, which throw away that both models saw the same items; effect sizes without a unit;
+power after the fact from the observed difference, which only restates p.
 """
 
 import math
@@ -18,7 +22,8 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.stats import binom, binomtest, nct, norm
+from scipy.stats import t as student_t
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
@@ -252,3 +257,107 @@ def tost_from_interval(interval: Interval, *, margin: float, alpha: float) -> bo
         remedy = f"alpha = {alpha} needs an interval at {1 - 2 * alpha:.4g}"
         raise ValueError(f"interval.confidence = {interval.confidence} is not it: {remedy}")
     return -margin < interval.low and interval.high < margin
+
+
+NEGLIGIBLE = 1e-12  # probability left out of the sum over the number of flips
+
+
+def mcnemar_power(n: int, *, loss: float, gain_rate: float, alpha: float) -> float:
+    """Probability that exact McNemar reports a loss of accuracy of `loss`.
+
+    Items are lost with probability gain_rate + loss and gained with gain_rate.
+    The power is exact: the number of flips is binomial, and given the flips so is
+    the number of losses. Rejections in the wrong direction do not count.
+
+    Args:
+        n: independent items.
+        loss: true accuracy of the baseline minus that of the variant.
+        gain_rate: background rate of gains; quantization flips answers both ways.
+        alpha: two-sided level; divide by the comparisons to allow for Holm.
+
+    Raises:
+        ValueError: n < 1, alpha outside (0, 1), or rates that do not fit in 1.
+    """
+    require_count("n", n, minimum=1)
+    require_fraction("alpha", alpha)
+    require_rates(loss, gain_rate)
+    flip_rate = min(loss + 2 * gain_rate, 1.0)
+    if flip_rate == 0:
+        return 0.0
+    flips = likely_flips(n, flip_rate)
+    fewest_losses = binom.isf(alpha / 2, flips, 0.5) + 1  # rejected: P(losses >= this) <= alpha / 2
+    rejected = binom.sf(fewest_losses - 1, flips, (loss + gain_rate) / flip_rate)
+    return float(binom.pmf(flips, n, flip_rate) @ rejected)
+
+
+def detectable_loss(n: int, *, gain_rate: float, alpha: float, power: float) -> float | None:
+    """Smallest loss of accuracy, a fraction, that exact McNemar detects with the given power.
+
+    None where no loss reaches it: below 6 items at alpha 0.05 nothing can.
+
+    Raises:
+        ValueError: n < 1, gain_rate outside [0, 0.5), or not 0 < alpha < power < 1.
+    """
+    require_power(alpha, power)
+    require_rates(0.0, gain_rate)
+    largest = 1 - 2 * gain_rate
+
+    def shortfall(loss: float) -> float:
+        return mcnemar_power(n, loss=loss, gain_rate=gain_rate, alpha=alpha) - power
+
+    if shortfall(largest) < 0:
+        return None
+    return float(brentq(shortfall, 0.0, largest, xtol=1e-9))
+
+
+def detectable_mean_difference(
+    standard_error: float, *, clusters: int, alpha: float, power: float
+) -> float:
+    """Smallest mean difference, in the unit of the scores, detected with the given power.
+
+    From the noncentral t of a one-sample test on clusters - 1 degrees of freedom,
+    as an approximation to the sign-flip test; for many clusters it is
+    (z_{1-alpha/2} + z_power) standard_error.
+
+    Args:
+        standard_error: of the mean difference, such as `BootstrapMean.standard_error`,
+            which carries the clustering; sd / sqrt(n) for independent items.
+        clusters: independent units behind it, at least 2.
+
+    Raises:
+        ValueError: standard_error is not above 0 (a degenerate bootstrap knows
+            no detectable one), clusters < 2, or not 0 < alpha < power < 1.
+    """
+    require_count("clusters", clusters, minimum=2)
+    require_power(alpha, power)
+    if not 0 < standard_error < math.inf:
+        remedy = "without observed spread the detectable difference is unknown, add items"
+        raise ValueError(f"standard_error = {standard_error} is not a positive number: {remedy}")
+    critical = student_t.isf(alpha / 2, clusters - 1)
+
+    def shortfall(effect: float) -> float:  # effect: in standard errors
+        return nct.sf(critical, clusters - 1, effect) - power
+
+    # Bracketed: statsmodels' solver at times returns the negative root or an array.
+    return float(brentq(shortfall, 0.0, 4 * critical)) * standard_error
+
+
+def require_power(alpha: float, power: float) -> None:
+    """Refuse a level or a power outside (0, 1), and a power not above the level."""
+    require_fraction("alpha", alpha)
+    require_fraction("power", power)
+    if power <= alpha:
+        raise ValueError(f"power = {power} is not above alpha = {alpha}: ask for more than chance")
+
+
+def require_rates(loss: float, gain_rate: float) -> None:
+    """Refuse rates of losses (loss + gain_rate) and gains that do not fit in 1."""
+    if not (loss >= 0 and 0 <= gain_rate < 0.5 and loss + 2 * gain_rate <= 1 + NEGLIGIBLE):
+        limit = "from 0 up, gain_rate below 0.5, loss + 2 gain_rate at most 1"
+        raise ValueError(f"loss = {loss}, gain_rate = {gain_rate}: give fractions {limit}")
+
+
+def likely_flips(n: int, flip_rate: float) -> NDArray[np.int64]:
+    """The numbers of flips among n items that are not negligibly rare."""
+    first, last = binom.interval(1 - NEGLIGIBLE, n, flip_rate) if flip_rate else (0, 0)
+    return np.arange(int(first), int(last) + 1)

@@ -1,27 +1,83 @@
-"""One answer a model: the informative sets pooled, each with the same weight, and recovery.
+"""Graded figures beyond one set: sets pooled, base against fine-tuned model, and KL by token.
 
 Sets are strata: each set's mean has its own error, and the pooled mean is their plain average,
-declared beforehand. Which sets are informative is decided before any comparison.
+declared beforehand. Which sets are informative is decided before any comparison. Scores in nats
+are pooled as probabilities a token, so that every set counts in points and a collapsed answer
+counts at most as a lost one.
 
-Scores in nats are pooled as probabilities a token (`graded.token_probability`), so that every
-set counts in points and a collapsed answer counts at most as a lost one.
+*Recovery*, the number the field quotes, is the pooled score above chance as a share of the float
+model's. Its interval is Fieller's idea with this project's limits: the shares r for which the mean
+of (variant - chance) - r (float - chance) may be 0 (Fieller, J. R. Stat. Soc. B 16 (1954) 175).
+Where the float model is not clearly above chance there is none.
 
-*Recovery*, the number the field quotes, is the pooled score above chance as a share of the
-float model's. Its interval is Fieller's idea with this project's limits: the shares r for which
-the mean of (variant - chance) - r (float - chance) may be 0 (Fieller, J. R. Stat. Soc. B 16
-(1954) 175). Where the float model is not clearly above chance there is none.
+Whether fine-tuning raises the cost of quantization is a difference of differences. Both models
+answer the same items, so each item gives one number: what the fine-tuned model lost to
+quantization minus what the base model lost. Its mean is tested as any other paired difference is.
+Two costs whose intervals overlap may still differ, and two verdicts that read differently ("worse"
+and "inconclusive") need not. Nothing is said where either model has no ability on the set.
+
+The mean KL hides where the divergence is. A variant that is the float model but for one token in a
+thousand and one that differs a little everywhere may have one mean, and are two different models
+to use. Quantiles are of tokens, over all passages together.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 
+from helpers.core.errors import StudyError
 from helpers.statistics.clustered import MeanEstimate, clustered_mean, combine
 from helpers.statistics.graded import Scored, paired_differences, token_probability
 from helpers.statistics.intervals import Interval
+
+
+def cost_difference(base: tuple[Scored, Scored], finetuned: tuple[Scored, Scored]) -> MeanEstimate:
+    """(finetuned variant - finetuned baseline) - (base variant - base baseline), by item.
+
+    Negative: quantization costs the fine-tuned model more.
+
+    Args:
+        base, finetuned: the baseline's and the variant's scores of one set.
+
+    Raises:
+        StudyError: the four answered different items.
+    """
+    if base[0].ids != finetuned[0].ids:
+        raise StudyError("the two models answered different items; run 03_evaluation again")
+    changes = paired_differences(*finetuned) - paired_differences(*base)
+    return clustered_mean(changes, base[0].clusters)
+
+
+def kl_difference(
+    base: Sequence[Mapping], finetuned: Sequence[Mapping], *, key: str = "kl"
+) -> MeanEstimate:
+    """KL a token of the fine-tuned variant minus that of the base variant, by passage.
+
+    Each is held against its own float model. Positive: quantization costs the fine-tuned
+    model more.
+
+    Args:
+        base, finetuned: rows of the shared text: `id`, `tokens`, and the sum over the
+            passage under `key`, in nats.
+
+    Raises:
+        StudyError: the two read different passages or tokens, or a sum is not finite.
+    """
+    before, after = ({row["id"]: row for row in rows} for rows in (base, finetuned))
+    tokens = {name: row["tokens"] for name, row in before.items()}
+    if tokens != {name: row["tokens"] for name, row in after.items()}:
+        raise StudyError("the two models read other tokens of the shared text; nothing to compare")
+    names = sorted(tokens)
+    sums = [[side[name][key] for name in names] for side in (before, after)]
+    if any(value is None for side in sums for value in side):
+        raise StudyError(f"a passage has no finite {key}; the variant is invalid")
+    counts = np.array([tokens[name] for name in names], dtype=float)
+    changes = (np.array(sums[1]) - np.array(sums[0])) / counts  # (passages,) nats a token
+    return clustered_mean(changes, names, counts)
+
 
 WIDEST = 100.0  # a share beyond this many times the float model's is no finite limit
 
@@ -127,3 +183,65 @@ def _crossing(limit: Callable[[float], float], start: float, sign: int) -> float
             return float(brentq(limit, *sorted((start, end)), xtol=1e-10))
         step *= 2
     return None
+
+
+@dataclass(frozen=True)
+class TokenPlace:
+    """One token of the shared text: its passage, its place there (0 is the first scored)."""
+
+    passage: str
+    token: int
+    kl: float
+
+
+@dataclass(frozen=True)
+class TokenKl:
+    """KL in nats over all tokens of the shared text.
+
+    Attributes:
+        percentile_99, percentile_99_9: inverse of the empirical distribution (no interpolation):
+            the smallest value that at least this share of the tokens does not exceed.
+        tail: the tokens with the largest KL, largest first.
+        tail_share: part of the summed KL that the largest 1 % of the tokens hold, 0-1.
+    """
+
+    tokens: int
+    mean: float
+    median: float
+    percentile_99: float
+    percentile_99_9: float
+    largest: float
+    tail: tuple[TokenPlace, ...]
+    tail_share: float
+
+
+def token_kl(passages: Mapping[str, Sequence[float]], *, shown: int) -> TokenKl:
+    """Mean, quantiles, largest value and tail of the KL of every token.
+
+    Args:
+        passages: by passage id, KL in nats of each scored token, in reading order.
+        shown: how many tokens of the tail are named.
+
+    Raises:
+        StudyError: there are no tokens, or one is not finite.
+    """
+    names = [name for name, row in sorted(passages.items()) for _ in row]
+    places = [i for _, row in sorted(passages.items()) for i in range(len(row))]
+    values = np.array([x for _, row in sorted(passages.items()) for x in row], dtype=np.float64)
+    if not values.size:
+        raise StudyError("the shared text has no tokens; run 03_evaluation again")
+    if not np.isfinite(values).all():
+        raise StudyError("the KL of a token is not finite; the variant is invalid")
+    order = np.argsort(-values, kind="stable")
+    median, high, highest = np.quantile(values, (0.5, 0.99, 0.999), method="inverted_cdf")
+    total, most = values.sum(), max(1, round(0.01 * values.size))
+    return TokenKl(
+        tokens=values.size,
+        mean=float(values.mean()),
+        median=float(median),
+        percentile_99=float(high),
+        percentile_99_9=float(highest),
+        largest=float(values.max()),
+        tail=tuple(TokenPlace(names[i], places[i], float(values[i])) for i in order[:shown]),
+        tail_share=float(values[order[:most]].sum() / total) if total > 0 else 0.0,
+    )

@@ -11,12 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.core.errors import StudyError
-from helpers.core.gates import WHOLE_VARIANT, failed_check
-from helpers.core.hashing import sha256_file
-from helpers.core.records import read_json, read_jsonl, write_json, write_jsonl
+from helpers.core.records import (
+    WHOLE_VARIANT,
+    failed_check,
+    read_json,
+    read_jsonl,
+    sha256_file,
+    write_json,
+    write_jsonl,
+)
 from helpers.evaluation.predictions import SHARED_TEXT
-from helpers.statistics.comparison import VariantPredictions
 from helpers.statistics.controls import ControlOutcome, VariantAnswers, control_outcome
+from helpers.statistics.verdicts import VariantPredictions
 from helpers.study.schema import Study
 
 GATES = "gates.json"

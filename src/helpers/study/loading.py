@@ -1,24 +1,347 @@
-"""Reads a study file and refuses, in one line each, whatever is wrong with it.
+"""Loading a study file: YAML, validation, messages; and the study, model and variant of one run.
 
-Checks the file itself, the references inside it, and that local files it names exist and
-can be what they are named as. Nothing is downloaded and no model is touched.
+Checks the file itself, the references inside it, and that local files it names exist and can be
+what they are named as; refuses, in one line each, whatever is wrong: the key as the file has it,
+the value, the limit and the remedy. Nothing is downloaded and no model is touched.
+
+The YAML is plain and bounded. Only plain values are made (safe loading: no tag makes an object). A
+repeated key is an error, not the last one's win. Aliases are counted as often as they are used, so
+that a few lines cannot stand for a billion values.
 """
 
+import difflib
 import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
+from typing import Any
 
+import yaml
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from helpers.core.errors import StudyError
-from helpers.core.paths import PROJECT, StudyPaths, relative_to_project
-from helpers.core.plain_text import one_line
-from helpers.study.loading_yaml import MOST_BYTES, read_yaml
-from helpers.study.local_files import missing_local_files, path_is
-from helpers.study.pins import read_pins, with_pinned_commits
-from helpers.study.schema import Study
-from helpers.study.schema_names import PATTERN, RESERVED_STUDIES, RULE, name_problem
-from helpers.study.validation_messages import error_lines
-from helpers.study.validation_references import broken_references
+from helpers.core.errors import StudyError, one_line, valid_unicode
+from helpers.core.files import PROJECT, StudyPaths, relative_to_project
+from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
+from helpers.study.schema import (
+    PATTERN,
+    RESERVED_NAMES,
+    RESERVED_STUDIES,
+    RULE,
+    EvaluationSet,
+    FineTunedModel,
+    Study,
+    Variant,
+    name_problem,
+)
+
+MOST_BYTES = 256 * 1024
+MOST_VALUES = 50_000  # aliases written out
+MOST_LEVELS = 24  # mappings and lists inside one another
+MOST_CHARACTERS = 2_000  # characters; its number then has fewer digits than Python refuses
+
+
+class _Loader(yaml.SafeLoader):
+    def construct_mapping(self, node, deep=False):
+        if isinstance(node, yaml.MappingNode):
+            keys = Counter(str(key.value) for key, _ in node.value)
+            for name, count in keys.items():
+                if count > 1:
+                    line = node.start_mark.line + 1
+                    raise yaml.YAMLError(f"{name} is repeated, from line {line} on")
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(content: bytes) -> Any:
+    """The plain data of one YAML document.
+
+    PyYAML alone bounds neither aliases nor nesting and lets the last of repeated keys win.
+
+    Raises:
+        ValueError: it is no YAML, or exceeds a limit; the message is one line.
+    """
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"it has more than {MOST_BYTES:,} bytes; no study needs so many")
+    try:
+        loader = _Loader(content.decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_size(node)
+        return loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(_TOO_DEEP) from None
+    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        # PyYAML's constructors raise these if a tag does not fit its value.
+        raise ValueError(f"a tag and its value do not fit ({type(error).__name__})") from None
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+_TOO_DEEP = f"mappings and lists are nested more than {MOST_LEVELS} deep; no study needs that"
+
+
+def _check_size(root: yaml.Node) -> None:
+    """Check the number, nesting and length of values; refuse a value inside itself."""
+    sizes: dict[int, tuple[int, int]] = {}
+    open_nodes: set[int] = set()
+
+    def measure(node: yaml.Node) -> tuple[int, int]:
+        """(values, depth) of a node with its aliases expanded."""
+        if id(node) in open_nodes:
+            raise ValueError("an alias stands inside its own anchor; write the value out")
+        if id(node) not in sizes:
+            open_nodes.add(id(node))
+            part_sizes = [measure(part) for part in _parts(node)]
+            sizes[id(node)] = (
+                1 + sum(size for size, _ in part_sizes),
+                1 + max((depth for _, depth in part_sizes), default=0),
+            )
+            open_nodes.discard(id(node))
+        return sizes[id(node)]
+
+    values, depth = measure(root)
+    if values > MOST_VALUES:
+        raise ValueError(f"with its aliases expanded it has more than {MOST_VALUES:,} values")
+    if depth > MOST_LEVELS:
+        raise ValueError(_TOO_DEEP)
+
+
+def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [part for pair in node.value for part in pair]
+    if isinstance(node, yaml.SequenceNode):
+        return node.value
+    line = node.start_mark.line + 1
+    if len(node.value) > MOST_CHARACTERS:
+        raise ValueError(f"line {line}: a value has more than {MOST_CHARACTERS:,} characters")
+    if node.value != valid_unicode(node.value):
+        raise ValueError(
+            f"line {line}: a value holds half a character (an unpaired surrogate); correct it"
+        )
+    return []
+
+
+UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
+UNION_TAGS |= {"loglikelihood", "generate"}
+
+
+def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
+    """Each pydantic error as a line `file: dotted.key = value message`."""
+    lines = []
+    for problem in error.errors():
+        key, value = _locate(problem, data)
+        if problem["type"] == "too_short" and value:
+            continue  # its members have errors of their own
+        if problem["type"] == "missing":
+            lines.append(f"{place}: {key} is missing; add it (params/demo.yaml has an example)")
+        elif problem["type"].startswith("union_tag"):
+            tags = problem.get("ctx", {}).get("expected_tags")
+            remedy = f"use one of {tags}" if tags else "give a mapping as in params/demo.yaml"
+            lines.append(f"{place}: {key} = {_short(value)} names no known kind; {remedy}")
+        else:
+            lines.append(f"{place}: {key} = {_short(value)} {_message(problem)}")
+    return lines
+
+
+def unknown_name_line(key: str, value: str, kind: str, known: Iterable[str]) -> str:
+    """The error line for a name that the study does not define."""
+    matches = difflib.get_close_matches(value, known, n=1)
+    hint = f"; did you mean {matches[0]!r}?" if matches else ""
+    return f"{key} = {value!r} is not a {kind} of this study ({', '.join(known)}){hint}"
+
+
+def _locate(problem: ErrorDetails, data: Any) -> tuple[str, Any]:
+    """The dotted key and the value in the file, without pydantic's union tags."""
+    keys: list[str] = []
+    value, tag_seen = data, False
+    location = list(problem["loc"])
+    if problem["type"] == "unknown_key":
+        location.append(problem["ctx"]["key"])
+    for part in location:
+        if part in UNION_TAGS and _is_union(keys) and not tag_seen:
+            tag_seen = True  # the same word may follow as a key
+            continue
+        tag_seen = False
+        is_member = isinstance(value, dict) and part in value
+        is_member |= isinstance(value, list) and isinstance(part, int) and part < len(value)
+        if is_member:
+            keys.append(_short_key(part))
+            value = value[part]
+    if problem["type"] == "missing":
+        keys.append(_short_key(location[-1]))
+    return ".".join(keys) or "the file", value
+
+
+def _short_key(key: object) -> str:
+    return one_line(key)[:80]
+
+
+def _is_union(keys: list[str]) -> bool:
+    """Whether pydantic's location has a union tag after these keys."""
+    is_model = len(keys) == 2 and keys[0] == "models"
+    is_evaluation_set = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
+    return is_model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not is_evaluation_set)
+
+
+def _message(problem: ErrorDetails) -> str:
+    context = problem.get("ctx", {})
+    match problem["type"]:
+        case "greater_than_equal":
+            return f"is below {context['ge']}; give at least {context['ge']}"
+        case "less_than_equal":
+            return f"is above {context['le']}; give at most {context['le']}"
+        case "greater_than":
+            return f"is not above {context['gt']}; give a larger number"
+        case "less_than":
+            return f"is not below {context['lt']}; give a smaller number"
+        case "literal_error":
+            return f"is not known; use one of {context['expected']}"
+        case "string_pattern_mismatch":
+            return f"does not match {context['pattern']}; rename it"
+        case "bool_type":
+            return "is neither true nor false; write one of them, without quotes"
+        case "value_error":
+            return f"is refused: {one_line(context['error'])}"
+        case "too_short" | "string_too_short":
+            return "is empty; give at least one"
+        case "string_type":
+            return "is not text; put it in quotes"
+        case "int_type" | "int_parsing" | "int_from_float" | "int_parsing_size":
+            return "is not a whole number; give one without quotes or decimals"
+        case "float_type" | "float_parsing" | "finite_number":
+            return "is not a finite number; give one"
+        case "tuple_type":
+            return "is not a list; write [a, b], or [] for none"
+        case "dict_type" | "model_type" | "model_attributes_type":
+            return "is not a mapping of settings; params/demo.yaml has an example"
+    return one_line(problem["msg"][0].lower() + problem["msg"][1:])
+
+
+def _short(value: Any) -> str:
+    text = one_line(repr(value))
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+PROTOCOLS = {
+    "arc": {"loglikelihood", "generate"},
+    "boolq": {"loglikelihood", "generate"},
+    "squad_v2": {"generate"},
+    "openmath": {"generate"},
+}
+
+
+def broken_references(study: Study) -> list[str]:
+    """The contradictions among a study file's own names, one line each."""
+    problems = _baseline(study) + _float_types(study) + _reserved_names(study)
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
+    for name, dataset in study.evaluation.datasets.items():
+        prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
+        problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
+    return problems + _comparisons(study) + _old_rules(study)
+
+
+def _baseline(study: Study) -> list[str]:
+    if study.baseline not in study.variants:
+        return [unknown_name_line("baseline", study.baseline, "variant", study.variants)]
+    if study.variants[study.baseline].is_unmodified:
+        return []
+    return [
+        f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
+        "that changes nothing ({})"
+    ]
+
+
+def _float_types(study: Study) -> list[str]:
+    """The float type of a control must differ from the study's own."""
+    problems = []
+    for name, variant in study.variants.items():
+        key = f"variants.{name}.dtype = {variant.dtype!r}"
+        if variant.dtype == study.runtime.dtype:
+            problems.append(
+                f"{key} is runtime.dtype already; name the other one, so that the two differ "
+                "by rounding"
+            )
+        elif variant.dtype and study.runtime.dtype == "auto":
+            problems.append(
+                f"{key} may equal runtime.dtype = 'auto' on some machine; name runtime.dtype too"
+            )
+    return problems
+
+
+def _reserved_names(study: Study) -> list[str]:
+    return [
+        f"{kind}.{name} names what every run writes itself; rename it"
+        for kind, reserved in RESERVED_NAMES.items()
+        for name in sorted(reserved & set(attrgetter(kind)(study)))
+    ]
+
+
+def _start(study: Study, key: str, start: str) -> list[str]:
+    if start not in study.models:
+        return [unknown_name_line(key, start, "model", study.models)]
+    if isinstance(study.models[start], FineTunedModel):
+        return [f"{key} = {start!r} is itself fine-tuned by this study; start from a given model"]
+    return []
+
+
+def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
+    """Contradictions in the settings of one evaluation set; each line starts with its key."""
+    problems, ask = [], dataset.ask
+    if ask.protocol not in PROTOCOLS[dataset.adapter]:
+        problems.append(
+            f"ask.protocol = {ask.protocol!r} cannot ask {dataset.adapter} items; use "
+            f"{' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
+        )
+    if dataset.keep and dataset.adapter != "openmath":
+        problems.append(
+            f"keep = {dataset.keep!r} is for openmath items, not for {dataset.adapter}; remove it"
+        )
+    if thinking and ask.protocol == "generate" and (ask.answer, ask.stop) != ("boxed", "turn"):
+        problems.append(
+            f"ask.answer = {ask.answer!r} with stop = {ask.stop!r} would take thoughts for the "
+            "answer, since enable_thinking = true; use answer: boxed, stop: turn"
+        )
+    return problems
+
+
+def _comparisons(study: Study) -> list[str]:
+    problems, primary = [], study.statistics.primary
+    for index, pair in enumerate(primary):
+        key = f"statistics.primary.{index}"
+        defined: dict[str, Mapping[str, object]] = {
+            "model": study.models,
+            "dataset": study.evaluation.datasets,
+            "baseline": study.variants,
+            "variant": study.variants,
+        }
+        for setting, names in defined.items():
+            value = getattr(pair, setting)
+            if value not in names:
+                kind = "variant" if setting == "baseline" else setting
+                problems.append(unknown_name_line(f"{key}.{setting}", value, kind, names))
+        if pair.variant == pair.baseline:
+            problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
+        if pair in primary[:index]:
+            problems.append(f"{key} repeats an earlier comparison; remove it")
+    return problems
+
+
+def _old_rules(study: Study) -> list[str]:
+    problems = []
+    for index, name in enumerate(study.old_rules_chapter):
+        key = f"old_rules_chapter.{index}"
+        if name not in study.variants:
+            problems.append(unknown_name_line(key, name, "variant", study.variants))
+        elif name == study.baseline:
+            problems.append(
+                f"{key} = {name!r} is the baseline; name a variant that is compared with it"
+            )
+    return problems
 
 
 def study_file(study: str | Path) -> Path:
@@ -88,3 +411,56 @@ def _check_name(study: str, place: str) -> None:
         raise StudyError(f"{place}: {study!r} is a folder of outputs/ already; rename the file")
     if problem := name_problem(study):
         raise StudyError(f"{place}: {study!r} {problem}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one notebook.
+
+    `runtime` describes, for the record, what the runtime settings of the study file mean on
+    this machine; helpers.runtime.devices fills it in.
+    """
+
+    name: str
+    study: Study
+    paths: StudyPaths
+    model: str = ""
+    variant: str = ""
+    runtime: dict = field(default_factory=dict)
+
+    @property
+    def recipe(self) -> Variant:
+        """The settings of this job's variant."""
+        return self.study.variants[self.variant]
+
+    @property
+    def parameters(self) -> dict:
+        """The job's own parameters, for its record."""
+        parameters = {
+            "study": self.name,
+            "model": self.model,
+            "variant": self.variant,
+            "runtime": self.runtime,
+        }
+        return {key: value for key, value in parameters.items() if value}
+
+
+def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
+    """The job of a validated study with one of its models and variants.
+
+    Without a model the job reads records only, and models and data may be missing.
+
+    Raises:
+        StudyError: the study file is wrong, it has no such model or variant, or a link
+            under its outputs leads elsewhere.
+    """
+    study_settings, name = load_study(study, with_sources=bool(model)), study_file(study).stem
+    for kind, value, names in (
+        ("model", model, study_settings.models),
+        ("variant", variant, study_settings.variants),
+    ):
+        if value and value not in names:
+            raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(names)}")
+    paths = StudyPaths(name)
+    paths.check_links()
+    return Job(name, study_settings, paths, model, variant)

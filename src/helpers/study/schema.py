@@ -1,17 +1,375 @@
-"""What a study file may say: models, variants, datasets, and how they are compared.
+"""The schema of a study file: models, variants, datasets, and how they are compared.
 
-Every scientific setting is required here and has its value in `params/`, so that a
-study file is the whole account of a study. Reading and error messages live in
-`helpers.study.loading`.
+Every scientific setting is required here and has its value in `params/`, so that a study file is
+the whole account of a study. Names of studies, models, variants and data sets become folders and
+files: each is one lower-case part of a path, so that no two differ in case alone, and none that
+Windows keeps for a device. What is refused here is refused in words that follow the value.
+Reading, references between settings and error messages are in `helpers.study.loading`.
 """
 
-from typing import Annotated, Literal
+import difflib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
-from helpers.study.schema_fields import Count, Name, Number, Strict, Whole
-from helpers.study.schema_sources import DatasetSource, ModelSource
-from helpers.study.schema_variants import Variant
+from helpers.core.architectures import ARCHITECTURES
+
+PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
+RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
+# Names that the project writes beside them.
+RESERVED_NAMES = {
+    "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
+    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json", "items.html"},
+    "variants": {"model", "calibration", "cost"},
+    "evaluation.datasets": {"shared_text"},
+}
+# Folders of outputs/ that belong to no study.
+RESERVED_STUDIES = {"bank", "bench", "coverage", "gpu", "scale", "serve-check"}
+DEVICES = {"con", "prn", "aux", "nul"}
+DEVICES |= {f"{port}{n}" for port in ("com", "lpt") for n in range(10)}
+
+
+def name_problem(name: str) -> str | None:
+    """Why a name that fits the pattern is no portable folder name; None if it is one."""
+    if name.endswith("."):
+        return "ends in a dot, which Windows leaves out; rename it"
+    if name.partition(".")[0] in DEVICES:
+        return "is the name of a device on Windows; rename it"
+    return None
+
+
+def _in_unit_interval(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        raise PydanticCustomError("range", "is outside [0, 1]; give a fraction in that range")
+    return value
+
+
+def _no_truth_value(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise PydanticCustomError("number", "is not a number; give one")
+    return value
+
+
+def sole_key(value: Any) -> str | None:
+    """The tag of a mapping such as `{hub: …, revision: …}`: its first key."""
+    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
+    return next(iter(keys), None)
+
+
+def _portable(name: str) -> str:
+    if problem := name_problem(name):
+        raise PydanticCustomError("name", "{trouble}", {"trouble": problem})
+    return name
+
+
+Name = Annotated[str, Field(pattern=PATTERN), AfterValidator(_portable)]
+Number = Annotated[float, BeforeValidator(_no_truth_value)]
+Whole = Annotated[int, Field(strict=True)]
+Fraction = Annotated[Number, AfterValidator(_in_unit_interval)]
+Count = Annotated[Whole, Field(ge=1)]
+
+
+class Strict(BaseModel):
+    """Unknown keys are errors; a validated study cannot be edited."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, data: Any) -> Any:
+        for key in data if isinstance(data, dict) else ():
+            if key not in cls.model_fields:
+                matches = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                hint = f"did you mean {matches[0]!r}?" if matches else "remove it"
+                raise PydanticCustomError(
+                    "unknown_key",
+                    "is not a known key; {hint} (known here: {known})",
+                    {"key": str(key), "hint": hint, "known": ", ".join(cls.model_fields)},
+                )
+        return data
+
+
+HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
+Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
+
+
+OTHER_FORMATS = {
+    "csv": "a table in CSV",
+    "tsv": "a table in TSV",
+    "xlsx": "a spreadsheet",
+    "json": "one JSON document, or JSON lines by another name (.jsonl)",
+    "arrow": "an Arrow file",
+}
+EXPECTED_FORMAT = (
+    "expected JSON lines, one object per line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
+    "orient='records', lines=True) writes them"
+)
+
+
+class ShippedDataset(Strict):
+    """Items written for this project."""
+
+    shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
+
+
+class Stream(Strict):
+    """At most `rows` rows of a split too large to fetch, from `pieces` of it drawn with `seed`."""
+
+    rows: Count
+    pieces: Count
+    seed: Annotated[Whole, Field(ge=0, lt=2**32)]
+
+
+class HubDataset(Strict):
+    """One split of a dataset on the Hub, at a revision; without `stream` all of its rows."""
+
+    hub: HubName
+    config: str | None
+    split: Annotated[str, Field(min_length=1)]
+    revision: Revision
+    stream: Stream | None = None
+
+
+def _rows_file(file: str) -> str:
+    """The name, if its extension is that of a supported format."""
+    extension = file.rpartition(".")[2].lower()
+    if extension in ("jsonl", "parquet"):
+        return file
+    description = OTHER_FORMATS.get(extension, "neither JSON lines (.jsonl) nor parquet")
+    raise PydanticCustomError(
+        "rows", "is {seen}; {expected}", {"seen": description, "expected": EXPECTED_FORMAT}
+    )
+
+
+class FileDataset(Strict):
+    """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
+
+    Relative paths start at the project.
+    """
+
+    file: Annotated[str, AfterValidator(_rows_file)]
+
+
+DatasetSource = Annotated[
+    Annotated[ShippedDataset, Tag("shipped")]
+    | Annotated[HubDataset, Tag("hub")]
+    | Annotated[FileDataset, Tag("file")],
+    Discriminator(sole_key),
+]
+
+
+class HubModel(Strict):
+    """A model repository on the Hub, at a revision."""
+
+    hub: HubName
+    revision: Revision
+
+
+class FolderModel(Strict):
+    """A local folder in the Hub's layout (config, safetensors, tokenizer)."""
+
+    folder: str
+
+
+class BundledModel(Strict):
+    """A model that comes from the package registry."""
+
+    bundled: Literal["smollm2-135m-instruct"]
+
+
+if TYPE_CHECKING:
+    Family = str  # a type checker cannot read a table
+else:
+    Family = Literal[*ARCHITECTURES]
+
+
+class RandomModel(Strict):
+    """A model with seeded random weights: tiny, for tests, or as large as Qwen3-0.6B."""
+
+    random: Family
+    size: Literal["tiny", "0.6b"] = "tiny"
+
+    @model_validator(mode="after")
+    def _size_of_a_family(self):
+        if self.size == "0.6b" and self.random != "qwen3":
+            raise ValueError(f"size = {self.size!r} is that of random: qwen3; leave it out")
+        return self
+
+
+class FineTuning(Strict):
+    """Full supervised fine-tuning of another model of the study, loss on the answer only."""
+
+    start: Name
+    dataset: DatasetSource
+    items: Count
+    heldout_items: Count
+    epochs: Count
+    learning_rate: Annotated[Number, Field(gt=0, lt=1)]
+    warmup_fraction: Fraction
+    batch_items: Count
+    max_tokens: Annotated[Whole, Field(ge=16)]
+    autocast: Literal["none", "bfloat16"]
+
+
+class FineTunedModel(Strict):
+    """A model this study trains itself."""
+
+    finetune: FineTuning
+
+
+ModelSource = Annotated[
+    Annotated[BundledModel, Tag("bundled")]
+    | Annotated[HubModel, Tag("hub")]
+    | Annotated[FolderModel, Tag("folder")]
+    | Annotated[RandomModel, Tag("random")]
+    | Annotated[FineTunedModel, Tag("finetune")],
+    Discriminator(sole_key),
+]
+
+
+SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention_output"]
+Weights = Literal["channel", "tensor"]
+FloatType = Literal["float32", "bfloat16"]
+Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
+
+# The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
+PRESETS: dict[str, tuple[Weights, Activations]] = {
+    "w8a8": ("channel", "token_dynamic"),
+    "o1": ("tensor", "token_dynamic"),
+    "o2": ("tensor", "tensor_dynamic"),
+    "o3": ("tensor", "tensor_static"),
+}
+
+
+def _alpha_grid(values: tuple[float, ...]) -> tuple[float, ...]:
+    if len(values) < 2 or len(set(values)) < len(values):
+        raise PydanticCustomError(
+            "grid", "is no choice; list two values or more, each once, or give one number"
+        )
+    return values
+
+
+def _kind_of_alpha(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return "list"
+    return "auto" if isinstance(value, str) else "number"
+
+
+class Smooth(Strict):
+    """SmoothQuant's migration strength and the places it is folded into.
+
+    α is a number, a list from which the best is chosen, or `auto` for one α per group. The
+    choice is made on held-out calibration items (helpers.quantization.simulation).
+    """
+
+    alpha: Annotated[
+        Annotated[Fraction, Tag("number")]
+        | Annotated[tuple[Fraction, ...], AfterValidator(_alpha_grid), Tag("list")]
+        | Annotated[Literal["auto"], Tag("auto")],
+        Discriminator(_kind_of_alpha),
+    ]
+    targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
+
+
+class Variant(Strict):
+    """How a model is quantized; without weights and activations it stays float.
+
+    `recipe: seed` is the known broken recipe (helpers.quantization.compression), a control
+    that must be flagged; it brings its own quantization scheme. `dtype` is a control too: the
+    same weights, computed in another float type, differ by rounding alone and show the size
+    of differences that mean nothing.
+    """
+
+    recipe: Literal["seed"] | None = None
+    dtype: FloatType | None = None
+    preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
+    weights: Weights | None = None
+    activations: Activations | None = None
+    smooth: Smooth | None = None
+    ignore: tuple[str, ...] = ("lm_head",)
+
+    @model_validator(mode="after")
+    def _whole_scheme(self):
+        if self.preset and (self.weights or self.activations):
+            raise ValueError(
+                f"preset = {self.preset!r} already names weights and activations; keep one of them"
+            )
+        if bool(self.weights) != bool(self.activations):
+            raise ValueError("weights and activations go together; name both, or a preset")
+        if self.recipe and (self.preset or self.weights or not self.smooth):
+            raise ValueError(
+                f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
+                "its own"
+            )
+        searches_alpha = self.smooth and not isinstance(self.smooth.alpha, float)
+        if searches_alpha and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                "smooth.alpha is chosen by the error of quantization, and this variant has none "
+                "of its own; give a number"
+            )
+        if self.dtype and (self.preset or self.weights or self.recipe or self.smooth):
+            raise ValueError(
+                f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
+                "alone, or leave it out"
+            )
+        return self
+
+    @property
+    def scheme(self) -> tuple[Weights, Activations] | None:
+        """(weights, activations) granularity, or None for a float variant."""
+        if self.preset:
+            return PRESETS[self.preset]
+        if self.weights is None or self.activations is None:
+            return None
+        return self.weights, self.activations
+
+    @property
+    def quantized(self) -> bool:
+        """Whether weights and activations become int8."""
+        return self.scheme is not None
+
+    @property
+    def needs_checkpoint(self) -> bool:
+        """Whether the variant has a checkpoint: it is quantized or smoothed."""
+        return self.quantized or self.smooth is not None
+
+    @property
+    def is_unmodified(self) -> bool:
+        """Whether the variant is the source model in the study's float type."""
+        return not self.needs_checkpoint and self.dtype is None
+
+    @property
+    def claim(self) -> "Variant":
+        """The variant as its report declares it; the gates check this declaration.
+
+        The seed recipe's report calls it SmoothQuant W8A8, weights per tensor, head kept.
+        """
+        if self.recipe != "seed":
+            return self
+        declared = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
+        return self.model_copy(update=declared)
+
+
+def speed_key(variant: Variant) -> tuple:
+    """The settings that determine a quantized variant's speed and size."""
+    return variant.scheme, variant.ignore, variant.dtype
+
+
+def variant_per_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:
+    """The variant to measure for each `speed_key`: the last quantized variant that has it."""
+    return {speed_key(recipe): name for name, recipe in variants.items() if recipe.quantized}
+
 
 Adapter = Literal["arc", "squad_v2", "openmath", "boolq"]
 
@@ -143,7 +501,7 @@ class Study(Strict):
     `enable_thinking` goes to the chat template of models that think aloud before they
     answer; a study of such a model has to say it.
     `old_rules_chapter` names variants that the report also shows, in one chapter, under the
-    rules of the report this project redoes (helpers.statistics.naive_rules); mostly there are
+    rules of the report this project redoes (helpers.report.naive_rules_chapter); mostly there are
     none.
     """
 

@@ -1,31 +1,189 @@
-"""What the gates read: the source's files, the checkpoint's files, the calibration's files.
+"""What the gates on a variant read: files of source, checkpoint and calibration, and loaded models.
 
-Nothing here comes from the run that made the checkpoint. The smoothing scales are
-recovered from the files (a norm on disk is the source's norm over s), and the paper's
-formula is written out again, so that a bug in `helpers.quantization.smoothing` or
-`.compression` does not vouch for itself. Tensors are read one at a time.
+Nothing here comes from the run that made the checkpoint. The smoothing scales are recovered from
+the files (a norm on disk is the source's norm over s), and the paper's formula is written out
+again, so that a bug in `helpers.quantization.smoothing` or `.compression` does not vouch for
+itself. Tensors are read one at a time, and one model is in memory at a time: a check needs little
+more memory than the model it checks.
+
+Hooks show what Linears are given, and what the model answers, on a few real texts. Token ids come
+from the source's own tokenizer, loaded anew: transformers alone says what a text begins with, and
+nothing of `helpers.sources.chat` or `helpers.evaluation.prompts` is used for it.
 """
 
 import math
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import AutoTokenizer
 
 from helpers.core.architectures import HEAD, architecture, linear_names
 from helpers.core.records import read_json
-from helpers.quantization.calibration import load_absmax
-from helpers.quantization.layer_groups import SmoothingGroup, smoothing_groups
-from helpers.runtime.rotary_positions import reads_alone
-from helpers.sources.chat_conversations import conversation
+from helpers.quantization.calibration import SmoothingGroup, load_absmax, smoothing_groups
+from helpers.quantization.variants import load_int8, load_quantized, load_reference, load_variant
+from helpers.runtime.devices import release_memory
+from helpers.runtime.linears import every_expert_reads
+from helpers.sources.chat import conversation
 from helpers.sources.items import Item
-from helpers.sources.model_tensors import TensorFiles
-from helpers.sources.models import load_config, load_tokenizer
+from helpers.sources.model_files import TensorFiles, load_config, reads_alone
+from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items
-from helpers.study.study_run import Job
-from helpers.verification.hooks import capture_inputs
-from helpers.verification.model_slot import ModelSlot, with_own_kernels
-from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
+from helpers.study.loading import Job
+
+
+def source_tokenizer(job: Job):
+    """The tokenizer of the job's model as transformers loads it."""
+    folder = model_folder(job.study, job.model, job.paths)
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def source_token_ids(tokenizer, text: str, plain: bool) -> tuple[list[int], int]:
+    """(token ids of a text without closing special tokens, number of leading special tokens).
+
+    Args:
+        plain: the text is not rendered by a chat template, which adds its own special tokens.
+    """
+    encoding = tokenizer(text, add_special_tokens=plain, return_special_tokens_mask=True)
+    ids, added = list(encoding.input_ids), list(encoding.special_tokens_mask) if plain else []
+    first = next((i for i, special in enumerate(added) if not special), 0)
+    last = next((i for i, special in enumerate(reversed(added)) if not special), 0)
+    return ids[: len(ids) - last], first
+
+
+@torch.inference_mode()
+def logits_of(model, items: list[list[int]]) -> list[Tensor]:
+    """Float32 logits of each item read alone: (tokens, vocabulary)."""
+    logits = []
+    for tokens in items:
+        ids = torch.tensor([tokens], device=model.device)
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+        logits.append(model.get_output_embeddings()(hidden).float().cpu())
+    return logits
+
+
+@torch.inference_mode()
+def capture_inputs(model, names: Iterable[str], tokens: list[int]) -> dict[str, Tensor]:
+    """Module name to its input on one text, in the original shape.
+
+    In a mixture every expert reads every token, so that each expert has an input.
+    """
+    inputs: dict[str, Tensor] = {}
+
+    def keep(name: str):
+        return lambda _module, args: inputs.__setitem__(name, args[0].detach())
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(keep(n)) for n in names]
+    with every_expert_reads(model):
+        logits_of(model, [tokens])
+    for handle in handles:
+        handle.remove()
+    return inputs
+
+
+@torch.inference_mode()
+def input_maxima(model, items: list[list[int]]) -> dict[str, Tensor]:
+    """Linear name to (in_features,) abs-max of its inputs, each item read alone."""
+    maxima: dict[str, Tensor] = {}
+
+    def observe(name: str):
+        def keep(_module, args: tuple) -> None:
+            top = args[0].float().abs().flatten(0, -2).amax(0).cpu()
+            maxima[name] = torch.maximum(maxima[name], top) if name in maxima else top
+
+        return keep
+
+    linears = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    handles = [m.register_forward_pre_hook(observe(n)) for n, m in linears]
+    try:
+        with every_expert_reads(model):
+            for tokens in items:
+                ids = torch.tensor([tokens], device=model.device)
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return maxima
+
+
+@contextmanager
+def first_block_only(model):
+    """Inside, the model has only its first decoder block."""
+    parent, _, name = architecture(model.config).blocks.rpartition(".")
+    holder = model.get_submodule(parent)
+    blocks = getattr(holder, name)
+    setattr(holder, name, blocks[:1])
+    try:
+        yield
+    finally:
+        setattr(holder, name, blocks)
+
+
+class ModelSlot:
+    """A job's source and checkpoint as models; loading one frees the other.
+
+    Args:
+        job: names the model and the variant.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.source_folder = model_folder(job.study, job.model, job.paths)
+        self.folder = job.paths.checkpoint(job.model, job.variant)
+        self._slot: tuple[str, object] = ("", None)
+
+    @property
+    def source_model(self):
+        """The source, loaded from its files; a caller that changes it must call `release`."""
+        runtime = self.job.study.runtime
+        return self._load_once("source", lambda: load_model(self.source_folder, runtime))
+
+    @property
+    def running_model(self):
+        """The checkpoint, loaded as the evaluation loads it."""
+        kind = self.job.study.runtime.quantized if self.job.recipe.quantized else "float"
+        return self._load_once(kind, lambda: load_variant(self.job)[0])
+
+    @property
+    def int8_model(self):
+        """The checkpoint on INT8 kernels."""
+        runtime = self.job.study.runtime
+        return self._load_once("int8", lambda: load_quantized(load_int8, self.folder, runtime))
+
+    @property
+    def reference_model(self):
+        """The checkpoint as compressed-tensors simulates it."""
+        runtime = self.job.study.runtime
+        return self._load_once(
+            "reference", lambda: load_quantized(load_reference, self.folder, runtime)
+        )
+
+    def _load_once(self, name: str, load: Callable):
+        if self._slot[0] != name:
+            self.release()
+            self._slot = (name, load())
+        return self._slot[1]
+
+    def release(self) -> None:
+        """Free the loaded model; the next access loads one again."""
+        self._slot = ("", None)
+        release_memory()
+
+
+def with_own_kernels(job: Job) -> Job:
+    """The job on this project's own int8 kernels, whose Linears the gates can access.
+
+    If a study runs on vLLM, its checkpoints are still verified here; `make serve-check`
+    compares vLLM's Linears with the same products.
+    """
+    if job.study.runtime.quantized != "vllm":
+        return job
+    runtime = job.study.runtime.model_copy(update={"quantized": "int8"})
+    return replace(job, study=job.study.model_copy(update={"runtime": runtime}))
+
 
 SMALLEST = 1e-5  # floor of maxima and scales, as the smoothing declares it
 PROBES, PROBE_TOKENS = (

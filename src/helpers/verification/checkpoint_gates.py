@@ -1,13 +1,28 @@
-"""Gates on the checkpoint's tensors, held against the source's and the calibration's files."""
+"""Gates on a checkpoint's files: its tensors, what it says of them, and its tokenizer.
+
+Tensors are held against the source's and the calibration's files; layers, bits and granularities
+in the metadata against the tensors and the study.
+
+The evaluation reads with the source's tokenizer; whoever serves the checkpoint reads with the one
+beside it. Files may be written anew by another version, so what they do is compared: the
+vocabulary, the special tokens, the chat format, and the tokens of every text of the study.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
-from helpers.core.gates import largest
-from helpers.core.hashing import sha256_folder
+from helpers.core.architectures import float_matrices
+from helpers.core.records import examples, gate, largest, sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
+from helpers.sources.items import Item
+from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
+from helpers.study.schema import Study
 from helpers.verification.checkpoint_files import CheckpointFiles
-from helpers.verification.gate_decorator import examples, gate
 
 EPS32 = torch.finfo(torch.float32).eps
 LEVELS = 127  # a row with a maximum of 127.5 steps reaches at least ±127 after rounding
@@ -237,3 +252,127 @@ def source_gate(evidence: CheckpointFiles):
         f"files {now[:12]} after the run",
         f"files {evidence.source_hash[:12]} before it, {calibrated[:12]} at calibration",
     )
+
+
+@gate("quantized layers as declared")
+def census_gate(evidence: CheckpointFiles):
+    """The Linears stored as int8 are all of the architecture's, except those ignored by name.
+
+    Every matrix of the source must be a known Linear, embedding or router.
+    """
+    stored, expected = evidence.stored_int8, set(evidence.targets)
+    missing, extra = sorted(expected - stored), sorted(stored - expected)
+    unknown = sorted(_matrices(evidence) - {*evidence.linears, *float_matrices(evidence.config)})
+    return (
+        stored == expected and not unknown,
+        f"{len(stored)} of {len(evidence.linears)} Linears are int8 on disk; "
+        f"{len(missing)} missing{examples(missing)}, {len(extra)} too many{examples(extra)}; "
+        f"{len(unknown)} matrices of the source are no known part{examples(unknown)}",
+        f"{len(expected)}, by name; none unknown",
+    )
+
+
+def _matrices(evidence: CheckpointFiles) -> set[str]:
+    source = evidence.source
+    return {k.removesuffix(".weight") for k in source if len(source.shape(k)) > 1}
+
+
+@gate("metadata match the tensors")
+def metadata_gate(evidence: CheckpointFiles):
+    """Bits, granularities and layers agree between tensors, config and study file."""
+    weights, activations = evidence.claim.scheme
+    study = _description(8, weights, 8, activations, set(evidence.targets))
+    descriptions = {"tensors": _from_tensors(evidence), "config": _from_config(evidence)}
+    differing = [f"{source}: {words}" for source, words in descriptions.items() if words != study]
+    return (
+        not differing,
+        "; ".join(differing) or f"tensors and config: {study}",
+        f"study file: {study}",
+    )
+
+
+def _description(weight_bits, weights, activation_bits, activations, layers: set[str]) -> str:
+    head_note = "" if "lm_head" in layers else ", head kept"
+    return (
+        f"{weight_bits}-bit weights per {weights}, {activation_bits}-bit activations "
+        f"{activations.replace('_', ' ')}, {len(layers)} Linears{head_note}"
+    )
+
+
+def _from_tensors(evidence: CheckpointFiles) -> str:
+    names = sorted(evidence.stored_int8)
+    if not names:
+        return "no Linear is int8"
+    tops = {int(evidence.saved[f"{n}.weight"].int().abs().max()) for n in names}
+    bits = max(2, (min(tops) or 1).bit_length() + 1) if min(tops) < 128 else 8
+    shapes = {evidence.saved[f"{n}.weight_scale"].numel() for n in names}
+    weights = "tensor" if shapes == {1} else "channel"
+    static = sum(f"{n}.input_scale" in evidence.saved for n in names)
+    activations = evidence.claim.scheme[1]
+    if static != (len(names) if activations == "tensor_static" else 0):
+        activations = f"with {static} static scales"
+    return _description(bits, weights, 8, activations, set(names))
+
+
+def _from_config(evidence: CheckpointFiles) -> str:
+    config = json.loads((evidence.folder / "config.json").read_text("utf-8"))
+    groups = config.get("quantization_config", {}).get("config_groups", {})
+    if len(groups) != 1:
+        return f"{len(groups)} quantization groups"
+    (group,) = groups.values()
+    weights, inputs = group["weights"], group["input_activations"]
+    if not all(g["symmetric"] and g["type"] == "int" for g in (weights, inputs)):
+        return "not symmetric integers"
+    timing = "dynamic" if inputs["dynamic"] else "static"
+    layers = set(evidence.linears) - set(config["quantization_config"]["ignore"])
+    if layers != evidence.stored_int8:
+        return f"ignores other Linears than the {len(evidence.stored_int8)} stored as int8"
+    kind = f"{inputs['strategy']}_{timing}"
+    return _description(weights["num_bits"], weights["strategy"], inputs["num_bits"], kind, layers)
+
+
+ENDS = ("bos_token_id", "eos_token_id")
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 2 + 3?"},
+    {"role": "assistant", "content": "5"},
+    {"role": "user", "content": "And 3 + 4?"},
+]
+
+
+@gate("tokenizer matches the source")
+def tokenizer_gate(evidence: CheckpointFiles):
+    """Both tokenizers agree in vocabulary, special tokens, chat format and tokens of every text."""
+    source, saved = _load(evidence.source_folder), _load(evidence.folder)
+    differences = [name for name in ENDS if getattr(source, name) != getattr(saved, name)]
+    vocabularies = [tokenizer.get_vocab() for tokenizer in (source, saved)]
+    vocabulary_changes = sorted(vocabularies[0].items() ^ vocabularies[1].items())
+    differences += [f"vocabulary: {vocabulary_changes[0][0]!r}"] if vocabulary_changes else []
+    options = {"tokenize": False, "add_generation_prompt": True}
+    chats = [t.apply_chat_template(CONVERSATION, **options) for t in (source, saved)]
+    differences += ["chat format"] if chats[0] != chats[1] else []
+    texts = list(study_texts(evidence.job.study))
+    token_ids = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
+    differing_texts = [t for t, a, b in zip(texts, *token_ids, strict=True) if a != b]
+    return (
+        not differences and not differing_texts,
+        f"{len(differing_texts)} of {len(texts)} texts have other tokens; other: "
+        f"{len(differences)}{examples(differences)}",
+        "none, none",
+    )
+
+
+def _load(folder: Path):
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def study_texts(study: Study) -> Iterator[str]:
+    """Every text of the study's items, and the passages of the shared text."""
+    for name in study.evaluation.datasets:
+        yield from map(_item_text, evaluation_items(study, name))
+    yield from map(_item_text, calibration_items(study))
+    yield from shared_passages(study)
+
+
+def _item_text(item: Item) -> str:
+    return "\n".join((item.passage, item.question, *item.options, *item.golds, item.solution))

@@ -1,25 +1,340 @@
-"""All gates on one variant, from the files alone.
+"""All gates on one variant, from the files alone; and those on its calibration and its record.
 
 What the run that made the checkpoint held in memory is not asked: a bug in smoothing or
-compression would vouch for itself there. The gates lie in `checkpoint_gates` (tensors),
-`checkpoint_metadata_gates` (what they are said to be), `runtime_gates` (what the loaded checkpoint
-computes) and `calibration_gates`.
+compression would vouch for itself there. The gates on tensors and metadata are in
+`checkpoint_gates`, those on what the loaded checkpoint computes in `runtime_gates`. Here are three
+more kinds:
+
+- calibration: whose texts it read, all of them, and nothing but them;
+- the choice of α: what was chosen is the least of what was recorded;
+- the record: bytes, Linears, α in words and SQNR stand in the report and guard nothing else, so
+  that nothing else would show them wrong. They are counted again from the headers of the files
+  and, for one Linear, by numpy.
+
+The result is written to verification.json, beside the checkpoint that it was held against.
 """
 
-from helpers.core.activity import Bar
-from helpers.study.schema_variants import Variant
-from helpers.study.study_run import Job
-from helpers.verification import (
-    alpha_gates,
-    calibration_gates,
-    checkpoint_gates,
-    checkpoint_metadata_gates,
-    record_gates,
-    runtime_gates,
-    tokenizer_gates,
+import json
+import math
+import re
+from hashlib import sha256
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from helpers.core.architectures import HEAD
+from helpers.core.processes import Bar
+from helpers.core.records import (
+    Gate,
+    checkpoint_gates_record,
+    examples,
+    gate,
+    read_json,
+    sha256_folder,
+    write_json,
 )
-from helpers.verification.checkpoint_files import CheckpointFiles
-from helpers.verification.gate_decorator import Gate
+from helpers.quantization.simulation import AUTO_ALPHAS
+from helpers.sources.items import Item, item_key, load_rows, normalized_text
+from helpers.sources.sampling import evaluation_items, load_items, training_items
+from helpers.study.loading import Job
+from helpers.study.schema import FineTunedModel, Variant
+from helpers.verification import checkpoint_gates, runtime_gates
+from helpers.verification.checkpoint_files import (
+    CheckpointFiles,
+    capture_inputs,
+    first_block_only,
+    input_maxima,
+)
+
+PRODUCTS_A_BLOCK = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up
+
+
+@gate("calibration items as declared")
+def items_gate(evidence: CheckpointFiles):
+    """The recorded items and token counts equal those that the study draws and tokenizes now."""
+    results = evidence.calibration_record["results"]
+    settings = evidence.job.study.calibration
+    ids, expected = results["items"], [item.id for item in evidence.items]
+    tokens = sum(map(len, evidence.tokens))
+    path = evidence.calibration_folder / "activations.safetensors"
+    counted_tokens = {int(t) for k, t in load_file(path).items() if k.endswith(".tokens")}
+    longest = max(map(len, evidence.tokens))
+    return (
+        ids == expected
+        and len(ids) == settings.items
+        and results["tokens"] == tokens
+        and counted_tokens == {tokens}
+        and longest <= settings.max_tokens,
+        f"{len(ids)} items on record, {len(set(ids) ^ set(expected))} of them others; "
+        f"{results['tokens']} tokens on record, "
+        f"{'/'.join(map(str, sorted(counted_tokens))) or 'none'} in "
+        f"the statistics; the longest item has {longest}",
+        f"{settings.items} items, {tokens} tokens in both, no item of more than "
+        f"{settings.max_tokens}",
+    )
+
+
+@gate("calibration texts complete")
+def texts_gate(evidence: CheckpointFiles):
+    """The decoded tokens of every item contain the texts of its raw row.
+
+    Whitespace is ignored, since a tokenizer may change it.
+    """
+    settings, incomplete = evidence.job.study.calibration, []
+    raw_rows = load_rows(settings.dataset)
+    rows = {_without_spaces(row.get("problem") or row.get("question")): row for row in raw_rows}
+    for item, tokens in zip(evidence.items, evidence.tokens, strict=True):
+        row = rows.get(_without_spaces(item.question), {})
+        text = _without_spaces(evidence.tokenizer.decode(tokens))
+        question, solution = (
+            _without_spaces(item.question),
+            _without_spaces(row.get("generated_solution") or ""),
+        )
+        passage = _without_spaces(row.get("context") or row.get("passage") or "")
+        if not row or question not in text or passage not in text or not text.endswith(solution):
+            incomplete.append(item.id)
+    return (
+        not incomplete,
+        f"{len(incomplete)} of {len(evidence.items)} lack a part{examples(incomplete)}",
+        "none",
+    )
+
+
+@gate("calibration items in seed order")
+def order_gate(evidence: CheckpointFiles):
+    """The items lie in the order of the seed, whichever items the draw left out."""
+    seed = evidence.job.study.seed
+    draw_keys = [sha256(f"{seed}:{item_key(i)}".encode()).hexdigest() for i in evidence.items]
+    has_titles = any(item.title for item in evidence.items)  # drawn title by title
+    misplaced = 0 if has_titles else sum(a > b for a, b in pairwise(draw_keys))
+    return (
+        not misplaced,
+        f"{misplaced} of {len(draw_keys)} lie before one that the seed draws first",
+        "none",
+    )
+
+
+@gate("outlier figure shows the maximum")
+def surface_gate(evidence: CheckpointFiles):
+    """The item of the outlier figure contains its Linear's calibrated maximum."""
+    [(name, surface)] = load_file(evidence.calibration_folder / "surface.safetensors").items()
+    surface_max, calibrated_max = surface.max().item(), evidence.absmax[name].max().item()
+    tolerance = (
+        PRODUCTS_A_BLOCK * evidence.config.num_hidden_layers * evidence.rounding(evidence.widest)
+    )
+    return (
+        math.isclose(surface_max, calibrated_max, rel_tol=tolerance),
+        f"{name}: {surface_max:.6g}",
+        f"{calibrated_max:.6g}",
+    )
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
+
+
+@gate("no calibration leakage")
+def leakage_gate(evidence: CheckpointFiles):
+    """No text on the calibration record is an evaluation or a training item."""
+    study, model = evidence.job.study, evidence.job.model
+    rows = load_items(study.calibration.dataset, adapter=study.calibration.adapter)
+    items_by_id = {item.id: item for item in rows}
+    calibration_items = [items_by_id[i] for i in evidence.calibration_record["results"]["items"]]
+    others = {d: evaluation_items(study, d) for d in study.evaluation.datasets}
+    if isinstance(study.models[model], FineTunedModel):
+        others["training"] = [i for part in training_items(study, model) for i in part]
+    texts = {
+        normalized_item_text(item): set_name for set_name, items in others.items() for item in items
+    }
+    shared = [
+        f"{i.id} in {texts[normalized_item_text(i)]}"
+        for i in calibration_items
+        if normalized_item_text(i) in texts
+    ]
+    return (
+        bool(calibration_items) and not shared,
+        f"{len(shared)} of {len(calibration_items)} items are among {len(texts)} others"
+        f"{examples(shared)}",
+        "none",
+    )
+
+
+def normalized_item_text(item: Item) -> str:
+    """The normalized words of a question and its passage."""
+    return normalized_text(f"{item.question}\n{item.passage}")
+
+
+@gate("calibration maxima recomputed")
+def statistics_gate(evidence: CheckpointFiles):
+    """The abs-max of the first block's Linears, computed again item by item.
+
+    This uses no padding and no batch. The other Linears are checked on the probes, which are
+    prefixes of calibration items, so that no input may exceed its calibrated maximum. Batched
+    and single passes round differently: the limit is rounding() per product in the chain,
+    times the depth, relative to the layer's largest value.
+    """
+    model, differing, exceeded = evidence.source_model, [], []
+    first_block = {n for n in evidence.linears if n.startswith(f"{evidence.blocks}.0.")}
+    with first_block_only(model):
+        maxima = input_maxima(model, evidence.tokens)
+    for name in sorted(first_block):
+        if not _within(evidence, name, (maxima[name] - evidence.absmax[name]).abs(), blocks=1):
+            differing.append(name)
+    maxima = input_maxima(model, evidence.probes)
+    for name in sorted(set(evidence.linears) - first_block - {HEAD}):
+        excess = maxima[name] - evidence.absmax[name]
+        if not _within(evidence, name, excess, blocks=evidence.config.num_hidden_layers):
+            exceeded.append(name)
+    return (
+        not (differing or exceeded),
+        f"{len(differing)} of {len(first_block)} Linears of the first block differ from the "
+        f"items read alone{examples(differing)}; {len(exceeded)} others exceed their maxima"
+        f"{examples(exceeded)}",
+        "none beyond rounding",
+    )
+
+
+def _within(evidence: CheckpointFiles, name: str, error: Tensor, *, blocks: int) -> bool:
+    calibrated = evidence.absmax[name]
+    limit = PRODUCTS_A_BLOCK * blocks * evidence.rounding(evidence.widest) * calibrated.max().item()
+    return math.isfinite(limit) and bool((error <= limit).all())
+
+
+@gate("alpha minimizes the loss")
+def alpha_choice_gate(evidence: CheckpointFiles):
+    """The chosen α has the least KL of its grid, or with `auto` the least error of its group."""
+    declared = evidence.claim.smooth.alpha
+    folder = evidence.job.paths.quantization(evidence.job.model, evidence.job.variant)
+    record = read_json(folder / "alpha.json", made_by="02_quantization")
+    if declared == "auto":
+        losses = {
+            name: {row["alpha"]: row["error"] for row in record["errors"] if row["group"] == name}
+            for name in record["alphas"]
+        }
+        grid = set(AUTO_ALPHAS)
+    else:
+        curve = {row["alpha"]: row["kl"] for row in record["curve"]}
+        losses, grid = dict.fromkeys(record["alphas"], curve), set(declared)
+    wrong_groups = [
+        n
+        for n, curve_of_group in losses.items()
+        if not _is_least_loss(record["alphas"][n], curve_of_group, grid)
+    ]
+    wrong_groups += [g.consumers[0] for g in evidence.groups if g.consumers[0] not in losses]
+    return (
+        not wrong_groups,
+        f"{len(wrong_groups)} of {len(losses)} groups have an α that is not the least of its "
+        f"curve{examples(wrong_groups)}",
+        "none, each curve over all the study names",
+    )
+
+
+def _is_least_loss(alpha: float, losses: dict[float, float | None], grid: set[float]) -> bool:
+    finite = {a: x for a, x in losses.items() if x is not None and math.isfinite(x)}
+    return set(losses) == grid and alpha in finite and finite[alpha] == min(finite.values())
+
+
+SQNR_TEXTS = 4  # texts of the recorded SQNR
+CLOSE_DB = 0.1
+
+
+def tensor_headers(folder: Path) -> dict[str, dict]:
+    """Header entry of each tensor in a folder's safetensors files, by its name."""
+    headers = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            headers |= {k: v for k, v in json.loads(stream.read(size)).items() if k[:2] != "__"}
+    return headers
+
+
+@gate("recorded bytes and Linears match the files")
+def bytes_gate(evidence: CheckpointFiles):
+    """The recorded bytes and int8 Linears equal those in the headers of the files."""
+    recorded, differences = evidence.record, []
+    folders = {"bytes_after": evidence.folder, "bytes_before": evidence.source_folder}
+    for parts, folder in folders.items():
+        expected = sum(
+            b - a for a, b in (v["data_offsets"] for v in tensor_headers(folder).values())
+        )
+        recorded_bytes = sum(recorded[parts].values())
+        # A source may store a tied head twice, or tensors that transformers ignores.
+        if recorded_bytes > expected or (recorded_bytes < expected and parts == "bytes_after"):
+            differences.append(f"{parts} {recorded_bytes:,}, in the files {expected:,}")
+    int8 = [k for k, v in tensor_headers(evidence.folder).items() if v["dtype"] == "I8"]
+    expected = len(int8) if evidence.claim.quantized else recorded["quantized_linears"]
+    if recorded["quantized_linears"] != expected:
+        differences.append(
+            f"{recorded['quantized_linears']} Linears in int8, in the files {expected}"
+        )
+    return (
+        not differences,
+        "; ".join(differences) or f"{sum(recorded['bytes_after'].values()):,} bytes",
+        "equal",
+    )
+
+
+@gate("recorded recipe as declared")
+def scheme_gate(evidence: CheckpointFiles):
+    """The recorded recipe text states the variant's α and granularities."""
+    recorded = evidence.record["scheme"]
+    alphas = sorted(set(evidence.alphas.values())) if evidence.groups else []
+    expected = [f"{alphas[i]:g}" for i in {0, len(alphas) - 1} if alphas]
+    numbers = re.findall(r"\d+(?:\.\d+)?", recorded.partition("α")[2])
+    missing = [a for a in expected if a not in numbers]
+    if evidence.claim.quantized:
+        weights, activations = evidence.claim.scheme
+        parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
+        missing += [part for part in parts if part not in recorded]
+    return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
+
+
+@gate("recorded SQNR recomputed")
+def sqnr_gate(evidence: CheckpointFiles):
+    """The recorded SQNR of the first quantized Linear equals one computed by numpy."""
+    name = evidence.targets[0]
+    recorded = list(evidence.record["sqnr_db"].values())[-1][name]
+    model, texts = evidence.source_model, evidence.tokens[:SQNR_TEXTS]
+    with first_block_only(model):
+        inputs = [capture_inputs(model, [name], tokens)[name] for tokens in texts]
+    to_numpy = lambda t: t.detach().to(torch.float64).cpu().numpy()  # noqa: E731
+    columns, rows = (None if s is None else to_numpy(s) for s in evidence.folded[name])
+    weight = to_numpy(evidence.source[f"{name}.weight"])
+    step = to_numpy(evidence.saved[f"{name}.weight_scale"]).reshape(-1, 1)
+    stored = to_numpy(evidence.saved[f"{name}.weight"]) * step
+    signal = noise = 0.0
+    for x in inputs:
+        x = to_numpy(x).reshape(-1, weight.shape[1])
+        smooth = x if columns is None else x / columns
+        exact = x @ weight.T
+        exact = exact if rows is None else exact / rows
+        absmax = np.abs(smooth).max(1, keepdims=True)
+        if evidence.claim.scheme[1] == "tensor_dynamic":
+            absmax = absmax.max()
+        scale = np.maximum(absmax / 127.5, 1e-30)
+        if evidence.claim.scheme[1] == "tensor_static":
+            scale = to_numpy(evidence.saved[f"{name}.input_scale"])
+        rounded = np.clip(np.rint(smooth / scale), -128, 127) * scale
+        signal += float((exact**2).sum())
+        noise += float(((exact - rounded @ stored.T) ** 2).sum())
+    recomputed = 10 * math.log10(signal / noise) if noise else 200.0
+    return (
+        abs(recorded - recomputed) <= CLOSE_DB,
+        f"{name}: {recorded:.2f} dB on record, {recomputed:.2f} dB again",
+        f"within {CLOSE_DB} dB",
+    )
+
+
+def record_gates_of(claim) -> tuple:
+    """The gates on the record that apply to a variant."""
+    if not claim.quantized:
+        return bytes_gate, scheme_gate
+    return bytes_gate, scheme_gate, sqnr_gate
+
 
 # Order: gates without a model, gates that run the source, gates that run the checkpoint. The
 # model slot holds one model, and in this order each model is loaded once or twice.
@@ -27,21 +342,21 @@ FILE_CHECKS = (
     checkpoint_gates.smoothing_gate,
     checkpoint_gates.unchanged_gate,
     checkpoint_gates.source_gate,
-    calibration_gates.items_gate,
-    calibration_gates.leakage_gate,
-    tokenizer_gates.tokenizer_gate,
+    items_gate,
+    leakage_gate,
+    checkpoint_gates.tokenizer_gate,
 )
 RECORD_CHECKS = (  # these gates need the calibration's own files
-    calibration_gates.texts_gate,
-    calibration_gates.order_gate,
-    calibration_gates.surface_gate,
+    texts_gate,
+    order_gate,
+    surface_gate,
 )
 INT8_FILE_CHECKS = (
     checkpoint_gates.grid_gate,
-    checkpoint_metadata_gates.census_gate,
-    checkpoint_metadata_gates.metadata_gate,
+    checkpoint_gates.census_gate,
+    checkpoint_gates.metadata_gate,
 )
-SOURCE_MODEL_CHECKS = (calibration_gates.statistics_gate, runtime_gates.function_gate)
+SOURCE_MODEL_CHECKS = (statistics_gate, runtime_gates.function_gate)
 CHECKPOINT_MODEL_CHECKS = (runtime_gates.reload_gate,)
 INT8_LAYER_CHECKS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
@@ -51,7 +366,7 @@ def checks_of(claim: Variant) -> tuple:
     model_checks = (*SOURCE_MODEL_CHECKS, *CHECKPOINT_MODEL_CHECKS)
     alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
     if alpha_is_chosen:
-        model_checks = (alpha_gates.alpha_choice_gate, *model_checks)
+        model_checks = (alpha_choice_gate, *model_checks)
     if not claim.quantized:
         return (*FILE_CHECKS, checkpoint_gates.float_weights_gate, *model_checks)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()
@@ -70,6 +385,22 @@ def verify_checkpoint(job: Job, *, source_hash: str, record: dict | None = None)
     evidence.release()  # frees the memory that quantization left in use
     checks = checks_of(job.recipe.claim)
     if record:  # the gates on the record run the source, so they come first
-        checks = (*RECORD_CHECKS, *record_gates.record_gates_of(job.recipe.claim), *checks)
+        checks = (*RECORD_CHECKS, *record_gates_of(job.recipe.claim), *checks)
     gates = Bar(checks, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]
+
+
+def write_verification(job: Job, *, source_hash: str, made: dict) -> dict:
+    """Verify the job's checkpoint as it is saved; returns what verification.json holds.
+
+    Args:
+        source_hash: content hash of the source's folder before the run.
+        made: what the record of the quantization will say.
+    """
+    checkpoint = sha256_folder(job.paths.checkpoint(job.model, job.variant))
+    verified = {"model": job.model, "variant": job.variant, "checkpoint": checkpoint}
+    verified |= checkpoint_gates_record(
+        verify_checkpoint(job, source_hash=source_hash, record=made)
+    )
+    write_json(job.paths.variant(job.model, job.variant) / "verification.json", verified)
+    return verified

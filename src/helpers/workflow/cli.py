@@ -18,20 +18,20 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
-from helpers.core.activity import report_activity
-from helpers.core.console import (
+from helpers.core.errors import StudyError, remedy_for
+from helpers.core.processes import (
     DONE,
     FAILED,
     START,
     STOPPED,
+    die_with_parent,
     format_duration,
     progress_file,
+    report_activity,
     report_event,
 )
-from helpers.core.errors import StudyError, remedy_for
-from helpers.core.parent_process import die_with_parent
-from helpers.workflow.fork_client import run_in_fork
-from helpers.workflow.notebook_execution import JobFailed, kernel, run_notebook
+from helpers.workflow.fork_server import run_in_fork
+from helpers.workflow.notebooks import JobFailed, kernel, run_notebook
 
 
 def run_job(label: str, work: Callable[[], None]) -> int:
@@ -138,7 +138,7 @@ def _dispatch(args: argparse.Namespace) -> int:
             parameters = dict(args.parameters)
             stage = args.notebook.stem.partition("_")[2] or args.notebook.stem
             return run_job(_label(stage, parameters), lambda: _run(args, stage, parameters))
-    from helpers.workflow.notebook_export import export_report
+    from helpers.workflow.notebooks import export_report
 
     return run_job(_label("report", {}), lambda: export_report(args.notebook, args.study, args.to))
 
@@ -146,7 +146,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
     """Execute the notebook; for a run of the study, record the fingerprint of its inputs."""
     from helpers.study import fingerprints, stages
-    from helpers.study.study_run import open_job
+    from helpers.study.loading import open_job
 
     output, fingerprint = args.output.absolute(), nullcontext()
     if stage in stages.NOTEBOOKS and "partial" not in parameters:

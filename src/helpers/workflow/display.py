@@ -14,12 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Protocol
 
-from helpers.core import activity, console
-from helpers.core.activity import Activity
-from helpers.core.plain_text import one_line, printable
+from helpers.core import processes
+from helpers.core.errors import one_line, printable
+from helpers.core.processes import Activity
 from helpers.study.stages import Run
-from helpers.workflow.duration_estimate import Estimate, rough_duration
-from helpers.workflow.schedule import makespan_s
+from helpers.workflow.duration_estimate import Estimate, makespan_s, rough_duration
 
 EVERY_S = 25.0  # between two plain lines: a reader waits less than 30 seconds
 LEAST_REMAINING = 0.1  # of a running job's estimate
@@ -66,21 +65,23 @@ class Watch:
 
     def status(self) -> Status:
         """The progress now."""
-        (total, events), now = console.read_events(self.shared), self.clock()
-        ended = {console.event_job(e): e["word"] for e in events if e["word"] in console.ENDS}
+        (total, events), now = processes.read_events(self.shared), self.clock()
+        ended = {processes.event_job(e): e["word"] for e in events if e["word"] in processes.ENDS}
         for event in events:
-            if event["word"] == console.START:
-                self._begun.setdefault(console.event_job(event), now)
+            if event["word"] == processes.START:
+                self._begun.setdefault(processes.event_job(event), now)
         for job, word in ended.items():
-            if word == console.DONE and job in self._begun:
+            if word == processes.DONE and job in self._begun:
                 self._took.setdefault(job, now - self._begun[job])
-        folder = activity.activity_folder(self.shared)
+        folder = processes.activity_folder(self.shared)
         running = [
-            RunningJob(one_line(job), now - started, activity.read_activity(folder / f"{job}.json"))
+            RunningJob(
+                one_line(job), now - started, processes.read_activity(folder / f"{job}.json")
+            )
             for job, started in self._begun.items()
             if job not in ended
         ]
-        done = sum(word == console.DONE for word in ended.values())
+        done = sum(word == processes.DONE for word in ended.values())
         left_s = self._left(set(ended), running) if self.estimate else None
         return Status(done, total, now - self._started, left_s, running)
 

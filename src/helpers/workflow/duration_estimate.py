@@ -1,29 +1,115 @@
 """How long a study will take here, said before it runs: operations counted, speeds measured.
 
-Other processes count (`quantization_operations`, `evaluation_operations`) and measure
-(`helpers.cost.linear_speed`), since that needs torch; here it becomes seconds a job, and a plan of
-which jobs run side by side. An estimate that cannot be made stops nothing.
+Other processes count (`helpers.cost.operations`, `helpers.evaluation.evaluation_operations`) and
+measure (`helpers.cost.linear_speed`), since that needs torch; here it becomes seconds a job, and a
+plan of which jobs run side by side. The plan plays the engine's own order through: a job begins
+when all it reads is there, and cores and memory are free. Whether a job may take a GPU is decided
+here too: the engine has to know before any job runs. An estimate that cannot be made stops
+nothing.
 """
 
 import json
+import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from helpers.core.errors import StudyError
-from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT, StudyPaths
-from helpers.core.plain_text import one_line
+from helpers.core.errors import StudyError, one_line
+from helpers.core.files import PROJECT, StudyPaths
+from helpers.core.processes import die_with_parent
 from helpers.study import fingerprints, stages
 from helpers.study.loading import load_study
 from helpers.study.schema import Study
 from helpers.study.stages import Run
-from helpers.workflow import fork_client
-from helpers.workflow.schedule import Capacity, concurrent_jobs, machine_capacity, makespan_s
+from helpers.workflow import fork_server
+
+DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, and either under WSL
+
+
+def may_take_gpu(device: str) -> bool:
+    """Whether jobs with this `runtime.device` may take a GPU of this machine.
+
+    Looks for a driver instead of importing a library, which takes seconds. If torch cannot use
+    the driver, jobs run one by one although they could run side by side.
+    """
+    if device != "auto":
+        return device != "cpu"
+    apple = platform.system() == "Darwin" and platform.machine() == "arm64"
+    return apple or any(Path(driver).exists() for driver in DRIVERS)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """The shared resources: cores, and places for jobs by memory or a single GPU."""
+
+    cores: int
+    places: int
+
+
+def concurrent_jobs(study: Study, room: Capacity) -> int:
+    """The number of jobs of a study that run at once."""
+    return max(1, min(room.places, room.cores // min(study.runtime.threads, room.cores)))
+
+
+def makespan_s(
+    study: Study, seconds: Mapping[Run, float], room: Capacity, *, started: Collection[Run] = ()
+) -> float:
+    """Seconds until the last job ends, with jobs started in Snakemake's order.
+
+    Args:
+        seconds: duration of each run, or its remaining time.
+        started: the runs that are running already.
+    """
+    ended: set[Run] = set()
+    waiting = sorted(_by_priority(study, seconds), key=lambda run: run not in started)
+    running: dict[Run, float] = {}
+    now = 0.0
+    while waiting or running:
+        for run in list(waiting):
+            if _may_begin(study, run, ended, seconds) and _fits(study, [*running, run], room):
+                waiting.remove(run)
+                running[run] = now + seconds[run]
+        run = min(running, key=running.__getitem__)
+        now = running.pop(run)
+        ended.add(run)
+    return now
+
+
+def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
+    """The runs in Snakemake's order: first those that others wait for."""
+
+    def rank(run: Run) -> int:
+        if run.stage in ("finetuning", "calibration", "quantization"):
+            return 0
+        return 1 if run.stage == "evaluation" and run.variant == study.baseline else 2
+
+    return sorted(runs, key=rank)
+
+
+def _may_begin(study: Study, run: Run, ended: set[Run], scheduled: Collection[Run]) -> bool:
+    return all(
+        upstream in ended or upstream not in scheduled
+        for upstream in stages.upstream_runs(study, run)
+    )
+
+
+def _fits(study: Study, runs: list[Run], room: Capacity) -> bool:
+    """Whether the runs fit at once; a single run always does."""
+    threads = min(study.runtime.threads, room.cores)
+    cores = sum({"cost": room.cores, "analysis": 1}.get(run.stage, threads) for run in runs)
+    return len(runs) == 1 or (cores <= room.cores and len(runs) <= room.places)
+
+
+def machine_capacity(study: Study, *, cores: int, job_mb: int, memory_mb: int) -> Capacity:
+    """The capacity of this machine for the jobs of a study."""
+    places = max(1, memory_mb // max(1, job_mb))
+    return Capacity(max(1, cores), 1 if may_take_gpu(study.runtime.device) else places)
+
 
 ANALYSIS = Run("analysis")
-COUNTERS = ("helpers.cost.quantization_operations", "helpers.evaluation.evaluation_operations")
+COUNTERS = ("helpers.cost.operations", "helpers.evaluation.evaluation_operations")
 TIMEOUT_S = 300  # of one counting or measuring process
 LONG_S = 3600  # longer estimates come with advice on shortening the study
 # Time of attention, norms and activations, relative to the same Linears in float32. Generation
@@ -163,7 +249,7 @@ def _mean_machine(measured: list[dict]) -> Machine:
     count = len(measured)
     speeds = {kind: sum(run["speeds"][kind] for run in measured) / count for kind in kinds}
     start_s = sum(run["import_s"] for run in measured) / count
-    return Machine(speeds, start_s * (FORKED_START if fork_client.is_running() else 1))
+    return Machine(speeds, start_s * (FORKED_START if fork_server.is_running() else 1))
 
 
 def job_seconds(

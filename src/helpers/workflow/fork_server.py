@@ -2,9 +2,10 @@
 
 Importing the packages of a notebook takes some five seconds of a core. On Linux, while jobs run on
 this machine and use no GPU, one process imports them once, computes nothing, and forks. It holds
-no module of this project: a fork imports those from the files as they are when it begins, which is
-what its account says. A fork has the client's environment, folder and streams, receives its
-signals, and ends with it. Without a server a client runs the command itself.
+no module of this project but what it serves with: a fork imports those from the files as they are
+when it begins, which is what its account says. A fork has the client's environment, folder and
+streams, receives its signals, and ends with it. Its client stays until the fork has ended,
+forwards signals to it, and exits as it did. Without a server a client runs the command itself.
 
 multiprocessing has a fork server for functions of one Python program; here every client is a
 program of its own, started by Snakemake or Jupyter.
@@ -21,9 +22,114 @@ import socket
 import struct
 import sys
 import threading
+import uuid
+from collections.abc import Iterator
+from subprocess import Popen
 
-from helpers.core.parent_process import die_with_parent
-from helpers.workflow.fork_client import LENGTH, PARENT, STATUS, receive_exactly
+from helpers.core.files import PROJECT
+from helpers.core.processes import TQDM_VARIABLE, die_with_parent
+from helpers.workflow.notebooks import JOB_ENVIRONMENT
+
+ADDRESS = "STUDY_FORK_SERVER"  # names its socket in Linux' abstract namespace
+COMMANDS = ("answer", "export", "kernel", "run")  # of helpers.workflow.cli, run by a fork
+FORWARDED = (signal.SIGINT, signal.SIGTERM)
+PARENT = "JPY_PARENT_PID"  # tells a Jupyter kernel the process that started it
+LENGTH = struct.Struct("<I")  # of a request, before it
+STATUS = struct.Struct("<i")  # a process id, then an exit status
+INLINE = "module://matplotlib_inline.backend_inline"  # the backend that a kernel sets
+
+
+def is_supported(*, gpu: bool) -> bool:
+    """Whether jobs on this machine can be forks; a GPU's driver does not survive a fork."""
+    if sys.platform != "linux" or gpu or os.environ.get("STUDY_FORKS", "yes") == "no":
+        return False
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+    except OSError:  # a kernel before 5.3, or a sandbox
+        return False
+    return True
+
+
+def is_running() -> bool:
+    """Whether commands that this process starts find a server."""
+    return ADDRESS in os.environ
+
+
+@contextlib.contextmanager
+def fork_server() -> Iterator[None]:
+    """Inside the context a server runs, and commands that this process starts find it."""
+    address = f"study-{uuid.uuid4().hex}"
+    with socket.socket(socket.AF_UNIX) as listener:  # clients that connect early wait
+        listener.bind(f"\0{address}")
+        listener.listen(64)
+        server = Popen(
+            [sys.executable, "-m", "helpers.workflow.fork_server", str(listener.fileno())],
+            cwd=PROJECT,
+            env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT | {TQDM_VARIABLE: "1"},
+            pass_fds=[listener.fileno()],
+            preexec_fn=die_with_parent,
+        )
+    os.environ[ADDRESS] = address
+    try:
+        yield
+    finally:
+        os.environ.pop(ADDRESS, None)
+        server.kill()
+        server.wait()
+
+
+def run_in_fork(arguments: list[str]) -> int | None:
+    """Run a command of `helpers.workflow.cli` in a fork of the server; its exit code.
+
+    Returns None if there is no server: the caller runs the command. If a signal ended the
+    fork, this process ends by the same signal.
+    """
+    address = os.environ.get(ADDRESS)
+    if not address or arguments[:1] not in [[command] for command in COMMANDS]:
+        return None
+    die_with_parent(int(os.environ[PARENT]) if arguments[0] == "kernel" else None)
+    request = {"arguments": arguments, "environment": dict(os.environ), "folder": os.getcwd()}
+    message = json.dumps(request).encode()
+    connection = socket.socket(socket.AF_UNIX)
+    try:
+        connection.connect(f"\0{address}")
+        socket.send_fds(connection, [LENGTH.pack(len(message))], [0, 1, 2])
+        connection.sendall(message)
+        fork_pid = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
+    except (OSError, EOFError):  # the server has ended; no fork was made
+        return None
+    for number in FORWARDED:
+        signal.signal(number, lambda number, _: _send_signal(fork_pid, number))
+    try:
+        status = STATUS.unpack(receive_exactly(connection, STATUS.size))[0]
+    except (OSError, EOFError):  # the server was killed, and its forks end with it
+        return 1
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        if -code != signal.SIGKILL:
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _send_signal(process: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, number)
+
+
+def receive_exactly(connection: socket.socket, size: int) -> bytes:
+    """Exactly `size` bytes.
+
+    Raises:
+        EOFError: the other side closed the connection first.
+    """
+    received = b""
+    while len(received) < size:
+        if not (part := connection.recv(size - len(received))):
+            raise EOFError
+        received += part
+    return received
+
 
 TIMEOUT_S = 10  # for one request
 NOTEBOOK_COLUMNS = 20  # pandas' default outside a terminal

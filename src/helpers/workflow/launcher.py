@@ -1,11 +1,23 @@
-"""The front door: checks a study, then lets Snakemake run what is not current.
+"""The front door of a study: checks it, then lets Snakemake run what is not current.
 
-One run at a time writes to a study's outputs. The lock is the operating system's and
-ends with the process that holds it, so that nothing has to be unlocked after a crash.
-All that this starts ends with it, however it ends.
+One run at a time writes to a study's outputs. The lock is the operating system's and ends with the
+process that holds it, so that nothing has to be unlocked after a crash. All that this starts ends
+with it, however it ends.
+
+What people bring is looked at before the first job, in a process of its own. Models, tokenizers
+and rows need torch, which this package does without (`helpers.evaluation.preflight`). A study of
+what ships with this project is not looked at, and nothing is looked at twice: what was sound stays
+so until a file, the study or the code changes.
+
+Jobs may run elsewhere: a profile of the workflow engine per executor, under profiles/, names the
+executor, and memory, time and GPUs of each stage. The Snakefile is the same. On Slurm jobs outlive
+the engine when that is killed, so that what an earlier run left behind is cancelled before a new
+one writes to the same folders.
 """
 
 import argparse
+import contextlib
+import hashlib
 import os
 import shutil
 import signal
@@ -14,23 +26,159 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from importlib.machinery import PathFinder
+from importlib.metadata import version
 from pathlib import Path
 
-from helpers.core import activity, console
+import yaml
+
+from helpers.core import processes
 from helpers.core.errors import DISK_FULL, StudyError
-from helpers.core.file_locking import acquire_lock
-from helpers.core.file_writing import remove_leftovers
-from helpers.core.parent_process import die_with_parent
-from helpers.core.paths import PROJECT, StudyPaths, cache_root, outputs_root, relative_to_project
-from helpers.study import fingerprints, partial, stages
+from helpers.core.files import (
+    PROJECT,
+    StudyPaths,
+    acquire_lock,
+    cache_root,
+    outputs_root,
+    relative_to_project,
+    remove_leftovers,
+)
+from helpers.core.processes import die_with_parent
+from helpers.core.records import sha256_data, sha256_file
+from helpers.study import fingerprints, stages
+from helpers.study.inputs import dataset_files, hub_sources, resolve_path, study_sources
 from helpers.study.loading import load_study, study_file
-from helpers.study.pins import hub_sources
-from helpers.study.schema import Study
-from helpers.workflow import display, executors, fork_client
+from helpers.study.schema import BundledModel, FileDataset, FolderModel, HubDataset, HubModel, Study
+from helpers.study.stages import HELPERS
+from helpers.workflow import display, fork_server
 from helpers.workflow import duration_estimate as estimates
-from helpers.workflow.gpus import may_take_gpu
-from helpers.workflow.notebook_execution import JOB_ENVIRONMENT
-from helpers.workflow.preflight_process import check_sources
+from helpers.workflow.duration_estimate import may_take_gpu
+from helpers.workflow.notebooks import JOB_ENVIRONMENT
+
+PROFILES = PROJECT / "profiles"
+PLUGINS = "executors"  # folder of the environment with the packages of a single executor
+TIMEOUT_S = 60
+
+
+def snakemake_options(executor: str, paths: StudyPaths) -> list[str]:
+    """Snakemake's options for an executor.
+
+    Raises:
+        StudyError: there is no profile of that name, or its plugin is not installed.
+    """
+    profile = PROFILES / executor
+    if not (profile / "config.yaml").is_file():
+        names = sorted(path.parent.name for path in PROFILES.glob("*/config.yaml"))
+        raise StudyError(
+            f"EXECUTOR = {executor!r} has no profiles/{executor}/config.yaml; "
+            f"use one of: {', '.join(['local', *names])}"
+        )
+    executor_name = yaml.safe_load((profile / "config.yaml").read_text(encoding="utf-8"))[
+        "executor"
+    ]
+    plugin = f"snakemake_executor_plugin_{executor_name.replace('-', '_')}"
+    if PathFinder.find_spec(plugin, [*_places(executor), *sys.path]) is None:
+        raise StudyError(
+            f"EXECUTOR = {executor!r} needs {plugin}; make study EXECUTOR={executor} installs it"
+        )
+    options = ["--profile", str(profile)]
+    if executor == "slurm":
+        options += ["--slurm-jobname-prefix", job_prefix(paths)]
+    return options
+
+
+def executor_environment(executor: str) -> dict[str, str]:
+    """Environment variables with which Snakemake finds the plugin of an executor."""
+    if executor == "local":
+        return {}
+    path = [*_places(executor), os.environ.get("PYTHONPATH", "")]
+    return {"PYTHONPATH": os.pathsep.join(filter(None, path))}
+
+
+def _places(executor: str) -> list[str]:
+    return [os.path.join(sys.prefix, PLUGINS, executor)]
+
+
+def job_prefix(paths: StudyPaths) -> str:
+    """The prefix of this study's job names on the cluster; no other study has it."""
+    return "study-" + hashlib.sha256(str(paths.root.absolute()).encode()).hexdigest()[:12]
+
+
+def stop_leftover_jobs(paths: StudyPaths) -> None:
+    """Cancel the cluster jobs of a killed run of this study and wait until they end.
+
+    Raises:
+        StudyError: the cluster does not answer, or the jobs do not end.
+    """
+    if shutil.which("squeue") is None:
+        return
+    deadline = time.monotonic() + TIMEOUT_S
+    while job_ids := _jobs_of(job_prefix(paths)):
+        if time.monotonic() > deadline:
+            raise StudyError(
+                f"jobs {' '.join(job_ids)} of an earlier run do not end; stop them with scancel"
+            )
+        subprocess.run(["scancel", *job_ids], capture_output=True, check=False)
+        time.sleep(1)
+
+
+def _jobs_of(prefix: str) -> list[str]:
+    command = ["squeue", "--me", "--noheader", "--format", "%i %j"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        reason = result.stderr.strip().splitlines()[:1] or ["no reason given"]
+        raise StudyError(f"the cluster does not answer squeue ({reason[0]}); is it up?")
+    pairs = [line.split(maxsplit=1) for line in result.stdout.splitlines()]
+    return [number for number, name in pairs if name.startswith(prefix)]
+
+
+USER_SOURCES = FileDataset | FolderModel | HubDataset | HubModel
+DOWNLOADED_SOURCES = (
+    HubDataset | HubModel | BundledModel
+)  # may still have to be downloaded or converted
+
+
+def check_sources(study_name: str, study: Study, *, dry: bool) -> int:
+    """Print the faults of models and data to stderr; 0 if there are none, else 2.
+
+    Args:
+        study_name: the study's name or file, as the user gave it.
+        dry: check only the sources that are on this machine.
+    """
+    sources = [source for _, source in study_sources(study)]
+    if not any(isinstance(source, USER_SOURCES) for source in sources):
+        return 0
+    is_partial = dry and any(isinstance(source, DOWNLOADED_SOURCES) for source in sources)
+    stamp = cache_root() / "checked" / _state(study, sources)
+    if not is_partial and stamp.is_file():
+        return 0
+    command = [sys.executable, "-m", "helpers.evaluation.preflight", str(study_name)]
+    command += ["--dry"] if dry else []
+    result = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    if result.returncode == 0 and not is_partial:
+        with contextlib.suppress(OSError):  # without the stamp the sources are checked again
+            stamp.parent.mkdir(parents=True, exist_ok=True)
+            stamp.touch()
+    return result.returncode and 2
+
+
+def _state(study: Study, sources: list) -> str:
+    """Hash of the study, of its local files' sizes and times, and of the checking code."""
+    files = [path for source in sources for path in _local_files(source)]
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    code = [sha256_file(path) for path in sorted(HELPERS.rglob("*.py"))]
+    libraries = [version(name) for name in ("transformers", "tokenizers")]
+    return sha256_data([study.model_dump(mode="json"), stats, code, libraries])
+
+
+def _local_files(source) -> list[Path]:
+    match source:
+        case FileDataset():
+            return dataset_files(source)
+        case FolderModel(folder=folder):
+            return sorted(path for path in resolve_path(folder).iterdir() if path.is_file())
+    return []
+
 
 LEAST_BYTES = 2**24  # free space that a run needs to begin
 PATIENCE_S = 5  # to wait for the last lines of a finished run
@@ -73,7 +221,7 @@ def run_study(args: argparse.Namespace) -> int:
     if args.partial and (runs := fingerprints.completed_runs(study, paths)) != set(
         stages.runs(study)
     ):
-        return _report_part(args, partial.largest_complete_part(study, runs), paths)
+        return _report_part(args, fingerprints.largest_complete_part(study, runs), paths)
     if args.only_report and (outdated := _not_current(args, study, paths)):
         print(
             f"the report would show results that are not current ({', '.join(outdated)}); "
@@ -138,7 +286,7 @@ def _prepare_outputs(args: argparse.Namespace, paths: StudyPaths) -> None:
         ):  # Snakemake rejects results that are older than their inputs
             os.utime(path, (now, now), follow_symlinks=False)
     if args.executor == "slurm":
-        executors.stop_leftover_jobs(paths)
+        stop_leftover_jobs(paths)
 
 
 def _stop(number: int, _frame) -> None:
@@ -159,9 +307,9 @@ def _not_current(args: argparse.Namespace, study: Study, paths: StudyPaths) -> l
     return [name for name in planned if name not in ("analysis", "report")]
 
 
-def _report_part(args: argparse.Namespace, part: partial.Part, paths: StudyPaths) -> int:
+def _report_part(args: argparse.Namespace, part: fingerprints.Part, paths: StudyPaths) -> int:
     """Run analysis and export for a part of the study, into a folder of its own."""
-    folder = partial.report_folder(paths, partial="yes")
+    folder = fingerprints.report_folder(paths, partial="yes")
     notebook = folder / f"{stages.NOTEBOOKS['analysis']}.ipynb"
     cli = [sys.executable, "-m", "helpers.workflow.cli"]
     analysis = [*cli, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
@@ -191,7 +339,7 @@ def _run_snakemake(
         engine = subprocess.Popen(
             _command(args, study, paths),
             cwd=PROJECT,
-            env=environment | executors.executor_environment(args.executor),
+            env=environment | executor_environment(args.executor),
             pass_fds=[lock],  # Snakemake keeps the lock even if this process dies
             preexec_fn=die_with_parent,
             text=True,
@@ -206,11 +354,11 @@ def _run_snakemake(
         except SystemExit:  # local jobs end with this process; cluster jobs must be cancelled
             engine.kill()
             if args.executor == "slurm":
-                executors.stop_leftover_jobs(paths)
+                stop_leftover_jobs(paths)
             raise
         if forwarder:
             forwarder.join(PATIENCE_S)
-        events = console.read_events(shared)[1]
+        events = processes.read_events(shared)[1]
     if interrupted or engine.returncode < 0:
         print(STOPPED, file=sys.stderr)
         return 130 if interrupted else 128 - engine.returncode
@@ -222,8 +370,8 @@ def _run_snakemake(
 def _job_fork_server(args: argparse.Namespace, study: Study) -> AbstractContextManager:
     """A fork server if the jobs can be forks; a null context for a report alone."""
     runs_here = args.executor == LOCAL and not args.only_report
-    supported = runs_here and fork_client.is_supported(gpu=may_take_gpu(study.runtime.device))
-    return fork_client.fork_server() if supported else nullcontext()
+    supported = runs_here and fork_server.is_supported(gpu=may_take_gpu(study.runtime.device))
+    return fork_server.fork_server() if supported else nullcontext()
 
 
 def _wait(
@@ -241,8 +389,10 @@ def _wait(
             pass
         except KeyboardInterrupt:
             interrupted = True
-        events = console.read_events(watch.shared)[1]
-        unseen = [e["text"] for e in events[shown_count:] if elsewhere or e["word"] == console.NOTE]
+        events = processes.read_events(watch.shared)[1]
+        unseen = [
+            e["text"] for e in events[shown_count:] if elsewhere or e["word"] == processes.NOTE
+        ]
         screen.show("".join(unseen))
         shown_count = len(events)
         screen.update(watch.status())
@@ -254,7 +404,7 @@ def _progress_file(paths: StudyPaths) -> Iterator[Path]:
     """Inside the context, the progress file that all jobs of this run share."""
     shared = outputs_root() / f".{paths.study}.progress"
     shared.write_text("", encoding="utf-8")
-    activity_folder = activity.activity_folder(shared)
+    activity_folder = processes.activity_folder(shared)
     shutil.rmtree(activity_folder, ignore_errors=True)
     activity_folder.mkdir()
     try:
@@ -276,7 +426,7 @@ def _command(args: argparse.Namespace, study: Study, paths: StudyPaths) -> list[
         command += ["--default-resources", f"mem_mb={args.job_mb}"]
         command += ["--resources", f"mem_mb={max(args.job_mb, _memory_mb())}", "gpu=1"]
     else:
-        command += executors.snakemake_options(args.executor, paths)
+        command += snakemake_options(args.executor, paths)
     command += ["--config", f"study={args.study}"]
     command += ["show=plan" if _is_dry(args) else "show=run"]
     if args.only_report:
@@ -305,8 +455,8 @@ def _print_outcome(code: int, events: list[dict], paths: StudyPaths) -> None:
     if code == 0:
         print(f"current: {relative_to_project(paths.root / 'report.html')}", file=sys.stderr)
         return
-    failed = sum(event["word"] == console.FAILED for event in events)
-    if killed := console.jobs_without_result(events):
+    failed = sum(event["word"] == processes.FAILED for event in events)
+    if killed := processes.jobs_without_result(events):
         print(
             f"exited without reporting a result: {', '.join(killed)}; such a job was killed, most "
             "often for lack of memory or, on a cluster, of time",

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from helpers.core.architectures import HEAD, architecture, linear_names
-from helpers.core.gates import Gate, largest
-from helpers.evaluation.checks.float64_linears import LinearFiles
+from helpers.core.records import Gate, largest
 from helpers.evaluation.checks.recorded_calls import (
     DECODING,
     PACKED,
     SHARED_TEXT,
     CallRecorder,
     LinearCalls,
+    LinearFiles,
 )
-from helpers.inference.vllm_protocols import is_served
-from helpers.sources.models import load_config, model_folder
-from helpers.study.study_run import Job
-from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
+from helpers.inference.vllm_client import is_served
+from helpers.sources.model_files import load_config
+from helpers.sources.models import model_folder
+from helpers.study.loading import Job
+from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
 
 QUANTIZED, FLOAT = "quantized Linears in the evaluation", "float parts in the evaluation"
 WHOLE = "every Linear read every token"

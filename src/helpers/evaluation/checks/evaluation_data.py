@@ -1,22 +1,37 @@
-"""What the gates of an evaluation look at, gathered from the disk, the study and the model."""
+"""What the gates of an evaluation compare, gathered from the disk, the study and the model.
+
+The float model on the shared text is read twice: as its states were kept, which tells whether a
+variant was held against the baseline, and off by rounding, which tells how far rounding alone
+takes a float model from itself. A float model rounds each weight once and the result of each
+operation once, by half an eps at most. Here every weight is moved up or down by a whole eps, and
+by what √K of float32's roundings do to a sum of K products. The root mean square of that is more
+than three times that of the roundings it stands for, so that its KL is an upper limit.
+"""
 
 import json
 from collections.abc import Mapping
 from functools import partial
 from hashlib import sha256
 
-from helpers.core.activity import Bar, set_activity
-from helpers.core.gates import Gate, as_record
-from helpers.core.records import read_json
-from helpers.evaluation.checks.batch_invariance import is_batch_invariant, sampled_ids
-from helpers.evaluation.checks.float_reference import (
-    read_perturbed_passages,
-    read_reference_passages,
-)
-from helpers.evaluation.checks.full_logits import Recomputed
-from helpers.evaluation.checks.gold_gates import ExpectedGolds, render_golds
+import torch
+
+from helpers.core.processes import Bar, set_activity
+from helpers.core.records import Gate, gates_record, read_json
 from helpers.evaluation.checks.integrity import EvaluationData, RenderedItem, evaluation_gates
-from helpers.evaluation.checks.prompt_gates import RenderedPrompt, answer_opening, order_gate
+from helpers.evaluation.checks.item_gates import (
+    RenderedPrompt,
+    answer_opening,
+    order_gate,
+    raw_digests,
+)
+from helpers.evaluation.checks.numeric_gates import is_batch_invariant, sampled_ids
+from helpers.evaluation.checks.recomputed_answers import ExpectedGolds, render_golds
+from helpers.evaluation.checks.recomputed_losses import (
+    Recomputed,
+    loss_gate,
+    steps_gate,
+    weights_gate,
+)
 from helpers.evaluation.checks.second_opinion import (
     COMPARED_TEXTS,
     TEXT,
@@ -24,19 +39,22 @@ from helpers.evaluation.checks.second_opinion import (
     SecondOpinion,
     open_second_opinion,
 )
-from helpers.evaluation.checks.training_gates import loss_gate, steps_gate, weights_gate
 from helpers.evaluation.engine import evaluate
-from helpers.evaluation.gold_answers import gold_answers
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
-from helpers.evaluation.prompts import Prompt, model_inputs, render_prompt
-from helpers.inference.perplexity import passage_tokens, read_passages
-from helpers.sources.chat_conversations import EXAMPLES
-from helpers.sources.exact_numbers import gold_number
+from helpers.evaluation.prompts import Prompt, gold_answers, model_inputs, render_prompt
+from helpers.inference.perplexity import (
+    HiddenStates,
+    first_scored_token,
+    load_states,
+    passage_rows,
+    passage_tokens,
+    read_passages,
+    states_path,
+)
+from helpers.sources.chat import EXAMPLES
 from helpers.sources.finetuning import fine_tuning_settings
-from helpers.sources.items import Item
-from helpers.sources.models import model_folder
-from helpers.sources.raw_rows import raw_digests
-from helpers.sources.rows import load_rows
+from helpers.sources.items import Item, gold_number, load_rows
+from helpers.sources.models import load_model, model_folder
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
@@ -44,10 +62,77 @@ from helpers.sources.sampling import (
     shared_passages,
     training_items,
 )
-from helpers.study.schema import EvaluationSet, Study
-from helpers.study.schema_sources import FineTunedModel
-from helpers.study.study_run import Job
-from helpers.verification.source_tokenizer import source_token_ids, source_tokenizer
+from helpers.study.loading import Job
+from helpers.study.schema import EvaluationSet, FineTunedModel, Study
+from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
+
+PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
+
+
+def read_reference_passages(job: Job, model, tokenizer) -> list[dict]:
+    """Rows of the first passages, from the saved float states that the variant is compared with.
+
+    Args:
+        job: names the variant; the baseline gets no rows.
+        model: that variant, for its device.
+
+    Raises:
+        StudyError: the baseline has not been evaluated yet.
+    """
+    if job.variant == job.study.baseline:
+        return []
+    passages, tokens = _first_passages(job, tokenizer)
+    states, first = _saved_states(job, model, tokens), first_scored_token(tokenizer)
+    return passage_rows(passages, tokens, states, None, first=first)
+
+
+def read_perturbed_passages(job: Job, tokenizer) -> list[dict]:
+    """The same rows for the float model with every weight perturbed by one rounding.
+
+    The reference is the same model before the perturbation, read again here: a baseline that
+    was evaluated wrongly would widen the limit. Only for float variants that change the model
+    or its float type.
+    """
+    if job.recipe.is_unmodified or job.recipe.claim.quantized:
+        return []
+    set_activity("the float model, off by rounding")
+    passages, tokens = _first_passages(job, tokenizer)
+    runtime = job.study.runtime
+    types = {job.recipe.dtype, runtime.dtype}
+    coarsest = torch.bfloat16 if "bfloat16" in types else torch.float32
+    model = load_model(model_folder(job.study, job.model, job.paths), runtime)
+    batch = {"batch_tokens": job.study.evaluation.batch.tokens}
+    hidden = read_passages(model, tokens, **batch).hidden
+    head = _saved_states(
+        job, model, tokens
+    ).head  # from the files, since the model's own head is perturbed too
+    perturb_by_rounding_(model, dtype=coarsest)
+    perturbed, first = read_passages(model, tokens, **batch), first_scored_token(tokenizer)
+    return passage_rows(passages, tokens, perturbed, HiddenStates(hidden, head), first=first)
+
+
+def _first_passages(job: Job, tokenizer) -> tuple[list[str], list[list[int]]]:
+    passages = shared_passages(job.study)[:PASSAGES]
+    limit = job.study.evaluation.shared_text.max_tokens
+    return passages, passage_tokens(tokenizer, passages, max_tokens=limit)
+
+
+def _saved_states(job: Job, model, tokens: list[list[int]]) -> HiddenStates:
+    """The baseline's saved states at the tokens of these passages, which come first."""
+    source = model_folder(job.study, job.model, job.paths)
+    states = load_states(states_path(job), source, model)
+    return HiddenStates(states.hidden[: sum(len(t) - 1 for t in tokens)], states.head)
+
+
+@torch.no_grad()
+def perturb_by_rounding_(model, *, dtype: torch.dtype) -> None:
+    """Move every weight by one rounding of `dtype`, up or down at random with a fixed seed."""
+    generator = torch.Generator().manual_seed(0)
+    for weight in model.parameters():
+        signs = torch.randint(0, 2, weight.shape, generator=generator, dtype=torch.int8) * 2 - 1
+        size = torch.finfo(dtype).eps + weight.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+        weight.mul_((1 + size * signs).to(weight))
+
 
 NO_OPINION = NoOpinion()
 
@@ -68,7 +153,7 @@ def check_evaluation(
     study, folder = job.study, job.paths.evaluation(job.model, job.variant)
     data = gather_evaluation_data(job, model, tokenizer, loaded=loaded, recomputed=recomputed)
     set_activity("checks on the answers")
-    record = as_record(evaluation_gates(data))
+    record = gates_record(evaluation_gates(data))
     digests = prediction_digests(folder, study.evaluation.datasets)
     return {"model": job.model, "variant": job.variant, **record, "predictions": digests}
 

@@ -1,45 +1,274 @@
-"""Gates on an evaluation: are these the answers of this variant to these items, whole and true?
+"""Gates on an evaluation: are these this variant's answers to these items, whole and true?
 
-Data in, gates out; no model and no torch is needed. How the variant answers is held
-against the baseline in `behavior`; whether an answer depends on its batch in `batch_invariance`.
+Data in, gates out; no model and no torch is needed.
+
+How a variant answers is held against the baseline on the same items: does it end, repeat itself,
+keep the format, echo, read? A baseline that behaves no better makes a set uninformative, which
+`helpers.statistics.verdicts` decides; it does not make a variant invalid. So the baseline, held
+against itself, passes.
+
+A baseline that is broken is broken for every variant, and nothing that is held against it shows
+that. So some gates have limits of their own, where one measured on the baseline would move with
+it.
 """
 
+import bz2
+import lzma
+import math
+import zlib
 from collections import Counter
 from dataclasses import dataclass, field
 
-from helpers.core.gates import WHOLE_VARIANT, Gate, none_of
-from helpers.evaluation.checks import prompt_gates
-from helpers.evaluation.checks.absolute_limits import (
-    plain_text_gate,
-    trained_on_gate,
-    training_gate,
+from helpers.core.records import WHOLE_VARIANT, Gate, none_of
+from helpers.evaluation.checks import item_gates
+from helpers.evaluation.checks.item_gates import (
+    RenderedPrompt,
+    clusters_gate,
+    contents_gate,
+    draw_gate,
+    leakage_gate,
+    raw_rows_gate,
 )
-from helpers.evaluation.checks.batch_invariance import (
+from helpers.evaluation.checks.numeric_gates import (
     invariance_gate,
     is_batch_invariant,
+    options_gate,
+    range_gate,
+    recomputed_gates,
+    reference_gates,
     repeat_gate,
+    same_reference_gate,
 )
-from helpers.evaluation.checks.behavior import behavior_gates
-from helpers.evaluation.checks.gold_gates import (
+from helpers.evaluation.checks.recomputed_answers import (
     ExpectedGolds,
     foil_gate,
     gold_invariance_gate,
     golds_gate,
     has_nonfinite_golds,
+    rescored,
+    second_reading_gate,
 )
-from helpers.evaluation.checks.item_gates import clusters_gate, leakage_gate, raw_rows_gate
-from helpers.evaluation.checks.passage_gates import recomputed_gates
-from helpers.evaluation.checks.prompt_gates import RenderedPrompt, contents_gate, draw_gate
-from helpers.evaluation.checks.range_gates import range_gate
-from helpers.evaluation.checks.recomputed_answers import rescored
-from helpers.evaluation.checks.reference_gates import (
-    options_gate,
-    reference_gates,
-    same_reference_gate,
+from helpers.evaluation.scoring import normalize_answer
+from helpers.evaluation.trivial_answers import (
+    best_fixed_answer,
+    collapsed_to_one_answer,
+    ends_in_loop,
+    example_answers,
+    readable_share,
+    status_and_answer,
 )
-from helpers.evaluation.checks.second_scoring import second_reading_gate
 from helpers.sources.items import Item
-from helpers.study.schema import EvaluationSet, Study
+from helpers.study.schema import EvaluationSet, FineTunedModel, RandomModel, Study
+
+LEAST_CHANGE = 1e-4  # relative change of a held-out loss; float32 rounds a mean over tokens to 1e-6
+RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
+
+
+def is_random(study: Study, model: str) -> bool:
+    """Whether the study declares that a model's weights are random, or were before training."""
+    source = study.models[model]
+    if isinstance(source, FineTunedModel):
+        return is_random(study, source.finetune.start)
+    return isinstance(source, RandomModel)
+
+
+def plain_text_gate(study: Study, model: str, rows: list[dict], texts: dict[str, str]) -> Gate:
+    """The baseline predicts plain text better than a general-purpose compressor.
+
+    Measured in bits per byte, which no tokenizer changes. Compressed passage by passage, text
+    takes 3 to 5 bits per byte; a usable language model needs 1 to 2.
+
+    Args:
+        rows: the baseline's rows of the shared text.
+        texts: the scored part of each passage, by its id.
+    """
+    name = "plain text beats compression"
+    scored_rows = [row for row in rows if row["id"] in texts and row["nll"] is not None]
+    text_bytes = sum(len(texts[row["id"]].encode()) for row in scored_rows)
+    if not text_bytes or len(scored_rows) != len(rows):
+        measured = f"{len(scored_rows)} of {len(rows)} passages have a loss and a text"
+        return Gate(name, False, measured, "all")
+    bits = sum(row["nll"] for row in scored_rows) / math.log(2) / text_bytes
+    limit = 8 * sum(compressed_bytes(texts[row["id"]]) for row in scored_rows) / text_bytes
+    bits_measured = f"{bits:.2f} bits a byte"
+    if is_random(study, model):
+        return Gate(
+            name, True, f"{bits_measured}; its weights are random", "none for random weights"
+        )
+    return Gate(
+        name, bits < limit, bits_measured, f"less than {limit:.2f}, what a compressor needs"
+    )
+
+
+def compressed_bytes(text: str) -> int:
+    """Bytes of a text by the best of three compressors, without their headers."""
+    data = text.encode()
+    deflate = zlib.compressobj(9, wbits=-15)
+    return min(
+        len(deflate.compress(data) + deflate.flush()),
+        len(bz2.compress(data)),
+        len(lzma.compress(data, format=lzma.FORMAT_RAW, filters=RAW)),
+    )
+
+
+def training_gate(results: dict) -> Gate:
+    """Training changed the loss on held-out items by more than rounding.
+
+    Args:
+        results: from the record of the fine-tuning.
+    """
+    before, after = results["heldout_loss_before"], results["heldout_loss_after"]
+    change = abs(after - before) / abs(before) if before else math.inf
+    return Gate(
+        "training changed the held-out loss",
+        math.isfinite(change) and change > LEAST_CHANGE,
+        f"from {before:.6g} to {after:.6g} nats a token",
+        f"by more than {LEAST_CHANGE:g} of it",
+    )
+
+
+def trained_on_gate(results: dict, drawn: list[str]) -> Gate:
+    """The recorded training items equal those that the study draws.
+
+    Args:
+        results: from the record of the fine-tuning.
+        drawn: ids of the training items, then of the held-out ones.
+    """
+    items = results.get("items", {})
+    recorded = [*items.get("training", []), *items.get("heldout", [])]
+    differing = len(set(recorded) ^ set(drawn))
+    return Gate(
+        "training items on record",
+        bool(drawn) and recorded == drawn,
+        f"{len(recorded)} items on record, {differing} of them others",
+        f"the {len(drawn)} drawn, in their order",
+    )
+
+
+FORMAT_DROP = 0.25  # a larger drop in parsable answers means a broken run, not a lower score
+BEHAVIOR_MARGIN = 0.25  # the same for endless, looping and echoing answers
+
+
+def behavior_gates(
+    evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]
+) -> list[Gate]:
+    """The gates on the answering behaviour in one set.
+
+    Args:
+        predictions: the variant's, at least one.
+        baseline: the baseline's on the same items, at least one.
+    """
+    return [
+        end_gate(predictions, baseline),
+        loop_gate(predictions, baseline),
+        format_gate(predictions, baseline),
+        one_answer_gate(predictions, baseline),
+        echo_gate(evaluation_set, predictions, baseline),
+        fixed_answer_gate(evaluation_set, predictions, baseline),
+    ]
+
+
+def end_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
+    """The token limit stops hardly more answers than it stops of the baseline."""
+    capped = (
+        _mean_share(p["finish_reason"] == "length" for p in s) for s in (predictions, baseline)
+    )
+    return _not_more_often_gate("answers within the token limit", "stopped by the cap", *capped)
+
+
+def loop_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
+    """Hardly more answers end in a loop than of the baseline's."""
+    looping = (_mean_share(ends_in_loop(p["output"]) for p in s) for s in (predictions, baseline))
+    return _not_more_often_gate("answers do not loop", "end in a loop", *looping)
+
+
+def format_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
+    """The share of readable answers is not far below the baseline's."""
+    share, baseline_share = readable_share(predictions), readable_share(baseline)
+    return Gate(
+        "answers parse",
+        baseline_share - share <= FORMAT_DROP,
+        f"{_percent(share)} of the answers are readable",
+        f"at most {_points(FORMAT_DROP)} points below the baseline's {_percent(baseline_share)}",
+    )
+
+
+def one_answer_gate(predictions: list[dict], baseline: list[dict]) -> Gate:
+    """Questions with different gold answers do not all get the same answer."""
+    distinct_answers = len(set(map(status_and_answer, predictions)))
+    return Gate(
+        "answers not constant",
+        not collapsed_to_one_answer(predictions, baseline),
+        f"{distinct_answers} different answers to {len(predictions)} items",
+        "more than one, unless the baseline gives that one but for as few as chance may take "
+        f"(here it gives {len(set(map(status_and_answer, baseline)))})",
+    )
+
+
+def echo_gate(evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]) -> Gate:
+    """The prompt's worked examples are not given as answers far more often than they are gold."""
+    examples = example_answers(evaluation_set)
+
+    def echo_share(rows: list[dict]) -> float:
+        return _mean_share(p["parsed"] and normalize_answer(p["parsed"]) in examples for p in rows)
+
+    gold_share = _mean_share(
+        any(normalize_answer(g) in examples for g in p["golds"]) for p in predictions
+    )
+    description = "are the answer of a worked example"
+    return _not_more_often_gate(
+        "examples not echoed",
+        description,
+        echo_share(predictions),
+        max(gold_share, echo_share(baseline)),
+    )
+
+
+def fixed_answer_gate(
+    evaluation_set: EvaluationSet, predictions: list[dict], baseline: list[dict]
+) -> Gate:
+    """If the baseline clearly beats the best fixed answer, the variant beats it too.
+
+    Clearly: by more than two standard errors. The verdict tests the same at the study's
+    own confidence level; this gate uses none of that code.
+    """
+    fixed_answer = best_fixed_answer(evaluation_set.adapter, predictions)
+    score, baseline_score = (
+        _mean_share(p["score"] for p in rows) for rows in (predictions, baseline)
+    )
+    threshold = fixed_answer.score + 2 * math.sqrt(
+        max(0.0, baseline_score * (1 - baseline_score)) / len(baseline)
+    )
+    return Gate(
+        "beats fixed answers",
+        baseline_score <= threshold or score > fixed_answer.score,
+        f"{_percent(score)} right, baseline {_percent(baseline_score)}",
+        f"more than {_percent(fixed_answer.score)} (always {fixed_answer.answer}), "
+        f"if the baseline has more than {_percent(threshold)}",
+    )
+
+
+def _not_more_often_gate(name: str, description: str, share: float, baseline_share: float) -> Gate:
+    limit, measured = baseline_share + BEHAVIOR_MARGIN, f"{_percent(share)} {description}"
+    if limit >= 1:  # no share can exceed it; `verdicts` calls such a set uninformative
+        return Gate(
+            name, True, measured, f"none: the baseline itself has {_percent(baseline_share)}"
+        )
+    wording = f"at most {_points(BEHAVIOR_MARGIN)} points above {_percent(baseline_share)}"
+    return Gate(name, share <= limit, measured, wording)
+
+
+def _mean_share(values) -> float:
+    numbers = [float(value or 0) for value in values]
+    return math.fsum(numbers) / len(numbers)
+
+
+def _percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f} %"
+
+
+def _points(fraction: float) -> str:
+    return f"{100 * fraction:.0f}"
 
 
 @dataclass(frozen=True)
@@ -69,7 +298,8 @@ class EvaluationData:
             rounding of every weight.
         reference: rows of the shared text from the saved float states; empty for the baseline.
         loaded: gates on the evaluated model from when it was loaded.
-        recomputed: rows and token counts of the shared text, recomputed by `full_logits`; None
+        recomputed: rows and token counts of the shared text, recomputed by `recomputed_losses`;
+        None
             if they were not.
         training: results in the record of the model's fine-tuning; None without one.
         raw: by set and item id, digests of the raw rows before any adapter.
@@ -122,7 +352,7 @@ def shared_gates(data: EvaluationData) -> list[Gate]:
         finite_gate(data.predictions, data.metrics["shared_text"]),
         owner_gate("shared text belongs to the variant", data.passages, data.model, data.variant),
         passages_gate(data.passages, data.baseline_passages),
-        prompt_gates.passages_gate(data.passages, data.texts, seed=data.study.seed),
+        item_gates.passages_gate(data.passages, data.texts, seed=data.study.seed),
         range_gate(
             [], {"shared_text": data.metrics["shared_text"]}, "shared-text metrics in range"
         ),

@@ -16,30 +16,37 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from helpers.core.gates import WHOLE_VARIANT, Gate
+from helpers.core.records import WHOLE_VARIANT, Gate
 from helpers.evaluation.checks.call_gates import linear_files
-from helpers.evaluation.checks.fresh_model import Reading, read_whole
-from helpers.evaluation.checks.gold_gates import ExpectedGolds, log_likelihoods, render_golds
-from helpers.evaluation.checks.playback import Playback
-from helpers.evaluation.checks.rounding_bounds import (
+from helpers.evaluation.checks.forward_passes import (
     FEWEST_EPS,
+    FINAL,
+    OUTPUT,
     ROUNDINGS,
     Comparison,
+    Playback,
+    Reading,
+    Trace,
     each_logprob,
     furthest_row,
+    read_whole,
     rms,
     sum_limit,
     tie_margin,
+    traced,
 )
-from helpers.evaluation.checks.traces import FINAL, OUTPUT, Trace, traced
+from helpers.evaluation.checks.recomputed_answers import (
+    ExpectedGolds,
+    log_likelihoods,
+    render_golds,
+)
 from helpers.evaluation.prompts import Prompt, option_tokens, render_prompt
-from helpers.inference.loglikelihood import OptionTokens
-from helpers.inference.vllm_protocols import is_served
-from helpers.sources.chat_conversations import tokenize
-from helpers.sources.chat_template import end_of_turn
+from helpers.inference.protocols import OptionTokens
+from helpers.inference.vllm_client import is_served
+from helpers.sources.chat import end_of_turn, tokenize
 from helpers.sources.items import Item
+from helpers.study.loading import Job
 from helpers.study.schema import EvaluationSet
-from helpers.study.study_run import Job
 
 LAYERS = "layers match transformers"
 LOGPROBS = "log-probabilities match transformers"

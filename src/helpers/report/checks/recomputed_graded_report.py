@@ -7,15 +7,16 @@ two bullets of the executive summary. None of the code that writes the report is
 import re
 from collections.abc import Iterator, Mapping
 
-from helpers.report.checks.published_numbers import (
+from helpers.report.checks.recomputation import equal_values
+from helpers.report.checks.recomputed_sentences import ExpectedNumbers, code_names
+from helpers.report.checks.recomputed_tables import (
+    DATASET_NAMES,
+    RecomputedFigures,
     Table,
     cell_differs,
     plain_text,
     read_tables,
 )
-from helpers.report.checks.recomputed_executive import ExpectedNumbers, code_names
-from helpers.report.checks.recomputed_summary import equal_values
-from helpers.report.checks.recomputed_tables import DATASET_NAMES, RecomputedFigures
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
 PLACE_KEYS = ("model", "start", "finetuned", "dataset", "baseline", "variant")

@@ -1,31 +1,103 @@
 """The tables of report.md held to figures made again from the answers, cell by cell.
 
-None of the code that writes the report is used: a table is known by its columns, a row by
-its names, and the numbers in a cell are held to the figures it must show.
+None of the code that writes the report is used: what is published is read as text, a table is
+known by its columns, a row by its names, and the numbers in a cell are held to the figures it must
+show.
 """
 
+import html
+import math
+import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 
-from helpers.core.gates import WHOLE_VARIANT
+from helpers.core.records import WHOLE_VARIANT
 from helpers.evaluation.trivial_answers import best_fixed_answer
-from helpers.report.checks.published_numbers import (
-    Table,
-    cell_differs,
-    plain_text,
-    read_tables,
-    written_numbers,
-)
-from helpers.statistics.checks.recomputed_comparisons import bootstrap_settings
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
-from helpers.statistics.checks.recomputed_scores import (
+from helpers.statistics.checks.recomputed_statistics import (
     Figure,
     dataset_figures,
     loss_change,
     shared_text_figures,
 )
+from helpers.statistics.checks.recomputed_verdicts import bootstrap_settings
 from helpers.statistics.published_answers import PublishedAnswers
 from helpers.study.schema import Comparison, Study
+
+MISSING = "–"
+_CODE = re.compile(r"<code>.*?</code>|`[^`]*`", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.])[+\-]?\d[\d,]*(?:\.\d+)?(?:e[+\-]?\d+)?")
+
+
+@dataclass(frozen=True)
+class Table:
+    """One pipe table: the heading above it, its columns, its rows of cells."""
+
+    heading: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def row(self, **cells: str) -> dict[str, str] | None:
+        """The first row whose named columns hold these plain texts, by column; None if none."""
+        for row in map(self.by_column, self.rows):
+            if all(plain_text(row.get(name, "")) == text for name, text in cells.items()):
+                return row
+        return None
+
+    def by_column(self, row: tuple[str, ...]) -> dict[str, str]:
+        return dict(zip(self.columns, row, strict=False))
+
+
+def read_tables(markdown: str) -> list[Table]:
+    """Every pipe table of a Markdown text, in order."""
+    parsed, heading, lines = [], "", []
+    for line in [*markdown.splitlines(), ""]:
+        if line.startswith("|"):
+            lines.append(_split_cells(line))
+            continue
+        if len(lines) > 2:
+            parsed.append(Table(heading, tuple(map(plain_text, lines[0])), tuple(lines[2:])))
+        lines = []
+        if line.startswith("#"):
+            heading = plain_text(line.lstrip("# "))
+        elif line.startswith("**"):
+            heading = plain_text(line)
+    return parsed
+
+
+def _split_cells(line: str) -> tuple[str, ...]:
+    return tuple(cell.strip() for cell in line.strip().strip("|").split("|"))
+
+
+def plain_text(cell: str) -> str:
+    """A cell's text: entities resolved, marks of code and emphasis removed."""
+    text = html.unescape(re.sub(r"<[^>]*>", "", cell)).replace("\u00a0", " ")
+    return text.replace("`", "").replace("**", "").strip()
+
+
+def written_numbers(cell: str) -> list[str]:
+    """The numbers written in a cell, without those in names and quotations."""
+    text = html.unescape(_CODE.sub(" ", cell)).replace("−", "-").replace("\u00a0", " ")
+    return [match.replace(",", "") for match in _NUMBER.findall(text)]
+
+
+def rounds_to(written: str, value: float) -> bool:
+    """Whether the value, rounded to the decimals of the written number, equals it."""
+    mantissa, _, exponent = written.partition("e")
+    decimals = len(mantissa.partition(".")[2])
+    step = 10.0 ** (int(exponent or 0) - decimals)
+    return abs(float(written) - value) <= 0.5 * step * (1 + 1e-6) + 1e-9 * abs(value)
+
+
+def cell_differs(cell: str, values: list[float | None]) -> bool:
+    """Whether the numbers of a cell differ from these, in their order; None counts as missing."""
+    expected = [v for v in values if v is not None and not math.isnan(v)]
+    written = written_numbers(cell)
+    if len(written) != len(expected):
+        return True
+    return not all(rounds_to(w, v) for w, v in zip(written, expected, strict=True))
+
 
 DATASET_NAMES = {"arc": "ARC", "squad_v2": "SQuAD v2", "openmath": "OpenMath", "boolq": "BoolQ"}
 VERDICT_WORDS = {

@@ -1,6 +1,6 @@
 """The figures of graded scores a second time, by other algorithms from the answers' rows.
 
-The second opinion on `graded`, `clustered`, `interaction`, `pooled` and `token_kl`, of whose
+The second opinion on `graded`, `clustered`, `pooled`, of whose
 code nothing is used here. The bias-reduced error and its degrees of freedom come from each
 cluster's block of the hat matrix, by eigenvectors (Pustejovsky and Tipton, J. Bus. Econ. Stat.
 36 (2018) 672), Hall's correction from the roots of its cubic, the detectable difference from

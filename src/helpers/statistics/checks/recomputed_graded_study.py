@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from helpers.core.gates import WHOLE_VARIANT
+from helpers.core.records import WHOLE_VARIANT
 from helpers.statistics.checks import recomputed_graded as again
 from helpers.statistics.checks.recomputed_statistics import holm
 from helpers.statistics.controls import VariantAnswers

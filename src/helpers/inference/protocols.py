@@ -1,0 +1,466 @@
+"""The two protocols by which a model answers: log-likelihood of options, and greedy generation.
+
+Log-likelihood: an item's context is computed once. Its options follow it as branches that do not
+see each other, at the positions they would have alone. What several contexts begin with is
+computed once for all of them. The head runs only where a scored token is predicted.
+
+Generation: prompts are read in packed rows, answers written in a full batch of slots. A slot whose
+answer has ended is given to the next prompt at once. What all prompts begin with (the system turn,
+the worked examples) is read once and held once.
+
+Models of which a packed row cannot compute what they compute alone (`reads_alone` in
+`helpers.sources.model_files`) read one text at a time, by their own forward pass and attention:
+slower, and the same operations.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count, groupby
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from helpers.inference.packed_attention import (
+    TRUNK,
+    KVCache,
+    PrefixCache,
+    Segment,
+    SplitText,
+    logits_at,
+    packed_batches,
+    read,
+    split_at,
+    use_packed_attention,
+)
+from helpers.runtime.linears import FEWEST_ROWS, use_sequence_ids
+from helpers.sources.model_files import changes_at, reads_alone, reset_dynamic_rope_
+
+
+@torch.inference_mode()
+def hidden_states(model, tokens: list[int]) -> Tensor:
+    """(tokens, hidden) of one text after the last layer, before the head."""
+    reset_dynamic_rope_(model)
+    ids = torch.tensor([tokens], device=model.device)
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+
+
+class CachedSequence:
+    """One text that grows token by token, with its KV cache.
+
+    Cached keys and values are used while their positions are those of the longer text, and
+    computed again when the model changes the positions.
+    """
+
+    def __init__(self, model):
+        self.model, self._memory = model, None
+
+    @torch.inference_mode()
+    def last_state(self, tokens: list[int]) -> Tensor:
+        """(1, hidden) state of the text's last token."""
+        if self._memory is None or changes_at(self.model.config, len(tokens)):
+            self._memory = DynamicCache(config=self.model.config)
+        cached_tokens = self._memory.get_seq_length()
+        reset_dynamic_rope_(self.model)
+        device = self.model.device
+        output = self.model.base_model(
+            input_ids=torch.tensor([tokens[cached_tokens:]], device=device),
+            position_ids=torch.arange(cached_tokens, len(tokens), device=device)[None],
+            past_key_values=self._memory,
+            use_cache=True,
+        )
+        return output.last_hidden_state[0, -1:]
+
+
+HEAD_ROWS = 128  # positions whose logits are in memory at once
+
+
+@dataclass(frozen=True)
+class OptionTokens:
+    """One item as token ids: a context and at least one non-empty continuation of it.
+
+    Attributes:
+        cuts: token counts at which the context may be shared with other items.
+    """
+
+    context: list[int]
+    options: list[list[int]]
+    cuts: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        """Tokens of the context and the longest option."""
+        return len(self.context) + max(map(len, self.options))
+
+    def __post_init__(self):
+        if not self.context or not self.options or not all(self.options):
+            raise ValueError("an item needs a context and options of at least one token each")
+
+
+def option_segment(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
+    """The segment of an item: the rest of its context, then its options as branches.
+
+    The last token of an option is predicted but never read.
+    """
+    length = len(item.context)
+    tokens = item.context[sum(len(s.tokens) for s in before) :]
+    positions = list(range(length - len(tokens), length))
+    branches = [TRUNK] * len(tokens)
+    for k, option in enumerate(item.options, start=TRUNK + 1):
+        tokens = tokens + option[:-1]
+        positions += range(length, length + len(option) - 1)
+        branches += [k] * (len(option) - 1)
+    return Segment(tokens, before, branches, positions)
+
+
+def scored_tokens(item: OptionTokens, branches: list[int]) -> list[tuple[int, int, int]]:
+    """(predicting place in the segment, token, option index) of every scored token."""
+    trunk = branches.count(TRUNK)
+    scored, branch_start = [], trunk
+    for k, option in enumerate(item.options):
+        predicting = [trunk - 1, *range(branch_start, branch_start + len(option) - 1)]
+        scored += [(place, token, k) for place, token in zip(predicting, option, strict=True)]
+        branch_start += len(option) - 1
+    return scored
+
+
+@torch.inference_mode()
+def option_loglikelihoods(
+    model, items: list[OptionTokens], *, batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
+    """Yield (item index, summed log-probability of each option) as rows finish.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        items: contexts and options as token ids.
+        batch_tokens: the most tokens of one forward pass.
+    """
+    alone = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
+    for index in alone:
+        context, options = items[index].context, items[index].options
+        yield index, [loglikelihood_alone(model, context, option) for option in options]
+    batched = [i for i in range(len(items)) if i not in set(alone)]
+    packed_items = [items[i] for i in batched]
+    for index, sums in _packed_logprobs(model, packed_items, batch_tokens):
+        yield batched[index], sums
+
+
+def loglikelihood_alone(model, context: list[int], option: list[int]) -> float:
+    """The option's summed log-probability, from one pass over context and option."""
+    hidden, first = hidden_states(model, context + option), len(context) - 1
+    places = list(range(first, first + len(option)))
+    return sum(target_logprobs(model, hidden, places, option).tolist())
+
+
+def _packed_logprobs(
+    model, items: list[OptionTokens], batch_tokens: int
+) -> Iterator[tuple[int, list[float]]]:
+    texts = [split_at(item.context, item.cuts) for item in items]
+    make_segment = lambda index, before: option_segment(items[index], before)  # noqa: E731
+    for indices, segments, suffixes in packed_batches(texts, make_segment, row_tokens=batch_tokens):
+        with use_packed_attention(model):
+            hidden = read(model, segments)
+        starts = segment_starts(segments)
+        placed = [
+            (starts[suffix], items[index], suffix.branches)
+            for index, suffix in zip(indices, suffixes, strict=True)
+        ]
+        yield from zip(indices, packed_option_sums(model, hidden, placed), strict=True)
+
+
+def packed_option_sums(
+    model, hidden: Tensor, placed: Sequence[tuple[int, OptionTokens, list[int]]]
+) -> list[list[float]]:
+    """Summed log-probability of each option of several items read in one row.
+
+    Args:
+        hidden: (rows, hidden) states of the row.
+        placed: (start of its segment in the row, item, branches of the segment) of each item.
+            A segment without context tokens follows the end of its context.
+    """
+    scored = [
+        (start + at, token, (number, k))
+        for number, (start, item, branches) in enumerate(placed)
+        for at, token, k in scored_tokens(item, branches)
+    ]
+    sums = [[0.0] * len(item.options) for _, item, _ in placed]
+    logprobs = target_logprobs(model, hidden, [s[0] for s in scored], [s[1] for s in scored])
+    for (_, _, (number, k)), value in zip(scored, logprobs.tolist(), strict=True):
+        sums[number][k] += value
+    return sums
+
+
+def segment_starts(segments: list[Segment]) -> dict[Segment, int]:
+    """Index of each segment's first token in the row of all segments."""
+    starts, end = {}, 0
+    for segment in segments:
+        starts[segment] = end
+        end += len(segment.tokens)
+    return starts
+
+
+def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int]) -> Tensor:
+    """(targets,) float64 log-probability of each token, as predicted at its place.
+
+    Args:
+        hidden: (rows, hidden) states of one forward pass.
+        places: a row of `hidden` for every target; several may share one.
+        tokens: the target tokens.
+    """
+    distinct_places, inverse = torch.unique(torch.tensor(places), return_inverse=True)
+    order = torch.argsort(inverse, stable=True)
+    token_ids = torch.tensor(tokens)
+    logprobs = torch.empty(len(places), dtype=torch.float64)
+    for start in range(0, len(distinct_places), HEAD_ROWS):
+        chunk = distinct_places[start : start + HEAD_ROWS].to(hidden.device)
+        chunk_logprobs = logits_at(model, hidden[chunk]).log_softmax(-1)
+        in_chunk = order[(inverse[order] >= start) & (inverse[order] < start + HEAD_ROWS)]
+        packed_batches, columns = (
+            x.to(chunk_logprobs.device) for x in (inverse[in_chunk] - start, token_ids[in_chunk])
+        )
+        logprobs[in_chunk] = chunk_logprobs[packed_batches, columns].cpu().double()
+    return logprobs
+
+
+REFILL = 8  # refill at least so many slots at a time: a row with a single prompt is slow to read
+
+
+@dataclass(frozen=True)
+class GeneratedAnswer:
+    """The answer to one prompt.
+
+    Attributes:
+        tokens: the new tokens, without the one that ended the turn.
+        finish_reason: `stop` (end of turn), `answer` (it is complete), `length` (the cap),
+            `nonfinite` (broken logits).
+        loglikelihoods: of each option that was read after the prompt, in nats.
+    """
+
+    tokens: list[int]
+    finish_reason: str
+    loglikelihoods: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """The conditions that end an answer.
+
+    Attributes:
+        max_new_tokens: the cap.
+        stop_tokens: ids that end a turn.
+        complete: whether the tokens so far are a complete answer; None if nothing tests that.
+    """
+
+    max_new_tokens: int
+    stop_tokens: frozenset[int]
+    complete: Callable[[list[int]], bool] | None = None
+
+
+@dataclass
+class AnswerInProgress:
+    """An unfinished answer: the index of its prompt, and its tokens so far."""
+
+    index: int
+    loglikelihoods: tuple[float, ...] = ()
+    tokens: list[int] = field(default_factory=list)
+
+    def append_token(self, token: int, finite: bool, stop_rules: StopRules) -> str | None:
+        """Append the token; return the finish reason if the answer ends here, else None."""
+        if not finite:
+            return "nonfinite"
+        if token in stop_rules.stop_tokens:
+            return "stop"
+        self.tokens.append(token)
+        if stop_rules.complete and stop_rules.complete(self.tokens):
+            return "answer"
+        return "length" if len(self.tokens) == stop_rules.max_new_tokens else None
+
+
+def generate_greedy(
+    model,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    stop_tokens: set[int],
+    batch_tokens: int,
+    batch_rows: int,
+    cuts: Sequence[Sequence[int]] = (),
+    complete: Callable[[list[int]], bool] | None = None,
+    options: Sequence[Sequence[list[int]]] = (),
+) -> Iterator[tuple[int, GeneratedAnswer]]:
+    """Yield (prompt index, answer) as answers end.
+
+    Args:
+        model: a causal language model of transformers, in evaluation mode.
+        prompts: token ids, each at least one.
+        max_new_tokens: the cap on new tokens of one answer.
+        stop_tokens: ids that end an answer.
+        batch_tokens: the most tokens of one row of prompts.
+        batch_rows: the most answers written at once.
+        cuts: for each prompt, token counts at which it may be shared with others.
+        complete: whether the tokens so far are a complete answer.
+        options: for each prompt, non-empty continuations whose log-likelihood is read too; they
+            do not change what the model generates.
+    """
+    stop_rules = StopRules(max_new_tokens, frozenset(stop_tokens), complete)
+    texts = [split_at(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
+    items = [
+        OptionTokens(prompt, list(own)) if own else None
+        for prompt, own in zip(prompts, options or [()] * len(prompts), strict=True)
+    ]
+    lengths = [
+        max(len(prompt) + max_new_tokens, len(item) if item else 0)
+        for prompt, item in zip(prompts, items, strict=True)
+    ]
+    alone = {i for i, length in enumerate(lengths) if reads_alone(model.config, length)}
+    for index in alone:
+        yield index, _generate_alone(model, prompts[index], items[index], stop_rules)
+    shared_prefix = lambda i: texts[i].shared[:1]  # noqa: E731 - common to its batch
+    batched = [i for i in range(len(texts)) if i not in alone]
+    for _, group in groupby(sorted(batched, key=shared_prefix), key=shared_prefix):
+        chosen = list(group)
+        inputs = [texts[i] for i in chosen], [items[i] for i in chosen]
+        decoder = Decoder(model, *inputs, stop_rules, batch_tokens, batch_rows)
+        with use_packed_attention(model):
+            for index, answer in decoder.answers():
+                yield chosen[index], answer
+
+
+def _generate_alone(
+    model, prompt: list[int], item: OptionTokens | None, stop_rules: StopRules
+) -> GeneratedAnswer:
+    """The answer to one prompt by the model's own forward pass, without packing."""
+    options = item.options if item else []
+    loglikelihoods = tuple(loglikelihood_alone(model, prompt, option) for option in options)
+    answer, sequence = AnswerInProgress(0, loglikelihoods), CachedSequence(model)
+    while True:
+        logits = logits_at(model, sequence.last_state(prompt + answer.tokens))[0]
+        finite = bool(logits.isfinite().all())
+        if reason := answer.append_token(int(logits.argmax()), finite, stop_rules):
+            return GeneratedAnswer(answer.tokens, reason, answer.loglikelihoods)
+
+
+class Decoder:
+    """Decodes prompts that share their beginning, each in one slot of the KV cache.
+
+    Args:
+        texts: the prompts, split at their shared prefixes.
+        items: each prompt with its options; None for a prompt without options.
+    """
+
+    def __init__(
+        self,
+        model,
+        texts: list[SplitText],
+        items: list[OptionTokens | None],
+        stop_rules: StopRules,
+        batch_tokens: int,
+        batch_rows: int,
+    ):
+        self.model, self.texts, self.items, self.ends = model, texts, items, stop_rules
+        self.batch_tokens, self.rows = batch_tokens, batch_rows
+        self.prefixes, self.recent_segments = PrefixCache(), []
+        self.active: list[AnswerInProgress] = []  # the answer in slot 0, 1, …
+
+    @torch.inference_mode()
+    def answers(self) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Yield (index of the text, answer) as answers end."""
+        self.shared, new = self.prefixes.before(SplitText(self.texts[0].shared[:1], ()))
+        if new:
+            read(self.model, new)
+        offset = sum(len(s.tokens) for s in self.shared)
+        longest = max(map(len, self.texts)) - offset + self.ends.max_new_tokens
+        self.slots = KVCache(self.rows, longest, self.shared)
+        by_beginning = lambda i: (self.texts[i].shared, -len(self.texts[i]), i)  # noqa: E731
+        waiting = deque(sorted(range(len(self.texts)), key=by_beginning))
+        while waiting or self.active:
+            free = self.rows - len(self.active)
+            if waiting and (not self.active or free >= min(REFILL, self.rows)):
+                yield from self._read_prompts(self._next_prompts(waiting, free))
+            else:
+                yield from self._decode_step()
+
+    def _next_prompts(self, waiting: deque[int], free: int) -> list[int]:
+        """The next prompts to read: as many as there are free slots and as fit one row."""
+        chosen, row_tokens = [], 0
+        while waiting and len(chosen) < free:
+            row_tokens += len(self.texts[waiting[0]]) + self._option_tokens(waiting[0])
+            if chosen and row_tokens > self.batch_tokens:
+                break
+            chosen.append(waiting.popleft())
+        return chosen
+
+    def _option_tokens(self, index: int) -> int:
+        """How many tokens of a prompt's options are read: all but the last of each."""
+        item = self.items[index]
+        return sum(len(option) - 1 for option in item.options) if item else 0
+
+    def _read_prompts(self, indices: list[int]) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Read prompts with their options, give each a slot, and take their first tokens."""
+        segments, suffixes, branched = [], [], []
+        for index in indices:
+            prefix, new = self.prefixes.before(self.texts[index])
+            suffix = Segment(list(self.texts[index].rest), prefix, kept=True)
+            suffixes.append(suffix)
+            segments += [*new, suffix]
+            if item := self.items[index]:
+                options = option_segment(item, (*prefix, suffix))
+                branched.append((suffix, item, options.branches))
+                segments += [options] if options.tokens else []
+        hidden = read(self.model, segments)
+        starts = segment_starts(segments)
+        ends = {suffix: starts[suffix] + len(suffix.tokens) for suffix in suffixes}
+        placed = [(ends[suffix], item, branches) for suffix, item, branches in branched]
+        sums = iter(packed_option_sums(self.model, hidden, placed) if placed else ())
+        first_slot = len(self.active)
+        for index, suffix in zip(indices, suffixes, strict=True):
+            own_segments = [*suffix.before[len(self.shared) :], suffix]
+            self.slots.fill(len(self.active), own_segments)
+            loglikelihoods = tuple(next(sums)) if self.items[index] else ()
+            self.active.append(AnswerInProgress(index, loglikelihoods))
+        self.recent_segments = suffixes  # keeps their prefixes alive for the next prompts
+        answer_rows = [ends[suffix] - 1 for suffix in suffixes]
+        yield from self._append_tokens(first_slot, logits_at(self.model, hidden[answer_rows]))
+
+    def _decode_step(self) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Decode one token of every unfinished answer."""
+        device, alive = self.model.device, len(self.active)
+        padding = max(0, min(FEWEST_ROWS, self.rows) - alive)
+        tokens = [answer.tokens[-1] for answer in self.active] + [0] * padding
+        positions = self.slots.step(alive, padding, device)
+        with use_sequence_ids(torch.arange(alive + padding, device=device)):
+            output = self.model.base_model(
+                input_ids=torch.tensor([tokens], device=device),
+                position_ids=positions,
+                use_cache=False,
+                packed=self.slots,
+            )
+        hidden = output.last_hidden_state[0, :alive]
+        yield from self._append_tokens(0, logits_at(self.model, hidden))
+
+    def _append_tokens(
+        self, first_slot: int, logits: Tensor
+    ) -> Iterator[tuple[int, GeneratedAnswer]]:
+        """Append the likeliest token to each answer; yield those that end and free their slots.
+
+        The last slots move into the freed ones.
+
+        Args:
+            logits: (answers, vocabulary) of the answers in slot `first` and after.
+        """
+        largest, largest_ids = logits.max(-1)  # five times as fast as argmax on a CPU
+        tokens = largest_ids.tolist()
+        finite = (largest.isfinite() & logits.amin(-1).isfinite()).tolist()
+        ended_slots = []
+        for slot, token, is_finite in zip(count(first_slot), tokens, finite, strict=False):
+            answer = self.active[slot]
+            if reason := answer.append_token(token, is_finite, self.ends):
+                ended_slots.append(slot)
+                generated = GeneratedAnswer(answer.tokens, reason, answer.loglikelihoods)
+                yield answer.index, generated
+        for slot in reversed(ended_slots):
+            last = len(self.active) - 1
+            if slot != last:
+                self.slots.move(last, slot)
+                self.active[slot] = self.active[last]
+            self.active.pop()

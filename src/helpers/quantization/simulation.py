@@ -1,0 +1,464 @@
+"""Simulated int8, one Linear at a time: its SQNR, its effect on next tokens, and the choice of α.
+
+The quantized model is never built: a Linear is smoothed and rounded when its input arrives, and
+forgotten when it has answered, so that a choice or an explanation needs one copy of the weights.
+What counts is the checkpoint, which llmcompressor makes; the tests hold the two together.
+
+SQNR, the signal-to-quantization-noise ratio of a Linear's output, is taken on its real float
+inputs: errors do not accumulate from layer to layer, so a bad layer is seen where it is. How far a
+model's next-token distributions are from the float model's is measured on a few texts, also with
+some Linears left float.
+
+α is a number, the best of a grid, or one for each group of Linears. All work from the one
+calibration pass. The choice is made on the last tenth of the calibration items, with maxima over
+the others; evaluation items have no say. A grid is judged by how far next-token distributions
+move, `auto` by the squared error of each group's own outputs. The scales of the checkpoint then
+come from the maxima over all items.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from helpers.core.errors import StudyError
+from helpers.core.processes import Bar
+from helpers.quantization.calibration import quantized_linears, smoothing_groups
+from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
+from helpers.quantization.smoothing import group_scales, same_alpha
+from helpers.runtime.linears import (
+    every_expert_reads,
+    pad,
+    product,
+    simulated_by_onednn,
+    token_budget_batches,
+)
+from helpers.sources.model_files import batch_tokens_for
+from helpers.study.schema import Variant
+
+
+@dataclass
+class LinearScales:
+    """Smoothing scales of one Linear: divisors of its inputs and of its last outputs."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SmoothedLinear:
+    """A Linear with smoothing applied, and one smoothed input.
+
+    Attributes:
+        x: (tokens, in_features) float32.
+        weight: (out_features, in_features) float32.
+        absmax: (in_features,) calibrated maxima of x, or None.
+    """
+
+    x: Tensor
+    weight: Tensor
+    absmax: Tensor | None
+
+    def exact(self) -> Tensor:
+        """(tokens, out_features) x @ Wᵀ."""
+        return product(self.x, self.weight)
+
+    def rounded(self, variant: Variant) -> Tensor:
+        """(tokens, out_features) int8 output at the variant's granularities.
+
+        For a float variant: per channel and per token.
+        """
+        weights, activations = variant.scheme or ("channel", "token_dynamic")
+        magnitude = self.weight.abs()
+        top = magnitude.amax(1, keepdim=True) if weights == "channel" else magnitude.amax()
+        if activations == "token_dynamic":
+            limit = self.x.abs().amax(1, keepdim=True)
+        elif activations == "tensor_dynamic":
+            limit = self.x.abs().amax()
+        else:
+            limit = self.absmax.max().to(self.x.device)
+        return product(fake_quantize(self.x, limit), fake_quantize(self.weight, top))
+
+
+def apply_smoothing(
+    linear: nn.Linear, x: Tensor, absmax: Tensor | None, scales: LinearScales
+) -> SmoothedLinear:
+    """The Linear and its input, smoothed by the scales; neither original is changed.
+
+    Args:
+        x: (…, in_features).
+        absmax: (in_features,) calibrated maxima of the input before smoothing.
+    """
+    x, weight = x.reshape(-1, linear.in_features).float(), linear.weight.float()
+    if scales.inputs is not None:
+        divisor = scales.inputs.to(x.device)
+        x, weight = x / divisor, weight * divisor
+        absmax = None if absmax is None else absmax.to(x.device) / divisor
+    if scales.outputs is not None:
+        weight = weight.clone()
+        weight[-len(scales.outputs) :] /= scales.outputs.to(x.device)[:, None]
+    return SmoothedLinear(x, weight, absmax)
+
+
+def linear_scales(
+    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
+) -> dict[str, LinearScales]:
+    """Linear name to the scales that the variant's smoothing folds into it."""
+    scales_by_name: dict[str, LinearScales] = {}
+    for group in smoothing_groups(model.config, variant.smooth.targets):
+        alpha = alphas[group.consumers[0]]
+        scales = group_scales(model, group, act_absmax, alpha=alpha).float()
+        for name in group.consumers:
+            scales_by_name.setdefault(name, LinearScales()).inputs = scales
+        scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
+    return scales_by_name
+
+
+@contextmanager
+def simulated_quantization(
+    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
+) -> Iterator[None]:
+    """Inside, the float model computes as its variant would.
+
+    Args:
+        model: the float model, not smoothed; its weights stay as they are.
+        act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
+        alphas: α of each group, by the name of its first consumer.
+    """
+    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    targets = quantized_linears(model, variant.ignore)
+    own_forwards = {linear: vars(linear).get("forward") for linear in targets.values()}
+    for name, linear in targets.items():
+        of_linear = scales.get(name, LinearScales())
+        linear.forward = partial(
+            _simulated_forward, linear, variant, act_absmax.get(name), of_linear
+        )
+    try:
+        yield
+    finally:
+        for linear, forward in own_forwards.items():
+            del linear.forward
+            if forward is not None:
+                linear.forward = forward
+
+
+def _simulated_forward(
+    linear: nn.Linear, variant: Variant, absmax, scales: LinearScales, x: Tensor
+) -> Tensor:
+    """The Linear's int8 output with its output scales undone."""
+    y = apply_smoothing(linear, x, absmax, scales).rounded(variant)
+    if scales.outputs is not None:
+        y[:, -len(scales.outputs) :] *= scales.outputs.to(y.device)
+    if linear.bias is not None:
+        y += linear.bias.float()
+    return y.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+def fake_quantize(values: Tensor, absmax: Tensor) -> Tensor:
+    """Values rounded to the int8 grid whose ±127.5 steps reach `absmax`, as floats."""
+    scale = absmax_scale(absmax)
+    return torch.div(values, scale).round_().clamp_(-HALF_RANGE - 0.5, HALF_RANGE - 0.5) * scale
+
+
+ITEMS = 4  # calibration items that are read; every Linear computes five times on each
+
+
+@dataclass
+class SquaredSums:
+    """Squared signal and noise by Linear."""
+
+    signal: dict[str, float] = field(default_factory=dict)
+    noise: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, smoothed: SmoothedLinear, variant: Variant) -> None:
+        exact = smoothed.exact()
+        noise = (exact - smoothed.rounded(variant)).square().sum().item()
+        self.signal[name] = self.signal.get(name, 0.0) + exact.square().sum().item()
+        self.noise[name] = self.noise.get(name, 0.0) + noise
+
+    def decibels(self) -> dict[str, float]:
+        return {name: decibels(self.signal[name], self.noise[name]) for name in self.signal}
+
+
+@torch.inference_mode()
+def sqnr_with_and_without(
+    model,
+    items: list[list[int]],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
+) -> dict[str, dict[str, float]]:
+    """SQNR in dB by Linear, without smoothing and, if the variant smooths, with smoothing.
+
+    For a float variant, the SQNR of int8 per channel and per token. The model is not changed.
+
+    Args:
+        model: the float model, not smoothed.
+        items: token ids; each is read alone, in a mixture by every expert.
+        variant: gives the granularities and the smoothing targets.
+        act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
+        alphas: α of each group, by the name of its first consumer.
+
+    Raises:
+        StudyError: a Linear's output or error is not finite.
+    """
+    sums_and_scales: dict[str, tuple[SquaredSums, dict[str, LinearScales]]] = {
+        "without smoothing": (SquaredSums(), {})
+    }
+    if variant.smooth and not variant.recipe:
+        scales = linear_scales(model, variant, act_absmax, alphas)
+        sums_and_scales["with smoothing"] = (SquaredSums(), scales)
+    targets = quantized_linears(model, variant.ignore)
+
+    def hook(name: str):
+        def observe(module: nn.Linear, args: tuple) -> None:
+            for sums, scales in sums_and_scales.values():
+                of_linear = scales.get(name, LinearScales())
+                sums.add(
+                    name,
+                    apply_smoothing(module, args[0], act_absmax.get(name), of_linear),
+                    variant,
+                )
+
+        return observe
+
+    handles = [m.register_forward_pre_hook(hook(n)) for n, m in targets.items()]
+    try:
+        with every_expert_reads(model):
+            for tokens in Bar(items, desc="error of each Linear", unit="item"):
+                ids = torch.tensor([tokens], device=model.device)
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    curves = {label: sums.decibels() for label, (sums, _) in sums_and_scales.items()}
+    for label, values in curves.items():
+        if undefined := [name for name, value in values.items() if math.isnan(value)]:
+            raise StudyError(
+                f"the output SQNR of {undefined[0]} ({label}) is not a number: its inputs, weights "
+                f"or smoothing factors are not finite; {len(undefined)} Linears are like it"
+            )
+    return curves
+
+
+def decibels(signal: float, noise: float) -> float:
+    """10·log10(signal / noise), limited to 200 dB (no noise) and −200 dB (no signal).
+
+    NaN if either is not a finite number.
+    """
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if noise == 0.0:
+        return 200.0
+    ratio = signal / noise
+    return min(200.0, 10.0 * math.log10(ratio)) if ratio else -200.0
+
+
+HEAD_ROWS = 64  # tokens whose logits are in memory at once
+BATCH_TOKENS = 2048  # of one pass, including padding
+JUDGES = 3  # judging items that a probe reads, since it reads them once for every kind of Linear
+
+
+class DivergenceProbe:
+    """The float model's log-probabilities on a few texts.
+
+    Args:
+        model: the float model.
+        texts: token ids.
+        variant: the variant to compare; with `tensor_dynamic`, texts are read one at a time.
+    """
+
+    def __init__(self, model, texts: list[list[int]], variant: Variant):
+        batched = not variant.scheme or variant.scheme[1] != "tensor_dynamic"
+        budget = batch_tokens_for(model.config, list(map(len, texts)), batch_tokens=BATCH_TOKENS)
+        self.texts, self.batch_tokens = texts, budget if batched else 1
+        self.expected = list(self._logprobs(model))
+
+    def divergence(self, model) -> dict[str, float | None]:
+        """KL(float ‖ model) in nats per token, and the share of tokens with the same top-1.
+
+        The KL is None if it is not finite; the gates judge such a model.
+        """
+        kl, agreements, tokens = 0.0, 0, 0
+        for expected, logprobs in zip(self.expected, self._logprobs(model), strict=True):
+            kl += (expected.exp() * (expected - logprobs)).sum(dtype=torch.float64).item()
+            agreements += int((expected.max(-1).indices == logprobs.max(-1).indices).sum())
+            tokens += len(logprobs)
+        mean_kl = kl / tokens if math.isfinite(kl) else None
+        return {"kl": mean_kl, "top1_agreement": agreements / tokens}
+
+    @torch.inference_mode()
+    def _logprobs(self, model) -> Iterator[Tensor]:
+        """Yield (some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
+
+        Texts are batched if possible, since a simulated Linear rounds its weights at each call.
+        """
+        head, device = model.get_output_embeddings(), model.device
+        lengths = list(map(len, self.texts))
+        for batch in token_budget_batches(lengths, batch_tokens=self.batch_tokens):
+            tokens = pad([self.texts[i] for i in batch], value=0, side="right", device=device)
+            mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=device)
+            output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            for rows in output.last_hidden_state[mask.bool()].split(HEAD_ROWS):
+                yield head(rows).float().log_softmax(-1).cpu()
+
+
+def sensitivity_rows(
+    model, targets: list[str], absmax: dict[str, Tensor], probe: DivergenceProbe
+) -> list[dict]:
+    """The divergence of the quantized model, and with some of its Linears left float.
+
+    The Linears left float are each kind in turn, and the two with the strongest input outlier.
+
+    Args:
+        model: quantized by `compression.quantize_`, not saved yet; unchanged afterwards.
+        targets: names of its quantized Linears.
+        absmax: Linear name to (in_features,) calibrated maxima of its input.
+    """
+    groups = [("nothing", [])]
+    for kind in dict.fromkeys(name.rpartition(".")[2] for name in targets):
+        groups.append((f"every {kind}", [n for n in targets if n.endswith(f".{kind}")]))
+    outlier_linears = sorted(targets, key=lambda n: -_channel_ratio(absmax[n]))[:2]
+    groups.append((" and ".join(outlier_linears), outlier_linears))
+    rows = []
+    for label, names in Bar(groups, desc="leaving Linears float", unit="probe"):
+        with _left_float(model, names), simulated_by_onednn(model):
+            rows.append({"float": label, "linears": len(names), **probe.divergence(model)})
+    return rows
+
+
+def _channel_ratio(absmax: Tensor) -> float:
+    """Ratio of the largest to the median channel."""
+    return (absmax.max() / absmax.median().clamp(min=1e-12)).item()
+
+
+@contextmanager
+def _left_float(model, names: list[str]) -> Iterator[None]:
+    modules = [model.get_submodule(name) for name in names]
+    for module in modules:
+        module.quantization_enabled = False
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.quantization_enabled = True
+
+
+AUTO_ALPHAS = tuple(step / 10 for step in range(11))  # candidates of `auto` for each group
+
+
+@dataclass(frozen=True)
+class AlphaChoice:
+    """α of every group, by its first consumer, and the measurements behind the choice.
+
+    Attributes:
+        curve: for a grid, each α with its KL and top-1 agreement on the judging items.
+        errors: for `auto`, each group and α with the squared error of the group's outputs.
+    """
+
+    alphas: dict[str, float]
+    curve: list[dict]
+    errors: list[dict] = field(default_factory=list)
+
+    @property
+    def record(self) -> dict:
+        choice = {"alphas": self.alphas, "curve": self.curve}
+        return choice | ({"errors": self.errors} if self.errors else {})
+
+
+def choose_alphas(
+    model, variant: Variant, fit_absmax: dict[str, Tensor], judges: list[list[int]]
+) -> AlphaChoice:
+    """The α of every group of a variant; empty if it does not smooth.
+
+    Args:
+        model: the float model; it is not changed.
+        variant: its α is a number, a list or `auto`.
+        fit_absmax: Linear name to (in_features,) maxima over the items that do not judge.
+        judges: token ids of the judging items.
+
+    Raises:
+        StudyError: no α gives a finite KL (grid) or a finite error (`auto`).
+    """
+    smooth = variant.smooth
+    if smooth is None:
+        return AlphaChoice({}, [])
+    if isinstance(smooth.alpha, float):
+        return AlphaChoice(same_alpha(model.config, smooth.targets, smooth.alpha), [])
+    if smooth.alpha == "auto":
+        return _choose_per_group(model, variant, fit_absmax, judges)
+    curve = _grid_curve(model, variant, fit_absmax, DivergenceProbe(model, judges, variant))
+    best = _alpha_of_least_loss(
+        {row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL"
+    )
+    return AlphaChoice(same_alpha(model.config, smooth.targets, best), curve)
+
+
+def _alpha_of_least_loss(losses: dict[float, float | None], *, of: str) -> float:
+    """The α with the least finite loss."""
+    finite = {a: loss for a, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    if not finite:
+        raise StudyError(
+            f"smooth.alpha: {of} is finite at no α of {', '.join(map(str, losses))}; "
+            "use dtype float32 or mend the model"
+        )
+    return min(finite, key=finite.__getitem__)
+
+
+def _grid_curve(
+    model, variant: Variant, absmax: dict[str, Tensor], probe: DivergenceProbe
+) -> list[dict]:
+    """KL and top-1 agreement of the quantized model at every α of the grid."""
+    rows = []
+    for alpha in Bar(variant.smooth.alpha, desc="choosing α", unit="value"):
+        alphas = same_alpha(model.config, variant.smooth.targets, alpha)
+        with simulated_quantization(model, variant, absmax, alphas):
+            rows.append({"alpha": alpha, **probe.divergence(model)})
+    return rows
+
+
+@torch.inference_mode()
+def _choose_per_group(
+    model, variant: Variant, absmax: dict[str, Tensor], judges: list[list[int]]
+) -> AlphaChoice:
+    """For every group the α with the least squared error of its own int8 outputs."""
+    groups = {g.consumers[0]: g for g in smoothing_groups(model.config, variant.smooth.targets)}
+    errors: dict[str, dict[float, float]] = {
+        name: dict.fromkeys(AUTO_ALPHAS, 0.0) for name in groups
+    }
+
+    def hook(name: str):
+        def observe(_module, args: tuple) -> None:
+            for alpha in AUTO_ALPHAS:
+                scales = group_scales(model, groups[name], absmax, alpha=alpha).float()
+                for consumer in groups[name].consumers:
+                    linear, limit = model.get_submodule(consumer), absmax[consumer]
+                    smoothed = apply_smoothing(linear, args[0], limit, LinearScales(inputs=scales))
+                    error = smoothed.exact() - smoothed.rounded(variant)
+                    errors[name][alpha] += error.square().sum().item()
+
+        return observe
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n)) for n in groups]
+    try:
+        with every_expert_reads(model):
+            for tokens in Bar(judges, desc="choosing α", unit="item"):
+                ids = torch.tensor([tokens], device=model.device)
+                model.base_model(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    chosen = {
+        name: _alpha_of_least_loss(curve_of_group, of=f"the quantization error of {name}")
+        for name, curve_of_group in errors.items()
+    }
+    record_rows = [
+        {"group": name, "alpha": alpha, "error": error if math.isfinite(error) else None}
+        for name, curve_of_group in errors.items()
+        for alpha, error in curve_of_group.items()
+    ]
+    return AlphaChoice(chosen, [], record_rows)

@@ -1,0 +1,184 @@
+"""The figures of the shared text, computed a second time: sound ones agree, wrong ones do not."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers.evaluation.checks import recomputed_losses
+from helpers.evaluation.checks.numeric_gates import recomputed_gates
+from helpers.evaluation.scoring import shared_text_metrics
+from helpers.inference import perplexity
+from helpers.inference.perplexity import passage_rows, read_shared_text
+from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.study.loading import open_job
+
+AGAIN = "shared-text figures recomputed"
+
+
+def job_of(study_path, variant: str):
+    return open_job(study_path, model="base", variant=variant)
+
+
+@pytest.fixture
+def evaluated(study_path, monkeypatch, tmp_path):
+    """read(variant): (stored rows, gates) of the shared text, the baseline's states kept before."""
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    monkeypatch.setattr(perplexity, "check_checksums", lambda *_, **__: None)
+    torch.set_num_threads(1)
+    job = job_of(study_path, "noquant")
+    folder = model_folder(job.study, "base", job.paths)
+    model = load_model(folder, job.study.runtime)
+    tokenizer = load_tokenizer(folder, enable_thinking=None)
+    read_shared_text(job, model, tokenizer)
+
+    def read(variant: str = "rtn_w8a8"):
+        asked, job = (
+            (model if variant == "noquant" else rounded(model)),
+            job_of(study_path, variant),
+        )
+        passes = recomputed_losses.Passes(asked)
+        rows = read_shared_text(job, asked, tokenizer)
+        again = recomputed_losses.recompute(job, asked, passes)
+        means = shared_text_metrics(rows)
+        return rows, recomputed_gates(rows, means, again, is_baseline=variant == "noquant")
+
+    return read
+
+
+def rounded(model):
+    """A model as far from the float one as a coarse grid of weights takes it."""
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            if "proj" in name:
+                step = weight.abs().amax() / 12
+                weight.copy_((weight / step).round() * step)
+    return other
+
+
+def failed(gates) -> set[str]:
+    return {gate.name for gate in gates if not gate.passed}
+
+
+@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+def test_sound_figures_agree(evaluated, variant):
+    rows, gates = evaluated(variant)
+    assert failed(gates) == set()
+    assert (sum(row["kl"] for row in rows) > 1) == (variant != "noquant")
+
+
+def kl_the_wrong_way_round(passages, tokens, states, reference, **options):
+    rows = passage_rows(passages, tokens, states, reference, **options)
+    turned = passage_rows(passages, tokens, reference, states, **options)
+    return [row | {"kl": other["kl"]} for row, other in zip(rows, turned, strict=True)]
+
+
+def loss_on_the_token_before(passages, tokens, states, reference, **options):
+    shifted = [[t[0], *t[:-1]] for t in tokens]
+    return passage_rows(passages, shifted, states, reference, **options)
+
+
+def agreements_of_half(passages, tokens, states, reference, **options):
+    rows = passage_rows(passages, tokens, states, reference, **options)
+    return [row | {"top1_agreements": row["top1_agreements"] // 2} for row in rows]
+
+
+WRONG = {
+    kl_the_wrong_way_round: "KL the wrong way round",
+    loss_on_the_token_before: "loss on the wrong token",
+    agreements_of_half: "half of the top-1 agreements",
+}
+
+
+@pytest.mark.parametrize(
+    "wrong", [pytest.param(f, marks=pytest.mark.bank("text", w, AGAIN)) for f, w in WRONG.items()]
+)
+def test_figures_made_wrongly_are_caught(evaluated, monkeypatch, wrong):
+    monkeypatch.setattr(perplexity, "passage_rows", wrong)
+    _, gates = evaluated()
+    assert AGAIN in failed(gates)
+
+
+@pytest.mark.bank("text", "loss on the wrong token", AGAIN)
+def test_the_baselines_loss_on_the_wrong_token_is_caught(evaluated, monkeypatch):
+    monkeypatch.setattr(perplexity, "passage_rows", loss_on_the_token_before)
+    assert failed(evaluated("noquant")[1]) == {AGAIN}
+
+
+@pytest.mark.bank("text", "reference shifted by one for quantized variants", AGAIN)
+def test_a_reference_shifted_by_one_is_caught(evaluated, monkeypatch):
+    load = perplexity.load_states
+
+    def shifted(*arguments):
+        states = load(*arguments)
+        return perplexity.HiddenStates(states.hidden.roll(1, 0), states.head)
+
+    monkeypatch.setattr(perplexity, "load_states", shifted)
+    assert AGAIN in failed(evaluated()[1])
+
+
+@pytest.mark.bank("text", "passages cut short by a token", "passage token counts")
+def test_a_passage_cut_short_has_another_count(evaluated, monkeypatch):
+    cut = perplexity.passage_tokens
+    monkeypatch.setattr(
+        perplexity,
+        "passage_tokens",
+        lambda *a, max_tokens: cut(*a, max_tokens=max_tokens - 1),
+    )
+    assert "passage token counts" in failed(evaluated("noquant")[1])
+
+
+@pytest.mark.bank("text", "states of two passages exchanged", AGAIN)
+def test_states_of_other_passages_are_caught(evaluated, monkeypatch):
+    """The rows of two passages were exchanged on their way from the model to the figures."""
+    read = perplexity.read_passages
+
+    def exchanged(model, tokens, **options):
+        states = read(model, tokens, **options)
+        return perplexity.HiddenStates(states.hidden.flip(0), states.head)
+
+    monkeypatch.setattr(perplexity, "read_passages", exchanged)
+    assert AGAIN in failed(evaluated()[1])
+
+
+@pytest.mark.bank(
+    "text", "a baseline apart from itself", "baseline agrees with itself", at="rows of the passages"
+)
+@pytest.mark.bank(
+    "text", "means over passages instead of tokens", "shared-text means recomputed", at="metrics"
+)
+def test_a_baseline_apart_from_itself_and_wrong_means_are_caught(evaluated):
+    rows, _ = evaluated("noquant")
+    apart = [row | {"kl": 1e-3} for row in rows]
+    means = shared_text_metrics(rows)
+    failing = failed(recomputed_gates(apart, means, None, is_baseline=True))
+    assert {"baseline agrees with itself", "shared-text means recomputed", AGAIN} <= failing
+    by_passage = sum(row["nll"] / row["tokens"] for row in rows) / len(rows)
+    other = means | {"perplexity": 2.718281828 ** (1.01 * by_passage)}
+    assert "shared-text means recomputed" in failed(
+        recomputed_gates(rows, other, None, is_baseline=True)
+    )
+
+
+def test_the_hook_is_taken_off_again(evaluated, study_path):
+    job = job_of(study_path, "noquant")
+    model = load_model(model_folder(job.study, "base", job.paths), job.study.runtime)
+    passes = recomputed_losses.Passes(model)
+    assert model.base_model._forward_hooks
+    passes.end()
+    assert not model.base_model._forward_hooks
+
+
+@pytest.mark.bank(
+    "tokens", "two token ids swapped in the shared text", "passages tokenized by the source"
+)
+def test_two_token_ids_exchanged_in_the_shared_text_are_caught(evaluated, monkeypatch):
+    """The passage has as many tokens as it has to, and they are others."""
+    from test_silent_evaluation_failures import swapped
+
+    turned = swapped(perplexity.plain_tokens, "ez")
+    monkeypatch.setattr(perplexity, "plain_tokens", turned)
+    failing = failed(evaluated("noquant")[1])
+    assert "passages tokenized by the source" in failing
+    assert "passage token counts" not in failing

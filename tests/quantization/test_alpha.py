@@ -1,0 +1,233 @@
+"""α by number, by grid, or for each group: chosen on items that judge, and on nothing else."""
+
+import copy
+
+import pytest
+import torch
+
+from helpers.core.errors import StudyError
+from helpers.quantization import calibration, compression, simulation
+from helpers.quantization.simulation import DivergenceProbe, sensitivity_rows
+from helpers.quantization.smoothing import smooth_
+from helpers.sources.models import random_model
+from helpers.study.schema import Variant
+from quantized_run import at_millionth
+
+NORMS = ("attention_input", "mlp_input")
+GRID = (0.2, 0.5, 0.8)
+
+
+def variant(choice, preset: str = "w8a8") -> Variant:
+    return Variant(preset=preset, smooth={"alpha": choice, "targets": NORMS})
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(5)
+    return [torch.randint(3, 259, (n,), generator=generator).tolist() for n in (31, 12, 22, 40)]
+
+
+@pytest.fixture(scope="module")
+def network(texts):
+    """A tiny model one channel of whose norms is loud, as a real one's are."""
+    torch.set_num_threads(1)
+    model = random_model("llama", seed=6)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[3] *= 60
+            layer.post_attention_layernorm.weight[7] *= 40
+    return model
+
+
+@pytest.fixture(scope="module")
+def fit(network, texts):
+    found = calibration.run_calibration(network, texts, batch_tokens=64)
+    return {name: statistics.fit_absmax for name, statistics in found.items()}
+
+
+def test_the_maxima_of_a_choice_leave_the_judges_out(network, texts):
+    judged = calibration.first_judging_item(len(texts))
+    assert judged == len(texts) - 1
+    whole = calibration.run_calibration(network, texts, batch_tokens=64)
+    without = calibration.run_calibration(network, texts[:judged], batch_tokens=64)
+    for name, of_input in whole.items():
+        torch.testing.assert_close(of_input.fit_absmax, without[name].absmax)
+    assert any((f.fit_absmax < f.absmax).any() for f in whole.values())
+
+
+def test_a_number_is_every_groups(network, fit):
+    chosen = simulation.choose_alphas(network, variant(0.4), fit, [])
+    assert set(chosen.alphas.values()) == {0.4}
+    assert len(chosen.alphas) == len(NORMS) * network.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "o3"])
+def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, preset):
+    """Each α built by hand, and its KL computed from whole-model logits in float64.
+
+    The grid never builds the models it judges. A rounding that tips moves a KL: as far at
+    most as the built model's own moves with embeddings a millionth off, and not at all
+    where no rounding is near an edge.
+    """
+    chosen = simulation.choose_alphas(network, variant(GRID, preset), fit, texts[-1:])
+    ids = torch.tensor([texts[-1]])
+    with torch.inference_mode():
+        expected = network(ids).logits.double().log_softmax(-1)
+
+    def kl(logits) -> float:
+        logprobs = logits.double().log_softmax(-1)
+        return (expected.exp() * (expected - logprobs)).sum(-1).mean().item()
+
+    by_hand = []
+    for row in chosen.curve:
+        copied = copy.deepcopy(network)
+        smoothed = smooth_(copied, fit, NORMS, dict.fromkeys(chosen.alphas, row["alpha"]))
+        compression.quantize_variant_(copied, variant(row["alpha"], preset), fit, smoothed)
+        with torch.inference_mode():
+            built = kl(copied(ids).logits)
+            tips = [abs(kl(at_millionth(copied, ids, k)) - built) for k in range(5)]
+        by_hand.append(built)
+        assert abs(row["kl"] - built) <= max(tips) + 1e-3 * built
+    assert [row["alpha"] for row in chosen.curve] == list(GRID)
+    best = GRID[min(range(len(GRID)), key=by_hand.__getitem__)]
+    assert set(chosen.alphas.values()) == {best}
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "o2", "o3"])
+def test_texts_read_side_by_side_are_read_as_if_alone(network, fit, texts, scheme):
+    """Padding and company must not reach a scale, one for a whole tensor least of all."""
+    recipe = variant(0.5, scheme)
+    copied = copy.deepcopy(network)
+    compression.quantize_variant_(copied, recipe, fit, [])
+    together = DivergenceProbe(network, texts, recipe).divergence(copied)
+    alone = [DivergenceProbe(network, [text], recipe).divergence(copied) for text in texts]
+    sizes = list(map(len, texts))
+    for key, of_input in together.items():
+        mean = sum(a[key] * n for a, n in zip(alone, sizes, strict=True)) / sum(sizes)
+        assert of_input == pytest.approx(mean, rel=0.02), key
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "o3"])
+def test_auto_takes_for_each_group_the_least_error_of_its_outputs(network, fit, texts, preset):
+    """One group looked at by hand: its smoothed Linears, rounded, on the judging text."""
+    chosen = simulation.choose_alphas(network, variant("auto", preset), fit, texts[-1:])
+    name = "model.layers.1.self_attn.q_proj"
+    seen = []
+    hook = network.get_submodule(name).register_forward_pre_hook(lambda _, a: seen.append(a[0][0]))
+    with torch.inference_mode():
+        network(torch.tensor([texts[-1]]))
+    hook.remove()
+    consumers = [name, name.replace("q_proj", "k_proj"), name.replace("q_proj", "v_proj")]
+    weights = [network.get_submodule(c).weight.detach() for c in consumers]
+    top = torch.stack([w.abs().amax(0) for w in weights]).amax(0)
+
+    def rounded(values, limit):
+        step = limit / 127.5
+        return (values / step).round().clamp(-128, 127) * step
+
+    def error(value: float) -> float:
+        s = fit[name] ** value / top ** (1 - value)
+        x, total = seen[0] / s, 0.0
+        limit = x.abs().amax(1, keepdim=True) if preset == "w8a8" else (fit[name] / s).max()
+        for w in weights:
+            scaled = w * s
+            per = scaled.abs().amax(1, keepdim=True) if preset == "w8a8" else scaled.abs().max()
+            made = rounded(x, limit) @ rounded(scaled, per).T
+            total += (made - seen[0] @ w.T).square().sum().item()
+        return total
+
+    best = min(simulation.AUTO_ALPHAS, key=error)
+    assert error(chosen.alphas[name]) <= error(best) * 1.01
+
+
+def test_choosing_changes_no_weight(network, fit, texts):
+    before = {n: p.clone() for n, p in network.named_parameters()}
+    simulation.choose_alphas(network, variant(GRID), fit, texts[-1:])
+    simulation.choose_alphas(network, variant("auto"), fit, texts[-1:])
+    assert all(torch.equal(p, before[n]) for n, p in network.named_parameters())
+    assert not any(m._forward_pre_hooks for m in network.modules())
+
+
+def overflowing(network):
+    """The network with an infinite weight in a norm of its last layer."""
+    copied = copy.deepcopy(network)
+    with torch.no_grad():
+        copied.model.layers[-1].post_attention_layernorm.weight[0] = float("inf")
+    return copied
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "o3"])
+def test_a_divergence_that_is_not_finite_is_none_and_is_never_chosen(
+    network, fit, texts, preset, monkeypatch
+):
+    recipe = variant(GRID, preset)
+    broken = overflowing(network)
+    assert DivergenceProbe(network, texts[-1:], recipe).divergence(broken)["kl"] is None
+    with pytest.raises(StudyError, match=r"KL is finite at no α of 0\.2, 0\.5, 0\.8;"):
+        simulation.choose_alphas(broken, recipe, fit, texts[-1:])
+    with pytest.raises(StudyError, match=r"layers\.1\.mlp\.gate_proj is finite at no"):
+        simulation.choose_alphas(broken, variant("auto", preset), fit, texts[-1:])
+
+    divergences = iter([{"kl": None}, {"kl": 0.4}, {"kl": 0.2}])
+    monkeypatch.setattr(DivergenceProbe, "divergence", lambda *_: next(divergences))
+    assert set(simulation.choose_alphas(network, recipe, fit, texts[-1:]).alphas.values()) == {
+        GRID[2]
+    }
+
+
+def test_leaving_everything_float_leaves_no_loss(network, fit, texts):
+    probe = DivergenceProbe(network, texts[-1:], Variant(preset="o3"))
+    copied = copy.deepcopy(network)
+    targets = compression.quantize_variant_(copied, Variant(preset="o3"), fit, [])
+    rows = {row["float"]: row for row in sensitivity_rows(copied, targets, fit, probe)}
+    assert rows["nothing"]["kl"] == pytest.approx(probe.divergence(copied)["kl"])
+    assert rows["nothing"]["kl"] > 0
+    assert {f"every {kind}" for kind in ("q_proj", "down_proj")} <= set(rows)
+    for name in targets:
+        copied.get_submodule(name).quantization_enabled = False
+    assert probe.divergence(copied)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("choice", ["w8a8_grid", "o3_auto"])
+def test_the_gates_hold_a_chosen_alpha_to_the_tensors(sound_run, choice):
+    run = sound_run("llama", choice)
+    assert run.failed() == set()
+    path = run.checkpoint.parent / "quantization" / "alpha.json"
+    text = path.read_text("utf-8")
+    other = text.replace("0.3", "0.9").replace("0.6", "0.3").replace("0.9", "0.6")
+    if choice == "o3_auto":
+        import json
+
+        record = json.loads(text)
+        first = next(iter(record["alphas"]))
+        record["alphas"][first] = 1.0 if record["alphas"][first] < 0.5 else 0.0
+        other = json.dumps(record)
+    path.write_text(other, "utf-8")
+    assert "smoothing scales as declared" in run.failed()
+    path.write_text(text.replace('": 0.', '": 7.'), "utf-8")
+    assert "smoothing scales as declared" in run.failed()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"alpha": [0.5]}, "two values or more"),
+        ({"alpha": [0.5, 0.5]}, "each once"),
+        ({"alpha": [0.5, 1.7]}, r"smooth\.alpha\.1 = 1\.7 is outside"),
+        ({"alpha": "best"}, r"smooth\.alpha = .best. is not known; use one of .auto"),
+    ],
+)
+def test_a_choice_that_is_none_is_refused(study_settings, write_study, settings, said):
+    from helpers.study.loading import load_study
+
+    study_settings["variants"]["smoothquant_w8a8"]["smooth"] |= settings
+    with pytest.raises(StudyError, match=said):
+        load_study(write_study(study_settings))
+
+
+def test_a_float_variant_has_no_error_to_choose_by(study_settings, write_study):
+    from helpers.study.loading import load_study
+
+    study_settings["variants"]["smooth_only"] = {"smooth": {"alpha": "auto", "targets": [*NORMS]}}
+    with pytest.raises(StudyError, match="give a number"):
+        load_study(write_study(study_settings))

@@ -1,0 +1,143 @@
+"""Checkpoints: what llmcompressor saves, read back, and held against independent arithmetic."""
+
+import pytest
+import torch
+
+from helpers.core.errors import StudyError
+from helpers.quantization import compression
+from helpers.quantization.calibration import run_calibration
+from helpers.quantization.int8_linear import Int8Linear
+from helpers.quantization.simulation import choose_alphas
+from helpers.quantization.smoothing import smooth_variant_, smoothed_absmax
+from helpers.quantization.variants import load_int8, load_reference, read_checkpoint_tensors
+from helpers.study.schema import Variant
+
+SMOOTH = {"alpha": 0.5, "targets": ("attention_input", "mlp_input")}
+VARIANTS = {
+    "rtn_w8a8": Variant(preset="w8a8"),
+    "smoothquant_w8a8": Variant(preset="w8a8", smooth=SMOOTH),
+    "o1": Variant(preset="o1", smooth=SMOOTH),
+    "o2": Variant(preset="o2"),
+    "o3": Variant(preset="o3", smooth=SMOOTH),
+    "down_float": Variant(preset="w8a8", ignore=("lm_head", "down_proj")),
+}
+
+
+@pytest.fixture
+def items():
+    generator = torch.Generator().manual_seed(4)
+    return [torch.randint(3, 259, (n,), generator=generator).tolist() for n in (20, 12)]
+
+
+@pytest.fixture
+def made(request, model, tokenizer, items, tmp_path):
+    """(variant, float weights after smoothing, calibrated maxima, checkpoint folder, model)."""
+    variant = VARIANTS[request.param]
+    statistics = run_calibration(model, items, batch_tokens=64)
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
+    smoothed = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
+    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    compression.quantize_variant_(model, variant, absmax, smoothed)
+    folder = tmp_path / "checkpoint"
+    compression.save_checkpoint(model, tokenizer, folder)
+    return variant, weights, smoothed_absmax(absmax, smoothed), folder, model
+
+
+all_variants = pytest.mark.parametrize("made", VARIANTS, indirect=True)
+
+
+@all_variants
+def test_weights_are_round_to_nearest_on_the_grid(made):
+    """q = clamp(round(w / s), -128, 127) with s = max|w| / 127.5, per row or for all."""
+    variant, weights, _, folder, _ = made
+    tensors = read_checkpoint_tensors(folder)
+    names = [k.removesuffix(".weight_scale") for k in tensors if k.endswith(".weight_scale")]
+    assert names
+    for name in names:
+        w = weights[f"{name}.weight"].double()
+        top = w.abs().amax(1, keepdim=True) if variant.scheme[0] == "channel" else w.abs().max()
+        expected = (w / (top / 127.5)).round().clamp(-128, 127)
+        stored = tensors[f"{name}.weight"].double()
+        near_ties = (stored - expected).abs() > 0
+        assert (stored - expected).abs().max() <= 1
+        assert near_ties.float().mean() < 0.01  # float32 against float64 at the rounding edge
+
+
+@pytest.mark.parametrize("made", ["o3"], indirect=True)
+def test_static_scales_come_from_the_calibration(made):
+    _, _, absmax, folder, _ = made
+    for name, scale in read_checkpoint_tensors(folder).items():
+        if name.endswith(".input_scale"):
+            top = absmax[name.removesuffix(".input_scale")].max()
+            torch.testing.assert_close(scale.reshape(()).float(), top / 127.5)
+
+
+@all_variants
+def test_the_head_stays_float(made):
+    variant, weights, _, folder, _ = made
+    tensors = read_checkpoint_tensors(folder)
+    assert "lm_head.weight_scale" not in tensors
+    assert torch.equal(tensors["model.embed_tokens.weight"], weights["model.embed_tokens.weight"])
+    if "down_proj" in variant.ignore:
+        assert not any(k.endswith("down_proj.weight_scale") for k in tensors)
+
+
+@all_variants
+def test_int8_layers_equal_the_simulation_layer_by_layer(made, items):
+    """The kernel and compressed-tensors' own forward, on the same inputs of every Linear."""
+    _, _, _, folder, _ = made
+    fast = load_int8(folder, dtype=torch.float32, device="cpu")
+    simulated = load_reference(folder, dtype=torch.float32, device="cpu")
+    seen: dict[str, tuple] = {}
+    for name, module in fast.named_modules():
+        if isinstance(module, Int8Linear):
+            simulated.get_submodule(name).register_forward_hook(
+                lambda _m, args, out, name=name: seen.__setitem__(name, (args[0], out))
+            )
+    with torch.inference_mode():
+        simulated(torch.tensor([items[0]]))
+        assert seen
+        for name, (x, expected) in seen.items():
+            output = fast.get_submodule(name)(x)
+            scale = expected.abs().max().item()
+            torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@all_variants
+def test_a_reload_computes_what_was_saved(made, items):
+    _, _, _, folder, model = made
+    ids = torch.tensor([items[0]])
+    with torch.inference_mode():
+        simulated = load_reference(folder, dtype=torch.float32, device="cpu")
+        torch.testing.assert_close(simulated(ids).logits, model(ids).logits)
+
+
+def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
+    """Given the same smoothed model, `oneshot` W8A8 saves the very same tensors."""
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.quantization import QuantizationModifier
+
+    variant = VARIANTS["smoothquant_w8a8"]
+    statistics = run_calibration(model, items, batch_tokens=64)
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
+    smoothed = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
+    model.save_pretrained(tmp_path / "smoothed")
+    theirs = type(model).from_pretrained(tmp_path / "smoothed")
+    recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
+    oneshot(model=theirs, processor=tokenizer, recipe=recipe)
+    theirs.save_pretrained(tmp_path / "theirs", save_compressed=True)
+    compression.quantize_variant_(model, variant, absmax, smoothed)
+    compression.save_checkpoint(model, tokenizer, tmp_path / "ours")
+    expected, tensors = (
+        read_checkpoint_tensors(tmp_path / "theirs"),
+        read_checkpoint_tensors(tmp_path / "ours"),
+    )
+    assert set(tensors) == set(expected)
+    assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+def test_an_ignored_name_that_matches_nothing_is_refused(model, items):
+    absmax = {n: f.absmax for n, f in run_calibration(model, items, batch_tokens=64).items()}
+    variant = Variant(preset="w8a8", ignore=("lm_heed",))
+    with pytest.raises(StudyError, match="'lm_heed' matches no Linear"):
+        compression.quantize_variant_(model, variant, absmax, [])

@@ -1,0 +1,80 @@
+"""Where the loss lies, told from records: the right carrier, and no claim where there is none."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from helpers.report import sensitivity
+
+
+def study_of(left_float: list[dict], curve: list[dict] | None = None):
+    """A study of one model and one quantized variant with these records."""
+    record = {"left_float": left_float, "alpha": {"alphas": {}, "curve": curve or []}}
+    quantization = {"results": {"losses": record}}
+    variant = SimpleNamespace(variant="o3", quantization=quantization)
+    return SimpleNamespace(
+        models=["base"], compared=["o3"], compared_variants_of=lambda _: [variant]
+    )
+
+
+def row(label: str, kl: float | None) -> dict:
+    return {"float": label, "linears": 1, "kl": kl, "top1_agreement": 0.9}
+
+
+NAMED = "model.layers.3.mlp.down_proj"
+
+
+def test_the_carrier_is_what_saves_most():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.7), row(NAMED, 0.2)]
+    (sentence,) = sensitivity.loss_carrier_sentences(study_of(rows), "base")
+    assert "3.mlp.down_proj" in sentence
+    assert "reduce the KL of `o3` from 0.800 to 0.200" in sentence
+    assert "(by 75 %)" in sentence
+
+
+def test_without_a_carrier_none_is_named():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)]
+    assert sensitivity.loss_carrier_sentences(study_of(rows), "base") == [
+        "No single kind of Linear carries the loss of `o3` beyond chance."
+    ]
+
+
+def test_what_saves_no_more_than_chance_moves_is_not_named():
+    rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.61)]  # +25 %, −24 %
+    assert sensitivity.largest_chance_rise(study_of(rows)) == pytest.approx(0.25)
+    (sentence,) = sensitivity.loss_carrier_sentences(study_of(rows), "base")
+    assert "No single kind of Linear" in sentence
+    assert "up to 25 %" in sensitivity.loss_chapter(study_of(rows))[0].data
+    rows[2] = row(NAMED, 0.59)  # −26 %
+    assert "3.mlp.down_proj" in sensitivity.loss_carrier_sentences(study_of(rows), "base")[0]
+
+
+def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
+    rows = [row("nothing", 0.8), row("every q_proj", 0.7)]
+    assert len(sensitivity.loss_chapter(study_of(rows))) == 1
+    curve = [{"alpha": a, "kl": k, "top1_agreement": 0.9} for a, k in ((0.3, 0.5), (0.8, 0.2))]
+    parts = sensitivity.loss_chapter(study_of(rows, curve))
+    assert len(parts) == 2
+    assert "α = 0.8 (o3)" in sensitivity.alpha_figure_title({"o3": curve}, "base")
+
+
+def test_what_is_not_finite_is_said_and_never_the_least():
+    broken = [row("nothing", None), row("every q_proj", 0.7), row(NAMED, None)]
+    (sentence,) = sensitivity.loss_carrier_sentences(study_of(broken), "base")
+    assert "non-finite" in sentence
+    assert sensitivity.largest_chance_rise(study_of(broken)) is None
+    partly = [row("nothing", 0.8), row("every q_proj", None), row(NAMED, 0.2)]
+    assert "3.mlp.down_proj" in sensitivity.loss_carrier_sentences(study_of(partly), "base")[0]
+    assert sensitivity.left_float_rows(study_of(partly), "base")[1]["`o3`"] == sensitivity.MISSING
+    only = [row("nothing", 0.8), row("every q_proj", None)]
+    assert (
+        "No single kind of Linear" in sensitivity.loss_carrier_sentences(study_of(only), "base")[0]
+    )
+    curve = [{"alpha": 0.3, "kl": None}, {"alpha": 0.8, "kl": 0.2}]
+    parts = sensitivity.loss_chapter(study_of(partly, curve))
+    assert len(parts) == 2
+    assert sensitivity.alpha_curves(study_of(partly, curve), "base") == {"o3": curve[1:]}
+
+
+def test_a_record_without_probes_is_passed_over():
+    assert sensitivity.loss_chapter(study_of([])) == []

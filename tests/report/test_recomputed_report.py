@@ -1,0 +1,220 @@
+"""An edited number in a published summary or report is named: place, published, recomputed."""
+
+import ast
+import html
+import json
+import re
+import shutil
+
+import pytest
+
+from helpers.core.files import PROJECT
+from helpers.report import summary
+from helpers.report.checks import recomputed_tables
+from helpers.report.checks.recomputation import recompute
+from helpers.report.checks.recomputed_tables import (
+    cell_differs,
+    read_tables,
+    rounds_to,
+    written_numbers,
+)
+from helpers.report.results import Results, load_results
+from helpers.statistics.verdicts import study_verdicts
+from test_recomputed_statistics import bootstrap_of_four_times_the_items
+from test_report import make_job  # noqa: F401 - a fixture
+
+DEMO = PROJECT / "outputs" / "demo"
+OWN = {
+    "recomputed_tables",
+    "recomputed_sentences",
+    "recomputed_chapters",
+    "recomputed_graded_report",
+}
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch):
+    """A copy of the published demo, to edit; its texts are read again in another test."""
+    from helpers.report.checks import recomputation as module
+
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
+    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
+    copy = tmp_path / "outputs" / "demo"
+    shutil.copytree(DEMO / "answers", copy / "answers")
+    for name in ("summary.json", "summary.csv", "report.md", "notebooks/04_analysis.ipynb"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        shutil.copy(DEMO / name, copy / name)
+    return copy
+
+
+def bumped(text: str) -> str:
+    """The text with the last digit of its first number changed."""
+    number = re.search(r"\d[\d,]*(?:\.\d+)?", text)
+    digit = "8" if number[0][-1] == "9" else str(int(number[0][-1]) + 1)
+    return f"{text[: number.end() - 1]}{digit}{text[number.end() :]}"
+
+
+def edit_cell(report, row: str, column: str, change=bumped) -> tuple[str, str]:
+    """Change a cell of the first table that has both; returns (published then, before)."""
+    lines, header = report.read_text("utf-8").splitlines(), []
+    for at, line in enumerate(lines):
+        cells = [cell.strip() for cell in line.split("|")]
+        if at + 1 < len(lines) and lines[at + 1].startswith("| :--"):
+            header = [html.unescape(cell) for cell in cells]
+        elif line.startswith(row) and column in header:
+            place = header.index(column)
+            before, cells[place] = cells[place], change(cells[place])
+            lines[at] = " | ".join(cells).strip() + " "
+            report.write_text("\n".join(lines) + "\n", "utf-8")
+            return cells[place], before
+    raise LookupError(f"no table has the row {row!r} and the column {column!r}")
+
+
+CELLS = [
+    ("| `base` | `rtn_w8a8` |", "perplexity"),
+    ("| ARC | `rtn_w8a8`", "gained"),
+    ("| ARC | `smoothquant_w8a8`", "detectable loss"),
+    ("| `rtn_w8a8` |", "Δ loss [nats/token]"),
+    ("| `base` | `noquant` |", "finish reasons"),
+    ("| `base` | `noquant_bf16` |", "accuracy"),
+    ("| `11.mlp.down_proj` |", "largest"),
+    ("| every q_proj", "`rtn_w8a8`"),
+]
+
+
+@pytest.mark.parametrize(("row", "column"), CELLS)
+@pytest.mark.bank(
+    "report", "an edited number in a table of the report", "make verdicts", at="report.md"
+)
+def test_an_edited_number_in_a_table_is_named(demo, row, column):
+    """One in every kind of table that answers give, one that only the analysis gives."""
+    published, before = edit_cell(demo / "report.md", row, column)
+    assert published != before
+    differences = [line for line in recompute("demo")[1] if f"column {column.strip('`')}:" in line]
+    assert differences, (row, column)
+    assert any(written_numbers(published)[0] in line.replace(",", "") for line in differences), (
+        differences
+    )
+
+
+def edit_value(path, row: str) -> str:
+    """Change the value of a line of summary.csv; returns it as published then."""
+    lines = path.read_text("utf-8").splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith(row))
+    cells = lines[at].split(",")
+    cells[4] = f"{float(cells[4]) + 0.011:.4f}"
+    lines[at] = ",".join(cells)
+    path.write_text("".join(lines), "utf-8")
+    return cells[4]
+
+
+@pytest.mark.bank(
+    "report", "edited numbers in the summaries", "make verdicts", at="summary.csv, summary.json"
+)
+def test_edited_summaries_are_named(demo):
+    accuracy = edit_value(demo / "summary.csv", "base,rtn_w8a8,arc,accuracy")
+    edit_value(demo / "summary.csv", "finetuned,noquant,squad_v2,f1")
+    path = demo / "summary.json"
+    published = json.loads(path.read_text("utf-8"))
+    published["models"]["base"]["variants"]["rtn_w8a8"]["datasets"]["boolq"]["macro_f1"][
+        "value"
+    ] += 0.01
+    published["models"]["base"]["variants"]["rtn_w8a8"]["passed"] ^= True
+    published["models"]["base"]["largest_outliers"][0]["largest"] *= 1.1
+    published["best_fixed_answers"]["boolq"]["score"] -= 0.1
+    published["statistics"]["margin"] *= 2
+    published["comparisons"][0]["holm_p"] = 0.0123
+    published["comparisons"][1]["reason"] = bumped(published["comparisons"][1]["reason"])
+    path.write_text(json.dumps(published), "utf-8")
+    differences = "\n".join(recompute("demo")[1])
+    for place in (
+        f"summary.csv, row base / rtn_w8a8 / arc / accuracy, column value: published '{accuracy}",
+        "summary.csv, row finetuned / noquant / squad_v2 / f1, column value",
+        "summary.json, base/rtn_w8a8, datasets, boolq, macro_f1, value: published",
+        "summary.json, base/rtn_w8a8, passed: published",
+        "row 11.mlp.down_proj / 1229, column largest: published",
+        "summary.json, best_fixed_answers, boolq, score: published",
+        "summary.json, statistics, margin: published",
+        "summary.json, base: ARC, smoothquant_w8a8 against noquant: holm_p is",
+        "summary.json, base: SQuAD v2, smoothquant_w8a8 against noquant: reason is",
+    ):
+        assert place in differences, place
+
+
+@pytest.mark.bank(
+    "report", "lines taken out of the summary or put in", "make verdicts", at="summary.csv"
+)
+def test_lines_taken_out_or_put_in_are_named(demo):
+    path = demo / "summary.csv"
+    lines = path.read_text("utf-8").splitlines()
+    path.write_text("\n".join([*lines[:4], *lines[5:], lines[5], "base,x,arc,accuracy,1,,,1"]))
+    differences = "\n".join(recompute("demo")[1])
+    assert "summary.csv has no row" in differences
+    assert "row base / x / arc / accuracy is none of the study's" in differences
+    assert "summary.csv has a row twice" in differences
+
+
+@pytest.mark.bank("report", "verdicts edited in the report", "make verdicts", at="report.md")
+def test_verdicts_in_other_words_are_named(demo):
+    report = demo / "report.md"
+    edit_cell(report, "| `smoothquant_w8a8` | `base` |", "ARC", lambda _: "better")
+    edit_cell(report, "| ARC | `smoothquant_w8a8`", "verdict", lambda _: "worse")
+    differences = "\n".join(recompute("demo")[1])
+    assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in differences
+    assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in differences
+
+
+@pytest.mark.bank(
+    "report",
+    "a summary made by wrong statistics",
+    "make verdicts",
+    at="statistics.verdicts.bootstrap_mean, report.results.Results.verdicts",
+)
+def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  # noqa: F811
+    """Nothing of the report's statistics is used to make its numbers again."""
+    from helpers.report.checks import recomputation as module
+
+    monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
+    job = make_job()
+
+    def unchecked(results):
+        return study_verdicts(results.study, results.published.answers)
+
+    bootstrap_of_four_times_the_items(monkeypatch)
+    monkeypatch.setattr(Results, "verdicts", property(unchecked))
+    summary.write_summary(load_results(job), job.paths.root)
+    differences = recompute(str(job.paths.root.parents[1] / "study.yaml"))[1]
+    assert any("smoothquant_w8a8 against noquant: low is" in line for line in differences)
+    assert any("summary.csv" in line and "column low" in line for line in differences)
+
+
+def test_none_of_the_reports_code_makes_its_numbers_again():
+    for name in (*OWN, "recomputation"):
+        tree = ast.parse((PROJECT / "src/helpers/report/checks" / f"{name}.py").read_text("utf-8"))
+        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
+        assert report <= OWN, name
+        statistics_modules = {
+            "helpers.statistics." + m for m in ("intervals", "clustered", "graded", "verdicts")
+        }
+        assert not imported & (statistics_modules | {"helpers.evaluation.scoring"}), name
+
+
+def test_a_cell_shows_numbers_to_its_decimals():
+    assert rounds_to("0.0418", 0.04184)
+    assert not rounds_to("0.0418", 0.04186)
+    assert rounds_to("3065", 3064.8)
+    assert rounds_to("1.3e-05", 1.26e-5)
+    assert written_numbers("`o3` **x**: 6.7\u00a0% [1.7,\u00a014.8] and 3,940 −2.0 +1") == [
+        *("6.7", "1.7", "14.8", "3940", "-2.0", "+1")
+    ]
+    assert cell_differs("51.0 %", [51.0, 41.3])
+    assert not cell_differs("–", [None])
+    assert cell_differs("–", [1.0])
+
+
+def test_tables_are_read_with_their_headings():
+    text = "### Scores\n\n| a | `b` |\n| :--- | ---: |\n| x | 1 |\n\ntext\n"
+    (table,) = read_tables(text)
+    assert (table.heading, table.columns, table.rows) == ("Scores", ("a", "b"), (("x", "1"),))
+    assert recomputed_tables.plain_text("<code>1 &#42; 2</code>") == "1 * 2"

@@ -1,0 +1,100 @@
+"""The smoke study in folders of its own, run through make as a user runs it, and its content.
+
+What is compared between two runs is content: predictions, metrics, checks, calibrations,
+weights, summaries. Times, and what follows from them, are not: `cost` measures nothing else.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from helpers.core.files import PROJECT
+
+NAME = "smoke"
+NOT_CONTENT = ("started", "duration_s", "peak_memory_bytes", "machine")
+
+
+class Smoke:
+    """One copy of the smoke study.
+
+    Args:
+        root: holds the study file, the outputs and the cache.
+    """
+
+    def __init__(self, root: Path):
+        self.root = root
+        self.outputs = root / "outputs" / NAME
+        self.file = root / f"{NAME}.yaml"
+        if not self.file.exists():
+            root.mkdir(parents=True, exist_ok=True)
+            shutil.copy(PROJECT / "params" / f"{NAME}.yaml", self.file)
+
+    def environment(self, **more) -> dict[str, str]:
+        places = {
+            "STUDY_OUTPUTS": str(self.root / "outputs"),
+            "STUDY_CACHE": str(self.root / "cache"),
+        }
+        return os.environ | places | more
+
+    def make(self, target: str, *settings: str, **more) -> subprocess.Popen:
+        """`make <target>` on this study, in a process group of its own; not waited for."""
+        ready = f"{sys.prefix}/.study-ready"  # the environment that runs the tests is set up
+        command = ["make", "-s", "-o", ready, target, f"VENV={sys.prefix}", f"STUDY={self.file}"]
+        return subprocess.Popen(
+            [*command, *settings],
+            cwd=PROJECT,
+            env=self.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def done(self, target: str = "study", *settings: str, **more) -> str:
+        """Let make end well; return what it said."""
+        process = self.make(target, *settings, **more)
+        _, output = process.communicate()
+        assert process.returncode == 0, output
+        return output
+
+    def job(self, stage: str, **parameters: str) -> subprocess.CompletedProcess:
+        """One job by itself, as Snakemake starts it."""
+        [notebook] = (PROJECT / "notebooks").glob(f"*_{stage}.ipynb")
+        name = ".".join([notebook.stem, *parameters.values()])
+        command = [sys.executable, "-m", "helpers.workflow.cli", "run"]
+        command += ["--notebook", f"notebooks/{notebook.name}"]
+        command += ["--output", str(self.outputs / "notebooks" / f"{name}.ipynb")]
+        for key, value in {"study": str(self.file), **parameters}.items():
+            command += ["-p", key, value]
+        return subprocess.run(
+            command, cwd=PROJECT, env=self.environment(), capture_output=True, text=True
+        )
+
+    def copy(self, root: Path) -> "Smoke":
+        shutil.copytree(self.root, root, symlinks=True)
+        return Smoke(root)
+
+    def content(self) -> dict[str, str]:
+        """Hash of every result, by its path in the study's folder."""
+        return content(self.outputs)
+
+
+def content(outputs: Path) -> dict[str, str]:
+    """Hash of every result below a study's folder, by its path in it."""
+    hashes = {}
+    for path in sorted(p for p in outputs.rglob("*") if p.is_file()):
+        name = path.relative_to(outputs)
+        hidden = any(part.startswith(".") for part in name.parts)
+        shows_times = name.parts[0] in ("notebooks", "report_files", "report.md", "report.html")
+        shows_times |= name.parts[1:2] == ("cost",)
+        if not hidden and not shows_times:
+            data = path.read_bytes()
+            if name.name == "record.json":
+                content_fields = {k: v for k, v in json.loads(data).items() if k not in NOT_CONTENT}
+                data = json.dumps(content_fields, sort_keys=True).encode()
+            hashes[name.as_posix()] = hashlib.sha256(data).hexdigest()
+    return hashes

@@ -1,0 +1,527 @@
+"""The bank of silent failures: each breaks one thing in a sound run and names who catches it.
+
+None of them raises, logs or crashes by itself: without its gate, each ends in a table as
+a finding about SmoothQuant. A bug in the code stays in place while the run is verified,
+as it would in life. Failures of the evaluation are in another bank.
+"""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+
+import quantized_run
+from helpers.quantization import (
+    calibration,
+    compression,
+    int8_linear,
+    int8_matmul,
+    simulation,
+    smoothing,
+)
+from helpers.sources import chat, sampling
+from helpers.study.schema import Variant
+from helpers.verification import variant_gates
+from quantized_run import VARIANTS
+
+SMOOTHING = "smoothing scales as declared"
+FUNCTION = "smoothing preserves the logits"
+GRID = "weights on the declared grid"
+FLOAT = "smoothed float weights"
+STATIC = "static scales from the calibration"
+KEPT = "all other tensors unchanged"
+CENSUS = "quantized layers as declared"
+METADATA = "metadata match the tensors"
+ACTIVATIONS = "int8 activations at run time"
+KERNEL = "int8 layers match the reference"
+RELOAD = "reloaded logits identical"
+SOURCE = "source model unchanged"
+ITEMS = "calibration items as declared"
+LEAK = "no calibration leakage"
+STATISTICS = "calibration maxima recomputed"
+CHOICE = "alpha minimizes the loss"
+TOKENIZER = "tokenizer matches the source"
+
+Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
+BANK = []
+
+
+def failure(
+    *gates: str,
+    variant: str = "smoothquant_w8a8",
+    kind: str = "checkpoint",
+    at: str = "",
+    words: str = "{break_}",
+):
+    """Enter a way to break a run, the gates that must catch it, and the variant it is tried on.
+
+    Args:
+        kind, at, words: of the bank's table; where no code is patched, `at` names a file.
+    """
+
+    def enter(break_):
+        marks = pytest.mark.bank(kind, words, at=at)
+        entry = pytest.param(break_, set(gates), variant, id=break_.__name__, marks=marks)
+        BANK.append(entry)
+        return break_
+
+    return enter
+
+
+# What is saved beside the weights
+
+
+def saved_tokenizer(run, edit) -> None:
+    """The checkpoint's tokenizer.json, changed in place by `edit`."""
+    with run.edited_json(run.checkpoint / "tokenizer.json") as data:
+        edit(data)
+
+
+@failure(
+    TOKENIZER,
+    kind="tokens",
+    at="tokenizer.json",
+    words="a wrong tokenizer saved with the checkpoint",
+)
+def two_tokens_exchanged_in_the_saved_tokenizer(run, _):
+    def exchange(data):
+        vocabulary = data["model"]["vocab"]
+        one, other = sorted(vocabulary, key=vocabulary.get)[-2:]
+        vocabulary[one], vocabulary[other] = vocabulary[other], vocabulary[one]
+
+    saved_tokenizer(run, exchange)
+
+
+@failure(TOKENIZER, kind="tokens", at="tokenizer.json")
+def a_saved_tokenizer_that_folds_capitals(run, _):
+    saved_tokenizer(run, lambda data: data.update(normalizer={"type": "Lowercase"}))
+
+
+@failure(TOKENIZER, kind="tokens", at="tokenizer_config.json")
+def another_end_of_text_saved_with_the_tokenizer(run, _):
+    with run.edited_json(run.checkpoint / "tokenizer_config.json") as data:
+        data["eos_token"] = "<|im_start|>"
+
+
+@failure(TOKENIZER, kind="tokens", at="chat_template.jinja")
+def another_chat_format_saved_with_the_tokenizer(run, _):
+    path = run.checkpoint / "chat_template.jinja"
+    path.write_text(path.read_text("utf-8").replace("assistant", "helper").replace("\\n", " "))
+
+
+# Smoothing
+
+
+@failure(GRID, FUNCTION)
+def weights_divided_instead_of_multiplied(run, patch):
+    def fold(producer, consumers, scales, **_):
+        with torch.no_grad():
+            producer.weight.div_(scales)
+            for consumer in consumers:
+                consumer.weight.div_(scales)
+
+    patch.setattr(smoothing, "fold_scales_", fold)
+    run.quantize()
+
+
+@failure(FLOAT, FUNCTION, variant="smooth_only")
+def weights_divided_in_a_float_variant(run, patch):
+    weights_divided_instead_of_multiplied(run, patch)
+
+
+@failure(SMOOTHING)
+def smoothing_skipped_without_a_word(run, patch):
+    patch.setattr(smoothing, "smooth_", lambda *_: [])
+    run.quantize()
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def the_worst_alpha_of_a_grid(run, patch):
+    """The checkpoint is what it says it is; only the choice was the wrong way round."""
+    patch.setattr(
+        simulation, "_alpha_of_least_loss", lambda losses, of: max(losses, key=losses.get)
+    )
+    run.quantize()
+
+
+@failure(CHOICE, variant="o3_auto")
+def the_worst_alpha_of_every_group(run, patch):
+    the_worst_alpha_of_a_grid(run, patch)
+
+
+@failure(CHOICE, variant="w8a8_grid")
+def a_grid_that_was_not_tried_to_its_end(run, patch):
+    true = simulation._grid_curve
+    patch.setattr(simulation, "_grid_curve", lambda *arguments: true(*arguments)[:1])
+    run.quantize()
+
+
+@failure(SMOOTHING)
+def smoothing_applied_twice(run, patch):
+    once = smoothing.fold_scales_
+
+    def twice(*args, **options):
+        once(*args, **options)
+        once(*args, **options)
+
+    patch.setattr(smoothing, "fold_scales_", twice)
+    run.quantize()
+
+
+@failure(SMOOTHING, FUNCTION)
+def the_wrong_norm_folded(run, patch):
+    real = smoothing.smoothing_groups
+
+    def swapped(config, targets):
+        groups = real(config, targets)
+        producers = [group.producer for group in groups]
+        producers[0], producers[1] = producers[1], producers[0]
+        return [replace(g, producer=p) for g, p in zip(groups, producers, strict=True)]
+
+    patch.setattr(smoothing, "smoothing_groups", swapped)
+    run.quantize()
+
+
+@failure(SMOOTHING, FUNCTION, at="model.safetensors")
+def norms_left_undivided(run, _):
+    with run.edited() as saved, run.edited(run.root / "source") as source:
+        saved["model.layers.1.input_layernorm.weight"] = source[
+            "model.layers.1.input_layernorm.weight"
+        ]
+
+
+@failure(SMOOTHING, FUNCTION, at="model.safetensors")
+def norms_swapped_between_two_layers(run, _):
+    a, b = (f"model.layers.{i}.input_layernorm.weight" for i in (0, 1))
+    with run.edited() as saved:
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(SMOOTHING, at="the variant's recipe")
+def alpha_other_than_declared(run, patch):
+    recipe = {"preset": "w8a8", "smooth": {"alpha": 0.55, "targets": quantized_run.NORMS}}
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, recipe)
+        run.quantize()
+
+
+@failure(SMOOTHING)
+def weight_maxima_off_by_a_tenth(run, patch):
+    real = smoothing.smoothing_scales
+    patch.setattr(smoothing, "smoothing_scales", lambda a, w, alpha: real(a, w * 0.9, alpha=alpha))
+    run.quantize()
+
+
+# Weights
+
+
+@failure(GRID, at="model.safetensors")
+def per_tensor_weights_labelled_per_channel(run, _):
+    with run.edited() as saved:
+        weight = saved[f"{Q0}.weight"] * saved[f"{Q0}.weight_scale"]
+        step = weight.abs().max() / 127.5
+        saved[f"{Q0}.weight"] = (weight / step).round().clamp(-128, 127).to(torch.int8)
+        saved[f"{Q0}.weight_scale"] = step.expand_as(saved[f"{Q0}.weight_scale"]).clone()
+
+
+@failure(GRID, METADATA, at="model.safetensors")
+def four_bit_weights_labelled_eight(run, _):
+    with run.edited() as saved:
+        for key in [k for k in saved if k.endswith(".weight_scale")]:
+            name = key.removesuffix("_scale")
+            saved[name] = (saved[name] / 17.0).round().clamp(-8, 7).to(torch.int8)
+            saved[key] = saved[key] * 17.0
+
+
+@failure(GRID, at="model.safetensors")
+def weight_scales_swapped_between_two_layers(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.weight_scale", f"{Q1}.weight_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(GRID, variant="o1", at="model.safetensors")
+def weight_scales_of_q_and_k_swapped_in_one_layer(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.weight_scale", f"{Q0.replace('q_proj', 'k_proj')}.weight_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(GRID, RELOAD, at="model.safetensors")
+def a_nan_in_a_saved_scale(run, _):
+    with run.edited() as saved:
+        saved[f"{Q0}.weight_scale"][3] = float("nan")
+
+
+@failure(GRID, FUNCTION, at="model.safetensors")
+def zero_weights_in_one_linear(run, _):
+    with run.edited() as saved:
+        saved["model.layers.1.mlp.down_proj.weight"].zero_()
+
+
+@failure(GRID, FUNCTION, at="model.safetensors")
+def one_row_of_one_linear_negated(run, _):
+    with run.edited() as saved:
+        row = saved["model.layers.1.mlp.up_proj.weight"][5]
+        row.copy_((-row.int()).clamp(-128, 127).to(torch.int8))
+
+
+@failure(CENSUS, METADATA)
+def one_linear_left_out(run, patch):
+    real = compression.quantized_linears
+
+    def fewer(model, ignore):
+        return {n: m for n, m in real(model, ignore).items() if n != Q1}
+
+    patch.setattr(compression, "quantized_linears", fewer)
+    run.quantize()
+
+
+@failure(KEPT, kind="tied", at="model.safetensors")
+def tied_embeddings_altered(run, _):
+    with run.edited() as saved:
+        saved["model.embed_tokens.weight"].mul_(1.001)
+
+
+@failure(KEPT, kind="tied", at="model.safetensors")
+def a_head_of_its_own_beside_tied_embeddings(run, _):
+    with run.edited() as saved:
+        saved["lm_head.weight"] = saved["model.embed_tokens.weight"].round(decimals=2)
+
+
+@failure(KEPT, FUNCTION, at="model.safetensors")
+def a_norm_nobody_should_fold_altered(run, _):
+    with run.edited() as saved:
+        saved["model.norm.weight"].mul_(1.01)
+
+
+@failure(KEPT, variant="rtn_w8a8", at="the variant's recipe")
+def smoothing_in_a_variant_without(run, patch):
+    smooth = {"preset": "w8a8", "smooth": quantized_run.SMOOTH}
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, smooth)
+        run.quantize()
+
+
+@failure(METADATA, at="config.json")
+def a_config_that_forgets_the_kept_head(run, _):
+    with run.edited_json(run.checkpoint / "config.json") as config:
+        config["quantization_config"]["ignore"] = []
+
+
+@failure(METADATA, ACTIVATIONS, at="config.json")
+def a_config_of_another_granularity(run, _):
+    with run.edited_json(run.checkpoint / "config.json") as config:
+        (group,) = config["quantization_config"]["config_groups"].values()
+        group["input_activations"]["strategy"] = "tensor"
+
+
+# Run time
+
+
+@failure(ACTIVATIONS, KERNEL, kind="int8")
+def activations_left_float_at_run_time(_, patch):
+    def forward(self, x):
+        weight = self.weight_t.float() * self.weight_scale
+        return x @ weight.to(x.dtype)
+
+    patch.setattr(int8_linear.Int8Linear, "forward", forward)
+
+
+@failure(ACTIVATIONS, KERNEL, kind="int8")
+def one_scale_for_all_tokens_at_run_time(_, patch):
+    def one_scale(self, x):
+        rows = x.reshape(-1, self.in_features).float()
+        scale = int8_linear.absmax_scale(rows.abs().amax().reshape(1))
+        return int8_linear.quantize_activations(rows, scale), scale
+
+    patch.setattr(int8_linear.Int8Linear, "_quantize", one_scale)
+
+
+@failure(ACTIVATIONS, KERNEL, kind="int8")
+def activations_cut_off_instead_of_rounded(_, patch):
+    def floor(x, scale):
+        return torch.div(x, scale).trunc_().clamp_(-128, 127).to(torch.int8)
+
+    def cut_off(x):
+        scale = int8_linear.absmax_scale(x.abs().amax(-1, keepdim=True))
+        return floor(x, scale), scale
+
+    patch.setattr(int8_linear, "quantize_activations", floor)
+    patch.setattr(int8_matmul, "quantize_rows_cpu", cut_off)
+
+
+@failure(RELOAD, kind="int8")
+def another_answer_at_every_load(_, patch):
+    real = int8_linear.Int8Linear.__init__
+
+    def shaken(self, weight, weight_scale, *args, **options):
+        noise = 1 + 1e-3 * torch.rand(1)
+        real(self, weight, weight_scale * noise, *args, **options)
+
+    patch.setattr(int8_linear.Int8Linear, "__init__", shaken)
+
+
+@failure(STATIC, variant="o3", at="model.safetensors")
+def a_static_scale_from_the_wrong_layer(run, _):
+    with run.edited() as saved:
+        a, b = f"{Q0}.input_scale", f"{Q1}.input_scale"
+        saved[a], saved[b] = saved[b], saved[a]
+
+
+@failure(STATIC, variant="o3")
+def static_scales_from_before_smoothing(run, patch):
+    patch.setattr(compression, "smoothed_absmax", lambda absmax, _done: absmax)
+    run.quantize()
+
+
+# Source and calibration
+
+
+@failure(SOURCE, kind="calibration", at="the source's model.safetensors")
+def the_source_model_edited_in_place(run, _):
+    with run.edited(run.root / "source") as source:
+        source[f"{Q0}.weight"][0, 0] += 1e-3
+
+
+@failure(SOURCE, kind="calibration", at="the source's model.safetensors")
+def the_source_model_changed_after_calibration(run, _):
+    with run.edited(run.root / "source") as source:
+        source[f"{Q0}.weight"][0, 0] += 1e-3
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration")
+def calibration_polluted_by_padding(run, patch):
+    """Padding that is quieter than the text changes no maximum, but it is counted."""
+    real = calibration._input_hooks
+
+    def unmasked(model, mask, owners, fit, statistics):
+        everything = torch.ones_like(mask)
+        owners = torch.zeros(mask.numel(), dtype=torch.long)
+        return real(model, everything, owners, owners == 0, statistics)
+
+    patch.setattr(calibration, "_input_hooks", unmasked)
+    run.calibrate()
+    run.quantize()
+
+
+@failure(STATISTICS, ITEMS, kind="calibration", at="the source's model.safetensors")
+def calibration_polluted_by_loud_padding(run, patch):
+    with run.edited(run.root / "source") as source:
+        source["model.embed_tokens.weight"][0] = torch.eye(64)[7]  # all in one channel
+    calibration_polluted_by_padding(run, patch)
+
+
+@failure(STATISTICS, kind="calibration", at="activations.safetensors")
+def calibration_maxima_of_another_layer(run, _):
+    with run.edited(run.calibration, "activations.safetensors") as tensors:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            a, b = (f"model.layers.{i}.self_attn.{name}.absmax" for i in (0, 1))
+            tensors[a], tensors[b] = tensors[b], tensors[a]
+    run.quantize()
+
+
+def calibrated_with_louder_norms(run) -> dict:
+    """Calibrate a model that differs in one norm; return the files of the right one."""
+    files = [run.root / "source" / "model.safetensors", run.calibration / "record.json"]
+    kept = {path: path.read_bytes() for path in files}
+    with run.edited(run.root / "source") as source:
+        source["model.layers.0.input_layernorm.weight"].mul_(1.05)
+    run.calibrate()
+    return kept
+
+
+@failure(STATISTICS, kind="calibration", at="the source's model.safetensors")
+def maxima_of_the_other_model_of_the_study(run, _):
+    for path, content in calibrated_with_louder_norms(run).items():
+        path.write_bytes(content)
+    run.quantize()
+
+
+@failure(STATISTICS, SOURCE, kind="calibration", at="the source's model.safetensors")
+def the_whole_calibration_of_the_other_model(run, _):
+    model, _record = calibrated_with_louder_norms(run).items()
+    model[0].write_bytes(model[1])
+    run.quantize()
+
+
+@failure(LEAK, kind="calibration")
+def calibration_overlapping_evaluation(run, patch):
+    run.settings = copy.deepcopy(run.settings)
+    run.settings["evaluation"]["datasets"]["openmath"] = {
+        "adapter": "openmath",
+        "source": {"shipped": "openmath_train"},
+        "items": 6,
+        "ask": {
+            "protocol": "generate",
+            "answer": "boxed",
+            "stop": "answer",
+            "shots": 0,
+            "max_new_tokens": 4,
+        },
+    }
+    patch.setattr(sampling, "_evaluation_keys", lambda *_: set())
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, STATISTICS, kind="calibration", at="the number of calibration items")
+def calibration_with_fewer_items(run, _):
+    asked = run.settings
+    run.settings = copy.deepcopy(asked)
+    run.settings["calibration"]["items"] = 3
+    run.calibrate()
+    run.settings = asked
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration", at="tokens of the calibration")
+def calibration_items_cut_short(run, patch):
+    real = quantized_run.calibration_tokens
+    patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[:60])
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration")
+def calibration_texts_cut_short_wherever_they_are_made(run, patch):
+    """The check reads as many tokens as the calibration, if it makes them in the same way."""
+    true = chat.tokenize
+    patch.setattr(chat, "tokenize", lambda *args: true(*args)[:60])
+    run.calibrate()
+    run.quantize()
+
+
+@failure(ITEMS, kind="calibration")
+def calibration_texts_without_the_turn_of_the_answer(run, patch):
+    def render(tokenizer, messages):
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+
+    patch.setattr(chat, "render", render)
+    run.calibrate()
+    run.quantize()
+
+
+# The tests
+
+
+@pytest.mark.parametrize(("break_", "expected", "variant"), BANK)
+def test_is_caught_by_name(sound_run, family, monkeypatch, break_, expected, variant):
+    run = sound_run(family, variant)
+    break_(run, monkeypatch)
+    failed = run.failed()
+    assert expected <= failed, f"caught by {sorted(failed) or 'nothing'}"
+
+
+@pytest.mark.parametrize("variant", sorted({entry.values[2] for entry in BANK}))
+def test_the_sound_run_raises_none(sound_run, family, variant):
+    assert sound_run(family, variant).failed() == set()
+
+
+def test_every_gate_catches_something():
+    """A gate that no entry needs is a gate nobody has seen work."""
+    variants = [Variant(**recipe) for recipe in VARIANTS.values()]
+    gates = {check.gate_name for v in variants for check in variant_gates.checks_of(v)}
+    assert set().union(*(entry.values[1] for entry in BANK)) == gates

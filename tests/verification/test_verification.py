@@ -1,0 +1,124 @@
+"""Sound runs pass every gate, on every scheme and runtime; the known broken recipe does not."""
+
+import json
+
+import pytest
+import torch
+
+from helpers.core.records import Gate, checkpoint_gates_record, gate, sha256_folder
+from helpers.quantization.variants import load_variant
+from helpers.sources.models import load_model, model_folder
+from helpers.verification import variant_gates
+from quantized_run import VARIANTS, QuantizedRun
+
+SOUND = [name for name, recipe in VARIANTS.items() if recipe and "recipe" not in recipe]
+APPLY_TO_FLOAT = {
+    "tokenizer matches the source",
+    "smoothing preserves the logits",
+    "smoothing scales as declared",
+    "all other tensors unchanged",
+    "reloaded logits identical",
+    "source model unchanged",
+    "calibration items as declared",
+    "no calibration leakage",
+    "calibration maxima recomputed",
+    "smoothed float weights",
+}
+
+
+@pytest.mark.parametrize("variant", SOUND)
+def test_a_sound_run_passes_every_gate(sound_run, family, variant):
+    gates = sound_run(family, variant).verify()
+    assert [g for g in gates if not g.passed] == []
+    assert len({g.name for g in gates}) == len(gates)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("runtime", ["int8", "reference"])
+@pytest.mark.parametrize("variant", ["w8a8_down", "o2", "o3"])
+def test_sound_in_every_dtype_on_every_runtime(study_settings, tmp_path, dtype, runtime, variant):
+    study_settings["runtime"].update(dtype=dtype, quantized=runtime)
+    run = QuantizedRun(tmp_path / "run", study_settings, variant)
+    run.save_source("qwen3")
+    run.calibrate()
+    run.quantize()
+    assert [g for g in run.verify() if not g.passed] == []
+
+
+@pytest.mark.parametrize("targets", ["smooth_only", "smooth_only_down"])
+def test_smoothing_alone_computes_what_the_source_does(sound_run, family, targets):
+    run = sound_run(family, targets)
+    with run.outputs():
+        job = run.job
+        assert {c.gate_name for c in variant_gates.checks_of(job.recipe)} == APPLY_TO_FLOAT
+        smoothed = load_variant(job)[0]
+        source = load_model(model_folder(job.study, job.model, job.paths), job.study.runtime)
+        assert sha256_folder(run.checkpoint) != run.source_hash
+    weights = dict(source.named_parameters())
+    assert any(not torch.equal(p, weights[n]) for n, p in smoothed.named_parameters())
+    ids = torch.arange(3, 60)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(smoothed(ids).logits, source(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_the_seed_recipe_loads_and_is_flagged_for_what_it_is(sound_run, family):
+    run = sound_run(family, "seed_recipe")
+    failing = {g.name: g for g in run.verify() if not g.passed}
+    assert set(failing) == {
+        "smoothing preserves the logits",
+        "smoothing scales as declared",
+        "all other tensors unchanged",
+        "weights on the declared grid",
+        "quantized layers as declared",
+        "metadata match the tensors",
+        "int8 activations at run time",
+        "int8 layers match the reference",
+    }
+    assert "embed_tokens" in failing["all other tensors unchanged"].measured
+    assert "0 of 4 groups folded" in failing["smoothing scales as declared"].measured
+    assert "14 float" in failing["int8 activations at run time"].measured
+    assert "0 of 15 Linears are int8" in failing["quantized layers as declared"].measured
+    with run.outputs():
+        model, _ = load_variant(run.job)
+    weight = model.model.layers[0].self_attn.q_proj.weight
+    assert len(weight.unique()) <= 255  # one grid for the whole tensor
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_the_seed_recipe_is_evaluated_like_any_variant(sound_run):
+    from helpers.evaluation.engine import ask_all
+
+    run = sound_run("llama", "seed_recipe")
+    with run.outputs():
+        model, tokenizer = load_variant(run.job)
+        predictions = ask_all(model, tokenizer, run.job.study)
+    assert {name: len(found) for name, found in predictions.items()} == {"arc": 6, "squad_v2": 6}
+
+
+def test_what_cannot_be_checked_does_not_hold():
+    @gate("a gate")
+    def broken(evidence):
+        return evidence["missing"], "measured", "limit"
+
+    result = broken({})
+    assert not result.passed
+    assert result.measured == "could not be checked: KeyError: 'missing'"
+    assert broken({"missing": 1}) == Gate("a gate", True, "measured", "limit")
+
+
+def test_a_record_passes_only_if_there_is_something_and_all_of_it_holds():
+    held, failed = Gate("a", True, "1", "1"), Gate("b", False, "2", "1")
+    assert checkpoint_gates_record([held])["passed"]
+    assert not checkpoint_gates_record([held, failed])["passed"]
+    assert not checkpoint_gates_record([])["passed"]
+    assert json.loads(json.dumps(checkpoint_gates_record([failed])))["gates"] == [
+        {"name": "b", "passed": False, "measured": "2", "limit": "1"}
+    ]
+
+
+def test_verifying_changes_nothing(sound_run):
+    run = sound_run("llama", "o3")
+    assert run.job.recipe.quantized  # its study file is written now
+    before = {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()}
+    run.verify()
+    assert {p: p.read_bytes() for p in run.root.rglob("*") if p.is_file()} == before

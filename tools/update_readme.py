@@ -1,0 +1,61 @@
+"""Copies the published demo's answer into README.md: its executive summary and first figure.
+
+`python -m tools.update_readme` rewrites what stands between the two markers; a test
+holds README.md to the report, so that the front page cannot tell of another run.
+"""
+
+import re
+
+from helpers.core.errors import StudyError
+from helpers.core.files import PROJECT
+
+REPORT = "outputs/demo/report.md"
+BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
+
+
+def report_headline(report: str) -> str:
+    """A report's executive summary with its tables, and its first figure, linked from the root.
+
+    Raises:
+        StudyError: the report has no executive summary or no figure.
+    """
+    summary = re.search(r"^## Executive summary\n(.*?)^### ", report, re.S | re.M)
+    figure = re.search(r"!\[(.*?)\]\((.+?)\)", report)
+    if not summary or not figure:
+        raise StudyError(f"{REPORT} has no executive summary or no figure; run make study first")
+    folder, text = REPORT.rpartition("/")[0], re.sub(r"\n{3,}", "\n\n", summary[1]).strip()
+    return f"{text}\n\n![{figure[1]}]({folder}/{figure[2]})\n"
+
+
+def readme_with_headline(readme: str, report: str) -> str:
+    """The README with the report's headline between its markers.
+
+    Raises:
+        StudyError: a marker is missing.
+    """
+    before, after = split_at_markers(readme, (BEGIN, END), page="README.md")
+    return before + report_headline(report) + after
+
+
+def split_at_markers(text: str, markers: tuple[str, str], *, page: str) -> tuple[str, str]:
+    """(text up to the first marker's line, text from the second marker on) of a page.
+
+    Raises:
+        StudyError: a marker is missing.
+    """
+    before, begin, rest = text.partition(markers[0])
+    _, end, after = rest.partition(markers[1])
+    if not begin or not end:
+        raise StudyError(f"{page} lacks {' or '.join(markers)}; put them back")
+    return f"{before}{begin}\n", end + after
+
+
+def main() -> None:
+    """Rewrite README.md from the published report."""
+    readme = PROJECT / "README.md"
+    report = (PROJECT / REPORT).read_text("utf-8")
+    readme.write_text(readme_with_headline(readme.read_text("utf-8"), report), "utf-8")
+
+
+if __name__ == "__main__":
+    main()
