@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from helpers.core import files
 from helpers.core.errors import StudyError
 from helpers.study import inputs, loading
 from helpers.study.inputs import resolve_path
@@ -417,7 +418,8 @@ def test_a_key_may_override_what_it_merges(write_study, study_settings):
 def test_a_study_that_is_not_there_is_refused_with_those_that_are(monkeypatch, tmp_path):
     (tmp_path / "params").mkdir()
     (tmp_path / "params" / "demo.yaml").write_text("")
-    monkeypatch.setattr(loading, "PROJECT", tmp_path)
+    for module in (files, loading):
+        monkeypatch.setattr(module, "PROJECT", tmp_path)
     for name in ("demmo", "params/demmo.yaml"):
         with pytest.raises(StudyError, match=r"^params/demmo\.yaml: .*no such.*demo$"):
             load_study(name)
@@ -430,7 +432,8 @@ def test_a_study_of_the_project_is_named_from_its_root(
     (tmp_path / "params").mkdir()
     put(study_settings, "variants/smoothquant_w8a8/smooth/alpha", 1.7)
     write_study(study_settings, "params/demo.yaml")
-    monkeypatch.setattr(loading, "PROJECT", tmp_path)
+    for module in (files, loading):
+        monkeypatch.setattr(module, "PROJECT", tmp_path)
     for name in ("demo", "params/demo.yaml", tmp_path / "params" / "demo.yaml"):
         with pytest.raises(StudyError) as caught:
             load_study(name)

@@ -30,6 +30,7 @@ from helpers.report.checks.recomputed_graded_report import (
 )
 from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_tables import (
+    equal_values,
     DATASET_NAMES,
     RecomputedFigures,
     failed_gate_names,
@@ -45,7 +46,6 @@ from helpers.statistics.published_answers import PublishedAnswers, read_answers
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import Comparison, HubDataset, Study
 
-TOLERANCE = 1e-6  # relative, of figures made another way or by another version of a library
 SHARED = "shared_text"
 FIGURE_FIELDS = ("value", "low", "high", "n")
 
@@ -70,13 +70,6 @@ def comparison_place(row: dict) -> str:
     """A comparison's name in messages."""
     against = f"{row['variant']} against {row['baseline']}"
     return f"{row['model']}: {DATASET_NAMES.get(row['dataset'], row['dataset'])}, {against}"
-
-
-def equal_values(now, then) -> bool:
-    """Equal up to the last digits of numbers."""
-    if isinstance(now, float) and isinstance(then, float | int) and not isinstance(then, bool):
-        return math.isclose(now, then, rel_tol=TOLERANCE, abs_tol=1e-9)
-    return now == then
 
 
 def wrong_headlines(published: dict, figures: RecomputedFigures) -> list[str]:

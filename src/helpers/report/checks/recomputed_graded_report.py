@@ -7,9 +7,10 @@ two bullets of the executive summary. None of the code that writes the report is
 import re
 from collections.abc import Iterator, Mapping
 
-from helpers.report.checks.recomputation import equal_values
-from helpers.report.checks.recomputed_sentences import ExpectedNumbers, code_names
 from helpers.report.checks.recomputed_tables import (
+    ExpectedNumbers,
+    code_names,
+    equal_values,
     DATASET_NAMES,
     RecomputedFigures,
     Table,

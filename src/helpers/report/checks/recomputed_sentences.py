@@ -14,6 +14,8 @@ import numpy as np
 from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.report.checks.recomputed_graded_report import GRADED_SENTENCE_CHECKS
 from helpers.report.checks.recomputed_tables import (
+    ExpectedNumbers,
+    code_names,
     DATASET_NAMES,
     RecomputedFigures,
     cell_differs,
@@ -33,12 +35,6 @@ BULLET_STARTS = {
     "**Invalid**": "invalid",
 }
 
-ExpectedNumbers = tuple[str, list[float | None]]  # (text, its expected numbers)
-
-
-def code_names(text: str) -> list[str]:
-    """The names between backticks, in order."""
-    return re.findall(r"`([^`]+)`", text)
 
 
 def _declared_rows(figures: RecomputedFigures) -> list[dict]:

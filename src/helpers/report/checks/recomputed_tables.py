@@ -29,6 +29,21 @@ MISSING = "–"
 _CODE = re.compile(r"<code>.*?</code>|`[^`]*`", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.])[+\-]?\d[\d,]*(?:\.\d+)?(?:e[+\-]?\d+)?")
 
+TOLERANCE = 1e-6  # relative, of figures made another way or by another version of a library
+ExpectedNumbers = tuple[str, list[float | None]]  # (text, its expected numbers)
+
+
+def equal_values(now, then) -> bool:
+    """Equal up to the last digits of numbers."""
+    if isinstance(now, float) and isinstance(then, float | int) and not isinstance(then, bool):
+        return math.isclose(now, then, rel_tol=TOLERANCE, abs_tol=1e-9)
+    return now == then
+
+
+def code_names(text: str) -> list[str]:
+    """The names between backticks, in order."""
+    return re.findall(r"`([^`]+)`", text)
+
 
 @dataclass(frozen=True)
 class Table:
