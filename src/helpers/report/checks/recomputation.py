@@ -14,7 +14,6 @@ code that makes the report is used.
 import argparse
 import csv
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -30,9 +29,9 @@ from helpers.report.checks.recomputed_graded_report import (
 )
 from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_tables import (
-    equal_values,
     DATASET_NAMES,
     RecomputedFigures,
+    equal_values,
     failed_gate_names,
     plain_text,
     read_tables,

@@ -8,13 +8,13 @@ import re
 from collections.abc import Iterator, Mapping
 
 from helpers.report.checks.recomputed_tables import (
-    ExpectedNumbers,
-    code_names,
-    equal_values,
     DATASET_NAMES,
+    ExpectedNumbers,
     RecomputedFigures,
     Table,
     cell_differs,
+    code_names,
+    equal_values,
     plain_text,
     read_tables,
 )

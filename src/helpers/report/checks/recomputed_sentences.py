@@ -14,11 +14,11 @@ import numpy as np
 from helpers.evaluation.trivial_answers import status_and_answer
 from helpers.report.checks.recomputed_graded_report import GRADED_SENTENCE_CHECKS
 from helpers.report.checks.recomputed_tables import (
-    ExpectedNumbers,
-    code_names,
     DATASET_NAMES,
+    ExpectedNumbers,
     RecomputedFigures,
     cell_differs,
+    code_names,
     plain_text,
     rounds_to,
 )
@@ -34,7 +34,6 @@ BULLET_STARTS = {
     "**Uninformative**": "uninformative",
     "**Invalid**": "invalid",
 }
-
 
 
 def _declared_rows(figures: RecomputedFigures) -> list[dict]:
