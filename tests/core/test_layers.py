@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import os
 import re
 import subprocess
@@ -154,3 +155,20 @@ def test_light_modules_do_not_import_torch_even_through_others():
         env=environment,
     )
     assert done.returncode == 0, done.stderr
+
+
+def imports_at_the_top(name: str, tree: ast.Module) -> set[str]:
+    """Modules of the library that a module imports when it is itself imported."""
+    top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    return (imported(top) & modules().keys()) - {name}
+
+
+def test_no_modules_import_each_other():
+    """A circle works or fails by which of its modules is imported first."""
+    graph = {name: imports_at_the_top(name, tree) for name, tree in modules().items()}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the circle
+
+
+def test_a_circle_of_imports_is_found():
+    with pytest.raises(graphlib.CycleError):
+        graphlib.TopologicalSorter({"a": {"b"}, "b": {"a"}}).prepare()
