@@ -389,6 +389,10 @@ def test_where_rounding_cascades_golds_may_move_as_far_as_from_the_baseline(rows
     there = [moved(row, 0.1) for row in predictions]
     assert passes("noquant_bf16", there, predictions, [moved(predictions[0], 0.2)])
     assert not passes("noquant_bf16", there, predictions, [moved(predictions[0], 0.9)])
+    # One sampled item that happens to lie on the baseline says little about the others.
+    by_chance = [predictions[0], *there[1:]]
+    assert passes("noquant_bf16", by_chance, predictions, [moved(predictions[0], 0.1)])
+    assert not passes("noquant_bf16", by_chance, predictions, [moved(predictions[0], 0.5)])
 
 
 @pytest.mark.bank("reading", "a gold whose log-likelihood is not finite", "finite logits")
