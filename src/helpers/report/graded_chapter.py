@@ -220,7 +220,8 @@ def reading_paragraph(results: Results) -> str:
         "comparisons are adjusted by Holm as a family of their own. All others are exploratory, a "
         "family a variant. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
-        "of a nat."
+        "of a nat. Rounding alone moves some scores the same way on every item: a difference no "
+        "larger than the noise floor's on the same set is no evidence about quantization."
     )
 
 
@@ -400,7 +401,17 @@ def summary_bullets(results: Results) -> list[str]:
 def _score_bullet(results: Results, variant: str) -> str:
     """Where a variant is found worse, and the pooled loss that is excluded."""
     worse = _worse_places(results, variant)
-    found = f"worse on {', '.join(worse)}" if worse else "no loss detected"
+    kinds = {
+        verdict.kind
+        for c, verdict in results.graded.comparisons.items()
+        if (c.variant, c.baseline) == (variant, results.study.baseline)
+    }
+    if worse:
+        found = f"worse on {', '.join(worse)}"
+    elif kinds <= {"invalid", "uninformative"}:
+        found = "no conclusion is possible, every comparison is invalid or uninformative"
+    else:
+        found = "no loss detected"
     text = f"**Graded scores** of `{variant}`: {found}."
     pooled = {
         model: p.verdict.comparison

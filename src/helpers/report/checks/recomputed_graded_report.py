@@ -158,17 +158,19 @@ TABLES = {
 def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """Where the variant is found worse, by how much, and which pooled losses are excluded."""
     variant, blocks = code_names(text)[0], figures.graded_blocks
-    worse = [
+    mine = [
         c
         for c in blocks.get("graded", {}).get("comparisons", ())
         if (c["variant"], c["baseline"]) == (variant, figures.study.baseline)
-        and c["verdict"] == "worse"
     ]
+    worse = [c for c in mine if c["verdict"] == "worse"]
+    silent = all(c["verdict"] in ("invalid", "uninformative") for c in mine)
     places = [f"{DATASET_NAMES.get(c['dataset'], c['dataset'])} of `{c['model']}`" for c in worse]
     published = text.partition(" Pooled")[0].partition(" No set can")[0]
-    expected = "worse on " if worse else "no loss detected"
+    nothing = "no conclusion is possible" if silent else "no loss detected"
+    expected = "worse on " if worse else nothing
     if expected not in published or not all(place in published for place in places):
-        yield f"recomputed {', '.join(places) or 'no loss detected'}"
+        yield f"recomputed {', '.join(places) or nothing}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
     models = code_names(text.partition(" Pooled")[2])
     if models != [row["model"] for row in pooled]:
