@@ -139,8 +139,11 @@ def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, me
 
 def test_a_job_that_dies_before_its_first_word_is_named(project):
     module = project / "src/helpers/workflow/cli.py"
-    first, dies = "    say(START, label)\n", "    if 'calibration' in label:\n        sys.exit(1)\n"
-    module.write_text(module.read_text("utf-8").replace(first, dies + first), "utf-8")
+    first = "    report_event(START, label)\n"
+    dies = "    if 'calibration' in label:\n        sys.exit(1)\n"
+    text = module.read_text("utf-8")
+    assert first in text
+    module.write_text(text.replace(first, dies + first), "utf-8")
     done = toy_project.jobs(project, *toy_project.WHOLE)
     assert done.returncode == 1
     assert "exited without reporting a result: calibration base; such a job" in done.stderr

@@ -142,7 +142,7 @@ def test_one_answer_that_is_not_the_baselines_is_invalid():
 
 def test_a_failed_check_is_invalid_whatever_the_scores_say():
     weak, strong = choices(mostly(100, range(50))), choices(mostly(100, range(10)))
-    verdict = verdict_of(weak, strong, problem="layer census (3 of 4 Linears)")
+    verdict = verdict_of(weak, strong, problem="quantized layers as declared (3 of 4 Linears)")
     assert verdict.kind == "invalid"
     assert "quantized layers as declared" in verdict.reason
     assert verdict.holm_p is None

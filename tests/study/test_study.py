@@ -254,4 +254,4 @@ def test_every_checkpoint_has_its_card(smoke):
     for folder in folders:
         text = (folder / "README.md").read_text("utf-8")
         assert yaml.safe_load(text.split("---")[1])["library_name"] == "transformers"
-        assert "checks on these files hold" in text
+        assert "checks on these files pass" in text

@@ -89,7 +89,7 @@ def test_elsewhere_without_torch_it_gives_the_same_report(packed, study, tmp_pat
         path.rename(path.with_suffix(".away"))
     attempts = tmp_path / "attempts"
     places = {"BLOCKED_MODULES": HEAVY, "NETWORK_ATTEMPTS": str(attempts)}
-    places |= {"PYTHONPATH": f"{GUARDS}:{PROJECT / 'src'}"}
+    places |= {"PYTHONPATH": f"{GUARDS}:{PROJECT / 'src'}:{PROJECT}"}
     command = [sys.executable, "-m", "tools.archive", "again", str(packed)]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("STUDY_")} | places
     done = subprocess.run(
