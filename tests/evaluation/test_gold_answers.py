@@ -10,13 +10,19 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.evaluation.checks.integrity import finite_gate
+from helpers.evaluation.checks.numeric_gates import (
+    GOLD_SAMPLE,
+    LOGPROB_ROUNDING,
+    gold_sample_ids,
+    sampled_ids,
+)
 from helpers.evaluation.checks.recomputed_answers import (
     foil_gate,
     gold_invariance_gate,
     golds_gate,
     render_golds,
 )
-from helpers.evaluation.engine import evaluate
+from helpers.evaluation.engine import evaluate, read_golds
 from helpers.evaluation.predictions import check_prediction_rows
 from helpers.evaluation.prompts import (
     MAX_GOLDS,
@@ -389,10 +395,40 @@ def test_where_rounding_cascades_golds_may_move_as_far_as_from_the_baseline(rows
     there = [moved(row, 0.1) for row in predictions]
     assert passes("noquant_bf16", there, predictions, [moved(predictions[0], 0.2)])
     assert not passes("noquant_bf16", there, predictions, [moved(predictions[0], 0.9)])
-    # One sampled item that happens to lie on the baseline says little about the others.
+    # An item that happens to lie on the baseline says little; with others it raises no alarm.
     by_chance = [predictions[0], *there[1:]]
-    assert passes("noquant_bf16", by_chance, predictions, [moved(predictions[0], 0.1)])
-    assert not passes("noquant_bf16", by_chance, predictions, [moved(predictions[0], 0.5)])
+    alone = [moved(predictions[0], 0.1), *(moved(row, 0.05) for row in there[1:])]
+    assert not passes("noquant_bf16", by_chance, predictions, alone[:1])
+    assert passes("noquant_bf16", by_chance, predictions, alone)
+    # A batch that was mixed up lies far from the baseline and must not widen its own limit.
+    mixed_up = [moved(row, 3.0) for row in predictions]
+    assert not passes("noquant_bf16", mixed_up, predictions, there)
+
+
+def test_golds_read_without_an_answer_are_those_read_beside_one(rows):
+    """The same texts, tokens and log-likelihoods, up to the stored precision."""
+    evaluation_set, chosen, predictions, _ = rows
+    model, tokenizer = random_model("llama", seed=3), byte_tokenizer()
+    prompts = tokenize_prompts(chosen, evaluation_set, tokenizer)
+    golds = gold_answers(chosen, evaluation_set)
+    apart = read_golds(model, tokenizer, prompts, evaluation_set, limits=LIMITS[0], golds=golds)
+    beside = {row["id"]: row for row in predictions}
+    assert [row["id"] for row in apart] == [item.id for item in chosen]
+    for row in apart:
+        other = beside[row["id"]]
+        for key in ("gold_tokens", "foil", "foil_tokens", "gold_hash"):
+            assert row[key] == other[key]
+        sums, other_sums = (
+            [*r["gold_loglikelihoods"], r["foil_loglikelihood"]] for r in (row, other)
+        )
+        assert sums == pytest.approx(other_sums, rel=0, abs=LOGPROB_ROUNDING)
+
+
+def test_the_further_golds_are_of_items_that_nobody_asks_alone():
+    ids = [f"item-{n}" for n in range(40)]
+    further = gold_sample_ids(ids, seed=7)
+    assert len(further) == GOLD_SAMPLE
+    assert not further & sampled_ids(ids, "generate", seed=7)
 
 
 @pytest.mark.bank("reading", "a gold whose log-likelihood is not finite", "finite logits")

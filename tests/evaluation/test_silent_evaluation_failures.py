@@ -11,6 +11,7 @@ from helpers.core.records import WHOLE_VARIANT, gates_record
 from helpers.evaluation.checks.evaluation_data import (
     ask_alone,
     ask_alone_again,
+    read_golds_alone,
     render_golds_again,
     render_items_again,
     used_items,
@@ -143,6 +144,7 @@ def sound(tiny, settled) -> EvaluationData:
         used_items(settled, MODEL, VARIANT),
         alone,
         repeated=ask_alone_again(model, tokenizer, settled, VARIANT, alone),
+        golds_alone=read_golds_alone(model, tokenizer, settled, VARIANT),
         perturbed=shaken_in(tiny, settled, "float32"),
         reference=passages,
         recomputed=computed_again(tiny, settled),

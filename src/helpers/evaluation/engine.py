@@ -158,16 +158,22 @@ def answer(
     Raises:
         StudyError: a prompt exceeds the model's context, or half a batch the card's memory.
     """
-    scope = getattr(model, "scale_scope", "token")
-    if scope != "token":  # texts with one activation scale are read in one piece
-        prompts = [replace(p, tokens=replace(p.tokens, cuts=())) for p in prompts]
-    if scope == "pass":
-        limits = Batch(tokens=1, rows=1)
+    prompts, limits = _as_scales_allow(model, prompts, limits)
     scored = evaluation_set.ask.protocol == "loglikelihood"
     protocol = _score_options if scored else partial(_generate_answers, golds=golds)
     yield from with_halved_batch(
         partial(protocol, model, tokenizer, evaluation_set), prompts, limits
     )
+
+
+def _as_scales_allow(
+    model, prompts: list[TokenizedPrompt], limits: Batch
+) -> tuple[list[TokenizedPrompt], Batch]:
+    """Prompts without cuts if a text has one activation scale; one text a pass if a pass has."""
+    scope = getattr(model, "scale_scope", "token")
+    if scope != "token":
+        prompts = [replace(p, tokens=replace(p.tokens, cuts=())) for p in prompts]
+    return prompts, Batch(tokens=1, rows=1) if scope == "pass" else limits
 
 
 def _score_options(
@@ -260,8 +266,34 @@ def _read_apart(
     items = [
         OptionTokens(prompts[i].tokens.context, options[i], prompts[i].tokens.cuts) for i in indices
     ]
-    sums = option_loglikelihoods(model, items, batch_tokens=limits.tokens)
+    served = vllm_client.is_served(model)
+    score = vllm_client.option_loglikelihoods if served else option_loglikelihoods
+    sums = score(model, items, batch_tokens=limits.tokens)
     return {indices[number]: tuple(own) for number, own in sums}
+
+
+def read_golds(
+    model,
+    tokenizer,
+    prompts: list[TokenizedPrompt],
+    evaluation_set: EvaluationSet,
+    *,
+    limits: Batch,
+    golds: Mapping[str, GoldAnswers],
+) -> list[dict]:
+    """The graded scores of prompts without any generation: their ids and the fields of golds.
+
+    Args:
+        prompts: of a set with generated answers; those without golds are left out.
+    """
+    prompts, limits = _as_scales_allow(model, [p for p in prompts if p.item.id in golds], limits)
+    ask = evaluation_set.ask
+    options = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
+    sums = _read_apart(model, prompts, options, limits)
+    return [
+        {"id": p.item.id} | gold_fields(golds[p.item.id], options[i], sums[i])
+        for i, p in enumerate(prompts)
+    ]
 
 
 def _counts(prompt: TokenizedPrompt, output_tokens: int) -> dict:

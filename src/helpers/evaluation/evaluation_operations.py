@@ -34,7 +34,7 @@ from helpers.cost.operations import (
     writing_operations,
 )
 from helpers.evaluation.checks.evaluation_data import PASSAGES
-from helpers.evaluation.checks.numeric_gates import SAMPLE, is_batch_invariant
+from helpers.evaluation.checks.numeric_gates import GOLD_SAMPLE, SAMPLE, is_batch_invariant
 from helpers.evaluation.prompts import TokenizedPrompt, answer_tokens, gold_answers, study_prompts
 from helpers.inference.packed_attention import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
@@ -143,6 +143,9 @@ def _count_asked_alone(study: Study, variant: str, tokens: SetTokens, size: Size
     items = min(tokens.items, SAMPLE[protocol] + asked_twice)
     prompt_tokens = items * (tokens.alone + tokens.options) // tokens.items
     rows = items * min(FEWEST_ROWS, study.evaluation.batch.rows)
+    if asked_twice:
+        further = min(GOLD_SAMPLE, tokens.items)
+        prompt_tokens += further * (tokens.alone + tokens.options) // tokens.items
     return read(prompt_tokens, head=FEWEST_ROWS * items) + write(rows * max(0, tokens.cap - 1))
 
 

@@ -24,7 +24,7 @@ from helpers.evaluation.checks.item_gates import (
     order_gate,
     raw_digests,
 )
-from helpers.evaluation.checks.numeric_gates import is_batch_invariant, sampled_ids
+from helpers.evaluation.checks.numeric_gates import gold_sample_ids, is_batch_invariant, sampled_ids
 from helpers.evaluation.checks.recomputed_answers import ExpectedGolds, render_golds
 from helpers.evaluation.checks.recomputed_losses import (
     Recomputed,
@@ -39,9 +39,15 @@ from helpers.evaluation.checks.second_opinion import (
     SecondOpinion,
     open_second_opinion,
 )
-from helpers.evaluation.engine import evaluate
+from helpers.evaluation.engine import evaluate, read_golds
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
-from helpers.evaluation.prompts import Prompt, gold_answers, model_inputs, render_prompt
+from helpers.evaluation.prompts import (
+    Prompt,
+    gold_answers,
+    model_inputs,
+    render_prompt,
+    tokenize_prompts,
+)
 from helpers.inference.perplexity import (
     HiddenStates,
     first_scored_token,
@@ -184,6 +190,7 @@ def gather_evaluation_data(
         used=used_items(study, job.model, job.variant),
         alone=alone,
         repeated=ask_alone_again(model, tokenizer, study, job.variant, alone, items),
+        golds_alone=read_golds_alone(model, tokenizer, study, job.variant, items),
         reference=read_reference_passages(job, model, tokenizer),
         perturbed=read_perturbed_passages(job, tokenizer),
         loaded=tuple(loaded),
@@ -377,6 +384,32 @@ def ask_alone_again(
             rows = evaluate(model, tokenizer, first, evaluation_set, **options)
             predictions[name] = list(rows)
     return predictions
+
+
+def read_golds_alone(
+    model, tokenizer, study: Study, variant: str, items: Mapping[str, list[Item]] | None = None
+) -> dict[str, list[dict]]:
+    """Golds and foils of further items of every generated set, each item read by itself.
+
+    Empty if the runtime is batch-invariant: there, one item's golds have to be equal.
+    """
+    if is_batch_invariant(study, variant):
+        return {}
+    rows: dict[str, list[dict]] = {}
+    for name, of_set in (items or draw_sets(study)).items():
+        evaluation_set = study.evaluation.datasets[name]
+        if evaluation_set.ask.protocol != "generate":
+            continue
+        ids = gold_sample_ids([i.id for i in of_set], seed=study.seed)
+        sampled = [item for item in of_set if item.id in ids]
+        prompts = tokenize_prompts(sampled, evaluation_set, tokenizer)
+        options = {"limits": study.evaluation.batch, "golds": gold_answers(of_set, evaluation_set)}
+        rows[name] = [
+            row
+            for prompt in Bar(prompts, desc=f"{name}, golds alone", unit="item")
+            for row in read_golds(model, tokenizer, [prompt], evaluation_set, **options)
+        ]
+    return rows
 
 
 def ask_alone(

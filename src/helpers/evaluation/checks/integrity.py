@@ -294,6 +294,8 @@ class EvaluationData:
         alone: predictions of a few items, each asked in a batch of one.
         repeated: the same for one item of each generated set, asked alone a second time;
             empty if the runtime is batch-invariant, where `alone` is the second time.
+        golds_alone: ids, golds and foils of further items of each generated set, read by
+            themselves; empty if the runtime is batch-invariant.
         perturbed: for float variants, rows of the shared text read by the float model after one
             rounding of every weight.
         reference: rows of the shared text from the saved float states; empty for the baseline.
@@ -322,6 +324,7 @@ class EvaluationData:
     used: dict[str, list[Item]]
     alone: dict[str, list[dict]]
     repeated: dict[str, list[dict]] = field(default_factory=dict)
+    golds_alone: dict[str, list[dict]] = field(default_factory=dict)
     perturbed: list[dict] = field(default_factory=list)
     reference: list[dict] = field(default_factory=list)
     loaded: tuple[Gate, ...] = ()
@@ -415,7 +418,9 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
     gates += [
         golds_gate(rows, data.golds.get(name, {})),
         foil_gate(evaluation_set, rows, items),
-        gold_invariance_gate(data.study, data.variant, rows, baseline, alone),
+        gold_invariance_gate(
+            data.study, data.variant, rows, baseline, [*alone, *data.golds_alone.get(name, [])]
+        ),
     ]
     if is_batch_invariant(data.study, data.variant):
         return gates

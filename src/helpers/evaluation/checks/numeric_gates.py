@@ -292,14 +292,26 @@ def kl_per_token(rows: list[dict]) -> float:
 # Items of each evaluation set. A generated answer makes dozens of sequential decisions,
 # and takes as long as ten scored items.
 SAMPLE = {"loglikelihood": 4, "generate": 1}
+# Further items of a generated set whose golds alone are read alone, where an answer depends on its
+# batch: how far the variant lies from the baseline cannot be told from one item's few golds.
+GOLD_SAMPLE = 8
 DRAWS = 2.0  # √2 for two independent draws, √2 for a sample of a few items
 LOGPROB_ROUNDING = 1e-5  # stored precision of log-probabilities, with a margin
 
 
 def sampled_ids(ids: list[str], protocol: str, *, seed: int) -> set[str]:
     """Ids of the items to ask alone, the same for every variant."""
-    order = sorted(ids, key=lambda i: sha256_text(f"{seed}:alone:{i}"))
-    return set(order[: SAMPLE[protocol]])
+    return set(_alone_order(ids, seed=seed)[: SAMPLE[protocol]])
+
+
+def gold_sample_ids(ids: list[str], *, seed: int) -> set[str]:
+    """Ids of the further items whose golds are read alone."""
+    asked = SAMPLE["generate"]
+    return set(_alone_order(ids, seed=seed)[asked : asked + GOLD_SAMPLE])
+
+
+def _alone_order(ids: list[str], *, seed: int) -> list[str]:
+    return sorted(ids, key=lambda i: sha256_text(f"{seed}:alone:{i}"))
 
 
 def invariance_gate(
