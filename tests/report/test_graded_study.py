@@ -13,9 +13,10 @@ from helpers.report import graded_chapter, summary
 from helpers.report.checks.recomputation import recompute
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results
-from helpers.statistics.graded_study import graded_scores
+from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
+from helpers.statistics.graded_study import ROUNDING_MOVES, graded_scores, graded_study
 from helpers.study.loading import load_study
-from helpers.study.schema import Comparison
+from helpers.study.schema import Comparison, Variant
 from simulated_rows import option_rows, quantized, written_rows
 from test_report import make_job  # noqa: F401 - a fixture
 
@@ -113,6 +114,33 @@ def test_a_cost_that_only_the_fine_tuned_model_has_is_found(graded_job):
     results = load_results(graded_job(loss={}, raised=0.4))
     kinds = {cost.variant: cost.pooled.kind for cost in results.graded.finetuning}
     assert kinds == dict.fromkeys(VARIANTS[1:], "worse")
+
+
+def test_where_rounding_alone_moves_a_score_nothing_is_said(graded_job):
+    """`static` is made the noise floor: it loses on ARC and SQuAD v2 as much as the variant."""
+    results = load_results(graded_job(loss=PLANTED | {"static": 0.35}))
+    assert comparison(results, "arc", "smoothquant_w8a8").kind == "worse"
+    variants = results.study.variants | {"static": Variant(dtype="bfloat16")}
+    study = results.study.model_copy(update={"variants": variants})
+    answers, verdicts = results.published.variants, results.verdicts
+    judged = graded_study(study, answers, verdicts)
+    assert set(judged.blind.values()) == {ROUNDING_MOVES}
+    assert {v.kind for v in judged.comparisons.values()} == {"uninformative"}
+    assert not judged.pooled
+    rows = {c: {"verdict": v.kind, "reason": v.reason} for c, v in verdicts.items()}
+    recomputed = GradedBlocks(study, answers, rows).blocks()
+    reasons = {row["uninformative_because"] for row in recomputed["graded"]["abilities"]}
+    assert reasons == {ROUNDING_MOVES}
+    assert {c["verdict"] for c in recomputed["graded"]["comparisons"]} == {"uninformative"}
+    assert recomputed["pooled"] == []
+
+
+def test_a_noise_floor_inside_the_margin_takes_nothing_away(graded_job):
+    results = load_results(graded_job(loss=PLANTED | {"static": 0.0}, noise=0.01))
+    variants = results.study.variants | {"static": Variant(dtype="bfloat16")}
+    study = results.study.model_copy(update={"variants": variants})
+    judged = graded_study(study, results.published.variants, results.verdicts)
+    assert set(judged.blind.values()) == {""}
 
 
 def test_what_is_invalid_by_its_answers_is_invalid_here(graded_job):
@@ -258,6 +286,15 @@ def test_a_verdict_turned_in_the_table_is_named(published):
     assert "**worse**" in text
     path.write_text(text.replace("**worse**", "equivalent", 1), "utf-8")
     assert any("recomputed" in line and "worse" in line for line in differences(published))
+
+
+def test_a_summary_without_any_block_is_named(published):
+    path = published.paths.root / "summary.json"
+    stored = json.loads(path.read_text("utf-8"))
+    for block in ("graded", "pooled", "finetuning_cost"):
+        stored.pop(block, None)
+    write_json(path, stored)
+    assert "summary.json has no graded scores, and the answers have" in differences(published)
 
 
 def test_a_report_without_the_chapter_is_named(published):

@@ -46,6 +46,7 @@ def graded_blocks(graded: GradedStudy) -> dict:
     abilities = [
         dict(zip(("model", "dataset", "variant"), at, strict=True))
         | {"able": ability.able, "mean": ability.mean, "unit": ability.unit}
+        | {"uninformative_because": graded.blind[at]}
         for at, ability in graded.abilities.items()
     ]
     comparisons = [c.model_dump() | verdict_row(v) for c, v in graded.comparisons.items()]
@@ -220,8 +221,8 @@ def reading_paragraph(results: Results) -> str:
         "comparisons are adjusted by Holm as a family of their own. All others are exploratory, a "
         "family a variant. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
-        "of a nat. Rounding alone moves some scores the same way on every item: a difference no "
-        "larger than the noise floor's on the same set is no evidence about quantization."
+        "of a nat. A set is uninformative for a model if it shows no ability there, or if rounding "
+        "alone (the noise floor) moves its score by more than the margin."
     )
 
 

@@ -5,6 +5,10 @@ family of right and wrong. A comparison that is invalid by its answers is invali
 Comparisons that nobody declared are exploratory: those of one variant are a family of their
 own, as are its pooled differences over the models, and its costs of fine-tuning over the sets.
 
+A set on which the noise floor differs from the baseline, by more than chance and not inside the
+margin, is uninformative for that model: there the score measures rounding. A written answer's
+score can do so, because its first tokens are the same for every item.
+
 A set whose rows hold no log-probabilities has no graded scores, and nothing is said about it.
 Imports no torch.
 """
@@ -19,7 +23,7 @@ from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check
 from helpers.evaluation.predictions import SHARED_TEXT
 from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.controls import VariantAnswers
+from helpers.statistics.controls import VariantAnswers, role_of
 from helpers.statistics.graded import (
     Ability,
     Estimate,
@@ -48,6 +52,7 @@ from helpers.study.schema import Comparison, EvaluationSet, FineTunedModel, LogL
 Place = tuple[str, str, str]  # model, evaluation set, variant
 KL_UNIT: Unit = "nats a token"
 NO_ABILITY = "the float model shows no ability that could be lost"
+ROUNDING_MOVES = "rounding alone moves the score by more than the margin"
 INSIDE_MARGIN = "the difference is nevertheless inside the margin"
 NO_SCORES = "its graded scores are missing or not finite"
 
@@ -106,10 +111,12 @@ class GradedStudy:
 
     Attributes:
         abilities: by (model, evaluation set, baseline).
+        blind: why a set says nothing about a model, by the same keys; empty if it does.
         pooled: by (model, variant), against the study's baseline.
     """
 
     abilities: dict[Place, Ability]
+    blind: dict[Place, str]
     comparisons: dict[Comparison, GradedVerdict]
     pooled: dict[tuple[str, str], PooledVerdict]
     finetuning: tuple[FineTuningCost, ...]
@@ -171,6 +178,7 @@ class _StudyScores:
             for at in self.scores
             if at in sides
         }
+        self.blind = {at: self._blind_reason(at) for at in self.abilities}
 
     def judged(self) -> GradedStudy:
         comparisons = self._comparisons()
@@ -179,7 +187,28 @@ class _StudyScores:
         by_model = {
             (m, v): pooled[m, v] for m in self.study.models for v in others if (m, v) in pooled
         }
-        return GradedStudy(self.abilities, comparisons, by_model, tuple(self._finetuning()))
+        costs = tuple(self._finetuning())
+        return GradedStudy(self.abilities, self.blind, comparisons, by_model, costs)
+
+    def _blind_reason(self, at: Place) -> str:
+        """Why nothing can be said about a model on a set; empty if something can."""
+        model, name, _ = at
+        if not self.abilities[at].able:
+            return NO_ABILITY
+        if (model, name, self.study.baseline) not in self.scores:
+            return ""
+        for variant in self.study.variants:
+            rounded = self.scores.get((model, name, variant))
+            if role_of(self.study, variant) != "noise floor" or rounded is None:
+                continue
+            rounding = self._pair(self.scores[model, name, self.study.baseline], rounded, 1)
+            if rounding.p <= self.rules.alpha and not self._is_inside(rounding):
+                return ROUNDING_MOVES
+        return ""
+
+    def _is_inside(self, comparison: GradedComparison) -> bool:
+        margin = self.margin(comparison.unit)
+        return tost_from_interval(comparison.equivalence, margin=margin, alpha=self.rules.alpha)
 
     def margin(self, unit: Unit) -> float:
         margins = self.study.statistics.graded_margins
@@ -192,19 +221,16 @@ class _StudyScores:
             alpha=self.rules.alpha / max(1, tests), identical=identical,
         )  # fmt: skip
 
-    def _verdict(self, comparison: GradedComparison, able: bool, holm_p: float | None, **fields):
+    def _verdict(self, comparison: GradedComparison, blind: str, holm_p: float | None, **fields):
         margin = self.margin(comparison.unit)
         adjusted = comparison.p if holm_p is None else holm_p
         better = fields.pop("higher_is_better", True)
         kind = judge_graded(
-            comparison, able=able, adjusted_p=adjusted, margin=margin, higher_is_better=better
+            comparison, able=not blind, adjusted_p=adjusted, margin=margin, higher_is_better=better
         )
-        reason = "" if able else NO_ABILITY
+        reason = blind
         if kind in ("worse", "better"):
-            inside = tost_from_interval(
-                comparison.equivalence, margin=margin, alpha=self.rules.alpha
-            )
-            reason = INSIDE_MARGIN if inside else ""
+            reason = INSIDE_MARGIN if self._is_inside(comparison) else ""
         return GradedVerdict(kind, reason, comparison, margin, holm_p, **fields)
 
     def _comparisons(self) -> dict[Comparison, GradedVerdict]:
@@ -239,7 +265,7 @@ class _StudyScores:
             reason = verdict.reason if verdict.kind == "invalid" else NO_SCORES
             margin = self.margin(self.scores[at].unit)
             return GradedVerdict("invalid", reason, comparison, margin, declared=declared)
-        return self._verdict(comparison, self.abilities[at].able, holm_p, declared=declared)
+        return self._verdict(comparison, self.blind[at], holm_p, declared=declared)
 
     def _pair(self, before: Scored, after: Scored, tests: int) -> GradedComparison:
         changes = paired_differences(before, after)
@@ -280,7 +306,7 @@ class _StudyScores:
                 found[model, variant] = PooledVerdict(able, verdict, None)
                 continue
             pairs = {n: self._sides(model, n, variant) for n in able}
-            verdict = self._verdict(compared[model], True, holm_p[model])
+            verdict = self._verdict(compared[model], "", holm_p[model])
             recovered = recovery(pairs, confidence=self.rules.confidence)
             found[model, variant] = PooledVerdict(able, verdict, recovered)
         return found
@@ -289,7 +315,7 @@ class _StudyScores:
         return tuple(
             name
             for name in self.study.evaluation.datasets
-            if (a := self.abilities.get((model, name, self.study.baseline))) and a.able
+            if self.blind.get((model, name, self.study.baseline)) == ""
         )
 
     def _sides(self, model: str, name: str, variant: str) -> tuple[Scored, Scored]:
@@ -318,6 +344,9 @@ class _StudyScores:
         invalid = {
             n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
         }
+        blind = {
+            n: next((r for m in models if (r := self.blind[m, n, baseline])), "") for n in names
+        }
         pairs = {
             n: (self._sides(start, n, variant), self._sides(finetuned, n, variant)) for n in names
         }
@@ -325,13 +354,12 @@ class _StudyScores:
         holm_p = holm({n: 1.0 if invalid[n] else compared[n].p for n in names})
         sets = {}
         for n in names:
-            able = all(self.abilities[m, n, baseline].able for m in models)
             if invalid[n]:
                 margin = self.margin(compared[n].unit)
                 sets[n] = GradedVerdict("invalid", invalid[n], compared[n], margin)
             else:
-                sets[n] = self._verdict(compared[n], able, holm_p[n])
-        kept = [n for n in names if all(self.abilities[m, n, baseline].able for m in models)]
+                sets[n] = self._verdict(compared[n], blind[n], holm_p[n])
+        kept = [n for n in names if not blind[n]]
         pooled = self._pooled_cost(kept, pairs, invalid) if kept else None
         kl = self._kl_cost(start, finetuned, variant)
         if not sets and kl is None:
@@ -350,7 +378,7 @@ class _StudyScores:
         comparison = self._compared(
             estimate, "probability", 1, estimate.mean == 0 and estimate.degenerate
         )
-        return self._verdict(comparison, True, None)
+        return self._verdict(comparison, "", None)
 
     def _kl_cost(self, start: str, finetuned: str, variant: str) -> GradedVerdict | None:
         sides = [self.answers[m, variant] for m in (start, finetuned)]
@@ -366,4 +394,4 @@ class _StudyScores:
             return None
         identical = estimate.mean == 0 and estimate.degenerate
         comparison = self._compared(estimate, KL_UNIT, 1, identical)
-        return self._verdict(comparison, True, None, higher_is_better=False)
+        return self._verdict(comparison, "", None, higher_is_better=False)

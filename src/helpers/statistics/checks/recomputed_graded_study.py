@@ -48,6 +48,7 @@ class GradedBlocks:
             for at in self.complete
             if self.complete[at] and at in sides
         }
+        self.blind = {at: self._blind_reason(*at[:2], able=able) for at, able in self.able.items()}
 
     def blocks(self) -> dict:
         """`graded`, `pooled` and `finetuning_cost`; empty without graded scores."""
@@ -57,6 +58,7 @@ class GradedBlocks:
         abilities = [
             {"model": m, "dataset": name, "variant": v, "able": able}
             | {"mean": self._mean_score(m, name, v), "unit": self._unit(name)}
+            | {"uninformative_because": self.blind[m, name, v]}
             for (m, name, v), able in self.able.items()
         ]
         others = [v for v in self.study.variants if v != self.study.baseline]
@@ -82,6 +84,22 @@ class GradedBlocks:
     def _mean_score(self, model: str, name: str, variant: str) -> float:
         rows = self._rows(model, name, variant)
         return float(np.mean(list(again.item_scores(rows, self.normalize[name]).values())))
+
+    def _blind_reason(self, model: str, name: str, *, able: bool) -> str:
+        """No ability; or a variant that differs by its float type alone lies beyond the margin."""
+        if not able:
+            return "the float model shows no ability that could be lost"
+        margin = self._margin(self._unit(name))
+        for variant, recipe in self.study.variants.items():
+            other_type = variant != self.study.baseline and recipe.dtype is not None
+            sides = [(model, name, v) for v in (self.study.baseline, variant)]
+            if not other_type or not all(self.complete.get(at) for at in sides):
+                continue
+            moved = again.difference(self._pair(model, name, variant), self.normalize[name])
+            low, high = moved.limits(1 - 2 * self.alpha)
+            if moved.p() <= self.alpha and not (low > -margin and high < margin):
+                return "rounding alone moves the score by more than the margin"
+        return ""
 
     def _margin(self, unit: str) -> float:
         margins = self.study.statistics.graded_margins
@@ -109,15 +127,15 @@ class GradedBlocks:
         row = {"verdict": "invalid", "reason": reason, "primary": primary}
         return row | {"margin": self._margin(unit), "holm_p": None}
 
-    def _judge(self, row: dict, *, able: bool, holm_p: float | None, lower: bool = True) -> None:
+    def _judge(self, row: dict, *, blind: str, holm_p: float | None, lower: bool = True) -> None:
         """Fill in a row's verdict; `lower` says that a negative difference is a loss."""
         p = row["p"] if holm_p is None else holm_p
         margin = row["margin"]
         inside = row["equivalence_low"] > -margin and row["equivalence_high"] < margin
         row["holm_p"] = holm_p
-        if not able:
+        if blind:
             row["verdict"] = "uninformative"
-            row["reason"] = "the float model shows no ability that could be lost"
+            row["reason"] = blind
         elif p <= self.alpha and row["delta"]:
             row["verdict"] = "worse" if (row["delta"] < 0) is lower else "better"
             if inside:
@@ -152,8 +170,8 @@ class GradedBlocks:
             adjusted = holm([usable.get(c, 1.0) for c in family])
             for c, holm_p in zip(family, adjusted, strict=True):
                 if c in usable:
-                    able = self.able[c.model, c.dataset, c.baseline]
-                    self._judge(made[c], able=able, holm_p=holm_p)
+                    blind = self.blind[c.model, c.dataset, c.baseline]
+                    self._judge(made[c], blind=blind, holm_p=holm_p)
         return [c.model_dump() | row for c, row in made.items()]
 
     def _compared(self, c: Comparison, unit: str, tests: int, primary: bool) -> dict:
@@ -174,7 +192,8 @@ class GradedBlocks:
 
     def _able_sets(self, model: str) -> list[str]:
         baseline = self.study.baseline
-        return [n for n in self.study.evaluation.datasets if self.able.get((model, n, baseline))]
+        sets = self.study.evaluation.datasets
+        return [n for n in sets if self.blind.get((model, n, baseline)) == ""]
 
     def _pooled(self, variant: str) -> dict[str, dict]:
         """By model, the pooled row of a variant."""
@@ -196,7 +215,7 @@ class GradedBlocks:
             row["recovery"] = None
             if row["verdict"] == "invalid":
                 continue
-            self._judge(row, able=True, holm_p=holm_p)
+            self._judge(row, blind="", holm_p=holm_p)
             pairs = {n: self._pair(model, n, variant) for n in models[model]}
             if recovered := again.recovered(pairs, self.normalize, self.confidence):
                 row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
@@ -225,7 +244,9 @@ class GradedBlocks:
         reasons = {
             n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
         }
-        able = {n: all(self.able[m, n, baseline] for m in models) for n in names}
+        blind = {
+            n: next((r for m in models if (r := self.blind[m, n, baseline])), "") for n in names
+        }
         for n in names:
             first, second = (self._pair(m, n, variant) for m in models)
             mean = again.cost_difference(first, second, self.normalize[n])
@@ -236,8 +257,8 @@ class GradedBlocks:
                 sets[n] |= {"verdict": "invalid", "reason": reasons[n], "p": None}
         for n, holm_p in zip(names, holm(family), strict=True):
             if not reasons[n]:
-                self._judge(sets[n], able=able[n], holm_p=holm_p)
-        kept = [n for n in names if able[n]]
+                self._judge(sets[n], blind=blind[n], holm_p=holm_p)
+        kept = [n for n in names if not blind[n]]
         return {
             "start": models[0], "finetuned": models[1], "variant": variant, "sets": sets,
             "pooled_sets": kept, "pooled": self._pooled_cost(models, variant, kept, reasons),
@@ -252,7 +273,7 @@ class GradedBlocks:
         first, second = ({n: self._pair(m, n, variant) for n in kept} for m in models)
         mean = again.pooled_cost_difference(first, second, self.normalize)
         row = self._row(mean, "probability", identical=mean.value == 0 and mean.error == 0)
-        self._judge(row, able=True, holm_p=None)
+        self._judge(row, blind="", holm_p=None)
         return row
 
     def _kl_cost(self, models: tuple[str, str], variant: str) -> dict | None:
@@ -268,7 +289,7 @@ class GradedBlocks:
             return None
         mean = again.kl_difference(sides[0].passages, sides[1].passages)
         row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
-        self._judge(row, able=True, holm_p=None, lower=False)
+        self._judge(row, blind="", holm_p=None, lower=False)
         return row
 
 
