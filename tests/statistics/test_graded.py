@@ -9,6 +9,7 @@ import statsmodels.api as sm
 from scipy import special, stats
 
 from helpers.core.errors import StudyError
+from helpers.evaluation.scoring import gold_score
 from helpers.statistics.checks import recomputed_graded as again
 from helpers.statistics.clustered import clustered_mean, combine, satterthwaite_degrees
 from helpers.statistics.graded import (
@@ -20,7 +21,6 @@ from helpers.statistics.graded import (
     option_probabilities,
     right_options,
     scored,
-    written_score,
 )
 from helpers.statistics.intervals import mcnemar_exact
 from helpers.statistics.pooled import (
@@ -71,7 +71,8 @@ def test_probabilities_do_not_depend_on_the_unit_of_length(rng):
 
 
 def test_a_written_answer_takes_its_best_gold_by_the_token():
-    assert written_score([-6.0, -2.5, -9.0], [3, 1, 6]) == pytest.approx(-1.5)
+    row = {"gold_loglikelihoods": [-6.0, -2.5, -9.0], "gold_tokens": [3, 1, 6]}
+    assert gold_score(row) == pytest.approx(-1.5)
 
 
 def test_several_right_options_add_up():

@@ -263,8 +263,8 @@ def study_smoothing(study: Study) -> Smooth:
     Of a grid, whose best value is not known yet, the middle one; the paper's α where it is chosen
     group by group, and all of the paper's settings where no variant smooths.
     """
-    found = (v.smooth for v in study.variants.values() if _smooths(v))
-    smooth = next(found, PAPER)
+    settings = (v.smooth for v in study.variants.values() if _smooths(v))
+    smooth = next(settings, PAPER)
     alpha = PAPER.alpha if smooth.alpha == "auto" else smooth.alpha
     alpha = median_low(alpha) if isinstance(alpha, tuple) else alpha
     return smooth.model_copy(update={"alpha": alpha})
@@ -309,9 +309,9 @@ def _worst(model, act_absmax, targets: tuple[str, ...], alphas: dict[str, float]
     name, channel = worst["name"], worst["channel"]
     act, alpha = torch.as_tensor(act_absmax[name]).float(), alphas.get(name)
     weight = group_weight_absmax(model, groups[name]).float().cpu()
-    wanted = scales = torch.ones_like(weight)
+    equation_scales = scales = torch.ones_like(weight)
     if alpha is not None:
-        wanted = smoothing_scales(act.cpu(), weight, alpha=alpha)
+        equation_scales = smoothing_scales(act.cpu(), weight, alpha=alpha)
         scales = group_scales(model, groups[name], {name: act}, alpha=alpha).float().cpu()
     return ChannelSmoothing(
         groups[name],
@@ -319,7 +319,7 @@ def _worst(model, act_absmax, targets: tuple[str, ...], alphas: dict[str, float]
         alpha,
         maxima[name],
         weight.numpy(),
-        float(wanted[channel]),
+        float(equation_scales[channel]),
         scales.numpy(),
     )
 

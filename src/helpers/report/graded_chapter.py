@@ -66,20 +66,20 @@ def verdict_row(verdict: GradedVerdict) -> dict:
         "margin": verdict.margin,
         "holm_p": verdict.holm_p,
     }
-    if (found := verdict.comparison) is None:
+    if (comparison := verdict.comparison) is None:
         return row
     return row | {
-        "unit": found.unit,
-        "n": found.n,
-        "clusters": found.clusters,
-        "delta": found.delta,
-        "low": found.interval.low,
-        "high": found.interval.high,
-        "equivalence_low": found.equivalence.low,
-        "equivalence_high": found.equivalence.high,
-        "p": None if verdict.kind == "invalid" else found.p,
-        "smallest_detectable_difference": found.detectable,
-        "identical_scores": found.identical,
+        "unit": comparison.unit,
+        "n": comparison.n,
+        "clusters": comparison.clusters,
+        "delta": comparison.delta,
+        "low": comparison.interval.low,
+        "high": comparison.interval.high,
+        "equivalence_low": comparison.equivalence.low,
+        "equivalence_high": comparison.equivalence.high,
+        "p": None if verdict.kind == "invalid" else comparison.p,
+        "smallest_detectable_difference": comparison.detectable,
+        "identical_scores": comparison.identical,
     }
 
 
@@ -284,8 +284,8 @@ def graded_cell(
         return Markup(word)
     if verdict.reason == INSIDE_MARGIN:
         word += " (inside the margin)"
-    found = verdict.comparison
-    return Markup(f"{show(found.delta)} {span(found.interval, show)} {word}")
+    comparison = verdict.comparison
+    return Markup(f"{show(comparison.delta)} {span(comparison.interval, show)} {word}")
 
 
 def pooled_table(results: Results) -> Rows:
@@ -351,9 +351,13 @@ def _figure(results: Results) -> list[Figure]:
 
 
 def _figure_row(model: str, variant: str, name: str, verdict: GradedVerdict) -> dict:
-    found = verdict.comparison
-    row = {"model": model, "variant": variant, "dataset": name, "unit": found.unit}
-    row |= {"delta": found.delta, "low": found.interval.low, "high": found.interval.high}
+    comparison = verdict.comparison
+    row = {"model": model, "variant": variant, "dataset": name, "unit": comparison.unit}
+    row |= {
+        "delta": comparison.delta,
+        "low": comparison.interval.low,
+        "high": comparison.interval.high,
+    }
     return row | {"kind": verdict.kind, "filled": verdict.declared or name == "pooled"}
 
 
@@ -382,9 +386,9 @@ def _worse_places(results: Results, variant: str) -> list[str]:
 
 
 def _amount(verdict: GradedVerdict) -> str:
-    found = verdict.comparison
-    unit = "points" if found.unit == "probability" else "hundredths of a nat a token"
-    return f"{points(found.delta)} {unit}"
+    comparison = verdict.comparison
+    unit = "points" if comparison.unit == "probability" else "hundredths of a nat a token"
+    return f"{points(comparison.delta)} {unit}"
 
 
 def summary_bullets(results: Results) -> list[str]:
@@ -408,12 +412,12 @@ def _score_bullet(results: Results, variant: str) -> str:
         if (c.variant, c.baseline) == (variant, results.study.baseline)
     }
     if worse:
-        found = f"worse on {', '.join(worse)}"
+        result = f"worse on {', '.join(worse)}"
     elif kinds <= {"invalid", "uninformative"}:
-        found = "no conclusion is possible, every comparison is invalid or uninformative"
+        result = "no conclusion is possible, every comparison is invalid or uninformative"
     else:
-        found = "no loss detected"
-    text = f"**Graded scores** of `{variant}`: {found}."
+        result = "no loss detected"
+    text = f"**Graded scores** of `{variant}`: {result}."
     pooled = {
         model: p.verdict.comparison
         for (model, v), p in results.graded.pooled.items()
@@ -454,6 +458,6 @@ COST_CLAUSES = {
 def _cost_clause(verdict: GradedVerdict | None, what: str, unit: str, show=points) -> str:
     if verdict is None or verdict.comparison is None:
         return ""
-    found = verdict.comparison
-    amount = f"{show(found.delta)} {span(found.interval, show)}"
+    comparison = verdict.comparison
+    amount = f"{show(comparison.delta)} {span(comparison.interval, show)}"
     return f"by {what}, {COST_CLAUSES[verdict.kind]} ({amount} {unit})"

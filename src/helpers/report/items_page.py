@@ -19,6 +19,7 @@ from helpers.core.errors import one_line, printable
 from helpers.core.files import write_atomically
 from helpers.report.markdown import dataset_name
 from helpers.report.results import Results
+from helpers.statistics.graded import option_probabilities
 
 PAGE = "items.html"
 FOLDER = Path(__file__).parent
@@ -133,26 +134,32 @@ def _item(results: Results, dataset: str, item: str, rows: dict, shared: int) ->
         rows: by model, the predictions of every variant by item id, the baseline's first.
         shared: characters of the prompt that all items of the set have in common.
     """
-    asked = results.prompts[results.models[0], dataset].get(item, {})
+    prompt_record = results.prompts[results.models[0], dataset].get(item, {})
     shown = {"id": item, "golds": rows[results.models[0]][0][item]["golds"]}
-    if asked:
+    if prompt_record:
         prompts = [
-            results.prompts[m, dataset].get(item, asked)["prompt"][shared:] for m in results.models
+            results.prompts[m, dataset].get(item, prompt_record)["prompt"][shared:]
+            for m in results.models
         ]
         same = len(set(prompts)) == 1
-        shown |= {"question": asked["question"], "prompts": prompts[:1] if same else prompts}
-    if asked.get("continuations"):
-        shown["options"] = [list(o) for o in zip(asked["labels"], asked["options"], strict=True)]
+        shown |= {
+            "question": prompt_record["question"],
+            "prompts": prompts[:1] if same else prompts,
+        }
+    if prompt_record.get("continuations"):
+        shown["options"] = [
+            list(o) for o in zip(prompt_record["labels"], prompt_record["options"], strict=True)
+        ]
     ask = results.study.evaluation.datasets[dataset].ask
     normalize = getattr(ask, "normalize", None)
     shown["answers"] = [
-        _distinct([_answer(by_id[item], asked, normalize) for by_id in rows[model]])
+        _distinct([_answer(by_id[item], prompt_record, normalize) for by_id in rows[model]])
         for model in results.models
     ]
     return shown
 
 
-def _answer(prediction: dict, asked: dict, normalize: str | None) -> dict:
+def _answer(prediction: dict, prompt_record: dict, normalize: str | None) -> dict:
     """What the page shows of one prediction; what is as usual is left out."""
     shown = {"parsed": prediction["parsed"], "score": _short(prediction["score"])}
     if prediction["output"] != prediction["parsed"]:
@@ -163,36 +170,17 @@ def _answer(prediction: dict, asked: dict, normalize: str | None) -> dict:
         shown["end"] = prediction["finish_reason"]
     if prediction.get("f1", prediction["score"]) != prediction["score"]:
         shown["f1"] = round(prediction["f1"], 3)
-    if "logprobs" in prediction and asked.get("continuations"):
-        shown["shares"] = option_shares(
-            prediction["logprobs"], asked["continuations"], normalize=normalize
-        )
+    continuations = prompt_record.get("continuations")
+    if continuations and all(map(math.isfinite, prediction.get("logprobs", [math.nan]))):
+        sizes = [len(text.strip().encode("utf-8")) for text in continuations]
+        lengths = sizes if normalize == "bytes" else None
+        shares = option_probabilities(prediction["logprobs"], lengths)
+        shown["shares"] = [round(share, 3) for share in shares.tolist()]
     return shown
 
 
 def _short(score: float) -> float:
     return int(score) if score == int(score) else round(score, 3)
-
-
-def option_shares(
-    logprobs: list[float], continuations: list[str], *, normalize: str
-) -> list[float]:
-    """Each option's probability, renormalised over the options as the choice is made.
-
-    Args:
-        logprobs: summed log-probability of each continuation, in nats.
-        continuations: the texts they belong to.
-        normalize: `bytes` divides each sum by its text's UTF-8 length without the leading space,
-            and multiplies all by the mean length, so that they are nats an option again.
-
-    Returns:
-        Fractions rounded to a thousandth; the option that was chosen has the largest.
-    """
-    lengths = [len(c.strip().encode("utf-8")) if normalize == "bytes" else 1 for c in continuations]
-    mean = sum(lengths) / len(lengths)
-    compared = [s / n * mean for s, n in zip(logprobs, lengths, strict=True)]
-    weights = [math.exp(c - max(compared)) for c in compared]
-    return [round(w / sum(weights), 3) for w in weights]
 
 
 def _distinct(answers: list[dict]) -> dict:

@@ -35,6 +35,7 @@ from scipy.special import stdtrit
 from scipy.stats import norm
 
 from helpers.core.errors import StudyError
+from helpers.evaluation.scoring import gold_score
 from helpers.statistics.clustered import MeanEstimate, clustered_mean
 from helpers.statistics.intervals import Interval, require_fraction, tost_from_interval
 
@@ -105,8 +106,8 @@ class RecipeEstimate:
             return 1.0
 
         def excess(p: float) -> float:  # above 0 where the interval leaves `null` out
-            found = self.interval(1 - p)
-            return found.low - null if self.mean > null else null - found.high
+            interval = self.interval(1 - p)
+            return interval.low - null if self.mean > null else null - interval.high
 
         if excess(SMALLEST_P) >= 0:
             return SMALLEST_P
@@ -118,8 +119,8 @@ class RecipeEstimate:
         """Smallest true difference of the recipe found with about this power."""
         if self.draws == 1 or self.degenerate:
             return self.items.detectable(alpha=alpha, power=power)
-        found = self.interval(1 - alpha)
-        return (found.high - found.low) / 2 + float(norm.ppf(power)) * self.standard_error
+        interval = self.interval(1 - alpha)
+        return (interval.high - interval.low) / 2 + float(norm.ppf(power)) * self.standard_error
 
 
 def recipe_estimate(differences: ArrayLike, clusters: Sequence[str | int]) -> RecipeEstimate:
@@ -137,18 +138,18 @@ def recipe_estimate(differences: ArrayLike, clusters: Sequence[str | int]) -> Re
         raise ValueError(f"differences have shape {table.shape}: give one row a draw")
     draws, means = table.shape[0], table.mean(axis=1)  # (draws,)
     items = clustered_mean(table.mean(axis=0), clusters)
-    found = RecipeEstimate(
+    estimate = RecipeEstimate(
         items, draws, tuple(map(float, means)), None, 0.0, items.standard_error
     )  # fmt: skip
     if draws == 1:
-        return found
+        return estimate
     apart = table - table.mean(axis=0)  # (draws, n) what each draw does otherwise to each item
     squared = [clustered_mean(row, clusters).standard_error ** 2 for row in apart]
     noise = float(np.mean(squared)) * draws / (draws - 1)  # variance it adds to a draw's mean
     spread = float(np.var(means, ddof=1))
     rest = max(0.0, items.standard_error**2 - noise / draws)
     return replace(
-        found,
+        estimate,
         between_draws=math.sqrt(max(0.0, spread - noise)),
         draws_error=math.sqrt(spread / draws),
         items_error=math.sqrt(rest),
@@ -249,16 +250,6 @@ def option_probabilities(
     return shares / shares.sum()
 
 
-def written_score(gold_loglikelihoods: Sequence[float], gold_tokens: Sequence[int]) -> float:
-    """Log-probability of the best of several gold answers, in nats a token.
-
-    Args:
-        gold_loglikelihoods: summed log-probability of each gold, in nats.
-        gold_tokens: tokens of each.
-    """
-    return max(s / t for s, t in zip(gold_loglikelihoods, gold_tokens, strict=True))
-
-
 def right_options(row: dict) -> list[int]:
     """Positions of the right options of an option row, by its labels where it has them."""
     golds = row["golds"]
@@ -330,7 +321,7 @@ def _options(rows: list[dict], normalize: str):
 def _written(rows: list[dict], normalize: str):
     """(scores, chance, lead, unit) of rows with written answers, which are scored by the token."""
     del normalize
-    scores = [written_score(r["gold_loglikelihoods"], r["gold_tokens"]) for r in rows]
+    scores = [gold_score(row) for row in rows]
     foils = np.array(
         [r["foil_loglikelihood"] / r["foil_tokens"] if r["foil_tokens"] else np.nan for r in rows]
     )
@@ -338,7 +329,7 @@ def _written(rows: list[dict], normalize: str):
     return np.array(scores), chance, np.array(scores) - foils, "nats a token"
 
 
-def ability(found: Scored, *, confidence: float) -> Ability:
+def ability(scored_answers: Scored, *, confidence: float) -> Ability:
     """Whether a model's graded scores show an ability that could be lost.
 
     Options: the right option's mean probability lies above 1 / options, and above what the
@@ -347,12 +338,12 @@ def ability(found: Scored, *, confidence: float) -> Ability:
     gold is more probable than another item's gold under the same prompt. One-sided limits,
     clustered.
     """
-    average = clustered_mean(found.scores, found.clusters)
-    kept = np.flatnonzero(~np.isnan(found.lead))
-    lead = clustered_mean(found.lead[kept], [found.clusters[i] for i in kept])
-    chance, mean_low = float(found.chance.mean()), average.lower_limit(confidence)
+    average = clustered_mean(scored_answers.scores, scored_answers.clusters)
+    kept = np.flatnonzero(~np.isnan(scored_answers.lead))
+    lead = clustered_mean(scored_answers.lead[kept], [scored_answers.clusters[i] for i in kept])
+    chance, mean_low = float(scored_answers.chance.mean()), average.lower_limit(confidence)
     lead_low = lead.lower_limit(confidence)
-    above_chance = found.unit != "probability" or mean_low > chance
+    above_chance = scored_answers.unit != "probability" or mean_low > chance
     return Ability(
         able=lead_low > 0 and above_chance,
         mean=average.mean,
@@ -360,7 +351,7 @@ def ability(found: Scored, *, confidence: float) -> Ability:
         chance=chance,
         lead=lead.mean,
         lead_low=lead_low,
-        unit=found.unit,
+        unit=scored_answers.unit,
     )
 
 
@@ -430,7 +421,7 @@ def comparison_of(
 
 
 def judge_graded(
-    found: GradedComparison,
+    comparison: GradedComparison,
     *,
     able: bool,
     adjusted_p: float,
@@ -441,16 +432,16 @@ def judge_graded(
 
     Args:
         able: the models compared have the ability; else nothing could be lost.
-        adjusted_p: after Holm over the declared comparisons; `found.p` where there is one.
+        adjusted_p: after Holm over the declared comparisons; `comparison.p` where there is one.
         margin: largest harmless difference, in the unit of the scores.
         higher_is_better: False for KL and losses.
     """
-    alpha = round(1 - found.interval.confidence, 12)
+    alpha = round(1 - comparison.interval.confidence, 12)
     if not able:
         return "uninformative"
-    if adjusted_p <= alpha and found.delta != 0:
-        return "better" if (found.delta > 0) == higher_is_better else "worse"
-    inside = tost_from_interval(found.equivalence, margin=margin, alpha=alpha)
+    if adjusted_p <= alpha and comparison.delta != 0:
+        return "better" if (comparison.delta > 0) == higher_is_better else "worse"
+    inside = tost_from_interval(comparison.equivalence, margin=margin, alpha=alpha)
     return "equivalent" if inside else "inconclusive"
 
 

@@ -140,9 +140,9 @@ def graded_scores(rows: Sequence[dict], normalize: str) -> Scored | None:
         return None  # rows from before the lengths were kept
     if not all(x is not None and math.isfinite(x) for row in options for x in row["logprobs"]):
         return None
-    found = scored(rows, normalize=normalize)
-    kept = {found.clusters[i] for i in np.flatnonzero(~np.isnan(found.lead))}
-    return found if len(kept) > 1 else None
+    scores = scored(rows, normalize=normalize)
+    kept = {scores.clusters[i] for i in np.flatnonzero(~np.isnan(scores.lead))}
+    return scores if len(kept) > 1 else None
 
 
 def graded_study(
@@ -169,9 +169,9 @@ class _StudyScores:
         for (model, variant), variant_answers in answers.items():
             for name, evaluation_set in study.evaluation.datasets.items():
                 rows = variant_answers.predictions[name]
-                found = graded_scores(rows, length_rule(evaluation_set))
-                if found is not None:
-                    self.scores[model, name, variant] = found
+                scores = graded_scores(rows, length_rule(evaluation_set))
+                if scores is not None:
+                    self.scores[model, name, variant] = scores
         sides = {(c.model, c.dataset, c.baseline) for c in verdicts}
         self.abilities = {
             at: ability(self.scores[at], confidence=self.rules.confidence)
@@ -183,7 +183,7 @@ class _StudyScores:
     def judged(self) -> GradedStudy:
         comparisons = self._comparisons()
         others = [v for v in self.study.variants if v != self.study.baseline]
-        pooled = {at: found for v in others for at, found in self._pooled_of_variant(v).items()}
+        pooled = {at: verdict for v in others for at, verdict in self._pooled_of_variant(v).items()}
         by_model = {
             (m, v): pooled[m, v] for m in self.study.models for v in others if (m, v) in pooled
         }
@@ -288,7 +288,7 @@ class _StudyScores:
         A variant that is invalid on one of these sets has no pooled difference: to leave that
         set out would choose sets by their result.
         """
-        found, models = {}, {m: self._able_sets(m) for m in self.study.models}
+        verdicts, models = {}, {m: self._able_sets(m) for m in self.study.models}
         models = {m: able for m, able in models.items() if able}
         compared = {}
         for model, able in models.items():
@@ -303,13 +303,13 @@ class _StudyScores:
             if model not in compared:
                 reason = next(r for n in able if (r := self._invalid(model, n, variant)))
                 verdict = GradedVerdict("invalid", reason, None, self.margin("probability"))
-                found[model, variant] = PooledVerdict(able, verdict, None)
+                verdicts[model, variant] = PooledVerdict(able, verdict, None)
                 continue
             pairs = {n: self._sides(model, n, variant) for n in able}
             verdict = self._verdict(compared[model], "", holm_p[model])
             recovered = recovery(pairs, confidence=self.rules.confidence)
-            found[model, variant] = PooledVerdict(able, verdict, recovered)
-        return found
+            verdicts[model, variant] = PooledVerdict(able, verdict, recovered)
+        return verdicts
 
     def _able_sets(self, model: str) -> tuple[str, ...]:
         return tuple(

@@ -95,11 +95,11 @@ class Recovery:
     sets: tuple[str, ...]
 
 
-def as_probabilities(found: Scored) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def as_probabilities(scores_of_set: Scored) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """(scores, chance) of a set, both (n,) on the scale 0-1."""
-    if found.unit == "probability":
-        return found.scores, found.chance
-    return token_probability(found.scores), token_probability(found.chance)
+    if scores_of_set.unit == "probability":
+        return scores_of_set.scores, scores_of_set.chance
+    return token_probability(scores_of_set.scores), token_probability(scores_of_set.chance)
 
 
 def pooled_difference(pairs: Mapping[str, tuple[Scored, Scored]]) -> MeanEstimate:
@@ -148,8 +148,8 @@ def recovery(pairs: Mapping[str, tuple[Scored, Scored]], *, confidence: float) -
     value = _pool(pairs, gaps.__getitem__, firsts).mean / above.mean
 
     def limits(share: float) -> Interval:
-        found = _pool(pairs, lambda name: gaps[name] - share * floats[name], firsts)
-        return found.interval(confidence)
+        gap = _pool(pairs, lambda name: gaps[name] - share * floats[name], firsts)
+        return gap.interval(confidence)
 
     low = _crossing(lambda share: limits(share).low, value, -1)
     high = _crossing(lambda share: limits(share).high, value, 1)

@@ -92,8 +92,8 @@ def _expected_cell(row: Mapping | None, words: Mapping = COST_WORDS) -> tuple[li
 def _dataset_columns(table: Table, figures: RecomputedFigures) -> dict[str, str]:
     """Evaluation set by column, `ARC [points]`."""
     titles = {DATASET_NAMES.get(n, n): n for n in figures.study.evaluation.datasets}
-    found = {column: titles.get(column.rpartition(" [")[0]) for column in table.columns}
-    return {column: name for column, name in found.items() if name}
+    names = {column: titles.get(column.rpartition(" [")[0]) for column in table.columns}
+    return {column: name for column, name in names.items() if name}
 
 
 def _variant_and_baseline(row: Mapping[str, str], figures: RecomputedFigures) -> tuple[str, str]:
@@ -123,12 +123,12 @@ def _pooled_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expect
     pooled = (
         r for r in figures.graded_blocks.get("pooled", ()) if (r["model"], r["variant"]) == at
     )
-    if (found := next(pooled, None)) is None:
+    if (difference := next(pooled, None)) is None:
         return None
-    share = found["recovery"]
+    share = difference["recovery"]
     recovery = [100 * share[k] for k in ("value", "low", "high")] if share else []
-    sets = ", ".join(DATASET_NAMES.get(n, n) for n in found["sets"])
-    cells = {"difference [points]": _expected_cell(found, {})}
+    sets = ", ".join(DATASET_NAMES.get(n, n) for n in difference["sets"])
+    cells = {"difference [points]": _expected_cell(difference, {})}
     cells["recovery"] = (recovery, "%" if share else "–")
     return cells | {"informative sets": ([], sets)}
 
@@ -136,13 +136,13 @@ def _pooled_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expect
 def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
     at = plain_text(row["fine-tuned − start"]), _variant_and_baseline(row, figures)[0]
     costs = figures.graded_blocks.get("finetuning_cost", ())
-    found = next((r for r in costs if (r["finetuned"], r["variant"]) == at), None)
-    if found is None:
+    cost = next((r for r in costs if (r["finetuned"], r["variant"]) == at), None)
+    if cost is None:
         return None
     columns = _dataset_columns(table, figures).items()
-    cells = {column: _expected_cell(found["sets"].get(name)) for column, name in columns}
-    cells["pooled [points]"] = _expected_cell(found["pooled"])
-    return cells | {"KL [0.01 nats]": _expected_cell(found["kl"])}
+    cells = {column: _expected_cell(cost["sets"].get(name)) for column, name in columns}
+    cells["pooled [points]"] = _expected_cell(cost["pooled"])
+    return cells | {"KL [0.01 nats]": _expected_cell(cost["kl"])}
 
 
 TABLES = {
@@ -181,11 +181,11 @@ def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expect
     variant, finetuned, start = code_names(text)[:3]
     costs = figures.graded_blocks.get("finetuning_cost", ())
     at = (variant, finetuned, start)
-    found = next((r for r in costs if (r["variant"], r["finetuned"], r["start"]) == at), None)
-    if found is None:
+    cost = next((r for r in costs if (r["variant"], r["finetuned"], r["start"]) == at), None)
+    if cost is None:
         yield f"no such cost of `{variant}` was computed"
         return
-    rows = [("score pooled", found["pooled"]), ("KL", found["kl"])]
+    rows = [("score pooled", cost["pooled"]), ("KL", cost["kl"])]
     rows = [(what, row) for what, row in rows if row and "delta" in row]
     for what, row in rows:
         clause = f"by {what}, {COST_CLAUSES[row['verdict']]} ("

@@ -65,8 +65,8 @@ class Mean:
         high = 4.0
         while shortfall(high) < power:
             high *= 2
-        found = optimize.bisect(lambda x: shortfall(x) - power, 0.0, high, xtol=1e-10)
-        return float(found) * self.error
+        errors = optimize.bisect(lambda x: shortfall(x) - power, 0.0, high, xtol=1e-10)
+        return float(errors) * self.error
 
 
 def _cubic(skewness: float) -> list[float]:
@@ -334,5 +334,5 @@ def kl_quantiles(passages: Mapping[str, Sequence[float]]) -> dict[str, float]:
     def at(share: float) -> float:
         return values[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
 
-    found = {"mean": math.fsum(values) / len(values), "largest": values[-1]}
-    return found | {"median": at(0.5), "percentile_99": at(0.99), "percentile_99_9": at(0.999)}
+    quantiles = {"mean": math.fsum(values) / len(values), "largest": values[-1]}
+    return quantiles | {"median": at(0.5), "percentile_99": at(0.99), "percentile_99_9": at(0.999)}
