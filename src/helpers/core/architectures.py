@@ -1,4 +1,4 @@
-"""What the project knows of each architecture, and nowhere else: one entry a family.
+"""Supported model architectures, one entry a family: its Linears, norms and smoothing groups.
 
 An entry says where the blocks lie, which Linears a block has, what feeds each of them,
 how its norms multiply, and what a configuration must not ask for. Everything that

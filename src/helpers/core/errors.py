@@ -1,4 +1,4 @@
-"""The one exception that the user can mend, in one line; text of unknown origin made safe to show.
+"""StudyError, an error that the user can fix, in one line; and foreign text made safe to print.
 
 A StudyError is shown without a traceback. Text that came with a model, a data set or a study file
 may hold terminal escapes, NUL, carriage returns, characters that reorder or hide their neighbours,

@@ -1,4 +1,4 @@
-"""Imported first by a process that shall end with the one its environment names.
+"""Imported first by a child process, so that it ends with its parent.
 
 The server that measuring processes are forked off (`helpers.core.processes`) is started
 by Python, which offers no other moment to tell it so.

@@ -1,4 +1,4 @@
-"""Processes of a run: they end with their parent, show their progress, and take turns at measuring.
+"""Processes of a run: they end with their parent, report progress, and alternate measurements.
 
 A process that calls `die_with_parent` ends with the one that started it, however that ended.
 

@@ -1,4 +1,4 @@
-"""What one job multiplies per second on this machine, measured in about two seconds.
+"""Speed of the Linears of one job on this machine, measured in about two seconds.
 
     python -m helpers.cost.linear_speed demo '[[576, 1536], [1536, 576]]'
 

@@ -1,4 +1,4 @@
-"""Multiplications and additions that a study asks for, counted before anything runs.
+"""Multiplications and additions of a study, counted before it runs.
 
     python -m helpers.cost.operations demo
 

@@ -1,4 +1,4 @@
-"""What would stop a study inside a job, found before the first one: a line for each problem.
+"""Checks before the first job: each problem that would stop a study later, in one line.
 
 Rows are read and items drawn: rows that are no items and sets too small to draw from are named. Of
 every model the tensors' names and shapes, the tokenizer, the chat template and the length of every

@@ -1,4 +1,4 @@
-"""Answers that need no model: fixed ones, echoes of the prompt's examples, loops.
+"""Answers without a model: constants, copies of worked examples, repetition loops.
 
 Everything here is counted on the items a variant was asked. What it means for a verdict
 is in `verdicts` and `integrity`. Imports no torch and no statistics.

@@ -1,4 +1,4 @@
-"""vLLM as a model to be asked: a checkpoint in a process and an environment of its own.
+"""Client of vLLM, which serves a checkpoint from a process with its own environment.
 
 It does what the evaluation needs of a model and nothing else: score continuations, answer
 greedily, give a text's last states. These are the operations of `protocols` and `perplexity`, for

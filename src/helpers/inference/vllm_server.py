@@ -1,4 +1,4 @@
-"""vLLM on one checkpoint, for another process to ask: token ids in, log-probabilities out.
+"""Server for one checkpoint in vLLM: token ids in, log-probabilities out.
 
 Runs in vLLM's own environment (`requirements-vllm.txt`), which does not have this
 project, so that it imports nothing of it. One JSON object a line on stdin, one in answer

@@ -1,4 +1,4 @@
-"""How far the largest channel of every Linear input stands above its median channel.
+"""Ratio of the largest to the median channel maximum, for every Linear input.
 
 Calibration records these numbers, and the report computes them from the calibrated maxima.
 """

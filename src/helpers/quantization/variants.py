@@ -1,4 +1,4 @@
-"""Variants of a model, ready to be asked: the float source, or a checkpoint on a runtime.
+"""Loading of variants: the float source, or a checkpoint on its runtime.
 
 A saved int8 checkpoint is loaded on INT8 Linears (`int8_linear`), its float parts beside them, or
 handed to vLLM, or simulated.

@@ -1,4 +1,4 @@
-"""The executive summary, made from verdicts and controls alone; no other number enters it.
+"""The executive summary, computed from verdicts and controls only.
 
 First whether the controls behaved as expected, since otherwise nothing below counts; they are
 shown with their duties, and with what rounding alone is worth. Then the answer in one sentence a

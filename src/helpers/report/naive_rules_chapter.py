@@ -1,4 +1,4 @@
-"""The chapter on naive rules: what an earlier report's rules conclude from the study's own answers.
+"""The chapter on naive rules: conclusions of the earlier report's rules from the same answers.
 
 A study file asks for it with `old_rules_chapter`. The rules certified a broken model; they are the
 subject of this chapter and never a tool. What they conclude stands beside what this project

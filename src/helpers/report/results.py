@@ -1,4 +1,4 @@
-"""Results of a study, read once from disk and checked for belonging together.
+"""Results of a study, read once from disk, with their provenance checked.
 
 A report shows only what was proved to be about the thing it names: metrics are made again from the
 predictions and must agree, every item of every announced evaluation set must be there, and the

@@ -1,4 +1,4 @@
-"""Controls: variants whose outcome is known beforehand, and whether it came about.
+"""Controls: variants whose outcome is known in advance, and whether they behaved as expected.
 
 Without them a study can be wrong and look sound. A variant is recognised as a control from
 what it is, never from its name. What each of them must do:

@@ -1,4 +1,4 @@
-"""All answers of a study in a few small files, so that its verdicts can be made again.
+"""Published answers of a study in a few small files, from which verdicts can be recomputed.
 
 One file an evaluation set, one line an item, with every model's and variant's answer side
 by side; one file for the shared text; one with every gate. What the answers to an item have

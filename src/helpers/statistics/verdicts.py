@@ -1,4 +1,4 @@
-"""Verdicts: two variants on the same items, whether that measures anything, and what it shows.
+"""Verdicts on paired comparisons: valid or not, informative or not, and the conclusion.
 
 Scores are 0 or 1. Independent items take the exact McNemar test and the Tango interval; items that
 share passages a sign-flip test and a bootstrap over the passages.

@@ -1,4 +1,4 @@
-"""What the gates on a variant read: files of source, checkpoint and calibration, and loaded models.
+"""Files and loaded models that the gates on a variant read.
 
 Nothing here comes from the run that made the checkpoint. The smoothing scales are recovered from
 the files (a norm on disk is the source's norm over s), and the paper's formula is written out

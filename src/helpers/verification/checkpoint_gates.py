@@ -1,4 +1,4 @@
-"""Gates on a checkpoint's files: its tensors, what it says of them, and its tokenizer.
+"""Gates on a checkpoint's files: tensors, metadata, tokenizer.
 
 Tensors are held against the source's and the calibration's files; layers, bits and granularities
 in the metadata against the tensors and the study.

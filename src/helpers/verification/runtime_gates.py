@@ -1,4 +1,4 @@
-"""Gates on loaded models: what a checkpoint computes, and whether the evaluation asks that variant.
+"""Gates on loaded models: outputs of the checkpoint, identity of the evaluated variant.
 
 The checkpoint is loaded from disk as the evaluation loads it. The gates of `variant_gates` look at
 a model that is loaded for them; a run that verifies one model and asks another (the float source,

@@ -1,4 +1,4 @@
-"""All gates on one variant, from the files alone; and those on its calibration and its record.
+"""All gates on one variant: checkpoint, calibration, α and record.
 
 What the run that made the checkpoint held in memory is not asked: a bug in smoothing or
 compression would vouch for itself there. The gates on tensors and metadata are in

@@ -1,4 +1,4 @@
-"""Jobs as the terminal sees them, and the command line the Makefile and Snakefile use.
+"""Command line of the Makefile and the Snakefile; one job and its progress lines.
 
 Each job says in one line that it starts, and in one how it ended and how long it took.
 """

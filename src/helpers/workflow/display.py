@@ -1,4 +1,4 @@
-"""What the terminal shows while jobs run: what each is doing, how far it is, and time left.
+"""Terminal display of a running study: current jobs, progress, remaining time.
 
 A display that changes every second where the terminal can draw over itself; where it cannot
 (a log file, CI, a cluster), a line every half minute. Names and words only: no text of a model

@@ -1,4 +1,4 @@
-"""How long a study will take here, said before it runs: operations counted, speeds measured.
+"""Estimate of a study's duration before it runs: operations counted, speeds measured.
 
 Other processes count (`helpers.cost.operations`, `helpers.evaluation.evaluation_operations`) and
 measure (`helpers.cost.linear_speed`), since that needs torch; here it becomes seconds a job, and a

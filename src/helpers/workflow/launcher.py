@@ -1,4 +1,4 @@
-"""The front door of a study: checks it, then lets Snakemake run what is not current.
+"""Launcher of a study: checks it, then runs outdated jobs through Snakemake.
 
 One run at a time writes to a study's outputs. The lock is the operating system's and ends with the
 process that holds it, so that nothing has to be unlocked after a crash. All that this starts ends

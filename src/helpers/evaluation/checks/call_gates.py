@@ -1,4 +1,4 @@
-"""Gates on what a model computed while it was asked, against the tensors on disk.
+"""Gates on recorded calls: Linears and norms computed what the tensors on disk imply.
 
 The gates of a checkpoint look at a model that is loaded for them. Here it is the calls of the
 evaluation itself: every call of every Linear in one row, a few calls in more of them. An

@@ -1,4 +1,4 @@
-"""What the gates of an evaluation compare, gathered from the disk, the study and the model.
+"""Data for the gates on an evaluation, gathered from disk, the study and the model.
 
 The float model on the shared text is read twice: as its states were kept, which tells whether a
 variant was held against the baseline, and off by rounding, which tells how far rounding alone

@@ -1,4 +1,4 @@
-"""Gates on an evaluation: are these this variant's answers to these items, whole and true?
+"""Gates on an evaluation: answers are complete and belong to this variant and these items.
 
 Data in, gates out; no model and no torch is needed.
 

@@ -1,4 +1,4 @@
-"""Gates on figures: their ranges, the shared text, distance from float, and other items' influence.
+"""Gates on numbers: ranges, shared text, distance from float, independence of the batch.
 
 Scores and metrics must be in their range: a percent filed as a fraction is not. Figures and token
 counts of the shared text are held to those computed a second time (`recomputed_losses`).

@@ -1,4 +1,4 @@
-"""Calls of Linears and norms while an evaluation asks, and what each has to compute in float64.
+"""Recorded calls of Linears and norms during an evaluation, with float64 references.
 
 Of every call of a Linear one row is kept, with a few of its outputs, until it is compared with the
 product of the tensors on disk. Of a few calls, early and late ones of each kind of pass, several

@@ -1,4 +1,4 @@
-"""Makes every number of a study again from its answers, and holds it to what was published.
+"""Recomputes every number of a study from its answers and compares it with the published one.
 
     python -m helpers.report.checks.recomputation demo
 

@@ -1,4 +1,4 @@
-"""Chapters of report.md held to the answers: marks, counts, sample answers, costs, calibrations.
+"""Compares chapters of report.md with the answers: marks, counts, samples, costs, calibration.
 
 None of the code that writes the report is used. No answer tells a speed: what the ratios, the
 amounts and the sentences say of one has to agree. What the report says of calibrations, recipes

@@ -1,4 +1,4 @@
-"""Graded scores as published, held to those made again from the answers.
+"""Compares published graded scores with those recomputed from the answers.
 
 Three blocks of summary.json value by value, three tables of report.md cell by cell, and the
 two bullets of the executive summary. None of the code that writes the report is used.

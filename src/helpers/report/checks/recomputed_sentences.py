@@ -1,4 +1,4 @@
-"""The sentences of report.md held to figures made again from the answers, number by number.
+"""Compares every number in the sentences of report.md with the recomputed one.
 
 None of the code that writes the report is used. A sentence is known by how it begins; the numbers
 in it, in their order, and the words that turn its meaning have to be those that follow. A sentence

@@ -1,4 +1,4 @@
-"""The tables of report.md held to figures made again from the answers, cell by cell.
+"""Compares every cell of the tables of report.md with the recomputed number.
 
 None of the code that writes the report is used: what is published is read as text, a table is
 known by its columns, a row by its names, and the numbers in a cell are held to the figures it must

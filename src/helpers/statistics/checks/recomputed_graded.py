@@ -1,4 +1,4 @@
-"""The figures of graded scores a second time, by other algorithms from the answers' rows.
+"""Recomputes graded scores from the rows of answers, with other algorithms.
 
 The second opinion on `graded`, `clustered`, `pooled`, of whose
 code nothing is used here. The bias-reduced error and its degrees of freedom come from each

@@ -1,4 +1,4 @@
-"""The graded blocks of summary.json a second time, from the answers by `recomputed_graded`.
+"""Recomputes the graded blocks of summary.json from the answers.
 
 Shares no statistics with `graded_study`: only which comparisons are invalid comes from the
 recomputed verdicts of right and wrong.

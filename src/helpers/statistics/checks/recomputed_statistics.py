@@ -1,4 +1,4 @@
-"""Statistics and scores a second time, by scipy and statsmodels from the answers alone.
+"""Recomputes statistics and scores from the answers with scipy and statsmodels.
 
 The second opinion on `helpers.statistics` and on the report's estimates, of whose code nothing is
 used here. Where another way to a figure exists it is taken: Tango's interval from a likelihood

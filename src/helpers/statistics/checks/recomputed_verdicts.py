@@ -1,4 +1,4 @@
-"""Comparisons and verdicts a second time, from the answers.
+"""Recomputes comparisons and verdicts from the answers.
 
 A comparison whose counts, test, correction or intervals are not those of `recomputed_statistics`
 is named, with what differs, and is invalid in the report. What cannot be computed again differs;
