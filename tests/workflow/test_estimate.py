@@ -287,38 +287,36 @@ def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, mon
     assert "in all on 2 cores" in printed
 
 
-@pytest.mark.long
-def test_the_smoke_study_takes_what_was_said(tmp_path, monkeypatch):
-    """Within a factor of two, in the sum of its jobs and from end to end: a ratio in one run.
+def printed_seconds(text: str) -> int:
+    minutes, seconds = re.search(r"(?:(\d+) min\b ?)?(?:(\d+) s\b)?", text).groups()
+    return 60 * int(minutes or 0) + int(seconds or 0)
 
-    Where other work has the cores, now or later, no estimate of before is about that run.
+
+@pytest.mark.long
+@pytest.mark.parametrize("forks", ["yes", "no"])
+def test_the_smoke_study_takes_as_long_as_estimated(tmp_path, forks):
+    """Within a factor of two, in the sum of its jobs and from end to end: ratios in one run.
+
+    Jobs are forks of one process, or processes of their own. If other work uses the cores, an
+    estimate made before is not about that run.
     """
     from smoke_study import Smoke
 
     if os.getloadavg()[0] > 0.75 * os.cpu_count():
         pytest.skip("other work runs here, and the study would wait for it")
 
-    smoke = Smoke(tmp_path)
-    for name, value in smoke.environment().items():
-        monkeypatch.setenv(name, value)
-    study, room = load_study(smoke.file), Capacity(2, 2)
-    estimate = duration_estimate.estimate(
-        str(smoke.file), study, StudyPaths("smoke"), room, say=print
-    )
-    began = time.monotonic()
-    # The estimate was made without a fork server, so jobs run without one, too.
-    output = smoke.done("study", "CORES=2", STUDY_ESTIMATE="no", STUDY_FORKS="no")
+    smoke, began = Smoke(tmp_path), time.monotonic()
+    output = smoke.done("study", "CORES=2", STUDY_ESTIMATE="yes", STUDY_FORKS=forks)
     whole = time.monotonic() - began
-    took = re.findall(r"^\[ *\d+/\d+\] .*?(?:(\d+) min )?(\d+) s$", output, re.M)
-    jobs = sum(60 * int(minutes or 0) + int(seconds) for minutes, seconds in took)
-    print(
-        json.dumps(
-            {"jobs": [sum(estimate.seconds.values()), jobs], "all": [estimate.whole_s, whole]}
-        )
-    )
-    assert len(took) == len(estimate.seconds) + 1  # and the report
-    assert 0.5 < sum(estimate.seconds.values()) / jobs < 2
-    assert 0.5 < estimate.whole_s / whole < 2
+    stages = re.findall(r"^estimate \w+ +\d+ jobs? +about ([^,\n]+)", output, re.M)
+    estimated = sum(map(printed_seconds, stages))
+    estimated_whole = printed_seconds(re.search(r"^estimate about (.+) in all", output, re.M)[1])
+    jobs = re.findall(r"^\[ *\d+/\d+\] +(\w+) .*?((?:\d+ min )?\d+ s)$", output, re.M)
+    took = sum(printed_seconds(text) for stage, text in jobs if stage != "report")
+    print(json.dumps({"jobs": [estimated, took], "all": [estimated_whole, whole]}))
+    assert len(stages) == 6
+    assert 0.5 < estimated / took < 2
+    assert 0.5 < estimated_whole / whole < 2
 
 
 def test_the_report_adds_up_what_records_say_and_leaves_out_what_they_do_not(monkeypatch):
