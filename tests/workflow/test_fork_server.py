@@ -142,6 +142,32 @@ def test_a_fork_ends_with_its_client_at_once(project, tmp_path):
     wait_for(lambda: gone(fork), seconds=5)
 
 
+def test_a_fork_ends_silently_with_a_client_killed_before_it_read_the_forks_number(
+    project, tmp_path
+):
+    """The unread number turns the end of the connection into a reset: no traceback follows."""
+    number, errors = tmp_path / "id", tmp_path / "errors"
+    waiting_module = module(
+        project,
+        "import time",
+        f"open({str(number)!r}, 'w').write(str(os.getpid()))",
+        "time.sleep(300)",
+    )
+    job = {
+        "arguments": ["answer", waiting_module],
+        "environment": dict(os.environ),
+        "folder": str(project),
+    }
+    message = json.dumps(job).encode()
+    with socket.socket(socket.AF_UNIX) as client, errors.open("wb") as stream:
+        client.connect(f"\0{os.environ[fork_server.ADDRESS]}")
+        sent = fork_server.LENGTH.pack(len(message)) + message
+        socket.send_fds(client, [sent], [stream.fileno()] * 3)
+        fork = int(wait_for(lambda: number.is_file() and number.read_text(), seconds=SECONDS))
+    wait_for(lambda: gone(fork), seconds=5)
+    assert errors.read_bytes() == b""
+
+
 def test_ctrl_c_and_terminate_reach_the_fork(project, tmp_path):
     process, _ = waiting(project, tmp_path / "a")
     process.send_signal(signal.SIGINT)

@@ -246,7 +246,10 @@ def _take_over(request: dict, connection: socket.socket, streams: list[int], ser
     importlib.invalidate_caches()
 
     def end_with_client() -> None:
-        connection.recv(1)  # the client sends nothing more: this returns when it ends
+        # The client sends nothing more: recv returns when it ends, or fails if it was killed
+        # before it read this process' number.
+        with contextlib.suppress(OSError):
+            connection.recv(1)
         os._exit(1)
 
     threading.Thread(target=end_with_client, daemon=True).start()
