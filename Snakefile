@@ -15,9 +15,9 @@ import sys
 from helpers.core import processes
 from helpers.core.errors import StudyError, one_line_error
 from helpers.core.files import StudyPaths, relative_to_project
-from helpers.study import fingerprints, stages
+from helpers.study import stages
 from helpers.study.loading import load_study, study_file
-from helpers.workflow.duration_estimate import may_take_gpu
+from helpers.workflow.display import may_take_gpu
 from helpers.workflow.launcher import PLAN_WIDTH
 from snakemake.logging import logger
 from snakemake_interface_logger_plugins.common import LogEvent
@@ -28,7 +28,7 @@ logging.raiseExceptions = False  # on a full disk the job reports the error, not
 try:
     STUDY = load_study(GIVEN)
     RUNS = stages.runs(STUDY)
-    DEPENDS = {run: fingerprints.dependency_text(STUDY, run) for run in [*RUNS, stages.Run("analysis")]}
+    DEPENDS = {run: stages.dependency_text(STUDY, run) for run in [*RUNS, stages.Run("analysis")]}
 except StudyError as error:
     print(error, file=sys.stderr)
     sys.exit(2)

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.evaluation.engine import evaluate
 from helpers.inference.perplexity import passage_tokens
-from helpers.quantization import compression
+from helpers.quantization import variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.smoothing import same_alpha, smooth_variant_
 from helpers.quantization.variants import load_int8
@@ -47,7 +47,7 @@ class Material:
     @cached_property
     def study(self) -> Study:
         """The study, on all threads, with no more items than wanted."""
-        study, _ = load_study(STUDY), compression.quiet_llmcompressor()
+        study, _ = load_study(STUDY), variants.quiet_llmcompressor()
         runtime = study.runtime.model_copy(update={"threads": self.threads})
         wanted = study.calibration
         calibration = wanted.model_copy(update={"items": min(wanted.items, self.most)})
@@ -139,8 +139,8 @@ class Material:
         model = self.float_model()
         alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
         smoothed = smooth_variant_(model, absmax, variant, alphas)
-        compression.quantize_variant_(model, variant, absmax, smoothed)
-        compression.save_checkpoint(model, self.tokenizer, folder)
+        variants.quantize_variant_(model, variant, absmax, smoothed)
+        variants.save_checkpoint(model, self.tokenizer, folder)
 
 
 def _asking(study: Study, most: int) -> Study:

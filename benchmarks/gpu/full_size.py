@@ -15,7 +15,7 @@ from benchmarks.gpu.part import Part
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.prompts import model_inputs, render_prompt
 from helpers.inference.protocols import OptionTokens, option_loglikelihoods
-from helpers.quantization import compression, int8_cuda
+from helpers.quantization import int8_cuda, variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.smoothing import same_alpha, smooth_variant_
 from helpers.quantization.variants import load_int8
@@ -53,7 +53,7 @@ def checkpoint_folder(part: Part) -> Path:
 
 def run(part: Part) -> None:
     """Every stage with its time and the most memory the device held."""
-    compression.quiet_llmcompressor()
+    variants.quiet_llmcompressor()
     scratch()
     stages: list[dict] = []
     study = load_study(STUDY)
@@ -109,9 +109,9 @@ def quantized(part: Part, stages: list[dict], study, folder: Path) -> None:
     with part.stage(stages, "smoothing and quantization"):
         alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
         smoothed = smooth_variant_(model, absmax, variant, alphas)
-        compression.quantize_variant_(model, variant, absmax, smoothed)
+        variants.quantize_variant_(model, variant, absmax, smoothed)
     with part.stage(stages, "saving the checkpoint"):
-        compression.save_checkpoint(model, tokenizer, checkpoint_folder(part))
+        variants.save_checkpoint(model, tokenizer, checkpoint_folder(part))
 
 
 def asked_items(study, folder: Path, number: int) -> list[OptionTokens]:

@@ -16,7 +16,7 @@ from helpers.evaluation.engine import ask_all
 from helpers.evaluation.prompts import input_digest, model_inputs, render_prompt
 from helpers.evaluation.scoring import all_metrics, score_text, shared_text_metrics
 from helpers.inference.perplexity import read_shared_text
-from helpers.quantization import calibration, compression, simulation, smoothing
+from helpers.quantization import calibration, simulation, smoothing, variants
 from helpers.quantization.variants import load_variant
 from helpers.runtime.devices import prepare
 from helpers.sources.chat import calibration_tokens
@@ -34,7 +34,7 @@ FLOAT32_TOLERANCE = 1e-3  # of a summed log-probability
 
 def run(part: Part) -> None:
     """Run the study on CPU and card, then compare the results."""
-    compression.quiet_llmcompressor()
+    variants.quiet_llmcompressor()
     with tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"STUDY_OUTPUTS": scratch, "STUDY_CACHE": f"{scratch}/cache"}
         runs = {device: Run(device, Path(scratch)) for device in ("cpu", part.device)}
@@ -109,9 +109,9 @@ class Run:
         chosen = simulation.choose_alphas(network, job.recipe, self.fit, self.judges)
         write_json(folder / "alpha.json", chosen.record)
         smoothed = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
-        compression.quantize_variant_(network, job.recipe, self.absmax, smoothed)
+        variants.quantize_variant_(network, job.recipe, self.absmax, smoothed)
         checkpoint = job.paths.checkpoint(MODEL, variant)
-        compression.save_checkpoint(network, tokenizer, checkpoint)
+        variants.save_checkpoint(network, tokenizer, checkpoint)
         record.add_input("model", self.source)
         record.add_outputs(checkpoint)
         record.write({})

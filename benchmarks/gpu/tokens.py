@@ -11,7 +11,7 @@ from benchmarks.gpu.timing import eager_seconds
 from helpers.core.architectures import HEAD, linear_names
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
 from helpers.inference.protocols import generate_greedy
-from helpers.quantization import compression
+from helpers.quantization import variants
 from helpers.study.loading import load_study
 
 TEXTS, LENGTH = 8, 512
@@ -24,7 +24,7 @@ def run(part: Part) -> None:
     full_size.scratch()
     part.note("vLLM", "imports" if find_spec("vllm") else "is not installed here; not compared")
     if not full_size.checkpoint_folder(part).is_dir():  # full_size did not run here
-        compression.quiet_llmcompressor()
+        variants.quiet_llmcompressor()
         full_size.quantized(part, [], load_study(full_size.STUDY), full_size.float_folder(part))
     rows: list[dict] = []
     for kind in ("int8", "bfloat16", "float32"):

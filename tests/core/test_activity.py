@@ -13,7 +13,7 @@ from helpers.core import processes
 from helpers.core.files import PROJECT
 from helpers.core.processes import Activity, Bar
 from helpers.study.stages import Run
-from helpers.workflow import display, duration_estimate
+from helpers.workflow import display
 from hostile_text import HOSTILE
 from toy_project import jobs, notebook, read
 
@@ -136,9 +136,7 @@ def test_the_time_left_follows_how_far_off_finished_jobs_were(study, tmp_path):
     """Jobs that took twice their estimate double what the rest is thought to take."""
     shared, now = tmp_path / ".s.progress", 0.0
     runs = [Run("calibration", "base"), Run("evaluation", "base", "noquant")]
-    known = duration_estimate.Estimate(
-        study, duration_estimate.Capacity(1, 9), dict.fromkeys(runs, 10.0)
-    )
+    known = display.Estimate(study, display.Capacity(1, 9), dict.fromkeys(runs, 10.0))
     shared.write_text("2\n")
     processes.activity_folder(shared).mkdir()
     watch = display.Watch(shared, known, clock=lambda: now)

@@ -12,9 +12,8 @@ from helpers.core.files import PROJECT, StudyPaths, replace_folder
 from helpers.core.records import Record, cached_folder, check_checksums, read_json, sha256_text
 from helpers.quantization.variants import variant_digest
 from helpers.sources import models
-from helpers.study.fingerprints import check_result_checksums
 from helpers.study.loading import open_job
-from helpers.study.stages import Run
+from helpers.study.stages import Run, check_result_checksums
 
 
 @pytest.fixture
@@ -112,7 +111,7 @@ def test_two_that_need_the_same_cached_folder_make_it_once(tmp_path):
     script = f"""
 import time
 from pathlib import Path
-from helpers.study.fingerprints import check_result_checksums
+from helpers.study.stages import check_result_checksums
 from helpers.core.records import cached_folder
 def fill(folder):
     time.sleep(1)

@@ -20,7 +20,6 @@ NEED_TORCH = {
     "core": set(),
     "study": set(),
     "cost": {
-        "linear_speed",
         "measurement",
         "operations",
     },
@@ -32,7 +31,6 @@ NEED_TORCH = {
         "checks.recorded_calls",
         "checks.second_opinion",
         "engine",
-        "evaluation_operations",
         "preflight",
         "prompts",
         "stage",

@@ -462,7 +462,7 @@ def quantized(tmp_path_factory):
 
 
 def record_of(evidence) -> dict:
-    from helpers.quantization import compression
+    from helpers.quantization import variants
     from helpers.quantization.simulation import sqnr_with_and_without
     from helpers.sources.models import bytes_by_part
 
@@ -472,7 +472,7 @@ def record_of(evidence) -> dict:
     )
     sizes = bytes_by_part(evidence.source_folder), bytes_by_part(evidence.folder)
     return {
-        "scheme": compression.describe_recipe(job.recipe, alphas),
+        "scheme": variants.describe_recipe(job.recipe, alphas),
         "quantized_linears": len(evidence.targets),
         "bytes_before": sizes[0],
         "bytes_after": sizes[1],

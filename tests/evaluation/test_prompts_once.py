@@ -6,8 +6,8 @@ import pytest
 
 from helpers.evaluation import prompts
 from helpers.evaluation.engine import ask_all
-from helpers.evaluation.evaluation_operations import evaluation_stage_operations
 from helpers.evaluation.predictions import read_prompts
+from helpers.evaluation.stage import evaluation_stage_operations
 from helpers.quantization.variants import load_variant
 from helpers.sources.sampling import evaluation_items
 

@@ -19,8 +19,12 @@ from helpers.evaluation.checks.evaluation_data import (
 from helpers.evaluation.checks.integrity import EvaluationData, evaluation_gates
 from helpers.evaluation.checks.item_gates import raw_digests
 from helpers.evaluation.checks.numeric_gates import reference_gates
-from helpers.evaluation.scoring import all_metrics, shared_text_metrics
-from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop
+from helpers.evaluation.scoring import (
+    all_metrics,
+    best_fixed_answer,
+    ends_in_loop,
+    shared_text_metrics,
+)
 from helpers.study.schema import Variant
 
 ROWS, PASSAGES = "rows of the answers", "rows of the passages"

@@ -16,8 +16,14 @@ from helpers.evaluation.predictions import (
     read_predictions,
     write_predictions,
 )
-from helpers.evaluation.scoring import is_abstention, last_boxed, normalize_answer, score_text
-from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop
+from helpers.evaluation.scoring import (
+    best_fixed_answer,
+    ends_in_loop,
+    is_abstention,
+    last_boxed,
+    normalize_answer,
+    score_text,
+)
 from helpers.sources.items import Item, parse_number
 
 repeatable = settings(derandomize=True, deadline=None, max_examples=150)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.core.errors import StudyError
-from helpers.quantization import calibration, compression, simulation
+from helpers.quantization import calibration, simulation, variants
 from helpers.quantization.simulation import DivergenceProbe, sensitivity_rows
 from helpers.quantization.smoothing import smooth_
 from helpers.sources.models import random_model
@@ -82,7 +82,7 @@ def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, prese
     for row in chosen.curve:
         copied = copy.deepcopy(network)
         smoothed = smooth_(copied, fit, NORMS, dict.fromkeys(chosen.alphas, row["alpha"]))
-        compression.quantize_variant_(copied, variant(row["alpha"], preset), fit, smoothed)
+        variants.quantize_variant_(copied, variant(row["alpha"], preset), fit, smoothed)
         with torch.inference_mode():
             built = kl(copied(ids).logits)
             tips = [abs(kl(at_millionth(copied, ids, k)) - built) for k in range(5)]
@@ -98,7 +98,7 @@ def test_texts_read_side_by_side_are_read_as_if_alone(network, fit, texts, schem
     """Padding and company must not reach a scale, one for a whole tensor least of all."""
     recipe = variant(0.5, scheme)
     copied = copy.deepcopy(network)
-    compression.quantize_variant_(copied, recipe, fit, [])
+    variants.quantize_variant_(copied, recipe, fit, [])
     together = DivergenceProbe(network, texts, recipe).divergence(copied)
     alone = [DivergenceProbe(network, [text], recipe).divergence(copied) for text in texts]
     sizes = list(map(len, texts))
@@ -178,7 +178,7 @@ def test_a_divergence_that_is_not_finite_is_none_and_is_never_chosen(
 def test_leaving_everything_float_leaves_no_loss(network, fit, texts):
     probe = DivergenceProbe(network, texts[-1:], Variant(preset="o3"))
     copied = copy.deepcopy(network)
-    targets = compression.quantize_variant_(copied, Variant(preset="o3"), fit, [])
+    targets = variants.quantize_variant_(copied, Variant(preset="o3"), fit, [])
     rows = {row["float"]: row for row in sensitivity_rows(copied, targets, fit, probe)}
     assert rows["nothing"]["kl"] == pytest.approx(probe.divergence(copied)["kl"])
     assert rows["nothing"]["kl"] > 0

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.core.errors import StudyError
-from helpers.quantization import compression
+from helpers.quantization import variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.simulation import choose_alphas
@@ -37,9 +37,9 @@ def made(request, model, tokenizer, items, tmp_path):
     absmax = {name: of_input.absmax for name, of_input in statistics.items()}
     smoothed = smooth_variant_(model, absmax, variant, choose_alphas(model, variant, {}, []).alphas)
     weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    compression.quantize_variant_(model, variant, absmax, smoothed)
+    variants.quantize_variant_(model, variant, absmax, smoothed)
     folder = tmp_path / "checkpoint"
-    compression.save_checkpoint(model, tokenizer, folder)
+    variants.save_checkpoint(model, tokenizer, folder)
     return variant, weights, smoothed_absmax(absmax, smoothed), folder, model
 
 
@@ -126,8 +126,8 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
     recipe = QuantizationModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"])
     oneshot(model=theirs, processor=tokenizer, recipe=recipe)
     theirs.save_pretrained(tmp_path / "theirs", save_compressed=True)
-    compression.quantize_variant_(model, variant, absmax, smoothed)
-    compression.save_checkpoint(model, tokenizer, tmp_path / "ours")
+    variants.quantize_variant_(model, variant, absmax, smoothed)
+    variants.save_checkpoint(model, tokenizer, tmp_path / "ours")
     expected, tensors = (
         read_checkpoint_tensors(tmp_path / "theirs"),
         read_checkpoint_tensors(tmp_path / "ours"),
@@ -140,4 +140,4 @@ def test_an_ignored_name_that_matches_nothing_is_refused(model, items):
     absmax = {n: f.absmax for n, f in run_calibration(model, items, batch_tokens=64).items()}
     variant = Variant(preset="w8a8", ignore=("lm_heed",))
     with pytest.raises(StudyError, match="'lm_heed' matches no Linear"):
-        compression.quantize_variant_(model, variant, absmax, [])
+        variants.quantize_variant_(model, variant, absmax, [])

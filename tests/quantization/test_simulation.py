@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from helpers.quantization import compression
+from helpers.quantization import variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.simulation import simulated_quantization
 from helpers.quantization.smoothing import same_alpha, smooth_
@@ -35,7 +35,7 @@ def test_logits_are_those_of_the_quantized_model(family, preset):
     alphas = same_alpha(model.config, TARGETS, 0.5)
     built, ids = copy.deepcopy(model), torch.tensor([texts()[0]])
     smoothed = smooth_(built, absmax, TARGETS, alphas)
-    compression.quantize_variant_(built, variant, absmax, smoothed)
+    variants.quantize_variant_(built, variant, absmax, smoothed)
     with torch.inference_mode():
         plain, expected = model(ids).logits, built(ids).logits
         with simulated_quantization(model, variant, absmax, alphas):

@@ -8,9 +8,8 @@ import pytest
 from helpers.report import executive
 from helpers.report.markdown import markdown_table
 from helpers.report.results import Results
-from helpers.statistics.controls import ControlOutcome
 from helpers.statistics.intervals import Interval
-from helpers.statistics.verdicts import PairedComparison, Verdict
+from helpers.statistics.verdicts import ControlOutcome, PairedComparison, Verdict
 from helpers.study.schema import Comparison, Study
 
 KINDS = ("worse", "better", "equivalent", "inconclusive", "uninformative", "invalid")

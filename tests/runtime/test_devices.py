@@ -9,7 +9,7 @@ from helpers.runtime.devices import describe_runtime, place_on_device, prepare, 
 from helpers.sources.models import random_model
 from helpers.study.loading import open_job
 from helpers.study.schema import Runtime
-from helpers.workflow import duration_estimate
+from helpers.workflow import display
 
 OPEN = Runtime(device="auto", dtype="auto", threads=1, quantized="int8", device_map="auto")
 
@@ -105,13 +105,13 @@ def test_a_part_answers_on_the_device_it_was_asked_on():
 
 
 def test_the_engine_knows_what_may_take_a_gpu(monkeypatch, tmp_path):
-    assert [duration_estimate.may_take_gpu(device) for device in ("cpu", "cuda", "mps")] == [
+    assert [display.may_take_gpu(device) for device in ("cpu", "cuda", "mps")] == [
         False,
         True,
         True,
     ]
-    monkeypatch.setattr(duration_estimate.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(duration_estimate, "DRIVERS", (str(tmp_path / "none"),))
-    assert not duration_estimate.may_take_gpu("auto")
-    monkeypatch.setattr(duration_estimate, "DRIVERS", (str(tmp_path),))
-    assert duration_estimate.may_take_gpu("auto")
+    monkeypatch.setattr(display.platform, "system", lambda: "Linux")
+    monkeypatch.setattr(display, "DRIVERS", (str(tmp_path / "none"),))
+    assert not display.may_take_gpu("auto")
+    monkeypatch.setattr(display, "DRIVERS", (str(tmp_path),))
+    assert display.may_take_gpu("auto")

@@ -16,7 +16,7 @@ from helpers.core.records import Record, read_json
 from helpers.inference import protocols
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
 from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
-from helpers.quantization import compression, int8_cuda, simulation, smoothing
+from helpers.quantization import int8_cuda, simulation, smoothing, variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_int8, load_quantized, load_reference
@@ -249,7 +249,7 @@ def test_a_spread_model_is_quantized_alike(cards, ignore):
     def quantized(model) -> tuple:
         statistics = run_calibration(model, PROMPTS, batch_tokens=64)
         variant = Variant(preset="w8a8", ignore=ignore)
-        names = compression.quantize_(
+        names = variants.quantize_(
             model, variant, {n: each.absmax for n, each in statistics.items()}
         )
         scales = {name: model.get_submodule(name).weight_scale.cpu() for name in names}

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.statistics.controls import (
+from helpers.statistics.verdicts import (
     VariantAnswers,
     control_outcome,
     role_of,

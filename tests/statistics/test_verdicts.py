@@ -3,7 +3,7 @@
 import pytest
 
 from helpers.core.errors import StudyError
-from helpers.evaluation.trivial_answers import best_fixed_answer
+from helpers.evaluation.scoring import best_fixed_answer
 from helpers.statistics.intervals import detectable_mean_difference, mcnemar_exact
 from helpers.statistics.verdicts import (
     DecisionRules,

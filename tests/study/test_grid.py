@@ -12,7 +12,7 @@ import pytest
 import toy_project
 from helpers.core.errors import StudyError
 from helpers.core.files import PROJECT, StudyPaths
-from helpers.study import fingerprints, stages
+from helpers.study import stages
 from helpers.study import stages as study_stages
 from helpers.study.schema import Study
 from helpers.study.stages import Run
@@ -216,17 +216,17 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     for path in (run.record(paths), run.executed(paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    with fingerprints.record_fingerprint(study(), paths, run):
+    with stages.record_fingerprint(study(), paths, run):
         pass
-    assert fingerprints.is_current(study(), paths, run)
+    assert stages.is_current(study(), paths, run)
     modules = loaded_modules[stage, True]
-    as_it_is, stale = fingerprints._file_fingerprint, set()
+    as_it_is, stale = stages._file_fingerprint, set()
     for changed in modules:
         edited = {changed: "another byte"}
         monkeypatch.setattr(
-            fingerprints, "_file_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
+            stages, "_file_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
         )
-        if not fingerprints.is_current(study(), paths, run):
+        if not stages.is_current(study(), paths, run):
             stale.add(changed)
     expected = loaded_modules[stage, stage == "analysis"]
     assert len(expected) > 20

@@ -9,9 +9,8 @@ from helpers.core.errors import StudyError
 from helpers.report import chapters
 from helpers.statistics.verdicts import VariantPredictions, study_verdicts
 from helpers.study import stages
-from helpers.study.fingerprints import largest_complete_part, part_to_report, report_folder
 from helpers.study.schema import Study
-from helpers.study.stages import Run
+from helpers.study.stages import Run, largest_complete_part, part_to_report, report_folder
 
 STUDY = Study.model_validate(toy_project.STUDY)
 ALL = set(stages.runs(STUDY))

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers.core.records import RECORD, Record, checksums, read_json, sha256_folder, write_json
-from helpers.quantization import calibration, compression, simulation, smoothing
+from helpers.quantization import calibration, simulation, smoothing, variants
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.models import (
     byte_tokenizer,
@@ -130,8 +130,8 @@ class QuantizedRun:
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
             smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
-            compression.quantize_variant_(model, job.recipe, absmax, smoothed)
-            compression.save_checkpoint(model, tokenizer, self.checkpoint)
+            variants.quantize_variant_(model, job.recipe, absmax, smoothed)
+            variants.save_checkpoint(model, tokenizer, self.checkpoint)
 
     def note_verified(self) -> None:
         """Name the checkpoint in verification.json, as 02_quantization does; no gate is asked."""

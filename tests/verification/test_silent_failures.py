@@ -14,11 +14,11 @@ import torch
 import quantized_run
 from helpers.quantization import (
     calibration,
-    compression,
     int8_linear,
     int8_matmul,
     simulation,
     smoothing,
+    variants,
 )
 from helpers.sources import chat, sampling
 from helpers.study.schema import Variant
@@ -269,12 +269,12 @@ def one_row_of_one_linear_negated(run, _):
 
 @failure(CENSUS, METADATA)
 def one_linear_left_out(run, patch):
-    real = compression.quantized_linears
+    real = variants.quantized_linears
 
     def fewer(model, ignore):
         return {n: m for n, m in real(model, ignore).items() if n != Q1}
 
-    patch.setattr(compression, "quantized_linears", fewer)
+    patch.setattr(variants, "quantized_linears", fewer)
     run.quantize()
 
 
@@ -372,7 +372,7 @@ def a_static_scale_from_the_wrong_layer(run, _):
 
 @failure(STATIC, variant="o3")
 def static_scales_from_before_smoothing(run, patch):
-    patch.setattr(compression, "smoothed_absmax", lambda absmax, _done: absmax)
+    patch.setattr(variants, "smoothed_absmax", lambda absmax, _done: absmax)
     run.quantize()
 
 

@@ -15,7 +15,7 @@ from helpers.core.files import StudyPaths
 from helpers.core.records import write_json
 from helpers.cost import operations as quantization
 from helpers.cost.operations import Size, count_finetuning, without_weight_passes
-from helpers.evaluation import evaluation_operations as evaluation
+from helpers.evaluation import stage as evaluation
 from helpers.evaluation.engine import ask_all
 from helpers.evaluation.prompts import study_prompts
 from helpers.inference.perplexity import passage_tokens, read_passages
@@ -24,18 +24,11 @@ from helpers.sources import finetuning
 from helpers.sources.chat import calibration_tokens, training_tokens
 from helpers.sources.models import byte_tokenizer, random_model
 from helpers.sources.sampling import calibration_items, shared_passages, training_items
-from helpers.study import fingerprints
+from helpers.study import stages
 from helpers.study import stages as study_stages
 from helpers.study.loading import load_study
-from helpers.workflow import duration_estimate, launcher
-from helpers.workflow.duration_estimate import (
-    ANALYSIS,
-    Capacity,
-    Estimate,
-    Machine,
-    job_seconds,
-    makespan_s,
-)
+from helpers.workflow import display, launcher
+from helpers.workflow.display import ANALYSIS, Capacity, Estimate, Machine, job_seconds, makespan_s
 
 SIZE = Size(linears=1000, head=100, weights=2000)
 MACHINE = Machine({f"float32 {how}": 1e6 for how in ("reading", "writing")}, start_s=0.0)
@@ -172,7 +165,7 @@ def test_what_a_machine_lacks_takes_its_float32(study):
 
 def finish(study, paths, run):
     """Leave what a run leaves that ended well."""
-    with fingerprints.record_fingerprint(study, paths, run):
+    with stages.record_fingerprint(study, paths, run):
         write_json(run.record(paths), {"run": run.name})
         write_json(run.executed(paths), {})
 
@@ -180,22 +173,20 @@ def finish(study, paths, run):
 def test_only_jobs_that_are_not_current_are_estimated(study, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
     paths, every = StudyPaths("study"), study_stages.runs(study)
-    assert duration_estimate.runs_to_execute(study, paths) == [*every, ANALYSIS]
+    assert display.runs_to_execute(study, paths) == [*every, ANALYSIS]
     for run in every:  # in the order of the stages, the baseline's evaluation first
         if run.stage != "evaluation":
             finish(study, paths, run)
     for run in sorted(every, key=lambda r: r.variant != study.baseline):
         if run.stage == "evaluation":
             finish(study, paths, run)
-    assert duration_estimate.runs_to_execute(study, paths) == [ANALYSIS]
+    assert display.runs_to_execute(study, paths) == [ANALYSIS]
     finish(study, paths, ANALYSIS)
-    assert duration_estimate.runs_to_execute(study, paths) == []
-    assert (
-        duration_estimate.estimate("study", study, paths, Capacity(2, 9), say=pytest.fail) is None
-    )
+    assert display.runs_to_execute(study, paths) == []
+    assert display.estimate("study", study, paths, Capacity(2, 9), say=pytest.fail) is None
     [quantization_run] = [r for r in every if r.stage == "quantization" and r.model == "base"][:1]
     quantization_run.record(paths).unlink()
-    again = duration_estimate.runs_to_execute(study, paths)
+    again = display.runs_to_execute(study, paths)
     assert {
         quantization_run,
         ANALYSIS,
@@ -239,14 +230,12 @@ def test_a_job_that_wants_more_threads_than_there_are_runs_alone(study_settings,
 
 def test_a_long_study_is_told_what_would_shorten_it(study):
     run = study_stages.Run("evaluation", "base", "noquant")
-    long = Estimate(study, Capacity(2, 9), {run: 2 * duration_estimate.LONG_S})
-    [advice] = [
-        line for line in duration_estimate.estimate_lines(long) if line.startswith("to shorten it")
-    ]
+    long = Estimate(study, Capacity(2, 9), {run: 2 * display.LONG_S})
+    [advice] = [line for line in display.estimate_lines(long) if line.startswith("to shorten it")]
     assert "evaluation is 100 % of the work" in advice
     assert "max_new_tokens" in advice
     short = Estimate(study, Capacity(2, 9), {run: 60.0}, ("x: \ufffd",))
-    assert duration_estimate.estimate_lines(short)[-1] == "not counted: x: \ufffd"
+    assert display.estimate_lines(short)[-1] == "not counted: x: \ufffd"
 
 
 def given(path):
@@ -261,7 +250,7 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
         raise error
 
     monkeypatch.setenv("STUDY_ESTIMATE", "yes")
-    monkeypatch.setattr(duration_estimate, "_json_outputs", fails)
+    monkeypatch.setattr(display, "_json_outputs", fails)
     assert launcher._estimate(given(study_path), StudyPaths("study")) is None
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("estimate none")
@@ -270,7 +259,7 @@ def test_an_estimate_that_cannot_be_made_is_one_line(study_path, monkeypatch, ca
 
 def test_a_counter_that_breaks_says_why(monkeypatch):
     with pytest.raises(StudyError, match="No module named"):
-        duration_estimate._json_outputs([["helpers.nothing"]])
+        display._json_outputs([["helpers.nothing"]])
 
 
 def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, monkeypatch, capsys):

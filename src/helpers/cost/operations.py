@@ -1,32 +1,44 @@
-"""Multiplications and additions of a study, counted before it runs.
+"""Operations of a study, counted before it runs, and the speed of this machine at them.
 
     python -m helpers.cost.operations demo
 
-prints them for every calibration, quantization and fine-tuning of a study, as JSON; those of
-evaluations and of measuring cost are in `helpers.evaluation.evaluation_operations`.
+prints the counts for every calibration, quantization and fine-tuning of a study, as JSON; those of
+evaluations and of measuring cost are in `helpers.evaluation.stage`.
 
 A token read by a model costs two operations for each weight of a Linear that multiplies it. That
 is counted; attention, norms and activations are not: for texts of a few hundred tokens they are a
 few percent of the operations. Counts depend on the study file and the models alone, never on the
 machine. Answers are counted at their longest, since nobody knows where they end. Checks, probes
 and the choice of α are counted with the job that makes them.
+
+    python -m helpers.cost.operations demo '[[576, 1536], [1536, 576]]'
+
+prints operations per second of these Linears, reading and writing, in each arithmetic; numbers per
+second that a pass over memory rounds; and the processor seconds that importing took what every job
+imports. It takes about two seconds. As many such processes run side by side as jobs will, since
+these share caches, memory and power. The fastest call counts, and processor time, since other work
+comes and goes.
 """
 
 import json
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
+import transformers.models.llama.modeling_llama  # noqa: F401 - as a job does
+from torch import Tensor, nn
 
 from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths
 from helpers.quantization import simulation
 from helpers.quantization.calibration import first_judging_item
-from helpers.runtime.linears import token_budget_batches
+from helpers.quantization.int8_linear import Int8Linear
+from helpers.runtime.devices import resolve_runtime
+from helpers.runtime.linears import token_budget_batches, use_onednn
 from helpers.sources.chat import calibration_tokens, training_tokens
 from helpers.sources.model_files import load_config
 from helpers.sources.models import empty_model, load_tokenizer, model_folder
@@ -234,7 +246,7 @@ def _tokens(study: Study, tokenizer) -> list[list[int]]:
     return [calibration_tokens(tokenizer, item, study.calibration.adapter) for item in items]
 
 
-def main(study_name: str) -> None:
+def print_counts(study_name: str) -> None:
     """Print the counts of a study's jobs, the reasons for missing counts, and Linear shapes."""
     study, paths = load_study(study_name), StudyPaths(study_file(study_name).stem)
     stages_here, jobs, shapes, uncounted = ("finetuning", "calibration", "quantization"), {}, [], {}
@@ -253,5 +265,108 @@ def main(study_name: str) -> None:
     print(json.dumps(report))
 
 
+SECONDS = 2.0  # total time of all measurements
+ROWS = {READING: 256, WRITING: 32}
+PASSED = 2**22  # numbers rounded in one pass
+MOST_OPERATIONS = 2e9  # of all measured Linears together, which bounds the time on slow machines
+
+
+def measure_speeds(shapes: list[tuple[int, int]], *, device: str) -> dict[str, float]:
+    """Operations (or numbers touched) per second by kind of work.
+
+    A kind that the device does not have is left out.
+
+    Args:
+        shapes: (in_features, out_features) of Linears; the smallest ones are measured.
+    """
+    measured_shapes = _affordable(shapes or [(1024, 1024)])
+    kinds = [(a, kind) for a in ("float32", "bfloat16", "int8") for kind in ROWS]
+    seconds_each = SECONDS / (len(kinds) + 1)
+    values = torch.rand(PASSED)
+    speeds = {TOUCHED: PASSED / _seconds(lambda: values.div(0.01).round_(), seconds_each, "cpu")}
+    for arithmetic, kind in kinds:
+        try:
+            speeds[f"{arithmetic} {kind}"] = _speed(
+                measured_shapes, arithmetic, ROWS[kind], device, seconds_each
+            )
+        except (
+            NotImplementedError,
+            RuntimeError,
+        ):  # the product is not available, or out of memory
+            continue
+    return speeds
+
+
+def _affordable(shapes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The smallest shapes whose operations together stay below MOST_OPERATIONS; at least one."""
+    chosen, weights = [], 0
+    for inner, outer in sorted(shapes, key=lambda s: s[0] * s[1]):
+        weights += inner * outer
+        if not chosen or 2 * ROWS[READING] * weights <= MOST_OPERATIONS:
+            chosen.append((inner, outer))
+    return chosen
+
+
+@torch.inference_mode()
+def _speed(shapes: list, arithmetic: str, rows: int, device: str, seconds: float) -> float:
+    linears = [_linear(*shape, arithmetic).to(device) for shape in shapes]
+    dtype = torch.float32 if arithmetic == "int8" else getattr(torch, arithmetic)
+    inputs = [torch.rand(rows, shape[0], device=device).to(dtype) for shape in shapes]
+
+    def call() -> None:
+        for linear, x in zip(linears, inputs, strict=True):
+            linear(
+                x.view_as(x)
+            )  # a new tensor object, since quantized inputs are cached on the tensor
+
+    operations = 2 * rows * sum(i * o for i, o in shapes)
+    return operations / _seconds(call, seconds, device)
+
+
+def _linear(inner: int, outer: int, arithmetic: str) -> nn.Module:
+    if arithmetic == "int8":
+        weight = torch.randint(-127, 128, (outer, inner), dtype=torch.int8)
+        scale = torch.ones(outer, 1)
+        return Int8Linear(weight, scale, None, activations="token_dynamic", input_scale=None)
+    linear = nn.Linear(inner, outer, bias=False).to(getattr(torch, arithmetic))
+    return use_onednn(linear)
+
+
+def _seconds(call, limit: float, device: str) -> float:
+    """Seconds of the fastest of as many calls as fit the limit, after one warm-up call."""
+    call()
+    _settle(device)
+    start = now = time.perf_counter()
+    shortest = float("inf")
+    while now - start < limit or shortest == float("inf"):
+        before = now
+        call()
+        _settle(device)
+        now = time.perf_counter()
+        shortest = min(shortest, now - before)
+    return shortest
+
+
+def _settle(device: str) -> Tensor | None:
+    return None if device == "cpu" else getattr(torch, device).synchronize()
+
+
+def print_speeds(study: str, shapes: str) -> None:
+    """Print the measured speeds as JSON."""
+    imported = time.process_time()
+    runtime = resolve_runtime(load_study(study).runtime)
+    torch.set_num_threads(runtime.threads)
+    speeds = measure_speeds([tuple(shape) for shape in json.loads(shapes)], device=runtime.device)
+    print(json.dumps({"speeds": speeds, "import_s": imported}))
+
+
+def main(study_name: str, shapes: str | None = None) -> None:
+    """Print a study's counts or, of some shapes of Linears (JSON), the measured speeds."""
+    if shapes is None:
+        print_counts(study_name)
+    else:
+        print_speeds(study_name, shapes)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

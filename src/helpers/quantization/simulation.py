@@ -315,7 +315,7 @@ def sensitivity_rows(
     The Linears left float are each kind in turn, and the two with the strongest input outlier.
 
     Args:
-        model: quantized by `compression.quantize_`, not saved yet; unchanged afterwards.
+        model: quantized by `variants.quantize_`, not saved yet; unchanged afterwards.
         targets: names of its quantized Linears.
         absmax: Linear name to (in_features,) calibrated maxima of its input.
     """

@@ -12,7 +12,6 @@ from helpers.core.records import WHOLE_VARIANT
 from helpers.report import executive, figures, graded_chapter, narrative, sensitivity, tables
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
-from helpers.report.items_page import PAGE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -28,6 +27,7 @@ from helpers.report.markdown import (
 )
 from helpers.report.results import Results
 from helpers.report.sensitivity import linear_inputs, output_sqnr
+from helpers.report.summary import PAGE
 
 
 def recipe_table(results: Results) -> Rows:

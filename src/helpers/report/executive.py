@@ -6,7 +6,7 @@ variant, every declared verdict in a small table, and what each kind of verdict 
 places. It has to read well for any mixture of verdicts.
 """
 
-from helpers.evaluation.trivial_answers import status_and_answer
+from helpers.evaluation.scoring import status_and_answer
 from helpers.report.estimates import VariantResults
 from helpers.report.markdown import (
     MISSING,
@@ -24,8 +24,7 @@ from helpers.report.markdown import (
     span,
 )
 from helpers.report.results import Results
-from helpers.statistics.controls import Role
-from helpers.statistics.verdicts import Verdict
+from helpers.statistics.verdicts import Role, Verdict
 from helpers.study.schema import Comparison
 
 ROLE_PURPOSES: dict[Role, str] = {

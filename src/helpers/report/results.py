@@ -36,16 +36,18 @@ from helpers.report.estimates import (
     token_estimates,
 )
 from helpers.statistics.checks.recomputed_verdicts import checked_verdicts
-from helpers.statistics.controls import (
+from helpers.statistics.graded_study import GradedStudy, graded_study
+from helpers.statistics.published_answers import PublishedAnswers
+from helpers.statistics.verdicts import (
     ControlOutcome,
+    DecisionRules,
     Role,
     VariantAnswers,
+    Verdict,
+    decision_rules,
     is_unsmoothed_twin,
     role_of,
 )
-from helpers.statistics.graded_study import GradedStudy, graded_study
-from helpers.statistics.published_answers import PublishedAnswers
-from helpers.statistics.verdicts import DecisionRules, Verdict, decision_rules
 from helpers.study.loading import Job
 from helpers.study.schema import Comparison, FineTunedModel, Runtime, Study
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pandas as pd
 
 from helpers.core.errors import one_line
-from helpers.evaluation.trivial_answers import FixedAnswer, best_fixed_answer
+from helpers.evaluation.scoring import FixedAnswer, best_fixed_answer
 from helpers.report.estimates import Estimate, VariantResults, main_metric, token_difference
 from helpers.report.executive import (
     EQUALITY_ROLES,

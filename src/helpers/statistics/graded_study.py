@@ -23,7 +23,6 @@ from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check
 from helpers.evaluation.predictions import SHARED_TEXT
 from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.controls import VariantAnswers, role_of
 from helpers.statistics.graded import (
     Ability,
     Estimate,
@@ -46,7 +45,13 @@ from helpers.statistics.pooled import (
     pooled_difference,
     recovery,
 )
-from helpers.statistics.verdicts import DecisionRules, Verdict, decision_rules
+from helpers.statistics.verdicts import (
+    DecisionRules,
+    VariantAnswers,
+    Verdict,
+    decision_rules,
+    role_of,
+)
 from helpers.study.schema import Comparison, EvaluationSet, FineTunedModel, LogLikelihood, Study
 
 Place = tuple[str, str, str]  # model, evaluation set, variant

@@ -21,8 +21,12 @@ from helpers.core.records import (
     write_jsonl,
 )
 from helpers.evaluation.predictions import SHARED_TEXT
-from helpers.statistics.controls import ControlOutcome, VariantAnswers, control_outcome
-from helpers.statistics.verdicts import VariantPredictions
+from helpers.statistics.verdicts import (
+    ControlOutcome,
+    VariantAnswers,
+    VariantPredictions,
+    control_outcome,
+)
 from helpers.study.schema import Study
 
 GATES = "gates.json"

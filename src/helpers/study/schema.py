@@ -285,7 +285,7 @@ class Smooth(Strict):
 class Variant(Strict):
     """How a model is quantized; without weights and activations it stays float.
 
-    `recipe: seed` is the known broken recipe (helpers.quantization.compression), a control
+    `recipe: seed` is the known broken recipe (helpers.quantization.variants), a control
     that must be flagged; it brings its own quantization scheme. `dtype` is a control too: the
     same weights, computed in another float type, differ by rounding alone and show the size
     of differences that mean nothing.

@@ -145,7 +145,7 @@ def _dispatch(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> None:
     """Execute the notebook; for a run of the study, record the fingerprint of its inputs."""
-    from helpers.study import fingerprints, stages
+    from helpers.study import stages
     from helpers.study.loading import open_job
 
     output, fingerprint = args.output.absolute(), nullcontext()
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> No
         }
         job = open_job(**run_parameters)
         run = stages.Run(stage, job.model, job.variant)
-        fingerprint = fingerprints.record_fingerprint(job.study, job.paths, run)
+        fingerprint = stages.record_fingerprint(job.study, job.paths, run)
     with fingerprint:
         run_notebook(args.notebook, output, parameters)
 

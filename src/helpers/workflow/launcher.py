@@ -45,14 +45,14 @@ from helpers.core.files import (
 )
 from helpers.core.processes import die_with_parent
 from helpers.core.records import sha256_data, sha256_file
-from helpers.study import fingerprints, stages
+from helpers.study import stages
 from helpers.study.inputs import dataset_files, hub_sources, resolve_path, study_sources
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import BundledModel, FileDataset, FolderModel, HubDataset, HubModel, Study
 from helpers.study.stages import HELPERS
 from helpers.workflow import display, fork_server
-from helpers.workflow import duration_estimate as estimates
-from helpers.workflow.duration_estimate import may_take_gpu
+from helpers.workflow import display as estimates
+from helpers.workflow.display import may_take_gpu
 from helpers.workflow.notebooks import JOB_ENVIRONMENT
 
 PROFILES = PROJECT / "profiles"
@@ -218,10 +218,8 @@ def run_study(args: argparse.Namespace) -> int:
     )
     if not _is_dry(args):
         _prepare_outputs(args, paths)
-    if args.partial and (runs := fingerprints.completed_runs(study, paths)) != set(
-        stages.runs(study)
-    ):
-        return _report_part(args, fingerprints.largest_complete_part(study, runs), paths)
+    if args.partial and (runs := stages.completed_runs(study, paths)) != set(stages.runs(study)):
+        return _report_part(args, stages.largest_complete_part(study, runs), paths)
     if args.only_report and (outdated := _not_current(args, study, paths)):
         print(
             f"the report would show results that are not current ({', '.join(outdated)}); "
@@ -307,9 +305,9 @@ def _not_current(args: argparse.Namespace, study: Study, paths: StudyPaths) -> l
     return [name for name in planned if name not in ("analysis", "report")]
 
 
-def _report_part(args: argparse.Namespace, part: fingerprints.Part, paths: StudyPaths) -> int:
+def _report_part(args: argparse.Namespace, part: stages.Part, paths: StudyPaths) -> int:
     """Run analysis and export for a part of the study, into a folder of its own."""
-    folder = fingerprints.report_folder(paths, partial="yes")
+    folder = stages.report_folder(paths, partial="yes")
     notebook = folder / f"{stages.NOTEBOOKS['analysis']}.ipynb"
     cli = [sys.executable, "-m", "helpers.workflow.cli"]
     analysis = [*cli, "run", "--notebook", f"notebooks/{notebook.name}", "--output", str(notebook)]
@@ -432,7 +430,7 @@ def _command(args: argparse.Namespace, study: Study, paths: StudyPaths) -> list[
     if args.only_report:
         command += ["--allowed-rules", "analysis", "export", "--forcerun", "analysis"]
         return [*command, *args.options]
-    if outdated := fingerprints.outdated_runs(study, paths):
+    if outdated := stages.outdated_runs(study, paths):
         command += ["--forcerun", *(relative_to_project(run.record(paths)) for run in outdated)]
     baselines = [stages.Run("evaluation", model, study.baseline) for model in study.models]
     command += [

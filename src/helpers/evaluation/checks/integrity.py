@@ -48,12 +48,12 @@ from helpers.evaluation.checks.recomputed_answers import (
     rescored,
     second_reading_gate,
 )
-from helpers.evaluation.scoring import normalize_answer
-from helpers.evaluation.trivial_answers import (
+from helpers.evaluation.scoring import (
     best_fixed_answer,
     collapsed_to_one_answer,
     ends_in_loop,
     example_answers,
+    normalize_answer,
     readable_share,
     status_and_answer,
 )

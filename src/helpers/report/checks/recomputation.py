@@ -22,12 +22,12 @@ from helpers.core.files import StudyPaths
 from helpers.core.records import read_json, sha256_file
 from helpers.evaluation.checks.recomputed_answers import misread_part, rescored
 from helpers.report.checks.recomputed_chapters import wrong_chapters, wrong_costs, wrong_records
-from helpers.report.checks.recomputed_graded_report import (
+from helpers.report.checks.recomputed_sentences import (
     missing_chapter,
     wrong_graded_blocks,
     wrong_graded_cells,
+    wrong_sentences,
 )
-from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_tables import (
     DATASET_NAMES,
     RecomputedFigures,
@@ -40,8 +40,8 @@ from helpers.report.checks.recomputed_tables import (
 )
 from helpers.sources.sampling import cluster_near_duplicates, load_items
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
-from helpers.statistics.controls import ControlOutcome
 from helpers.statistics.published_answers import PublishedAnswers, read_answers
+from helpers.statistics.verdicts import ControlOutcome
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import Comparison, HubDataset, Study
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.evaluation.trivial_answers import best_fixed_answer
+from helpers.evaluation.scoring import best_fixed_answer
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
 from helpers.statistics.checks.recomputed_statistics import (
     Figure,

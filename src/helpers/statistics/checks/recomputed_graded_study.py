@@ -11,7 +11,7 @@ import numpy as np
 from helpers.core.records import WHOLE_VARIANT
 from helpers.statistics.checks import recomputed_graded as again
 from helpers.statistics.checks.recomputed_statistics import holm
-from helpers.statistics.controls import VariantAnswers
+from helpers.statistics.verdicts import VariantAnswers
 from helpers.study.schema import Comparison, Study
 
 KL_UNIT = "nats a token"

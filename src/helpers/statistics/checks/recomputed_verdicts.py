@@ -10,7 +10,7 @@ answer is computed again.
 import math
 from collections.abc import Mapping
 
-from helpers.evaluation.trivial_answers import best_fixed_answer, ends_in_loop, status_and_answer
+from helpers.evaluation.scoring import best_fixed_answer, ends_in_loop, status_and_answer
 from helpers.statistics.checks.recomputed_statistics import (
     FEWEST_FLIPS,
     BootstrapSettings,
