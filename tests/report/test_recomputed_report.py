@@ -28,7 +28,6 @@ OWN = {
     "recomputed_tables",
     "recomputed_sentences",
     "recomputed_chapters",
-    "recomputed_graded_report",
 }
 
 

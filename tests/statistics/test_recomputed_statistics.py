@@ -5,10 +5,19 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as some
 
+from helpers.evaluation import scoring
 from helpers.statistics import intervals, verdicts
 from helpers.statistics.checks import recomputed_statistics as again
-from helpers.statistics.checks.recomputed_verdicts import checked_verdicts, disagreements
+from helpers.statistics.checks.recomputed_verdicts import (
+    best_constant,
+    checked_verdicts,
+    comparison_rows,
+    disagreements,
+    repeats_at_its_end,
+)
 from helpers.statistics.intervals import (
     detectable_loss,
     detectable_mean_difference,
@@ -233,3 +242,44 @@ def test_rows_that_cannot_be_counted_again_stop_nothing(judged, monkeypatch):
     assert all(
         "cannot be computed again" in x for x in disagreements(study, lost, verdicts).values()
     )
+
+
+GOLDS = {
+    "arc": some.sampled_from("ABCD1234"),
+    "boolq": some.sampled_from(["yes", "no"]),
+    "openmath": some.sampled_from(["12", "12.0", "1,200", "1200", "3/4", "0.75", "x+1", "3x"]),
+    "squad_v2": some.sampled_from(["The mill", "mill", "a mill.", "river", "the"]),
+}
+
+
+@pytest.mark.parametrize("adapter", GOLDS)
+@given(data=some.data())
+def test_two_ways_to_the_best_constant_agree(adapter, data):
+    golds = some.lists(GOLDS[adapter], min_size=adapter != "squad_v2", max_size=3)
+    rows = [{"golds": own} for own in data.draw(some.lists(golds, min_size=1, max_size=8))]
+    best = scoring.best_fixed_answer(adapter, rows)
+    assert best_constant(adapter, rows) == (best.answer, best.score)
+
+
+@given(
+    beginning=some.text("ab ", max_size=4),
+    piece=some.text("abc\n", min_size=1, max_size=70),
+    length=some.integers(0, 90),
+)
+def test_two_ways_to_a_repetition_agree(beginning, piece, length):
+    text = beginning + (piece * 90)[:length]
+    assert repeats_at_its_end(text) == scoring.ends_in_loop(text)
+
+
+@pytest.mark.parametrize("score", [0.0, 1.0])
+def test_a_wrong_best_constant_is_caught(judged, monkeypatch, score):
+    """Too low, it would let a baseline pass that knows nothing."""
+    study, answers = judged
+    for (_, _, variant), side in answers.items():
+        if variant == study.baseline and score == 0.0:
+            side.predictions[:] = [r | {"golds": ["A"]} for r in side.predictions]
+    monkeypatch.setattr(
+        verdicts, "best_fixed_answer", lambda *_: scoring.FixedAnswer("answering “A”", score)
+    )
+    reasons = [row["reason"] for row in comparison_rows(study, answers, {}).values()]
+    assert any("two computations disagree" in reason for reason in reasons)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 
-from helpers.evaluation.scoring import status_and_answer
 from helpers.report.checks.recomputed_tables import (
     DATASET_NAMES,
     ExpectedNumbers,
@@ -28,6 +27,7 @@ from helpers.report.checks.recomputed_tables import (
     rounds_to,
 )
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
+from helpers.statistics.checks.recomputed_verdicts import answer_of
 from helpers.study.schema import Variant
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
@@ -419,7 +419,7 @@ def _check_noise(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumb
             for name, rows in sides[0].items()
             for row in rows
         ]
-        changed.append(float(sum(status_and_answer(a) != status_and_answer(b) for a, b in pairs)))
+        changed.append(float(sum(answer_of(a) != answer_of(b) for a, b in pairs)))
         total = len(pairs)
     shared = [figures.shared[model, floor] for model in models]
     tops = [100 * s["top1_agreement"][0] for s in shared]

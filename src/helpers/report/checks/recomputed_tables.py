@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.evaluation.scoring import best_fixed_answer
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
 from helpers.statistics.checks.recomputed_statistics import (
     Figure,
@@ -21,7 +20,7 @@ from helpers.statistics.checks.recomputed_statistics import (
     loss_change,
     shared_text_figures,
 )
-from helpers.statistics.checks.recomputed_verdicts import bootstrap_settings
+from helpers.statistics.checks.recomputed_verdicts import best_constant, bootstrap_settings
 from helpers.statistics.published_answers import PublishedAnswers
 from helpers.study.schema import Comparison, Study
 
@@ -172,11 +171,10 @@ class RecomputedFigures:
     def fixed(self) -> dict[str, tuple[str, float]]:
         """The best constant answer of every set and its score."""
         first = self.variants[next(iter(self.study.models)), self.study.baseline]
-        best_answers = {
-            name: best_fixed_answer(evaluation_set.adapter, first.predictions[name])
+        return {
+            name: best_constant(evaluation_set.adapter, first.predictions[name])
             for name, evaluation_set in self.study.evaluation.datasets.items()
         }
-        return {name: (best.answer, best.score) for name, best in best_answers.items()}
 
     @cached_property
     def graded_blocks(self) -> dict:

@@ -3,14 +3,15 @@
 A comparison whose counts, test, correction or intervals are not those of `recomputed_statistics`
 is named, with what differs, and is invalid in the report. What cannot be computed again differs;
 nothing is raised. The rows of summary.json are made again too. Whether a comparison is a
-measurement at all is asked of `helpers.statistics.verdicts`; whether its baseline beats a fixed
-answer is computed again.
+measurement at all is asked of `helpers.statistics.verdicts`; the best constant answer, repeated
+ends and whether the baseline beats the constant are computed again.
 """
 
 import math
 from collections.abc import Mapping
 
-from helpers.evaluation.scoring import best_fixed_answer, ends_in_loop, status_and_answer
+from helpers.evaluation.checks.recomputed_answers import words_of
+from helpers.sources.items import gold_number
 from helpers.statistics.checks.recomputed_statistics import (
     FEWEST_FLIPS,
     BootstrapSettings,
@@ -202,7 +203,7 @@ def _comparison_row(
     ):
         uninformative = "two computations disagree on whether the baseline beats a constant answer"
     kind = "invalid" if invalid else "uninformative" if uninformative else ""
-    after = {row["id"]: status_and_answer(row) for row in variant.predictions}
+    after = {row["id"]: answer_of(row) for row in variant.predictions}
     return {
         **c.model_dump(),
         "metric": "exact_match" if adapter == "squad_v2" else "accuracy",
@@ -222,9 +223,7 @@ def _comparison_row(
         "p_tolerance": recomputed.p_tolerance,
         "holm_p": None,
         "smallest_detectable_loss": _detectable_loss(study, recomputed, declared=declared),
-        "identical_answers": all(
-            status_and_answer(r) == after[r["id"]] for r in baseline.predictions
-        ),
+        "identical_answers": all(answer_of(r) == after[r["id"]] for r in baseline.predictions),
         "method": EXACT_METHOD if recomputed.clusters == recomputed.n else PASSAGE_METHOD,
     }
 
@@ -233,12 +232,12 @@ def is_informative(adapter: str, rows: list[dict], settings: BootstrapSettings) 
     """Whether a baseline significantly beats the best constant answer."""
     readable = sum(row["status"] != "unparsed" for row in rows) / len(rows)
     varied_answers = (
-        len({status_and_answer(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
+        len({answer_of(r) for r in rows}) > 1 or len({tuple(r["golds"]) for r in rows}) == 1
     )
     low = score_figure(rows, settings)[1]
-    beats_fixed_answer = low is not None and low > best_fixed_answer(adapter, rows).score
+    beats_fixed_answer = low is not None and low > best_constant(adapter, rows)[1]
     cut = sum(row["finish_reason"] == "length" for row in rows) / len(rows)
-    looped = sum(ends_in_loop(row.get("output", "")) for row in rows) / len(rows)
+    looped = sum(repeats_at_its_end(row.get("output", "")) for row in rows) / len(rows)
     mostly_complete = max(cut, looped) <= LARGEST_BROKEN_SHARE
     return (
         readable >= SMALLEST_READABLE_SHARE
@@ -246,6 +245,51 @@ def is_informative(adapter: str, rows: list[dict], settings: BootstrapSettings) 
         and beats_fixed_answer
         and mostly_complete
     )
+
+
+def answer_of(row: Mapping) -> tuple[str, str | None]:
+    """(status, parsed answer) of a prediction."""
+    return row["status"], row["parsed"]
+
+
+def best_constant(adapter: str, rows: list[dict]) -> tuple[str, float]:
+    """(the constant answer with the best score, its score), each constant tried on every item.
+
+    Of equal constants the first in the alphabet counts, and abstaining before any text.
+    """
+    readings = [{_reading(adapter, gold) for gold in row["golds"]} for row in rows]
+    constants = sorted({reading for own in readings for reading in own})
+    tried = [
+        (f"answering “{constant}”", sum(constant in own for own in readings) / len(rows))
+        for constant in constants
+    ]
+    abstaining = ("abstaining", sum(not own for own in readings) / len(rows))
+    if adapter == "squad_v2" or not tried:
+        tried.insert(0, abstaining)
+    return max(tried, key=lambda one: one[1])
+
+
+def _reading(adapter: str, gold: str) -> str:
+    """A gold as it is compared: words, a number, the letter of a place, or the text itself."""
+    if adapter == "squad_v2":
+        return " ".join(words_of(gold))
+    if adapter == "arc":
+        return gold.translate(str.maketrans("12345", "ABCDE")) if len(gold) == 1 else gold
+    number = gold_number(gold) if adapter == "openmath" else None
+    return gold if number is None else str(number)
+
+
+def repeats_at_its_end(text: str) -> bool:
+    """Whether the text ends in four or more repetitions of one piece, over 24 characters or more.
+
+    The piece has at most 60 characters; its last repetition may be incomplete.
+    """
+    for size in range(1, 61):
+        length = max(24, 4 * size)
+        end = text[len(text) - length :] if len(text) >= length else ""
+        if end and end == (end[:size] * length)[:length]:
+            return True
+    return False
 
 
 def _detectable_loss(
