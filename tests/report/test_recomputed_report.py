@@ -190,7 +190,10 @@ def test_a_summary_made_by_wrong_statistics_is_caught(make_job, monkeypatch):  #
 def test_none_of_the_reports_code_makes_its_numbers_again():
     for name in (*OWN, "recomputation"):
         tree = ast.parse((PROJECT / "src/helpers/report/checks" / f"{name}.py").read_text("utf-8"))
-        imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
+        statements = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
+        imported = {  # ControlOutcome is a record without any computation
+            n.module for n in statements if [a.name for a in n.names] != ["ControlOutcome"]
+        }
         report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
         assert report <= OWN, name
         statistics_modules = {

@@ -374,7 +374,7 @@ def best_fixed_answer(adapter: str, predictions: list[dict]) -> FixedAnswer:
     abstaining = FixedAnswer(
         "abstaining", sum(not golds_of_item for golds_of_item in golds) / len(golds)
     )
-    readings = {"arc": _label_position, "openmath": _gold_value, "squad_v2": _words}
+    readings = {"arc": _label_position, "openmath": _gold_value, "squad_v2": _joined_words}
     key_of = readings.get(adapter, str)
     counts = Counter(
         key for golds_of_item in golds for key in {key_of(text) for text in golds_of_item}
@@ -395,9 +395,8 @@ def _label_position(label: str) -> str:
     return "ABCDE"[int(label) - 1] if label in ("1", "2", "3", "4", "5") else label
 
 
-def _words(gold: str) -> str:
-    """The normalized words, or the text itself if it has none ("The")."""
-    return normalize_answer(gold) or gold.strip().casefold()
+def _joined_words(gold: str) -> str:
+    return " ".join(_words(gold))
 
 
 def _gold_value(gold: str):
