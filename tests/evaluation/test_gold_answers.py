@@ -26,6 +26,7 @@ from helpers.evaluation.engine import evaluate, read_golds
 from helpers.evaluation.predictions import check_prediction_rows
 from helpers.evaluation.prompts import (
     MAX_GOLDS,
+    AnswerTokens,
     Prompt,
     PromptTokens,
     TokenizedPrompt,
@@ -33,7 +34,7 @@ from helpers.evaluation.prompts import (
     choose_foils,
     comparison_key,
     gold_answers,
-    gold_digest,
+    gold_fields,
     render_prompt,
     tokenize_prompts,
 )
@@ -106,10 +107,16 @@ def test_a_plain_loop_of_transformers_reads_the_same(items, family, name, limits
         own = golds[item.id]
         texts = [*own.golds, *([own.foil] if own.foil else [])]
         answers = [tokenizer(t, add_special_tokens=False).input_ids + end for t in texts]
+        boxed = evaluation_set.ask.answer == "boxed"
+        form = tokenizer("\\boxed{" if boxed else "", add_special_tokens=False).input_ids
+        whole, of_form = one_by_one(model, context, answers), 0.0
+        if form:
+            [of_form] = one_by_one(model, context, [form])
         sums = [*row["gold_loglikelihoods"], row["foil_loglikelihood"]][: len(texts)]
-        assert sums == pytest.approx(one_by_one(model, context, answers), abs=2e-4)
+        assert sums == pytest.approx([s - of_form for s in whole], abs=2e-4)
         sizes = [*row["gold_tokens"], row["foil_tokens"]][: len(texts)]
-        assert sizes == [len(a) for a in answers]
+        assert sizes == [len(a) - len(form) for a in answers]
+        assert row["gold_form_tokens"] == len(form)
         assert row["foil"] == own.foil
         assert plain[item.id] == {k: row[k] for k in plain[item.id]}  # the answer is what it was
 
@@ -227,9 +234,38 @@ def test_the_prompt_keeps_its_tokens_where_the_answer_would_merge_with_it(merges
     context = tokenizer(text).input_ids
     tokens = PromptTokens(context, ())
     prompt = TokenizedPrompt(Prompt(Item("1", "q", ()), text), tokens, "digest")
-    options = answer_tokens(tokenizer, prompt, [r"\boxed{a}"], set_of("squad_v2").ask)
+    read = answer_tokens(tokenizer, prompt, [r"\boxed{a}"], set_of("squad_v2").ask)
     assert tokens.context == tokenizer(text).input_ids
-    assert options == [[ord(c) for c in r"\boxed{a}"]]
+    assert read.answers == [[ord(c) for c in r"\boxed{a}"]]
+    assert read.form == [ord(c) for c in r"\boxed{"]
+
+
+class PairedBrace(Merging):
+    """A tokenizer with a token for the opening brace together with a digit."""
+
+    def __call__(self, text, **_):
+        for digit in "0123456789":
+            text = text.replace(f"{{{digit}", chr(0xE000 + int(digit)))
+        return SimpleNamespace(input_ids=[ord(c) for c in text])
+
+
+@pytest.mark.parametrize(
+    ("texts", "answer", "form"),
+    [
+        ([r"\boxed{4}", r"\boxed{x}"], "boxed", r"\boxed"),  # the brace is part of one answer
+        ([r"\boxed{x}", r"\boxed{xy}"], "boxed", r"\boxed{"),  # not what two answers share
+        (["red", "read"], "text", ""),
+        ([r"\boxed{", r"\boxed{x}"], "boxed", r"\boxed"),  # every answer has a token to score
+    ],
+)
+def test_what_answers_share_is_not_scored_as_far_as_it_is_their_form(texts, answer, form):
+    tokenizer = PairedBrace(merges=False)
+    tokens = PromptTokens(tokenizer("ask\n").input_ids, ())
+    prompt = TokenizedPrompt(Prompt(Item("1", "q", ()), "ask\n"), tokens, "digest")
+    ask = set_of("squad_v2").ask.model_copy(update={"answer": answer})
+    read = answer_tokens(tokenizer, prompt, texts, ask)
+    assert read.form == [ord(c) for c in form]
+    assert read.continuations == [*read.answers, *([read.form] if form else [])]
 
 
 @pytest.mark.parametrize("template", ["own", "first", "dropped"])
@@ -242,7 +278,7 @@ def test_an_answer_stands_where_the_template_puts_one(items, template, stop):
     evaluation_set = set_of("boolq", stop=stop)
     [item] = items("boolq", 1)
     [prompt] = tokenize_prompts([item], evaluation_set, tokenizer)
-    [option] = answer_tokens(tokenizer, prompt, [r"\boxed{yes}"], evaluation_set.ask)
+    [option] = answer_tokens(tokenizer, prompt, [r"\boxed{yes}"], evaluation_set.ask).answers
     end = tokenizer.decode([end_of_turn(tokenizer)]) if stop == "turn" else ""
     lead = "" if template == "own" else " "
     assert answer_lead(tokenizer) == lead
@@ -347,12 +383,11 @@ def test_golds_without_the_end_of_a_turn(items):
     [prompt] = tokenize_prompts([item], evaluation_set, tokenizer)
     golds, text = gold_answers([item], evaluation_set)[item.id], prompt.prompt.text
     own = render_golds(tokenizer, tokenizer, item, evaluation_set, text, None)
-    options = answer_tokens(tokenizer, prompt, golds.texts, evaluation_set.ask)
-    row = {"id": item.id, "foil": None, "gold_tokens": [len(o) for o in options]}
-    assert golds_gate([row | {"gold_hash": gold_digest(golds, options)}], {item.id: own}).passed
-    short = [option[:-1] for option in options]
-    row = {"id": item.id, "foil": None, "gold_tokens": [len(o) for o in short]}
-    assert not golds_gate([row | {"gold_hash": gold_digest(golds, short)}], {item.id: own}).passed
+    whole = answer_tokens(tokenizer, prompt, golds.texts, evaluation_set.ask)
+    short = AnswerTokens([answer[:-1] for answer in whole.answers], whole.form)
+    for tokens in (whole, short):
+        row = {"id": item.id, "foil": None} | gold_fields(golds, tokens, [0.0, 0.0])
+        assert golds_gate([row], {item.id: own}).passed == (tokens is whole)
 
 
 @pytest.mark.bank("answers", "a gold taken for the foil", "foils are other items' golds")

@@ -254,15 +254,29 @@ def golds_of_the_token_before(patch):
 def a_foil_stored_as_the_gold(patch):
     whole = engine.gold_fields
 
-    def swapped(golds, options, loglikelihoods):
-        return whole(golds, options, loglikelihoods[::-1])
+    def swapped(golds, tokens, loglikelihoods):
+        *answers, form = loglikelihoods
+        return whole(golds, tokens, [*answers[::-1], form])
 
     patch.setattr(engine, "gold_fields", swapped)
 
 
+def golds_scored_with_their_form(patch):
+    """The form's log-probability is not taken off, although the row says that it is."""
+    whole = engine.gold_fields
+
+    def without(golds, tokens, loglikelihoods):
+        return whole(golds, tokens, [*loglikelihoods[:-1], 0.0])
+
+    patch.setattr(engine, "gold_fields", without)
+
+
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
 @pytest.mark.bank("reading", "{lapse}", GOLDS)
-@pytest.mark.parametrize("lapse", [golds_of_the_token_before, a_foil_stored_as_the_gold])
+@pytest.mark.parametrize(
+    "lapse",
+    [golds_of_the_token_before, a_foil_stored_as_the_gold, golds_scored_with_their_form],
+)
 def test_log_likelihoods_of_golds(runs, monkeypatch, lapse, variant):
     lapse(monkeypatch)
     wrong = failed(looked_at(runs("llama", variant)))

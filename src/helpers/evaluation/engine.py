@@ -201,10 +201,12 @@ def _generate_answers(
     golds: Mapping[str, GoldAnswers],
 ) -> Iterator[dict]:
     ask = evaluation_set.ask
-    options = [
-        answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) if p.item.id in golds else []
-        for p in prompts
-    ]
+    tokens = {
+        i: answer_tokens(tokenizer, p, golds[p.item.id].texts, ask)
+        for i, p in enumerate(prompts)
+        if p.item.id in golds
+    }
+    options = [tokens[i].continuations if i in tokens else [] for i in range(len(prompts))]
     longest = [max([ask.max_new_tokens, *map(len, own)]) for own in options]
     lengths = [len(p.tokens.context) + n for p, n in zip(prompts, longest, strict=True)]
     _check_context_length(model, prompts, lengths)
@@ -219,9 +221,9 @@ def _generate_answers(
             finish=generated.finish_reason,
         )
         prediction |= _counts(prompts[index], len(generated.tokens))
-        if options[index]:
+        if index in tokens:
             sums = generated.loglikelihoods
-            prediction |= gold_fields(golds[item.id], options[index], sums)
+            prediction |= gold_fields(golds[item.id], tokens[index], sums)
         yield prediction
 
 
@@ -288,10 +290,10 @@ def read_golds(
     """
     prompts, limits = _as_scales_allow(model, [p for p in prompts if p.item.id in golds], limits)
     ask = evaluation_set.ask
-    options = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
-    sums = _read_apart(model, prompts, options, limits)
+    tokens = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
+    sums = _read_apart(model, prompts, [own.continuations for own in tokens], limits)
     return [
-        {"id": p.item.id} | gold_fields(golds[p.item.id], options[i], sums[i])
+        {"id": p.item.id} | gold_fields(golds[p.item.id], tokens[i], sums[i])
         for i, p in enumerate(prompts)
     ]
 

@@ -124,6 +124,7 @@ class GoldRow(Row):
     foil_tokens: TokenCount | None
     foil: Name | None
     gold_hash: Name
+    gold_form_tokens: Annotated[int, Field(ge=0)] = 0  # read before, not scored
 
 
 GOLD_FIELDS = GoldRow.model_fields.keys() - Row.model_fields.keys()

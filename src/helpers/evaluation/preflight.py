@@ -253,7 +253,7 @@ def _generated_texts(tokenizer, items: list[Item], evaluation_set: EvaluationSet
     end, golds = end_of_turn(tokenizer), gold_answers(items, evaluation_set)
     for prompt in tokenize_prompts(items, evaluation_set, tokenizer):
         texts = golds[prompt.item.id].texts
-        answers = answer_tokens(tokenizer, prompt, texts, evaluation_set.ask)
+        answers = answer_tokens(tokenizer, prompt, texts, evaluation_set.ask).answers
         room = max([evaluation_set.ask.max_new_tokens, *map(len, answers)])
         highest = max([end, *(token for answer in answers for token in answer)])
         yield f"item {prompt.item.id}", [*prompt.tokens.context, highest], room - 1

@@ -4,14 +4,18 @@ Each prompt has a hash of its text and tokens, by which results are paired.
 
 A generated answer is right or wrong, which says little about an item. Its graded score is the
 log-likelihood of a gold answer as the continuation of the item's own prompt, in nats per token; of
-several golds the best counts. It is compared with a *foil*: the gold of another item of the set,
-in the same form after the same prompt. A model that knows anything of the item prefers the gold.
+several golds the best counts. The form is given and not scored: what counts begins with the first
+token in which answers of that form can differ, after the opened box if the study reads boxes. So a
+model that seldom opens a box is compared on what it would put into one. A gold is compared with a
+*foil*: the gold of another item of the set, in the same form after the same prompt. A model that
+knows anything of the item prefers the gold.
 
 A gold answer is as short as the protocol allows: a box and nothing else if the study reads boxes,
 "unanswerable" if there is no answer. It ends where the protocol ends it: with the closing brace of
 the box, or with the token that ends the turn (`stop: turn`).
 """
 
+import itertools
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -212,6 +216,7 @@ def _record_row(tokenized: TokenizedPrompt) -> dict:
 
 MAX_GOLDS = 3  # per item; SQuAD 2.0's annotators gave up to six, few of them different
 DECIMALS = 6  # of a stored log-likelihood
+BOX = r"\boxed{"  # the form of a boxed answer, before what can differ
 
 
 @dataclass(frozen=True)
@@ -254,7 +259,7 @@ def gold_answers(items: Sequence[Item], evaluation_set: EvaluationSet) -> dict[s
 
 def answer_text(answer: str, ask: Generate) -> str:
     """An answer in the form the prompt asks for."""
-    return rf"\boxed{{{answer}}}" if ask.answer == "boxed" else answer
+    return f"{BOX}{answer}}}" if ask.answer == "boxed" else answer
 
 
 def _distinct_golds(item: Item, adapter: str) -> dict[str, str]:
@@ -312,9 +317,28 @@ def choose_foils(
     return foils
 
 
+@dataclass(frozen=True)
+class AnswerTokens:
+    """Token ids of an item's golds and its foil, as continuations of its prompt.
+
+    Attributes:
+        answers: of each text of `GoldAnswers.texts`.
+        form: the tokens that all of them begin with and that the bare form begins with too.
+            They are given, not scored; each answer has at least one token more.
+    """
+
+    answers: list[list[int]]
+    form: list[int]
+
+    @property
+    def continuations(self) -> list[list[int]]:
+        """What the model reads after the prompt: the answers, then the form if it has tokens."""
+        return [*self.answers, self.form] if self.form else self.answers
+
+
 def answer_tokens(
     tokenizer, prompt: TokenizedPrompt, texts: Sequence[str], ask: Generate
-) -> list[list[int]]:
+) -> AnswerTokens:
     """Token ids of each answer, as the continuation of the prompt's own token ids.
 
     Answers stand where the chat template puts them. Their ids are the rest of the full text's
@@ -322,39 +346,47 @@ def answer_tokens(
     the answer alone.
     """
     lead, context = answer_lead(tokenizer), prompt.tokens.context
-    end = [end_of_turn(tokenizer)] if ask.stop == "turn" else []
-    options = []
-    for text in texts:
+
+    def continuation(text: str) -> list[int]:
         full_text = tokenize(tokenizer, prompt.prompt.text + lead + text)
         merged = full_text[: len(context)] != context
-        own = tokenize(tokenizer, lead + text) if merged else full_text[len(context) :]
-        options.append(own + end)
-    return options
+        return tokenize(tokenizer, lead + text) if merged else full_text[len(context) :]
+
+    end = [end_of_turn(tokenizer)] if ask.stop == "turn" else []
+    answers = [continuation(text) + end for text in texts]
+    form = continuation(BOX) if ask.answer == "boxed" else []
+    scored_from = min([len(form), *(len(answer) - 1 for answer in answers)])
+    for answer in answers:
+        pairs = zip(form, answer, strict=False)
+        shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
+        scored_from = min(scored_from, sum(1 for _ in shared))
+    return AnswerTokens(answers, form[:scored_from])
 
 
-def gold_digest(golds: GoldAnswers, options: Sequence[Sequence[int]]) -> str:
+def gold_digest(golds: GoldAnswers, tokens: AnswerTokens) -> str:
     """Equal for two variants if and only if they read the same token ids as golds and foil."""
-    return sha256_data([list(golds.golds), golds.foil, [list(o) for o in options]])[:16]
+    return sha256_data([list(golds.golds), golds.foil, tokens.answers, tokens.form])[:16]
 
 
-def gold_fields(
-    golds: GoldAnswers, options: Sequence[Sequence[int]], loglikelihoods: Sequence[float]
-) -> dict:
+def gold_fields(golds: GoldAnswers, tokens: AnswerTokens, loglikelihoods: Sequence[float]) -> dict:
     """The fields of a prediction with the log-likelihoods of its golds and its foil.
 
     Args:
-        options: token ids of each text of `golds.texts`.
-        loglikelihoods: summed log-probability of each, in nats; a sum that is not finite is
-            stored as None.
+        tokens: of `golds.texts`.
+        loglikelihoods: summed log-probability of each of `tokens.continuations`, in nats. A
+            difference to the form's that is not finite is stored as None.
     """
-    sums = [round(s, DECIMALS) if math.isfinite(s) else None for s in loglikelihoods]
-    sizes, count = [len(option) for option in options], len(golds.golds)
+    form = loglikelihoods[-1] if tokens.form else 0.0
+    scored = [s - form for s in loglikelihoods[: len(tokens.answers)]]
+    sums = [round(s, DECIMALS) if math.isfinite(s) else None for s in scored]
+    sizes, count = [len(a) - len(tokens.form) for a in tokens.answers], len(golds.golds)
     foil = (None, None) if golds.foil is None else (sums[count], sizes[count])
     return {
+        "gold_form_tokens": len(tokens.form),
         "gold_loglikelihoods": sums[:count],
         "gold_tokens": sizes[:count],
         "foil_loglikelihood": foil[0],
         "foil_tokens": foil[1],
         "foil": golds.foil,
-        "gold_hash": gold_digest(golds, options),
+        "gold_hash": gold_digest(golds, tokens),
     }

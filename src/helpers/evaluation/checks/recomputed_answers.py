@@ -279,15 +279,17 @@ class ExpectedGolds:
     Attributes:
         hash: digest of the texts and their token ids.
         tokens: ids of each gold, then of the foil if there is one.
+        form: ids of the form with which all of them begin; it is read and not scored.
     """
 
     hash: str
     tokens: tuple[list[int], ...]
+    form: list[int]
 
     @property
     def sizes(self) -> list[int]:
-        """The number of tokens of each."""
-        return [len(answer) for answer in self.tokens]
+        """The number of scored tokens of each."""
+        return [len(answer) - len(self.form) for answer in self.tokens]
 
 
 def render_golds(
@@ -307,14 +309,18 @@ def render_golds(
     context = own(text, add_special_tokens=False).input_ids
     end = [end_of_turn(tokenizer)] if evaluation_set.ask.stop == "turn" else []
     tokens = []
-    for answer in [*golds, *([] if foil is None else [foil])]:
+    for answer in ["\\boxed{", *golds, *([] if foil is None else [foil])]:
         rest = _rendered_answer(tokenizer, messages, text, answer)
         full_text = own(text + rest, add_special_tokens=False).input_ids
         splits = full_text[: len(context)] == context
         apart = own(rest, add_special_tokens=False).input_ids
         tokens.append((full_text[len(context) :] if splits else apart) + end)
-    content = json.dumps([golds, foil, tokens], ensure_ascii=False, separators=(",", ":"))
-    return ExpectedGolds(sha256(content.encode()).hexdigest()[:16], tuple(tokens))
+    bare, *tokens = tokens
+    form = bare[: min(map(len, tokens)) - 1] if evaluation_set.ask.answer == "boxed" else []
+    while any(answer[: len(form)] != form for answer in tokens):
+        form = form[:-1]
+    content = json.dumps([golds, foil, tokens, form], ensure_ascii=False, separators=(",", ":"))
+    return ExpectedGolds(sha256(content.encode()).hexdigest()[:16], tuple(tokens), form)
 
 
 def _rendered_answer(tokenizer, messages: list[dict], text: str, answer: str) -> str:
@@ -362,7 +368,7 @@ def _matches(row: dict, expected: ExpectedGolds | None) -> bool:
         return False
     sizes = list(row.get("gold_tokens", []))
     sizes += [] if row.get("foil") is None else [row.get("foil_tokens")]
-    return sizes == expected.sizes
+    return sizes == expected.sizes and row.get("gold_form_tokens") == len(expected.form)
 
 
 def foil_gate(evaluation_set: EvaluationSet, rows: list[dict], items: list[Item]) -> Gate:

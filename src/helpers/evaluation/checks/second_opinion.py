@@ -122,7 +122,7 @@ class SecondOpinion:
             length = len(tokens.context) + sum(map(len, tokens.options))
         else:
             tokens, compare = tokenize(self.tokenizer, prompt.text), self._written
-            gold_tokens = sum(self._render_golds(prompt, evaluation_set).sizes)
+            gold_tokens = sum(map(len, self._render_golds(prompt, evaluation_set).tokens))
             length = len(tokens) + evaluation_set.ask.max_new_tokens + 2 * gold_tokens
         with ExitStack() as stack:
             trace = self._guarded(compared, item.id, self._trace, stack, length)
@@ -234,20 +234,28 @@ class SecondOpinion:
         [row], evaluation_set = rows, self.job.study.evaluation.datasets[dataset]
         golds = self._render_golds(prompt, evaluation_set, row.get("foil"))
         tokens = OptionTokens(context, list(golds.tokens))
-        self._continuations(trace, tokens, log_likelihoods(row), row["id"], self.golds[dataset])
+        compared, sums = self.golds[dataset], log_likelihoods(row)
+        self._continuations(trace, tokens, sums, row["id"], compared, form=golds.form)
 
     def _continuations(
-        self, trace: Trace, tokens: OptionTokens, sums, where: str, compared
+        self, trace: Trace, tokens: OptionTokens, sums, where: str, compared, *, form=()
     ) -> None:
-        """Compare the summed log-probability of every continuation of a context."""
+        """Compare the summed log-probability of every continuation of a context.
+
+        Args:
+            form: what all continuations begin with, which the engine read by itself too and
+                whose log-probability does not count.
+        """
         if len(sums) != len(tokens.options):
             raise LookupError("the item has no log-probabilities")
         first, readings = len(tokens.context) - 1, []
+        read = [*tokens.options, *([form] if form else [])]
         for k, (option, logprob) in enumerate(zip(tokens.options, sums, strict=True)):
             text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
-            trace_rows = trace.rows_of_option(tokens.context, tokens.options, k)
+            trace_rows = trace.rows_of_option(tokens.context, read, k)
             states = self._states(trace, trace_rows, text, where)
-            reading = Reading(compared, where, text, places, option, logprob, k)
+            targets, places = option[len(form) :], places[len(form) :]
+            reading = Reading(compared, where, text, places, targets, logprob, k)
             readings.append((reading, states))
         self._scored(readings)
 
