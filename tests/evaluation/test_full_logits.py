@@ -1,16 +1,28 @@
 """The figures of the shared text, computed a second time: sound ones agree, wrong ones do not."""
 
 import copy
+import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.special import log_softmax
 
 from helpers.evaluation.checks import recomputed_losses
+from helpers.evaluation.checks.integrity import finite_gate
 from helpers.evaluation.checks.numeric_gates import recomputed_gates
 from helpers.evaluation.scoring import shared_text_metrics
 from helpers.inference import perplexity
-from helpers.inference.perplexity import passage_rows, read_shared_text
-from helpers.sources.models import load_model, load_tokenizer, model_folder
+from helpers.inference.perplexity import (
+    passage_rows,
+    passage_tokens,
+    read_passages,
+    read_shared_text,
+    token_texts,
+)
+from helpers.sources.models import byte_tokenizer, load_model, load_tokenizer, model_folder
+from helpers.sources.sampling import shared_passages
+from helpers.statistics.pooled import token_kl
 from helpers.study.loading import open_job
 
 AGAIN = "shared-text figures recomputed"
@@ -84,7 +96,14 @@ def agreements_of_half(passages, tokens, states, reference, **options):
     return [row | {"top1_agreements": row["top1_agreements"] // 2} for row in rows]
 
 
+def kl_one_token_late(passages, tokens, states, reference, **options):
+    """The KL of each token stands at the next one; the sums are right."""
+    rows = passage_rows(passages, tokens, states, reference, **options)
+    return [row | {"token_kl": [*row["token_kl"][-1:], *row["token_kl"][:-1]]} for row in rows]
+
+
 WRONG = {
+    kl_one_token_late: "KL of a token at the next one",
     kl_the_wrong_way_round: "KL the wrong way round",
     loss_on_the_token_before: "loss on the wrong token",
     agreements_of_half: "half of the top-1 agreements",
@@ -98,6 +117,76 @@ def test_figures_made_wrongly_are_caught(evaluated, monkeypatch, wrong):
     monkeypatch.setattr(perplexity, "passage_rows", wrong)
     _, gates = evaluated()
     assert AGAIN in failed(gates)
+
+
+@pytest.mark.bank("text", "KL of tokens that is not the passage's", "shared-text means recomputed")
+def test_tokens_that_do_not_add_up_to_their_passage_are_caught(evaluated):
+    rows, _ = evaluated()
+    halved = [row | {"token_kl": [kl / 2 for kl in row["token_kl"]]} for row in rows]
+    means = shared_text_metrics(rows)
+    assert "shared-text means recomputed" in failed(
+        recomputed_gates(halved, means, None, is_baseline=False)
+    )
+    assert "shared-text means recomputed" not in failed(
+        recomputed_gates(rows, means, None, is_baseline=False)
+    )
+
+
+@pytest.mark.bank("text", "a token without a finite KL", "finite logits")
+def test_a_token_without_a_finite_kl_is_named(evaluated, monkeypatch):
+    """One hidden state is no number: its passage has no sum and its token is named."""
+    read = perplexity.read_passages
+
+    def broken(model, tokens, **options):
+        states = read(model, tokens, **options)
+        states.hidden[len(tokens[0]) - 1 + 5] = torch.nan  # of the second passage, token 5
+        return states
+
+    monkeypatch.setattr(perplexity, "read_passages", broken)
+    rows, gates = evaluated()
+    assert [place for place, kl in enumerate(rows[1]["token_kl"]) if kl is None] == [5]
+    assert None not in rows[0]["token_kl"]
+    assert "shared-text means recomputed" in failed(gates)
+    gate = finite_gate({}, shared_text_metrics(rows), rows)
+    assert not gate.passed
+    assert f"1 tokens without a finite KL, first token 5 of {rows[1]['id']}" in gate.measured
+
+
+def test_rounding_that_cancels_in_the_sum_still_widens_the_limit():
+    """Two readings of the baseline whose tokens differ and whose passages have one KL."""
+    first, logits = torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))
+    row = recomputed_losses.compare_passage(
+        [1, 2, 3], first, first.flip(0), logits[:1].repeat(2, 1)
+    )
+    difference = abs(row["token_kl"][0] - row["token_kl"][1])
+    assert difference > 0.01
+    assert row["token_kl_blur"] == pytest.approx([difference] * 2)
+    assert row["kl_blur"] == pytest.approx(difference * math.sqrt(2))
+
+
+def test_the_kl_of_each_token_is_that_of_float64_distributions(exact_model, study):
+    """By transformers' forward pass and scipy, and a planted outlier stands at its place."""
+    tokenizer, passages = byte_tokenizer(), shared_passages(study)
+    tokens = passage_tokens(tokenizer, passages, max_tokens=64)
+    other = rounded(exact_model)
+    both = [read_passages(m, tokens, batch_tokens=512) for m in (other, exact_model)]
+    rows = passage_rows(passages, tokens, *both)
+    for row, ids in zip(rows, tokens, strict=True):
+        with torch.inference_mode():
+            logits = [
+                m(input_ids=torch.tensor([ids[:-1]])).logits[0].double().numpy()
+                for m in (exact_model, other)
+            ]
+        before, after = (log_softmax(x, axis=-1) for x in logits)
+        expected = (np.exp(before) * (before - after)).sum(-1)
+        assert row["token_kl"] == pytest.approx(expected.tolist(), rel=1e-4, abs=1e-5)
+        assert math.fsum(row["token_kl"]) == pytest.approx(row["kl"], rel=1e-5)
+    start = sum(len(ids) - 1 for ids in tokens[:2])  # of the third passage
+    both[0].hidden[start + 17] *= -1
+    rows = passage_rows(passages, tokens, *both)
+    kl = token_kl({row["id"]: row["token_kl"] for row in rows}, shown=1)
+    assert (kl.tail[0].passage, kl.tail[0].token) == (rows[2]["id"], 17)
+    assert token_texts(tokenizer, tokens[2], first=1)[17] == passages[2][18]  # a byte a token
 
 
 @pytest.mark.bank("text", "loss on the wrong token", AGAIN)

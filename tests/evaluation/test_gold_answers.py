@@ -470,6 +470,6 @@ def test_the_further_golds_are_of_items_that_nobody_asks_alone():
 def test_a_gold_whose_log_likelihood_is_not_finite(rows):
     _, _, predictions, _ = rows
     shared = dict.fromkeys(("perplexity", "kl", "top1_agreement"), 1.0)
-    assert finite_gate({"squad_v2": predictions}, shared).passed
+    assert finite_gate({"squad_v2": predictions}, shared, []).passed
     for lost in ({"gold_loglikelihoods": [None]}, {"foil_loglikelihood": None}):
-        assert not finite_gate({"squad_v2": [predictions[0] | lost]}, shared).passed
+        assert not finite_gate({"squad_v2": [predictions[0] | lost]}, shared, []).passed

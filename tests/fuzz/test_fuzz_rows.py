@@ -255,6 +255,17 @@ def test_a_score_that_is_not_one_is_refused(folder, asked):
             read_predictions(folder, asked)
 
 
+@pytest.mark.parametrize("field", ["token_kl", "token_texts"])
+def test_a_list_without_one_entry_a_token_is_refused(folder, asked, field):
+    rows = copy.deepcopy(SOUND)
+    rows["shared_text"][2][field].pop()
+    written(folder, rows)
+    assert f"line 3 has 49 {field} for 50 tokens" in refusal(folder, asked, "shared_text")
+    rows["shared_text"][2][field].append(float("nan"))
+    written(folder, rows)
+    assert f"line 3 has {field} = " in refusal(folder, asked, "shared_text")
+
+
 def test_every_way_an_answer_can_end_is_known_to_its_row():
     """Or a finished evaluation could not be read back."""
     from helpers.inference.protocols import AnswerInProgress, StopRules

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
 from helpers.evaluation import prompts
 from helpers.evaluation.checks.evaluation_data import render_items_again
@@ -19,6 +21,7 @@ from helpers.inference.perplexity import (
     passage_tokens,
     read_passages,
     read_shared_text,
+    token_texts,
 )
 from helpers.sources.chat import beginning_tokens, conversation, plain_tokens, render, tokenize
 from helpers.sources.models import byte_tokenizer, load_model, load_tokenizer, random_model
@@ -168,3 +171,32 @@ def test_a_shared_text_without_its_beginning_is_caught(
     assert failed() == set()
     monkeypatch.setattr(perplexity, "plain_tokens", tokenize)
     assert "passages tokenized by the source" in failed()
+
+
+def metaspace_tokenizer():
+    """Words with a mark in front, which is dropped where a text begins; unknown bytes as such."""
+    pieces = ["▁the", "▁cat", "s", "▁", *(f"<0x{byte:02X}>" for byte in range(256))]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True)
+    core = Tokenizer(model)
+    replace, strip = decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)
+    core.decoder = decoders.Sequence([replace, decoders.ByteFallback(), decoders.Fuse(), strip])
+    return PreTrainedTokenizerFast(tokenizer_object=core), pieces
+
+
+def test_the_texts_of_tokens_are_the_scored_text(tokenizer):
+    """A character of several tokens stands at its last one."""
+    text = "naïve 漢字 🙂 end"
+    tokens, first = plain_tokens(tokenizer, text), first_scored_token(tokenizer)
+    texts = token_texts(tokenizer, tokens, first=first)
+    assert len(texts) == len(tokens) - first
+    assert "".join(texts) == tokenizer.decode(tokens[first:])
+    assert texts[texts.index("🙂") - 3 : texts.index("🙂")] == ["", "", ""]
+    cut = token_texts(tokenizer, tokens[: first + texts.index("漢") - 1], first=first)
+    assert len(cut) == texts.index("漢") - 1  # the last character lacks its end
+
+
+def test_a_token_that_begins_a_text_otherwise_keeps_its_space():
+    tokenizer, pieces = metaspace_tokenizer()
+    tokens = [pieces.index(p) for p in ("▁the", "▁cat", "s", "▁", "<0xC3>", "<0xA9>", "▁the")]
+    assert tokenizer.decode(tokens[1:]) == "cats é the"
+    assert token_texts(tokenizer, tokens, first=1) == [" cat", "s", " ", "", "é", " the"]

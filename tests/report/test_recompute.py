@@ -29,6 +29,7 @@ def published(make_job, monkeypatch):  # noqa: F811
     from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
+    monkeypatch.setattr(module, "_misread_passages", lambda *_: [])
     job = make_job()
     summary.write_summary(load_results(job), job.paths.root)
     return job, job.paths.root / "answers"
@@ -73,7 +74,20 @@ def test_answers_come_back_as_the_evaluation_had_them(published):
         assert [r["nll"] for r in read_back.variants[at].passages] == [
             r["nll"] for r in variant_answers.passages
         ]
+        for read, row in zip(
+            read_back.variants[at].passages, variant_answers.passages, strict=True
+        ):
+            for key in ("token_kl", "token_texts"):
+                assert read.get(key) == row.get(key)
     assert read_back.control_outcomes == results.control_outcomes
+
+
+def test_the_texts_of_tokens_are_published_once_a_model(published):
+    rows = [json.loads(line) for line in (published[1] / "shared_text.jsonl").open("rb")]
+    for of_model in (m for row in rows for m in row["models"].values()):
+        assert len(of_model["token_texts"]) == of_model["tokens"]
+        assert not any("token_texts" in answer for answer in of_model["answers"].values())
+        assert "token_kl" not in of_model["answers"]["noquant"]
 
 
 @pytest.mark.bank("report", "an edited answer", "make verdicts", at="answers/arc.jsonl")

@@ -7,21 +7,34 @@ import re
 import shutil
 
 import pytest
+from IPython.display import Markdown
 
+import test_report
 from helpers.core.files import PROJECT
-from helpers.report import summary
+from helpers.core.records import sha256_text
+from helpers.report import chapters, summary
 from helpers.report.checks import recomputed_tables
-from helpers.report.checks.recomputation import recompute
+from helpers.report.checks.recomputation import (
+    _misread_passages,
+    recompute,
+    wrong_csv_lines,
+    wrong_headlines,
+)
+from helpers.report.checks.recomputed_sentences import wrong_kl_tables
 from helpers.report.checks.recomputed_tables import (
+    RecomputedFigures,
     cell_differs,
     read_tables,
     rounds_to,
     written_numbers,
 )
+from helpers.report.markdown import number
 from helpers.report.results import Results, load_results
-from helpers.statistics.verdicts import study_verdicts
+from helpers.sources.sampling import shared_passages
+from helpers.statistics.published_answers import PublishedAnswers, read_answers
+from helpers.statistics.verdicts import VariantAnswers, study_verdicts
 from test_recomputed_statistics import bootstrap_of_four_times_the_items
-from test_report import make_job  # noqa: F401 - a fixture
+from test_report import make_job, one_model  # noqa: F401 - a fixture
 
 DEMO = PROJECT / "outputs" / "demo"
 OWN = {
@@ -161,6 +174,112 @@ def test_verdicts_in_other_words_are_named(demo):
     differences = "\n".join(recompute("demo")[1])
     assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in differences
     assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in differences
+
+
+def kl_chapters(results) -> str:
+    """The chapters of every model, with the tables of the KL by token."""
+    shown = [part for m in results.models for part in chapters.model_comparison(results, m)]
+    return "\n\n".join(part.data for part in shown if isinstance(part, Markdown))
+
+
+def recomputed_figures(job) -> RecomputedFigures:
+    answers = read_answers(job.paths.root / "answers", job.study)
+    return RecomputedFigures(answers, {}, {})
+
+
+@pytest.mark.bank(
+    "report", "an edited quantile or tail of the KL", "make verdicts", at="report.md, summary.json"
+)
+def test_an_edited_quantile_of_the_kl_is_named(make_job):  # noqa: F811
+    job = make_job(one_model)
+    results = load_results(job)
+    summary.write_summary(results, job.paths.root)
+    figures, text = recomputed_figures(job), kl_chapters(results)
+    assert list(wrong_kl_tables(text, figures)) == []
+    kl = results.evaluations["base", "static"].kl_by_token
+    cells = {
+        number(kl.percentile_99): "column 99th percentile",
+        number(kl.percentile_99_9): "column 99.9th percentile",
+        number(kl.largest): "column largest",
+        f"| {kl.tail[1].token} |": f"token {kl.tail[1].token} of {kl.tail[1].passage}",
+    }
+    quantiles, tail = text.index("| `static` |", text.index("99th")), text.rindex("| `static` |")
+    for cell, place in cells.items():
+        start = quantiles if "|" not in cell else text.index(cell, text.index("<details>"))
+        end = text.index(cell, start) + len(cell)
+        edited = text[:start] + text[start:end].replace(cell, bumped(cell)) + text[end:]
+        assert any(place in line for line in wrong_kl_tables(edited, figures)), place
+    swapped = text[:tail] + text[tail:].replace("<code>", "<code>x", 1)
+    (line,) = wrong_kl_tables(swapped, figures)
+    assert "the text around it is another" in line
+    missing = text[: text.index("KL of each")]
+    assert "are others" in "".join(wrong_kl_tables(missing, figures))
+    stored = json.loads((job.paths.root / "summary.json").read_text("utf-8"))
+    edited = stored["models"]["base"]["variants"]["static"]
+    edited["shared_text"]["kl_percentile_99_9"]["value"] *= 1.01
+    edited["kl_by_token"]["tail"][0]["token"] += 1
+    lines = "\n".join(wrong_headlines(stored, figures))
+    assert "base/static, shared_text, kl_percentile_99_9, value: published" in lines
+    assert "base/static, kl_by_token, tail: published" in lines
+    assert lines.count("base/") == 2
+    edit_value(job.paths.root / "summary.csv", "base,static,shared_text,kl_median")
+    (line,) = wrong_csv_lines(job.paths.root / "summary.csv", figures)
+    assert "base / static / shared_text / kl_median, column value" in line
+
+
+def test_a_token_without_a_finite_kl_is_reported(make_job, monkeypatch):  # noqa: F811
+    """Its variant has no quantile, the report says so and names the token, `make verdicts` too."""
+    make_rows = test_report.text_rows
+
+    def broken(rng, noise):
+        rows = make_rows(rng, noise)
+        if noise == 0.1:
+            rows[7]["token_kl"][31], rows[7]["kl"] = None, None
+        return rows
+
+    monkeypatch.setattr(test_report, "text_rows", broken)
+    job = make_job(one_model)
+    results = load_results(job)
+    summary.write_summary(results, job.paths.root)
+    text, figures = kl_chapters(results), recomputed_figures(job)
+    assert "**The KL of 1 of these tokens is not finite** under `rtn_w8a8`" in text
+    assert "| `rtn_w8a8` | – | – | – | – | – | – |" in text
+    assert "| `rtn_w8a8` | not finite | `passage-7` | 31 |" in text
+    stored = json.loads((job.paths.root / "summary.json").read_text("utf-8"))
+    variants = stored["models"]["base"]["variants"]
+    assert variants["rtn_w8a8"]["shared_text"]["kl_median"]["value"] is None
+    assert variants["rtn_w8a8"]["kl_by_token"]["nonfinite"] == 1
+    assert variants["static"]["kl_by_token"]["nonfinite"] == 0
+    assert [*wrong_headlines(stored, figures), *wrong_kl_tables(text, figures)] == []
+    hidden = text.replace("| `rtn_w8a8` | not finite |", "| `rtn_w8a8` | – |")
+    assert "token 31 of passage-7: published '–'" in "".join(wrong_kl_tables(hidden, figures))
+
+
+def test_a_study_from_before_the_kl_by_token_has_no_such_table(make_job, monkeypatch):  # noqa: F811
+    make_rows, lists = test_report.text_rows, ("token_kl", "token_texts")
+    monkeypatch.setattr(
+        test_report,
+        "text_rows",
+        lambda *a: [{k: v for k, v in row.items() if k not in lists} for row in make_rows(*a)],
+    )
+    job = make_job(one_model)
+    results = load_results(job)
+    summary.write_summary(results, job.paths.root)
+    text, figures = kl_chapters(results), recomputed_figures(job)
+    assert "percentile" not in text + (job.paths.root / "summary.csv").read_text("utf-8")
+    stored = json.loads((job.paths.root / "summary.json").read_text("utf-8"))
+    assert "kl_by_token" not in stored["models"]["base"]["variants"]["static"]
+    assert [*wrong_headlines(stored, figures), *wrong_kl_tables(text, figures)] == []
+
+
+@pytest.mark.bank("report", "edited texts of the shared text's tokens", "make verdicts")
+def test_token_texts_that_are_not_the_passage_are_named(study):
+    first, *_ = shared_passages(study)
+    row = {"id": sha256_text(first)[:16], "token_texts": [first[:9], first[9:20]]}
+    other = row | {"token_texts": [first[:9], "x", first[9:20]]}
+    for rows, lines in (([row], 0), ([other], 1)):
+        answers = {("base", "static"): VariantAnswers({}, rows, [])}
+        assert len(_misread_passages(PublishedAnswers(study, answers))) == lines
 
 
 @pytest.mark.bank(

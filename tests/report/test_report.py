@@ -81,15 +81,24 @@ def squad_rows(rng, accuracy: float) -> list[dict]:
 
 
 def text_rows(rng, noise: float) -> list[dict]:
-    return [
+    """Rows of the shared text; some tokens are nasty, and the baseline has no KL by token."""
+    rows = [
         {
             "id": f"passage-{i}",
             "tokens": 50,
             "nll": 150 + float(rng.normal(0, 1)) + 20 * noise,
             "kl": noise * float(rng.uniform(1, 2)),
             "top1_agreements": 50 - int(20 * noise),
+            "token_texts": [NASTY[k % len(NASTY)] if k % 9 == 8 else f" w{k}" for k in range(50)],
         }
         for i in range(12)
+    ]
+    if not noise:
+        return rows
+    shares = np.random.default_rng(0).dirichlet(np.full(50, 0.1), 12)
+    return [
+        row | {"token_kl": [float(f"{row['kl'] * part:.6g}") for part in parts]}
+        for row, parts in zip(rows, shares.tolist(), strict=True)
     ]
 
 

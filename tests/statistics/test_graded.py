@@ -340,12 +340,35 @@ def test_no_recovery_where_the_float_model_knows_nothing(rng):
 
 def test_the_tail_is_where_it_was_put():
     rows = {"a": [0.01] * 600, "b": [0.01] * 399 + [3.0]}
-    found = token_kl(rows, shown=2)
-    assert (found.tail[0].passage, found.tail[0].token) == ("b", 399)
-    assert (found.median, found.percentile_99_9, found.largest) == (0.01, 0.01, 3.0)
-    assert found.tail_share == pytest.approx((3 + 9 * 0.01) / (3 + 999 * 0.01))
-    with pytest.raises(StudyError, match="not finite"):
-        token_kl({"a": [0.1, math.nan]}, shown=1)
+    kl = token_kl(rows, shown=2)
+    assert (kl.tail[0].passage, kl.tail[0].token, kl.tail[0].kl) == ("b", 399, 3.0)
+    assert (kl.tail[1].passage, kl.tail[1].token) == ("a", 0)  # of equal ones the first
+    assert (kl.median, kl.percentile_99, kl.largest) == (0.01, 0.01, 3.0)
+    assert kl.tail_share == pytest.approx((3 + 9 * 0.01) / (3 + 999 * 0.01))
+
+
+def test_quantiles_lie_between_their_neighbours_on_a_straight_line():
+    """Of the values 0, 1, ... n - 1 the quantile q is q (n - 1), and numpy's default gives it."""
+    values = [float(x) for x in np.random.default_rng(0).permutation(1201)]
+    kl = token_kl({"a": values[:500], "b": values[500:]}, shown=0)
+    assert (kl.median, kl.percentile_99, kl.percentile_99_9) == pytest.approx((600, 1188, 1198.8))
+    skewed = np.random.default_rng(1).lognormal(-4, 2, 777)
+    kl = token_kl({"a": skewed.tolist()}, shown=0)
+    expected = np.percentile(skewed, [50, 99, 99.9])
+    assert (kl.median, kl.percentile_99, kl.percentile_99_9) == pytest.approx(tuple(expected))
+    assert again.kl_quantiles([0.25]) == dict.fromkeys(again.kl_quantiles([1.0]), 0.25)
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf])
+def test_a_token_without_a_finite_kl_is_named_and_leaves_no_quantile(value):
+    kl = token_kl({"a": [0.1, 5.0], "b": [0.2, value]}, shown=2)
+    assert (kl.nonfinite, kl.tokens) == (1, 4)
+    assert (kl.tail[0].passage, kl.tail[0].token, kl.tail[0].kl) == ("b", 1, None)
+    assert kl.tail[1].kl == 5.0
+    quantiles = (kl.median, kl.percentile_99, kl.percentile_99_9, kl.largest, kl.tail_share)
+    assert quantiles == (None,) * 5
+    with pytest.raises(StudyError, match="no tokens"):
+        token_kl({}, shown=1)
 
 
 # The second opinion
@@ -393,7 +416,7 @@ def test_two_ways_to_every_figure_agree(seed):
     both_ways(kl_difference(first, second), again.kl_difference(first, second))
     text = {row["id"]: rng.lognormal(-4, 2, row["tokens"]).tolist() for row in first}
     quantiles = dataclasses.asdict(token_kl(text, shown=3))
-    for name, value in again.kl_quantiles(text).items():
+    for name, value in again.kl_quantiles([kl for row in text.values() for kl in row]).items():
         assert quantiles[name] == pytest.approx(value)
 
 

@@ -95,12 +95,21 @@ class NumberRow(AnswerRow):
 
 
 class PassageRow(Row):
-    """The figures of one passage of the shared text; None stands for a sum that is not finite."""
+    """The figures of one passage of the shared text; None stands for one that is not finite.
+
+    Rows that were written before this project kept the KL of each token have no lists, and the
+    baseline's rows no `token_kl`.
+    """
 
     tokens: TokenCount
     nll: float | None
     kl: float | None
     top1_agreements: Count
+    token_kl: list[float | None] = []
+    token_texts: list[str] = []
+
+
+BY_TOKEN = ("token_kl", "token_texts")  # lists with one entry a scored token
 
 
 ROW_MODELS: dict[str, type[Row]] = {
@@ -153,6 +162,8 @@ def check_prediction_rows(rows: list, *, kind: str, place: str) -> None:
 def _problem(row: Any, model: type[Row]) -> str | None:
     """The first invalid field of a row, as the end of a sentence; None if all are valid."""
     problem = _invalid_field(row, model)
+    if problem is None and model is PassageRow:
+        return _miscounted_tokens(row)
     if problem or GOLD_FIELDS.isdisjoint(row):
         return problem
     return _invalid_field(row, GoldRow) or _unpaired_gold(row)
@@ -169,6 +180,13 @@ def _invalid_field(row: Any, model: type[Row]) -> str | None:
         if first["type"] == "missing":
             return f"lacks {field!r}"
         return f"has {field} = {_short_repr(row[field])}, which is not valid"
+    return None
+
+
+def _miscounted_tokens(row: dict) -> str | None:
+    for key in BY_TOKEN:
+        if key in row and len(row[key]) != row["tokens"]:
+            return f"has {len(row[key])} {key} for {row['tokens']} tokens"
     return None
 
 

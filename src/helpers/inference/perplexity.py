@@ -36,6 +36,8 @@ from helpers.sources.models import load_head, model_folder
 from helpers.sources.sampling import shared_passages
 from helpers.study.loading import Job
 
+TOKEN_DIGITS = 6  # significant digits of a token's KL; float32's softmax has no more
+
 
 @dataclass(frozen=True)
 class HiddenStates:
@@ -51,7 +53,7 @@ class HiddenStates:
 
 
 def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
-    """One row per passage of the shared text; the baseline's states are saved.
+    """One row per passage of the shared text, with its tokens' texts; saves the baseline's states.
 
     Args:
         job: names the variant; every variant is compared with the baseline's states.
@@ -73,7 +75,11 @@ def read_shared_text(job: Job, model, tokenizer) -> list[dict]:
     else:
         source = model_folder(job.study, job.model, job.paths)
         reference = load_states(states_path(job), source, model)
-    return passage_rows(passages, tokens, states, reference, first=first)
+    rows = passage_rows(passages, tokens, states, reference, first=first)
+    return [
+        row | {"token_texts": token_texts(tokenizer, ids, first=first)}
+        for row, ids in zip(rows, tokens, strict=True)
+    ]
 
 
 def states_path(job: Job) -> Path:
@@ -96,6 +102,28 @@ def passage_tokens(tokenizer, passages: list[str], *, max_tokens: int) -> list[l
 def first_scored_token(tokenizer) -> int:
     """Index of a passage's first scored token: it belongs to the text and has a token before it."""
     return max(1, len(beginning_tokens(tokenizer)))
+
+
+def token_texts(tokenizer, tokens: list[int], *, first: int) -> list[str]:
+    """The text of each scored token; joined they are the scored part of the passage.
+
+    A tokenizer may write a token differently at the beginning of a text, so each is decoded after
+    the tokens before it. Of a character spread over several tokens the last one has the text.
+
+    Args:
+        tokens: token ids of one passage.
+        first: index of the first scored token.
+    """
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+    texts, start, complete = [], first - 1, first  # tokens[start:complete] precede the next text
+    for end in range(first + 1, len(tokens) + 1):
+        text = decode(tokens[start:end])
+        if end < len(tokens) and text.endswith("\ufffd"):  # half a character
+            texts.append("")
+            continue
+        texts.append(text[len(decode(tokens[start:complete])) :])
+        start, complete = complete, end
+    return texts
 
 
 def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> HiddenStates:
@@ -160,9 +188,10 @@ def passage_rows(
     *,
     first: int = 1,
 ) -> list[dict]:
-    """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements.
+    """One row a passage: summed nll, KL(reference ‖ model) and top-1 agreements, KL by token.
 
-    A sum that is not finite becomes None, since JSON has no NaN.
+    A number that is not finite becomes None, since JSON has no NaN. `token_kl` has the KL of each
+    scored token in reading order, rounded to six digits; rows of the reference itself have none.
 
     Args:
         passages: the texts, for their ids.
@@ -194,7 +223,10 @@ def passage_rows(
     for passage, length, (nlls, kls, agreements) in zip(passages, lengths, sums, strict=True):
         row = {"id": sha256_text(passage)[:16], "tokens": length}
         row |= {"nll": _finite(nlls.sum().item()), "kl": _finite(kls.sum().item())}
-        rows.append(row | {"top1_agreements": int(agreements.sum().item())})
+        row["top1_agreements"] = int(agreements.sum().item())
+        if reference is not None:
+            row["token_kl"] = [_finite(float(f"{x:.{TOKEN_DIGITS}g}")) for x in kls.tolist()]
+        rows.append(row)
     return rows
 
 

@@ -372,8 +372,34 @@ def model_comparison(results: Results, model: str) -> Shown:
         markdown_output(
             f"### Model `{model}`: tokens",
             markdown_table(tables.token_table(results, model)),
+            *_kl_by_token(results, model),
         ),
         *_token_figure(results, model),
+    ]
+
+
+def _kl_by_token(results: Results, model: str) -> list[str]:
+    """Quantiles of the KL, and folded the tokens where it is largest; empty if none was kept."""
+    if not (quantiles := tables.kl_quantile_table(results, model)):
+        return []
+    variants = [e for e in results.compared_variants_of(model) if e.kl_by_token]
+    introduction = (
+        f"KL of each of the {variants[0].kl_by_token.tokens:,} tokens, in nats. Quantiles "
+        "interpolate linearly between the sorted values (numpy's default)."
+    )
+    nonfinite = [
+        f"**The KL of {e.kl_by_token.nonfinite:,} of these tokens is not finite** under "
+        f"{code(e.variant)}, which has no mean and no quantile."
+        for e in variants
+        if e.kl_by_token.nonfinite
+    ]
+    title = "Tokens with the largest KL under each variant (places in a passage count from 0)"
+    return [
+        " ".join([introduction, *nonfinite]),
+        markdown_table(quantiles),
+        f"<details>\n<summary>{title}</summary>",
+        markdown_table(tables.kl_tail_table(results, model)),
+        "</details>",
     ]
 
 

@@ -8,6 +8,7 @@ and only then summed up: what slows the machine for a while slows both.
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from statistics import median
 
 import numpy as np
@@ -16,11 +17,13 @@ from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check, read_json
 from helpers.statistics.clustered import bootstrap_difference, bootstrap_mean
 from helpers.statistics.intervals import Interval, wilson_interval
+from helpers.statistics.pooled import TokenKl, token_kl
 from helpers.statistics.verdicts import DecisionRules, score_interval
 from helpers.study.loading import Job
 from helpers.study.stages import timed_models
 
 QUANTIZATION_STAGE = "02_quantization"  # of checkpoints and their verification
+KL_TAIL = 5  # tokens of each variant that are named: those with the largest KL
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,13 @@ class VariantResults:
     def passage_losses(self) -> list[float | None]:
         """The loss on every passage of the shared text, which differs between models."""
         return [row["nll"] for row in self.passages]
+
+    @cached_property
+    def kl_by_token(self) -> TokenKl | None:
+        """Quantiles and tail of the KL; None for the baseline, or if no KL by token was kept."""
+        if not all("token_kl" in row for row in self.passages):
+            return None
+        return token_kl({row["id"]: row["token_kl"] for row in self.passages}, shown=KL_TAIL)
 
     @property
     def records(self) -> list[dict]:
@@ -175,7 +185,10 @@ def _share_estimate(successes: int, n: int, rules: DecisionRules) -> Estimate:
 
 
 def token_estimates(evaluated: VariantResults, rules: DecisionRules) -> dict[str, Estimate]:
-    """Perplexity, KL and top-1 agreement over the tokens of the shared text."""
+    """Perplexity, KL and top-1 agreement over the tokens of the shared text.
+
+    The quantiles of KL have no interval. They are there if the KL of each token is.
+    """
     rows = evaluated.passages
     tokens = evaluated.shared_text["tokens"]
     loss = _token_mean([row["nll"] for row in rows], rows, rules)
@@ -186,8 +199,18 @@ def token_estimates(evaluated: VariantResults, rules: DecisionRules) -> dict[str
     return {
         "perplexity": Estimate(evaluated.shared_text["perplexity"], interval, tokens),
         "kl": _token_mean([row["kl"] for row in rows], rows, rules),
+        **_kl_quantiles(evaluated.kl_by_token),
         "top1_agreement": _token_mean([row["top1_agreements"] for row in rows], rows, rules),
     }
+
+
+KL_QUANTILES = ("median", "percentile_99", "percentile_99_9", "largest", "tail_share")
+
+
+def _kl_quantiles(kl: TokenKl | None) -> dict[str, Estimate]:
+    if kl is None:
+        return {}
+    return {f"kl_{name}": Estimate(getattr(kl, name), None, kl.tokens) for name in KL_QUANTILES}
 
 
 def _token_mean(sums: list[float | None], rows: list[dict], rules: DecisionRules) -> Estimate:

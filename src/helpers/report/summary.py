@@ -124,6 +124,8 @@ def _variant_summary(results: Results, e: VariantResults) -> dict:
         fields |= {key: quantization[key] for key in keys}
     tokens = results.token_estimates[e.key]
     fields[SHARED] = {name: _estimate_fields(estimate) for name, estimate in tokens.items()}
+    if kl := e.kl_by_token:
+        fields["kl_by_token"] = {"nonfinite": kl.nonfinite, "tail": [vars(at) for at in kl.tail]}
     fields["datasets"] = {
         dataset: {
             n: _estimate_fields(x) for n, x in results.dataset_estimates[*e.key, dataset].items()

@@ -210,6 +210,58 @@ def token_table(results: Results, model: str) -> Rows:
     return rows
 
 
+QUANTILE_COLUMNS = {
+    "mean KL [nats]": "kl",
+    "median": "kl_median",
+    "99th percentile": "kl_percentile_99",
+    "99.9th percentile": "kl_percentile_99_9",
+    "largest": "kl_largest",
+}
+TEXT_BEFORE, TEXT_AFTER = 60, 20  # characters around a token of the tail
+
+
+def kl_quantile_table(results: Results, model: str) -> Rows:
+    """Mean, quantiles and largest KL of a token; no row without the KL of each token."""
+    rows = []
+    for variant in results.compared_variants_of(model):
+        if variant.kl_by_token is None:
+            continue
+        tokens = results.token_estimates[variant.key]
+        row = {"variant": variant_label(results, variant.variant)}
+        row |= {column: number(tokens[key].value) for column, key in QUANTILE_COLUMNS.items()}
+        row["in the largest 1 %"] = percent(tokens["kl_tail_share"].value)
+        rows.append(row)
+    return rows
+
+
+def kl_tail_table(results: Results, model: str) -> Rows:
+    """The tokens with the largest KL under each variant, or without a finite one, in their text."""
+    rows = []
+    for variant in results.compared_variants_of(model):
+        texts = {row["id"]: row.get("token_texts", []) for row in variant.passages}
+        for at in variant.kl_by_token.tail if variant.kl_by_token else ():
+            passage, end = texts[at.passage], at.token + 1
+            before, token, after = (
+                "".join(part)
+                for part in (passage[: at.token], passage[at.token : end], passage[end:])
+            )
+            if not token.strip():
+                token = token.replace(" ", "␣").replace("\n", "⏎")
+            row = {"variant": variant_label(results, variant.variant)}
+            row["KL [nats]"] = "not finite" if at.kl is None else number(at.kl)
+            row |= {"passage": code(at.passage), "token": str(at.token)}
+            row["text before"] = quoted(_last_part(before, TEXT_BEFORE), limit=TEXT_BEFORE)
+            row["its text"] = quoted(token, limit=TEXT_AFTER)
+            row["text after"] = quoted(after, limit=TEXT_AFTER)
+            rows.append(row)
+    return rows
+
+
+def _last_part(text: str, limit: int) -> str:
+    plain = one_line(text)
+    return plain if len(plain) <= limit else f"…{plain[1 - limit :].lstrip()}"
+
+
 LONGEST_TEXT = 110  # characters of a question or an answer
 METRIC_NAMES = {
     "accuracy": "accuracy",

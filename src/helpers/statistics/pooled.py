@@ -18,7 +18,9 @@ and "inconclusive") need not. Nothing is said where either model has no ability 
 
 The mean KL hides where the divergence is. A variant that is the float model but for one token in a
 thousand and one that differs a little everywhere may have one mean, and are two different models
-to use. Quantiles are of tokens, over all passages together.
+to use. Quantiles are of tokens, over all passages together, and interpolate linearly between two
+neighbours in the sorted values (numpy's default; type 7 of Hyndman and Fan, Am. Stat. 50 (1996)
+361). If the KL of one token is not finite there is no quantile, and the token is named.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -187,61 +189,60 @@ def _crossing(limit: Callable[[float], float], start: float, sign: int) -> float
 
 @dataclass(frozen=True)
 class TokenPlace:
-    """One token of the shared text: its passage, its place there (0 is the first scored)."""
+    """One token of the shared text: its passage, its place there (0 is the first scored).
+
+    `kl` is in nats, and None if it is not finite.
+    """
 
     passage: str
     token: int
-    kl: float
+    kl: float | None
 
 
 @dataclass(frozen=True)
 class TokenKl:
-    """KL in nats over all tokens of the shared text.
+    """KL in nats over all tokens of the shared text; the figures are None if one is not finite.
 
     Attributes:
-        percentile_99, percentile_99_9: inverse of the empirical distribution (no interpolation):
-            the smallest value that at least this share of the tokens does not exceed.
-        tail: the tokens with the largest KL, largest first.
-        tail_share: part of the summed KL that the largest 1 % of the tokens hold, 0-1.
+        nonfinite: the number of tokens whose KL is not finite.
+        tail: the tokens with the largest KL, largest first; before them those that are not finite.
+        tail_share: part of the summed KL that the largest 1 % of the tokens (rounded up) hold, 0-1.
     """
 
     tokens: int
-    mean: float
-    median: float
-    percentile_99: float
-    percentile_99_9: float
-    largest: float
+    nonfinite: int
+    median: float | None
+    percentile_99: float | None
+    percentile_99_9: float | None
+    largest: float | None
+    tail_share: float | None
     tail: tuple[TokenPlace, ...]
-    tail_share: float
 
 
-def token_kl(passages: Mapping[str, Sequence[float]], *, shown: int) -> TokenKl:
-    """Mean, quantiles, largest value and tail of the KL of every token.
+def token_kl(passages: Mapping[str, Sequence[float | None]], *, shown: int) -> TokenKl:
+    """Quantiles, largest value and tail of the KL of every token.
 
     Args:
-        passages: by passage id, KL in nats of each scored token, in reading order.
+        passages: by passage id, KL in nats of each scored token, in reading order; None or NaN
+            where it is not finite.
         shown: how many tokens of the tail are named.
 
     Raises:
-        StudyError: there are no tokens, or one is not finite.
+        StudyError: there are no tokens.
     """
-    names = [name for name, row in sorted(passages.items()) for _ in row]
-    places = [i for _, row in sorted(passages.items()) for i in range(len(row))]
-    values = np.array([x for _, row in sorted(passages.items()) for x in row], dtype=np.float64)
-    if not values.size:
+    places = [
+        TokenPlace(name, i, None if kl is None or not np.isfinite(kl) else float(kl))
+        for name, row in sorted(passages.items())
+        for i, kl in enumerate(row)
+    ]
+    if not places:
         raise StudyError("the shared text has no tokens; run 03_evaluation again")
-    if not np.isfinite(values).all():
-        raise StudyError("the KL of a token is not finite; the variant is invalid")
-    order = np.argsort(-values, kind="stable")
-    median, high, highest = np.quantile(values, (0.5, 0.99, 0.999), method="inverted_cdf")
-    total, most = values.sum(), max(1, round(0.01 * values.size))
-    return TokenKl(
-        tokens=values.size,
-        mean=float(values.mean()),
-        median=float(median),
-        percentile_99=float(high),
-        percentile_99_9=float(highest),
-        largest=float(values.max()),
-        tail=tuple(TokenPlace(names[i], places[i], float(values[i])) for i in order[:shown]),
-        tail_share=float(values[order[:most]].sum() / total) if total > 0 else 0.0,
-    )
+    tail = sorted(places, key=lambda at: -np.inf if at.kl is None else -at.kl)  # stable
+    nonfinite = sum(at.kl is None for at in places)
+    if nonfinite:
+        return TokenKl(len(places), nonfinite, None, None, None, None, None, tuple(tail[:shown]))
+    values = np.array([at.kl for at in tail])  # largest first
+    median, high, highest, largest = map(float, np.quantile(values, (0.5, 0.99, 0.999, 1)))
+    total, most = float(values.sum()), -(-values.size // 100)
+    share = float(values[:most].sum()) / total if total > 0 else 0.0
+    return TokenKl(len(places), 0, median, high, highest, largest, share, tuple(tail[:shown]))

@@ -35,6 +35,7 @@ MODEL_KEYS = (  # they depend on the chat template and the tokenizer
     "prompt_hash",
     "prompt_tokens",
     "tokens",
+    "token_texts",
     "gold_hash",
     "gold_tokens",
     "foil_tokens",

@@ -352,7 +352,7 @@ def shared_gates(data: EvaluationData) -> list[Gate]:
     is_variant = data.variant != data.study.baseline
     return [
         *data.loaded,
-        finite_gate(data.predictions, data.metrics["shared_text"]),
+        finite_gate(data.predictions, data.metrics["shared_text"], data.passages),
         owner_gate("shared text belongs to the variant", data.passages, data.model, data.variant),
         passages_gate(data.passages, data.baseline_passages),
         item_gates.passages_gate(data.passages, data.texts, seed=data.study.seed),
@@ -491,7 +491,9 @@ def rescored_gate(
     return none_of("scores recomputed", differing, len(rows), "rows score otherwise")
 
 
-def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
+def finite_gate(
+    predictions: dict[str, list[dict]], shared_text: dict, passages: list[dict]
+) -> Gate:
     """Logits of answers, golds and foils are finite; no figure of the shared text is missing."""
     nonfinite = sum(
         r["finish_reason"] == "nonfinite" or has_nonfinite_golds(r)
@@ -500,9 +502,16 @@ def finite_gate(predictions: dict[str, list[dict]], shared_text: dict) -> Gate:
     )
     missing = [k for k in ("perplexity", "kl", "top1_agreement") if shared_text.get(k) is None]
     note = f"; no {' and no '.join(missing)}" if missing else ""
+    tokens = [
+        f"token {place} of {row['id']}"
+        for row in passages
+        for place, kl in enumerate(row.get("token_kl", ()))
+        if kl is None
+    ]
+    note += f"; {len(tokens)} tokens without a finite KL, first {tokens[0]}" if tokens else ""
     return Gate(
         "finite logits",
-        not nonfinite and not missing,
+        not nonfinite and not missing and not tokens,
         f"{nonfinite} answers with logits that are not finite{note}",
         "none; perplexity and KL are finite",
     )

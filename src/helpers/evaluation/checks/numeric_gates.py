@@ -63,6 +63,7 @@ def in_range(metric: str, value) -> bool:
 
 ROOM = 10.0  # times the rounding measured on one passage, a single sample
 EPS = 2.0**-22  # two roundings of float32
+STORED_DIGITS = 1e-5  # relative; the KL of a token is stored in six digits
 
 
 def recomputed_gates(
@@ -88,7 +89,10 @@ def recomputed_gates(
 
 
 def logits_gate(rows: list[dict], recomputed: list[dict]) -> Gate:
-    """Loss, KL and top-1 agreement of a few passages follow from two full logit matrices."""
+    """Loss, KL (also of each token) and top-1 agreement of a few passages follow from logits.
+
+    Two full float64 logit matrices give the expected figures.
+    """
     stored = {row["id"]: row for row in rows}
     differences, example = [], ""
     for row in recomputed:
@@ -126,7 +130,34 @@ def _differences(stored: dict, recomputed: dict) -> list[str]:
             f"{stored['top1_agreements']} top-1 agreements of {stored['id']}, "
             f"again {recomputed['top1_agreements']} ± {recomputed['ties']}"
         )
+    if recomputed["token_kl"] is not None:
+        differences += _differing_tokens(stored, recomputed)
     return differences
+
+
+def _differing_tokens(stored: dict, recomputed: dict) -> list[str]:
+    """A message about the tokens whose KL differs by more than rounding, with the first of them.
+
+    The largest rounding error of the passage's tokens bounds each: that of one token is a single
+    draw and may be 0.
+    """
+    values, expected = stored.get("token_kl", []), recomputed["token_kl"]
+    if len(values) != len(expected):
+        return [f"{len(values)} tokens of {stored['id']} have a KL, again {len(expected)}"]
+    limit = ROOM * max(recomputed["token_kl_blur"]) + LARGEST_LOGPROB * EPS
+    differing = [
+        (place, kl, again)
+        for place, (kl, again) in enumerate(zip(values, expected, strict=True))
+        if kl is None or not abs(kl - again) <= limit + STORED_DIGITS * abs(again)
+    ]
+    if not differing:
+        return []
+    place, kl, again = differing[0]
+    shown = "none" if kl is None else f"{kl:.6g}"
+    return [
+        f"KL of {len(differing)} tokens of {stored['id']}, first token {place}: {shown}, "
+        f"again {again:.6g} ± {limit:.2g}"
+    ]
 
 
 def token_counts_gate(rows: list[dict], counts: dict[str, int]) -> Gate:
@@ -147,7 +178,7 @@ def tokens_gate(rows: list[dict], unread: list[str]) -> Gate:
 
 
 def means_gate(rows: list[dict], means: dict) -> Gate:
-    """Perplexity, KL and top-1 agreement of the whole text follow from its passages."""
+    """Figures of the whole text follow from its passages, and their KL from that of the tokens."""
     tokens = sum(row["tokens"] for row in rows)
     complete = tokens > 0 and all(row[key] is not None for row in rows for key in ("nll", "kl"))
     if not complete:
@@ -161,7 +192,18 @@ def means_gate(rows: list[dict], means: dict) -> Gate:
         if means.get(name) is None
         or not math.isclose(means[name], value, rel_tol=1e-9, abs_tol=1e-12)
     ]
+    differing += [
+        f"KL {row['kl']:.9g} of {row['id']}, {summed:.9g} by its tokens"
+        for row, summed in ((row, _summed_kl(row)) for row in rows)
+        if not math.isclose(row["kl"], summed, rel_tol=STORED_DIGITS, abs_tol=KL_ROUNDING)
+    ]
     return none_of("shared-text means recomputed", differing, len(expected), "are others")
+
+
+def _summed_kl(row: dict) -> float:
+    """The KL of a passage by its tokens; NaN if one is not finite, the stored sum without any."""
+    tokens = row.get("token_kl", [row["kl"]])
+    return math.nan if None in tokens else math.fsum(tokens)
 
 
 def itself_gate(rows: list[dict]) -> Gate:

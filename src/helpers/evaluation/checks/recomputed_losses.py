@@ -43,8 +43,9 @@ class Recomputed:
     """Results of `recompute`.
 
     Attributes:
-        rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, and their
-            rounding errors: `nll_blur`, `kl_blur` (nats), `ties` (tokens).
+        rows: of a few passages: `id`, `tokens`, `nll`, `kl`, `top1_agreements`, their rounding
+            errors `nll_blur`, `kl_blur` (nats), `ties` (tokens), and of each token `token_kl` and
+            its rounding error `token_kl_blur` (None for the baseline).
         token_counts: predicted tokens of every passage, by its id.
         texts: the scored part of every passage, by its id.
         unread: ids of the passages whose tokens occur in no pass of the model.
@@ -191,24 +192,33 @@ def compare_passage(
         logits: the variant's; None for the baseline itself.
     """
     total: Counter[str] = Counter()
+    token_kls: list[tuple[Tensor, Tensor]] = []  # by both readings of the baseline
     for start in range(0, len(first), ROWS):
         rows = slice(start, start + ROWS)
         targets = torch.tensor(tokens[1:])[rows, None]
         own = None if logits is None else logits[rows].double()
-        total.update(_sums(first[rows].double(), second[rows].double(), own, targets))
+        sums, kls = _sums(first[rows].double(), second[rows].double(), own, targets)
+        total.update(sums)
+        token_kls.append(kls)
+    kl, other_kl = (torch.cat(parts) for parts in zip(*token_kls, strict=True))  # (tokens - 1,)
+    blur = (kl - other_kl).abs()  # its root of summed squares is a blur that cannot cancel
     return {
         "tokens": len(tokens) - 1,
         "nll": total["nll"],
         "kl": total["kl"],
         "top1_agreements": total["same"],
         "nll_blur": abs(total["nll"] - total["other_nll"]) + abs(total["softmax"]),
-        "kl_blur": abs(total["kl"] - total["other_kl"]),
+        "kl_blur": max(abs(total["kl"] - total["other_kl"]), blur.norm().item()),
         "ties": total["ties"],
+        "token_kl": None if logits is None else kl.tolist(),
+        "token_kl_blur": None if logits is None else blur.tolist(),
     }
 
 
-def _sums(first: Tensor, second: Tensor, logits: Tensor | None, targets: Tensor) -> dict:
-    """Sums over some tokens, of float64 logits (tokens, vocabulary) and (tokens, 1) targets.
+def _sums(
+    first: Tensor, second: Tensor, logits: Tensor | None, targets: Tensor
+) -> tuple[dict, tuple[Tensor, Tensor]]:
+    """(sums over some tokens, the KL of each), of float64 logits and (tokens, 1) targets.
 
     The KL and the baseline's own loss come from both readings of the baseline; `softmax` is
     the error of a float32 softmax in its loss.
@@ -217,17 +227,19 @@ def _sums(first: Tensor, second: Tensor, logits: Tensor | None, targets: Tensor)
     logprobs = references if logits is None else [logits.log_softmax(-1)] * 2
     losses = [-matrix.gather(1, targets).sum().item() for matrix in (*logprobs, references[0])]
     float32_loss = -first.float().log_softmax(-1).gather(1, targets).double().sum().item()
-    terms = [p.exp() * (p - q) for p, q in zip(references, logprobs, strict=True)]
+    pairs = zip(references, logprobs, strict=True)
+    kls = tuple((p.exp() * (p - q)).sum(-1) for p, q in pairs)  # (tokens,) each
     chosen, blur = first if logits is None else logits, (first - second).abs().amax(-1)
-    return {
+    sums = {
         "nll": losses[0],
         "other_nll": losses[1],
         "softmax": float32_loss - losses[2],
-        "kl": terms[0].sum().item(),
-        "other_kl": terms[1].sum().item(),
+        "kl": kls[0].sum().item(),
+        "other_kl": kls[1].sum().item(),
         "same": int((first.argmax(-1) == chosen.argmax(-1)).sum()),
         "ties": int((_is_tied(first, blur) | _is_tied(chosen, blur)).sum()),
     }
+    return sums, kls
 
 
 def _is_tied(logits: Tensor, blur: Tensor) -> Tensor:

@@ -16,16 +16,20 @@ import csv
 import json
 import sys
 from pathlib import Path
+from unicodedata import normalize
 
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths
-from helpers.core.records import read_json, sha256_file
+from helpers.core.records import read_json, sha256_file, sha256_text
 from helpers.evaluation.checks.recomputed_answers import misread_part, rescored
 from helpers.report.checks.recomputed_chapters import wrong_chapters, wrong_costs, wrong_records
 from helpers.report.checks.recomputed_sentences import (
+    KL_TAIL,
     missing_chapter,
+    ordered_token_kls,
     wrong_graded_blocks,
     wrong_graded_cells,
+    wrong_kl_tables,
     wrong_sentences,
 )
 from helpers.report.checks.recomputed_tables import (
@@ -38,6 +42,7 @@ from helpers.report.checks.recomputed_tables import (
     wrong_cells,
     wrong_verdict_words,
 )
+from helpers.sources.items import load_rows
 from helpers.sources.sampling import cluster_near_duplicates, load_items
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
 from helpers.statistics.published_answers import PublishedAnswers, read_answers
@@ -102,7 +107,13 @@ def _variant_fields(figures: RecomputedFigures, at: tuple[str, str]) -> dict:
         name: _figure_fields(figures.sets[*at, name]) for name in figures.study.evaluation.datasets
     }
     shared = _figure_fields(figures.shared[at])
-    return {"passed": passed, "failed_gates": failed, SHARED: shared, "datasets": sets}
+    fields = {"passed": passed, "failed_gates": failed, SHARED: shared, "datasets": sets}
+    if not (tokens := ordered_token_kls(figures.variants[at].passages)):
+        return fields | {"kl_by_token": None}
+    names = ("passage", "token", "kl")
+    tail = [dict(zip(names, token, strict=True)) for token in tokens[:KL_TAIL]]
+    nonfinite = sum(kl is None for _, _, kl in tokens)
+    return fields | {"kl_by_token": {"nonfinite": nonfinite, "tail": tail}}
 
 
 def _figure_fields(figures: dict) -> dict:
@@ -213,6 +224,7 @@ def recompute(study: str) -> tuple[str, list[str]]:
     joined = "clusters" in published  # before, near-duplicates counted as independent items
     for name in loaded.evaluation.datasets:
         differing += _misread_answers(answers, name, joined)
+    differing += _misread_passages(answers)
     rows = comparison_rows(loaded, answers.answers, _published_p_values(published["comparisons"]))
     figures = RecomputedFigures(answers, rows, published)
     differing += wrong_comparisons(rows, published["comparisons"])
@@ -238,6 +250,7 @@ def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
     lines = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
     lines += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
     lines += [*wrong_graded_cells(text, figures), *missing_chapter(text, figures.summary)]
+    lines += wrong_kl_tables(text, figures)
     lines += wrong_records(text, figures, paths.notebooks)
     return lines + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 
@@ -307,6 +320,26 @@ def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) ->
                 f"{at} {row['id']}: {key} does not follow from the answer" for key in wrong_keys
             ]
     return lines
+
+
+def _misread_passages(published: PublishedAnswers) -> list[str]:
+    """Passages whose published tokens are not in their text; none if the texts are on a Hub."""
+    source = published.study.evaluation.shared_text.dataset
+    if isinstance(source, HubDataset):
+        return []
+    texts = {sha256_text(row["context"])[:16]: row["context"] for row in load_rows(source)}
+    return [
+        f"{model}/{variant}: the tokens of passage {row['id']} are not its text"
+        for (model, variant), variant_answers in published.variants.items()
+        for row in variant_answers.passages
+        if "token_texts" in row
+        and _letters("".join(row["token_texts"])) not in _letters(texts.get(row["id"], ""))
+    ]
+
+
+def _letters(text: str) -> str:
+    """Letters and digits alone: a tokenizer may normalize a text and change its white space."""
+    return "".join(c for c in normalize("NFKC", text).casefold() if c.isalnum())
 
 
 def _verdict_table(study: Study, rows: list[dict]) -> str:

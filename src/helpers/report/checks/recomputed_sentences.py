@@ -226,6 +226,97 @@ def missing_chapter(markdown: str, published: dict) -> Iterator[str]:
         yield "report.md has no chapter on graded scores, and summary.json has their numbers"
 
 
+KL_COLUMNS = {
+    "mean KL [nats]": "kl",
+    "median": "kl_median",
+    "99th percentile": "kl_percentile_99",
+    "99.9th percentile": "kl_percentile_99_9",
+    "largest": "kl_largest",
+}
+KL_SHARE = "in the largest 1 %"
+KL_TAIL = 5  # tokens that are named of each variant
+KL_TEXTS = ("text before", "its text", "text after")
+TokenKl = tuple[str, int, float | None]  # passage, place in it, KL in nats
+
+
+def ordered_token_kls(passages: list[dict]) -> list[TokenKl]:
+    """Every token: first those without a finite KL, then the largest KL, then as in the text.
+
+    Empty if the KL of tokens was not kept.
+    """
+    if any("token_kl" not in row for row in passages):
+        return []
+    tokens = [(row["id"], i, kl) for row in passages for i, kl in enumerate(row["token_kl"])]
+    return sorted(tokens, key=lambda t: (t[2] is not None, -(t[2] or 0.0), t[0], t[1]))
+
+
+def wrong_kl_tables(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
+    """Cells on the KL by token that differ, and rows that are missing or others."""
+    report_tables = read_tables(markdown)
+    for model in figures.study.models:
+        heading = f"Model {model}: tokens"
+        quantiles, tail = (
+            [row for t in report_tables if t.heading == heading for row in _rows_with(t, columns)]
+            for columns in ({*KL_COLUMNS, KL_SHARE}, {*KL_TEXTS, "KL [nats]"})
+        )
+        tokens = {
+            variant: ordered_token_kls(figures.variants[model, variant].passages)
+            for variant in figures.study.variants
+            if variant != figures.study.baseline
+        }
+        tokens = {variant: ordered for variant, ordered in tokens.items() if ordered}
+        expected = [(v, at) for v, ordered in tokens.items() for at in ordered[:KL_TAIL]]
+        variants = [_variant_and_baseline(row, figures)[0] for row in quantiles]
+        if variants != list(tokens) or len(tail) != len(expected):
+            yield f"report.md, {heading}: the tables of the KL by token are others"
+            continue
+        place = f"report.md, {heading}, "
+        for variant, row in zip(variants, quantiles, strict=True):
+            shared = figures.shared[model, variant]
+            for line in _wrong_quantiles(row, shared):
+                yield f"{place}row {variant}, {line}"
+        for row, (variant, token) in zip(tail, expected, strict=True):
+            passages = {r["id"]: r for r in figures.variants[model, variant].passages}
+            same_variant = variant == _variant_and_baseline(row, figures)[0]
+            for line in _wrong_tail(row, token, passages[token[0]].get("token_texts", [])):
+                yield f"{place}tail of {variant}, {line}"
+            if not same_variant:
+                yield f"{place}tail of {variant}: published as {plain_text(row['variant'])}"
+
+
+def _rows_with(table: Table, columns: set[str]) -> list[dict[str, str]]:
+    return list(map(table.by_column, table.rows)) if columns <= set(table.columns) else []
+
+
+def _wrong_quantiles(row: Mapping[str, str], shared: Mapping) -> Iterator[str]:
+    values = {column: shared[key][0] for column, key in KL_COLUMNS.items()}
+    share = shared["kl_tail_share"][0]
+    values[KL_SHARE] = None if share is None else 100 * share
+    for column, value in values.items():
+        if cell_differs(row[column], [value]):
+            yield f"column {column}: published {plain_text(row[column])!r}, recomputed {value}"
+
+
+def _wrong_tail(row: Mapping[str, str], token: TokenKl, texts: list[str]) -> Iterator[str]:
+    """One of the largest tokens: its KL, its place, the text around it as far as it is shown."""
+    passage, place, kl = token
+    name = f"token {place} of {passage}"
+    if (plain_text(row["passage"]), plain_text(row["token"])) != (passage, str(place)):
+        yield f"{name}: published as {plain_text(row['token'])} of {plain_text(row['passage'])}"
+    shown = plain_text(row["KL [nats]"])
+    if cell_differs(row["KL [nats]"], [kl]) or (kl is None) != (shown == "not finite"):
+        yield f"{name}: published {shown!r}, recomputed {kl}"
+    before, own, after = (_letters(plain_text(row[column])) for column in KL_TEXTS)
+    agrees = _letters("".join(texts[:place])).endswith(before)
+    agrees &= _letters("".join(texts[place : place + 1])).startswith(own)
+    if not agrees or not _letters("".join(texts[place + 1 :])).startswith(after):
+        yield f"{name}: the text around it is another"
+
+
+def _letters(text: str) -> str:
+    return "".join(c for c in text.removeprefix("(empty)") if c.isalnum())
+
+
 INFORMATIVE = ("worse", "better", "equivalent", "inconclusive")
 BULLET_STARTS = {
     "**Worse**": "worse",

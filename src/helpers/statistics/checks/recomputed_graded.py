@@ -11,6 +11,7 @@ log-probabilities nats.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 import statsmodels.api as sm
@@ -327,12 +328,21 @@ def _above_chance(pair: Pair, normalize: str) -> tuple[np.ndarray, np.ndarray, l
     return gaps[0], gaps[1], [clusters[k] for k in names]
 
 
-def kl_quantiles(passages: Mapping[str, Sequence[float]]) -> dict[str, float]:
-    """Mean, median, 99th and 99.9th percentile and largest KL of a token, by sorting."""
-    values = sorted(x for row in passages.values() for x in row)
+def kl_quantiles(values: Sequence[float]) -> dict[str, float]:
+    """Median, 99th and 99.9th percentile and largest KL of a token, by sorting.
 
-    def at(share: float) -> float:
-        return values[max(0, math.ceil(share * len(values) - 1e-9) - 1)]
+    The quantile q of n values is at place q (n - 1) of the sorted ones, counted from 0, on the
+    straight line between its neighbours.
+    """
+    ordered = sorted(values)
 
-    quantiles = {"mean": math.fsum(values) / len(values), "largest": values[-1]}
-    return quantiles | {"median": at(0.5), "percentile_99": at(0.99), "percentile_99_9": at(0.999)}
+    def at(share: Fraction) -> float:
+        place = share * (len(ordered) - 1)
+        below = math.floor(place)
+        part = float(place - below)
+        above = min(below + 1, len(ordered) - 1)
+        return (1 - part) * ordered[below] + part * ordered[above]
+
+    shares = {"median": Fraction(1, 2), "percentile_99": Fraction(99, 100)}
+    shares["percentile_99_9"] = Fraction(999, 1000)
+    return {name: at(share) for name, share in shares.items()} | {"largest": ordered[-1]}

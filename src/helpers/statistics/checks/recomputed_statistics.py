@@ -8,6 +8,7 @@ summary.csv is (value, low, high, n); the limits are None where it has no interv
 is 0-1.
 """
 
+import heapq
 import math
 import statistics
 import warnings
@@ -20,6 +21,8 @@ from scipy import optimize, stats
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
+
+from helpers.statistics.checks.recomputed_graded import kl_quantiles
 
 FEWEST_FLIPS = 5  # below, the normal approximation fails
 
@@ -314,6 +317,7 @@ def detectable_mean_loss(error: float, clusters: int, alpha: float, power: float
 
 
 Figure = tuple[float | None, float | None, float | None, int]
+QUANTILES = ("median", "percentile_99", "percentile_99_9", "largest")
 LARGEST_LOSS = 700.0  # nats per token; exp of more overflows
 
 
@@ -327,8 +331,22 @@ def shared_text_figures(rows: list[dict], settings: BootstrapSettings) -> dict[s
     return {
         "perplexity": perplexity,
         "kl": token_figure(rows, "kl", settings),
+        **_kl_figures([row.get("token_kl") for row in rows]),
         "top1_agreement": token_figure(rows, "top1_agreements", settings),
     }
+
+
+def _kl_figures(passages: Sequence[list[float | None] | None]) -> dict[str, Figure]:
+    """Quantiles, largest KL and what the largest hundredth holds; empty without KL by token."""
+    if None in passages:
+        return {}
+    tokens = [kl for passage in passages for kl in passage or ()]
+    values, n = [kl for kl in tokens if kl is not None], len(tokens)
+    figures: dict[str, float | None] = dict.fromkeys((*QUANTILES, "tail_share"))
+    if len(values) == n:
+        summed, top = math.fsum(values), math.fsum(heapq.nlargest(math.ceil(n / 100), values))
+        figures |= kl_quantiles(values) | {"tail_share": top / summed if summed > 0 else 0.0}
+    return {f"kl_{name}": (value, None, None, n) for name, value in figures.items()}
 
 
 def token_figure(rows: list[dict], key: str, settings: BootstrapSettings) -> Figure:
