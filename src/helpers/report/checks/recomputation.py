@@ -24,6 +24,7 @@ from helpers.evaluation.checks.recomputed_answers import misread_part, rescored
 from helpers.report.checks.recomputed_chapters import wrong_chapters, wrong_costs, wrong_records
 from helpers.report.checks.recomputed_sentences import (
     missing_chapter,
+    wrong_cards,
     wrong_graded_blocks,
     wrong_graded_cells,
     wrong_sentences,
@@ -237,7 +238,8 @@ def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
     text = path.read_text("utf-8")
     lines = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
     lines += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
-    lines += [*wrong_graded_cells(text, figures), *missing_chapter(text, figures.summary)]
+    lines += [*wrong_cards(text, figures), *wrong_graded_cells(text, figures)]
+    lines += missing_chapter(text, figures.summary)
     lines += wrong_records(text, figures, paths.notebooks)
     return lines + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 
