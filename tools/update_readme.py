@@ -13,8 +13,13 @@ REPORT = "outputs/demo/report.md"
 BEGIN, END = "<!-- headline:begin -->", "<!-- headline:end -->"
 
 
+# The front page is short: the rows that its sentences give too, or that ask for the report.
+LEFT_OUT = ("largest loss not excluded", "KL, against rounding alone", "checks")
+CAPTION = re.compile(r"(?m)^Change (?:in|of) .*\n\n")
+
+
 def report_headline(report: str) -> str:
-    """A report's executive summary with its tables, and its first figure, linked from the root.
+    """A report's executive summary with its cards, and its first figure, linked from the root.
 
     Raises:
         StudyError: the report has no executive summary or no figure.
@@ -23,8 +28,13 @@ def report_headline(report: str) -> str:
     figure = re.search(r"!\[(.*?)\]\((.+?)\)", report)
     if not summary or not figure:
         raise StudyError(f"{REPORT} has no executive summary or no figure; run make study first")
-    folder, text = REPORT.rpartition("/")[0], re.sub(r"\n{3,}", "\n\n", summary[1]).strip()
-    return f"{text}\n\n![{figure[1]}]({folder}/{figure[2]})\n"
+    folder = REPORT.rpartition("/")[0]
+    text = CAPTION.sub("", summary[1].replace(figure[0], ""))
+    text = text.replace("\n\n**Graded scores**", "\n**Graded scores**")
+    rows = tuple(f"| {name} |" for name in LEFT_OUT)
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith(rows))
+    kept = re.sub(r"\n{3,}", "\n\n", kept).strip()
+    return f"{kept}\n\n![{figure[1]}]({folder}/{figure[2]})\n"
 
 
 def readme_with_headline(readme: str, report: str) -> str:

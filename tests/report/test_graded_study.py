@@ -5,16 +5,22 @@ import re
 
 import numpy as np
 import pytest
+from IPython.display import Markdown
 
 import test_report
 from helpers.core.errors import StudyError
 from helpers.core.records import write_json
-from helpers.report import graded_chapter, summary
+from helpers.report import cost_chapter, glance, graded_chapter, summary
+from helpers.report.checks import recomputation
 from helpers.report.checks.recomputation import recompute
+from helpers.report.checks.recomputed_sentences import wrong_cards
+from helpers.report.checks.recomputed_tables import RecomputedFigures
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
+from helpers.statistics.checks.recomputed_verdicts import comparison_rows
 from helpers.statistics.graded_study import ROUNDING_MOVES, graded_scores, graded_study
+from helpers.statistics.published_answers import read_answers
 from helpers.study.loading import load_study
 from helpers.study.schema import Comparison, Variant
 from simulated_rows import option_rows, quantized, written_rows
@@ -38,35 +44,39 @@ def complete(row: dict, *, is_text: bool) -> dict:
     return fields | row | extra
 
 
-@pytest.fixture
-def graded_job(make_job, monkeypatch):  # noqa: F811
-    """A function that makes a study whose variants lose probability and no answer.
+def graded_makers(variants=VARIANTS, loss=PLANTED, noise=0.1, raised=0.0) -> dict:
+    """Replacements for the rows of `test_report`, whose variants lose probability and no answer.
 
-    `loss` by variant; `copies` of the baseline's rows; `finetuned` loses `raised` more.
+    Args:
+        variants: in the order in which the study is written, model by model.
+        loss: by variant, in nats; None for a copy of the baseline's rows.
+        raised: what the second model loses more.
     """
 
-    def make(loss=PLANTED, noise=0.1, raised=0.0):
-        def rows_of(name, seed):
-            model, variant = divmod(seed % 100, len(VARIANTS))
-            rng = np.random.default_rng(4)
-            rows = option_rows(rng, 80, know=6.0) if name == "arc" else written_rows(rng, 60)
-            own = loss.get(VARIANTS[variant], 0.0)
-            if own is not None and variant:
-                own += raised * bool(model)
-                rows = quantized(rows, np.random.default_rng(seed), noise=noise, loss=own)
-            return [complete(row, is_text=name != "arc") for row in rows]
+    def rows_of(name, seed):
+        model, variant = divmod(seed, len(variants))
+        rng = np.random.default_rng(4)
+        rows = option_rows(rng, 80, know=6.0) if name == "arc" else written_rows(rng, 60)
+        own = loss.get(variants[variant], 0.0)
+        if own is not None and variant:
+            own += raised * bool(model)
+            rows = quantized(rows, np.random.default_rng(seed), noise=noise, loss=own)
+        return [complete(row, is_text=name != "arc") for row in rows]
 
-        seeds = iter(range(100))
-        current = {}
+    seeds = {name: iter(range(100)) for name in ("arc", "squad_v2")}
+    return {
+        "arc_rows": lambda rng, accuracy: rows_of("arc", next(seeds["arc"])),
+        "squad_rows": lambda rng, accuracy: rows_of("squad_v2", next(seeds["squad_v2"])),
+    }
 
-        def arc_rows(rng, accuracy):
-            current["seed"] = next(seeds)
-            return rows_of("arc", current["seed"])
 
-        monkeypatch.setattr(test_report, "arc_rows", arc_rows)
-        monkeypatch.setattr(
-            test_report, "squad_rows", lambda rng, accuracy: rows_of("squad_v2", current["seed"])
-        )
+@pytest.fixture
+def graded_job(make_job, monkeypatch):  # noqa: F811
+    """A function that makes a study with graded scores; its options are `graded_makers`'."""
+
+    def make(**options):
+        for name, rows in graded_makers(**options).items():
+            monkeypatch.setattr(test_report, name, rows)
         job = make_job()
         assert tuple(job.study.variants) == VARIANTS
         return job
@@ -160,8 +170,9 @@ def test_what_is_invalid_by_its_answers_is_invalid_here(graded_job):
 def test_rows_without_graded_fields_change_nothing(make_job):  # noqa: F811
     results = load_results(make_job())
     assert graded_blocks(results.graded) == {}
-    assert graded_chapter.chapter(results) == []
-    assert graded_chapter.summary_bullets(results) == []
+    (only,) = graded_chapter.chapter(results)
+    assert "hold no log-probabilities" in only.data
+    assert graded_chapter.cost_sentences(results) == []
 
 
 @pytest.mark.parametrize("margins", [{"probability": 0.0}, {"nats": -0.1}, {"points": 3.0}])
@@ -200,10 +211,11 @@ def published(graded_job, monkeypatch):
     job = graded_job()
     results = load_results(job)
     summary.write_summary(results, job.paths.root)
-    parts = [part for part in graded_chapter.chapter(results) if hasattr(part, "data")]
-    bullets = "\n".join(f"- {text}" for text in graded_chapter.summary_bullets(results))
-    text = f"## Executive summary\n\n{bullets}\n\n### Controls\n\n"
-    report = text + "\n\n".join(part.data for part in parts)
+    parts = [next(glance.sections(results))]
+    parts += [part.data for part in graded_chapter.chapter(results)]
+    cost = cost_chapter.cost_chapter(results)
+    parts += ["## 6. Cost and gain", *(part.data for part in cost if isinstance(part, Markdown))]
+    report = "\n\n".join(["## Executive summary", *parts])
     (job.paths.root / "report.md").write_text(report, "utf-8")
     return job
 
@@ -257,12 +269,13 @@ def test_an_edited_number_of_a_block_is_named(published, edit):
 @pytest.mark.parametrize(
     ("pattern", "place"),
     [
-        (r"(?m)^\| `base` \| `rtn_w8a8` \| [+−]?\d+\.(\d)", "column ARC"),
+        (r"(?m)^\| ARC .* \| `rtn_w8a8` \| `base` \| [+−]?\d+\.(\d)", "column Δ"),
+        (r"(?m)^\| SQuAD v2 &.* `base` .* \| [+−]?\d+\.(\d) \[[^|]*\|$", "column Δ right or"),
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| [+−]?\d+\.(\d)", "column difference"),
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| .* \| \d+\.(\d) %", "column recovery"),
         (r"fine-tuned − start[^`]*\| `tuned` \| `rtn_w8a8` \| [+−]?\d+\.(\d)", "column ARC"),
         (r"losses above \d+\.(\d) points", "Graded scores of"),
-        (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Fine-tuning and the cost"),
+        (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Does fine-tuning raise"),
         (r"Margins: ±(\d) points", "Option sets"),
     ],
 )
@@ -278,6 +291,53 @@ def test_an_edited_number_of_the_report_is_named(published, pattern, place):
     path.write_text(text[: digit.start(1)] + other + text[digit.end(1) :], "utf-8")
     found = recompute(str(published.paths.root.parents[1] / "study.yaml"))[1]
     assert any(place in line for line in found), found
+
+
+@pytest.mark.bank("report", "an edited number or word in a card", "make verdicts", at="report.md")
+def test_every_edited_part_of_a_card_is_named(published):
+    """Each number of each card changed, and each word of its verdicts, one at a time."""
+    path = published.paths.root / "report.md"
+    text = path.read_text("utf-8")
+    figures = recomputed_figures(published)
+    assert list(wrong_cards(text, figures)) == []
+    table = re.search(r"(?m)^\| at a glance.*\n((?:\|.*\n)+)", text)
+    cells = [m for m in re.finditer(r"\d+|worse|equivalent|inconclusive|none", table[1])]
+    rows = set()
+    for part in cells:
+        other = "better" if part[0].isalpha() else str((int(part[0]) + 3) % 10)
+        at = table.start(1) + part.start()
+        edited = text[:at] + other + text[at + len(part[0]) :]
+        row = edited[edited.rindex("\n|", 0, at) :].split("|")[1].strip()
+        if not edited[:at].rpartition("\n")[2].count("|") > 1:
+            continue  # the row's name, which a number is part of
+        rows.add(row)
+        lines = list(wrong_cards(edited, figures))
+        assert any(f", {row}: published" in line for line in lines), (row, part[0], lines)
+    assert len(rows) >= 6, rows
+
+
+def recomputed_figures(job) -> RecomputedFigures:
+    """What the recomputation makes of a study's answers."""
+    stored = json.loads((job.paths.root / "summary.json").read_text("utf-8"))
+    answers = read_answers(job.paths.root / "answers", job.study)
+    p_values = recomputation._published_p_values(stored["comparisons"])
+    return RecomputedFigures(answers, comparison_rows(job.study, answers.answers, p_values), stored)
+
+
+def test_a_card_with_a_row_that_nobody_checks_is_named(published):
+    text = (published.paths.root / "report.md").read_text("utf-8")
+    edited = text.replace("| recovery |", "| happiness |", 1)
+    lines = list(wrong_cards(edited, recomputed_figures(published)))
+    assert any("card of base, smoothquant_w8a8, happiness: no check knows" in x for x in lines)
+
+
+def test_the_answer_on_fine_tuning_turned_is_named(published):
+    path = published.paths.root / "report.md"
+    text = path.read_text("utf-8")
+    turned = re.sub(r"(raise the cost\?\*\*) (?:Yes|No)\b", r"\1 By one of two measures", text)
+    assert turned != text
+    path.write_text(turned, "utf-8")
+    assert any("Does fine-tuning raise" in line for line in differences(published))
 
 
 def test_a_verdict_turned_in_the_table_is_named(published):
@@ -299,5 +359,5 @@ def test_a_summary_without_any_block_is_named(published):
 
 def test_a_report_without_the_chapter_is_named(published):
     path = published.paths.root / "report.md"
-    path.write_text(path.read_text("utf-8").replace("## Graded scores", "## Other"), "utf-8")
+    path.write_text(path.read_text("utf-8").replace("## 4. Graded scores", "## 4. Other"), "utf-8")
     assert any("no chapter on graded scores" in line for line in differences(published))

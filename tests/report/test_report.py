@@ -17,7 +17,7 @@ from helpers.core.errors import StudyError
 from helpers.core.records import read_json, sha256_file, write_json, write_jsonl
 from helpers.evaluation.predictions import prediction_digests, write_predictions
 from helpers.evaluation.scoring import all_metrics, shared_text_metrics
-from helpers.report import chapters, cost_chapter, markdown, summary
+from helpers.report import chapters, cost_chapter, graded_chapter, markdown, summary
 from helpers.report import results as report_results
 from helpers.report.checks.recomputed_chapters import wrong_records
 from helpers.report.results import load_results
@@ -265,8 +265,9 @@ def with_controls(settings):
 def whole_report(results) -> str:
     """All Markdown of the report, as the notebook displays it."""
     parts = chapters.opening(results) + chapters.outlier_pictures(results)
-    parts += chapters.base_models(results) + chapters.trained_models(results)
-    parts += chapters.dataset_chapters(results) + cost_chapter.cost_chapter(results)
+    parts += chapters.model_comparisons(results) + graded_chapter.chapter(results)
+    parts += chapters.dataset_chapters(results, page="items.html")
+    parts += cost_chapter.cost_chapter(results)
     parts += [chapters.technical_details(results), chapters.conclusion(results)]
     return "\n\n".join(part.data for part in parts if isinstance(part, Markdown))
 
@@ -319,7 +320,7 @@ def line_of(text: str, start: str) -> str:
 def test_controls_are_shown_as_what_they_are_whatever_their_names(make_job):
     results = load_results(make_job(with_controls))
     text = whole_report(results)
-    headline = text.split("### Scores")[1].split("### Key findings")[0]
+    headline = text.split("Scores of every variant")[1].split("</details>")[0]
     assert "`x1` (noise floor)" in headline
     assert "`x2`" not in headline
     assert (
@@ -327,18 +328,19 @@ def test_controls_are_shown_as_what_they_are_whatever_their_names(make_job):
     )
     assert "noise floor: flips by rounding alone" in text
     assert "control: expected to equal the baseline" in text
-    place = line_of(text, "| variant | perplexity |").split("|").index(" KL / noise floor ")
-    assert line_of(text, "| `x1` (noise floor) |").split("|")[place].strip() == "1.0"  # its unit
-    kl = [results.evaluations["base", v].shared_text["kl"] for v in ("static", "x1")]
+    place = line_of(text, "| variant | model | perplexity |").split("|").index(" KL / noise floor ")
     assert (
-        line_of(text, "| `static` | 2").split("|")[place].strip().startswith(f"{kl[0] / kl[1]:.2f}")
-    )
+        line_of(text, "| `x1` (noise floor) | `base` |").split("|")[place].strip() == "1.0"
+    )  # its unit
+    kl = [results.evaluations["base", v].shared_text["kl"] for v in ("static", "x1")]
+    shown = line_of(text, "| `static` | `base` | 2").split("|")[place].strip()
+    assert shown.startswith(f"{kl[0] / kl[1]:.2f}")
 
 
 def test_the_noise_floor_is_counted_from_the_answers(make_job):
     results = load_results(make_job(with_controls))
-    sentences = [x for x in whole_report(results).split("\n- ") if x.startswith("Rounding alone")]
-    (sentence,) = {x.splitlines()[0] for x in sentences}
+    parts = whole_report(results).split("\n- ")
+    (sentence,) = (x.splitlines()[0] for x in parts if x.startswith("Rounding alone"))
     for model in results.models:
         before, after = (results.evaluations[model, v].predictions for v in ("noquant", "x1"))
         changed = sum(
@@ -356,7 +358,7 @@ def test_a_control_with_another_outcome_is_shouted(make_job):
     assert shout.startswith("- **⚠ 2 of 10 controls FAILED")
     assert "`x2`" not in shout
     assert "`x3` of `tuned` was expected to fail a check, but all " in shout
-    assert text.index(shout) < text.index("### Key findings")
+    assert text.index(shout) < text.index("**Answer.**")
 
 
 def test_a_broken_recipe_that_is_flagged_alarms_nobody(make_job):
@@ -427,16 +429,19 @@ def test_the_summary_repeats_to_the_byte_and_holds_fractions(make_job):
 
 def test_the_culprits_are_found_in_the_records_and_not_known_beforehand(make_job):
     text = whole_report(load_results(make_job()))
-    assert "one outlier channel dominates in 1 of 4 Linear inputs: `1.mlp.down_proj`" in text
-    assert "Smoothing in `static` does not reach `1.mlp.down_proj`" in text
-    assert "one scale rounds 19 of 20 tokens" in text
+    counts = "1 of 4 Linear inputs of `base` and 1 of 4 Linear inputs of `tuned`"
+    assert f"One outlier channel dominates in {counts}." in text
+    assert "| `1.mlp.down_proj` | `base` | 5 | 900 |" in text
+    reach = "smoothing in `static` does not reach `1.mlp.down_proj`"
+    assert f"In `base` and `tuned`, {reach}" in text
+    assert "one scale rounds 19 of 20 tokens at `1.mlp.down_proj` of `base` and" in text
 
 
 def test_an_input_whose_median_channel_is_zero_has_no_ratio(make_job, tmp_path):
     """Such a Linear is named, has no ratio anywhere, and JSON and the checks can take it."""
     results = load_results(make_job(median=0))
     text = whole_report(results)
-    assert "`1.mlp.down_proj` (channel 5 reaches 900, and the median channel is 0)" in text
+    assert "| `1.mlp.down_proj` | `base` | 5 | 900 | 0 | – |" in text
     assert "inf" not in re.findall(r"[a-z]+", text)
     summary.write_summary(results, tmp_path / "written")
     written = json.loads((tmp_path / "written" / "summary.json").read_text())

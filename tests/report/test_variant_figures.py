@@ -3,23 +3,31 @@
 import pytest
 from matplotlib.colors import to_hex
 
-from helpers.report import figures
+from helpers.report import figures, glance
 from helpers.report.cost_chapter import throughput_plot
 from helpers.report.estimates import Cost
 from made_up_cost import account
 
 NINE = [f"variant_{letter}" for letter in "abcdefghi"]
 SPAN = {"delta": 0.1, "low": 0.0, "high": 0.2, "kind": "exploratory", "filled": True}
+SPAN |= {"unit": "points"}
+
+
+FIGURE = {"models": ["m"], "margins": {"points": 0.05}, "title": "", "stacked": False}
 
 
 def forest(variants):
-    rows = [SPAN | {"dataset": "arc", "variant": name} for name in variants]
-    return figures.forest_plot(rows, variants=variants, margin=0.05, title="")
+    rows = [SPAN | {"dataset": "arc", "model": "m", "variant": v} for v in variants]
+    return glance.interval_plot(rows, [], [], variants=variants, focus=variants, **FIGURE)
 
 
 def tokens(variants):
-    rows = [{"model": "m", "variant": v, "kl": 0.1, "low": 0.05, "high": 0.2} for v in variants]
-    return figures.kl_plot(rows, variants=variants, floor=None, title="")
+    """Intervals of one variant, and the KL of all."""
+    rows = [SPAN | {"dataset": "arc", "model": "m", "variant": v} for v in variants]
+    kl = [{"model": "m", "variant": v, "kl": 0.1, "low": 0.05, "high": 0.2} for v in variants]
+    kl = [row | {"floor": False} for row in kl]
+    options = FIGURE | {"stacked": True}
+    return glance.interval_plot(rows, [], kl, variants=variants, focus=variants, **options)
 
 
 def alphas(variants):
@@ -51,7 +59,8 @@ def test_all_are_drawn_and_look_the_same_everywhere(draw, count):
 def test_each_variant_has_its_own_look_in_every_figure(draw, monkeypatch):
     """One variant's data at a time: two that changed places would be seen."""
     looks = figures.variant_looks(NINE)
-    monkeypatch.setattr(figures, "variant_looks", lambda _: looks)
+    for module in (figures, glance):
+        monkeypatch.setattr(module, "variant_looks", lambda _: looks)
     for name in NINE:
         lines = [line for axes in draw([name]).axes for line in axes.lines if len(line.get_xdata())]
         own = {(to_hex(x.get_color()), x.get_marker()) for x in lines if x.get_marker() != "None"}

@@ -13,6 +13,7 @@ import yaml
 from helpers.core.files import PROJECT
 from helpers.core.records import sha256_text
 from helpers.study.loading import load_study
+from test_report_page import check_lengths
 
 pytestmark = pytest.mark.slow
 GUARDS = PROJECT / "tests" / "support" / "guards"
@@ -109,6 +110,7 @@ def test_the_report_is_whole(smoke):
         assert dataset in text
     for figure in [line for line in text.splitlines() if line.startswith("![")]:
         assert (outputs / figure.split("](")[1].rstrip(")")).is_file(), figure
+    check_lengths(text)
     page = (outputs / "report.html").read_text("utf-8")
     assert "<img" in page
     assert 'src="report_files' not in page  # self-contained

@@ -60,8 +60,12 @@ def write_items(path, texts) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def made_up_study(folder, texts):
-    """(study file, job): its records lie where STUDY_OUTPUTS says."""
+def made_up_study(folder, texts, edit=lambda settings: None):
+    """(study file, job): its records lie where STUDY_OUTPUTS says.
+
+    Args:
+        edit: changes the settings before anything is written.
+    """
     settings = yaml.safe_load(STUDY)
     settings["title"] = f"A study {' '.join(texts)}"[:1500]
     settings["variants"]["static"] = {
@@ -74,6 +78,7 @@ def made_up_study(folder, texts):
     datasets["arc"]["items"], datasets["squad_v2"]["items"] = 80, 60
     datasets["squad_v2"]["source"] = {"file": str(items)}
     settings["evaluation"]["shared_text"]["passages"] = 12
+    edit(settings)
     path = folder / "study.yaml"
     path.write_text(yaml.safe_dump(settings, sort_keys=False))
     job = open_job(path)
@@ -81,7 +86,8 @@ def made_up_study(folder, texts):
     for model in job.study.models:
         _put_prompts(job, model, texts)
         for place, variant in enumerate(job.study.variants):
-            _put_gates(job, model, variant, texts[place], failed=variant == "static")
+            text = texts[place % len(texts)]
+            _put_gates(job, model, variant, text, failed=variant == "static")
     for record in job.paths.root.rglob("record.json"):
         found = read_json(record, made_by="the test")
         write_json(record, found | {"files": checksums(record.parent)})

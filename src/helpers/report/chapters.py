@@ -6,12 +6,12 @@ done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packa
 """
 
 from IPython.display import Markdown
-from matplotlib.figure import Figure
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.report import executive, figures, graded_chapter, narrative, sensitivity, tables
+from helpers.report import executive, figures, glance, narrative, sensitivity, tables
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
+from helpers.report.figures import Picture
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -20,13 +20,15 @@ from helpers.report.markdown import (
     count,
     dataset_name,
     escape,
+    folded,
+    listed,
     markdown_table,
     megabytes,
     number,
     percent,
 )
 from helpers.report.results import Results
-from helpers.report.sensitivity import linear_inputs, output_sqnr
+from helpers.report.sensitivity import output_sqnr
 from helpers.report.summary import PAGE
 
 
@@ -46,38 +48,63 @@ def recipe_table(results: Results) -> Rows:
     return rows
 
 
-def outlier_table(results: Results, model: str, *, rows: int) -> Rows:
-    """The Linear inputs with the largest ratio of largest to median channel."""
-    inputs = linear_inputs(results.calibrations[model])[:rows]
-    return [
-        {
-            "Linear": code(i.name),
-            "channel": str(i.channel),
-            "largest": number(i.largest),
-            "median channel": number(i.median),
-            "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
-            "channels rounded to zero by one scale": percent(i.rounded_away),
-        }
-        for i in inputs
-    ]
+def outlier_table(results: Results, *, rows: int) -> Rows:
+    """The Linear inputs with the largest ratio of largest to median channel, all models.
 
-
-def worst_sqnr_table(results: Results, model: str, *, rows: int) -> Rows | None:
-    """Output SQNR of the worst Linears in every quantized variant; None without any."""
-    quantized = [v for v in results.compared if results.study.variants[v].quantized]
-    curves = {v: output_sqnr(results.evaluations[model, v]) for v in quantized}
-    curves = {name: values for name, values in curves.items() if values}
-    if not curves:
-        return None
-    lowest = {n: min(v.get(n, 1e9) for v in curves.values()) for v in curves.values() for n in v}
-    order = sorted(lowest, key=lambda n: (lowest[n], n))[:rows]
+    The last columns are the output SQNR under the quantized variants.
+    """
+    inputs = {m: sensitivity.linear_inputs(results.calibrations[m]) for m in results.models}
+    names = dict.fromkeys(
+        i.name for place in range(rows) for m in inputs for i in inputs[m][place : place + 1]
+    )
     table = []
-    for name in order:
-        row = {"output SQNR [dB]": code(name.removeprefix("model.layers."))}
-        for variant, values in curves.items():
-            row[code(variant)] = f"{values[name]:.1f}" if name in values else MISSING
-        table.append(row)
+    for name in list(names)[:rows]:
+        for model in results.models:
+            for i in (i for i in inputs[model] if i.name == name):
+                table.append(_outlier_row(model, i) | _sqnr_cells(results, model, i.linear))
     return table
+
+
+def _outlier_row(model: str, i: sensitivity.LinearInput) -> dict[str, str]:
+    return {
+        "Linear": code(i.name),
+        "model": code(model),
+        "channel": str(i.channel),
+        "largest": number(i.largest),
+        "median channel": number(i.median),
+        "ratio": MISSING if i.ratio is None else f"{number(i.ratio)}×",
+        "channels rounded to zero by one scale": percent(i.rounded_away),
+    }
+
+
+def _quantized_variants(results: Results) -> list[str]:
+    return [v for v in results.compared if results.study.variants[v].quantized]
+
+
+def _sqnr_cells(results: Results, model: str, linear: str) -> dict[str, str]:
+    """Output SQNR of one Linear by variant."""
+    cells = {}
+    for variant in _quantized_variants(results):
+        levels = output_sqnr(results.evaluations[model, variant])
+        column = Markup(f"{code(variant)} [dB]")
+        cells[column] = f"{levels[linear]:.1f}" if linear in levels else MISSING
+    return cells
+
+
+def worst_sqnr_table(results: Results, *, rows: int) -> Rows:
+    """The Linears with the worst output SQNR in any quantized variant, all models."""
+    lowest: dict[str, float] = {}
+    for model in results.models:
+        for variant in _quantized_variants(results):
+            for name, level in output_sqnr(results.evaluations[model, variant]).items():
+                lowest[name] = min(level, lowest.get(name, level))
+    order = sorted(lowest, key=lambda name: (lowest[name], name))[:rows]
+    return [
+        {"lowest output SQNR": code(name.removeprefix("model.layers.")), "model": code(model)}
+        | _sqnr_cells(results, model, name)
+        for name in order
+        for model in results.models
+    ]
 
 
 def checkpoint_gate_table(results: Results, model: str) -> Rows | None:
@@ -255,7 +282,7 @@ def machine_kinds(results: Results) -> str:
     return " and ".join(f"{arch} with {cpus} CPUs" for arch, cpus in sorted(kinds))
 
 
-Shown = list[Markdown | Figure]
+Shown = list[Markdown | Picture]
 
 
 def markdown_output(*paragraphs: str) -> Markdown:
@@ -274,62 +301,92 @@ def notice(missing: tuple[str, ...]) -> Shown:
 
 
 def opening(results: Results) -> Shown:
-    """The question, the answer, the headline table, the key findings and the controls."""
+    """The question, the report at a glance, the key findings, and folded scores and controls."""
+    first, *pictures = glance.sections(results)
     verdicts, controls = executive.verdict_table(results), executive.control_table(results)
+    findings = [*executive.verdict_bullets(results), *narrative.key_findings(results)]
     return [
         markdown_output(
             f"# {escape(results.study.title)}",
             narrative.question_sentence(results),
             "## Executive summary",
-            executive.answer_sentences(results),
-            markdown_table(verdicts) if verdicts else "",
-            narrative.bullets(
-                [*executive.verdict_bullets(results), *graded_chapter.summary_bullets(results)]
+            first,
+        ),
+        *pictures,
+        markdown_output(
+            "### Key findings",
+            narrative.bullets(findings),
+            folded("Declared verdicts", markdown_table(verdicts) if verdicts else ""),
+            folded(
+                "Scores of every variant",
+                markdown_table(tables.headline_table(results)),
+                narrative.headline_legend(results),
             ),
-        ),
-        markdown_output(
-            "### Scores",
-            markdown_table(tables.headline_table(results)),
-            narrative.headline_legend(results),
-        ),
-        markdown_output("### Key findings", narrative.bullets(narrative.key_findings(results))),
-        markdown_output(
-            "### Controls", narrative.controls_sentence(results), markdown_table(controls)
+            folded("Controls", narrative.controls_sentence(results), markdown_table(controls)),
         ),
     ]
 
 
 def outlier_pictures(results: Results) -> Shown:
-    """For every model: the outliers, the worst input as a surface, and SQNR by layer."""
-    return [part for model in results.models for part in _outlier_section(results, model)]
+    """The outliers of all models in words, tables and figures, kind by kind."""
+    lasting = (
+        "SQNR weights tokens by their power, and the tokens with the outlier hold nearly all of "
+        "it: it does not show the loss of the other tokens. With one scale per token, only the few "
+        "tokens that carry the outlier lose precision."
+    )
+    return [
+        markdown_output(
+            " ".join(sensitivity.outlier_sentences(results)),
+            markdown_table(outlier_table(results, rows=OUTLIER_ROWS)),
+            lasting if any(sensitivity.has_outliers(results, m) for m in results.models) else "",
+        ),
+        *(_maxima_picture(results, model) for model in results.models),
+        *(_surface_picture(results, model) for model in results.models),
+        *(picture for model in results.models for picture in _sqnr_pictures(results, model)),
+        *_worst_sqnr(results),
+    ]
 
 
-def _outlier_section(results: Results, model: str) -> Shown:
+OUTLIER_ROWS = 6
+
+
+def _worst_sqnr(results: Results) -> Shown:
+    rows = worst_sqnr_table(results, rows=OUTLIER_ROWS)
+    title = "The Linears with the lowest output SQNR"
+    return [markdown_output(folded(title, markdown_table(rows)))] if rows else []
+
+
+def _maxima_picture(results: Results, model: str) -> Picture:
     calibrated = results.calibrations[model]
     inputs = {i.linear: i for i in sensitivity.linear_inputs(calibrated)}
     in_order = [inputs[linear] for linear in calibrated.absmax]
-    worst, pictured = next(iter(inputs.values())), inputs[calibrated.surface_of]
+    title = sensitivity.outlier_figure_title(model, next(iter(inputs.values())))
     maxima = figures.layer_maxima(
         [i.name for i in in_order],
         [i.largest for i in in_order],
         [i.median for i in in_order],
-        title=sensitivity.outlier_figure_title(model, worst),
+        title=title,
     )
+    highest = sorted(in_order, key=lambda i: -i.largest)[:2]
+    peaks = listed([f"{i.name} {number(i.largest)}" for i in highest])
+    alt = f"Largest and median channel of every Linear input of {model}, log scale. "
+    return Picture(maxima, f"{alt}{title}. The highest peaks: {peaks}.")
+
+
+def _surface_picture(results: Results, model: str) -> Picture:
+    calibrated = results.calibrations[model]
+    name = calibrated.surface_of.removeprefix("model.layers.")
     column = calibrated.surface[:, calibrated.surface.max(0).argmax()]  # (tokens,)
     outlier_tokens = int((column > column.max() / 2).sum())
     tokens = f"{count(outlier_tokens, 'token')} of {len(column)}"
-    claim = f"{model}, {pictured.name}: one channel at {tokens} sets the scale"
+    claim = f"{model}, {name}: one channel at {tokens} sets the scale"
     surface = figures.outlier_surface(calibrated.surface, title=claim)
-    introduction = markdown_output(
-        f"### Model `{model}`", sensitivity.outlier_paragraph(results, model)
-    )
-    parts = [markdown_table(outlier_table(results, model, rows=6))]
-    if low := worst_sqnr_table(results, model, rows=6):
-        parts.append(markdown_table(low))
-    return [introduction, maxima, surface, *_sqnr_figure(results, model), markdown_output(*parts)]
+    peak = number(float(column.max()))
+    alt = f"Magnitudes over tokens and channels as a surface. {claim}; its peak is {peak}."
+    return Picture(surface, alt)
 
 
-def _sqnr_figure(results: Results, model: str) -> Shown:
+def _sqnr_pictures(results: Results, model: str) -> list[Picture]:
     curves = {
         e.variant: e.quantization["results"]["sqnr_db"]
         for e in results.compared_variants_of(model)
@@ -342,39 +399,35 @@ def _sqnr_figure(results: Results, model: str) -> Shown:
     }
     variant = min(lows, key=lambda v: lows[v][1])
     name, level = lows[variant]
-    label = name.removeprefix("model.layers.")
-    title = f"{model}: lowest SQNR {level:.1f} dB, at {label} under {variant}"
-    return [figures.sqnr_by_variant(curves, variants=results.compared, title=title)]
+    title = f"{model}: lowest SQNR {level:.1f} dB, at {_short(name)} under {variant}"
+    figure = figures.sqnr_by_variant(curves, variants=results.compared, title=title)
+    each = [f"{v} {low:.1f} dB at {_short(linear)}" for v, (linear, low) in lows.items()]
+    return [Picture(figure, f"Output SQNR of every Linear. {title}. Lowest: {listed(each)}.")]
 
 
-def base_models(results: Results) -> Shown:
-    """Comparisons of the models that the study did not fine-tune itself."""
-    return _model_comparisons(results, [m for m in results.models if m not in results.training])
+def _short(linear: str) -> str:
+    return linear.removeprefix("model.layers.")
 
 
-def trained_models(results: Results) -> Shown:
-    """Comparisons of the models that the study fine-tuned, also with their start models."""
-    comparisons = _model_comparisons(results, list(results.training))
-    return [*comparisons, markdown_output(narrative.model_comparison_sentences(results))]
-
-
-def _model_comparisons(results: Results, models: list[str]) -> Shown:
-    return [part for model in models for part in model_comparison(results, model)]
-
-
-def model_comparison(results: Results, model: str) -> Shown:
-    """One model's comparisons by item and by token."""
-    rows = tables.comparison_table(results, model)
-    table = markdown_table(rows) if rows else "This study has no variant besides the baseline."
+def model_comparisons(results: Results) -> Shown:
+    """Right and wrong, and the tokens: every variant against the baseline, models side by side."""
+    training = [narrative.training_summary(results, model) for model in results.training]
+    declared = tables.comparison_table(results, declared=True)
+    others = tables.comparison_table(results, declared=False)
+    none = "This study has no variant besides the baseline."
     return [
-        markdown_output(f"### Model `{model}`: items", table),
-        *_forest_plot(results, model),
         markdown_output(
-            f"### Model `{model}`: tokens",
-            markdown_table(tables.token_table(results, model)),
-            *_kl_by_token(results, model),
+            " ".join(training),
+            "### Items",
+            markdown_table(declared) if declared else none if not others else "",
+            folded("Comparisons that nobody declared", markdown_table(others) if others else ""),
         ),
-        *_token_figure(results, model),
+        *_right_or_wrong_picture(results),
+        markdown_output(
+            "### Tokens",
+            markdown_table(tables.token_table(results)),
+            *(part for model in results.models for part in _kl_by_token(results, model)),
+        ),
     ]
 
 
@@ -395,58 +448,27 @@ def _kl_by_token(results: Results, model: str) -> list[str]:
     ]
     title = "Tokens with the largest KL under each variant (places in a passage count from 0)"
     return [
+        f"#### KL by token, model {code(model)}",
         " ".join([introduction, *nonfinite]),
         markdown_table(quantiles),
-        f"<details>\n<summary>{title}</summary>",
-        markdown_table(tables.kl_tail_table(results, model)),
-        "</details>",
+        folded(title, markdown_table(tables.kl_tail_table(results, model))),
     ]
 
 
-def _forest_plot(results: Results, model: str) -> Shown:
-    rows = [
-        {
-            "dataset": dataset_name(c.dataset),
-            "variant": c.variant,
-            "delta": v.paired.delta,
-            "low": v.paired.interval.low,
-            "high": v.paired.interval.high,
-            "filled": v.primary,
-            "kind": v.kind,
-        }
-        for c, v in tables.ordered_comparisons(results, model)
-        if c.baseline == results.study.baseline
-        and c.variant in executive.headline_variants(results)
-    ]
-    if not rows:
-        return []
-    title = narrative.forest_plot_title(results, model)
-    margin = results.rules.margin
-    return [figures.forest_plot(rows, variants=results.compared, margin=margin, title=title)]
+def _right_or_wrong_picture(results: Results) -> list[Picture]:
+    """Differences of right and wrong, where the figure at a glance shows graded scores."""
+    return glance.right_or_wrong_picture(results) if results.graded.comparisons else []
 
 
-def _token_figure(results: Results, model: str) -> Shown:
-    rows, floor = [], None
-    for e in results.compared_variants_of(model):
-        kl = results.token_estimates[e.key]["kl"]
-        if e.variant == results.noise_floor:
-            floor = kl.value
-        elif kl.value and e.variant in executive.headline_variants(results):
-            low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
-            rows.append({"model": model, "variant": e.variant, "kl": kl.value})
-            rows[-1] |= {"low": low, "high": high}
-    if not rows:
-        return []
-    title = narrative.token_figure_title(results, model, [row["variant"] for row in rows])
-    return [figures.kl_plot(rows, variants=results.compared, floor=floor, title=title)]
+def dataset_chapters(results: Results, *, page: str) -> Shown:
+    """Every evaluation set: scores, answer format, constant answers, sample items.
 
-
-def dataset_chapters(results: Results) -> Shown:
-    """Every evaluation set: scores, answer format, constant answers, sample items."""
+    Args:
+        page: where items.html lies as seen from the executed notebook.
+    """
     names = enumerate(results.study.evaluation.datasets, start=1)
-    page = f"All items, with prompts and every answer, are in [{PAGE}]({PAGE})."
     return [
-        markdown_output(page),
+        markdown_output(f"All items, with prompts and every answer, are in [{PAGE}]({page})."),
         *(dataset_chapter(results, name, place) for place, name in names),
     ]
 
@@ -464,16 +486,20 @@ def dataset_chapter(results: Results, dataset: str, place: int) -> Markdown:
         f"{about}. The best constant answer, always {escape(best.answer)}, is right on "
         f"{percent(best.score)} of them.",
         markdown_table(tables.score_table(results, dataset)),
-        "Format and length of the answers:",
-        markdown_table(tables.behavior_table(results, dataset)),
+        folded(
+            "Format and length of the answers",
+            markdown_table(tables.behavior_table(results, dataset)),
+        ),
     ]
     for model in results.models:
         differing = tables.count_differing_items(results, dataset, model)
-        parts += [
-            f"Items of `{model}`, differing answers first "
-            f"({differing} of {len(predictions)} differ):",
-            markdown_table(tables.sample_answer_table(results, dataset, model, rows=5)),
-        ]
+        parts.append(
+            folded(
+                f"Items of `{model}`, differing answers first "
+                f"({differing} of {len(predictions)} differ)",
+                markdown_table(tables.sample_answer_table(results, dataset, model, rows=5)),
+            )
+        )
     return markdown_output(*parts)
 
 
@@ -481,29 +507,28 @@ def technical_details(results: Results) -> Markdown:
     """Method, recipes, calibration, protocols, layers and bytes, gates, jobs, packages."""
     r = results.runtime
     parts = ["**Comparisons.** " + narrative.method_paragraph(results)]
-    parts += ["**Variants.**", markdown_table(recipe_table(results))]
-    parts += ["**Calibration.**", markdown_table(calibration_table(results))]
-    parts += ["**Evaluation.**", markdown_table(protocol_table(results))]
+    parts += [folded("Variants", markdown_table(recipe_table(results)))]
+    parts += [folded("Calibration", markdown_table(calibration_table(results)))]
+    parts += [folded("Evaluation", markdown_table(protocol_table(results)))]
     if sizes := size_table(results):
-        parts += ["**Layers and bytes**, float → variant.", markdown_table(sizes)]
+        parts += [folded("Layers and bytes, float → variant", markdown_table(sizes))]
     for model in results.models:
         if gates := checkpoint_gate_table(results, model):
-            parts += [f"**Checks on the checkpoints of `{model}`.**", markdown_table(gates)]
+            parts += [folded(f"Checks on the checkpoints of `{model}`", markdown_table(gates))]
         if gates := evaluation_gate_table(results, model):
-            parts += [f"**Checks on the evaluations of `{model}`.**", markdown_table(gates)]
+            parts += [folded(f"Checks on the evaluations of `{model}`", markdown_table(gates))]
     where = f"{r.device}, {r.dtype}, {count(r.threads, 'thread')} per job, runtime {r.quantized}"
     parts += [
-        f"**Jobs**, on {machine_kinds(results)} ({where}).",
-        markdown_table(job_table(results)),
+        folded(
+            f"Jobs, on {machine_kinds(results)} ({where})",
+            markdown_table(job_table(results)),
+        )
     ]
     if computed := operation_table(results):
-        about = "**Operations** (TFLOP per stage): 10¹² multiplications and additions of matrix "
-        about += "products, counted from items and weights with answers at their maximum length."
-        parts += [about, markdown_table(computed)]
-    parts += [
-        "**Packages.**",
-        markdown_table(package_table(results)),
-    ]
+        about = "10¹² multiplications and additions of matrix products, counted from items and "
+        about += "weights with answers at their maximum length."
+        parts += [folded("Operations (TFLOP per stage)", about, markdown_table(computed))]
+    parts += [folded("Packages", markdown_table(package_table(results)))]
     return markdown_output(*parts)
 
 

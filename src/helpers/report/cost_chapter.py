@@ -10,7 +10,7 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.report.estimates import QUIET_SPREAD, TOLERANCE, ConfigurationResult, Cost, Spread
-from helpers.report.figures import INK, QUIET, in_house_style, new_figure, variant_looks
+from helpers.report.figures import INK, QUIET, Picture, in_house_style, new_figure, variant_looks
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -18,6 +18,7 @@ from helpers.report.markdown import (
     code,
     count,
     escape,
+    folded,
     listed,
     markdown_table,
     megabytes,
@@ -159,7 +160,7 @@ def _configuration_looks(cost: Cost, variants: list[str]) -> dict[str, tuple[str
     return looks_by_name | {cost.reference.name: (INK, "o"), cost.bfloat16.name: ("#5b7a9d", "o")}
 
 
-Shown = list[Markdown | Figure]
+Shown = list[Markdown | Picture]
 NOT_MEASURED = "This study measures neither speed nor memory (`runtime: {cost: no}`)."
 
 
@@ -195,10 +196,26 @@ def model_section(cost: Cost, variants: list[str]) -> Shown:
             f"{measurement_note(cost)}\n"
         ),
         Markdown(markdown_table(ratio_table(cost))),
-        throughput_plot(cost, variants=variants, title=throughput_title(cost)),
-        Markdown(markdown_table(amount_table(cost))),
-        Markdown(f"{limit_note(cost)}\n\n{markdown_table(limit_table(cost))}"),
+        _throughput_picture(cost, variants),
+        Markdown(
+            folded("Tokens per second, bytes and seconds", markdown_table(amount_table(cost)))
+            + "\n\n"
+            + folded(
+                "Share of the machine's limit", limit_note(cost), markdown_table(limit_table(cost))
+            )
+            + "\n"
+        ),
     ]
+
+
+def _throughput_picture(cost: Cost, variants: list[str]) -> Picture:
+    title = throughput_title(cost)
+    speeds = [
+        f"{way.name} " + " and ".join(whole_number(cost.measured(way, q).value) for q in PANELS)
+        for way in cost.configurations
+    ]
+    alt = f"Tokens per second, reading and writing. {title}. Medians: {', '.join(speeds)}."
+    return Picture(throughput_plot(cost, variants=variants, title=title), alt)
 
 
 def arithmetic_note(cost: Cost) -> str:

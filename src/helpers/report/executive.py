@@ -1,9 +1,9 @@
 """The executive summary, computed from verdicts and controls only.
 
-First whether the controls behaved as expected, since otherwise nothing below counts; they are
-shown with their duties, and with what rounding alone is worth. Then the answer in one sentence a
-variant, every declared verdict in a small table, and what each kind of verdict means, with its
-places. It has to read well for any mixture of verdicts.
+Controls that failed, since otherwise nothing below counts; they are shown with their duties, and
+with what rounding alone is worth. The answer in one sentence a variant, every declared verdict in
+a small table, and what each kind of verdict means, with its places. It has to read well for any
+mixture of verdicts.
 """
 
 from helpers.evaluation.scoring import status_and_answer
@@ -257,7 +257,7 @@ def verdict_bullets(results: Results) -> list[str]:
         (write, results.declared_verdicts(kind)) for kind, write in writers.items()
     )
     bullets = [write(results, judged) for write, judged in verdicts_by_writer if judged]
-    return [*failed_control_bullets(results), *bullets, *sound_control_bullets(results)]
+    return [*bullets, *sound_control_bullets(results)]
 
 
 def judged_places(results: Results, judged: list[JudgedComparison]) -> str:

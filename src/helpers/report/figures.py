@@ -7,8 +7,11 @@ study. What smoothing does to the worst channel: equation 4 with its numbers, wh
 title is the claim it shows. Returns figures; shows nothing.
 """
 
+import base64
+import io
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
@@ -16,8 +19,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 from IPython.display import Markdown
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from helpers.report.html_page import NARROW
 from helpers.report.markdown import code
 
 SURFACE_CHANNELS = 96  # of a surface: more would hide each other
@@ -52,6 +56,36 @@ def new_figure(width: float, height: float, **options) -> tuple[Figure, "plt.Axe
     return figure, axes
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A figure of the report, with what it shows in words.
+
+    Attributes:
+        alt: what a reader who does not see the figure has to know, its main numbers included;
+            plain text.
+        narrow: the same for a phone's width; None if the figure only shrinks there.
+    """
+
+    figure: Figure
+    alt: str
+    narrow: Figure | None = None
+
+    def _repr_mimebundle_(self, include=None, exclude=None) -> tuple[dict, dict]:
+        """What IPython displays: the PNG, and its alternative text as metadata."""
+        data = {"image/png": _png(self.figure), "text/plain": self.alt}
+        if self.narrow is not None:
+            data[NARROW] = _png(self.narrow)
+        return data, {"image/png": {"alt": self.alt}}
+
+
+def _png(figure: Figure) -> str:
+    """The figure as base64 PNG."""
+    stream = io.BytesIO()
+    with plt.rc_context(STYLE):
+        figure.savefig(stream, format="png")
+    return base64.b64encode(stream.getvalue()).decode("ascii")
+
+
 @in_house_style
 def loss_curve(losses: list[float], smoothed: list[float], *, title: str) -> Figure:
     """Training loss by step, in nats per answer token, with its running mean."""
@@ -69,7 +103,7 @@ def layer_maxima(
     layers: list[str], maxima: list[float], medians: list[float], *, title: str
 ) -> Figure:
     """Largest channel against median channel of every Linear input, log scale."""
-    figure, axes = new_figure(8, 3.4)
+    figure, axes = new_figure(6.4, 3.2)
     place = np.arange(len(layers))
     axes.vlines(place, medians, maxima, color=QUIET, linewidth=1)
     axes.plot(place, medians, ".", color=INK, label="median channel")
@@ -104,7 +138,7 @@ def outlier_surface(
     selected = np.unique(
         np.append(np.linspace(0, magnitude.shape[1] - 1, channels).astype(int), peak)
     )
-    figure = plt.figure(figsize=(7, 4.6))
+    figure = plt.figure(figsize=(6.4, 4.4))
     axes = figure.add_subplot(projection="3d")
     plt.close(figure)
     x, y = np.meshgrid(selected, np.arange(len(magnitude)))
@@ -148,9 +182,9 @@ def histogram(counts: list[int], log2_edges: list[int], *, title: str) -> Figure
     return figure
 
 
-def wrapped_title(title: str) -> str:
-    """A title in lines that fit a figure."""
-    return "\n".join(textwrap.wrap(title, 92))
+def wrapped_title(title: str, width: int = 92) -> str:
+    """A title in lines that fit a figure of that many characters."""
+    return "\n".join(textwrap.wrap(title, width))
 
 
 def annotate_lowest(axes, names: list[str], heights: list[float]) -> None:
@@ -191,90 +225,6 @@ def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
-def _row_heights(groups: list[str], variants: list[str]) -> dict[tuple[str, str], float]:
-    """The height at which each variant of each group is drawn."""
-    step = 0.75 / max(1, len(variants))
-    return {
-        (group, variant): i + step * (j - (len(variants) - 1) / 2)
-        for i, group in enumerate(groups)
-        for j, variant in enumerate(variants)
-    }
-
-
-def _legend_below(figure: Figure, axes, variants: list[str]) -> None:
-    for name, (color, marker) in variant_looks(variants).items():
-        axes.plot([], [], marker, color=color, label=name)
-    figure.legend(loc="outside lower left", ncols=min(4, len(variants)), fontsize=9)
-
-
-@in_house_style
-def forest_plot(rows: list[dict], *, variants: list[str], margin: float, title: str) -> Figure:
-    """Differences with their intervals in points, grouped by evaluation set.
-
-    Args:
-        rows: dataset, variant, delta, low, high as fractions; `kind` of the verdict, and
-            `filled` for a declared comparison.
-        margin: the equivalence margin, shaded.
-    """
-    datasets = list(dict.fromkeys(row["dataset"] for row in rows))
-    looks, places = variant_looks(variants), _row_heights(datasets, variants)
-    figure, axes = new_figure(8, 1.7 + 0.22 * len(rows) + 0.1 * len(datasets))
-    axes.axvspan(-100 * margin, 100 * margin, color=QUIET, alpha=0.22, linewidth=0)
-    axes.axvline(0, color="black", linewidth=0.8)
-    for row in rows:
-        color, marker = looks[row["variant"]]
-        marker = "x" if row["kind"] == "invalid" else marker
-        opacity = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
-        place = places[row["dataset"], row["variant"]]
-        low, high, delta = (100 * row[key] for key in ("low", "high", "delta"))
-        axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=opacity)
-        face = color if row["filled"] else "white"
-        axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=opacity)
-    axes.set_yticks(range(len(datasets)), datasets)
-    axes.set_ylim(len(datasets) - 0.45, -0.55)
-    meaning = "filled: declared, hollow: exploratory, pale: uninformative, ×: invalid"
-    label = f"difference to the baseline [points] ({meaning}; shaded: margin)"
-    axes.set_xlabel(label, fontsize=9)
-    axes.set_title(wrapped_title(title))
-    _legend_below(figure, axes, variants)
-    return figure
-
-
-@in_house_style
-def kl_plot(rows: list[dict], *, variants: list[str], floor: float | None, title: str) -> Figure:
-    """KL to the float model by model and variant, log scale, with intervals.
-
-    Args:
-        rows: model, variant, kl, low, high in nats per token; low and high may be None.
-        floor: the KL of the noise floor, drawn as a line; None without one.
-    """
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    looks, places = variant_looks(variants), _row_heights(models, variants)
-    figure, axes = new_figure(8, 1.5 + 0.25 * len(rows))
-    for row in rows:
-        color, marker = looks[row["variant"]]
-        place = places[row["model"], row["variant"]]
-        if row["low"] is not None:
-            axes.hlines(place, row["low"], row["high"], color=color, linewidth=1.6)
-        axes.plot(row["kl"], place, marker, color=color)
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    values = [row["kl"] for row in rows]
-    if floor:
-        axes.axvline(floor, color="black", linestyle=":", linewidth=1)
-        axes.annotate("noise floor", (floor, 0.02), xycoords=("data", "axes fraction"), fontsize=8)
-        values.append(floor)
-    axes.set_xlim(min(values) / 2, max(values) * 2)
-    axes.set_yticks(range(len(models)), models)
-    axes.set_ylim(len(models) - 0.45, -0.55)
-    axes.set_xlabel("KL from the float model [nats / token], log scale")
-    axes.set_title(wrapped_title(title))
-    _legend_below(figure, axes, variants)
-    return figure
-
-
 @in_house_style
 def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: str) -> Figure:
     """KL from the float model against α, one line per variant, its lowest point marked.
@@ -306,7 +256,7 @@ def sqnr_by_variant(
     Args:
         curves: by variant, then by preparation, then by Linear, in dB.
     """
-    looks, size = variant_looks(variants), (8, 0.9 + 1.7 * len(curves))
+    looks, size = variant_looks(variants), (6.4, 0.9 + 1.6 * len(curves))
     figure, panels = plt.subplots(
         len(curves), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
@@ -323,7 +273,7 @@ def sqnr_by_variant(
         axes.set_ylabel("SQNR [dB]")
         axes.margins(y=0.15)
     panels[-1, 0].set_xlabel("Linear, in layer order")
-    figure.suptitle(wrapped_title(title), x=0.01, ha="left", fontsize=11)
+    figure.suptitle(wrapped_title(title, 76), x=0.01, ha="left", fontsize=11)
     return figure
 
 

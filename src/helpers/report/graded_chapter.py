@@ -1,18 +1,16 @@
-"""The chapter on graded scores: tables, figure, bullets of the summary, numbers for programs.
+"""The chapter on graded scores: tables, sentences of the summary, numbers for programs.
 
-Both models stand side by side. A study without graded scores has no such chapter, and none of the
-blocks `graded`, `pooled` and `finetuning_cost` of summary.json. There, differences are fractions
-0-1 or nats a token, as `unit` says.
+The models stand in neighbouring rows, and beside each graded difference that of right and wrong.
+A study without graded scores says so, and has none of the blocks `graded`, `pooled` and
+`finetuning_cost` of summary.json. There, differences are fractions 0-1 or nats a token, as `unit`
+says.
 """
 
 from collections.abc import Iterator
 
-import matplotlib.pyplot as plt
 from IPython.display import Markdown
-from matplotlib.figure import Figure
 
 from helpers.report.executive import headline_variants, variant_label
-from helpers.report.figures import QUIET, in_house_style, variant_looks, wrapped_title
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -27,6 +25,7 @@ from helpers.report.markdown import (
     points,
     signed,
     span,
+    with_span,
 )
 from helpers.report.results import Results
 from helpers.statistics.graded_study import (
@@ -104,107 +103,31 @@ def _cost_row(cost: FineTuningCost) -> dict:
     }
 
 
-AXES = {
-    "probability": "difference to the baseline [points]",
-    "nats a token": "difference to the baseline [0.01 nats a token]",
-}
-
-
-@in_house_style
-def graded_plot(
-    rows: list[dict],
-    *,
-    models: list[str],
-    variants: list[str],
-    margins: dict[str, float],
-    title: str,
-) -> Figure:
-    """Every set and the pooled answer as intervals: a column a model, a row of panels a unit.
-
-    Args:
-        rows: model, variant, dataset, unit, delta, low, high, `kind` of the verdict, and
-            `filled` for declared and pooled comparisons.
-        variants: all that the study compares, in its order: their colours and markers.
-        margins: by unit, shaded.
-    """
-    units = [unit for unit in AXES if any(row["unit"] == unit for row in rows)]
-    sets = {
-        unit: list(dict.fromkeys(row["dataset"] for row in rows if row["unit"] == unit))
-        for unit in units
-    }
-    shown = [v for v in variants if any(row["variant"] == v for row in rows)]
-    step = 0.75 / len(shown)
-    lines = sum(len(names) for names in sets.values()) * len(shown)
-    figure, panels = plt.subplots(
-        len(units), len(models), figsize=(4.1 * len(models), 1.6 + 0.7 * len(units) + 0.2 * lines),
-        sharex="row", sharey="row", squeeze=False, layout="constrained",
-        height_ratios=[len(sets[unit]) for unit in units],
-    )  # fmt: skip
-    plt.close(figure)
-    looks = variant_looks(variants)
-    for unit, across in zip(units, panels, strict=True):
-        for model, axes in zip(models, across, strict=True):
-            margin = 100 * margins[unit]
-            axes.axvspan(-margin, margin, color=QUIET, alpha=0.22, linewidth=0)
-            axes.axvline(0, color="black", linewidth=0.8)
-            for row in rows:
-                if (row["unit"], row["model"]) == (unit, model):
-                    place = sets[unit].index(row["dataset"])
-                    place += step * (shown.index(row["variant"]) - (len(shown) - 1) / 2)
-                    _draw_interval(axes, row, place, looks[row["variant"]])
-            axes.set_yticks(range(len(sets[unit])), sets[unit])
-            axes.set_ylim(len(sets[unit]) - 0.45, -0.55)
-            axes.set_xlabel(AXES[unit], fontsize=8)
-            axes.set_title(model, fontsize=10)
-    for name in shown:
-        color, marker = looks[name]
-        panels[0, 0].plot([], [], marker, color=color, label=name)
-    meaning = "filled: declared or pooled, hollow: exploratory, pale: uninformative, ×: invalid"
-    figure.suptitle(wrapped_title(title), x=0.01, ha="left", fontsize=11)
-    figure.legend(
-        loc="outside lower left", ncols=min(4, len(shown)), fontsize=8, title_fontsize=8,
-        title=f"{meaning}; shaded: margin", alignment="left",
-    )  # fmt: skip
-    return figure
-
-
-def _draw_interval(axes, row: dict, place: float, look: tuple[str, str]) -> None:
-    color, marker = look
-    marker = "x" if row["kind"] == "invalid" else marker
-    opacity = 0.35 if row["kind"] in ("invalid", "uninformative") else 1.0
-    low, high, delta = (100 * row[key] for key in ("low", "high", "delta"))
-    axes.hlines(place, low, high, color=color, linewidth=1.6, alpha=opacity)
-    face = color if row["filled"] else "white"
-    axes.plot(delta, place, marker, color=color, markerfacecolor=face, alpha=opacity)
-
-
 UNITS = {"probability": "points", "nats a token": "0.01 nats"}
 COST_WORDS = {"worse": "**higher cost**", "better": "**lower cost**"}
 
 
-def chapter(results: Results) -> list[Markdown | Figure]:
-    """How to read it, every set, the pooled answer, the cost of fine-tuning; empty without any."""
+HEADING = "## 4. Graded scores"
+
+
+def chapter(results: Results) -> list[Markdown]:
+    """How to read it, every set, the pooled answer, the cost of fine-tuning."""
     if not results.graded.comparisons:
-        return []
-    parts = [
-        "## Graded scores",
-        reading_paragraph(results),
-        markdown_table(comparison_table(results)),
-    ]
+        return [_markdown([HEADING, "The answers of this study hold no log-probabilities."])]
+    parts = [HEADING, reading_paragraph(results), markdown_table(comparison_table(results))]
     if pooled := pooled_table(results):
         about = (
             "**Pooled.** Every informative set with the same weight. Recovery is the score above"
         )
         parts += [f"{about} chance as a share of the float model's.", markdown_table(pooled)]
-    shown: list[Markdown | Figure] = [_markdown(parts), *_figure(results)]
     if costs := cost_table(results):
         about = (
-            "Quantization's effect on the fine-tuned model minus its effect on the start model. "
+            "**Fine-tuned minus start.** Quantization's effect on the fine-tuned model minus its "
+            "effect on the start model. Scores below zero, and KL above zero, mean that "
+            "fine-tuning raises the cost."
         )
-        about += "Scores below zero, and KL above zero, mean that fine-tuning raises the cost."
-        parts = ["### Does fine-tuning raise the cost?", about, markdown_table(costs)]
-        shown.append(_markdown(parts))
-    return shown
+        parts += [about, markdown_table(costs)]
+    return [_markdown(parts)]
 
 
 def _markdown(parts: list[str]) -> Markdown:
@@ -216,8 +139,9 @@ def reading_paragraph(results: Results) -> str:
     margins, rules = results.study.statistics.graded_margins, results.rules
     return (
         "Option sets: the right option's probability, in points. Written answers: the right "
-        "answer's log-probability, in hundredths of a nat a token. Cells give variant minus "
-        f"baseline with the {percent_plain(rules.confidence)} interval. Verdicts on declared "
+        "answer's log-probability, in hundredths of a nat a token. Δ is variant minus "
+        f"baseline with the {percent_plain(rules.confidence)} interval; beside it stands the same "
+        "difference of right and wrong (accuracy, or exact match). Verdicts on declared "
         "comparisons are adjusted by Holm as a family of their own. All others are exploratory, a "
         "family a variant. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
@@ -254,17 +178,49 @@ def set_column(name: str, unit: str) -> str:
 
 
 def comparison_table(results: Results) -> Rows:
-    """Every variant of every model against its baseline, one column a set."""
+    """Every variant against its baseline, set by set: a row a model, and right and wrong beside."""
     rows = []
-    for model, baseline, variant in _places(results):
-        against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
-        label = Markup(f"{variant_label(results, variant)}{against}")
-        row = {"graded scores": code(model), "variant": label}
-        for name, unit in _graded_sets(results).items():
+    for name, unit in _graded_sets(results).items():
+        places = sorted(_places(results), key=lambda at: _variant_order(results, *at[1:]))
+        for model, baseline, variant in places:
             c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
-            row[set_column(name, unit)] = graded_cell(results.graded.comparisons.get(c))
-        rows.append(row)
+            against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
+            row = {"graded score": set_column(name, unit)}
+            row["variant"] = Markup(f"{variant_label(results, variant)}{against}")
+            row |= {"model": code(model)} | _graded_cells(results.graded.comparisons.get(c))
+            verdict = results.verdicts.get(c)
+            row[RIGHT_OR_WRONG] = (
+                with_span(verdict.paired.delta, verdict.paired.interval, points)
+                if verdict
+                else MISSING
+            )
+            rows.append(row)
     return rows
+
+
+RIGHT_OR_WRONG = "Δ right or wrong [points]"
+
+
+def _variant_order(results: Results, baseline: str, variant: str) -> tuple[int, int]:
+    return results.variants.index(variant), results.variants.index(baseline)
+
+
+def _graded_cells(verdict: GradedVerdict | None) -> dict[str, str]:
+    """Difference and verdict of one row."""
+    if verdict is None:
+        return {"Δ": MISSING, "verdict": MISSING}
+    comparison = verdict.comparison
+    delta = with_span(comparison.delta, comparison.interval, points) if comparison else MISSING
+    return {"Δ": delta, "verdict": Markup(_verdict_word(verdict, WORDS))}
+
+
+def _verdict_word(verdict: GradedVerdict, words: dict[str, str]) -> str:
+    """`**worse**`, `equivalent`; of a difference inside the margin it is said."""
+    word = words.get(verdict.kind, verdict.kind)
+    return f"{word} (inside the margin)" if verdict.reason == INSIDE_MARGIN else word
+
+
+WORDS = {"worse": "**worse**", "better": "**better**"}
 
 
 def _hundredths(value: float) -> str:
@@ -278,12 +234,9 @@ def graded_cell(
     """`−5.6 [−10.9, −0.3] **worse**`."""
     if verdict is None:
         return Markup(MISSING)
-    words = words or {"worse": "**worse**", "better": "**better**"}
-    word = words.get(verdict.kind, verdict.kind)
+    word = _verdict_word(verdict, words or WORDS)
     if verdict.comparison is None:
         return Markup(word)
-    if verdict.reason == INSIDE_MARGIN:
-        word += " (inside the margin)"
     comparison = verdict.comparison
     return Markup(f"{show(comparison.delta)} {span(comparison.interval, show)} {word}")
 
@@ -325,49 +278,14 @@ def cost_table(results: Results) -> Rows:
     return rows
 
 
-def _figure(results: Results) -> list[Figure]:
-    margins = results.study.statistics.graded_margins
-    rows = [
-        _figure_row(c.model, c.variant, dataset_name(c.dataset), v)
-        for c, v in results.graded.comparisons.items()
-        if c.baseline == results.study.baseline and c.variant in _shown(results) and v.comparison
-    ]
-    rows += [
-        _figure_row(model, variant, "pooled", pooled.verdict)
-        for (model, variant), pooled in results.graded.pooled.items()
-        if variant in _shown(results) and pooled.verdict.comparison
-    ]
-    if not rows:
-        return []
-    order = [*map(dataset_name, _graded_sets(results)), "pooled"]
-    rows.sort(key=lambda row: order.index(row["dataset"]))
-    return [
-        graded_plot(
-            rows, models=results.models, variants=results.compared,
-            margins={"probability": margins.probability, "nats a token": margins.nats},
-            title=_figure_title(results),
-        )
-    ]  # fmt: skip
-
-
-def _figure_row(model: str, variant: str, name: str, verdict: GradedVerdict) -> dict:
-    comparison = verdict.comparison
-    row = {"model": model, "variant": variant, "dataset": name, "unit": comparison.unit}
-    row |= {
-        "delta": comparison.delta,
-        "low": comparison.interval.low,
-        "high": comparison.interval.high,
-    }
-    return row | {"kind": verdict.kind, "filled": verdict.declared or name == "pooled"}
-
-
-def _figure_title(results: Results) -> str:
+def figure_title(results: Results) -> str:
+    """The title of the figure at a glance."""
     variants = results.studied_variants
     worse = [p for v in variants for p in _worse_places(results, v)]
-    what = listed([f"{v}" for v in variants])
     if worse:
-        return f"Graded scores: {what} found worse in {count(len(worse), 'comparison')}"
-    return f"Graded scores: no loss of {what} found"
+        places = count(len(worse), "comparison")
+        return f"Graded scores: {listed(variants)} found worse in {places}"
+    return f"Graded scores: no loss of {listed(variants)} found"
 
 
 def _judged(results: Results, variant: str) -> Iterator[tuple[Comparison, GradedVerdict]]:
@@ -391,19 +309,7 @@ def _amount(verdict: GradedVerdict) -> str:
     return f"{points(comparison.delta)} {unit}"
 
 
-def summary_bullets(results: Results) -> list[str]:
-    """What graded scores show for the studied variants, and on fine-tuning."""
-    if not results.graded.comparisons or not results.declared_verdicts():
-        return []
-    bullets = [_score_bullet(results, variant) for variant in results.studied_variants]
-    costs = [
-        cost for v in results.studied_variants for cost in results.graded.finetuning
-        if cost.variant == v
-    ]  # fmt: skip
-    return [*bullets, *(_cost_bullet(cost) for cost in costs)]
-
-
-def _score_bullet(results: Results, variant: str) -> str:
+def score_sentence(results: Results, variant: str) -> str:
     """Where a variant is found worse, and the pooled loss that is excluded."""
     worse = _worse_places(results, variant)
     kinds = {
@@ -426,25 +332,47 @@ def _score_bullet(results: Results, variant: str) -> str:
     if not pooled:
         return f"{text} No set can be pooled."
     (first, estimate), *others = pooled.items()
-    limits = [f"{_excluded_points(estimate)} points of probability (`{first}`)"]
-    limits += [f"{_excluded_points(c)} (`{model}`)" for model, c in others]
+    limits = [f"{excluded_points(estimate)} points of probability (`{first}`)"]
+    limits += [f"{excluded_points(c)} (`{model}`)" for model, c in others]
     return f"{text} Pooled over the informative sets, losses above {listed(limits)} are excluded."
 
 
-def _excluded_points(comparison) -> str:
+def excluded_points(comparison) -> str:
+    """The largest loss inside the interval, in points without a sign."""
     return f"{100 * max(0.0, -comparison.interval.low):.1f}"
 
 
-def _cost_bullet(cost: FineTuningCost) -> str:
-    """Whether quantization costs the fine-tuned model more, by scores and by tokens."""
-    parts = [_cost_clause(cost.pooled, "score pooled", "points of probability")]
-    parts.append(_cost_clause(cost.kl, "KL", "hundredths of a nat a token", _hundredths))
-    if not any(parts):
-        parts = ["nothing can be said"]
-    return (
-        f"**Fine-tuning** and the cost of `{cost.variant}` (`{cost.finetuned}` minus "
-        f"`{cost.start}`): {'; '.join(filter(None, parts))}."
-    )
+def cost_sentences(results: Results) -> list[str]:
+    """Whether quantization costs the fine-tuned model more, a sentence a studied variant."""
+    if not results.graded.comparisons:
+        return []
+    return [
+        _cost_sentence(cost)
+        for variant in results.studied_variants
+        for cost in results.graded.finetuning
+        if cost.variant == variant
+    ]
+
+
+def _cost_sentence(cost: FineTuningCost) -> str:
+    """The answer in a word, then by scores and by tokens."""
+    judged = [verdict for verdict in (cost.pooled, cost.kl) if verdict and verdict.comparison]
+    parts = [
+        _cost_clause(cost.pooled, "score pooled", "points of probability"),
+        _cost_clause(cost.kl, "KL", "hundredths of a nat a token", _hundredths),
+    ]
+    measures = "; ".join(filter(None, parts)) or "no measure is valid"
+    answer = cost_answer({verdict.kind for verdict in judged})
+    return f"{answer}. `{cost.variant}`, `{cost.finetuned}` minus `{cost.start}`: {measures}."
+
+
+def cost_answer(kinds: set[str]) -> str:
+    """Whether fine-tuning raises the cost, from the verdicts by score and by KL."""
+    if not kinds:
+        return "Nothing can be said"
+    if "worse" in kinds:
+        return "Yes" if kinds == {"worse"} else "By one of two measures"
+    return "No" if kinds <= {"equivalent", "better"} else "No increase was detected"
 
 
 COST_CLAUSES = {

@@ -146,6 +146,19 @@ def _without_links(text: str) -> str:
     return _IN_ADDRESS.sub("<wbr/>", text)
 
 
+def folded(title: str, *parts: str) -> str:
+    """Paragraphs and tables behind a title, in Markdown and in HTML alike; empty without any.
+
+    Args:
+        title: text with names between backticks, which a title's HTML does not render.
+    """
+    inside = "\n\n".join(filter(None, parts))
+    if not inside:
+        return ""
+    marked = re.sub(r"`([^`]*)`", r"<code>\1</code>", title)
+    return f"<details><summary>{marked}</summary>\n\n{inside}\n\n</details>"
+
+
 def markdown_table(rows: Rows) -> str:
     """A GitHub pipe table, its columns in the order they first occur.
 

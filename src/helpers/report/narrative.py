@@ -1,12 +1,11 @@
 """Text of the report: every sentence that holds a number computes it from the records.
 
-The question, the key findings, the method and the conclusions.
+The question, the key findings, the method and the limits.
 """
 
 from helpers.report import executive
 from helpers.report.estimates import TokenDifference, VariantResults, token_difference
 from helpers.report.markdown import (
-    capitalized,
     code,
     count,
     dataset_name,
@@ -22,7 +21,6 @@ from helpers.report.markdown import (
     two_decimals,
 )
 from helpers.report.results import Results
-from helpers.report.sensitivity import outlier_finding
 from helpers.statistics.verdicts import VariantPredictions, paired_comparison
 
 MOST_FINDINGS = 8
@@ -32,14 +30,7 @@ def key_findings(results: Results) -> list[str]:
     """The key findings, each with its numbers."""
     sentences = [gates_finding(results), executive.noise_sentence(results)]
     sentences += [token_finding(results, v) for v in results.studied_variants]
-    sentences += [
-        smoothing_finding(results, model, v)
-        for v in results.studied_variants
-        for model in results.models
-    ]
-    sentences += [outlier_finding(results, model) for model in results.models[:1]]
-    sentences += [size_finding(results)]
-    sentences += [training_summary(results, model) for model in results.training]
+    sentences += [smoothing_finding(results, v) for v in results.studied_variants]
     return list(filter(None, sentences))[:MOST_FINDINGS]
 
 
@@ -114,49 +105,44 @@ def _failed_gates_sentence(failed: list[tuple[VariantResults, dict]], total: int
     )
 
 
-def smoothing_finding(results: Results, model: str, variant: str) -> str:
-    """The effect of smoothing, against the same scheme without it."""
+def smoothing_finding(results: Results, variant: str) -> str:
+    """The effect of smoothing on every model, against the same scheme without it."""
     if (control := results.unsmoothed_twin(variant)) is None:
         return ""
-    plain, smooth = (results.evaluations[model, name] for name in (control, variant))
-    if plain.failed_check or smooth.failed_check:
+    clauses, passages = [], 0
+    for model in results.models:
+        plain, smooth = (results.evaluations[model, name] for name in (control, variant))
+        if plain.failed_check or smooth.failed_check:
+            continue
+        change = token_difference(plain, smooth, "kl", results.rules)
+        clauses.append(_smoothing_clause(results, plain, smooth, change))
+        passages = change.passages
+    if not clauses:
         return ""
-    change = token_difference(plain, smooth, "kl", results.rules)
-    kls = [number(e.shared_text["kl"]) for e in (plain, smooth)]
-    kl_change = (
-        f"the KL from the float model is {kls[0]} nats per token under `{control}` and {kls[1]} "
-        f"under `{variant}`"
+    return (
+        f"Smoothing, by `{variant}` against `{control}`: {'; '.join(clauses)}. Exploratory, over "
+        f"{count(passages, 'passage')}."
     )
-    if change.p is None or change.p > results.rules.alpha:
-        verdict = "no effect of smoothing itself is detectable"
-    else:
-        verdict = f"smoothing itself {'helps' if change.value < 0 else 'hurts'}"
-    p = (
-        ""
-        if change.p is None
-        else f", p {_p_with_sign(change.p)} over {count(change.passages, 'passage')}"
+
+
+def _smoothing_clause(
+    results: Results, plain: VariantResults, smooth: VariantResults, change: TokenDifference
+) -> str:
+    """`in `base` it helps (KL 0.0233 instead of 0.0418 nats per token, …)`."""
+    verdict = "it has no detectable effect"
+    if change.p is not None and change.p <= results.rules.alpha:
+        verdict = f"it {'helps' if change.value < 0 else 'hurts'}"
+    before, after = (number(e.shared_text["kl"]) for e in (plain, smooth))
+    p = "" if change.p is None else f", p {_p_with_sign(change.p)}"
+    return (
+        f"in `{smooth.model}` {verdict} (KL {after} instead of {before}, "
+        f"{nats_with_interval(change)}{p})"
     )
-    return f"In `{model}`, {verdict}: {kl_change} ({nats_with_interval(change)}{p}; exploratory)."
 
 
 def _p_with_sign(p: float) -> str:
     text = p_value(p)
     return text if text.startswith("<") else f"= {text}"
-
-
-def size_finding(results: Results) -> str:
-    """The size of the quantized files."""
-    linears = {}
-    for e in results.evaluations.values():
-        if results.study.variants[e.variant].quantized and e.variant in results.studied_variants:
-            sizes = e.quantization["results"]
-            share = sum(sizes["bytes_after"].values()) / sum(sizes["bytes_before"].values())
-            linears[e.variant, percent(share)] = sizes["quantized_linears"]
-    parts = [
-        f"`{variant}` is {share} of the float model's size, with {count(n, 'Linear')} in int8"
-        for (variant, share), n in linears.items()
-    ]
-    return f"{capitalized(listed(parts))}." if parts else ""
 
 
 def training_summary(results: Results, model: str) -> str:
@@ -233,31 +219,19 @@ def uninformative_finding(results: Results) -> str:
     )
 
 
-def model_comparison_sentences(results: Results) -> str:
-    """Whether quantization changes a fine-tuned model more than its start model."""
-    sentences = []
-    for model in results.training:
-        sentences.append(training_summary(results, model))
-        start = results.study.models[model].finetune.start
-        for name in results.studied_variants:
-            pair = results.evaluations[start, name], results.evaluations[model, name]
-            change = token_difference(*pair, "kl", results.rules)
-            significant = change.p is not None and change.p <= results.rules.alpha
-            direction = "more" if significant and change.value > 0 else "less"
-            comparison = (
-                f"`{model}` {direction} than `{start}`" if significant else "both detectably alike"
-            )
-            comparison = (
-                comparison
-                if significant
-                else f"`{model}` and `{start}` without a detectable difference"
-            )
-            kls = [number(e.shared_text["kl"]) for e in pair]
-            sentences.append(
-                f"`{name}` changes {comparison}: a KL of {kls[1]} against {kls[0]} nats per token "
-                f"({nats_with_interval(change)}; exploratory)."
-            )
-    return " ".join(sentences) or "This study fine-tunes no model."
+def kl_comparison_sentence(results: Results, model: str, variant: str) -> str:
+    """Whether a variant changes a fine-tuned model more than its start model, by KL."""
+    start = results.study.models[model].finetune.start
+    pair = results.evaluations[start, variant], results.evaluations[model, variant]
+    change = token_difference(*pair, "kl", results.rules)
+    comparison = f"`{model}` and `{start}` without a detectable difference"
+    if change.p is not None and change.p <= results.rules.alpha:
+        comparison = f"`{model}` {'more' if change.value > 0 else 'less'} than `{start}`"
+    kls = [number(e.shared_text["kl"]) for e in pair]
+    return (
+        f"`{variant}` changes {comparison}: a KL of {kls[1]} against {kls[0]} nats per token "
+        f"({nats_with_interval(change)}; exploratory)."
+    )
 
 
 def controls_sentence(results: Results) -> str:
@@ -266,23 +240,6 @@ def controls_sentence(results: Results) -> str:
     return (
         f"A control is a variant whose outcome is known in advance. {as_expected} of "
         f"{count(len(results.control_outcomes), 'control')} behaved as expected."
-    )
-
-
-def token_figure_title(results: Results, model: str, variants: list[str]) -> str:
-    """The title of the KL figure: the variant with the lowest KL, if significantly so."""
-    evaluations = [results.evaluations[model, v] for v in variants]
-    evaluations = sorted(evaluations, key=lambda e: e.shared_text["kl"])
-    if len(evaluations) < 2:
-        return f"{model}: KL from the float model under {variants[0]}"
-    closest, furthest = evaluations[0], evaluations[-1]
-    change = token_difference(closest, evaluations[1], "kl", results.rules)
-    if change.p is None or change.p > results.rules.alpha:
-        return f"{model}: no variant is detectably closest to the float model"
-    ratio = number(furthest.shared_text["kl"] / closest.shared_text["kl"])
-    return (
-        f"{model}: {closest.variant} stays closest to the float model; {furthest.variant} is "
-        f"{ratio} times as far"
     )
 
 
@@ -321,13 +278,12 @@ def method_paragraph(results: Results) -> str:
 
 
 def conclusion_sentences(results: Results) -> list[str]:
-    """The verdicts again, and the limits of what they show."""
-    sentences = list(executive.verdict_bullets(results))
+    """The limits of what the verdicts show."""
+    sentences = []
     if uninformative := uninformative_finding(results):
         sentences.append(
             f"{uninformative} A larger or stronger model could answer these questions."
         )
-    sentences.append(executive.noise_sentence(results))
     sentences.append(
         "Token-level measures detect far smaller changes than the items do, but on one kind of "
         "text, and a KL is not a loss of accuracy."
@@ -339,11 +295,11 @@ def conclusion_sentences(results: Results) -> list[str]:
         "does. Rounding noise therefore decides in part which single items flip; NOTES.md has "
         "the measurement."
     )
-    return list(filter(None, sentences))
+    return sentences
 
 
-def forest_plot_title(results: Results, model: str) -> str:
-    """The forest plot's title: the verdicts of the model's declared comparisons."""
+def declared_verdicts_title(results: Results) -> str:
+    """The verdicts of the declared comparisons, counted: a figure's title."""
     words = {
         "worse": "worse",
         "better": "better",
@@ -352,8 +308,8 @@ def forest_plot_title(results: Results, model: str) -> str:
         "uninformative": "uninformative",
         "invalid": "invalid",
     }
-    kinds = [v.kind for c, v in results.declared_verdicts() if c.model == model]
+    kinds = [v.kind for _, v in results.declared_verdicts()]
     if not kinds:
-        return f"{model}: no comparison was declared in advance"
+        return "Right or wrong: no comparison was declared in advance"
     counts = [f"{kinds.count(k)} {w}" for k, w in words.items() if k in kinds]
-    return f"{model}, {count(len(kinds), 'declared comparison')}: {listed(counts)}"
+    return f"Right or wrong, {count(len(kinds), 'declared comparison')}: {listed(counts)}"

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from IPython.display import Markdown
-from matplotlib.figure import Figure
 
 from helpers.quantization.channel_maxima import channel_maxima
 from helpers.report import figures
@@ -24,10 +23,10 @@ from helpers.report.markdown import (
     Rows,
     code,
     count,
+    folded,
     listed,
     markdown_table,
     number,
-    percent,
     two_decimals,
 )
 from helpers.report.results import Results
@@ -69,6 +68,11 @@ def linear_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
 def outlier_dominated_inputs(calibrated: CalibrationResults) -> list[LinearInput]:
     """Inputs of which one scale per tensor rounds most channels to zero."""
     return [i for i in linear_inputs(calibrated) if i.rounded_away > 0.5]
+
+
+def has_outliers(results: Results, model: str) -> bool:
+    """Whether one channel dominates any Linear input of the model."""
+    return bool(outlier_dominated_inputs(results.calibrations[model]))
 
 
 def output_sqnr(evaluated: VariantResults) -> dict[str, float]:
@@ -115,37 +119,58 @@ def has_collapsed(perplexity: float | None, baseline: float | None) -> bool:
     return baseline is not None and (perplexity is None or perplexity >= COLLAPSE_RATIO * baseline)
 
 
-def outlier_finding(results: Results, model: str) -> str:
-    """Inputs with a dominant outlier channel, and the perplexity of per-tensor variants."""
-    inputs = outlier_dominated_inputs(results.calibrations[model])
-    total = len(results.calibrations[model].absmax)
-    if not inputs:
-        return (
-            f"In `{model}`, no outlier channel dominates in any of {total} Linear inputs: one int8 "
-            "scale per tensor would nowhere round most channels to zero."
-        )
-    text = (
-        f"In `{model}`, one outlier channel dominates in {len(inputs)} of "
-        f"{count(total, 'Linear input')}: {listed([describe_input(i) for i in inputs])}."
-    )
-    base = results.baseline_of(model).shared_text["perplexity"]
-    for e in per_tensor_variants(results, model):
-        level = e.shared_text["perplexity"]
-        perplexities = f"its perplexity is {two_decimals(level)} against {two_decimals(base)}"
-        collapsed = has_collapsed(level, base) and any(i.linear in output_sqnr(e) for i in inputs)
-        text += f" `{e.variant}`, with one activation scale per tensor, "
-        text += (
-            f"collapses: {perplexities}." if collapsed else f"does not collapse: {perplexities}."
-        )
-    return text
+def outlier_sentences(results: Results) -> list[str]:
+    """Inputs with a dominant outlier channel, and what per-tensor scales do to them, all models."""
+    inputs = {m: outlier_dominated_inputs(results.calibrations[m]) for m in results.models}
+    totals = {m: count(len(results.calibrations[m].absmax), "Linear input") for m in inputs}
+    counts = [f"{len(inputs[m]) or 'none'} of {totals[m]} of `{m}`" for m in inputs]
+    sentences = [f"One outlier channel dominates in {listed(counts)}."]
+    sentences += [
+        _per_tensor_sentence(results, variant, inputs)
+        for variant in results.compared
+        if activation_granularity(results, variant).startswith("tensor")
+    ]
+    if any(inputs.values()):
+        sentences += [_zeroed_sentence(results, inputs), _reach_sentences(results, inputs)]
+    return list(filter(None, sentences))
 
 
-def describe_input(linear_input: LinearInput) -> str:
-    ratio = "and the median channel is 0"
-    if linear_input.ratio is not None:
-        ratio = f"{number(linear_input.ratio)} times the median channel"
-    largest = f"channel {linear_input.channel} reaches {number(linear_input.largest)}"
-    return f"`{linear_input.name}` ({largest}, {ratio})"
+def _per_tensor_sentence(results: Results, variant: str, inputs: dict) -> str:
+    """The perplexity of a variant with one activation scale per tensor, in every model."""
+    clauses: dict[str, list[str]] = {}
+    for model in results.models:
+        e, base = results.evaluations[model, variant], results.baseline_of(model)
+        level, before = e.shared_text["perplexity"], base.shared_text["perplexity"]
+        reached = any(i.linear in output_sqnr(e) for i in inputs[model])
+        verb = "collapses" if reached and has_collapsed(level, before) else "does not collapse"
+        clause = f"{two_decimals(level)} in `{model}` (against {two_decimals(before)})"
+        clauses.setdefault(verb, []).append(clause)
+    outcomes = [f"{verb}: its perplexity is {listed(parts)}" for verb, parts in clauses.items()]
+    return f"`{variant}`, with one activation scale per tensor, {'; it '.join(outcomes)}."
+
+
+def _zeroed_sentence(results: Results, inputs: dict[str, list[LinearInput]]) -> str:
+    """How many tokens of the pictured item one scale rounds to zero, in every model."""
+    clauses = []
+    for model, dominated in inputs.items():
+        calibrated = results.calibrations[model]
+        if any(i.linear == calibrated.surface_of for i in dominated):
+            zeroed, tokens = zeroed_tokens(calibrated)
+            name = calibrated.surface_of.removeprefix("model.layers.")
+            clauses.append(f"{zeroed} of {count(tokens, 'token')} at `{name}` of `{model}`")
+    if not clauses:
+        return ""
+    return f"In the item pictured below, one scale rounds {listed(clauses)} entirely to zero."
+
+
+def _reach_sentences(results: Results, inputs: dict[str, list[LinearInput]]) -> str:
+    """Where smoothing does not reach the outliers; what all models have in common once."""
+    models_by_text: dict[str, list[str]] = {}
+    for model, dominated in inputs.items():
+        for e in per_tensor_variants(results, model):
+            if text := _smoothing_reach(results, e, dominated):
+                models_by_text.setdefault(text, []).append(f"`{model}`")
+    return " ".join(f"In {listed(models)}, {text}" for text, models in models_by_text.items())
 
 
 def outlier_figure_title(model: str, worst: LinearInput) -> str:
@@ -155,72 +180,20 @@ def outlier_figure_title(model: str, worst: LinearInput) -> str:
     return f"{model}: {worst.name} reaches {number(worst.ratio)}× its median channel"
 
 
-def outlier_paragraph(results: Results, model: str) -> str:
-    """The effect of per-tensor scales, from the calibration and the SQNR records."""
-    inputs = outlier_dominated_inputs(results.calibrations[model])
-    if not inputs:
-        return outlier_finding(results, model)
-    calibrated = results.calibrations[model]
-    parts = [outlier_finding(results, model)]
-    parts.append(
-        "With one int8 scale per tensor, a step is the largest value / 127, and a channel that "
-        "stays below half a step is rounded to zero: "
-        + listed([f"{percent(i.rounded_away)} of the channels of `{i.name}`" for i in inputs])
-        + "."
-    )
-    if any(i.linear == calibrated.surface_of for i in inputs):
-        zeroed, tokens = zeroed_tokens(calibrated)
-        name = calibrated.surface_of.removeprefix("model.layers.")
-        parts.append(
-            f"In the item shown below, one scale rounds {zeroed} of {count(tokens, 'token')} at "
-            f"`{name}` entirely to zero."
-        )
-    parts += [
-        _per_tensor_sentences(results, e, inputs) for e in per_tensor_variants(results, model)
-    ]
-    if variants := [e for e in per_token_variants(results, model) if output_sqnr(e)]:
-        parts.append(
-            "With one scale per token, only the few tokens that carry the outlier lose precision: "
-            "the output SQNR is " + listed(_sqnr_by_variant(variants, inputs)) + "."
-        )
-    return " ".join(filter(None, parts))
-
-
-def _sqnr_by_variant(variants: list[VariantResults], inputs: list[LinearInput]) -> list[str]:
-    """The output SQNR of these inputs by variant; variants with equal values are grouped."""
-    by_levels: dict[str, list[str]] = {}
-    for e in variants:
-        by_levels.setdefault(_sqnr_levels(e, inputs), []).append(f"`{e.variant}`")
-    return [f"{levels} dB under {listed(names)}" for levels, names in by_levels.items()]
-
-
-def _sqnr_levels(e: VariantResults, inputs: list[LinearInput]) -> str:
-    return listed([f"{output_sqnr(e)[i.linear]:.1f}" for i in inputs if i.linear in output_sqnr(e)])
-
-
-def _per_tensor_sentences(results: Results, e: VariantResults, inputs: list[LinearInput]) -> str:
-    """The effect of one scale per tensor in this variant, and the reach of its smoothing."""
+def _smoothing_reach(results: Results, e: VariantResults, inputs: list[LinearInput]) -> str:
+    """What smoothing in this variant does to the outliers' inputs; empty without inputs."""
     levels, recipe = output_sqnr(e), results.study.variants[e.variant]
     quantized = [i for i in inputs if i.linear in levels]
-    if levels and not quantized:
+    if inputs and levels and not quantized:
         return f"`{e.variant}` keeps these Linears in float."
-    text = ""
     curves = list(e.quantization["results"]["sqnr_db"].values())
-    if recipe.smooth and len(curves) > 1:
-        unchanged = [
-            i for i in quantized if abs(curves[0][i.linear] - curves[-1][i.linear]) < UNCHANGED_DB
-        ]
-        text = f"Smoothing in `{e.variant}` "
-        text += (
-            _unreached_sentence(recipe.smooth.targets, unchanged) if unchanged else "reaches them."
-        )
-    if quantized:
-        text += (
-            f" Their output SQNR under `{e.variant}` is {_sqnr_levels(e, quantized)} dB. SQNR "
-            "weights tokens by their power, and the tokens with the outlier hold nearly all of it, "
-            "so it does not show the loss of the other tokens."
-        )
-    return text.strip()
+    if not (quantized and recipe.smooth and len(curves) > 1):
+        return ""
+    unchanged = [
+        i for i in quantized if abs(curves[0][i.linear] - curves[-1][i.linear]) < UNCHANGED_DB
+    ]
+    reach = _unreached_sentence(recipe.smooth.targets, unchanged) if unchanged else "reaches them."
+    return f"smoothing in `{e.variant}` {reach}"
 
 
 def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
@@ -235,22 +208,33 @@ def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
 AS_QUANTIZED = "nothing"
 
 
-def loss_chapter(results: Results) -> list[Markdown | Figure]:
-    """For every model: a sentence and a table, and a curve for each variant with a grid of α."""
-    parts: list[Markdown | Figure] = []
-    if chance_rise := largest_chance_rise(results):
-        parts.append(Markdown(chance_note(chance_rise)))
-    for model in results.models:
-        rows = left_float_rows(results, model)
-        if not rows:
-            continue
-        sentences = " ".join(loss_carrier_sentences(results, model))
-        text = f"### Where the loss of `{model}` lies\n\n{sentences}"
-        parts.append(Markdown(f"{text}\n\n{markdown_table(rows)}\n"))
-        if curves := alpha_curves(results, model):
-            title = alpha_figure_title(curves, model)
-            parts.append(figures.kl_by_alpha(curves, variants=results.compared, title=title))
-    return parts
+def loss_chapter(results: Results) -> list[Markdown | figures.Picture]:
+    """What leaving Linears in float would save, and a curve for each grid of α."""
+    rows = left_float_rows(results)
+    if not rows:
+        return []
+    parts = [
+        "### Where the loss lies",
+        chance_note(largest_chance_rise(results)),
+        markdown_table(loss_carrier_rows(results)),
+        folded("KL with some Linears left in float [nats per token]", markdown_table(rows)),
+    ]
+    pictures = [
+        figures.Picture(
+            figures.kl_by_alpha(curves, variants=results.compared, title=title),
+            f"KL from the float model against α. {title}; {_alpha_numbers(curves)}.",
+        )
+        for model in results.models
+        if (curves := alpha_curves(results, model))
+        for title in [alpha_figure_title(curves, model)]
+    ]
+    return [Markdown("\n\n".join(filter(None, parts)) + "\n"), *pictures]
+
+
+def _alpha_numbers(curves: dict[str, list[dict]]) -> str:
+    """`smoothquant_o3: 0.87 to 1.2 nats a token`."""
+    kls = {variant: [row["kl"] for row in curve] for variant, curve in curves.items()}
+    return ", ".join(f"{v}: {number(min(x))} to {number(max(x))} nats" for v, x in kls.items())
 
 
 def _recorded_sensitivity(variant: VariantResults) -> dict:
@@ -266,19 +250,21 @@ def _rows_by_left_float(results: Results, model: str) -> dict[str, dict[str, dic
     return {v: {row["float"]: row for row in rows} for v, rows in measured.items() if rows}
 
 
-def left_float_rows(results: Results, model: str) -> Rows:
-    """KL from the float model by the Linears left in float, one column per variant."""
-    rows_by_variant = _rows_by_left_float(results, model)
-    labels = dict.fromkeys(label for rows in rows_by_variant.values() for label in rows)
+def left_float_rows(results: Results) -> Rows:
+    """KL from the float model by the Linears left in float: a row a model, a column a variant."""
+    by_model = {model: _rows_by_left_float(results, model) for model in results.models}
+    labels = dict.fromkeys(
+        label for variants in by_model.values() for rows in variants.values() for label in rows
+    )
     return [
-        {
-            "left in float": _short_label(label),
-            **{
-                code(v): number(r[label]["kl"]) if label in r else MISSING
-                for v, r in rows_by_variant.items()
-            },
+        {"left in float": _short_label(label), "model": code(model)}
+        | {
+            code(v): number(rows[label]["kl"]) if label in rows else MISSING
+            for v, rows in by_model[model].items()
         }
         for label in labels
+        for model in results.models
+        if by_model[model]
     ]
 
 
@@ -298,13 +284,15 @@ def largest_chance_rise(results: Results) -> float | None:
     return max(rises, default=None)
 
 
-def chance_note(chance: float) -> str:
-    """How to read the rows below, given the size of chance."""
+def chance_note(chance: float | None) -> str:
+    """How to read the rows below, given the size of chance; empty if it was not measured."""
+    if chance is None:
+        return ""
     return (
         "A Linear left in float adds no error, but every change redraws the rounding of all other "
         "Linears. A row above the first is therefore chance; here it is up to "
         f"{100 * chance:.0f} % above. A decrease of at most that size cannot be distinguished from "
-        "chance.\n"
+        "chance."
     )
 
 
@@ -312,28 +300,30 @@ def _short_label(label: str) -> str:
     return label.replace("model.layers.", "").replace("model.decoder.layers.", "")
 
 
-def loss_carrier_sentences(results: Results, model: str) -> list[str]:
-    """One sentence per variant: the kind of Linear that carries most of its loss."""
-    sentences, chance_rise = [], largest_chance_rise(results) or 0.0
-    for variant, rows in _rows_by_left_float(results, model).items():
-        quantized_kl = rows[AS_QUANTIZED]["kl"]
-        if quantized_kl is None:
-            sentences.append(f"As quantized, `{variant}` gives non-finite probabilities.")
-            continue
-        finite = {label: row["kl"] for label, row in rows.items() if row["kl"] is not None}
-        best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
-        share = 100 * (1 - finite[best] / quantized_kl) if quantized_kl > 0 else 0.0
-        if share <= 100 * chance_rise:
-            sentences.append(
-                f"No single kind of Linear carries the loss of `{variant}` beyond chance."
-            )
-            continue
-        sentences.append(
-            f"Leaving {_short_label(best)} in float would reduce the KL of `{variant}` "
-            f"from {number(quantized_kl)} to {number(finite[best])} nats per token "
-            f"(by {share:.0f} %)."
-        )
-    return sentences
+def loss_carrier_rows(results: Results) -> Rows:
+    """By variant and model, the kind of Linear that carries most of the loss, if one does."""
+    rows, chance_rise = [], largest_chance_rise(results) or 0.0
+    for variant in results.compared:
+        for model in results.models:
+            if measured := _rows_by_left_float(results, model).get(variant):
+                row = {"largest saving of KL": code(variant), "model": code(model)}
+                rows.append(row | _carrier_cells(measured, chance_rise))
+    return rows
+
+
+def _carrier_cells(measured: dict[str, dict], chance_rise: float) -> dict[str, str]:
+    quantized_kl = measured[AS_QUANTIZED]["kl"]
+    cells = {"left in float": "none beyond chance", "KL as quantized": number(quantized_kl)}
+    cells |= {"KL then": MISSING, "saved": MISSING}
+    if quantized_kl is None:
+        return cells | {"left in float": MISSING, "KL as quantized": "not finite"}
+    finite = {label: row["kl"] for label, row in measured.items() if row["kl"] is not None}
+    best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
+    share = 1 - finite[best] / quantized_kl if quantized_kl > 0 else 0.0
+    if share <= chance_rise:
+        return cells
+    cells["left in float"] = _short_label(best)
+    return cells | {"KL then": number(finite[best]), "saved": f"{100 * share:.0f} %"}
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:

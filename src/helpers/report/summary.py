@@ -361,6 +361,15 @@ POLICY = (
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
 
+def seen_from_notebook(partial: str) -> str:
+    """The page's address in the executed analysis, which lies in the folder `notebooks`.
+
+    Args:
+        partial: `yes` for a partial report, whose notebook lies beside its page.
+    """
+    return PAGE if partial == "yes" else f"../{PAGE}"
+
+
 def write_items_page(results: Results, folder: Path) -> None:
     """Write items.html beside the report."""
     page = items_page(results)

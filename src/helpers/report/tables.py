@@ -125,10 +125,16 @@ def checks_cell(variant: VariantResults) -> str:
     return f"{total - len(variant.failed_gates)} of {total}" + ("" if variant.passed else " ✗")
 
 
-def comparison_table(results: Results, model: str) -> Rows:
-    """Every comparison of one model: flips both ways, difference, tests, verdict."""
+def comparison_table(results: Results, *, declared: bool) -> Rows:
+    """Comparisons of right and wrong, the models in neighbouring rows.
+
+    Args:
+        declared: the declared comparisons, or all others.
+    """
     rows, reasons_shown = [], set()
-    for c, verdict in ordered_comparisons(results, model):
+    for c, verdict in ordered_comparisons(results):
+        if verdict.primary != declared:
+            continue
         row = _comparison_row(results, c, verdict)
         if verdict.kind == "exploratory" and (role := results.role(c.variant)):
             row["verdict"] = Markup(ROLES.get(role, "exploratory"))
@@ -141,11 +147,16 @@ def comparison_table(results: Results, model: str) -> Rows:
     return rows
 
 
-def ordered_comparisons(results: Results, model: str) -> list[tuple[Comparison, Verdict]]:
-    """One model's comparisons, dataset by dataset, the declared ones first in each."""
-    datasets = list(results.study.evaluation.datasets)
-    comparisons = [(c, v) for c, v in results.verdicts.items() if c.model == model]
-    return sorted(comparisons, key=lambda cv: (datasets.index(cv[0].dataset), not cv[1].primary))
+def ordered_comparisons(results: Results) -> list[tuple[Comparison, Verdict]]:
+    """All comparisons, by evaluation set, variant, baseline and model."""
+    datasets, variants = list(results.study.evaluation.datasets), results.variants
+
+    def place(judged: tuple[Comparison, Verdict]) -> tuple[int, ...]:
+        c, _ = judged
+        order = datasets.index(c.dataset), variants.index(c.variant), variants.index(c.baseline)
+        return (*order, results.models.index(c.model))
+
+    return sorted(results.verdicts.items(), key=place)
 
 
 def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
@@ -156,6 +167,7 @@ def _comparison_row(results: Results, c: Comparison, verdict: Verdict) -> dict:
     return {
         "dataset": dataset_name(c.dataset),
         "variant": Markup(f"{variant_label(results, c.variant)}{against}"),
+        "model": code(c.model),
         "verdict": Markup(verdict_text(verdict, results.rules.margin)),
         "items": f"{paired.n}{units}",
         "lost": str(paired.losses),
@@ -185,29 +197,32 @@ def verdict_text(verdict: Verdict, margin: float) -> str:
     return f"{word}: {escape(verdict.reason)}" if verdict.reason else word
 
 
-def token_table(results: Results, model: str) -> Rows:
+def token_table(results: Results) -> Rows:
     """Perplexity, its change, KL and top-1 agreement, with intervals by passage."""
-    baseline, rows = results.baseline_of(model), []
-    for variant in results.variants_of(model):
-        tokens = results.token_estimates[variant.key]
-        row = {"variant": variant_label(results, variant.variant)}
-        row["perplexity"] = two_decimals(tokens["perplexity"].value)
-        if variant is baseline:
-            row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
-            if results.noise_floor:
-                row["KL / noise floor"] = "0"
-            row["top-1 agreement"] = "100.0 %"
-        else:
-            loss = token_difference(baseline, variant, "nll", results.rules)
-            row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, signed4)
-            kl = tokens["kl"]
-            row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
-            if results.noise_floor:
-                row["KL / noise floor"] = number(kl_over_noise_floor(results, variant), 2)
-            top = tokens["top1_agreement"]
-            row["top-1 agreement"] = percent_span(top.value, top.interval)
-        rows.append(row)
-    return rows
+    return [
+        _token_row(results, results.evaluations[model, variant])
+        for variant in results.variants
+        for model in results.models
+    ]
+
+
+def _token_row(results: Results, variant: VariantResults) -> dict:
+    tokens, baseline = results.token_estimates[variant.key], results.baseline_of(variant.model)
+    row = {"variant": variant_label(results, variant.variant), "model": code(variant.model)}
+    row["perplexity"] = two_decimals(tokens["perplexity"].value)
+    if variant is baseline:
+        row |= {"Δ loss [nats/token]": MISSING, "KL [nats/token]": "0"}
+        if results.noise_floor:
+            row["KL / noise floor"] = "0"
+        return row | {"top-1 agreement": "100.0 %"}
+    loss = token_difference(baseline, variant, "nll", results.rules)
+    row["Δ loss [nats/token]"] = with_span(loss.value, loss.interval, signed4)
+    kl = tokens["kl"]
+    row["KL [nats/token]"] = with_span(kl.value, kl.interval, number)
+    if results.noise_floor:
+        row["KL / noise floor"] = number(kl_over_noise_floor(results, variant), 2)
+    top = tokens["top1_agreement"]
+    return row | {"top-1 agreement": percent_span(top.value, top.interval)}
 
 
 QUANTILE_COLUMNS = {

@@ -25,6 +25,7 @@ from pathlib import Path
 from helpers.core.errors import StudyError, one_line, remedy_for, safe_message
 from helpers.core.files import PROJECT, outputs_root, relative_to_project, write_atomically
 from helpers.core.processes import die_with_parent
+from helpers.report.html_page import NARROW, report_page
 
 COLORS = 128
 
@@ -48,6 +49,7 @@ def reduce_palette(png: str) -> str:
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 PNG = "image/png"
+ITEMS_PAGE = "items.html"  # beside the report
 PAPERMILL_KEEPS = ("duration", "exception", "parameters", "status", "version")
 
 
@@ -88,9 +90,10 @@ def _clean_outputs(outputs: list[dict]) -> list[dict]:
     for output in outputs:
         if WIDGET in output.get("data", {}):
             continue
-        if PNG in output.get("data", {}):
-            compressed = reduce_palette("".join(output["data"][PNG]))
-            output = output | {"data": output["data"] | {PNG: compressed}}
+        for kind in (PNG, NARROW):
+            if kind in output.get("data", {}):
+                compressed = reduce_palette("".join(output["data"][kind]))
+                output = output | {"data": output["data"] | {kind: compressed}}
         if output["output_type"] != "stream":
             cleaned.append(without_machine_paths(output))
             continue
@@ -248,29 +251,13 @@ def _reason(error: Exception) -> str:
 
 
 HIDDEN = "hide-in-report"
-# A page of reading width. In a wider table the interval wraps below its number; a table that is
-# still too wide scrolls.
-STYLE = """<style>
-main { max-width: 76rem; margin: 0 auto; padding: 0 1rem; }
-.jp-RenderedHTMLCommon table { display: block; width: fit-content; max-width: 100%;
-  overflow-x: auto; margin-left: 0; font-size: 0.86em; }
-.jp-RenderedHTMLCommon :is(td, th) { max-width: 30rem; text-align: left; vertical-align: top;
-  overflow-wrap: break-word; }
-.jp-RenderedHTMLCommon :is(td, th) code { white-space: normal; }
-.jp-RenderedHTMLCommon :is(td, th)[style*="right"] { min-width: 4.6em; box-sizing: content-box; }
-</style>
-"""
-# The page has no scripts and forbids the browser to run any, because its text comes from models
-# and data sets. Opening it fetches nothing.
-NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
-TEMPLATE = f"""
-{{%- extends 'lab/index.html.j2' -%}}
-{{%- block html_head_js -%}}
-<meta http-equiv="Content-Security-Policy" content="{NOTHING_RUNS}">
-{{%- endblock html_head_js -%}}
-{{%- block jupyter_widgets -%}}{{%- endblock jupyter_widgets -%}}
-{{%- block html_head_js_mathjax -%}}{{%- endblock html_head_js_mathjax -%}}
-{{%- block html_head_js_mermaidjs -%}}{{%- endblock html_head_js_mermaidjs -%}}
+# Figures carry what they show as their alternative text.
+MARKDOWN_TEMPLATE = """
+{%- extends 'markdown/index.md.j2' -%}
+{%- block data_png %}
+{%- set alt = (output | get_metadata('alt', 'image/png')) or 'figure' %}
+![{{ alt }}]({{ output.metadata.filenames['image/png'] | path2url }})
+{% endblock data_png -%}
 """
 
 
@@ -282,19 +269,36 @@ def export_report(notebook: Path, study: str, folder: Path) -> None:
     from helpers.study.loading import load_study
 
     content = _without_stderr(nbformat.read(notebook, as_version=4))
-    resources = {"metadata": {"name": one_line(load_study(study, with_sources=False).title)}}
-    html, _ = HTMLExporter(config=_config(), raw_template=TEMPLATE).from_notebook_node(
-        content, resources
-    )
-    html = html.replace("</head>", f"{STYLE}</head>", 1)
-    markdown, extracted = MarkdownExporter(config=_config()).from_notebook_node(
+    title = one_line(load_study(study, with_sources=False).title)
+    resources = {"metadata": {"name": title}}
+    exporter = HTMLExporter(config=_config(), template_name="basic", exclude_anchor_links=True)
+    body, _ = exporter.from_notebook_node(content, resources)
+    html = report_page(_beside_the_report(body), title=title, narrow=_narrow_figures(content))
+    exporter = MarkdownExporter(config=_config(), raw_template=MARKDOWN_TEMPLATE)
+    markdown, extracted = exporter.from_notebook_node(
         content, resources | {"unique_key": "report", "output_files_dir": "report_files"}
     )
+    markdown = _beside_the_report(re.sub(r"\n{4,}", "\n\n\n", markdown))
     shutil.rmtree(folder / "report_files", ignore_errors=True)
     for name, data in extracted.get("outputs", {}).items():
         write_atomically(folder / name, lambda path, data=data: path.write_bytes(data))
     write_atomically(folder / "report.html", lambda p: p.write_text(html, encoding="utf-8"))
     write_atomically(folder / "report.md", lambda p: p.write_text(markdown, encoding="utf-8"))
+
+
+def _beside_the_report(text: str) -> str:
+    """Links that lead from the executed notebook to the report's folder, as seen from there."""
+    return text.replace(f"](../{ITEMS_PAGE})", f"]({ITEMS_PAGE})").replace(
+        f'href="../{ITEMS_PAGE}"', f'href="{ITEMS_PAGE}"'
+    )
+
+
+def _narrow_figures(notebook) -> dict[str, str]:
+    """Data address of each figure that has a form for phones, to that form's address."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    bundles = [output.data for output in outputs if NARROW in output.get("data", {})]
+    address = "data:image/png;base64,"
+    return {address + data[PNG].strip(): address + data[NARROW].strip() for data in bundles}
 
 
 def _config():

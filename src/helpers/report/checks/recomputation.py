@@ -27,6 +27,7 @@ from helpers.report.checks.recomputed_sentences import (
     KL_TAIL,
     missing_chapter,
     ordered_token_kls,
+    wrong_cards,
     wrong_graded_blocks,
     wrong_graded_cells,
     wrong_kl_tables,
@@ -249,8 +250,8 @@ def _wrong_report(paths: StudyPaths, figures: RecomputedFigures) -> list[str]:
     text = path.read_text("utf-8")
     lines = wrong_cells(text, figures) + wrong_verdict_words(text, figures)
     lines += wrong_sentences(text, figures) + wrong_chapters(text, figures) + wrong_costs(text)
-    lines += [*wrong_graded_cells(text, figures), *missing_chapter(text, figures.summary)]
-    lines += wrong_kl_tables(text, figures)
+    lines += [*wrong_cards(text, figures), *wrong_graded_cells(text, figures)]
+    lines += [*missing_chapter(text, figures.summary), *wrong_kl_tables(text, figures)]
     lines += wrong_records(text, figures, paths.notebooks)
     return lines + edited_tables(text, paths.notebooks / "04_analysis.ipynb")
 

@@ -26,8 +26,11 @@ from helpers.report.checks.recomputed_tables import (
 from helpers.statistics.checks.recomputed_statistics import best_fixed_score
 from helpers.statistics.checks.recomputed_verdicts import is_informative
 
-DIFFERING_ITEMS = re.compile(r"^Items of `(.*?)`.*\((\d+) of (\d+) differ\)", re.M)
-SAMPLE_TABLES = re.compile(r"^Items of `(.*?)`.*?$(.*?)(?=^Items of|\Z)", re.M | re.S)
+_ITEMS_OF = r"^(?:<details><summary>)?Items of (?:`|<code>)"  # older reports fold nothing
+DIFFERING_ITEMS = re.compile(_ITEMS_OF + r"(.*?)(?:`|</code>).*\((\d+) of (\d+) differ\)", re.M)
+SAMPLE_TABLES = re.compile(
+    _ITEMS_OF + rf"(.*?)(?:`|</code>).*?$(.*?)(?={_ITEMS_OF}|\Z)", re.M | re.S
+)
 COMPARED_CHARACTERS = 40  # characters of an answer; what is shown may be cut after them
 
 
@@ -348,7 +351,11 @@ def wrong_records(markdown: str, figures: RecomputedFigures, notebooks: Path) ->
             lines += [line for row in rows for line in _wrong_recipe(row, figures, notebooks)]
         elif {"Linear", "median channel", "ratio"} <= columns:
             model = table.heading.removeprefix("Model ")
-            lines += [line for row in rows for line in _wrong_outlier(row, model, notebooks)]
+            lines += [
+                line
+                for row in rows
+                for line in _wrong_outlier(row, plain_text(row.get("model", model)), notebooks)
+            ]
     lines += [
         line
         for match in OUTLIER_SENTENCE.findall(markdown)

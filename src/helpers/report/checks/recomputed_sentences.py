@@ -25,6 +25,7 @@ from helpers.report.checks.recomputed_tables import (
     plain_text,
     read_tables,
     rounds_to,
+    written_numbers,
 )
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
 from helpers.statistics.checks.recomputed_verdicts import answer_of
@@ -74,7 +75,8 @@ def wrong_graded_cells(markdown: str, figures: RecomputedFigures) -> list[str]:
         if (rows_of := TABLES.get(first)) is None:
             continue
         for row in map(table.by_column, table.rows):
-            place = f"{plain_text(row[first])} / {plain_text(row['variant'])}"
+            names = [plain_text(row[c]) for c in (first, "variant", "model") if c in row]
+            place = " / ".join(names)
             expected = rows_of(table, row, figures)
             if expected is None:
                 lines.append(f"report.md, {table.heading}: row {place} is none of the study's")
@@ -128,6 +130,27 @@ def _comparison_cells(table: Table, row: dict, figures: RecomputedFigures) -> Ex
     return {column: _expected_cell(by_set.get(name), {}) for column, name in columns}
 
 
+def _comparison_row_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
+    """A row about one set, variant and model, with right and wrong beside the graded score."""
+    del table
+    title = plain_text(row["graded score"]).rpartition(" [")[0]
+    variant, baseline = _variant_and_baseline(row, figures)
+    at = (plain_text(row["model"]), variant, baseline)
+    for c, right in figures.rows.items():
+        name = DATASET_NAMES.get(c.dataset, c.dataset)
+        if (c.model, c.variant, c.baseline, name) == (*at, title):
+            graded = next(
+                r
+                for r in figures.graded_blocks["graded"]["comparisons"]
+                if (r["model"], r["variant"], r["baseline"], r["dataset"]) == (*at, c.dataset)
+            )
+            values, word = _expected_cell(graded, {})
+            counted = [100 * right[key] for key in ("delta", "low", "high")]
+            cells = {"Δ": (values, "" if values else "–"), "verdict": ([], word)}
+            return cells | {"Δ right or wrong [points]": (counted, "")}
+    return None
+
+
 def _pooled_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
     del table
     at = plain_text(row["pooled"]), _variant_and_baseline(row, figures)[0]
@@ -157,7 +180,8 @@ def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected
 
 
 TABLES = {
-    "graded scores": _comparison_cells,
+    "graded score": _comparison_row_cells,
+    "graded scores": _comparison_cells,  # of older reports
     "pooled": _pooled_cells,
     "fine-tuned − start": _cost_cells,
 }
@@ -190,6 +214,7 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
 def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     """The words and numbers on fine-tuning, of the pooled score and of the KL."""
     variant, finetuned, start = code_names(text)[:3]
+    answer = re.match(r"\*\*Does fine-tuning raise the cost\?\*\* ([^.]+)\.", text)
     costs = figures.graded_blocks.get("finetuning_cost", ())
     at = (variant, finetuned, start)
     cost = next((r for r in costs if (r["variant"], r["finetuned"], r["start"]) == at), None)
@@ -198,11 +223,24 @@ def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expect
         return
     rows = [("score pooled", cost["pooled"]), ("KL", cost["kl"])]
     rows = [(what, row) for what, row in rows if row and "delta" in row]
+    kinds = [row["verdict"] for _, row in rows]
+    if answer and answer[1] != _cost_answer(kinds):
+        yield f"recomputed {_cost_answer(kinds)!r}"
     for what, row in rows:
         clause = f"by {what}, {COST_CLAUSES[row['verdict']]} ("
         if clause not in text:
             yield f"recomputed {clause[:-2]!r}"
     yield text, [100 * row[key] for _, row in rows for key in ("delta", "low", "high")]
+
+
+def _cost_answer(kinds: list[str]) -> str:
+    """Yes only if every measure finds a higher cost, no only if none could have."""
+    higher = kinds.count("worse")
+    if higher:
+        return "Yes" if higher == len(kinds) else "By one of two measures"
+    if not kinds:
+        return "Nothing can be said"
+    return "No increase was detected" if "inconclusive" in kinds else "No"
 
 
 def _check_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
@@ -214,14 +252,141 @@ def _check_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNu
 GRADED_SENTENCE_CHECKS = (
     (r"^\*\*Graded scores\*\* of `", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
+    (r"^\*\*Does fine-tuning raise the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
     (r"^Option sets: the right option's probability, in points", _check_reading),
 )
+
+
+def wrong_cards(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
+    """Numbers and words of the cards, the columns of the tables "at a glance", that differ."""
+    tables = read_tables(markdown)
+    for table in tables:
+        title, _, variant = table.columns[0].partition(": ")
+        if title != "at a glance":
+            continue
+        for row in map(table.by_column, table.rows):
+            name = plain_text(row[table.columns[0]])
+            for model in table.columns[1:]:
+                place = f"report.md, card of {model}, {variant}, {name}"
+                if (check := CARD_ROWS.get(name)) is None:
+                    yield f"{place}: no check knows this row"
+                elif (model, variant) not in figures.variants:
+                    yield f"{place}: the study has no such variant"
+                else:
+                    values, words = check(figures, (model, variant), tables)
+                    cell = plain_text(row[model])
+                    if cell_differs(row[model], values) or not all(w in cell for w in words):
+                        numbers = ", ".join(f"{v:.6g}" for v in values) or "no number"
+                        expected = " ".join([numbers, *words])
+                        yield f"{place}: published {cell!r}, recomputed {expected}"
+
+
+CardCell = tuple[list[float], list[str]]  # numbers in their order, and words
+Subject = tuple[str, str]  # model, variant
+
+
+def _pooled_row(figures: RecomputedFigures, at: Subject) -> dict | None:
+    rows = figures.graded_blocks.get("pooled", ())
+    return next((row for row in rows if (row["model"], row["variant"]) == at), None)
+
+
+def _card_verdict(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    """The pooled verdict with its margin."""
+    del tables
+    if (row := _pooled_row(figures, at)) is None:
+        return [], ["–"]
+    margin = [100 * row["margin"]]
+    if "inside the margin" in row["reason"]:
+        return margin, [f"{row['verdict']}, but inside ±"]
+    if row["verdict"] == "equivalent":
+        return margin, ["equivalent within ±"]
+    return [], [row["verdict"]]
+
+
+def _card_declared(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    kinds = [
+        row["verdict"]
+        for c, row in figures.rows.items()
+        if row["primary"] and (c.model, c.variant, c.baseline) == (*at, figures.study.baseline)
+    ]
+    if not kinds:
+        return [], ["–"]
+    order = ("worse", "better", "equivalent", "inconclusive", "uninformative", "invalid")
+    counts = [(kinds.count(kind), kind) for kind in order if kind in kinds]
+    return [float(n) for n, _ in counts], [f"{n} {kind}" for n, kind in counts]
+
+
+def _card_recovery(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    row = _pooled_row(figures, at) or {}
+    if (share := row.get("recovery")) is None:
+        return [], ["–"]
+    return [100 * share[key] for key in ("value", "low", "high")], ["%"]
+
+
+def _card_loss(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    row = _pooled_row(figures, at) or {}
+    return ([100 * max(0.0, -row["low"])], ["points"]) if "low" in row else ([], ["–"])
+
+
+def _card_noise(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    kl, floor = (
+        figures.shared[model, variant]["kl"][0]
+        for model, variant in (at, (at[0], figures.noise_floor))
+    )
+    return ([kl / floor], ["×"]) if floor and kl is not None else ([], ["–"])
+
+
+def _card_speed(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    """No answer tells a speed: the ratios are those of the chapter on cost."""
+    source = figures.study.models[at[0]]
+    timed = source.finetune.start if hasattr(source, "finetune") else at[0]
+    for table in tables:
+        for row in map(table.by_column, table.rows):
+            if plain_text(row.get("against float32", "")) != at[1]:
+                continue
+            if table.section in (f"Model {at[0]}", f"Model {timed}"):
+                return [float(written_numbers(row[c])[0]) for c in ("reading", "writing")], ["×"]
+    return [], ["–"]
+
+
+def _card_bytes(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    recorded = figures.summary["models"][at[0]]["variants"][at[1]]
+    if "bytes_after" not in recorded:
+        return [], ["–"]
+    after, before = (sum(recorded[key].values()) for key in ("bytes_after", "bytes_before"))
+    return [100 * after / before], ["%"]
+
+
+def _card_checks(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
+    del tables
+    gates = figures.variants[at].gates
+    passed = sum(gate["passed"] for gate in gates)
+    failed = len(gates) - passed
+    counts = [float(passed), *([float(failed)] if failed else [])]
+    return counts, ["passed", f"{failed or 'none'} failed"]
+
+
+CARD_ROWS = {
+    "verdict by graded scores": _card_verdict,
+    "recovery": _card_recovery,
+    "largest loss not excluded": _card_loss,
+    "verdicts on right or wrong": _card_declared,
+    "KL, against rounding alone": _card_noise,
+    "reads / writes, against float32": _card_speed,
+    "bytes, against the float model": _card_bytes,
+    "checks": _card_checks,
+}
 
 
 def missing_chapter(markdown: str, published: dict) -> Iterator[str]:
     """A report without the chapter whose numbers the summary holds."""
     if any(name in published for name in BLOCKS) and not re.search(
-        r"^## Graded scores$", markdown, re.M
+        r"^## (?:4\. )?Graded scores$", markdown, re.M
     ):
         yield "report.md has no chapter on graded scores, and summary.json has their numbers"
 
@@ -254,7 +419,7 @@ def wrong_kl_tables(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     """Cells on the KL by token that differ, and rows that are missing or others."""
     report_tables = read_tables(markdown)
     for model in figures.study.models:
-        heading = f"Model {model}: tokens"
+        heading = f"KL by token, model {model}"
         quantiles, tail = (
             [row for t in report_tables if t.heading == heading for row in _rows_with(t, columns)]
             for columns in ({*KL_COLUMNS, KL_SHARE}, {*KL_TEXTS, "KL [nats]"})
@@ -431,8 +596,12 @@ VERDICT_SENTENCE_CHECKS = (
 SIGN_DRAWS = 20_000
 P_TOLERANCE = 0.015  # of a p that two programs draw: six standard errors of either at 0.05
 
-SUMMARY = re.compile(r"^## Executive summary\n(.*?)(?=^### (?!Scores|Key findings))", re.M | re.S)
+SUMMARY = re.compile(
+    r"^## Executive summary\n(.*?)(?=^## |^### (?!Scores|Key findings))", re.M | re.S
+)
 ONE_SCALE = re.compile(r"`([^`]+)`, with one activation scale per tensor, (.*? against [\d.,]+)")
+SCALED_PERPLEXITY = re.compile(r"([\d.,]+) in `([^`]+)` \(against ([\d.,]+)\)")
+DOMINATED = re.compile(r"(none|\d+) of [\d,]+ Linear inputs? of `([^`]+)`")
 NOT_PROSE = ("|", "#", "![", "<")
 SentenceCheck = Callable[[str, RecomputedFigures], Iterator[ExpectedNumbers | str]]
 
@@ -548,6 +717,30 @@ def _check_smoothing(text: str, figures: RecomputedFigures) -> Iterator[Expected
         yield f"published {p[2:]}, recomputed {change[3]:.3g}"
 
 
+def _check_smoothing_of_models(
+    text: str, figures: RecomputedFigures
+) -> Iterator[ExpectedNumbers | str]:
+    """One sentence on all models: in each the effect, the KLs, their change and its p."""
+    head, _, clauses = text.partition(": ")
+    smooth, plain = code_names(head)
+    passages = 0
+    for clause in re.findall(r"in `[^`]+` it .*?\)(?=;|\.)", clauses):
+        model = code_names(clause)[0]
+        change = _token_change(figures, (model, plain), (model, smooth), "kl")
+        sure, passages = _is_effect(change, figures), change[4]
+        effect = f"it {'helps' if change[0] < 0 else 'hurts'}"
+        none = "it has no detectable effect"
+        possible = [none, effect] if sure is None else [effect if sure else none]
+        if not any(words in clause for words in possible):
+            yield f"recomputed in `{model}` {possible[0]!r}"
+        numbers, p = re.split(r", p (?=[=<] )", clause)
+        kls = [figures.shared[model, v]["kl"][0] for v in (smooth, plain)]
+        yield numbers, [*kls, *change[:3]]
+        if abs(float(p.rstrip(")").split()[-1]) - change[3]) > P_TOLERANCE:
+            yield f"published p {p.rstrip(')')} of `{model}`, recomputed {change[3]:.3g}"
+    yield text.rpartition(" Exploratory")[2], [passages]
+
+
 def _check_between_models(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     for part in re.findall(r"`[^`]+` changes `[^`]+` .*?exploratory\)", text):
         variant, model, start = code_names(part)[:3]
@@ -580,6 +773,23 @@ def _check_one_scale(text: str, figures: RecomputedFigures) -> Iterator[Expected
     for variant, published in ONE_SCALE.findall(text):
         sides = ((model, v) for v in (variant, baseline))
         yield published, [figures.shared[side]["perplexity"][0] for side in sides]
+
+
+def _check_scales_per_tensor(
+    text: str, figures: RecomputedFigures
+) -> Iterator[ExpectedNumbers | str]:
+    """How many inputs one channel dominates, and the perplexities with one scale per tensor."""
+    for published, model in DOMINATED.findall(text):
+        inputs = figures.summary["models"][model]["largest_outliers"]
+        expected = sum(i["rounded_away"] > 0.5 for i in inputs)
+        if published != (str(expected) if expected else "none") and expected < len(inputs):
+            yield f"published {published} Linear inputs of `{model}`, recomputed {expected}"
+    for sentence in re.findall(r"`[^`]+`, with one activation scale per tensor, .*?\)\.", text):
+        variant = code_names(sentence)[0]
+        for level, model, before in SCALED_PERPLEXITY.findall(sentence):
+            sides = ((model, v) for v in (variant, figures.study.baseline))
+            perplexities = [figures.shared[side]["perplexity"][0] for side in sides]
+            yield f"{level} against {before}", perplexities
 
 
 def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
@@ -626,6 +836,8 @@ SENTENCE_CHECKS: tuple[tuple[str, SentenceCheck], ...] = (
     (r"^Rounding alone changes answers", _check_noise),
     (r"^Token by token, ", _check_tokens),
     (r"^In `[^`]+`, (?:no effect of )?smoothing itself", _check_smoothing),
+    (r"^Smoothing, by `", _check_smoothing_of_models),
+    (r"^One outlier channel dominates in ", _check_scales_per_tensor),
     (r"`[^`]+` changes `[^`]+` (?:more|less|and) ", _check_between_models),
     (r"^`[^`]+` is [\d.,]+ % of the float model's size", _check_sizes),
     (r"^In `[^`]+`, (?:no|one) outlier channel dominates", _check_one_scale),

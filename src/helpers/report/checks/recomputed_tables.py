@@ -46,11 +46,17 @@ def code_names(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """One pipe table: the heading above it, its columns, its rows of cells."""
+    """One pipe table.
+
+    Attributes:
+        heading: the nearest title above it: of a section, of what is folded, or in bold.
+        section: the nearest title of a section.
+    """
 
     heading: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    section: str = ""
 
     def row(self, **cells: str) -> dict[str, str] | None:
         """The first row whose named columns hold these plain texts, by column; None if none."""
@@ -65,17 +71,18 @@ class Table:
 
 def read_tables(markdown: str) -> list[Table]:
     """Every pipe table of a Markdown text, in order."""
-    parsed, heading, lines = [], "", []
+    parsed, heading, section, lines = [], "", "", []
     for line in [*markdown.splitlines(), ""]:
         if line.startswith("|"):
             lines.append(_split_cells(line))
             continue
         if len(lines) > 2:
-            parsed.append(Table(heading, tuple(map(plain_text, lines[0])), tuple(lines[2:])))
+            columns = tuple(map(plain_text, lines[0]))
+            parsed.append(Table(heading, columns, tuple(lines[2:]), section))
         lines = []
         if line.startswith("#"):
-            heading = plain_text(line.lstrip("# "))
-        elif line.startswith("**"):
+            heading = section = plain_text(line.lstrip("# "))
+        elif line.startswith(("**", "<details>")):
             heading = plain_text(line)
     return parsed
 
@@ -205,7 +212,9 @@ def wrong_cells(markdown: str, figures: RecomputedFigures) -> list[str]:
 
 
 def _row_name(row: dict[str, str]) -> str:
-    return " / ".join(plain_text(cell) for cell in list(row.values())[:2])
+    names = [plain_text(cell) for cell in list(row.values())[:2]]
+    model = plain_text(row.get("model", ""))
+    return " / ".join(names if model in ("", *names) else [*names, model])
 
 
 def _numbers_text(values: list[float | None]) -> str:
@@ -234,6 +243,13 @@ def _variant_of_row(
     model = model or plain_text(row.get("model", ""))
     variant = plain_text(row["variant"]).partition(" (")[0].partition(" vs ")[0]
     return (model, variant) if (model, variant) in figures.variants else None
+
+
+def _model_of_row(table: Table, row: dict[str, str]) -> str:
+    """The model that a row names; in older reports the heading names it."""
+    return (
+        plain_text(row.get("model", "")) or table.heading.removeprefix("Model ").partition(":")[0]
+    )
 
 
 def _in_percent(figure: Figure) -> list[float | None]:
@@ -268,7 +284,7 @@ def _score_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) 
 
 def _comparison(table: Table, row: dict[str, str], figures: RecomputedFigures) -> dict | None:
     """The recomputed comparison of a row of the table of items."""
-    model = table.heading.removeprefix("Model ").partition(":")[0]
+    model = _model_of_row(table, row)
     variant, _, against = plain_text(row["variant"]).partition(" vs ")
     for c, recomputed in figures.rows.items():
         same_dataset = DATASET_NAMES.get(c.dataset, c.dataset) == plain_text(row["dataset"])
@@ -311,7 +327,7 @@ def _p_shown(p: float | None) -> list[float | None]:
 
 
 def _token_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
-    model = table.heading.removeprefix("Model ").partition(":")[0]
+    model = _model_of_row(table, row)
     if (at := _variant_of_row(row, figures, model)) is None:
         return [("perplexity", [])]
     shared, baseline = figures.shared[at], (model, figures.study.baseline)
@@ -331,7 +347,7 @@ def _token_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) 
 
 def _dataset_of_table(table: Table, figures: RecomputedFigures) -> str | None:
     """The evaluation set of a chapter, `5.3 OpenMath`."""
-    title = table.heading.partition(" ")[2]
+    title = table.section.partition(" ")[2]
     datasets = figures.study.evaluation.datasets
     return next((name for name in datasets if DATASET_NAMES.get(name, name) == title), None)
 
@@ -392,7 +408,7 @@ def _control_cells(table: Table, row: dict[str, str], figures: RecomputedFigures
 
 def _outlier_cells(table: Table, row: dict[str, str], figures: RecomputedFigures) -> list[Cell]:
     """Outliers do not follow from answers; summary.json gives the expected numbers."""
-    model = table.heading.removeprefix("Model ")
+    model = _model_of_row(table, row)
     recorded = figures.summary.get("models", {}).get(model, {}).get("largest_outliers", [])
     matching = (i for i in recorded if f".{i['linear']}".endswith(f".{plain_text(row['Linear'])}"))
     if (one := next(matching, None)) is None:
