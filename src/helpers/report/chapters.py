@@ -9,7 +9,15 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.report import executive, figures, graded_chapter, narrative, sensitivity, tables
+from helpers.report import (
+    draws_chapter,
+    executive,
+    figures,
+    graded_chapter,
+    narrative,
+    sensitivity,
+    tables,
+)
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.markdown import (
@@ -284,7 +292,11 @@ def opening(results: Results) -> Shown:
             executive.answer_sentences(results),
             markdown_table(verdicts) if verdicts else "",
             narrative.bullets(
-                [*executive.verdict_bullets(results), *graded_chapter.summary_bullets(results)]
+                [
+                    *executive.verdict_bullets(results),
+                    *graded_chapter.summary_bullets(results),
+                    *draws_chapter.summary_bullets(results),
+                ]
             ),
         ),
         markdown_output(
