@@ -46,7 +46,16 @@ def record(stage, model="", variant=""):
 
 def run_of(stage, wildcards):
     names = [wildcards.get(key, "") for key in ("model", "variant")]
-    return stages.Run(stage, *names)
+    return stages.Run(stage, *names, draw=int(draw_of(wildcards) or 1))
+
+
+def draw_of(wildcards):
+    """The number of a further draw, whose folders and notebooks end in `~2`; else empty."""
+    return wildcards.get("draw", "").removeprefix("~")
+
+
+def draw_option(wildcards):
+    return f"-p draw {number}" if (number := draw_of(wildcards)) else ""
 
 
 def needs(stage):
@@ -99,6 +108,7 @@ if log_filter := {"run": log_errors, "plan": log_plan}.get(config.get("show")):
 wildcard_constraints:
     model=one_of(STUDY.models),
     variant=one_of(STUDY.variants),
+    draw="(~[0-9]+)?",
 
 
 onstart:
@@ -146,38 +156,40 @@ rule calibration:
     input:
         needs("calibration"),
     output:
-        notebook=executed("calibration", "{model}"),
-        record=record("calibration", "{model}"),
+        notebook=executed("calibration", "{model}{draw}"),
+        record=relative_to_project(PATHS.root / "{model}" / "calibration{draw}" / "record.json"),
     params:
         notebook=stages.NOTEBOOKS["calibration"],
         depends=depends("calibration"),
+        draw=draw_option,
     message:
-        "calibration {wildcards.model}"
+        "calibration {wildcards.model}{wildcards.draw}"
     priority: 1  # variants wait for it; evaluations have similar lengths and fill the end
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
     shell:
-        COMMAND + " -p model {wildcards.model:q}"
+        COMMAND + " -p model {wildcards.model:q} {params.draw}"
 
 
 rule quantization:
     input:
         needs("quantization"),
     output:
-        notebook=executed("quantization", "{model}", "{variant}"),
-        record=record("quantization", "{model}", "{variant}"),
+        notebook=executed("quantization", "{model}", "{variant}{draw}"),
+        record=record("quantization", "{model}", "{variant}{draw}"),
     params:
         notebook=stages.NOTEBOOKS["quantization"],
         depends=depends("quantization"),
+        draw=draw_option,
     message:
-        "quantization {wildcards.model} {wildcards.variant}"
+        "quantization {wildcards.model} {wildcards.variant}{wildcards.draw}"
     priority: 1  # its evaluation waits for it
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
     shell:
-        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
+        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q} {params.draw}"
 
 
 rule cost:
@@ -203,18 +215,19 @@ rule evaluation:
     input:
         needs("evaluation"),
     output:
-        notebook=executed("evaluation", "{model}", "{variant}"),
-        record=record("evaluation", "{model}", "{variant}"),
+        notebook=executed("evaluation", "{model}", "{variant}{draw}"),
+        record=record("evaluation", "{model}", "{variant}{draw}"),
     params:
         notebook=stages.NOTEBOOKS["evaluation"],
         depends=depends("evaluation"),
+        draw=draw_option,
     message:
-        "evaluation {wildcards.model} {wildcards.variant}"
+        "evaluation {wildcards.model} {wildcards.variant}{wildcards.draw}"
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
     shell:
-        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q}"
+        COMMAND + " -p model {wildcards.model:q} -p variant {wildcards.variant:q} {params.draw}"
 
 
 rule analysis:

@@ -81,7 +81,8 @@ def _results(paths: StudyPaths) -> dict[str, Path]:
         relative = path.relative_to(paths.root)
         hidden = any(part.startswith(".") for part in relative.parts)
         is_weight = relative.parts[1:2] == ("model",) or relative.parts[2:3] == ("checkpoint",)
-        is_weight |= path.suffix == ".safetensors" and relative.parts[1] != "calibration"
+        if path.suffix == ".safetensors":  # the calibrations of all draws are kept
+            is_weight |= relative.parts[1].partition("~")[0] != "calibration"
         if hidden or path.name.endswith(EXCLUDED_ENDINGS):
             continue
         if is_weight and path.name != "record.json":

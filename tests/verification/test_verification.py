@@ -1,13 +1,17 @@
 """Sound runs pass every gate, on every scheme and runtime; the known broken recipe does not."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from helpers.core.records import Gate, checkpoint_gates_record, gate, sha256_folder
+from helpers.core.records import Gate, checkpoint_gates_record, gate, sha256_folder, write_json
 from helpers.quantization.variants import load_variant
 from helpers.sources.models import load_model, model_folder
+from helpers.sources.sampling import calibration_items
+from helpers.study.loading import open_job
+from helpers.study.stages import Run
 from helpers.verification import variant_gates
 from quantized_run import VARIANTS, QuantizedRun
 
@@ -43,6 +47,21 @@ def test_sound_in_every_dtype_on_every_runtime(study_settings, tmp_path, dtype, 
     run.calibrate()
     run.quantize()
     assert [g for g in run.verify() if not g.passed] == []
+
+
+@pytest.mark.bank(
+    "calibration", "a draw calibrated on an item of an earlier draw", at="calibration~2/record.json"
+)
+def test_a_draw_that_reads_an_item_of_an_earlier_draw_fails_its_gate(study_settings, write_study):
+    study_settings["variants"]["smoothquant_w8a8"]["repeats"] = 2
+    job = open_job(write_study(study_settings), model="base", variant="smoothquant_w8a8", draw=2)
+    first, second = ([i.id for i in calibration_items(job.study, draw=d)] for d in (1, 2))
+    write_json(Run("calibration", "base").record(job.paths), {"results": {"items": first}})
+    for ids, passes in ((second, True), ([*second[1:], first[0]], False)):
+        evidence = SimpleNamespace(job=job, calibration_record={"results": {"items": ids}})
+        gate = variant_gates.leakage_gate(evidence)
+        assert gate.passed == passes, gate.measured
+    assert f"{first[0]} in draw 1" in gate.measured
 
 
 @pytest.mark.parametrize("targets", ["smooth_only", "smooth_only_down"])

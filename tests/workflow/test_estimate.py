@@ -157,6 +157,24 @@ def test_twice_the_items_take_about_twice_as_long(only, tokenizer):
     assert 1.6 < seconds[1] / seconds[0] < 2.4
 
 
+def test_every_further_draw_is_counted_and_answers_option_sets_only(size, tokenizer):
+    study = load_study("smoke")
+    recipe = study.variants["smoothquant_w8a8"].model_copy(update={"repeats": 3})
+    study = study.model_copy(update={"variants": study.variants | {"smoothquant_w8a8": recipe}})
+    evaluated = evaluation.count_model(study, "base", size, tokenizer)
+    for run in study_stages.runs(study):
+        if run.model == "base" and run.stage == "evaluation":
+            assert evaluated[run.name].total() > 0, run.name
+        elif run.model == "base" and run.stage in ("calibration", "quantization"):
+            assert quantization.count_run(study, run, size, tokenizer).total() > 0, run.name
+    first, second, third = (
+        evaluated[f"03_evaluation.base.smoothquant_w8a8{end}"] for end in ("", "~2", "~3")
+    )
+    assert second == third
+    assert not any(kind.endswith("writing") for kind in second)
+    assert 0 < second["int8 reading"] < first["int8 reading"]
+
+
 def test_what_a_machine_lacks_takes_its_float32(study):
     run, room = study_stages.Run("evaluation", "base", "noquant"), Capacity(1, 1)
     plain = job_seconds(study, run, {"float32 reading": 10**6}, MACHINE, room)

@@ -53,11 +53,27 @@ def short_path(path: Path) -> str:
     return "/".join(path.parts[-5:])
 
 
+def draw_name(name: str, draw: int) -> str:
+    """A name with the number of its draw from the second on, `smoothquant_w8a8~2`.
+
+    No model or variant has a `~` in its name.
+    """
+    return name if draw == 1 else f"{name}~{draw}"
+
+
 @dataclass(frozen=True)
 class StudyPaths:
-    """The folders of one study under `outputs/<study>/`."""
+    """The folders of one study under `outputs/<study>/`.
+
+    Attributes:
+        draw: the draw of a variant's checkpoint whose folders these are; from the second on,
+            they lie beside those of the first, as `calibration~2` and `<variant>~2`.
+        drawn: that variant; other variants have their first draw's folders.
+    """
 
     study: str
+    draw: int = 1
+    drawn: str = ""
 
     @property
     def root(self) -> Path:
@@ -97,13 +113,14 @@ class StudyPaths:
         return self.root / model / "model"
 
     def calibration(self, model: str) -> Path:
-        return self.root / model / "calibration"
+        return self.root / model / draw_name("calibration", self.draw)
 
     def cost(self, model: str) -> Path:
         return self.root / model / "cost"
 
     def variant(self, model: str, variant: str) -> Path:
-        return self.root / model / variant
+        draw = self.draw if variant == self.drawn else 1
+        return self.root / model / draw_name(variant, draw)
 
     def checkpoint(self, model: str, variant: str) -> Path:
         return self.variant(model, variant) / "checkpoint"

@@ -183,17 +183,19 @@ KEPT = 25  # passes over a checkpoint's weights: quantize, save, hash, load, com
 SIMULATED = 4  # passes over all weights to round them for one simulated forward pass
 
 
-def count_calibration(study: Study, size: Size, tokenizer) -> Counter:
+def count_calibration(study: Study, size: Size, tokenizer, *, draw: int = 1) -> Counter:
     """One pass over the calibration items, and the longest once more for its figure."""
-    lengths = list(map(len, _tokens(study, tokenizer)))
+    lengths = list(map(len, _tokens(study, tokenizer, draw)))
     batches = token_budget_batches(lengths, batch_tokens=study.calibration.batch_tokens)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     return reading_operations(size, _dtype(study), padded + max(lengths)) + weight_passes(size, 4)
 
 
-def count_quantization(study: Study, variant: Variant, size: Size, tokenizer) -> Counter:
+def count_quantization(
+    study: Study, variant: Variant, size: Size, tokenizer, *, draw: int = 1
+) -> Counter:
     """The choice of α, the SQNR of each Linear, the sensitivity analysis, and the checks."""
-    tokens, dtype = _tokens(study, tokenizer), _dtype(study)
+    tokens, dtype = _tokens(study, tokenizer, draw), _dtype(study)
     judge_lengths = list(map(len, tokens[first_judging_item(len(tokens)) :]))
     probe_tokens, judge_tokens = sum(judge_lengths[: simulation.JUDGES]), sum(judge_lengths)
     curves = 2 if variant.smooth and not variant.recipe else 1
@@ -226,14 +228,15 @@ def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
         case "finetuning":
             return count_finetuning(study, run.model, size, tokenizer)
         case "calibration":
-            return count_calibration(study, size, tokenizer)
-    return count_quantization(study, study.variants[run.variant], size, tokenizer)
+            return count_calibration(study, size, tokenizer, draw=run.draw)
+    variant = study.variants[run.variant]
+    return count_quantization(study, variant, size, tokenizer, draw=run.draw)
 
 
 def quantization_stage_operations(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
     """Operations of a calibration or quantization job by arithmetic, for its record."""
     size = size_of(folder_to_count(job.study, job.model, job.paths))
-    run = stages.Run(stage, job.model, job.variant)
+    run = stages.Run(stage, job.model, job.variant, job.draw)
     return without_weight_passes(count_run(job.study, run, size, tokenizer))
 
 
@@ -241,8 +244,8 @@ def _dtype(study: Study) -> str:
     return "float32" if study.runtime.dtype == "auto" else study.runtime.dtype
 
 
-def _tokens(study: Study, tokenizer) -> list[list[int]]:
-    items = calibration_items(study)
+def _tokens(study: Study, tokenizer, draw: int) -> list[list[int]]:
+    items = calibration_items(study, draw=draw)
     return [calibration_tokens(tokenizer, item, study.calibration.adapter) for item in items]
 
 

@@ -445,7 +445,7 @@ def _damaged_line(path: Path, number: int, problem: str) -> StudyError:
 
 def _owner(job: Job, dataset: str, prompts: dict[str, str]) -> dict:
     """Everything that the predictions depend on; they are valid only for equal values."""
-    run = stages.Run("evaluation", job.model, job.variant)
+    run = stages.Run("evaluation", job.model, job.variant, job.draw)
     notebook = PROJECT / "notebooks" / f"{stages.NOTEBOOKS['evaluation']}.ipynb"
     modules = sorted(imported_modules(notebook, with_report=False))
     return {

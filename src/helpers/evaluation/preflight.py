@@ -68,6 +68,11 @@ def row_problems(study: Study) -> Iterator[str]:
             draw = lambda name=name: training_items(study, name)  # noqa: E731
             sources = [model.finetune.dataset, *calibration]
             draws.append((f"models.{name}.finetune", sources, draw))
+    if study.repeats > 1:
+        draw = lambda: calibration_items(study, draw=study.repeats)  # noqa: E731
+        trained = [m for m in study.models.values() if isinstance(m, FineTunedModel)]
+        sources = [*calibration, *(model.finetune.dataset for model in trained)]
+        draws.append(("calibration", sources, draw))
     reported: set[str] = set()
     for key, sources, draw in draws:
         if not _are_here(sources):
@@ -224,7 +229,8 @@ def _model_texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Tex
     adapter = study.calibration.adapter
     texts = (
         (f"item {item.id}", calibration_tokens(tokenizer, item, adapter), 0)
-        for item in calibration_items(study)
+        for draw in range(1, study.repeats + 1)
+        for item in calibration_items(study, draw=draw)
     )
     limit = study.calibration.max_tokens
     yield "calibration", _check_max_tokens(texts, "calibration", limit), "leave the item out"

@@ -16,7 +16,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -215,6 +215,11 @@ def count_model(study: Study, model: str, size: Size, tokenizer) -> dict[str, Co
             continue
         run = stages.Run("evaluation", model, variant)
         counts[run.name] = count_evaluation(study, variant, size, set_tokens, passages)
+        option_sets = {n: set_tokens[n] for n in study.with_option_sets_only.evaluation.datasets}
+        for draw in range(2, study.variants[variant].repeats + 1):
+            counts[replace(run, draw=draw).name] = count_evaluation(
+                study, variant, size, option_sets, passages
+            )
     if not isinstance(study.models[model], FineTunedModel):
         counts[stages.Run("cost", model).name] = count_cost(study, size)
     return counts
@@ -345,17 +350,20 @@ class EvaluationStage(Stage):
         self.progress.discard()
 
 
-def open_evaluation(study: str | Path, *, model: str, variant: str) -> EvaluationStage:
+def open_evaluation(
+    study: str | Path, *, model: str, variant: str, draw: int | str = 1
+) -> EvaluationStage:
     """Load the variant and open its stage; the baseline's stage records its prompts.
 
     Args:
         study: a study's name in params/, or the path of its YAML file.
+        draw: of the variant's checkpoint; from the second on it answers option sets only.
 
     Raises:
         StudyError: the study file is wrong, the checkpoint is missing or damaged, or another
             process runs the stage.
     """
-    job = prepare(open_job(study, model=model, variant=variant))
+    job = prepare(open_job(study, model=model, variant=variant, draw=draw)).of_option_sets
     record = begin_record("evaluation", job)
     record.add_input("variant", variants.variant_digest(job))
     network, tokenizer = variants.load_variant(job)

@@ -8,7 +8,15 @@ done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packa
 from IPython.display import Markdown
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.report import executive, figures, glance, narrative, sensitivity, tables
+from helpers.report import (
+    draws_chapter,
+    executive,
+    figures,
+    glance,
+    narrative,
+    sensitivity,
+    tables,
+)
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.figures import Picture
@@ -304,7 +312,8 @@ def opening(results: Results) -> Shown:
     """The question, the report at a glance, the key findings, and folded scores and controls."""
     first, *pictures = glance.sections(results)
     verdicts, controls = executive.verdict_table(results), executive.control_table(results)
-    findings = [*executive.verdict_bullets(results), *narrative.key_findings(results)]
+    recipes = draws_chapter.summary_bullets(results)
+    findings = [*executive.verdict_bullets(results), *recipes, *narrative.key_findings(results)]
     return [
         markdown_output(
             f"# {escape(results.study.title)}",

@@ -9,7 +9,7 @@ weights and no torch, so that a report can be re-made anywhere.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from helpers.report.estimates import (
     token_estimates,
 )
 from helpers.statistics.checks.recomputed_verdicts import checked_verdicts
+from helpers.statistics.draws import Recipe, study_recipes
 from helpers.statistics.graded_study import GradedStudy, graded_study
 from helpers.statistics.published_answers import PublishedAnswers
 from helpers.statistics.verdicts import (
@@ -91,7 +92,8 @@ def check_provenance(
 
 def _check_evaluation(job: Job, variant: VariantResults, model_files: str) -> None:
     at, parameters = f"{variant.model}/{variant.variant}", variant.record["parameters"]
-    if (parameters["model"], parameters["variant"]) != (variant.model, variant.variant):
+    recorded = parameters["model"], parameters["variant"], parameters.get("draw", 1)
+    if recorded != (variant.model, variant.variant, job.draw):
         raise StudyError(f"{at}: its record is of another run; run 03_evaluation again")
     if variant.quantization is None:
         model_read, action, stage = (
@@ -145,6 +147,8 @@ class Results:
     training: dict[str, dict]  # records of the models the study trained itself
     prompts: dict[tuple[str, str], dict[str, dict]]  # (model, dataset), item id: see read_prompts
     costs: dict[str, Cost | None]  # of the models that have one of their own
+    # Further draws of the variants that are repeated, by (model, variant).
+    draws: dict[tuple[str, str], list[VariantResults]] = field(default_factory=dict)
 
     @property
     def models(self) -> list[str]:
@@ -183,6 +187,14 @@ class Results:
         return graded_study(self.study, self.published.variants, self.verdicts)
 
     @cached_property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """The variants of which more than one checkpoint was made, over all of these."""
+        published = self.published
+        return study_recipes(
+            self.study, published.variants, published.draws, self.verdicts, self.graded
+        )
+
+    @cached_property
     def token_estimates(self) -> dict[tuple[str, str], dict[str, Estimate]]:
         """Perplexity, KL and top-1 agreement by (model, variant); computed once a report."""
         return {key: token_estimates(e, self.rules) for key, e in self.evaluations.items()}
@@ -210,7 +222,11 @@ class Results:
             at: VariantAnswers(e.predictions, e.passages, e.gates)
             for at, e in self.evaluations.items()
         }
-        return PublishedAnswers(self.study, answers)
+        draws = {
+            at: [VariantAnswers(e.predictions, e.passages, e.gates) for e in further]
+            for at, further in self.draws.items()
+        }
+        return PublishedAnswers(self.study, answers, draws)
 
     @property
     def runtime(self) -> Runtime:
@@ -311,11 +327,37 @@ def load_results(job: Job) -> Results:
             for dataset in study.evaluation.datasets
         },
         costs=read_costs(job),
+        draws=_load_draws(job, evaluations),
     )
     check_provenance(job, results.calibrations, results.evaluations, results.training)
     hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
     check_measured_files(results.costs, hashes)
     return results
+
+
+def _load_draws(
+    job: Job, first: Mapping[tuple[str, str], VariantResults]
+) -> dict[tuple[str, str], list[VariantResults]]:
+    """All further draws of the variants that are repeated, each followed to its calibration."""
+    draws: dict[tuple[str, str], list[VariantResults]] = {}
+    for (model, variant), first_draw in first.items():
+        checkpoints = {first_draw.record["inputs"]["variant"]}
+        for draw in range(2, job.study.variants[variant].repeats + 1):
+            paths = replace(job.paths, draw=draw, drawn=variant)
+            of_draw = replace(job, paths=paths, draw=draw).of_option_sets
+            at, loaded = f"{model}/{variant}~{draw}", _load_variant(of_draw, model, variant)
+            _check_evaluation(of_draw, loaded, first_draw.quantization["inputs"]["model"])
+            inputs, baseline = loaded.record["inputs"], first[model, job.study.baseline]
+            if inputs["float_states"] != baseline.record["inputs"]["float_states"]:
+                raise StudyError(
+                    f"{at}: its KL was computed against other states than those of "
+                    f"{job.study.baseline}; run 03_evaluation again"
+                )
+            if inputs["variant"] in checkpoints:
+                raise StudyError(f"{at}: is the checkpoint of an earlier draw; make study again")
+            checkpoints.add(inputs["variant"])
+            draws.setdefault((model, variant), []).append(loaded)
+    return draws
 
 
 def _load_calibration(job: Job, model: str) -> CalibrationResults:

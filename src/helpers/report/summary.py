@@ -33,9 +33,10 @@ import yaml
 from safetensors import safe_open
 
 from helpers.core.errors import one_line, printable
-from helpers.core.files import write_atomically
+from helpers.core.files import draw_name, write_atomically
 from helpers.core.records import WHOLE_VARIANT, read_json, write_json
 from helpers.report import sensitivity, tables
+from helpers.report.draws_chapter import draws_block
 from helpers.report.estimates import Estimate, VariantResults, main_metric
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.markdown import (
@@ -68,7 +69,8 @@ def write_summary(results: Results, folder: Path, *, missing: tuple[str, ...] = 
     Args:
         missing: the runs that a partial report lacks; summary.json names them.
     """
-    hashes = write_answers(folder / ANSWERS, results.study, results.published.variants)
+    published = results.published
+    hashes = write_answers(folder / ANSWERS, results.study, published.variants, published.draws)
     table = csv_text(results)
     write_atomically(folder / "summary.csv", lambda p: p.write_text(table, encoding="utf-8"))
     partial = {"missing": list(missing)} if missing else {}
@@ -99,6 +101,7 @@ def summary(results: Results) -> dict:
         "models": {model: _model_summary(results, model) for model in results.models},
         "comparisons": [comparison_row(study, c, v) for c, v in results.verdicts.items()],
         **graded_blocks(results.graded),
+        **draws_block(results.recipes),
     }
 
 
@@ -223,7 +226,7 @@ def write_card(job: Job, before: dict[str, int], after: dict[str, int]) -> Path:
     calibration = read_json(path, made_by="01_calibration")
     parts = [
         front_matter(job.study, job.model, card_tags(job, scheme, verified)),
-        f"# {job.model}, {job.variant}",
+        f"# {job.model}, {draw_name(job.variant, job.draw)}",
         origin_sentence(job, calibration),
         markdown_table(facts_table(folder, scheme, before, after)),
         "## Checks",

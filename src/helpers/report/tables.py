@@ -481,7 +481,7 @@ def sample_answers_table(
     for row in rows:
         row["golds"] = one_line("; ".join(row["golds"]))
         row |= {key: one_line(row[key]) for key in ("output", "parsed") if row[key] is not None}
-    return pd.DataFrame(rows)[columns]
+    return pd.DataFrame(rows, columns=columns)  # of no sets, a table without rows
 
 
 def as_column(values: dict[str, float]) -> pd.DataFrame:

@@ -28,7 +28,7 @@ from helpers.sources.items import (
     normalized_text,
     text_of,
 )
-from helpers.study.schema import DatasetSource, HubDataset, Study
+from helpers.study.schema import DatasetSource, FineTunedModel, HubDataset, Study
 
 WORDS = 4  # of a sequence
 SHARE = 0.5  # of the sequences of the shorter item
@@ -226,14 +226,30 @@ def pool_sizes(study: Study) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def calibration_items(study: Study) -> list[Item]:
-    """The calibration items; none is an evaluation item or a near-duplicate of one."""
+def calibration_items(study: Study, *, draw: int = 1) -> list[Item]:
+    """The calibration items; none is an evaluation item or a near-duplicate of one.
+
+    Those of a further draw are none of an earlier draw's, and no training items of any model.
+    The first draw is made before training items are drawn, and is the same with and without
+    further draws.
+    """
     settings = study.calibration
     items = load_items(settings.dataset, adapter=settings.adapter)
     excluded = _evaluation_keys(study, items)
-    return draw_items(
+    drawn = draw_items(
         items, settings.items, seed=study.seed, excluding=excluded, label="calibration"
     )
+    if draw == 1:
+        return drawn
+    for model, source in study.models.items():
+        if isinstance(source, FineTunedModel):
+            training = [item for part in training_items(study, model) for item in part]
+            excluded |= {item_key(item) for item in training}
+    for number in range(2, draw + 1):
+        excluded |= {item_key(item) for item in drawn}
+        label = f"calibration, draw {number} of the variants with repeats"
+        drawn = draw_items(items, settings.items, seed=study.seed, excluding=excluded, label=label)
+    return drawn
 
 
 def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:

@@ -36,7 +36,7 @@ from scipy.stats import norm
 
 from helpers.core.errors import StudyError
 from helpers.evaluation.scoring import gold_score
-from helpers.statistics.clustered import MeanEstimate, clustered_mean
+from helpers.statistics.clustered import ROUNDING, MeanEstimate, clustered_mean, combine
 from helpers.statistics.intervals import Interval, require_fraction, tost_from_interval
 
 SMALLEST_P = 1e-6
@@ -123,12 +123,49 @@ class RecipeEstimate:
         return (interval.high - interval.low) / 2 + float(norm.ppf(power)) * self.standard_error
 
 
-def recipe_estimate(differences: ArrayLike, clusters: Sequence[str | int]) -> RecipeEstimate:
+@dataclass(frozen=True)
+class DrawsOfSet:
+    """What every checkpoint of a recipe does to every item of one set.
+
+    Attributes:
+        differences: (draws, n) variant minus baseline, one row a checkpoint, items in one order.
+        clusters: (n,) the passage of each item.
+        weights: (n,) such as its tokens; None weighs items alike.
+    """
+
+    differences: NDArray[np.float64]
+    clusters: Sequence[str | int]
+    weights: ArrayLike | None = None
+
+    @property
+    def means(self) -> NDArray[np.float64]:
+        """(draws,) mean difference of each checkpoint."""
+        sizes = np.ones(self.differences.shape[1]) if self.weights is None else self.weights
+        weights = np.asarray(sizes, dtype=np.float64)
+        return np.sum(self.differences * weights, axis=1) / weights.sum()
+
+    @property
+    def items(self) -> MeanEstimate:
+        """The mean over draws, with the spread between items."""
+        return clustered_mean(self.differences.mean(axis=0), self.clusters, self.weights)
+
+    @property
+    def noise(self) -> float:
+        """Variance that the items' own reactions to each draw add to a draw's mean."""
+        apart = self.differences - self.differences.mean(axis=0)
+        errors = [clustered_mean(row, self.clusters, self.weights).standard_error for row in apart]
+        return float(np.mean(np.square(errors))) * len(apart) / (len(apart) - 1)
+
+
+def recipe_estimate(
+    differences: ArrayLike, clusters: Sequence[str | int], weights: ArrayLike | None = None
+) -> RecipeEstimate:
     """The recipe's mean difference with limits that hold for draws not yet made.
 
     Args:
         differences: (draws, n) variant minus baseline, one row a checkpoint, items in one order.
         clusters: (n,) the passage of each item.
+        weights: (n,) positive weight of each item, such as its tokens; None weighs alike.
 
     Raises:
         ValueError: it is not a table with a row a draw, or as `clustered.cluster_sums`.
@@ -136,22 +173,33 @@ def recipe_estimate(differences: ArrayLike, clusters: Sequence[str | int]) -> Re
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1:
         raise ValueError(f"differences have shape {table.shape}: give one row a draw")
-    draws, means = table.shape[0], table.mean(axis=1)  # (draws,)
-    items = clustered_mean(table.mean(axis=0), clusters)
+    return pooled_recipe([DrawsOfSet(table, clusters, weights)])
+
+
+def pooled_recipe(sets: Sequence[DrawsOfSet]) -> RecipeEstimate:
+    """The recipe's mean difference averaged over sets, which the same checkpoints answered.
+
+    The sets' items are independent; a checkpoint may be good or bad on all sets at once, so that
+    its pooled means are what varies between draws.
+    """
+    share = 1 / len(sets)
+    means = np.mean([of_set.means for of_set in sets], axis=0)  # (draws,)
+    items = sets[0].items
+    if len(sets) > 1:
+        items = combine([of_set.items for of_set in sets], [share] * len(sets))
     estimate = RecipeEstimate(
-        items, draws, tuple(map(float, means)), None, 0.0, items.standard_error
+        items, len(means), tuple(map(float, means)), None, 0.0, items.standard_error
     )  # fmt: skip
-    if draws == 1:
+    if len(means) == 1:
         return estimate
-    apart = table - table.mean(axis=0)  # (draws, n) what each draw does otherwise to each item
-    squared = [clustered_mean(row, clusters).standard_error ** 2 for row in apart]
-    noise = float(np.mean(squared)) * draws / (draws - 1)  # variance it adds to a draw's mean
-    spread = float(np.var(means, ddof=1))
-    rest = max(0.0, items.standard_error**2 - noise / draws)
+    noise = sum(share**2 * of_set.noise for of_set in sets)
+    apart = np.ptp(means) > ROUNDING * np.abs(means).max()
+    spread = float(np.var(means, ddof=1)) if apart else 0.0
+    rest = max(0.0, items.standard_error**2 - noise / len(means))
     return replace(
         estimate,
         between_draws=math.sqrt(max(0.0, spread - noise)),
-        draws_error=math.sqrt(spread / draws),
+        draws_error=math.sqrt(spread / len(means)),
         items_error=math.sqrt(rest),
     )
 

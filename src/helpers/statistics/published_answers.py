@@ -7,10 +7,11 @@ nothing of a model, a tokenizer or torch is needed. Imports no torch.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from helpers.core.errors import StudyError
+from helpers.core.files import draw_name
 from helpers.core.records import (
     WHOLE_VARIANT,
     failed_check,
@@ -44,14 +45,31 @@ VARIANT_KEYS = ("model", "variant")
 MADE_BY = "04_analysis"
 
 AnswersByVariant = Mapping[tuple[str, str], VariantAnswers]  # by (model, variant)
+Draws = dict[tuple[str, str], list[VariantAnswers]]  # by (model, variant): the second on
 
 
 @dataclass(frozen=True)
 class PublishedAnswers:
-    """The published answers and gates of a study: enough for every verdict."""
+    """The published answers and gates of a study: enough for every verdict.
+
+    Attributes:
+        variants: by (model, variant); of its first draw.
+        draws: all further draws of the variants that are repeated; they have option sets only.
+    """
 
     study: Study
     variants: dict[tuple[str, str], VariantAnswers]
+    draws: Draws = field(default_factory=dict)
+
+    @property
+    def every_draw(self) -> dict[tuple[str, str], VariantAnswers]:
+        """By (model, name): the first draw has its variant's name, the second `<variant>~2`."""
+        further = {
+            (model, draw_name(variant, number)): of_draw
+            for (model, variant), draws in self.draws.items()
+            for number, of_draw in enumerate(draws, start=2)
+        }
+        return self.variants | further
 
     @property
     def answers(self) -> dict[tuple[str, str, str], VariantPredictions]:
@@ -85,8 +103,11 @@ def all_control_outcomes(
     return {owner: outcome for owner, outcome in outcomes.items() if outcome}
 
 
-def write_answers(folder: Path, study: Study, answers: AnswersByVariant) -> dict[str, str]:
+def write_answers(
+    folder: Path, study: Study, answers: AnswersByVariant, draws: Draws | None = None
+) -> dict[str, str]:
     """Write all files into a folder; return the content hash of each by its name."""
+    answers = PublishedAnswers(study, dict(answers), draws or {}).every_draw
     files = {f"{name}.jsonl": _side_by_side(answers, name) for name in study.evaluation.datasets}
     files[f"{SHARED_TEXT}.jsonl"] = _side_by_side(answers, SHARED_TEXT)
     for name, rows in files.items():
@@ -107,7 +128,13 @@ def read_answers(folder: Path, study: Study) -> PublishedAnswers:
     """
     gates = read_json(folder / GATES, made_by=MADE_BY)
     owners = [(m, v) for m in study.models for v in study.variants]
+    repeated = [
+        (model, variant, draw)
+        for model, variant in owners
+        for draw in range(2, study.variants[variant].repeats + 1)
+    ]
     names = [*study.evaluation.datasets, SHARED_TEXT]
+    option_sets = [*study.with_option_sets_only.evaluation.datasets, SHARED_TEXT]
     rows = {name: read_jsonl(folder / f"{name}.jsonl", made_by=MADE_BY) for name in names}
     for name, evaluation_set in study.evaluation.datasets.items():
         if len(rows[name]) != evaluation_set.items:
@@ -115,16 +142,21 @@ def read_answers(folder: Path, study: Study) -> PublishedAnswers:
                 f"{folder.name}/{name}.jsonl has {len(rows[name])} items but the study has "
                 f"{evaluation_set.items}; run {MADE_BY} again"
             )
-    answers = {}
-    for owner in owners:
+
+    def answers_of(owner: tuple[str, str], names: list[str]) -> VariantAnswers:
         if _variant_path(owner) not in gates:
             raise StudyError(
                 f"{folder.name}/{GATES} has no {_variant_path(owner)}; run {MADE_BY} again"
             )
         by_name = {name: _rows_of_variant(folder, name, rows[name], owner) for name in names}
         passages = by_name.pop(SHARED_TEXT)
-        answers[owner] = VariantAnswers(by_name, passages, gates[_variant_path(owner)])
-    return PublishedAnswers(study, answers)
+        return VariantAnswers(by_name, passages, gates[_variant_path(owner)])
+
+    draws: Draws = {}
+    for model, variant, draw in repeated:
+        of_draw = answers_of((model, draw_name(variant, draw)), option_sets)
+        draws.setdefault((model, variant), []).append(of_draw)
+    return PublishedAnswers(study, {owner: answers_of(owner, names) for owner in owners}, draws)
 
 
 def _short_gate(gate: dict) -> dict:
@@ -145,7 +177,9 @@ def _side_by_side(answers: AnswersByVariant, name: str) -> list[dict]:
     rows: dict[str, dict] = {}
     for (model, variant), variant_answers in answers.items():
         for row in (
-            variant_answers.passages if name == SHARED_TEXT else variant_answers.predictions[name]
+            variant_answers.passages
+            if name == SHARED_TEXT
+            else variant_answers.predictions.get(name, ())  # a further draw lacks some sets
         ):
             item = rows.setdefault(row["id"], _subset(row, ITEM_KEYS) | {"models": {}})
             of_model = item["models"].setdefault(model, _subset(row, MODEL_KEYS) | {"answers": {}})

@@ -13,7 +13,7 @@ import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -418,7 +418,9 @@ class Job:
     """One run of one notebook.
 
     `runtime` describes, for the record, what the runtime settings of the study file mean on
-    this machine; helpers.runtime.devices fills it in.
+    this machine; helpers.runtime.devices fills it in. `draw` counts the checkpoints that the
+    study makes of the variant, each from calibration items of its own. `whole` is the study with
+    all its evaluation sets where `study` has only some.
     """
 
     name: str
@@ -427,6 +429,20 @@ class Job:
     model: str = ""
     variant: str = ""
     runtime: dict = field(default_factory=dict)
+    draw: int = 1
+    whole: Study | None = None
+
+    @property
+    def whole_study(self) -> Study:
+        """The study with all its evaluation sets, from which items are drawn."""
+        return self.whole or self.study
+
+    @property
+    def of_option_sets(self) -> "Job":
+        """The job with the sets that every draw answers: of the first draw, all."""
+        if self.draw == 1:
+            return self
+        return replace(self, study=self.study.with_option_sets_only, whole=self.study)
 
     @property
     def recipe(self) -> Variant:
@@ -441,17 +457,21 @@ class Job:
             "model": self.model,
             "variant": self.variant,
             "runtime": self.runtime,
+            "draw": self.draw if self.draw > 1 else None,
         }
         return {key: value for key, value in parameters.items() if value}
 
 
-def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
+def open_job(study: str | Path, *, model: str = "", variant: str = "", draw: int | str = 1) -> Job:
     """The job of a validated study with one of its models and variants.
 
     Without a model the job reads records only, and models and data may be missing.
 
+    Args:
+        draw: of the variant's checkpoint; of the calibration, where there is no variant.
+
     Raises:
-        StudyError: the study file is wrong, it has no such model or variant, or a link
+        StudyError: the study file is wrong, it has no such model, variant or draw, or a link
             under its outputs leads elsewhere.
     """
     study_settings, name = load_study(study, with_sources=bool(model)), study_file(study).stem
@@ -461,6 +481,9 @@ def open_job(study: str | Path, *, model: str = "", variant: str = "") -> Job:
     ):
         if value and value not in names:
             raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(names)}")
-    paths = StudyPaths(name)
+    most = study_settings.variants[variant].repeats if variant else study_settings.repeats
+    if str(draw) not in map(str, range(1, most + 1)):
+        raise StudyError(f"{name}: draw = {draw!r} is not one of 1 to {most}; see repeats")
+    paths = StudyPaths(name, int(draw), variant)
     paths.check_links()
-    return Job(name, study_settings, paths, model, variant)
+    return Job(name, study_settings, paths, model, variant, draw=int(draw))

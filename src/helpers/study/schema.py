@@ -288,7 +288,8 @@ class Variant(Strict):
     `recipe: seed` is the known broken recipe (helpers.quantization.variants), a control
     that must be flagged; it brings its own quantization scheme. `dtype` is a control too: the
     same weights, computed in another float type, differ by rounding alone and show the size
-    of differences that mean nothing.
+    of differences that mean nothing. `repeats` is how many checkpoints are made of the variant,
+    each from calibration items of its own: one checkpoint is one draw of its recipe.
     """
 
     recipe: Literal["seed"] | None = None
@@ -298,6 +299,7 @@ class Variant(Strict):
     activations: Activations | None = None
     smooth: Smooth | None = None
     ignore: tuple[str, ...] = ("lm_head",)
+    repeats: Count = 1
 
     @model_validator(mode="after")
     def _whole_scheme(self):
@@ -323,6 +325,11 @@ class Variant(Strict):
                 f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
                 "alone, or leave it out"
             )
+        if self.repeats > 1 and not self.reads_calibration:
+            raise ValueError(
+                f"repeats = {self.repeats} but nothing in it is computed from calibration items, "
+                "so that all checkpoints would be the same; leave it out"
+            )
         return self
 
     @property
@@ -343,6 +350,12 @@ class Variant(Strict):
     def needs_checkpoint(self) -> bool:
         """Whether the variant has a checkpoint: it is quantized or smoothed."""
         return self.quantized or self.smooth is not None
+
+    @property
+    def reads_calibration(self) -> bool:
+        """Whether the checkpoint depends on the calibration items: smoothing, static scales."""
+        static = self.scheme is not None and self.scheme[1] == "tensor_static"
+        return self.smooth is not None or static
 
     @property
     def is_unmodified(self) -> bool:
@@ -516,3 +529,19 @@ class Study(Strict):
     evaluation: Evaluation
     statistics: Statistics
     old_rules_chapter: tuple[Name, ...] = ()
+
+    @property
+    def repeats(self) -> int:
+        """The most checkpoints that are made of any one variant."""
+        return max(variant.repeats for variant in self.variants.values())
+
+    @property
+    def with_option_sets_only(self) -> "Study":
+        """The study as further draws of a variant answer it: no answers are generated."""
+        option_sets = {
+            name: evaluation_set
+            for name, evaluation_set in self.evaluation.datasets.items()
+            if evaluation_set.ask.protocol == "loglikelihood"
+        }
+        evaluation = self.evaluation.model_copy(update={"datasets": option_sets})
+        return self.model_copy(update={"evaluation": evaluation})

@@ -42,7 +42,7 @@ from pathlib import Path
 from typing import Any
 
 from helpers.core.errors import StudyError
-from helpers.core.files import PROJECT, StudyPaths, relative_to_project
+from helpers.core.files import PROJECT, StudyPaths, draw_name, relative_to_project
 from helpers.core.records import (
     cached_digest,
     canonical_json,
@@ -156,16 +156,24 @@ NOTEBOOKS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one stage's notebook."""
+    """One run of one stage's notebook; `draw` counts the checkpoints of a variant from 1."""
 
     stage: str
     model: str = ""
     variant: str = ""
+    draw: int = 1
 
     @property
     def name(self) -> str:
         """`02_quantization.base.rtn_w8a8`, the executed notebook's name."""
-        return ".".join(filter(None, (NOTEBOOKS[self.stage], self.model, self.variant)))
+        names = ".".join(filter(None, (NOTEBOOKS[self.stage], self.model, self.variant)))
+        return draw_name(names, self.draw)
+
+    @property
+    def label(self) -> str:
+        """`quantization base rtn_w8a8`, the job's name in messages."""
+        names = " ".join(filter(None, (self.stage, self.model, self.variant)))
+        return draw_name(names, self.draw)
 
     def executed(self, paths: StudyPaths) -> Path:
         """The path of the executed notebook."""
@@ -173,6 +181,7 @@ class Run:
 
     def record(self, paths: StudyPaths) -> Path:
         """The path of the run's record, which the next stages read."""
+        paths = replace(paths, draw=self.draw, drawn=self.variant)
         match self.stage:
             case "finetuning":
                 return paths.finetuned_model(self.model) / "record.json"
@@ -199,6 +208,7 @@ def runs(study: Study) -> list[Run]:
     all_runs += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
     all_runs += [Run("cost", m) for m in timed_models(study)]
     all_runs += [Run("evaluation", m, v) for m, v in pairs]
+    all_runs += _draw_runs(study)
     names = [run.name for run in all_runs]
     for run in all_runs:
         if names.count(run.name) > 1:
@@ -207,6 +217,22 @@ def runs(study: Study) -> list[Run]:
                 f"{run.name}; leave out the dots in the names"
             )
     return all_runs
+
+
+def _draw_runs(study: Study) -> list[Run]:
+    """The runs of every draw from the second on."""
+    draws = [
+        (model, variant, draw)
+        for model in study.models
+        for variant, recipe in study.variants.items()
+        for draw in range(2, recipe.repeats + 1)
+    ]
+    calibrations = dict.fromkeys(
+        Run("calibration", m, draw=draw)
+        for m in study.models
+        for draw in range(2, study.repeats + 1)
+    )
+    return [*calibrations, *(Run(s, *at) for s in ("quantization", "evaluation") for at in draws)]
 
 
 def timed_models(study: Study) -> list[str]:
@@ -227,14 +253,14 @@ def upstream_runs(study: Study, run: Run) -> list[Run]:
         case "calibration":
             return trained
         case "quantization":
-            return [*trained, Run("calibration", run.model)]
+            return [*trained, Run("calibration", run.model, draw=run.draw)]
         case "cost":
             changed = [v for v in study.variants if study.variants[v].needs_checkpoint]
             return [Run("quantization", run.model, v) for v in changed]
         case "evaluation":
             upstream = [*trained]
             if study.variants[run.variant].needs_checkpoint:
-                upstream.append(Run("quantization", run.model, run.variant))
+                upstream.append(Run("quantization", run.model, run.variant, run.draw))
             if run.variant != study.baseline:  # its gates compare it with the baseline
                 upstream.append(Run("evaluation", run.model, study.baseline))
             return upstream
@@ -249,7 +275,11 @@ def settings_text(study: Study, run: Run) -> str:
         excluded = (
             {"runtime": {"cost"}} if study.runtime.cost else None
         )  # absent from older fingerprints
-        return canonical_json(study.model_dump(mode="json", exclude=excluded))
+        whole_study = study.model_dump(mode="json", exclude=excluded)
+        for variant in whole_study["variants"].values():
+            if variant["repeats"] == 1:
+                del variant["repeats"]  # absent from older fingerprints
+        return canonical_json(whole_study)
     settings: dict[str, Any] = {
         "seed": study.seed,
         "runtime": study.runtime.model_dump(exclude={"cost"}),  # influences only the cost stage
@@ -272,14 +302,19 @@ def settings_text(study: Study, run: Run) -> str:
         settings["calibration"] = study.calibration.model_dump()
         settings["barred_from_calibration"] = _evaluation_draws(study)
     if run.stage == "evaluation":
-        settings["evaluation"] = study.evaluation.model_dump()
+        answered = study.with_option_sets_only if run.draw > 1 else study
+        settings["evaluation"] = answered.evaluation.model_dump()
         settings["baseline"] = study.baseline
+    if run.draw > 1:
+        settings["draw"] = run.draw
+        settings["barred_from_calibration"] = [_evaluation_draws(study), _trainings(study)]
     return canonical_json(settings)
 
 
 def _variant(study: Study, variant: str) -> dict:
     settings = study.variants[variant]
-    return {"settings": settings.model_dump(mode="json"), "scheme": settings.scheme}
+    settings_of_a_draw = settings.model_dump(mode="json", exclude={"repeats"})
+    return {"settings": settings_of_a_draw, "scheme": settings.scheme}
 
 
 def _model(study: Study, model: str) -> dict:
@@ -291,6 +326,15 @@ def _model(study: Study, model: str) -> dict:
         barred = [study.calibration.model_dump(), _evaluation_draws(study)]
         settings["barred_from_training"] = barred
     return settings
+
+
+def _trainings(study: Study) -> dict:
+    """The settings that decide which items are drawn for training, by model."""
+    return {
+        name: model.model_dump()
+        for name, model in study.models.items()
+        if isinstance(model, FineTunedModel)
+    }
 
 
 def _evaluation_draws(study: Study) -> dict:
@@ -330,6 +374,9 @@ def _data_sources(study: Study, run: Run) -> list:
     sources = [model, study.calibration.dataset, *evaluated]
     if isinstance(model, FineTunedModel) and run.stage == "finetuning":
         sources += [model.finetune.dataset, study.models[model.finetune.start]]
+    if run.draw > 1:  # its calibration items are no training items of any model
+        trained = [m for m in study.models.values() if isinstance(m, FineTunedModel)]
+        sources += [source.finetune.dataset for source in trained]
     return sources
 
 
@@ -486,7 +533,12 @@ def largest_complete_part(study: Study, completed: Collection[Run]) -> Part:
         raise StudyError("no model's calibration and baseline are complete; run make study")
     selected = {
         "models": {name: study.models[name] for name in models},
-        "variants": {name: study.variants[name] for name in variants},
+        "variants": {
+            name: study.variants[name].model_copy(
+                update={"repeats": _completed_draws(study, models, name, completed)}
+            )
+            for name in variants
+        },
     }
     part = study.model_copy(update=selected)
     included = tuple(run for run in runs(part) if run in completed)
@@ -494,9 +546,15 @@ def largest_complete_part(study: Study, completed: Collection[Run]) -> Part:
     return Part(part, included, tuple(_run_label(run, run in completed) for run in left_out))
 
 
+def _completed_draws(study: Study, models: list[str], variant: str, completed) -> int:
+    """How many draws of a variant are complete for every model, without a gap."""
+    draws = range(2, study.variants[variant].repeats + 1)
+    gaps = (d for d in draws for m in models if Run("evaluation", m, variant, d) not in completed)
+    return next(gaps, study.variants[variant].repeats + 1) - 1
+
+
 def _run_label(run: Run, completed: bool) -> str:
-    name = " ".join(filter(None, (run.stage, run.model, run.variant)))
-    return f"{name} (complete, but not what it is compared with)" if completed else name
+    return f"{run.label} (complete, but not what it is compared with)" if completed else run.label
 
 
 def _missing_parts(study: Study, models, variants, completed) -> list[tuple[str, str]]:
@@ -504,6 +562,7 @@ def _missing_parts(study: Study, models, variants, completed) -> list[tuple[str,
     missing = []
     for run in runs(study):
         required = run.stage != "cost" and run.model in models and run.variant in ("", *variants)
+        required &= run.draw == 1  # with fewer draws a recipe is still reported
         if required and run not in completed:
             missing.append((run.model, "" if run.variant == study.baseline else run.variant))
     for model in models:

@@ -358,7 +358,7 @@ class CheckpointFiles(ModelSlot):
     @cached_property
     def items(self) -> list[Item]:
         """The calibration items, drawn again from the study file."""
-        return calibration_items(self.job.study)
+        return calibration_items(self.job.study, draw=self.job.draw)
 
     @cached_property
     def tokens(self) -> list[list[int]]:

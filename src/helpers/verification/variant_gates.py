@@ -42,6 +42,7 @@ from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
 from helpers.study.loading import Job
 from helpers.study.schema import FineTunedModel, Variant
+from helpers.study.stages import Run
 from helpers.verification import checkpoint_gates, runtime_gates
 from helpers.verification.checkpoint_files import (
     CheckpointFiles,
@@ -139,14 +140,21 @@ def _without_spaces(text: str) -> str:
 
 @gate("no calibration leakage")
 def leakage_gate(evidence: CheckpointFiles):
-    """No text on the calibration record is an evaluation or a training item."""
-    study, model = evidence.job.study, evidence.job.model
+    """No text on the calibration record is an evaluation or a training item.
+
+    Nor is one of a further draw on the calibration record of an earlier one.
+    """
+    study, model, draw = evidence.job.study, evidence.job.model, evidence.job.draw
     rows = load_items(study.calibration.dataset, adapter=study.calibration.adapter)
     items_by_id = {item.id: item for item in rows}
     calibration_items = [items_by_id[i] for i in evidence.calibration_record["results"]["items"]]
     others = {d: evaluation_items(study, d) for d in study.evaluation.datasets}
     if isinstance(study.models[model], FineTunedModel):
         others["training"] = [i for part in training_items(study, model) for i in part]
+    for number in range(1, draw):
+        record = Run("calibration", model, draw=number).record(evidence.job.paths)
+        ids = read_json(record, made_by="01_calibration")["results"]["items"]
+        others[f"draw {number}"] = [items_by_id[i] for i in ids]
     texts = {
         normalized_item_text(item): set_name for set_name, items in others.items() for item in items
     }

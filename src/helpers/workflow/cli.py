@@ -63,6 +63,8 @@ def _error_line(error: Exception) -> str:
 
 def _label(stage: str, parameters: dict[str, str]) -> str:
     model, variant = parameters.get("model", ""), parameters.get("variant", "")
+    if (draw := int(parameters.get("draw", 1))) > 1:  # the last of its names carries it
+        model, variant = (model, f"{variant}~{draw}") if variant else (f"{model}~{draw}", "")
     return f"{stage:<12}  {model:<12}  {variant:<18}"
 
 
@@ -151,10 +153,12 @@ def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> No
     output, fingerprint = args.output.absolute(), nullcontext()
     if stage in stages.NOTEBOOKS and "partial" not in parameters:
         run_parameters = {
-            key: parameters[key] for key in ("study", "model", "variant") if key in parameters
+            key: parameters[key]
+            for key in ("study", "model", "variant", "draw")
+            if key in parameters
         }
         job = open_job(**run_parameters)
-        run = stages.Run(stage, job.model, job.variant)
+        run = stages.Run(stage, job.model, job.variant, job.draw)
         fingerprint = stages.record_fingerprint(job.study, job.paths, run)
     with fingerprint:
         run_notebook(args.notebook, output, parameters)

@@ -434,7 +434,7 @@ class Watch:
 
 def job_name(run: Run) -> str:
     """The name of a run's job in messages."""
-    return " ".join(filter(None, (run.stage, run.model, run.variant)))
+    return run.label
 
 
 def describe_job(job: RunningJob) -> str:

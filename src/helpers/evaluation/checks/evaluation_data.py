@@ -187,7 +187,7 @@ def gather_evaluation_data(
         baseline=read_predictions(baseline, study),
         baseline_passages=read_passage_rows(baseline),
         rendered=render_items_again(study, tokenizer, source_tokenizer(job), items),
-        used=used_items(study, job.model, job.variant),
+        used=used_items(job.whole_study, job.model, job.variant, draw=job.draw),
         alone=alone,
         repeated=ask_alone_again(model, tokenizer, study, job.variant, alone, items),
         golds_alone=read_golds_alone(model, tokenizer, study, job.variant, items),
@@ -340,11 +340,11 @@ def rendered_item(tokenizer, prompt: Prompt, shown: RenderedPrompt) -> RenderedI
     return RenderedItem(prompt.item, sha256(text.encode()).hexdigest()[:16], len(context), shown)
 
 
-def used_items(study: Study, model: str, variant: str) -> dict[str, list[Item]]:
+def used_items(study: Study, model: str, variant: str, *, draw: int = 1) -> dict[str, list[Item]]:
     """Items used for the variant, by use: prompt examples, calibration, training."""
     items_by_use = {"worked-example": worked_examples(study)}
     if study.variants[variant].needs_checkpoint:
-        items_by_use["calibration"] = calibration_items(study)
+        items_by_use["calibration"] = calibration_items(study, draw=draw)
     if isinstance(study.models[model], FineTunedModel):
         items_by_use["training"] = [item for part in training_items(study, model) for item in part]
     return items_by_use

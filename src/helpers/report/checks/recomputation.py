@@ -307,9 +307,9 @@ def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) ->
     first = next(iter(published.variants.values())).predictions[dataset]
     answered = [items[row["id"]] for row in first if row["id"] in items]
     items |= {item.id: item for item in cluster_near_duplicates(answered)} if joined else {}
-    for (model, variant), variant_answers in published.variants.items():
+    for (model, variant), variant_answers in published.every_draw.items():
         at = f"{model}/{variant}: {DATASET_NAMES.get(dataset, dataset)} item"
-        for row in variant_answers.predictions[dataset]:
+        for row in variant_answers.predictions.get(dataset, ()):  # a further draw lacks some sets
             if (item := items.get(row["id"])) is None:
                 lines.append(f"{at} {row['id']} is none of the set's")
                 continue

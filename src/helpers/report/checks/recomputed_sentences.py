@@ -32,7 +32,8 @@ from helpers.statistics.checks.recomputed_verdicts import answer_of
 from helpers.study.schema import Variant
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
-PLACE_KEYS = ("model", "start", "finetuned", "dataset", "baseline", "variant")
+DRAWS = "draws"
+PLACE_KEYS = ("model", "start", "finetuned", "dataset", "measure", "baseline", "variant")
 COST_WORDS = {"worse": "higher cost", "better": "lower cost"}
 COST_CLAUSES = {
     "worse": "higher cost",
@@ -43,8 +44,8 @@ COST_CLAUSES = {
 
 
 def wrong_graded_blocks(published: dict, figures: RecomputedFigures) -> list[str]:
-    """Values of the three blocks that differ; a block that the answers give has to be there."""
-    stored = {name: published[name] for name in BLOCKS if name in published}
+    """Values of the blocks that differ; a block that the answers give has to be there."""
+    stored = {name: published[name] for name in (*BLOCKS, DRAWS) if name in published}
     if figures.graded_blocks and not stored:
         return ["summary.json has no graded scores, and the answers have"]
     return list(_differing("summary.json", figures.graded_blocks, stored))
@@ -59,6 +60,9 @@ def _differing(place: str, expected, stored) -> Iterator[str]:
     if isinstance(expected, Mapping) and isinstance(stored, Mapping):
         for key in dict.fromkeys([*expected, *stored]):
             yield from _differing(f"{place}, {key}", expected.get(key), stored.get(key))
+    elif isinstance(expected, list) and isinstance(stored, list) and len(expected) == len(stored):
+        for number, pair in enumerate(zip(expected, stored, strict=True), start=1):
+            yield from _differing(f"{place} {number}", *pair)
     elif not equal_values(expected, stored):
         yield f"{place}: published {stored!r}, recomputed {expected!r}"
 
@@ -179,7 +183,51 @@ def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected
     return cells | {"KL [0.01 nats]": _expected_cell(cost["kl"])}
 
 
+def _draws_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
+    del table
+    model, _, start = plain_text(row["recipe of"]).partition(" − ")
+    place, _, measure = plain_text(row["figure"]).rpartition(", ")
+    recipe = _recipe(figures, model, _variant_and_baseline(row, figures)[0], start)
+    for figure in recipe["figures"] if recipe else ():
+        name = figure["dataset"]
+        shown = "shared text" if name == "shared_text" else DATASET_NAMES.get(name, name)
+        if (shown, figure["measure"]) == (place, measure):
+            return _draws_figure_cells(figure)
+    return None
+
+
+def _draws_figure_cells(figure: Mapping) -> Expected:
+    word = figure.get("verdict") or ("invalid" if figure["reason"] else "–")
+    if "draw_deltas" not in figure:
+        columns = ("all draws", "first draw alone", "lowest and highest draw", "between draws")
+        return dict.fromkeys(columns, ([], "–")) | {"verdict": ([], word)}
+    deltas = figure["draw_deltas"]
+    first = [deltas[0], figure["first_low"], figure["first_high"]]
+    numbers = {
+        "all draws": _with_limits([figure[key] for key in ("delta", "low", "high")]),
+        "first draw alone": _with_limits(first),
+        "lowest and highest draw": [min(deltas), max(deltas)],
+        "between draws": [figure["between_draws"]],
+    }
+    cells = {column: ([100 * x for x in values], "") for column, values in numbers.items()}
+    return cells | {"verdict": ([], word)}
+
+
+def _with_limits(numbers: list[float]) -> list[float]:
+    """A value and its limits; without these where they are the value, since nothing varies."""
+    return numbers[:1] if numbers[1] == numbers[2] else numbers
+
+
+def _recipe(
+    figures: RecomputedFigures, model: str, variant: str, start: str = ""
+) -> Mapping | None:
+    recipes = figures.graded_blocks.get(DRAWS, ())
+    at = model, variant, start
+    return next((r for r in recipes if (r["model"], r["variant"], r["start"]) == at), None)
+
+
 TABLES = {
+    "recipe of": _draws_cells,
     "graded score": _comparison_row_cells,
     "graded scores": _comparison_cells,  # of older reports
     "pooled": _pooled_cells,
@@ -249,7 +297,40 @@ def _check_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNu
     yield text, [100 * confidence, 100 * margins.probability, 100 * margins.nats]
 
 
+def _check_recipe_sentence(text: str, figures: RecomputedFigures):
+    """A recipe's pooled score and KL, each with its limits and the spread between draws."""
+    variant, model, start = [*code_names(text.partition(" draws: ")[0]), ""][:3]
+    if (recipe := _recipe(figures, model, variant, start)) is None:
+        yield f"`{variant}` of `{model}` was made once"
+        return
+    expected = [float(recipe["draws"])]
+    for place, measure in (("pooled", "graded score"), ("shared_text", "KL")):
+        for figure in recipe["figures"]:
+            if (figure["dataset"], figure["measure"]) == (place, measure) and "delta" in figure:
+                keys = ("delta", "low", "high", "between_draws")
+                expected += [100 * figure[key] for key in keys]
+    yield text, expected
+
+
+def _check_made_once(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    """The quantized or smoothed variants of which there is one checkpoint."""
+    once = [
+        name
+        for name, recipe in figures.study.variants.items()
+        if recipe.needs_checkpoint and recipe.repeats == 1
+    ]
+    if code_names(text) != once:
+        yield f"made once are {', '.join(once) or 'none'}"
+
+
+def _check_draws_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    yield text, [100 * figures.study.statistics.confidence]
+
+
 GRADED_SENTENCE_CHECKS = (
+    (r"^\*\*Recipe\*\* `", _check_recipe_sentence),
+    (r"^Made once: `", _check_made_once),
+    (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
     (r"^\*\*Graded scores\*\* of `", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
     (r"^\*\*Does fine-tuning raise the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
@@ -389,6 +470,8 @@ def missing_chapter(markdown: str, published: dict) -> Iterator[str]:
         r"^## (?:4\. )?Graded scores$", markdown, re.M
     ):
         yield "report.md has no chapter on graded scores, and summary.json has their numbers"
+    if DRAWS in published and not re.search(r"^## Draws of a recipe$", markdown, re.M):
+        yield "report.md has no chapter on draws, and summary.json has their numbers"
 
 
 KL_COLUMNS = {

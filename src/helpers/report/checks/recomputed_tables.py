@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
+from helpers.statistics.checks.recomputed_graded_study import DrawsBlock, GradedBlocks
 from helpers.statistics.checks.recomputed_statistics import (
     Figure,
     dataset_figures,
@@ -156,6 +156,7 @@ class RecomputedFigures:
 
     def __init__(self, published: PublishedAnswers, rows: dict[Comparison, dict], summary: dict):
         self.study: Study = published.study
+        self.draws = published.draws
         self.variants, self.rows, self.control_outcomes = (
             published.variants,
             rows,
@@ -185,8 +186,15 @@ class RecomputedFigures:
 
     @cached_property
     def graded_blocks(self) -> dict:
-        """The blocks of graded scores, as summary.json holds them; empty without any."""
-        return GradedBlocks(self.study, self.variants, self.rows).blocks()
+        """The blocks of graded scores, as summary.json holds them; empty without any.
+
+        With repeated variants, also the block of their draws.
+        """
+        graded = GradedBlocks(self.study, self.variants, self.rows)
+        return graded.blocks() | self._draws_block(graded)
+
+    def _draws_block(self, graded: GradedBlocks) -> dict:
+        return {"draws": DrawsBlock(graded, self.draws).rows()} if self.draws else {}
 
     @property
     def noise_floor(self) -> str | None:

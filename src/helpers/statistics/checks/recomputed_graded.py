@@ -9,8 +9,9 @@ log-probabilities nats.
 """
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 import numpy as np
@@ -251,6 +252,104 @@ def pooled_cost_difference(
         values = [second[i] - first[i] for i in first]
         means.append(mean_of(values, [clusters[i] for i in first]))
     return _sum_of(means, [1 / len(means)] * len(means))
+
+
+@dataclass(frozen=True)
+class RecipeMean:
+    """A mean over the draws of a recipe and over items, which every draw answers.
+
+    Attributes:
+        deltas: mean of each draw.
+        items: the mean over draws, with the items' whole error.
+        noise: variance that the items add to the mean of one draw.
+    """
+
+    deltas: tuple[float, ...]
+    items: Mean
+    noise: float
+
+    @property
+    def between(self) -> float:
+        """Standard deviation between draws without the items' noise."""
+        return math.sqrt(max(0.0, statistics.variance(self.deltas) - self.noise))
+
+    @property
+    def draws_error(self) -> float:
+        return statistics.stdev(self.deltas) / math.sqrt(len(self.deltas))
+
+    @property
+    def items_error(self) -> float:
+        return math.sqrt(max(0.0, self.items.error**2 - self.noise / len(self.deltas)))
+
+    def limits(self, confidence: float) -> tuple[float, float]:
+        """The reach by items and the reach by draws, as two sides of a right angle."""
+        low, high = replace(self.items, error=self.items_error).limits(confidence)
+        law = stats.t(len(self.deltas) - 1)
+        reach = law.isf((1 - confidence) / 2) * self.draws_error
+        value = self.items.value
+        return value - math.dist((value, reach), (low, 0)), value + math.dist(
+            (high, reach), (value, 0)
+        )
+
+    def p(self) -> float:
+        """Two-sided, that the mean is 0: where the interval begins to hold it."""
+        if self.items_error == 0 and self.draws_error == 0:
+            return self.items.p()
+        value = self.items.value
+
+        def is_outside(p: float) -> bool:
+            low, high = self.limits(1 - p)
+            return low > 0 or high < 0
+
+        least, most = 1e-6, 1 - 1e-6
+        if value == 0 or not is_outside(most):
+            return 1.0
+        if is_outside(least):
+            return least
+        while most - least > 1e-11:
+            middle = (least + most) / 2
+            least, most = (least, middle) if is_outside(middle) else (middle, most)
+        return (least + most) / 2
+
+    def detectable(self, alpha: float, power: float) -> float | None:
+        error = math.hypot(self.items_error, self.draws_error)
+        if error == 0:
+            return self.items.detectable(alpha, power)
+        low, high = self.limits(1 - alpha)
+        return (high - low) / 2 + stats.norm.isf(1 - power) * error
+
+
+Changes = Mapping[str, float]  # by item
+
+
+def recipe_mean(
+    sets: Sequence[tuple[Sequence[Changes], Mapping[str, str], Mapping[str, float] | None]],
+) -> RecipeMean:
+    """Plain average over sets of what a recipe changes.
+
+    Args:
+        sets: the changes of every draw by item, the items' clusters, and their weights.
+    """
+    items, noises, deltas = [], [], []
+    for draws, clusters, weights in sets:
+        names = sorted(draws[0])
+        groups = [clusters[name] for name in names]
+        sizes = None if weights is None else [weights[name] for name in names]
+        average = {name: statistics.fmean(draw[name] for draw in draws) for name in names}
+        items.append(mean_of(list(average.values()), groups, sizes, plain=False))
+        residuals = [[draw[name] - average[name] for name in names] for draw in draws]
+        squares = [mean_of(row, groups, sizes, plain=False).error ** 2 for row in residuals]
+        noises.append(math.fsum(squares) / (len(draws) - 1) if len(draws) > 1 else 0.0)
+        deltas.append([statistics.fmean([d[name] for name in names], sizes) for d in draws])
+    share = 1 / len(sets)
+    whole = items[0] if len(items) == 1 else _sum_of(items, [share] * len(items))
+    means = tuple(statistics.fmean(of_draw) for of_draw in zip(*deltas, strict=True))
+    return RecipeMean(means, whole, share**2 * math.fsum(noises))
+
+
+def score_changes(pair: Pair, normalize: str) -> tuple[Changes, Mapping[str, str]]:
+    """What a variant changes of every item's graded score, and the items' clusters."""
+    return _changes(pair, normalize), _clusters(pair[0])
 
 
 def able(rows: Rows, normalize: str, confidence: float) -> bool:

@@ -4,15 +4,20 @@ Shares no statistics with `graded_study`: only which comparisons are invalid com
 recomputed verdicts of right and wrong.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from helpers.core.records import WHOLE_VARIANT
 from helpers.statistics.checks import recomputed_graded as again
 from helpers.statistics.checks.recomputed_statistics import holm
-from helpers.statistics.verdicts import VariantAnswers
-from helpers.study.schema import Comparison, Study
+from helpers.statistics.verdicts import (
+    VariantAnswers,
+    VariantPredictions,
+    decision_rules,
+    invalid_reason,
+)
+from helpers.study.schema import Comparison, FineTunedModel, Study
 
 KL_UNIT = "nats a token"
 
@@ -291,6 +296,250 @@ class GradedBlocks:
         row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
         self._judge(row, blind="", holm_p=None, lower=False)
         return row
+
+
+Owner = tuple[str, str]  # the start model whose changes are taken off, or none; and the model
+
+
+class DrawsBlock:
+    """The block `draws` of summary.json: every variant of which several checkpoints were made.
+
+    Args:
+        draws: by (model, variant), the answers of its further draws.
+        graded: the study's graded scores, recomputed.
+    """
+
+    def __init__(
+        self,
+        graded: GradedBlocks,
+        draws: Mapping[tuple[str, str], Sequence[VariantAnswers]],
+    ):
+        self.graded, self.study, self.draws = graded, graded.study, draws
+        self.sets = [
+            name
+            for name, evaluation_set in self.study.evaluation.datasets.items()
+            if evaluation_set.ask.protocol == "loglikelihood"
+        ]
+
+    def rows(self) -> list[dict]:
+        """Of every model its own recipes; then of fine-tuned models, less those of their start."""
+        figures: dict[tuple[str, str, str], list[dict]] = {}
+        for variant in dict.fromkeys(variant for _, variant in self.draws):
+            own = [("", m) for m in self.study.models if (m, variant) in self.draws]
+            trained = [
+                (source.finetune.start, m)
+                for m, source in self.study.models.items()
+                if isinstance(source, FineTunedModel)
+                and all((x, variant) in self.draws for x in (m, source.finetune.start))
+            ]
+            for owners in (own, trained):
+                figures |= self._rows_of_variant(variant, owners)
+        places = [("", *at) for at in self.draws]
+        places += sorted(
+            (at for at in figures if at[0]), key=lambda at: places.index(("", *at[1:]))
+        )
+        return [
+            {"model": m, "variant": v, "start": start, "draws": 1 + len(self.draws[m, v])}
+            | {"figures": figures[start, m, v]}
+            for start, m, v in places
+        ]
+
+    def _rows_of_variant(self, variant: str, owners: list[Owner]) -> dict:
+        """Figures by (start, model, variant); the owners' graded scores are one family."""
+        by_set = {(o, n): self._graded(o, variant, [n], n) for o in owners for n in self.sets}
+        by_set = {at: row for at, row in by_set.items() if row}
+        pooled = {
+            (o, "pooled"): self._graded(o, variant, able, "pooled")
+            for o in owners
+            if (able := [n for n in self.sets if self._blind(o, n) == ""])
+        }
+        for family in (by_set, pooled):
+            self._settle(family)
+        figures = {}
+        for owner in owners:
+            rows: list[dict] = []
+            for name in self.sets:
+                rows += [row for at, row in by_set.items() if at == (owner, name)]
+                rows.append(self._accuracy(owner, variant, name))
+            rows += [row for at, row in pooled.items() if at[0] == owner]
+            rows += [self._text(owner, variant, *m) for m in (("KL", "kl"), ("loss", "nll"))]
+            figures[*owner, variant] = rows
+        return figures
+
+    def _sides(self, model: str, variant: str) -> tuple[VariantAnswers, list[VariantAnswers]]:
+        answers = self.graded.answers
+        return (
+            answers[model, self.study.baseline],
+            [answers[model, variant], *self.draws[model, variant]],
+        )
+
+    def _blind(self, owner: Owner, name: str) -> str | None:
+        """Why a set says nothing about a model, or about it or its start; None without scores."""
+        places = [(model, name, self.study.baseline) for model in owner if model]
+        if any(at not in self.graded.blind for at in places):
+            return None
+        return next((reason for at in places if (reason := self.graded.blind[at])), "")
+
+    def _invalid(self, owner: Owner, variant: str, name: str) -> str:
+        reasons = (self._invalid_of(model, variant, name) for model in owner if model)
+        return next(filter(None, reasons), "")
+
+    def _invalid_of(self, model: str, variant: str, name: str) -> str:
+        c = Comparison(model=model, dataset=name, baseline=self.study.baseline, variant=variant)
+        if self.graded.rows[c]["verdict"] == "invalid":
+            return self.graded.rows[c]["reason"]
+        baseline, draws = self._sides(model, variant)
+        rules, adapter = decision_rules(self.study), self.study.evaluation.datasets[name].adapter
+        before = VariantPredictions(
+            c.baseline, baseline.predictions[name], _failure(baseline, name)
+        )
+        for number, draw in enumerate(draws[1:], start=2):
+            label = f"{variant}~{number}"
+            after = VariantPredictions(label, draw.predictions[name], _failure(draw, name))
+            if reason := invalid_reason(adapter, before, after, rules):
+                return reason
+        return ""
+
+    def _changes(self, owner: Owner, variant: str, changes_of: Callable) -> list[dict]:
+        """By draw, the changes of every item: of the model, less those of its start if it has one.
+
+        Args:
+            changes_of: from the baseline and one draw to what the draw changes of every item.
+        """
+        tables = []
+        for model in filter(None, owner):
+            baseline, draws = self._sides(model, variant)
+            tables.append([changes_of(baseline, draw) for draw in draws])
+        *start, own = tables
+        if not start:
+            return own
+        return [{i: x[i] - y[i] for i in x} for x, y in zip(own, *start, strict=True)]
+
+    def _graded(self, owner: Owner, variant: str, names: list[str], place: str) -> dict:
+        """A row of graded scores, its verdict still open; empty if the set has no scores."""
+        if any(self._blind(owner, name) is None for name in names):
+            return {}
+        row = {"dataset": place, "measure": "graded score", "unit": "probability"}
+        tables = []
+        for name in names:
+            problem = self._invalid(owner, variant, name)
+            if not problem and not self._all_scored(owner, variant, name):
+                problem = "its graded scores are missing or not finite"
+            if problem:
+                return row | self.graded._invalid_row(problem, "probability")
+            tables.append(self._score_table(owner, variant, name))
+        blind = self._blind(owner, names[0]) if place in names else ""
+        return row | self._numbers(tables) | {"tables": tables, "blind": blind}
+
+    def _all_scored(self, owner: Owner, variant: str, name: str) -> bool:
+        sides = [self._sides(model, variant) for model in filter(None, owner)]
+        rows = [s.predictions[name] for baseline, draws in sides for s in (baseline, *draws)]
+        return all(_has_scores(of_side, self.graded.normalize[name]) for of_side in rows)
+
+    def _score_table(self, owner: Owner, variant: str, name: str) -> tuple:
+        normalize, rows = self.graded.normalize[name], self._rows(owner, name)
+
+        def changes_of(baseline: VariantAnswers, draw: VariantAnswers) -> again.Changes:
+            pair = baseline.predictions[name], draw.predictions[name]
+            return again.score_changes(pair, normalize)[0]
+
+        clusters = again.score_changes((rows, rows), normalize)[1]
+        return self._changes(owner, variant, changes_of), clusters, None
+
+    def _rows(self, owner: Owner, name: str) -> list[dict]:
+        """The baseline's rows of the model."""
+        return self.graded.answers[owner[1], self.study.baseline].predictions[name]
+
+    def _numbers(self, tables: list) -> dict:
+        """What every figure of a recipe says."""
+        mean = again.recipe_mean(tables)
+        first = again.recipe_mean([(t[0][:1], *t[1:]) for t in tables]).items
+        low, high = mean.limits(self.graded.confidence)
+        first_low, first_high = first.limits(self.graded.confidence)
+        return {
+            "reason": "", "delta": mean.items.value, "low": low, "high": high,
+            "n": mean.items.n, "clusters": mean.items.clusters,
+            "draw_deltas": list(mean.deltas), "between_draws": mean.between,
+            "draws_error": mean.draws_error, "items_error": mean.items_error,
+            "first_low": first_low, "first_high": first_high,
+        }  # fmt: skip
+
+    def _settle(self, family: Mapping[tuple[Owner, str], dict]) -> None:
+        """Tests and verdicts of one family of graded scores, in place."""
+        alpha, power = self.graded.alpha, self.study.statistics.power
+        means = {
+            at: again.recipe_mean(row["tables"]) for at, row in family.items() if "tables" in row
+        }
+        p_values = [means[at].p() if at in means else 1.0 for at in family]
+        for (at, row), p, holm_p in zip(family.items(), p_values, holm(p_values), strict=True):
+            if at not in means:
+                continue
+            changes = [
+                c for draws, *_ in row.pop("tables") for draw in draws for c in draw.values()
+            ]
+            low, high = means[at].limits(1 - 2 * alpha)
+            row |= {
+                "primary": False, "margin": self.graded._margin("probability"), "p": p,
+                "equivalence_low": low, "equivalence_high": high,
+                "identical_scores": not any(changes),
+                "smallest_detectable_difference": means[at].detectable(alpha / len(family), power),
+            }  # fmt: skip
+            self.graded._judge(row, blind=row.pop("blind"), holm_p=holm_p)
+
+    def _accuracy(self, owner: Owner, variant: str, name: str) -> dict:
+        row = {"dataset": name, "measure": "accuracy", "unit": "probability"}
+        if problem := self._invalid(owner, variant, name):
+            return row | {"reason": problem}
+
+        def changes_of(baseline: VariantAnswers, draw: VariantAnswers) -> dict:
+            before = {r["id"]: r["score"] for r in baseline.predictions[name]}
+            return {r["id"]: r["score"] - before[r["id"]] for r in draw.predictions[name]}
+
+        clusters = {r["id"]: r["cluster"] or r["id"] for r in self._rows(owner, name)}
+        return row | self._numbers([(self._changes(owner, variant, changes_of), clusters, None)])
+
+    def _text(self, owner: Owner, variant: str, measure: str, key: str) -> dict:
+        """KL or loss a token; of the loss the baseline's is taken off."""
+        row = {"dataset": "shared_text", "measure": measure, "unit": KL_UNIT}
+        models = list(filter(None, owner))
+        tokens = [
+            {r["id"]: r["tokens"] for r in self._sides(model, variant)[0].passages}
+            for model in models
+        ]
+        reasons = [self._text_problem(model, variant, key) for model in models]
+        if tokens[0] != tokens[-1]:
+            reasons.append(f"{owner[1]}: it read other tokens of the shared text")
+        if problem := next(filter(None, reasons), ""):
+            return row | {"reason": problem}
+
+        def changes_of(baseline: VariantAnswers, draw: VariantAnswers) -> dict:
+            start = {r["id"]: r["nll"] if key == "nll" else 0.0 for r in baseline.passages}
+            return {r["id"]: (r[key] - start[r["id"]]) / r["tokens"] for r in draw.passages}
+
+        changes = self._changes(owner, variant, changes_of)
+        return row | self._numbers([(changes, {i: i for i in tokens[0]}, tokens[0])])
+
+    def _text_problem(self, model: str, variant: str, key: str) -> str:
+        baseline, draws = self._sides(model, variant)
+        further = [f"{variant}~{number}" for number in range(2, len(draws) + 1)]
+        labels = [self.study.baseline, variant, *further]
+        tokens = {r["id"]: r["tokens"] for r in baseline.passages}
+        for label, side in zip(labels, [baseline, *draws], strict=True):
+            if failure := _failure(side, "shared_text"):
+                return f"{label} failed a check: {failure}"
+            if tokens != {r["id"]: r["tokens"] for r in side.passages}:
+                return f"{label}: it read other tokens of the shared text"
+            if None in [r[key] for r in side.passages]:
+                return f"{label}: a passage has no finite sum"
+        return "" if len(tokens) > 1 else "the shared text has one passage"
+
+
+def _failure(side: VariantAnswers, guarded: str) -> str | None:
+    """The first failed gate on the variant or on what is named, in words."""
+    for gate in side.failed_gates:
+        if gate.get("invalidates", WHOLE_VARIANT) in (WHOLE_VARIANT, guarded):
+            return f"{gate['name']} ({gate['measured']}; limit: {gate['limit']})"
+    return None
 
 
 def _same_scores(pair: again.Pair, normalize: str) -> bool:
