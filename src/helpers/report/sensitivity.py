@@ -233,6 +233,7 @@ def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
 
 
 AS_QUANTIZED = "nothing"
+ALONE = {"every activation": "weights", "every weight": "activations"}  # that are still rounded
 
 
 def loss_chapter(results: Results) -> list[Markdown | Figure]:
@@ -247,6 +248,8 @@ def loss_chapter(results: Results) -> list[Markdown | Figure]:
         sentences = " ".join(loss_carrier_sentences(results, model))
         text = f"### Where the loss of `{model}` lies\n\n{sentences}"
         parts.append(Markdown(f"{text}\n\n{markdown_table(rows)}\n"))
+        if shares := decomposition_rows(results, model):
+            parts.append(Markdown(f"{decomposition_text(model)}\n\n{markdown_table(shares)}\n"))
         if curves := alpha_curves(results, model):
             title = alpha_figure_title(curves, model)
             parts.append(figures.kl_by_alpha(curves, variants=results.compared, title=title))
@@ -269,7 +272,9 @@ def _rows_by_left_float(results: Results, model: str) -> dict[str, dict[str, dic
 def left_float_rows(results: Results, model: str) -> Rows:
     """KL from the float model by the Linears left in float, one column per variant."""
     rows_by_variant = _rows_by_left_float(results, model)
-    labels = dict.fromkeys(label for rows in rows_by_variant.values() for label in rows)
+    labels = dict.fromkeys(
+        label for rows in rows_by_variant.values() for label in rows if label not in ALONE
+    )
     return [
         {
             "left in float": _short_label(label),
@@ -292,8 +297,8 @@ def largest_chance_rise(results: Results) -> float | None:
         for model in results.models
         for rows in _rows_by_left_float(results, model).values()
         if (rows[AS_QUANTIZED]["kl"] or 0) > 0
-        for row in rows.values()
-        if row["kl"] is not None
+        for label, row in rows.items()
+        if row["kl"] is not None and label not in ALONE
     ]
     return max(rises, default=None)
 
@@ -320,7 +325,11 @@ def loss_carrier_sentences(results: Results, model: str) -> list[str]:
         if quantized_kl is None:
             sentences.append(f"As quantized, `{variant}` gives non-finite probabilities.")
             continue
-        finite = {label: row["kl"] for label, row in rows.items() if row["kl"] is not None}
+        finite = {
+            label: row["kl"]
+            for label, row in rows.items()
+            if row["kl"] is not None and label not in ALONE
+        }
         best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
         share = 100 * (1 - finite[best] / quantized_kl) if quantized_kl > 0 else 0.0
         if share <= 100 * chance_rise:
@@ -334,6 +343,36 @@ def loss_carrier_sentences(results: Results, model: str) -> list[str]:
             f"(by {share:.0f} %)."
         )
     return sentences
+
+
+def decomposition_rows(results: Results, model: str) -> Rows:
+    """KL of every int8 variant, of its weights and its activations alone, and the remainder.
+
+    Variants without both rows, or with a KL that is not finite, are left out.
+    """
+    table = []
+    for variant, rows in _rows_by_left_float(results, model).items():
+        both = rows[AS_QUANTIZED]["kl"]
+        alone = {part: rows.get(label, {}).get("kl") for label, part in ALONE.items()}
+        if both is None or None in alone.values():
+            continue
+        table.append(
+            {"variant": code(variant), "KL": number(both)}
+            | {f"{part} alone": number(kl) for part, kl in alone.items()}
+            | {"not additive": number(both - sum(alone.values()))}
+        )
+    return table
+
+
+def decomposition_text(model: str) -> str:
+    """How to read the table of weights and activations alone."""
+    return (
+        f"#### Weights or activations of `{model}`?\n\n"
+        "KL in nats per token on the same calibration items: as quantized, with the weights alone "
+        "rounded (W8A16), and with the activations alone rounded (A8), both simulated. The "
+        "remainder is not additive: errors of both that add up or cancel, and the chance of a draw "
+        "of rounding."
+    )
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
