@@ -139,7 +139,7 @@ class Material:
         model = self.float_model()
         alphas = same_alpha(model.config, variant.smooth.targets, variant.smooth.alpha)
         smoothed = smooth_variant_(model, absmax, variant, alphas)
-        variants.quantize_variant_(model, variant, absmax, smoothed)
+        variants.quantize_variant_(model, variant, absmax, smoothed, self.calibration_texts)
         variants.save_checkpoint(model, self.tokenizer, folder)
 
 

@@ -522,6 +522,32 @@ RECORD = {
 }
 
 
+def test_the_record_of_gptq_holds_the_stored_weights_sqnr(sound_run):
+    """The curves of weights rounded to nearest, which are shown too, are not the checkpoint's."""
+    from helpers.quantization.simulation import sqnr_as_stored
+    from helpers.verification.checkpoint_files import CheckpointFiles
+
+    run = sound_run("llama", "gptq_w8a8")
+    with run.outputs():
+        evidence = CheckpointFiles(run.job, source_hash=run.source_hash)
+        made = record_of(evidence)
+        evidence.record = made
+        assert "weights per channel (GPTQ)" in made["scheme"]
+        assert not sqnr_gate(evidence).passed
+        made["sqnr_db"] |= sqnr_as_stored(
+            lambda: evidence.source_model,
+            evidence.tokens[:4],
+            run.job.recipe,
+            evidence.absmax,
+            evidence.alphas,
+            evidence.folder,
+        )
+        assert sqnr_gate(evidence).passed, sqnr_gate(evidence).measured
+        assert scheme_gate(evidence).passed
+        evidence.record = made | {"scheme": made["scheme"].replace(" (GPTQ)", "")}
+        assert not scheme_gate(evidence).passed
+
+
 @pytest.mark.bank("checkpoint", "on record: {case}", at="the record of the quantization")
 @pytest.mark.parametrize("case", RECORD)
 def test_what_a_quantizations_record_says(quantized, case):

@@ -1,6 +1,7 @@
 """α by number, by grid, or for each group: chosen on items that judge, and on nothing else."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from helpers.core.errors import StudyError
 from helpers.quantization import calibration, simulation, variants
 from helpers.quantization.simulation import DivergenceProbe, sensitivity_rows
-from helpers.quantization.smoothing import smooth_
+from helpers.quantization.smoothing import replaced_weights, smooth_
 from helpers.sources.models import random_model
 from helpers.study.schema import Variant
 from quantized_run import at_millionth
@@ -186,6 +187,59 @@ def test_leaving_everything_float_leaves_no_loss(network, fit, texts):
     for name in targets:
         copied.get_submodule(name).quantization_enabled = False
     assert probe.divergence(copied)["kl"] == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("preset", ["w8a8", "o2", "o3"])
+def test_weights_and_activations_alone_equal_models_rounded_by_hand(network, fit, texts, preset):
+    """Weights alone: a float model with rounded weights. Activations alone: inputs rounded."""
+    recipe = Variant(preset=preset)
+    probe = DivergenceProbe(network, texts[-1:], recipe)
+    alone = simulation.activations_alone(network, recipe, fit, {}, probe)
+    copied, by_hand = copy.deepcopy(network), copy.deepcopy(network)
+    targets = variants.quantize_variant_(copied, recipe, fit, [])
+    rows = sensitivity_rows(copied, targets, fit, probe, with_float_weights=alone)
+    by_label = {row["float"]: row["kl"] for row in rows}
+    steps = {name: fit[name].max() / 127.5 for name in targets}
+
+    def rounded(x, step):
+        return (x / step).round().clamp(-128, 127) * step
+
+    def round_input(linear, args, name):
+        top = args[0].abs().amax(-1, keepdim=True) if preset == "w8a8" else args[0].abs().max()
+        return (rounded(args[0], steps[name] if preset == "o3" else top / 127.5),)
+
+    with torch.no_grad():
+        for name in targets:
+            weight = by_hand.get_submodule(name).weight
+            top = weight.abs().amax(1, keepdim=True) if preset == "w8a8" else weight.abs().max()
+            weight.copy_(rounded(weight, top / 127.5))
+    assert by_label["every activation"] == pytest.approx(probe.divergence(by_hand)["kl"], rel=0.05)
+    by_hand = copy.deepcopy(network)
+    for name in targets:
+        by_hand.get_submodule(name).register_forward_pre_hook(partial(round_input, name=name))
+    assert by_label["every weight"] == pytest.approx(probe.divergence(by_hand)["kl"], rel=0.05)
+    assert by_label["every weight"] > 0
+    assert by_label["every activation"] > 0
+
+
+def test_after_gptq_linears_left_float_have_the_smoothed_weights_of_the_source(
+    network, fit, texts, tmp_path
+):
+    recipe = variant(0.5).model_copy(update={"rounding": "gptq"})
+    network.save_pretrained(tmp_path)
+    copied, probe = copy.deepcopy(network), DivergenceProbe(network, texts[-1:], recipe)
+    alphas = simulation.choose_alphas(network, recipe, fit, []).alphas
+    smoothed = smooth_(copied, fit, NORMS, alphas)
+    weights = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
+    targets = variants.quantize_variant_(copied, recipe, fit, smoothed, texts)
+    weight_of = replaced_weights(tmp_path, smoothed, recipe, dtype=torch.float32)
+    assert all(torch.equal(weight_of(name), weights[f"{name}.weight"]) for name in targets)
+    quantized = {name: tensor.clone() for name, tensor in copied.state_dict().items()}
+    rows = sensitivity_rows(copied, targets, fit, probe, weight_of)
+    assert all(torch.equal(tensor, quantized[name]) for name, tensor in copied.state_dict().items())
+    assert min(row["kl"] for row in rows) < rows[0]["kl"]
+    plain = variant(0.5)
+    assert replaced_weights(tmp_path, smoothed, plain, dtype=torch.float32) is None
 
 
 @pytest.mark.parametrize("choice", ["w8a8_grid", "o3_auto"])

@@ -1,5 +1,7 @@
 """Checkpoints: what llmcompressor saves, read back, and held against independent arithmetic."""
 
+import json
+
 import pytest
 import torch
 
@@ -20,6 +22,7 @@ VARIANTS = {
     "o2": Variant(preset="o2"),
     "o3": Variant(preset="o3", smooth=SMOOTH),
     "down_float": Variant(preset="w8a8", ignore=("lm_head", "down_proj")),
+    "first_float": Variant(preset="w8a8", ignore=("lm_head", r"re:.*layers\.0\..*(q|k|v)_proj")),
 }
 
 
@@ -134,6 +137,123 @@ def test_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
     )
     assert set(tensors) == set(expected)
     assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+
+
+GPTQ = Variant(preset="w8a8", rounding="gptq", smooth=SMOOTH | {"alpha": 0.8})
+
+
+def smoothed_by(model, variant, items):
+    """(maxima before smoothing, smoothed groups); the model is smoothed in place."""
+    statistics = run_calibration(model, items, batch_tokens=64)
+    absmax = {name: of_input.absmax for name, of_input in statistics.items()}
+    alphas = choose_alphas(model, variant, {}, []).alphas
+    return absmax, smooth_variant_(model, absmax, variant, alphas)
+
+
+@pytest.mark.parametrize("made", ["first_float"], indirect=True)
+def test_a_patterns_linears_stay_float_for_every_reader(made):
+    """Our runtime, transformers, and the config that vLLM reads name the same Linears."""
+    from compressed_tensors.utils.match import match_name
+
+    variant, _, _, folder, model = made
+    pattern = variant.ignore[1]
+    linears = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    kept = {n for n in linears if match_name(n, pattern)} | {"lm_head"}
+    assert len(kept) == 4
+    ours = load_int8(folder, dtype=torch.float32, device="cpu")
+    theirs = load_reference(folder, dtype=torch.float32, device="cpu")
+    assert {n for n in linears if type(ours.get_submodule(n)) is torch.nn.Linear} == kept
+    simulated = {n for n in linears if hasattr(theirs.get_submodule(n), "quantization_scheme")}
+    assert set(linears) - simulated == kept
+    config = json.loads((folder / "config.json").read_text("utf-8"))["quantization_config"]
+    assert set(config["ignore"]) == kept
+
+
+def test_gptq_agrees_with_llmcompressors_own_path(model, tokenizer, items, tmp_path):
+    """Given the same smoothed model and texts, `oneshot` rounds nearly all weights alike.
+
+    Batches with masked padding here, texts one by one there: a sum in another order may move a
+    weight at the edge of two steps, and with it a few that make up for it.
+    """
+    from datasets import Dataset
+    from llmcompressor import oneshot
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    absmax, smoothed = smoothed_by(model, GPTQ, items)
+    model.save_pretrained(tmp_path / "smoothed")
+    theirs = type(model).from_pretrained(tmp_path / "smoothed")
+    rows = [{"input_ids": tokens, "attention_mask": [1] * len(tokens)} for tokens in items]
+    oneshot(
+        model=theirs,
+        processor=tokenizer,
+        dataset=Dataset.from_list(rows),
+        recipe=GPTQModifier(targets="Linear", scheme="W8A8", ignore=["lm_head"]),
+        max_seq_length=max(map(len, items)),
+        num_calibration_samples=len(items),
+        shuffle_calibration_samples=False,
+    )
+    theirs.save_pretrained(tmp_path / "theirs", save_compressed=True)
+    variants.quantize_variant_(model, GPTQ, absmax, smoothed, items, batch_tokens=64)
+    variants.save_checkpoint(model, tokenizer, tmp_path / "ours")
+    expected = read_checkpoint_tensors(tmp_path / "theirs")
+    tensors = read_checkpoint_tensors(tmp_path / "ours")
+    assert set(tensors) == set(expected)
+    for name, tensor in tensors.items():
+        if tensor.dtype == torch.int8:
+            assert (tensor != expected[name]).float().mean() < 0.01, name
+        else:
+            assert torch.equal(tensor, expected[name]), name
+
+
+def test_gptq_answers_nearer_to_the_float_linears_than_nearest(model, items):
+    """On the texts it read, the output error of every Linear is below that of nearest weights."""
+    weights, inputs = {}, {}
+    absmax, smoothed = smoothed_by(model, GPTQ, items)
+    first = {n: m for n, m in model.named_modules() if ".layers.0." in n and hasattr(m, "weight")}
+    linears = {n: m for n, m in first.items() if isinstance(m, torch.nn.Linear)}
+    handles = [
+        m.register_forward_pre_hook(lambda _m, args, n=n: inputs.setdefault(n, []).append(args[0]))
+        for n, m in linears.items()
+    ]
+    with torch.inference_mode():
+        for tokens in items:
+            model(torch.tensor([tokens]))
+    for handle in handles:
+        handle.remove()
+    weights = {n: m.weight.detach().double() for n, m in linears.items()}
+    variants.quantize_variant_(model, GPTQ, absmax, smoothed, items, batch_tokens=64)
+    for name, linear in linears.items():
+        x = torch.cat([rows[0] for rows in inputs[name]]).double()
+        step = weights[name].abs().amax(1, keepdim=True) / 127.5
+        nearest = (weights[name] / step).round().clamp(-128, 127) * step
+        ours = (x @ (linear.weight.double() - weights[name]).T).norm()
+        assert ours < (x @ (nearest - weights[name]).T).norm(), name
+
+
+def test_clipped_weights_err_less_than_whole_ones(model, items):
+    """The observer's own measure, the 2.4th power of the error, falls or stays row by row."""
+    variant = Variant(preset="w8a8", rounding="mse")
+    weights = {n: t.double() for n, t in model.state_dict().items()}
+    for name in variants.quantize_variant_(model, variant, {}, []):
+        weight, linear = weights[f"{name}.weight"], model.get_submodule(name)
+        whole = weight.abs().amax(1, keepdim=True) / 127.5
+        errors = []
+        for step in (linear.weight_scale.double(), whole):
+            rounded = (weight / step).round().clamp(-128, 127) * step
+            errors.append((rounded - weight).abs().pow(2.4).sum(1))
+        assert (errors[0] <= errors[1] * 1.0001).all()
+        assert (linear.weight_scale < whole * 0.999).any()
+
+
+def test_gptq_without_calibration_items_is_refused(model, items):
+    absmax, smoothed = smoothed_by(model, GPTQ, items)
+    with pytest.raises(StudyError, match="reads the calibration items, and none were given"):
+        variants.quantize_variant_(model, GPTQ, absmax, smoothed)
+
+
+def test_a_pattern_that_matches_every_linear_is_refused(model, items):
+    with pytest.raises(StudyError, match=r"ignore: re:\. match every Linear"):
+        variants.quantize_variant_(model, Variant(preset="w8a8", ignore=("re:.",)), {}, [])
 
 
 def test_an_ignored_name_that_matches_nothing_is_refused(model, items):

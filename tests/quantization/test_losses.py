@@ -78,3 +78,23 @@ def test_what_is_not_finite_is_said_and_never_the_least():
 
 def test_a_record_without_probes_is_passed_over():
     assert sensitivity.loss_chapter(study_of([])) == []
+
+
+def test_weights_and_activations_alone_are_told_apart_and_carry_nothing():
+    """Their rows are no Linears left float: they raise no chance and are no carrier."""
+    rows = [row("nothing", 0.8), row("every q_proj", 0.7), row("every activation", 0.1)]
+    study = study_of([*rows, row("every weight", 0.9)])
+    assert "No single kind" not in sensitivity.loss_carrier_sentences(study, "base")[0]
+    assert "every q_proj" in sensitivity.loss_carrier_sentences(study, "base")[0]
+    assert sensitivity.largest_chance_rise(study) == pytest.approx(0)
+    assert [r["left in float"] for r in sensitivity.left_float_rows(study, "base")] == [
+        "nothing",
+        "every q_proj",
+    ]
+    (shares,) = sensitivity.decomposition_rows(study, "base")
+    assert (shares["weights alone"], shares["activations alone"]) == ("0.100", "0.900")
+    assert shares["not additive"] in ("-0.200", "−0.200")
+    assert "Weights or activations" in sensitivity.loss_chapter(study)[1].data
+    assert sensitivity.decomposition_rows(study_of(rows), "base") == []
+    unknown = study_of([*rows, row("every weight", None)])
+    assert sensitivity.decomposition_rows(unknown, "base") == []

@@ -331,6 +331,40 @@ def test_a_preset_beside_a_scheme_is_refused(write_study, study_settings):
     assert "preset = 'w8a8' already names weights and activations; keep one" in line
 
 
+ROUNDINGS = [
+    ({"smooth": {"alpha": 0.5, "targets": ["mlp_input"]}}, "a variant with a preset or weights"),
+    ({"preset": "w8a8", "ignore": []}, "add lm_head to ignore"),
+]
+
+
+@pytest.mark.parametrize(("variant", "remedy"), ROUNDINGS)
+def test_a_rounding_that_rounds_nothing_is_refused(write_study, study_settings, variant, remedy):
+    settings = put(study_settings, "variants/rtn_w8a8", {"rounding": "gptq"} | variant)
+    line = refusal(write_study(settings))
+    assert line.startswith("variants.rtn_w8a8 = ")
+    assert remedy in line
+
+
+def test_an_unknown_rounding_is_refused(write_study, study_settings):
+    line = refusal(write_study(put(study_settings, "variants/rtn_w8a8/rounding", "awq")))
+    assert line.startswith("variants.rtn_w8a8.rounding = 'awq' is not known; use one of 'nearest'")
+
+
+PATTERNS = [
+    ("re:(", "is no regular expression"),
+    ("re:", "has a pattern of 0 characters; give 1 to 200"),
+    ("re:" + "a" * 201, "has a pattern of 201 characters"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "problem"), PATTERNS)
+def test_a_pattern_that_is_none_is_refused(write_study, study_settings, pattern, problem):
+    settings = put(study_settings, "variants/rtn_w8a8/ignore", ["lm_head", pattern])
+    line = refusal(write_study(settings))
+    assert line.startswith("variants.rtn_w8a8.ignore.1 = ")
+    assert problem in line
+
+
 @pytest.mark.parametrize("name", ["a/b", "..", "../up", "a\\b", ".hidden", "Base", "a b", ""])
 @pytest.mark.parametrize("kind", ["models", "variants"])
 def test_a_name_that_is_no_folder_name_is_refused(write_study, study_settings, kind, name):

@@ -4,7 +4,7 @@ import pytest
 from pydantic import ValidationError
 
 from helpers.study.loading import load_study
-from helpers.study.schema import Study, Variant
+from helpers.study.schema import Study, Variant, is_ignored
 
 # SmoothQuant, arXiv:2211.10438, table 2; w8a8 is llmcompressor's W8A8 scheme.
 GRANULARITY = {
@@ -97,6 +97,25 @@ def test_what_a_variant_changes():
 def test_the_head_is_left_float_unless_said():
     assert Variant(preset="w8a8").ignore == ("lm_head",)
     assert Variant(preset="w8a8", ignore=[]).ignore == ()
+
+
+LINEARS = ["model.layers.1.mlp.down_proj", "model.layers.11.mlp.down_proj", "lm_head"]
+
+
+@pytest.mark.parametrize("entry", ["lm_head", "re:.*layers\\.1\\.", "re:layers", "re:.*down"])
+def test_patterns_match_as_compressed_tensors_matches_them(entry):
+    from compressed_tensors.utils.match import match_name
+
+    for name in LINEARS:
+        assert is_ignored(name, [entry]) == match_name(name, entry)
+
+
+def test_names_match_whole_or_by_their_last_parts():
+    assert is_ignored(LINEARS[0], ["down_proj"])
+    assert is_ignored(LINEARS[0], ["mlp.down_proj"])
+    assert not is_ignored(LINEARS[0], ["proj"])
+    assert not is_ignored(LINEARS[1], ["1.mlp.down_proj"])
+    assert not is_ignored(LINEARS[0], [])
 
 
 @pytest.mark.parametrize("alpha", [0, 1, 0.0, 1.0, 0.85])

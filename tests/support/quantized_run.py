@@ -41,6 +41,12 @@ VARIANTS = {
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
+    "gptq_w8a8": {
+        "preset": "w8a8",
+        "rounding": "gptq",
+        "smooth": {"alpha": 0.8, "targets": NORMS},
+    },
+    "mse_w8a8": {"preset": "w8a8", "rounding": "mse", "smooth": SMOOTH},
     "smooth_only": {"smooth": SMOOTH},
     "smooth_only_down": {"smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "seed_recipe": {"recipe": "seed", "smooth": SMOOTH},
@@ -130,7 +136,7 @@ class QuantizedRun:
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
             smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
-            variants.quantize_variant_(model, job.recipe, absmax, smoothed)
+            variants.quantize_variant_(model, job.recipe, absmax, smoothed, tokens)
             variants.save_checkpoint(model, tokenizer, self.checkpoint)
 
     def note_verified(self) -> None:

@@ -8,6 +8,7 @@ as it would in life. Failures of the evaluation are in another bank.
 import copy
 from dataclasses import replace
 
+import llmcompressor.modifiers.gptq.base as gptq
 import pytest
 import torch
 
@@ -42,6 +43,7 @@ LEAK = "no calibration leakage"
 STATISTICS = "calibration maxima recomputed"
 CHOICE = "alpha minimizes the loss"
 TOKENIZER = "tokenizer matches the source"
+GPTQ = "weights rounded by GPTQ"
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
@@ -53,15 +55,17 @@ def failure(
     kind: str = "checkpoint",
     at: str = "",
     words: str = "{break_}",
+    long: bool = False,
 ):
     """Enter a way to break a run, the gates that must catch it, and the variant it is tried on.
 
     Args:
         kind, at, words: of the bank's table; where no code is patched, `at` names a file.
+        long: a quicker member shows that each of the gates works.
     """
 
     def enter(break_):
-        marks = pytest.mark.bank(kind, words, at=at)
+        marks = [pytest.mark.bank(kind, words, at=at), *([pytest.mark.long] if long else [])]
         entry = pytest.param(break_, set(gates), variant, id=break_.__name__, marks=marks)
         BANK.append(entry)
         return break_
@@ -267,6 +271,87 @@ def one_row_of_one_linear_negated(run, _):
         row.copy_((-row.int()).clamp(-128, 127).to(torch.int8))
 
 
+@failure(GRID, FUNCTION, GPTQ, variant="gptq_w8a8")
+def columns_left_in_the_order_that_gptq_visits_them(run, patch):
+    real = gptq.quantize_weight
+
+    def permuted(*, weights, hessians, **options):
+        order = hessians.diagonal(dim1=-2, dim2=-1).argsort(descending=True)
+        quantized, *others = real(weights=weights, hessians=hessians, **options)
+        return quantized.gather(-1, order[:, None].expand_as(quantized)), *others
+
+    patch.setattr(gptq, "quantize_weight", permuted)
+    run.quantize()
+
+
+@failure(GPTQ, variant="gptq_w8a8", at="the variant's recipe")
+def weights_rounded_to_nearest_instead_of_by_gptq(run, patch):
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, VARIANTS[run.variant] | {"rounding": "nearest"})
+        run.quantize()
+
+
+@failure(GPTQ, variant="gptq_w8a8", long=True)
+def gptq_on_other_texts_than_the_calibrations(run, patch):
+    real = quantized_run.calibration_tokens
+    patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[::-1])
+    run.quantize()
+
+
+@failure(GPTQ, variant="gptq_w8a8", long=True)
+def padding_counted_in_gptqs_hessians(run, patch):
+    real = variants.pad
+
+    def unmasked(rows, **options):
+        padded = real(rows, **options)
+        return torch.ones_like(padded) if rows[0][0] == 1 else padded
+
+    patch.setattr(variants, "pad", unmasked)
+    run.quantize()
+
+
+@failure(GRID, FUNCTION, variant="gptq_w8a8", long=True)
+def gptq_before_the_weights_are_multiplied_by_the_scales(run, patch):
+    real = variants.quantize_
+
+    def unsmoothed(model, variant, absmax, items, **options):
+        with run.edited(run.root / "source") as source, torch.no_grad():
+            for name, linear in calibration.quantized_linears(model, variant.ignore).items():
+                linear.weight.copy_(source[f"{name}.weight"])
+        return real(model, variant, absmax, items, **options)
+
+    patch.setattr(variants, "quantize_", unsmoothed)
+    run.quantize()
+
+
+@failure(GRID, variant="rtn_w8a8", long=True, at="the variant's recipe")
+def a_clipped_grid_in_a_variant_that_declares_the_whole_one(run, patch):
+    with patch.context() as other:
+        other.setitem(VARIANTS, run.variant, {"preset": "w8a8", "rounding": "mse"})
+        run.quantize()
+
+
+@failure(GRID, variant="mse_w8a8", long=True)
+def a_grid_clipped_to_a_half(run, patch):
+    """Every weight is right for the step that is stored with it, or at the end of its grid."""
+    real = variants.compression_scheme
+
+    def clipped(variant):
+        scheme = real(variant)
+        scheme["weights"]["observer_kwargs"] = {"expand": 1.0, "maxshrink": 0.5, "norm": 0.01}
+        return scheme
+
+    patch.setattr(variants, "compression_scheme", clipped)
+    run.quantize()
+
+
+@failure(CENSUS, METADATA, KEPT, variant="down_float", long=True)
+def a_protected_linear_quantized_after_all(run, patch):
+    real = variants.quantized_linears
+    patch.setattr(variants, "quantized_linears", lambda model, _: real(model, ("lm_head",)))
+    run.quantize()
+
+
 @failure(CENSUS, METADATA)
 def one_linear_left_out(run, patch):
     real = variants.quantized_linears
@@ -373,6 +458,22 @@ def a_static_scale_from_the_wrong_layer(run, _):
 @failure(STATIC, variant="o3")
 def static_scales_from_before_smoothing(run, patch):
     patch.setattr(variants, "smoothed_absmax", lambda absmax, _done: absmax)
+    run.quantize()
+
+
+@failure(STATIC, variant="o3", long=True)
+def static_scales_of_another_calibration(run, patch):
+    """The smoothing is this calibration's; the scales come from half of its items."""
+    settings, absmax = run.settings, calibration.load_absmax
+    run.settings = copy.deepcopy(settings)
+    run.settings["calibration"]["items"] //= 2
+    other = run.copy(run.root / "other")
+    other.settings = run.settings
+    other.calibrate()
+    run.settings = settings
+    maxima = absmax(other.calibration / "activations.safetensors")
+    real = variants.smoothed_absmax
+    patch.setattr(variants, "smoothed_absmax", lambda _, smoothed: real(maxima, smoothed))
     run.quantize()
 
 

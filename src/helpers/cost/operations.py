@@ -178,9 +178,11 @@ def _padded(examples: list[tuple[list[int], list[int]]], batch_items: int) -> tu
     return sum(len(b) * b[-1] for b in batches), sum(len(answer) for _, answer in examples)
 
 
-LOOKS = 11  # rows of `sensitivity_rows`; also the number of candidate α of `auto`
+LOOKS = 13  # rows of `sensitivity_rows`
+CANDIDATES = 11  # α of `auto`
 KEPT = 25  # passes over a checkpoint's weights: quantize, save, hash, load, compare
 SIMULATED = 4  # passes over all weights to round them for one simulated forward pass
+COLUMN_PASSES = 140  # of GPTQ over a weight: half of its block of 128 columns, and its rounding
 
 
 def count_calibration(study: Study, size: Size, tokenizer, *, draw: int = 1) -> Counter:
@@ -211,15 +213,29 @@ def count_quantization(
         )
         weight_roundings += len(alpha)
     elif alpha == "auto":
-        counts += reading_operations(size, dtype, judge_tokens * (1 + 2 * LOOKS))
-        weight_roundings += 2 * LOOKS * len(judge_lengths)
+        counts += reading_operations(size, dtype, judge_tokens * (1 + 2 * CANDIDATES))
+        weight_roundings += 2 * CANDIDATES * len(judge_lengths)
     if variant.quantized:
         counts += reading_operations(size, dtype, probe_tokens * LOOKS, head=probe_tokens * LOOKS)
         weight_roundings += LOOKS
+    if variant.rounding == "gptq":
+        counts += _gptq_operations(size, dtype, sum(map(len, tokens)))
+    if variant.quantized and variant.rounding != "nearest":  # the stored weights' SQNR
+        counts += reading_operations(size, dtype, 3 * sqnr_tokens)
+        weight_roundings += 1
     gate_tokens = PROBES * PROBE_TOKENS
     counts += reading_operations(size, "float32", 3 * gate_tokens, head=3 * gate_tokens)
     counts += reading_operations(size, dtype, 5 * gate_tokens, head=2 * gate_tokens)
     return counts + weight_passes(size, KEPT + SIMULATED * weight_roundings)
+
+
+def _gptq_operations(size: Size, dtype: str, tokens: int) -> Counter:
+    """GPTQ: two passes over the calibration items, the Hessians, and the columns' updates."""
+    counts = reading_operations(size, dtype, 2 * tokens)
+    hessians = sum(2 * inner**2 * tokens + 2 * inner**3 for inner, _ in size.shapes)
+    updates = sum(inner**2 * outer for inner, outer in size.shapes)
+    counts[f"float32 {READING}"] += hessians + updates
+    return counts + weight_passes(size, COLUMN_PASSES)
 
 
 def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:

@@ -26,6 +26,7 @@ from helpers.runtime.devices import trim_heap
 from helpers.runtime.linears import every_expert_reads, pad, token_budget_batches
 from helpers.sources.model_files import batch_tokens_for, check_context_length
 from helpers.study.loading import Job
+from helpers.study.schema import is_ignored
 
 
 @dataclass(frozen=True)
@@ -74,17 +75,20 @@ def quantized_linears(model, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
     """The Linears a variant quantizes: all but those it ignores.
 
     Args:
-        ignore: module names, whole or their last part (`lm_head`, `down_proj`).
+        ignore: module names, whole or their last part (`lm_head`, `down_proj`), and patterns
+            after `re:` that match from the start of a whole name.
 
     Raises:
-        StudyError: an ignored name matches nothing.
+        StudyError: an ignored name or pattern matches nothing, or all of them everything.
     """
     linears = linear_layers(model)
-    ignored = {name for name in linears for i in ignore if name == i or name.endswith("." + i)}
-    for i in ignore:
-        if not any(name == i or name.endswith("." + i) for name in linears):
-            raise StudyError(f"ignore: {i!r} matches no Linear of this model; correct the name")
-    return {name: m for name, m in linears.items() if name not in ignored}
+    for entry in ignore:
+        if not any(is_ignored(name, [entry]) for name in linears):
+            raise StudyError(f"ignore: {entry!r} matches no Linear of this model; correct the name")
+    quantized = {name: m for name, m in linears.items() if not is_ignored(name, ignore)}
+    if not quantized:
+        raise StudyError(f"ignore: {', '.join(ignore)} match every Linear; leave some to quantize")
+    return quantized
 
 
 SAMPLED_TOKENS = 16  # per batch and layer, for the histograms and percentiles

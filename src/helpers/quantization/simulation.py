@@ -9,18 +9,20 @@ inputs: errors do not accumulate from layer to layer, so a bad layer is seen whe
 model's next-token distributions are from the float model's is measured on a few texts, also with
 some Linears left float.
 
-α is a number, the best of a grid, or one for each group of Linears. All work from the one
-calibration pass. The choice is made on the last tenth of the calibration items, with maxima over
-the others; evaluation items have no say. A grid is judged by how far next-token distributions
-move, `auto` by the squared error of each group's own outputs. The scales of the checkpoint then
-come from the maxima over all items.
+α is a number, the best of a grid, or one for each group of Linears, chosen with weights rounded to
+nearest. All work from the one calibration pass. The choice is made on the last tenth of the
+calibration items, with maxima over the others; evaluation items have no say. A grid is judged by
+how far next-token distributions move, `auto` by the squared error of each group's own outputs. The
+scales of the checkpoint then come from the maxima over all items.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +39,7 @@ from helpers.runtime.linears import (
     simulated_by_onednn,
     token_budget_batches,
 )
-from helpers.sources.model_files import batch_tokens_for
+from helpers.sources.model_files import TensorFiles, batch_tokens_for
 from helpers.study.schema import Variant
 
 
@@ -57,11 +59,14 @@ class SmoothedLinear:
         x: (tokens, in_features) float32.
         weight: (out_features, in_features) float32.
         absmax: (in_features,) calibrated maxima of x, or None.
+        given: (out_features, in_features) float32 weights to multiply with, not to be rounded here:
+            a checkpoint's, or the float ones; None to round `weight`.
     """
 
     x: Tensor
     weight: Tensor
     absmax: Tensor | None
+    given: Tensor | None = None
 
     def exact(self) -> Tensor:
         """(tokens, out_features) x @ Wᵀ."""
@@ -70,17 +75,20 @@ class SmoothedLinear:
     def rounded(self, variant: Variant) -> Tensor:
         """(tokens, out_features) int8 output at the variant's granularities.
 
-        For a float variant: per channel and per token.
+        For a float variant: per channel and per token. Weights are rounded to nearest if none are
+        given.
         """
         weights, activations = variant.scheme or ("channel", "token_dynamic")
-        magnitude = self.weight.abs()
-        top = magnitude.amax(1, keepdim=True) if weights == "channel" else magnitude.amax()
         if activations == "token_dynamic":
             limit = self.x.abs().amax(1, keepdim=True)
         elif activations == "tensor_dynamic":
             limit = self.x.abs().amax()
         else:
             limit = self.absmax.max().to(self.x.device)
+        if self.given is not None:
+            return product(fake_quantize(self.x, limit), self.given)
+        magnitude = self.weight.abs()
+        top = magnitude.amax(1, keepdim=True) if weights == "channel" else magnitude.amax()
         return product(fake_quantize(self.x, limit), fake_quantize(self.weight, top))
 
 
@@ -120,14 +128,20 @@ def linear_scales(
 
 @contextmanager
 def simulated_quantization(
-    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
+    model,
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
+    *,
+    float_weights: bool = False,
 ) -> Iterator[None]:
-    """Inside, the float model computes as its variant would.
+    """Inside, the float model computes as its variant would, with weights rounded to nearest.
 
     Args:
         model: the float model, not smoothed; its weights stay as they are.
         act_absmax: Linear name to (in_features,) calibrated abs-max of its input.
         alphas: α of each group, by the name of its first consumer.
+        float_weights: round the activations alone.
     """
     scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
     targets = quantized_linears(model, variant.ignore)
@@ -135,7 +149,7 @@ def simulated_quantization(
     for name, linear in targets.items():
         of_linear = scales.get(name, LinearScales())
         linear.forward = partial(
-            _simulated_forward, linear, variant, act_absmax.get(name), of_linear
+            _simulated_forward, linear, variant, act_absmax.get(name), of_linear, float_weights
         )
     try:
         yield
@@ -147,10 +161,18 @@ def simulated_quantization(
 
 
 def _simulated_forward(
-    linear: nn.Linear, variant: Variant, absmax, scales: LinearScales, x: Tensor
+    linear: nn.Linear,
+    variant: Variant,
+    absmax,
+    scales: LinearScales,
+    float_weights: bool,
+    x: Tensor,
 ) -> Tensor:
     """The Linear's int8 output with its output scales undone."""
-    y = apply_smoothing(linear, x, absmax, scales).rounded(variant)
+    smoothed = apply_smoothing(linear, x, absmax, scales)
+    if float_weights:
+        smoothed = replace(smoothed, given=smoothed.weight)
+    y = smoothed.rounded(variant)
     if scales.outputs is not None:
         y[:, -len(scales.outputs) :] *= scales.outputs.to(y.device)
     if linear.bias is not None:
@@ -184,7 +206,6 @@ class SquaredSums:
         return {name: decibels(self.signal[name], self.noise[name]) for name in self.signal}
 
 
-@torch.inference_mode()
 def sqnr_with_and_without(
     model,
     items: list[list[int]],
@@ -194,7 +215,8 @@ def sqnr_with_and_without(
 ) -> dict[str, dict[str, float]]:
     """SQNR in dB by Linear, without smoothing and, if the variant smooths, with smoothing.
 
-    For a float variant, the SQNR of int8 per channel and per token. The model is not changed.
+    Weights are rounded to nearest, whatever the variant's rounding. For a float variant, the SQNR
+    of int8 per channel and per token. The model is not changed.
 
     Args:
         model: the float model, not smoothed.
@@ -206,23 +228,55 @@ def sqnr_with_and_without(
     Raises:
         StudyError: a Linear's output or error is not finite.
     """
-    sums_and_scales: dict[str, tuple[SquaredSums, dict[str, LinearScales]]] = {
-        "without smoothing": (SquaredSums(), {})
-    }
+    scales: dict[str, dict[str, LinearScales]] = {"without smoothing": {}}
     if variant.smooth and not variant.recipe:
-        scales = linear_scales(model, variant, act_absmax, alphas)
-        sums_and_scales["with smoothing"] = (SquaredSums(), scales)
+        scales["with smoothing"] = linear_scales(model, variant, act_absmax, alphas)
+    return _sqnr(model, items, variant, act_absmax, scales)
+
+
+def sqnr_as_stored(
+    load_model: Callable[[], nn.Module],
+    items: list[list[int]],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
+    checkpoint: Path,
+) -> dict[str, dict[str, float]]:
+    """SQNR in dB by Linear with the weights that a checkpoint holds; empty if they are nearest.
+
+    Args and raises: as `sqnr_with_and_without`; the float model is loaded if it is needed, and the
+    checkpoint is read one Linear at a time.
+    """
+    if not variant.quantized or variant.rounding == "nearest":
+        return {}
+    model = load_model()
+    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    label = "weights as stored"
+    stored = {label: TensorFiles(checkpoint, dtype=None)}
+    return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)
+
+
+@torch.inference_mode()
+def _sqnr(
+    model,
+    items: list[list[int]],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    scales_by_label: dict[str, dict[str, LinearScales]],
+    stored_by_label: Mapping[str, TensorFiles] = MappingProxyType({}),
+) -> dict[str, dict[str, float]]:
+    sums = {label: SquaredSums() for label in scales_by_label}
     targets = quantized_linears(model, variant.ignore)
 
     def hook(name: str):
         def observe(module: nn.Linear, args: tuple) -> None:
-            for sums, scales in sums_and_scales.values():
+            for label, scales in scales_by_label.items():
                 of_linear = scales.get(name, LinearScales())
-                sums.add(
-                    name,
-                    apply_smoothing(module, args[0], act_absmax.get(name), of_linear),
-                    variant,
-                )
+                smoothed = apply_smoothing(module, args[0], act_absmax.get(name), of_linear)
+                if label in stored_by_label:
+                    weight = _stored_weight(stored_by_label[label], name).to(smoothed.x)
+                    smoothed = replace(smoothed, given=weight)
+                sums[label].add(name, smoothed, variant)
 
         return observe
 
@@ -235,7 +289,7 @@ def sqnr_with_and_without(
     finally:
         for handle in handles:
             handle.remove()
-    curves = {label: sums.decibels() for label, (sums, _) in sums_and_scales.items()}
+    curves = {label: of_label.decibels() for label, of_label in sums.items()}
     for label, values in curves.items():
         if undefined := [name for name, value in values.items() if math.isnan(value)]:
             raise StudyError(
@@ -243,6 +297,12 @@ def sqnr_with_and_without(
                 f"or smoothing factors are not finite; {len(undefined)} Linears are like it"
             )
     return curves
+
+
+def _stored_weight(checkpoint: TensorFiles, name: str) -> Tensor:
+    """(out_features, in_features) float32 weight of one Linear of a checkpoint."""
+    step = checkpoint[f"{name}.weight_scale"].float().reshape(-1, 1)
+    return checkpoint[f"{name}.weight"].float() * step
 
 
 def decibels(signal: float, noise: float) -> float:
@@ -307,17 +367,47 @@ class DivergenceProbe:
                 yield head(rows).float().log_softmax(-1).cpu()
 
 
+def activations_alone(
+    model,
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
+    probe: DivergenceProbe,
+) -> dict[str, float | None]:
+    """The divergence if activations are rounded and weights are not; empty for a float variant.
+
+    It is simulated on the float model, since a quantized one may have lost its float weights.
+
+    Args:
+        model: the float model, not smoothed; it is not changed.
+        act_absmax, alphas: as in `simulated_quantization`.
+    """
+    if not variant.quantized:
+        return {}
+    with simulated_quantization(model, variant, act_absmax, alphas, float_weights=True):
+        return probe.divergence(model)
+
+
 def sensitivity_rows(
-    model, targets: list[str], absmax: dict[str, Tensor], probe: DivergenceProbe
+    model,
+    targets: list[str],
+    absmax: dict[str, Tensor],
+    probe: DivergenceProbe,
+    float_weight: Callable[[str], Tensor] | None = None,
+    with_float_weights: dict | None = None,
 ) -> list[dict]:
     """The divergence of the quantized model, and with some of its Linears left float.
 
-    The Linears left float are each kind in turn, and the two with the strongest input outlier.
+    The Linears left float are each kind in turn, and the two with the strongest input outlier. In
+    the last rows every activation is float (the weights alone cost), then every weight.
 
     Args:
         model: quantized by `variants.quantize_`, not saved yet; unchanged afterwards.
         targets: names of its quantized Linears.
         absmax: Linear name to (in_features,) calibrated maxima of its input.
+        float_weight: gives the weight of a Linear left float; needed after GPTQ, which replaces
+            the model's weights.
+        with_float_weights: the result of `activations_alone`.
     """
     groups = [("nothing", [])]
     for kind in dict.fromkeys(name.rpartition(".")[2] for name in targets):
@@ -326,9 +416,27 @@ def sensitivity_rows(
     groups.append((" and ".join(outlier_linears), outlier_linears))
     rows = []
     for label, names in Bar(groups, desc="leaving Linears float", unit="probe"):
-        with _left_float(model, names), simulated_by_onednn(model):
+        with _left_float(model, names, float_weight), simulated_by_onednn(model):
             rows.append({"float": label, "linears": len(names), **probe.divergence(model)})
+    with _float_activations(model, targets), simulated_by_onednn(model):
+        rows.append(
+            {"float": "every activation", "linears": len(targets), **probe.divergence(model)}
+        )
+    if with_float_weights:
+        rows.append({"float": "every weight", "linears": len(targets), **with_float_weights})
     return rows
+
+
+@contextmanager
+def _float_activations(model, names: list[str]) -> Iterator[None]:
+    schemes = {model.get_submodule(n): model.get_submodule(n).quantization_scheme for n in names}
+    for module, scheme in schemes.items():
+        module.quantization_scheme = scheme.model_copy(update={"input_activations": None})
+    try:
+        yield
+    finally:
+        for module, scheme in schemes.items():
+            module.quantization_scheme = scheme
 
 
 def _channel_ratio(absmax: Tensor) -> float:
@@ -337,15 +445,21 @@ def _channel_ratio(absmax: Tensor) -> float:
 
 
 @contextmanager
-def _left_float(model, names: list[str]) -> Iterator[None]:
+def _left_float(
+    model, names: list[str], float_weight: Callable[[str], Tensor] | None
+) -> Iterator[None]:
     modules = [model.get_submodule(name) for name in names]
-    for module in modules:
+    weights = [module.weight.data for module in modules]
+    for name, module in zip(names, modules, strict=True):
         module.quantization_enabled = False
+        if float_weight:
+            module.weight.data = float_weight(name).to(module.weight)
     try:
         yield
     finally:
-        for module in modules:
+        for module, weight in zip(modules, weights, strict=True):
             module.quantization_enabled = True
+            module.weight.data = weight
 
 
 AUTO_ALPHAS = tuple(step / 10 for step in range(11))  # candidates of `auto` for each group

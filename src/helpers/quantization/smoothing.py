@@ -9,7 +9,9 @@ calibrated maxima and weights, before anything is folded, to be shown in noteboo
 and no record takes a number from there. Its arrays are numpy's, so that figures need no torch.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median_low
 
 import numpy as np
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from helpers.core.errors import StudyError
 from helpers.quantization.calibration import SmoothingGroup, log2_histogram, smoothing_groups
 from helpers.quantization.channel_maxima import by_ratio, layer_maxima
+from helpers.sources.model_files import TensorFiles
 from helpers.study.schema import Smooth, Study, Variant
 
 SMALLEST = 1e-5  # floor of maxima and scales, so that a dead channel divides nothing by zero
@@ -213,6 +216,31 @@ def smoothed_absmax(
         for name in smoothed.group.consumers:
             absmax[name] = act_absmax[name] / smoothed.scales
     return absmax
+
+
+def replaced_weights(
+    source: Path, smoothed_groups: list[SmoothedGroup], variant: Variant, *, dtype: torch.dtype
+) -> Callable[[str], Tensor] | None:
+    """A function that gives a Linear's smoothed float weight, read anew from the source's files.
+
+    GPTQ replaces a model's weights, and a second copy of all of them may not fit. None if the
+    variant's rounding leaves the model its float weights.
+    """
+    if variant.rounding != "gptq":
+        return None
+    files = TensorFiles(source, dtype=dtype)
+
+    def weight_of(name: str) -> Tensor:
+        weight = files[f"{name}.weight"].clone()  # (out_features, in_features)
+        for smoothed in smoothed_groups:
+            scales = _as_weight(smoothed.scales, weight)
+            if name in smoothed.group.consumers:
+                weight.mul_(scales)
+            if name == smoothed.group.producer:
+                weight[-len(scales) :].div_(scales[:, None])
+        return weight
+
+    return weight_of
 
 
 # What the paper smooths, and how far where it is not tuned for a model (arXiv:2211.10438, 4.1).

@@ -26,8 +26,9 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 
@@ -35,9 +36,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.core.architectures import HEAD
+from helpers.core.architectures import HEAD, architecture
 from helpers.core.errors import StudyError
-from helpers.core.processes import set_activity
+from helpers.core.processes import Bar, set_activity
 from helpers.core.records import check_checksums, sha256_folder
 from helpers.inference.vllm_client import VllmModel
 from helpers.quantization import int8_cuda, int8_matmul
@@ -50,9 +51,15 @@ from helpers.quantization.int8_linear import (
 )
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
-from helpers.runtime.devices import place_on_device
-from helpers.runtime.linears import linear_experts, use_onednn
-from helpers.sources.model_files import TensorFiles, load_config
+from helpers.runtime.devices import place_on_device, trim_heap
+from helpers.runtime.linears import (
+    every_expert_reads,
+    linear_experts,
+    pad,
+    token_budget_batches,
+    use_onednn,
+)
+from helpers.sources.model_files import TensorFiles, batch_tokens_for, load_config
 from helpers.sources.models import (
     empty_model,
     load_generation_config_,
@@ -65,6 +72,10 @@ from helpers.study.loading import Job
 from helpers.study.schema import Runtime, Smooth, Variant
 
 CLAMP = (1e-2, 1e2)
+# llmcompressor's own settings, with which W8A8 checkpoints are published.
+GPTQ = {"block_size": 128, "dampening_frac": 0.01, "actorder": "static"}
+BATCH_TOKENS = 2048  # of one pass of GPTQ, if the caller names no limit
+ROUNDINGS = {"nearest": "", "mse": " (clipped to least squared error)", "gptq": " (GPTQ)"}
 
 
 @torch.no_grad()
@@ -99,29 +110,42 @@ def _round_(linear: nn.Linear) -> None:
     linear.weight.copy_((grid * step).to(linear.weight))
 
 
-def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[str]:
+def quantize_(
+    model,
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    items: Sequence[list[int]] = (),
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> list[str]:
     """Attach int8 scales to every Linear that the variant quantizes; return their names.
 
-    Afterwards the model computes as its checkpoint will (fake quantization).
+    Afterwards the model computes as its checkpoint will (fake quantization). GPTQ replaces the
+    weights by their rounded values too.
 
     Args:
         model: the float model, already smoothed if the variant smooths.
-        variant: its scheme and the names it ignores.
+        variant: its scheme, its rounding and the names it ignores.
         act_absmax: (in_features,) maxima of the current inputs, by Linear name.
+        items: token ids of the calibration items, which GPTQ reads.
+        batch_tokens: the most rows × longest row of one of GPTQ's forward passes.
 
     Raises:
-        StudyError: a Linear of a static scheme was not calibrated.
+        StudyError: a Linear of a static scheme was not calibrated, or GPTQ has no items or no
+            usable Hessian.
     """
+    from llmcompressor.core import State
+    from llmcompressor.modifiers.gptq import GPTQModifier
     from llmcompressor.modifiers.quantization import QuantizationModifier
     from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
 
     targets = quantized_linears(model, variant.ignore)
     float_names = sorted(set(linear_layers(model)) - set(targets))
-    modifier = QuantizationModifier(
-        config_groups={"group_0": compression_scheme(variant)}, ignore=float_names
-    )
+    by_gptq = variant.rounding == "gptq"
+    settings = {"config_groups": {"group_0": compression_scheme(variant)}, "ignore": float_names}
+    modifier = GPTQModifier(**settings, **GPTQ) if by_gptq else QuantizationModifier(**settings)
     with _without_hooks(targets.values()):
-        modifier.initialize_quantization(model)
+        modifier.on_initialize(State(model=model))
     modifier.start_calibration(model)
     modules = list(targets.values())
     if variant.scheme[1] == "tensor_static":
@@ -130,10 +154,127 @@ def quantize_(model, variant: Variant, act_absmax: dict[str, Tensor]) -> list[st
                 raise StudyError(f"{name} is not in the calibration; run 01_calibration again")
             module.input_observer(act_absmax[name].to(module.weight)[None])  # (1, in_features)
         update_qparams(modules, "input")
-    observe(modules, "weight")
-    update_qparams(modules, "weight")
+    if by_gptq:
+        _round_by_gptq_(model, modifier, targets, items, batch_tokens=batch_tokens)
+    else:
+        observe(modules, "weight")
+        update_qparams(modules, "weight")
     modifier.end_calibration(model)
     return list(targets)
+
+
+@dataclass
+class _BlockInputs:
+    """What the decoder blocks read of one batch of items.
+
+    Attributes:
+        hidden: (rows, tokens, features) states that the next block reads.
+        mask: (rows, tokens) bool, False for padding.
+        arguments: the other arguments of each block.
+    """
+
+    hidden: Tensor
+    mask: Tensor
+    arguments: list[tuple[tuple, dict]]
+
+
+@torch.no_grad()
+def _round_by_gptq_(
+    model,
+    modifier,
+    targets: dict[str, nn.Linear],
+    items: Sequence[list[int]],
+    *,
+    batch_tokens: int,
+) -> None:
+    """Round the weights of the targets by llmcompressor's GPTQ, one decoder block at a time.
+
+    Raises:
+        StudyError: there are no items, or a Hessian has no Cholesky factor.
+    """
+    from llmcompressor.modifiers.utils.hooks import HooksMixin
+
+    if not items:
+        raise StudyError("rounding = 'gptq' reads the calibration items, and none were given")
+    path = architecture(model.config).blocks
+    budget = batch_tokens_for(model.config, list(map(len, items)), batch_tokens=batch_tokens)
+    with HooksMixin.disable_hooks(), every_expert_reads(model):
+        batches = _block_inputs(model, model.get_submodule(path), items, batch_tokens=budget)
+        for index, block in enumerate(Bar(model.get_submodule(path), desc="GPTQ", unit="block")):
+            linears = [m for n, m in targets.items() if n.startswith(f"{path}.{index}.")]
+            with _accumulated_hessians(modifier, linears) as use_mask:
+                for batch in batches:
+                    use_mask(batch.mask)
+                    _run_block(block, index, batch)
+            modifier.on_sequential_epoch_end(None, None, linears)
+            for batch in batches:
+                batch.hidden = _run_block(block, index, batch)
+            trim_heap()
+    if failed := modifier._rtn_fallback_module_names:
+        raise StudyError(
+            f"GPTQ: the Hessian of {failed[0]} ({len(failed)} Linears) has no Cholesky factor; "
+            "raise calibration.items, or use dtype float32"
+        )
+
+
+def _run_block(block: nn.Module, index: int, batch: _BlockInputs) -> Tensor:
+    positional, named = batch.arguments[index]
+    return block(batch.hidden, *positional, **named)
+
+
+def _block_inputs(
+    model, blocks: nn.ModuleList, items: Sequence[list[int]], *, batch_tokens: int
+) -> list[_BlockInputs]:
+    """The input of the first block and the other arguments of all blocks, batch by batch.
+
+    The blocks are not computed: masks and positions do not depend on their answers.
+    """
+    batches: list[_BlockInputs] = []
+
+    def record(hidden: Tensor, *positional, **named) -> Tensor:
+        if not batches[-1].arguments:
+            batches[-1].hidden = hidden
+        batches[-1].arguments.append((positional, named))
+        return hidden
+
+    own_forwards = [vars(block).get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = record
+    try:
+        for batch in token_budget_batches(list(map(len, items)), batch_tokens=batch_tokens):
+            rows = [items[i] for i in batch]
+            mask = pad([[1] * len(r) for r in rows], value=0, side="right", device=model.device)
+            tokens = pad(rows, value=0, side="right", device=model.device)
+            batches.append(_BlockInputs(tokens, mask.bool(), []))
+            model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    finally:
+        for block, forward in zip(blocks, own_forwards, strict=True):
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    return batches
+
+
+@contextmanager
+def _accumulated_hessians(modifier, linears: list[nn.Linear]) -> Iterator[Callable]:
+    """Inside, GPTQ's Hessians of the Linears take in their inputs, without the padding.
+
+    Yields:
+        a function that takes the (rows, tokens) mask of the next pass.
+    """
+    current: dict[str, Tensor] = {}
+
+    def observe(linear: nn.Linear, args: tuple) -> None:
+        mask = current["mask"].to(args[0].device)
+        x = args[0].reshape(*mask.shape, -1)  # some modules flatten rows and tokens
+        modifier.calibrate_module(linear, (x[mask],), None)
+
+    handles = [linear.register_forward_pre_hook(observe) for linear in linears]
+    try:
+        yield lambda mask: current.update(mask=mask)
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -155,15 +296,27 @@ def _without_hooks(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def quantize_variant_(
-    model, variant: Variant, act_absmax: dict[str, Tensor], smoothed: list[SmoothedGroup]
+    model,
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    smoothed: list[SmoothedGroup],
+    items: Sequence[list[int]] = (),
+    *,
+    batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
-    """Quantize a smoothed model by the variant's scheme; a float variant quantizes nothing."""
+    """Quantize a smoothed model by the variant's scheme; a float variant quantizes nothing.
+
+    Args:
+        act_absmax: (in_features,) maxima of the inputs before smoothing, by Linear name.
+        items, batch_tokens: as in `quantize_`.
+    """
     set_activity("quantizing")
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.quantized:
         return []
-    return quantize_(model, variant, smoothed_absmax(act_absmax, smoothed))
+    absmax = smoothed_absmax(act_absmax, smoothed)
+    return quantize_(model, variant, absmax, items, batch_tokens=batch_tokens)
 
 
 def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
@@ -173,7 +326,8 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         text += "tensor, head included, float activations"
     elif variant.quantized:
         weights, activations = variant.scheme
-        text = f"int8 weights per {weights}, int8 activations per {activations.replace('_', ', ')}"
+        text = f"int8 weights per {weights}{ROUNDINGS[variant.rounding]}, "
+        text += f"int8 activations per {activations.replace('_', ', ')}"
         text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
     else:
         text = "float weights and activations"
@@ -199,9 +353,10 @@ def compression_scheme(variant: Variant) -> dict:
     weights, activations = variant.scheme
     strategy, timing = activations.split("_")
     integers = {"num_bits": 8, "type": "int", "symmetric": True}
+    observer = {"observer": "memoryless_mse"} if variant.rounding == "mse" else {}
     return {
         "targets": ["Linear"],
-        "weights": {**integers, "strategy": weights, "dynamic": False},
+        "weights": {**integers, "strategy": weights, "dynamic": False} | observer,
         "input_activations": {**integers, "strategy": strategy, "dynamic": timing == "dynamic"},
     }
 

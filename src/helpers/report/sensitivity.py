@@ -206,6 +206,7 @@ def _unreached_sentence(targets, inputs: list[LinearInput]) -> str:
 
 
 AS_QUANTIZED = "nothing"
+ALONE = {"every activation": "weights", "every weight": "activations"}  # that are still rounded
 
 
 def loss_chapter(results: Results) -> list[Markdown | figures.Picture]:
@@ -218,6 +219,7 @@ def loss_chapter(results: Results) -> list[Markdown | figures.Picture]:
         chance_note(largest_chance_rise(results)),
         markdown_table(loss_carrier_rows(results)),
         folded("KL with some Linears left in float [nats per token]", markdown_table(rows)),
+        *decompositions(results),
     ]
     pictures = [
         figures.Picture(
@@ -254,7 +256,11 @@ def left_float_rows(results: Results) -> Rows:
     """KL from the float model by the Linears left in float: a row a model, a column a variant."""
     by_model = {model: _rows_by_left_float(results, model) for model in results.models}
     labels = dict.fromkeys(
-        label for variants in by_model.values() for rows in variants.values() for label in rows
+        label
+        for variants in by_model.values()
+        for rows in variants.values()
+        for label in rows
+        if label not in ALONE
     )
     return [
         {"left in float": _short_label(label), "model": code(model)}
@@ -278,8 +284,8 @@ def largest_chance_rise(results: Results) -> float | None:
         for model in results.models
         for rows in _rows_by_left_float(results, model).values()
         if (rows[AS_QUANTIZED]["kl"] or 0) > 0
-        for row in rows.values()
-        if row["kl"] is not None
+        for label, row in rows.items()
+        if row["kl"] is not None and label not in ALONE
     ]
     return max(rises, default=None)
 
@@ -317,13 +323,56 @@ def _carrier_cells(measured: dict[str, dict], chance_rise: float) -> dict[str, s
     cells |= {"KL then": MISSING, "saved": MISSING}
     if quantized_kl is None:
         return cells | {"left in float": MISSING, "KL as quantized": "not finite"}
-    finite = {label: row["kl"] for label, row in measured.items() if row["kl"] is not None}
+    finite = {
+        label: row["kl"]
+        for label, row in measured.items()
+        if row["kl"] is not None and label not in ALONE
+    }
     best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
     share = 1 - finite[best] / quantized_kl if quantized_kl > 0 else 0.0
     if share <= chance_rise:
         return cells
     cells["left in float"] = _short_label(best)
     return cells | {"KL then": number(finite[best]), "saved": f"{100 * share:.0f} %"}
+
+
+def decomposition_rows(results: Results, model: str) -> Rows:
+    """KL of every int8 variant, of its weights and its activations alone, and the remainder.
+
+    Variants without both rows, or with a KL that is not finite, are left out.
+    """
+    table = []
+    for variant, rows in _rows_by_left_float(results, model).items():
+        both = rows[AS_QUANTIZED]["kl"]
+        alone = {part: rows.get(label, {}).get("kl") for label, part in ALONE.items()}
+        if both is None or None in alone.values():
+            continue
+        table.append(
+            {"variant": code(variant), "KL": number(both)}
+            | {f"{part} alone": number(kl) for part, kl in alone.items()}
+            | {"not additive": number(both - sum(alone.values()))}
+        )
+    return table
+
+
+def decompositions(results: Results) -> list[str]:
+    """Texts and tables on weights and activations alone, model by model; empty without any."""
+    parts = []
+    for model in results.models:
+        if shares := decomposition_rows(results, model):
+            parts += [decomposition_text(model), markdown_table(shares)]
+    return parts
+
+
+def decomposition_text(model: str) -> str:
+    """How to read the table of weights and activations alone."""
+    return (
+        f"#### Weights or activations of `{model}`?\n\n"
+        "KL in nats per token on the same calibration items: as quantized, with the weights alone "
+        "rounded (W8A16), and with the activations alone rounded (A8), both simulated. The "
+        "remainder is not additive: errors of both that add up or cancel, and the chance of a draw "
+        "of rounding."
+    )
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:

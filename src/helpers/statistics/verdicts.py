@@ -126,7 +126,11 @@ def role_of(study: Study, name: str) -> Role | None:
 
 def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
     """Whether the two differ only by smoothing, which the first lacks."""
-    same_scheme = (plain.scheme, plain.ignore) == (smoothed.scheme, smoothed.ignore)
+    same_scheme = (plain.scheme, plain.rounding, plain.ignore) == (
+        smoothed.scheme,
+        smoothed.rounding,
+        smoothed.ignore,
+    )
     return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 
 

@@ -8,7 +8,8 @@ Reading, references between settings and error messages are in `helpers.study.lo
 """
 
 import difflib
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -23,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from helpers.core.architectures import ARCHITECTURES
+from helpers.core.architectures import ARCHITECTURES, HEAD
 
 PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
@@ -242,6 +243,7 @@ SmoothingTarget = Literal["attention_input", "mlp_input", "mlp_down", "attention
 Weights = Literal["channel", "tensor"]
 FloatType = Literal["float32", "bfloat16"]
 Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
+Rounding = Literal["nearest", "mse", "gptq"]
 
 # The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
 PRESETS: dict[str, tuple[Weights, Activations]] = {
@@ -250,6 +252,41 @@ PRESETS: dict[str, tuple[Weights, Activations]] = {
     "o2": ("tensor", "tensor_dynamic"),
     "o3": ("tensor", "tensor_static"),
 }
+
+
+PATTERN_MARK = "re:"  # of compressed-tensors: a regular expression follows
+LONGEST_PATTERN = 200  # characters
+
+
+def _name_or_pattern(text: str) -> str:
+    if not text.startswith(PATTERN_MARK):
+        return text
+    pattern, problem = text.removeprefix(PATTERN_MARK), ""
+    if not pattern or len(pattern) > LONGEST_PATTERN:
+        problem = f"has a pattern of {len(pattern)} characters; give 1 to {LONGEST_PATTERN}"
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        problem = f"is no regular expression ({error}); correct it"
+    if problem:
+        raise PydanticCustomError("pattern", "{trouble}", {"trouble": problem})
+    return text
+
+
+def is_ignored(name: str, ignore: Iterable[str]) -> bool:
+    """Whether a Linear is kept float: its name or its last part is listed, or matches a pattern.
+
+    Args:
+        name: module name of a Linear (`model.layers.0.mlp.down_proj`).
+        ignore: names, whole or their last part, and patterns (`re:.*layers\\.0\\.`) that have to
+            match from the start of the name, as in compressed-tensors.
+    """
+    return any(
+        re.match(entry.removeprefix(PATTERN_MARK), name) is not None
+        if entry.startswith(PATTERN_MARK)
+        else name == entry or name.endswith(f".{entry}")
+        for entry in ignore
+    )
 
 
 def _alpha_grid(values: tuple[float, ...]) -> tuple[float, ...]:
@@ -290,6 +327,13 @@ class Variant(Strict):
     same weights, computed in another float type, differ by rounding alone and show the size
     of differences that mean nothing. `repeats` is how many checkpoints are made of the variant,
     each from calibration items of its own: one checkpoint is one draw of its recipe.
+
+    `ignore` lists the Linears that stay float: names, whole or their last part (`down_proj`), and
+    patterns after `re:` (`re:.*layers\\.0\\.`), which match from the start of a whole name.
+
+    `rounding` is how weights get onto their grid: `nearest`; `mse`, to nearest on a grid clipped
+    to the least error (llmcompressor's observer); `gptq`, by llmcompressor's GPTQ on the
+    calibration items.
     """
 
     recipe: Literal["seed"] | None = None
@@ -297,8 +341,9 @@ class Variant(Strict):
     preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
     weights: Weights | None = None
     activations: Activations | None = None
+    rounding: Rounding = "nearest"
     smooth: Smooth | None = None
-    ignore: tuple[str, ...] = ("lm_head",)
+    ignore: tuple[Annotated[str, AfterValidator(_name_or_pattern)], ...] = (HEAD,)
     repeats: Count = 1
 
     @model_validator(mode="after")
@@ -313,6 +358,16 @@ class Variant(Strict):
             raise ValueError(
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
+            )
+        if self.rounding != "nearest" and (self.recipe or not (self.preset or self.weights)):
+            raise ValueError(
+                f"rounding = {self.rounding!r} is for a variant with a preset or weights of its "
+                "own; leave it out"
+            )
+        if self.rounding == "gptq" and not is_ignored(HEAD, self.ignore):
+            raise ValueError(
+                "rounding = 'gptq' works on decoder blocks, which the head is no part of; add "
+                "lm_head to ignore"
             )
         searches_alpha = self.smooth and not isinstance(self.smooth.alpha, float)
         if searches_alpha and (self.recipe or not (self.preset or self.weights)):

@@ -18,6 +18,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import torch
+from compressed_tensors.utils.match import match_name
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
@@ -191,6 +192,12 @@ PROBES, PROBE_TOKENS = (
     48,
 )  # real texts for forward passes, which are the expensive part of the gates
 
+GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to the diagonal
+# GPTQ moves a weight by more than half a step, to make up for the rounding of weights before it.
+# With R Rᵀ = H + λI, R triangular, a row's error e (in steps) has |(eR)_j| <= R_jj / 2, so that
+# λ |e|² <= |eR|² <= tr(H + λI) / 4. With λ = 0.01 tr(H) / n, the root mean square of e is at most
+GPTQ_RMS = 0.5 * math.sqrt((1 + GPTQ_DAMPING) / GPTQ_DAMPING)  # steps
+
 
 class CheckpointFiles(ModelSlot):
     """The files of one job's source, calibration and checkpoint, read on first use.
@@ -240,10 +247,15 @@ class CheckpointFiles(ModelSlot):
     @cached_property
     def targets(self) -> list[str]:
         """Names of the Linears that the variant declares as int8."""
-        ignored = self.claim.ignore
         if not self.claim.quantized:
             return []
-        return [n for n in self.linears if not any(n == i or n.endswith("." + i) for i in ignored)]
+        listed = {
+            name
+            for name in self.linears
+            for i in self.claim.ignore
+            if name.endswith(f".{i}") or match_name(name, i)  # as compressed-tensors reads it
+        }
+        return [name for name in self.linears if name not in listed]
 
     @cached_property
     def stored_int8(self) -> set[str]:
@@ -349,6 +361,18 @@ class CheckpointFiles(ModelSlot):
         columns, rows = self.folded[name]
         weight = weight if columns is None else weight * columns
         return weight if rows is None else weight / rows[:, None]
+
+    def errors_of_rows(self, name: str, weight: Tensor, step: Tensor) -> Tensor:
+        """(out_features,) root mean square of stored − float weights, in steps.
+
+        Input channels that calibration never saw are left out: GPTQ sets their weights to 0.
+
+        Args:
+            weight: (out_features, in_features) float64, what was rounded.
+            step: (out_features or 1, 1) float64.
+        """
+        error = self.saved[f"{name}.weight"].double() - weight / step
+        return error[:, self.absmax[name] > 0].square().mean(1).nan_to_num(torch.inf).sqrt()
 
     @cached_property
     def tokenizer(self):

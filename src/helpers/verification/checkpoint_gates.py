@@ -22,7 +22,7 @@ from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.sources.items import Item
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.schema import Study
-from helpers.verification.checkpoint_files import CheckpointFiles
+from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles
 
 EPS32 = torch.finfo(torch.float32).eps
 LEVELS = 127  # a row with a maximum of 127.5 steps reaches at least ±127 after rounding
@@ -104,8 +104,9 @@ def _row_scales(evidence: CheckpointFiles, group) -> tuple[Tensor, Tensor]:
     """(scales that a Linear producer's rows were divided by, their relative uncertainty).
 
     A row w of the source (its columns smoothed) became v: s = ⟨w, w⟩ / ⟨w, v⟩. Rounding to
-    the grid moved every v_j by at most half a step, so ⟨w, v⟩ by at most ‖w‖₁ / 2 steps. A
-    fused producer is divided in its last rows.
+    the grid moved every v_j by at most half a step, so ⟨w, v⟩ by at most ‖w‖₁ / 2 steps; GPTQ
+    moved it by at most ‖w‖ √n times its root mean square. Clipped weights (MSE) lie up to 0.19 of
+    the largest away. A fused producer is divided in its last rows.
     """
     name, size = group.producer, len(evidence.declared_scales(group))
     columns, _ = evidence.folded[name]
@@ -116,7 +117,13 @@ def _row_scales(evidence: CheckpointFiles, group) -> tuple[Tensor, Tensor]:
     eps = torch.finfo(evidence.dtype).eps
     uncertainty = 4 * eps + LOGARITHM * EPS32 + torch.zeros_like(scales)
     if step is not None:
-        uncertainty = uncertainty + w.abs().sum(1) * (step.flatten() / 2) / projection.abs()
+        moved = w.abs().sum(1) * (step.flatten() / 2)
+        if evidence.claim.rounding == "gptq":
+            moved = w.norm(dim=1) * w.shape[1] ** 0.5 * GPTQ_RMS * step.flatten()
+        elif evidence.claim.rounding == "mse":
+            beyond = (w.abs() - MOST_CLIPPED * w.abs().amax(1, keepdim=True)).clamp(min=0)
+            moved = moved + (w.abs() * beyond).sum(1) / scales
+        uncertainty = uncertainty + moved / projection.abs()
     return scales[-size:], uncertainty[-size:]
 
 
@@ -128,14 +135,23 @@ def _step(evidence: CheckpointFiles, name: str) -> Tensor | None:
 
 @gate("weights on the declared grid")
 def grid_gate(evidence: CheckpointFiles):
-    """int8 weights lie within half a step of source × scales, and each row uses the whole grid.
+    """int8 weights are source × scales, rounded as declared on the declared grid.
+
+    The grid: a row's step (the tensor's, per tensor) is its largest weight / 127.5, so that all
+    steps are used; a clipped grid has at least 0.81 of that step, the smallest that the observer
+    tries, and errs no more than the whole one. The rounding: a stored weight is within half a step
+    of source × scales, or at the end of its grid if that lies beyond. GPTQ gives up nearness for
+    the Linear's output: the root mean square of a row's errors is at most what its damping allows
+    (`GPTQ_RMS`), far below that of weights in another order or of another row; `gptq_gate` holds
+    the rounding itself against the calibration's inputs.
 
     The quotient of at most 128 steps carries four roundings of the dtype (s, the product, the
     step, the quotient): 2 eps. A row whose maximum is below 127 has fewer than 8 bits, or the
-    scale of another row.
+    scale of another row; under GPTQ a maximum may shrink, and the step alone tells.
     """
-    granularity = evidence.claim.scheme[0]
-    limit = 0.5 + 128 * (2 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32)
+    granularity, rounding = evidence.claim.scheme[0], evidence.claim.rounding
+    relative = 2 * torch.finfo(evidence.dtype).eps + LOGARITHM * EPS32
+    limit = (GPTQ_RMS if rounding == "gptq" else 0.5) + 128 * relative
     off_weights, unused_grid, malformed, largest_error = [], [], [], 0.0
     for name in evidence.targets:
         q, step = evidence.saved[f"{name}.weight"], _step(evidence, name)
@@ -146,26 +162,62 @@ def grid_gate(evidence: CheckpointFiles):
             malformed.append(name)
             continue
         weight = evidence.smoothed_weight(name)
-        error = (q.double() - weight / step).abs().max().item()
+        if rounding == "gptq":
+            error = evidence.errors_of_rows(name, weight, step).max().item()
+        else:
+            steps = weight / step
+            steps = steps.clamp(-128, 127) if rounding == "mse" else steps
+            error = (q.double() - steps).abs().max().item()
         largest_error = largest((largest_error, error))
         if not error <= limit:
             off_weights.append(name)
-        parts = q if granularity == "channel" else q.reshape(1, -1)
-        zero = weight.reshape(len(parts), -1).abs().amax(1) == 0
-        if not ((parts.int().abs().amax(1) >= LEVELS) | zero).all():
+        if not _uses_whole_grid(q, weight, step, granularity, rounding, relative):
             unused_grid.append(name)
+    unit = "steps, the largest root mean square of a row" if rounding == "gptq" else "steps"
     return (
         not (off_weights or unused_grid or malformed),
         f"of {len(evidence.targets)} Linears {len(malformed)} are not int8 with positive steps per "
         f"{granularity}{examples(malformed)}, {len(off_weights)} are off their float weights"
         f"{examples(off_weights)}, {len(unused_grid)} do not use the whole grid"
-        f"{examples(unused_grid)}; largest error {largest_error:.4g} steps",
+        f"{examples(unused_grid)}; largest error {largest_error:.4g} {unit}",
         f"none, none, none; at most {limit:.4g} steps",
     )
 
 
 def _steps(q: Tensor, granularity: str) -> int:
     return q.shape[0] if granularity == "channel" else 1
+
+
+MOST_CLIPPED = 0.81  # the smallest share of the range that llmcompressor's MSE observer tries
+ERROR_POWER = 2.4  # of the error that it makes least
+
+
+def _uses_whole_grid(
+    q: Tensor, weight: Tensor, step: Tensor, granularity: str, rounding: str, relative: float
+) -> bool:
+    """Whether every row (the tensor, per tensor) has the step that its rounding declares.
+
+    Args:
+        q, weight: (out_features, in_features) stored integers, and what was rounded.
+        step: (out_features or 1, 1).
+        relative: rounding error of a step.
+    """
+    parts = weight if granularity == "channel" else weight.reshape(1, -1)
+    top = parts.abs().amax(1, keepdim=True)
+    share, smallest = step / (top / HALF_RANGE), MOST_CLIPPED if rounding == "mse" else 1.0
+    right = (share >= smallest * (1 - relative)) & (share <= 1 + relative)
+    if rounding != "gptq":
+        right &= q.reshape(parts.shape).int().abs().amax(1, keepdim=True) >= LEVELS
+    if rounding == "mse":
+        whole = _grid_errors(parts, top / HALF_RANGE)
+        right &= _grid_errors(parts, step) <= whole * (1 + ERROR_POWER * 128 * relative)
+    return bool((right | (top == 0)).all())
+
+
+def _grid_errors(parts: Tensor, step: Tensor) -> Tensor:
+    """(rows, 1) summed power of the errors of rounding to nearest with a step."""
+    rounded = (parts / step).round().clamp(-128, 127) * step
+    return (rounded - parts).abs().pow(ERROR_POWER).sum(1, keepdim=True)
 
 
 @gate("smoothed float weights")

@@ -20,7 +20,14 @@ from helpers.quantization.variants import load_variant, variant_runtime
 from helpers.sources.model_files import TensorFiles
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
-from helpers.verification.checkpoint_files import CheckpointFiles, logits_of
+from helpers.verification.checkpoint_files import (
+    GPTQ_DAMPING,
+    GPTQ_RMS,
+    CheckpointFiles,
+    capture_inputs,
+    first_block_only,
+    logits_of,
+)
 
 CHUNK_ROWS = 8192  # rows of a weight in one step
 LOUDER = 2.0**8  # a power of two, so that scaling a token is exact
@@ -32,7 +39,9 @@ def function_gate(evidence: CheckpointFiles):
 
     Its norms and float tensors are the stored ones. For an int8 weight it takes source ×
     scales, clamped to the half-step around the stored integer: a sound checkpoint implies
-    source × scales itself.
+    source × scales itself. On a clipped grid the ends stand for all that lies beyond them. GPTQ
+    moves weights further than half a step: there a row counts as source × scales if its error is
+    within GPTQ's bound (the grid gate says which), and as it is stored if not.
 
     The limit is measured, since depth and outliers decide how roundings grow. It is the change
     of the source's own logits if every weight is perturbed by its rounding: one eps (two
@@ -92,10 +101,98 @@ def _implied_weight(evidence: CheckpointFiles, key: str) -> Tensor | None:
     step = evidence.saved.get(f"{name}.weight_scale")
     if q.dtype != torch.int8 or step is None:
         return None
-    step = step.double().reshape(-1, 1)
-    slack = 0.5 + 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
-    low, high = (q.double() - slack) * step, (q.double() + slack) * step
-    return evidence.smoothed_weight(name).clamp(low, high)
+    step, weight = step.double().reshape(-1, 1), evidence.smoothed_weight(name)
+    slack = 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
+    if evidence.claim.rounding == "gptq":
+        within_bound = evidence.errors_of_rows(name, weight, step) <= GPTQ_RMS + slack
+        return torch.where(within_bound[:, None], weight, q.double() * step)
+    low, high = (q.double() - 0.5 - slack) * step, (q.double() + 0.5 + slack) * step
+    if evidence.claim.rounding == "mse":
+        low, high = low.masked_fill(q == -128, -torch.inf), high.masked_fill(q == 127, torch.inf)
+    return weight.clamp(low, high)
+
+
+MOST_OUTSIDE = 0.01  # share of residuals; columns with almost equal diagonals may be exchanged
+
+
+@gate("weights rounded by GPTQ")
+def gptq_gate(evidence: CheckpointFiles):
+    """In the first block, the stored weights are those that GPTQ gives on the calibration's items.
+
+    GPTQ visits the columns by falling diagonal of H = XᵀX, X the smoothed inputs of all items, and
+    subtracts from a column what makes up for the errors e (in steps) of those before it. With
+    R Rᵀ = H + λI in that order, R upper triangular, it rounds (eR)_j / R_jj to within half a step
+    (arXiv:2210.17323). That holds for its own order, its own H and λ alone: nearest weights, the
+    Hessian of other items, or columns left in GPTQ's order exceed it in many places. Weights at
+    the ends of the grid are left out. The first block reads float inputs, which are computed here
+    by the source, one item at a time.
+
+    The weights that were rounded are known to the dtype's rounding; four standard deviations of
+    its effect are allowed.
+    """
+    names = _one_of_each_kind(evidence)
+    hessians = _input_hessians(evidence, names)
+    outside, total, wrong, ratios = 0, 0, [], []
+    for name in names:
+        step = evidence.saved[f"{name}.weight_scale"].double().reshape(-1, 1)
+        beyond, inside, ratio = _gptq_residuals(evidence, name, step, hessians[name])
+        outside, total = outside + beyond, total + inside
+        ratios.append(ratio)
+        if not beyond <= MOST_OUTSIDE * inside:
+            wrong.append(name)
+    return (
+        not wrong and bool(names),
+        f"of {len(names)} Linears of the first block, {len(wrong)} are not GPTQ's"
+        f"{examples(wrong)}: {outside} of {total} residuals exceed half a step; squared output "
+        f"error {min(ratios):.2f} to {max(ratios):.2f} of that of rounding to nearest",
+        f"none; at most {MOST_OUTSIDE:.0%} of a Linear's residuals",
+    )
+
+
+def _one_of_each_kind(evidence: CheckpointFiles) -> list[str]:
+    """The first target of every kind (`q_proj`, …) of the first block."""
+    in_block = [n for n in evidence.targets if n.startswith(f"{evidence.blocks}.0.")]
+    return list({name.rpartition(".")[2]: name for name in reversed(in_block)}.values())[::-1]
+
+
+def _input_hessians(evidence: CheckpointFiles, names: list[str]) -> dict[str, Tensor]:
+    """(in_features, in_features) float64 XᵀX of each Linear's smoothed input over all items."""
+    model, hessians = evidence.source_model, {}
+    with first_block_only(model):
+        for tokens in evidence.tokens:
+            for name, x in capture_inputs(model, names, tokens).items():
+                rows = _rows(x).float()
+                product = (rows.T @ rows).double().cpu()
+                hessians[name] = hessians.get(name, 0) + product
+    for name, (columns, _) in evidence.folded.items():
+        if name in hessians and columns is not None:
+            hessians[name] = hessians[name] / columns / columns[:, None]
+    return hessians
+
+
+def _gptq_residuals(
+    evidence: CheckpointFiles, name: str, step: Tensor, hessian: Tensor
+) -> tuple[int, int, float]:
+    """(residuals beyond half a step, all that count, squared output error / that of nearest)."""
+    q = evidence.saved[f"{name}.weight"]
+    steps = evidence.smoothed_weight(name) / step
+    dead = hessian.diagonal() == 0
+    steps[:, dead] = 0  # GPTQ removes weights that no item reads
+    error, nearest = q.double() - steps, steps.round().clamp(-128, 127) - steps
+    ratio = ((error @ hessian) * error).sum() / ((nearest @ hessian) * nearest).sum()
+    order = hessian.diagonal().argsort(descending=True)
+    damped = hessian + torch.diag(dead.double())
+    damped = damped + GPTQ_DAMPING * damped.diagonal().mean() * torch.eye(len(damped))
+    damped = damped[order][:, order].flip(0, 1)
+    factor = torch.linalg.cholesky(damped).flip(0, 1)  # upper: factor @ factor.T is H + λI
+    residuals = (error[:, order] @ factor) / factor.diagonal()
+    relative = 2 * torch.finfo(evidence.dtype).eps + 32 * torch.finfo(torch.float32).eps
+    uncertainty = (relative * steps[:, order]).square() @ factor.square()
+    allowed = 0.5 + 4 * uncertainty.sqrt() / factor.diagonal()
+    counted = (q > -128) & (q < 127)
+    counted = counted[:, order]
+    beyond = ~(residuals.abs() <= allowed) & counted
+    return int(beyond.sum()), int(counted.sum()), ratio.item()
 
 
 @gate("int8 activations at run time")

@@ -297,6 +297,7 @@ def scheme_gate(evidence: CheckpointFiles):
     if evidence.claim.quantized:
         weights, activations = evidence.claim.scheme
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
+        parts += {"gptq": ["GPTQ"], "mse": ["clipped"]}.get(evidence.claim.rounding, [])
         missing += [part for part in parts if part not in recorded]
     return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
 
@@ -378,6 +379,8 @@ def checks_of(claim: Variant) -> tuple:
     if not claim.quantized:
         return (*FILE_CHECKS, checkpoint_gates.float_weights_gate, *model_checks)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()
+    if claim.rounding == "gptq":
+        model_checks = (runtime_gates.gptq_gate, *model_checks)
     return (*FILE_CHECKS, *INT8_FILE_CHECKS, *static, *model_checks, *INT8_LAYER_CHECKS)
 
 

@@ -26,6 +26,7 @@ from helpers.inference.vllm_client import is_served
 from helpers.sources.model_files import load_config
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
+from helpers.study.schema import is_ignored
 from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
 
 QUANTIZED, FLOAT = "quantized Linears in the evaluation", "float parts in the evaluation"
@@ -69,7 +70,7 @@ def linear_files(job: Job) -> LinearFiles:
     changed = recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
     names = linear_names(load_config(source)) if claim.quantized else []
-    kept_float = [n for n in names if any(n == i or n.endswith("." + i) for i in claim.ignore)]
+    kept_float = [n for n in names if is_ignored(n, claim.ignore)]
     return LinearFiles(
         folder,
         frozenset(names) - frozenset(kept_float),
