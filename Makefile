@@ -74,6 +74,7 @@ help: ## list the targets
 	@printf '  JOB_MB=n      memory reserved for one job, in MB ($(JOB_MB))\n'
 	@printf '  EXECUTOR=name where jobs run: local, or a cluster by profiles/name ($(EXECUTOR))\n'
 	@printf '  PARTIAL=yes   with report: the completed part, with the missing runs named\n'
+	@printf '  FROM=a,b      with verdicts: two sample files of lm-evaluation-harness, the baseline first\n'
 	@printf '  ARGS=...      more arguments: for Snakemake (study, report), pytest (test), bench\n'
 	@printf '  VENV=path     use another environment, such as VENV=$$CONDA_PREFIX (.venv)\n'
 	@printf '  PROCESSOR=avx2 use only AVX2; or vnni: AVX-512 VNNI without AMX\n'
@@ -102,8 +103,9 @@ again: $(READY) ## recompute the report from such a file: ARCHIVE=file TO=new-fo
 export: $(READY) ## write a study's results in the format of lm-evaluation-harness
 	@$(PY) -m tools.lm_eval_export $(STUDY) $(ARGS)
 
-verdicts: $(READY) ## recompute every verdict and number from the answers and compare with the published ones
-	@$(PY) -m helpers.report.checks.recomputation $(STUDY)
+verdicts: $(READY) ## recompute a study's verdicts from its answers; FROM=a,b: verdicts on two lm-eval runs
+	@$(if $(FROM),$(PY) -m tools.lm_eval_verdicts '$(FROM)' --settings $(STUDY) $(ARGS), \
+	  $(PY) -m helpers.report.checks.recomputation $(STUDY))
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \

@@ -111,9 +111,9 @@ def test_a_row_with_anything_in_it_is_an_item_or_a_line(folder, tokenizer, chang
 
 
 @repeatable
-@given(LINES, st.sampled_from(sorted(ROWS)))
-def test_any_bytes_are_items_or_a_line(folder, lines, adapter):
-    path = folder / "bytes.jsonl"
+@given(LINES, st.sampled_from(sorted(ROWS)), st.sampled_from(["jsonl", "csv", "tsv", "arrow"]))
+def test_any_bytes_are_items_or_a_line(folder, lines, adapter, extension):
+    path = folder / f"bytes.{extension}"
     path.write_bytes(b"\n".join(lines))
     one_line(load_items, FileDataset(file=str(path)), adapter=adapter)
 

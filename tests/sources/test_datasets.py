@@ -137,7 +137,7 @@ BAD_VALUES = [
     ("arc", "choices/text", ["wood", "iron", None]),
     ("arc", "choices/label", ["1", "2", "2"]),
     ("arc", "choices/label", [1, 2, 3]),
-    ("boolq", "answer", "yes"),
+    ("boolq", "answer", "maybe"),
     ("boolq", "answer", 1),
     ("boolq", "answer", None),
     ("boolq", "passage", None),
@@ -161,7 +161,7 @@ def test_a_row_with_a_wrong_value_is_refused_by_number(write_rows, adapter, path
     file = write_rows([ROWS[adapter], put(ROWS[adapter], path, value)])
     line = refusal(load_items, FileDataset(file=file), adapter=adapter)
     assert line.startswith(f"{file}: row 2 is no {adapter} item (")
-    assert line.endswith("give the Hub's schema or another adapter")
+    assert line.endswith("give the Hub's schema, columns or another adapter")
 
 
 @pytest.mark.parametrize("row", [None, 3, "text", ["a"], {}])

@@ -84,7 +84,7 @@ def test_blank_lines_and_a_byte_order_mark_hold_no_rows(tmp_path, content):
         ("arc", MMLU, "{question: text, choices: [text], answer: number, subject: text}"),
         ("squad_v2", OWN_SQUAD, "answers: []}"),
         ("squad_v2", LISTED, "answers: [{…}]}"),
-        ("boolq", ROWS["boolq"] | {"answer": "yes"}, "{question: text, answer: text, passage: te"),
+        ("boolq", ROWS["boolq"] | {"answer": "so"}, "{question: text, answer: text, passage: te"),
         ("openmath", ROWS["openmath"] | {"expected_answer": 5}, "expected_answer: number"),
     ],
 )
@@ -116,11 +116,10 @@ def test_what_may_be_empty_may_be_missing(write_rows, adapter, key):
 @pytest.mark.parametrize(
     ("file", "seen"),
     [
-        ("rows.csv", "is a table in CSV; expected JSON lines"),
+        ("rows.xlsx", "is a spreadsheet; expected JSON lines"),
         ("rows.json", "is one JSON document, or JSON lines by another name (.jsonl); expected"),
-        ("rows.tsv", "is a table in TSV"),
-        ("rows.txt", "is neither JSON lines (.jsonl) nor parquet"),
-        ("rows", "is neither JSON lines"),
+        ("rows.txt", "is none of the formats that are read; expected"),
+        ("rows", "is none of the formats"),
     ],
 )
 def test_files_of_another_format_are_refused_by_their_key(study_settings, write_study, file, seen):

@@ -14,11 +14,11 @@ from helpers.sources.items import ADAPTERS
 from helpers.sources.sampling import load_items
 from helpers.statistics.intervals import detectable_loss
 from helpers.study.loading import load_study
-from helpers.study.schema import FileDataset
+from helpers.study.schema import FIELDS, FileDataset, FolderDataset
 
 GUIDE = PROJECT / "docs" / "your-own-study.md"
 TEXT = GUIDE.read_text("utf-8")
-BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("yaml", "json")}
+BLOCKS = {kind: re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S) for kind in ("yaml", "json", "csv")}
 ROWS = dict(
     zip(["openmath", "arc", "boolq", "squad_v2"], BLOCKS["json"][0].split("\n"), strict=False)
 )
@@ -34,7 +34,7 @@ def pasted(tmp_path, write_study):
     save_file({"model.norm.weight": np.ones(4, "float32")}, model / "model.safetensors")
     questions = tmp_path / "my-questions.jsonl"
     questions.write_text(ROWS["openmath"] + "\n", encoding="utf-8")
-    text = BLOCKS["yaml"][0]
+    text = BLOCKS["yaml"][2]
     for path in (model, questions):
         assert text.count(path.name) == 1
         text = text.replace(path.name, str(path))
@@ -49,7 +49,7 @@ def test_the_study_file_is_valid_as_it_stands(pasted):
 
 def test_the_parts_from_a_hub_fit_into_it(pasted):
     text, write_study = pasted
-    study, more = yaml.safe_load(text), yaml.safe_load(BLOCKS["yaml"][1])
+    study, more = yaml.safe_load(text), yaml.safe_load(BLOCKS["yaml"][3])
     study["models"] |= more["models"]
     study["evaluation"]["datasets"]["mine"] |= more["evaluation"]["datasets"]["mine"]
     loaded = load_study(write_study(study))
@@ -62,6 +62,22 @@ def test_every_row_it_shows_is_one_of_its_adapter(write_rows, adapter):
     (item,) = load_items(source, adapter=adapter)
     assert item.golds
     assert f"| `{adapter}` |" in TEXT
+
+
+@pytest.mark.parametrize("separator", [";", ","])
+def test_the_table_it_shows_is_read_with_the_columns_it_shows(tmp_path, separator):
+    table, source = BLOCKS["csv"][0], yaml.safe_load(BLOCKS["yaml"][0])["source"]
+    path = tmp_path / source["file"]
+    path.write_text(table.replace(";", separator), encoding="utf-8")
+    items = load_items(FileDataset(**source | {"file": str(path)}), adapter="arc")
+    assert [item.id for item in items] == ["1", "2"]
+    assert [len(item.options) for item in items] == [3, 2]
+    assert [item.options[item.labels.index(item.golds[0])] for item in items] == ["copper", "water"]
+
+
+def test_the_folder_it_shows_is_a_source():
+    source = FolderDataset(**yaml.safe_load(BLOCKS["yaml"][1])["source"])
+    assert set(source.columns) <= set(FIELDS["openmath"])
 
 
 def test_the_table_of_sizes_is_what_the_power_functions_say():

@@ -21,6 +21,8 @@ QWEN3_TEMPLATE = (
     "{%- set said = m['content'] %}"
     "{%- if m['role'] == 'assistant' and '</think>' in said %}"
     "{%- set said = said.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"
+    "{%- if m['role'] == 'assistant' and loop.last %}"
+    "{%- set said = '<think>\\n\\n</think>\\n\\n' + said %}{%- endif %}"
     "{{- '<|im_start|>' + m['role'] + '\\n' + said + '<|im_end|>\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}"

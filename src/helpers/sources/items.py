@@ -1,9 +1,9 @@
 """Items of a study: rows of any source, read into one shape each.
 
-Rows are in the Hub's schemas: shipped, from local files, or fetched. No Hub is asked here: its
-rows were fetched to the project's cache at one commit (`helpers.sources.fetching`), so that no job
-needs a network and all read the same rows. A commit does not change, so a cached file is right as
-long as its hash is.
+Rows are in the Hub's schemas: shipped, fetched, or from local files, whose columns a study may map
+to them (`helpers.sources.tables`). No Hub is asked here: its rows were fetched to the project's
+cache at one commit (`helpers.sources.fetching`), so that no job needs a network and all read the
+same rows. A commit does not change, so a cached file is right as long as its hash is.
 
 An item holds its content, and what makes two items the same; what it is asked lies in
 `helpers.sources.chat` and `helpers.evaluation.prompts`. The exact value of a text that is one
@@ -33,8 +33,15 @@ from helpers.core.records import (
     write_json,
     write_jsonl,
 )
-from helpers.study.inputs import FETCH, dataset_files, is_commit
-from helpers.study.schema import DatasetSource, FileDataset, HubDataset, ShippedDataset
+from helpers.sources.tables import arrow_rows, csv_rows, parquet_rows, saved_rows, with_fields
+from helpers.study.inputs import FETCH, dataset_files, is_commit, saved_dataset
+from helpers.study.schema import (
+    DatasetSource,
+    FileDataset,
+    FolderDataset,
+    HubDataset,
+    ShippedDataset,
+)
 
 LONGEST_NUMBER = 400  # characters; a longer text is no answer to a word problem
 LONGEST_UNIT = 6  # words; more of them form a sentence, which may negate the number
@@ -204,9 +211,18 @@ def adapt_arc(row: dict) -> Item:
     )
 
 
+TRUTH_VALUES = {"true": True, "yes": True, "false": False, "no": False}
+
+
 def adapt_boolq(row: dict) -> Item:
-    """`google/boolq`: rows have no ids, so the id is a hash of the content."""
-    if not isinstance(row["answer"], bool):
+    """`google/boolq`: rows have no ids, so the id is a hash of the content.
+
+    CSV has texts only; `true`, `false`, `yes` and `no` are read in any case.
+    """
+    answer = row["answer"]
+    if isinstance(answer, str):
+        answer = TRUTH_VALUES.get(answer.strip().lower())
+    if not isinstance(answer, bool):
         raise ValueError(f"answer {row['answer']!r} is not true or false")
     return Item(
         id=sha256_data([text_of(row["question"]), text_of(row["passage"])])[:16],
@@ -214,7 +230,7 @@ def adapt_boolq(row: dict) -> Item:
         passage=row["passage"],
         options=("yes", "no"),
         labels=("yes", "no"),
-        golds=("yes" if row["answer"] else "no",),
+        golds=("yes" if answer else "no",),
         cluster=sha256_text(row["passage"])[:16],
     )
 
@@ -360,24 +376,40 @@ def load_rows(source: DatasetSource) -> list[dict]:
         case ShippedDataset(shipped=name):
             data = files("helpers.sources").joinpath(f"data/{name}.jsonl").read_bytes()
             return _json_lines(data, name)
-        case FileDataset():
-            return [row for path in dataset_files(source) for row in _file_rows(path, source)]
+        case FileDataset(file=place) | FolderDataset(folder=place):
+            return with_fields(local_rows(source), source, place)
         case HubDataset():
             return cached_rows(source)
     raise StudyError(f"{source!r} is not a kind of dataset source")
 
 
-def _file_rows(path: Path, source: FileDataset) -> list[dict]:
-    place = source.file if "*" not in source.file else str(path)
-    if path.suffix != ".parquet":
-        return _json_lines(path.read_bytes(), place)
-    import pyarrow
-    import pyarrow.parquet
+def local_rows(source: FileDataset | FolderDataset) -> list[dict]:
+    """The rows of a local source as its files have them, before `columns` is applied.
 
-    try:
-        return pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise StudyError(f"{place}: is not parquet ({one_line(error)}); mend it") from None
+    Raises:
+        StudyError: a file cannot be read.
+    """
+    if isinstance(source, FolderDataset):
+        if saved := saved_dataset(source):
+            return saved_rows(saved, source.folder)
+        paths = {path: f"{source.folder}/{path.name}" for path in dataset_files(source)}
+    else:
+        whole = "*" not in source.file
+        paths = {path: source.file if whole else str(path) for path in dataset_files(source)}
+    return [row for path, place in paths.items() for row in _file_rows(path, place)]
+
+
+def _file_rows(path: Path, place: str) -> list[dict]:
+    match path.suffix.lower():
+        case ".csv":
+            return csv_rows(_decoded(path.read_bytes(), place), place)
+        case ".tsv":
+            return csv_rows(_decoded(path.read_bytes(), place), place, separators=("\t",))
+        case ".parquet":
+            return parquet_rows(path, place)
+        case ".arrow":
+            return arrow_rows(path, place)
+    return _json_lines(path.read_bytes(), place)
 
 
 def _json_lines(data: bytes, place: str) -> list[dict]:

@@ -129,7 +129,7 @@ def _adapt(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
             raise StudyError(
                 f"{_source_name(source)}: row {number} is no {adapter} item ({_reason(error)}): "
                 f"found {describe_value(row)}, expected {EXPECTED_ROWS[adapter]}; give the Hub's "
-                "schema or another adapter"
+                "schema, columns or another adapter"
             ) from None
         first_item = items.setdefault(item_key(item), item)
         if first_item is item and item.id in ids:

@@ -26,9 +26,12 @@ from helpers.core.errors import StudyError, one_line
 from helpers.core.files import PROJECT, StudyPaths, vllm_python
 from helpers.core.records import read_json, write_json
 from helpers.study.schema import (
+    OTHER_FORMATS,
+    ROW_FORMATS,
     Count,
     FileDataset,
     FineTunedModel,
+    FolderDataset,
     FolderModel,
     HubDataset,
     HubModel,
@@ -260,14 +263,84 @@ def resolve_path(path: str) -> Path:
     return expanded if expanded.is_absolute() else PROJECT / expanded
 
 
-def dataset_files(source: FileDataset) -> list[Path]:
+SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"  # written by save_to_disk
+SPLITS = ("train", "training", "validation", "valid", "val", "dev", "test", "eval", "evaluation")
+# Files beside the data that say nothing about questions.
+NOT_ROWS = re.compile(
+    r"\..*|(readme|license|citation)\b.*|dataset_infos?\.json|.*\.(md|py|lock)", re.I
+)
+
+
+def saved_dataset(source: FolderDataset) -> Path | None:
+    """The folder of the dataset that `save_to_disk` wrote; None if the folder holds plain files."""
+    folder = resolve_path(source.folder)
+    if (folder / SAVED_SPLITS).is_file():
+        return folder / (source.split or "")
+    return folder if (folder / SAVED).is_file() else None
+
+
+def dataset_files(source: FileDataset | FolderDataset) -> list[Path]:
     """The files that a local dataset names, sorted by name; empty if there are none."""
+    if isinstance(source, FolderDataset):
+        return _files_of_folder(source)
     try:
         path = resolve_path(source.file)
         matches = path.parent.glob(path.name) if any(c in path.name for c in "*?[") else [path]
         return sorted(file for file in matches if file.is_file())
     except NO_PATH:
         return []
+
+
+def _files_of_folder(source: FolderDataset) -> list[Path]:
+    try:
+        saved = saved_dataset(source)
+        files = sorted(p for p in (saved or resolve_path(source.folder)).iterdir() if p.is_file())
+    except NO_PATH:
+        return []
+    if saved:
+        return files
+    rows_files = [path for path in files if path.suffix[1:].lower() in ROW_FORMATS]
+    return [p for p in rows_files if source.split is None or _is_of_split(p, source.split)]
+
+
+def _is_of_split(path: Path, split: str) -> bool:
+    """Whether the split is a word of the file's name, as in `test.csv` and `my-test-0.csv`."""
+    return bool(re.search(rf"(?:^|[-_. ]){re.escape(split)}(?:[-_. ]|$)", path.stem))
+
+
+def dataset_folder_problem(source: FolderDataset) -> str | None:
+    """Why a folder is no dataset; None if it is one. The message continues the folder's name."""
+    if not path_is(source.folder, Path.is_dir):
+        return "is not a folder; correct the path"
+    folder, split = resolve_path(source.folder), source.split
+    if (folder / SAVED_SPLITS).is_file():
+        names = sorted(path.parent.name for path in folder.glob(f"*/{SAVED}"))
+        if split not in names:
+            return f"holds the splits {', '.join(names) or '(none)'}; name one of them as split"
+        return None
+    if (folder / SAVED).is_file():
+        return f"holds one dataset and no splits; remove split: {split}" if split else None
+    names = sorted(path.name for path in folder.iterdir() if path.is_file())
+    rows_files = [name for name in names if name.rpartition(".")[2].lower() in ROW_FORMATS]
+    if not rows_files:
+        folders = sorted(path.name for path in folder.iterdir() if path.is_dir())
+        inside = f"; it holds the folders {', '.join(folders[:8])}" if folders else ""
+        return (
+            f"holds no files of rows ({', '.join(ROW_FORMATS)}){inside}; name the folder with them"
+        )
+    if lfs := [name for name in rows_files if is_lfs_pointer(folder / name)]:
+        return f"holds a git-lfs pointer in place of {lfs[0]}; run git lfs pull"
+    if split and not _files_of_folder(source):
+        return f"holds no file with {split!r} in its name ({', '.join(rows_files[:8])}); rename one"
+    if split:
+        return None
+    if others := [n for n in names if n not in rows_files and not NOT_ROWS.fullmatch(n)]:
+        description = OTHER_FORMATS.get(others[0].rpartition(".")[2].lower(), "not read here")
+        return f"holds {others[0]}, which is {description}; move it, or name the files with file:"
+    splits = {s for s in SPLITS if any(_is_of_split(Path(name), s) for name in rows_files)}
+    if len(splits) > 1:
+        return f"holds files of the splits {', '.join(sorted(splits))}; name one of them as split"
+    return None
 
 
 def path_is(path: str, kind: Callable[[Path], bool]) -> bool:
@@ -291,6 +364,8 @@ def missing_local_files(study: Study) -> list[str]:
     for key, source in study_sources(study):
         if isinstance(source, FileDataset) and not dataset_files(source):
             problems.append(f"{key}.file = {source.file!r} does not exist; correct the path")
+        if isinstance(source, FolderDataset) and (problem := dataset_folder_problem(source)):
+            problems.append(f"{key}.folder = {source.folder!r} {problem}")
         if isinstance(source, FolderModel) and (problem := _folder_problem(source)):
             problems.append(f"{key}.folder = {source.folder!r} {problem}")
     return problems

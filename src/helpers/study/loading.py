@@ -26,12 +26,18 @@ from helpers.core.errors import StudyError, one_line, valid_unicode
 from helpers.core.files import PROJECT, StudyPaths, relative_to_project
 from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
 from helpers.study.schema import (
+    FIELDS,
+    LIST_FIELDS,
     PATTERN,
     RESERVED_NAMES,
     RESERVED_STUDIES,
     RULE,
+    SOURCE_TAGS,
+    DatasetSource,
     EvaluationSet,
+    FileDataset,
     FineTunedModel,
+    FolderDataset,
     Study,
     Variant,
     name_problem,
@@ -124,8 +130,7 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
     return []
 
 
-UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
-UNION_TAGS |= {"loglikelihood", "generate"}
+UNION_TAGS = SOURCE_TAGS | {"loglikelihood", "generate"}
 
 
 def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
@@ -242,7 +247,48 @@ def broken_references(study: Study) -> list[str]:
     for name, dataset in study.evaluation.datasets.items():
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
-    return problems + _comparisons(study) + _old_rules(study)
+    return problems + _columns(study) + _comparisons(study) + _old_rules(study)
+
+
+def _columns(study: Study) -> list[str]:
+    """Fields that a source's `columns` names and its adapter does not have."""
+    sources: list[tuple[str, DatasetSource, str]] = [
+        ("calibration.dataset", study.calibration.dataset, study.calibration.adapter)
+    ]
+    shared_text = study.evaluation.shared_text.dataset
+    sources.append(("evaluation.shared_text.dataset", shared_text, "shared_text"))
+    for name, dataset in study.evaluation.datasets.items():
+        sources.append((f"evaluation.datasets.{name}.source", dataset.source, dataset.adapter))
+    for name, model in study.models.items():
+        if isinstance(model, FineTunedModel):
+            key = f"models.{name}.finetune.dataset"
+            sources.append((key, model.finetune.dataset, "openmath"))
+    return [
+        f"{key}.{problem}"
+        for key, source, adapter in sources
+        if isinstance(source, FileDataset | FolderDataset)
+        for problem in _column_problems(source, adapter)
+    ]
+
+
+def _column_problems(source: FileDataset | FolderDataset, adapter: str) -> list[str]:
+    """Contradictions between a source's columns and its adapter; each line starts with a key."""
+    fields, problems = FIELDS[adapter], []
+    for field_name, column in (source.columns or {}).items():
+        key = f"columns.{_short_key(field_name)}"
+        if field_name not in fields:
+            swapped = f"; the field comes first: {column}: {field_name}" if column in fields else ""
+            problems.append(
+                f"{key} = {_short(column)} names no field of {adapter} ({', '.join(fields)})"
+                f"{swapped or '; name one of them, each with its column in the file'}"
+            )
+        elif not isinstance(column, str) and field_name not in LIST_FIELDS:
+            problems.append(f"{key} = {_short(list(column))} lists several columns; name one")
+    if source.labels and adapter != "arc":
+        problems.append(f"labels = {_short(list(source.labels))} are for arc items; remove them")
+    elif source.labels and len(set(source.labels)) < len(source.labels):
+        problems.append(f"labels = {_short(list(source.labels))} repeat one; name each once")
+    return problems
 
 
 def _baseline(study: Study) -> list[str]:

@@ -62,10 +62,14 @@ def _no_truth_value(value: Any) -> Any:
     return value
 
 
+# The keys that tell which kind of source a mapping is; in any place among its keys.
+SOURCE_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
+
+
 def sole_key(value: Any) -> str | None:
-    """The tag of a mapping such as `{hub: …, revision: …}`: its first key."""
-    keys = value if isinstance(value, dict) else getattr(type(value), "model_fields", {})
-    return next(iter(keys), None)
+    """The tag of a mapping such as `{hub: …, revision: …}`; its first key if it has none."""
+    keys = list(value if isinstance(value, dict) else getattr(type(value), "model_fields", {}))
+    return next((key for key in keys if key in SOURCE_TAGS), next(iter(keys), None))
 
 
 def _portable(name: str) -> str:
@@ -105,17 +109,25 @@ HubName = Annotated[str, Field(pattern=r"^[\w.-]+(/[\w.-]+)?$")]
 Revision = Annotated[str, Field(min_length=1)]  # a branch, a tag or a commit
 
 
+ROW_FORMATS = ("jsonl", "csv", "tsv", "parquet", "arrow")
 OTHER_FORMATS = {
-    "csv": "a table in CSV",
-    "tsv": "a table in TSV",
     "xlsx": "a spreadsheet",
+    "xls": "a spreadsheet",
     "json": "one JSON document, or JSON lines by another name (.jsonl)",
-    "arrow": "an Arrow file",
 }
 EXPECTED_FORMAT = (
-    "expected JSON lines, one object per line, or parquet: pandas' DataFrame.to_json('rows.jsonl', "
-    "orient='records', lines=True) writes them"
+    "expected JSON lines (.jsonl), CSV (.csv, .tsv), parquet or Arrow: pandas' "
+    "DataFrame.to_json('rows.jsonl', orient='records', lines=True) or .to_csv('rows.csv') writes it"
 )
+# The fields of an item that a local source may have under other names (`columns`).
+FIELDS = {
+    "arc": ("id", "question", "choices", "answerKey"),
+    "boolq": ("question", "passage", "answer"),
+    "squad_v2": ("id", "title", "context", "question", "answers"),
+    "openmath": ("problem", "expected_answer", "generated_solution"),
+    "shared_text": ("context",),
+}
+LIST_FIELDS = ("choices", "answers")  # may be spread over several columns
 
 
 class ShippedDataset(Strict):
@@ -145,29 +157,74 @@ class HubDataset(Strict):
 def _rows_file(file: str) -> str:
     """The name, if its extension is that of a supported format."""
     extension = file.rpartition(".")[2].lower()
-    if extension in ("jsonl", "parquet"):
+    if extension in ROW_FORMATS:
         return file
-    description = OTHER_FORMATS.get(extension, "neither JSON lines (.jsonl) nor parquet")
+    description = OTHER_FORMATS.get(extension, "none of the formats that are read")
     raise PydanticCustomError(
         "rows", "is {seen}; {expected}", {"seen": description, "expected": EXPECTED_FORMAT}
     )
 
 
-class FileDataset(Strict):
-    """Local JSONL or parquet in the Hub's schema: one file, or several by a pattern (`a/*.jsonl`).
+def _column(value: Any) -> Any:
+    """A column's name, or a list of several; in YAML `no` and `1` are not text."""
+    names = value if isinstance(value, list | tuple) else [value]
+    if names and all(isinstance(name, str) for name in names):
+        return value
+    raise PydanticCustomError(
+        "column", "is no column's name; write field: column, with quotes around numbers and yes/no"
+    )
 
-    Relative paths start at the project.
+
+def _label(value: Any) -> Any:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+def _is_none(value: Any) -> bool:
+    return value is None
+
+
+# Left out of a dump if not given, so that older fingerprints stay.
+Columns = Annotated[
+    dict[str, Annotated[str | tuple[str, ...], BeforeValidator(_column)]] | None,
+    Field(min_length=1, exclude_if=_is_none),
+]
+Label = Annotated[str, BeforeValidator(_label), Field(min_length=1)]
+Labels = Annotated[tuple[Label, ...] | None, Field(min_length=1, exclude_if=_is_none)]
+
+
+class FileDataset(Strict):
+    """Local JSONL, CSV, parquet or Arrow: one file, or several by a pattern (`a/*.jsonl`).
+
+    Relative paths start at the project. Rows are in the Hub's schema, or `columns` tells which
+    column of the file each field of the adapter is in: `{question: prompt}` reads `question` from
+    the column `prompt`. `labels` names options that have none in the file (A, B, C, …).
     """
 
     file: Annotated[str, AfterValidator(_rows_file)]
+    columns: Columns = None
+    labels: Labels = None
+
+
+class FolderDataset(Strict):
+    """A local folder: what `save_to_disk` of `datasets` wrote, or files that `FileDataset` reads.
+
+    `split` selects one if the folder holds several; of plain files, those with it in their names.
+    """
+
+    folder: str
+    split: Annotated[str, Field(min_length=1)] | None = None
+    columns: Columns = None
+    labels: Labels = None
 
 
 DatasetSource = Annotated[
     Annotated[ShippedDataset, Tag("shipped")]
     | Annotated[HubDataset, Tag("hub")]
-    | Annotated[FileDataset, Tag("file")],
+    | Annotated[FileDataset, Tag("file")]
+    | Annotated[FolderDataset, Tag("folder")],
     Discriminator(sole_key),
 ]
+LocalDataset = FileDataset | FolderDataset
 
 
 class HubModel(Strict):

@@ -54,7 +54,14 @@ from helpers.core.records import (
 )
 from helpers.study.inputs import dataset_files, resolve_path
 from helpers.study.loading import Job
-from helpers.study.schema import FileDataset, FineTunedModel, FolderModel, ShippedDataset, Study
+from helpers.study.schema import (
+    FileDataset,
+    FineTunedModel,
+    FolderDataset,
+    FolderModel,
+    ShippedDataset,
+    Study,
+)
 
 HELPERS = Path(__file__).resolve().parents[1]
 REPORT = HELPERS / "report"
@@ -355,7 +362,7 @@ def source_files(study: Study, run: Run) -> list[Path]:
     files = {notebook, *imported_modules(notebook, with_report=run.stage == "analysis")}
     for source in _data_sources(study, run):
         match source:
-            case FileDataset():
+            case FileDataset() | FolderDataset():
                 files.update(dataset_files(source))
             case ShippedDataset(shipped=name):
                 files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")

@@ -48,7 +48,15 @@ from helpers.core.records import sha256_data, sha256_file
 from helpers.study import stages
 from helpers.study.inputs import dataset_files, hub_sources, resolve_path, study_sources
 from helpers.study.loading import load_study, study_file
-from helpers.study.schema import BundledModel, FileDataset, FolderModel, HubDataset, HubModel, Study
+from helpers.study.schema import (
+    BundledModel,
+    FileDataset,
+    FolderDataset,
+    FolderModel,
+    HubDataset,
+    HubModel,
+    Study,
+)
 from helpers.study.stages import HELPERS
 from helpers.workflow import display, fork_server
 from helpers.workflow import display as estimates
@@ -132,7 +140,7 @@ def _jobs_of(prefix: str) -> list[str]:
     return [number for number, name in pairs if name.startswith(prefix)]
 
 
-USER_SOURCES = FileDataset | FolderModel | HubDataset | HubModel
+USER_SOURCES = FileDataset | FolderDataset | FolderModel | HubDataset | HubModel
 DOWNLOADED_SOURCES = (
     HubDataset | HubModel | BundledModel
 )  # may still have to be downloaded or converted
@@ -173,7 +181,7 @@ def _state(study: Study, sources: list) -> str:
 
 def _local_files(source) -> list[Path]:
     match source:
-        case FileDataset():
+        case FileDataset() | FolderDataset():
             return dataset_files(source)
         case FolderModel(folder=folder):
             return sorted(path for path in resolve_path(folder).iterdir() if path.is_file())

@@ -18,9 +18,16 @@ from pathlib import Path
 
 from helpers.core.records import Gate, none_of, sha256_data
 from helpers.sources.chat import EXAMPLES, SYSTEM
-from helpers.sources.items import Item, item_key, load_rows, normalized_text
+from helpers.sources.items import Item, item_key, load_rows, local_rows, normalized_text
 from helpers.study.inputs import dataset_files
-from helpers.study.schema import DatasetSource, EvaluationSet, FileDataset, ShippedDataset
+from helpers.study.schema import (
+    FIELDS,
+    DatasetSource,
+    EvaluationSet,
+    FileDataset,
+    FolderDataset,
+    ShippedDataset,
+)
 
 
 def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
@@ -36,18 +43,80 @@ def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
 
 
 def _rows_of(source: DatasetSource) -> Iterator[dict]:
-    """The rows of a source: JSON lines are read here, other files by `load_rows`."""
-    paths = []
-    if isinstance(source, ShippedDataset):
-        paths = [Path(__file__).parents[2] / "sources" / "data" / f"{source.shipped}.jsonl"]
-    elif isinstance(source, FileDataset):
-        paths = dataset_files(source)
-    if not paths or any(path.suffix == ".parquet" for path in paths):
-        yield from load_rows(source)
+    """The rows of a source: JSON lines and CSV are read here, other files by their library."""
+    match source:
+        case ShippedDataset(shipped=name):
+            yield from _lines(Path(__file__).parents[2] / "sources" / "data" / f"{name}.jsonl")
+        case FileDataset() | FolderDataset():
+            yield from (_hub_row(row, source) for row in _local_rows(source))
+        case _:
+            yield from load_rows(source)
+
+
+def _local_rows(source: FileDataset | FolderDataset) -> Iterator[dict]:
+    paths = dataset_files(source)
+    suffixes = {path.suffix.lower() for path in paths}
+    if not suffixes <= {".jsonl", ".csv", ".tsv"}:
+        yield from local_rows(source)
         return
     for path in paths:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")
-        yield from (json.loads(line) for line in lines if line.strip())
+        yield from _lines(path) if path.suffix.lower() == ".jsonl" else _cells(path)
+
+
+def _lines(path: Path) -> Iterator[dict]:
+    lines = path.read_bytes().decode("utf-8-sig").split("\n")
+    yield from (json.loads(line) for line in lines if line.strip())
+
+
+def _cells(path: Path) -> Iterator[dict]:
+    """The rows of a table by pyarrow, all cells as text."""
+    import pyarrow
+    from pyarrow import csv
+
+    content = path.read_bytes()
+    first_line = content.decode("utf-8-sig").lstrip("\r\n").splitlines()[0]
+    separator = max("\t;,", key=first_line.count) if path.suffix.lower() == ".csv" else "\t"
+    parsing = csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    reading = csv.ReadOptions(block_size=len(content) + 1)
+    names = csv.open_csv(path, reading, parsing).schema.names
+    texts = csv.ConvertOptions(column_types=dict.fromkeys(names, pyarrow.string()))
+    yield from csv.read_csv(path, reading, parsing, texts).to_pylist()
+
+
+def _hub_row(row: dict, source: FileDataset | FolderDataset) -> dict:
+    """A row of a user's file under the Hub's names, its lists as the Hub has them."""
+    columns = dict(source.columns or {})
+    if source.labels:
+        columns.setdefault("choices", "choices")
+    if not columns:
+        return row
+    row = row | {name: _cell(row, column) for name, column in columns.items()}
+    if "choices" in columns and isinstance(row["choices"], list):
+        labels = source.labels or [chr(ord("A") + place) for place in range(26)]
+        pairs = [p for p in zip(labels, row["choices"], strict=False) if p[1] is not None]
+        row["choices"] = {"label": [label for label, _ in pairs], "text": [t for _, t in pairs]}
+    if "answers" in columns and not isinstance(row["answers"], dict):
+        texts = row["answers"] if isinstance(row["answers"], list) else [row["answers"]]
+        row["answers"] = {"text": [text for text in texts if text not in (None, "")]}
+    if "id" not in row:
+        fields = {k: row[k] for k in row if any(k in names for names in FIELDS.values())}
+        row["id"] = hashlib.sha256(
+            json.dumps(fields, sort_keys=True, default=str).encode()
+        ).hexdigest()[:16]
+    return row
+
+
+def _cell(row: dict, column: str | tuple[str, ...]):
+    """A row's value in a column, whole numbers as text; of several columns a list, blanks None."""
+    if isinstance(column, str):
+        value = row.get(column)
+        if isinstance(value, dict) and "label" not in value and set(value) == {"text"}:
+            value = value["text"]
+        many = isinstance(value, list | tuple)
+        texts = [str(v) if type(v) is int else v for v in (value if many else [value])]
+        return texts if many else texts[0]
+    cells = [str("" if row.get(name) is None else row[name]) for name in column]
+    return [cell if cell.strip() else None for cell in cells]
 
 
 def item_digest(item: Item, golds: Iterable[str]) -> str:
@@ -66,7 +135,8 @@ def _arc(row: dict) -> tuple[str, list]:
 
 
 def _boolq(row: dict) -> tuple[str, list]:
-    label, labels = {True: "yes", False: "no"}[row["answer"]], ("yes", "no")
+    words = {"true": "yes", "yes": "yes", "false": "no", "no": "no"}
+    label, labels = words[str(row["answer"]).strip().lower()], ("yes", "no")
     identifier = sha256_data([row["question"], row["passage"]])[:16]
     return identifier, [row["question"], row["passage"], *labels, *labels, label]
 
