@@ -51,7 +51,8 @@ from helpers.quantization.int8_linear import (
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
 from helpers.runtime.devices import place_on_device
-from helpers.runtime.linears import linear_experts, use_onednn
+from helpers.runtime.discovery import linear_experts
+from helpers.runtime.linears import use_onednn
 from helpers.sources.model_files import TensorFiles, load_config
 from helpers.sources.models import (
     empty_model,
