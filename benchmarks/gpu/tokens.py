@@ -8,10 +8,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks.gpu import full_size
 from benchmarks.gpu.part import Part
 from benchmarks.gpu.timing import eager_seconds
-from helpers.core.architectures import HEAD, linear_names
+from helpers.core.architectures import HEAD
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
 from helpers.inference.protocols import generate_greedy
 from helpers.quantization import variants
+from helpers.runtime.discovery import linear_names
 from helpers.study.loading import load_study
 
 TEXTS, LENGTH = 8, 512

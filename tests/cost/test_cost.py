@@ -8,10 +8,11 @@ from json import loads
 import pytest
 import torch
 
-from helpers.core.architectures import HEAD, linear_names
+from helpers.core.architectures import HEAD
 from helpers.cost import measurement
 from helpers.cost.measurement import Workload, measure, workload
 from helpers.quantization.variants import load_int8, variant_digest
+from helpers.runtime.discovery import linear_names
 from helpers.sources.model_files import load_config
 from helpers.study.schema import Runtime
 

@@ -7,11 +7,10 @@ longer than that.
 import pytest
 import torch
 
-from helpers.core.architectures import ARCHITECTURES
 from helpers.inference.perplexity import passage_rows, read_passages
 from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
 from helpers.quantization.variants import load_int8
-from helpers.sources.models import WINDOW, random_model
+from helpers.sources.models import FAMILIES, WINDOW, random_model
 from quantized_run import lived_in
 
 LENGTHS = (3, 31, 57, 40, 9)
@@ -27,7 +26,7 @@ PROMPTS = [tokens(i, n) for i, n in enumerate(LENGTHS)]
 ITEMS = [OptionTokens(p, [tokens(50 + i, 1 + i), tokens(60, 4)]) for i, p in enumerate(PROMPTS)]
 
 
-@pytest.fixture(params=sorted(ARCHITECTURES))
+@pytest.fixture(params=sorted(FAMILIES))
 def family(request) -> str:
     return request.param
 

@@ -1,21 +1,23 @@
-"""Eight families, each by the one table: census, smoothing, quantizing, saving, reloading."""
+"""Eight families as they are discovered: census, smoothing, quantizing, saving, reloading."""
+
+from typing import get_args
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from helpers.core.architectures import ARCHITECTURES, float_matrices, linear_names
 from helpers.core.errors import StudyError
 from helpers.quantization.calibration import linear_layers, run_calibration, smoothing_groups
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.smoothing import fold_scales_, representable_scales, same_alpha, smooth_
 from helpers.quantization.variants import load_int8, load_reference
-from helpers.sources.models import FAMILIES, SIZES, byte_tokenizer, load_model, random_model
-from helpers.study.schema import Runtime
+from helpers.runtime.discovery import float_matrices, linear_names
+from helpers.sources.models import FAMILIES, SIZES, load_model, random_model
+from helpers.study.schema import RandomModel, Runtime
 from helpers.verification.checkpoint_files import capture_inputs
 from quantized_run import QuantizedRun, lived_in
 
-ALL = sorted(ARCHITECTURES)
+ALL = sorted(FAMILIES)
 OTHERS = sorted(set(ALL) - {"llama", "qwen3"})  # those two go through every variant elsewhere
 TARGETS = ("attention_input", "mlp_input", "mlp_down")
 RUNTIME = Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")
@@ -42,10 +44,8 @@ def smoothed_by(model, targets):
         return before, model(ids).logits, done
 
 
-def test_every_family_has_an_entry_and_tiny_sizes():
-    assert set(FAMILIES) == set(ARCHITECTURES)
-    assert len(ARCHITECTURES) == 8
-    assert all(name == entry.name for name, entry in ARCHITECTURES.items())
+def test_every_random_family_has_tiny_sizes():
+    assert set(FAMILIES) == set(get_args(RandomModel.model_fields["random"].annotation))
 
 
 def test_the_census_is_what_transformers_builds(family):
@@ -213,30 +213,28 @@ def test_a_matrix_no_entry_knows_is_caught(sound_run):
     )
 
 
-@pytest.mark.parametrize("family", ["gpt2", "bloom"])
-def test_a_ninth_family_is_refused_by_name(family, tmp_path):
-    config = AutoConfig.for_model(family, n_layer=1, n_head=2, n_embd=16, hidden_size=16)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(StudyError, match=f"{family!r} is not among gemma3_text, llama.*; add"):
-        load_model(tmp_path, RUNTIME)
-
-
 @pytest.mark.parametrize(
-    ("family", "changes", "named"),
+    ("family", "sizes", "words"),
     [
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "without a cap; here it is 30.0"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
-        ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before"),
-        ("opt", {"word_embed_proj_dim": 32}, "here are 32 and 64"),
-        ("qwen3_moe", {"mlp_only_layers": [0]}, r"mlp_only_layers = \[0\]"),
+        ("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 16}, "'gpt2' cannot be studied: .*Conv1D"),
+        ("bert", SIZES, "'bert' cannot be studied: its head is 'cls.predictions.decoder'"),
+        ("gemma3_text", {"final_logit_softcapping": 30.0}, "not the product of head"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "it is no causal model"),
     ],
 )
-def test_a_relative_that_works_otherwise_is_refused(family, changes, named, tmp_path):
-    config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
+def test_a_model_that_cannot_be_studied_is_refused_by_reason(family, sizes, words, tmp_path):
+    tiny = {**SIZES, **FAMILIES[family]} if family in FAMILIES else {}
+    config = AutoConfig.for_model(family, **{**tiny, **sizes})
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(StudyError, match=f"{family!r} is known only with .*{named}"):
+    with pytest.raises(StudyError, match=words):
         load_model(tmp_path, RUNTIME)
+
+
+def test_an_opt_that_normalizes_after_its_blocks_has_no_norm_to_fold():
+    config = AutoConfig.for_model("opt", **{**SIZES, **FAMILIES["opt"]}, do_layer_norm_before=False)
+    with pytest.raises(StudyError, match="'attention_input' needs a norm that only its Linears"):
+        smoothing_groups(config, ("attention_input",))
+    assert len(smoothing_groups(config, ("mlp_down",))) == config.num_hidden_layers
 
 
 def test_weights_missing_from_the_files_are_refused(sound_run):

@@ -3,10 +3,11 @@
 import pytest
 from transformers import AutoConfig
 
-from helpers.core.architectures import HEAD, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.core.files import PROJECT
 from helpers.core.records import read_json
+from helpers.runtime.discovery import linear_names
 from helpers.sources.models import QWEN3_06B
 from helpers.study.loading import load_study
 

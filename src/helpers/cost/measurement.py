@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
-from helpers.core.architectures import HEAD, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.processes import interleaved_rounds
 from helpers.core.records import peak_memory_bytes
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
@@ -33,6 +33,7 @@ from helpers.inference.protocols import generate_greedy
 from helpers.quantization import int8_matmul
 from helpers.quantization.variants import arithmetic_record, load_variant, variant_digest
 from helpers.runtime.devices import has_bfloat16_units, prepare, set_malloc_thresholds
+from helpers.runtime.discovery import linear_names
 from helpers.runtime.linears import product
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.model_files import TensorFiles, load_config

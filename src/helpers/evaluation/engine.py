@@ -36,6 +36,7 @@ from helpers.inference.protocols import (
 )
 from helpers.sources.chat import end_of_turn
 from helpers.sources.items import Item
+from helpers.sources.model_files import context_length
 from helpers.study.schema import Batch, EvaluationSet, Generate, Study
 
 
@@ -329,7 +330,7 @@ def box_closes(tokenizer) -> Callable[[list[int]], bool]:
 
 
 def _check_context_length(model, prompts: list[TokenizedPrompt], lengths: list[int]) -> None:
-    limit = model.config.max_position_embeddings
+    limit = context_length(model.config)
     for prompt, length in zip(prompts, lengths, strict=True):
         if length > limit:
             raise StudyError(

@@ -26,7 +26,13 @@ from helpers.inference.perplexity import passage_tokens
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
 from helpers.sources.items import Item, cached_rows_info
-from helpers.sources.model_files import TensorFiles, length_independent_up_to, load_config, skeleton
+from helpers.sources.model_files import (
+    TensorFiles,
+    context_length,
+    length_independent_up_to,
+    load_config,
+    skeleton,
+)
 from helpers.sources.models import (
     is_bundled_model_converted,
     load_tokenizer,
@@ -147,7 +153,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
         yield from template_problems
     elif check_texts:
         rows = files.shape(skeleton(config).table)[0]
-        yield from _text_problems(study, model, tokenizer, rows, config.max_position_embeddings)
+        yield from _text_problems(study, model, tokenizer, rows, context_length(config))
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

@@ -55,7 +55,7 @@ from helpers.evaluation.prompts import (
     study_prompts,
 )
 from helpers.evaluation.scoring import all_metrics, shared_text_metrics
-from helpers.inference import perplexity, vllm_client
+from helpers.inference import perplexity, protocols, vllm_client
 from helpers.inference.packed_attention import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import variants
@@ -345,6 +345,7 @@ class EvaluationStage(Stage):
     def finish(self, **results: Any) -> None:
         """Write the record with these results and how this machine computes."""
         machine = variants.arithmetic_record(self.job) | modules_by_device(self.network)
+        machine |= protocols.reading_record(self.network)
         self.record.add_machine(machine)
         super().finish(**results)
         self.progress.discard()
@@ -367,6 +368,8 @@ def open_evaluation(
     record = begin_record("evaluation", job)
     record.add_input("variant", variants.variant_digest(job))
     network, tokenizer = variants.load_variant(job)
+    if not vllm_client.is_served(network):
+        protocols.prove_engine(network)
     record.add_packages(vllm_client.engine_packages(network))
     loaded = loaded_gates(job, network)
     prompts = study_prompts(job.study, tokenizer)

@@ -31,7 +31,7 @@ from helpers.inference.packed_attention import (
 from helpers.inference.protocols import HEAD_ROWS
 from helpers.runtime.linears import product
 from helpers.sources.chat import beginning_tokens, plain_tokens
-from helpers.sources.model_files import check_context_length, reads_alone
+from helpers.sources.model_files import check_context_length
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.sampling import shared_passages
 from helpers.study.loading import Job
@@ -137,7 +137,7 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Hid
         return HiddenStates(vllm_client.passage_states(model, passages), model.head)
     if getattr(model, "scale_scope", "token") == "pass":
         batch_tokens = 1
-    alone = {i for i, tokens in enumerate(passages) if reads_alone(model.config, len(tokens))}
+    alone = {i for i, tokens in enumerate(passages) if protocols.read_alone(model, len(tokens))}
     batched = [i for i in range(len(passages)) if i not in alone]
     texts = [SplitText((), tuple(passages[i][:-1])) for i in batched]
     make_suffix = lambda index, before: Segment(list(texts[index].rest), before)  # noqa: E731

@@ -8,13 +8,16 @@ Generation: prompts are read in packed rows, answers written in a full batch of 
 answer has ended is given to the next prompt at once. What all prompts begin with (the system turn,
 the worked examples) is read once and held once.
 
-Models of which a packed row cannot compute what they compute alone (`reads_alone` in
-`helpers.sources.model_files`) read one text at a time, by their own forward pass and attention:
-slower, and the same operations.
+Models of which a packed row cannot compute what they compute alone read one text at a time, by
+their own forward pass and attention: slower, and the same operations. Such are texts so long that
+positions depend on the length (`reads_alone` in `helpers.sources.model_files`), and models for
+which `prove_engine` finds that packed rows give other states (ALiBi, recurrent blocks, attention
+of their own).
 """
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count, groupby
 
@@ -22,6 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from helpers.core.errors import one_line
 from helpers.inference.packed_attention import (
     TRUNK,
     KVCache,
@@ -36,6 +40,110 @@ from helpers.inference.packed_attention import (
 )
 from helpers.runtime.linears import FEWEST_ROWS, use_sequence_ids
 from helpers.sources.model_files import changes_at, reads_alone, reset_dynamic_rope_
+
+PROBE_LENGTHS = (37, 26)  # of two texts with the same beginning; a block of keys and a part
+SHARED_TOKENS = 14  # of their beginning
+PERTURBATION = 1e-6  # relative, of embeddings; in the model's type at least one rounding
+ROUNDINGS = 50.0  # multiple of the change by the perturbation that two correct programs may differ
+
+
+@torch.inference_mode()
+def prove_engine(model) -> None:
+    """Set how a loaded model is read, by comparing this engine with its own forward pass.
+
+    Two texts are read in one row, apart and with a shared beginning, and continued in slots; then
+    the cache of the model's own forward pass is tried. `model.packing_problem` says why packed
+    rows are not used, `model.cache_problem` why texts are read anew for each token; both are
+    empty for a model that does as it would alone.
+    """
+    model.packing_problem = model.cache_problem = ""
+    if getattr(model, "scale_scope", "token") == "pass":
+        return  # each pass reads one text
+    texts = _probe_texts(model.config)
+    expected = [hidden_states(model, text) for text in texts]
+    with _perturbed_embeddings(model):
+        perturbed = [hidden_states(model, text) for text in texts]
+    change = max(map(_relative_difference, perturbed, expected))
+    limit = ROUNDINGS * change + ROUNDINGS * torch.finfo(model.dtype).eps
+    model.packing_problem = _problem(lambda: _packed_difference(model, texts, expected), limit)
+    model.cache_problem = _problem(lambda: _cached_difference(model, texts[0], expected[0]), limit)
+
+
+def reading_record(model) -> dict[str, str]:
+    """For a record: why the engine reads one text at a time; empty for packed rows."""
+    problem = getattr(model, "packing_problem", "")
+    return {"reading": f"one text at a time, since in packed rows {problem}"} if problem else {}
+
+
+def _probe_texts(config) -> list[list[int]]:
+    generator, size = torch.Generator().manual_seed(0), config.vocab_size
+    texts = [torch.randint(3, size, (n,), generator=generator).tolist() for n in PROBE_LENGTHS]
+    return [texts[0], texts[0][:SHARED_TOKENS] + texts[1][SHARED_TOKENS:]]
+
+
+def _problem(difference: Callable[[], float], limit: float) -> str:
+    """Why a way of reading is not used; empty if its states differ by no more than the limit."""
+    try:
+        relative = difference()
+    except Exception as error:  # of many kinds; the model then reads in its own way
+        return f"{type(error).__name__}: {one_line(error)[:120]}"
+    if relative <= limit:
+        return ""
+    return f"states differ by {relative:.1g} of their size, rounding explains {limit:.1g}"
+
+
+def _relative_difference(states: Tensor, expected: Tensor) -> float:
+    """The largest difference of a token's states relative to their norm; infinite for NaN."""
+    size = expected.double().norm(dim=-1).clamp(min=1e-30)
+    parts = (states.double() - expected.double()).norm(dim=-1) / size
+    return float(parts.nan_to_num(torch.inf).max())
+
+
+@contextmanager
+def _perturbed_embeddings(model) -> Iterator[None]:
+    generator = torch.Generator().manual_seed(1)
+    size = max(PERTURBATION, torch.finfo(model.dtype).eps)
+
+    def perturb(_module, _args, output: Tensor) -> Tensor:
+        noise = torch.randn(output.shape, generator=generator).to(output.device, output.dtype)
+        return output * (1 + size * noise)
+
+    handle = model.get_input_embeddings().register_forward_hook(perturb)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _packed_difference(model, texts: list[list[int]], expected: list[Tensor]) -> float:
+    """The largest difference of packed states to those read alone."""
+    shared = Segment(texts[0][:SHARED_TOKENS], kept=True)
+    rests = [Segment(text[SHARED_TOKENS:], (shared,), kept=True) for text in texts]
+    with use_packed_attention(model):
+        apart = read(model, [Segment(text) for text in texts])
+        together = read(model, [shared, *rests])
+        slots = KVCache(len(texts), max(PROBE_LENGTHS) + 1, (shared,))
+        for slot, rest in enumerate(rests):
+            slots.fill(slot, [rest])
+        written = _decoded(model, [text[0] for text in texts], slots, padding=0)
+    beginning, *own = together.split([len(s.tokens) for s in (shared, *rests)])
+    pairs = [(apart, torch.cat(expected))]
+    pairs += [(torch.cat([beginning, rest]), e) for rest, e in zip(own, expected, strict=True)]
+    last = [hidden_states(model, [*text, text[0]])[-1:] for text in texts]
+    return max(_relative_difference(*pair) for pair in [*pairs, (written, torch.cat(last))])
+
+
+def _cached_difference(model, text: list[int], expected: Tensor) -> float:
+    """The largest difference of states with a cache to those read at once."""
+    sequence = CachedSequence(model)
+    lengths = (len(text) - 2, len(text) - 1, len(text))
+    states = [sequence.last_state(text[:length]) for length in lengths]
+    return _relative_difference(torch.cat(states), expected[-3:])
+
+
+def read_alone(model, length: int) -> bool:
+    """Whether a text of this length is read by the model's own forward pass."""
+    return bool(getattr(model, "packing_problem", "")) or reads_alone(model.config, length)
 
 
 @torch.inference_mode()
@@ -59,6 +167,8 @@ class CachedSequence:
     @torch.inference_mode()
     def last_state(self, tokens: list[int]) -> Tensor:
         """(1, hidden) state of the text's last token."""
+        if getattr(self.model, "cache_problem", ""):
+            return hidden_states(self.model, tokens)[-1:]
         if self._memory is None or changes_at(self.model.config, len(tokens)):
             self._memory = DynamicCache(config=self.model.config)
         cached_tokens = self._memory.get_seq_length()
@@ -135,7 +245,7 @@ def option_loglikelihoods(
         items: contexts and options as token ids.
         batch_tokens: the most tokens of one forward pass.
     """
-    alone = [i for i, item in enumerate(items) if reads_alone(model.config, len(item))]
+    alone = [i for i, item in enumerate(items) if read_alone(model, len(item))]
     for index in alone:
         context, options = items[index].context, items[index].options
         yield index, [loglikelihood_alone(model, context, option) for option in options]
@@ -312,7 +422,7 @@ def generate_greedy(
         max(len(prompt) + max_new_tokens, len(item) if item else 0)
         for prompt, item in zip(prompts, items, strict=True)
     ]
-    alone = {i for i, length in enumerate(lengths) if reads_alone(model.config, length)}
+    alone = {i for i, length in enumerate(lengths) if read_alone(model, length)}
     for index in alone:
         yield index, _generate_alone(model, prompts[index], items[index], stop_rules)
     shared_prefix = lambda i: texts[i].shared[:1]  # noqa: E731 - common to its batch
@@ -338,6 +448,24 @@ def _generate_alone(
         finite = bool(logits.isfinite().all())
         if reason := answer.append_token(int(logits.argmax()), finite, stop_rules):
             return GeneratedAnswer(answer.tokens, reason, answer.loglikelihoods)
+
+
+def _decoded(model, newest: list[int], slots: KVCache, *, padding: int) -> Tensor:
+    """(answers, hidden) states of the newest token of each slot's answer.
+
+    Args:
+        padding: how many slots after them are read only to fill the batch.
+    """
+    rows, device = len(newest) + padding, model.device
+    positions = slots.step(len(newest), padding, device)
+    with use_sequence_ids(torch.arange(rows, device=device)):
+        output = model.base_model(
+            input_ids=torch.tensor([newest + [0] * padding], device=device),
+            position_ids=positions,
+            use_cache=False,
+            packed=slots,
+        )
+    return output.last_hidden_state[0, : len(newest)]
 
 
 class Decoder:
@@ -424,18 +552,9 @@ class Decoder:
 
     def _decode_step(self) -> Iterator[tuple[int, GeneratedAnswer]]:
         """Decode one token of every unfinished answer."""
-        device, alive = self.model.device, len(self.active)
-        padding = max(0, min(FEWEST_ROWS, self.rows) - alive)
-        tokens = [answer.tokens[-1] for answer in self.active] + [0] * padding
-        positions = self.slots.step(alive, padding, device)
-        with use_sequence_ids(torch.arange(alive + padding, device=device)):
-            output = self.model.base_model(
-                input_ids=torch.tensor([tokens], device=device),
-                position_ids=positions,
-                use_cache=False,
-                packed=self.slots,
-            )
-        hidden = output.last_hidden_state[0, :alive]
+        padding = max(0, min(FEWEST_ROWS, self.rows) - len(self.active))
+        newest = [answer.tokens[-1] for answer in self.active]
+        hidden = _decoded(self.model, newest, self.slots, padding=padding)
         yield from self._append_tokens(0, logits_at(self.model, hidden))
 
     def _append_tokens(

@@ -4,8 +4,8 @@ Items are padded into batches and the padding is masked out, so that a statistic
 tokens only. The head is not calibrated: no variant quantizes it. Histograms and percentiles come
 from an even sample of the tokens; abs-max is exact.
 
-What a family looks like is in `helpers.core.architectures`; here it becomes the groups of one
-model at which smoothing scales can be folded, and the Linears that one variant quantizes.
+Where scales can be folded is found by `helpers.runtime.discovery`; here it becomes the groups of
+some targets, and the Linears that one variant quantizes.
 """
 
 from contextlib import contextmanager
@@ -17,12 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from helpers.core.architectures import architecture, places
+from helpers.core.architectures import Place
 from helpers.core.errors import StudyError
 from helpers.core.files import write_atomically
 from helpers.core.processes import Bar
 from helpers.core.records import Record, check_checksums, sha256_file
 from helpers.runtime.devices import trim_heap
+from helpers.runtime.discovery import places
 from helpers.runtime.linears import every_expert_reads, pad, token_budget_batches
 from helpers.sources.model_files import batch_tokens_for, check_context_length
 from helpers.study.loading import Job
@@ -51,19 +52,29 @@ class SmoothingGroup:
 def smoothing_groups(config, targets: tuple[str, ...]) -> list[SmoothingGroup]:
     """The groups of the named targets in a model of this configuration, in layer order.
 
+    A norm that feeds both attention and MLP is a group of either target, and named by the first.
+
     Raises:
-        StudyError: the architecture is unknown, or smoothing a target would change its function.
+        StudyError: the model cannot be studied, or no scales can be folded at a target.
     """
-    family = architecture(config)
-    for place in family.places:
-        if place.target in targets and place.need and not place.need.holds(config):
-            condition = place.need.words.format(config=config)
-            raise StudyError(f"smooth.targets: {place.target!r} needs {condition}; leave it out")
+    known = places(config)
+    for target in targets:
+        of_target = [place for place in known if place.serves((target,))]
+        if not any(place.producer for place in of_target):
+            raise StudyError(f"smooth.targets: {unfoldable(config, target, of_target)}")
     return [
-        SmoothingGroup(p.target, p.producer, p.consumers, p.readers, family.norm_offset)
-        for p in places(config)
-        if p.target in targets
+        SmoothingGroup(p.target, p.producer, p.consumers, p.readers, p.norm_offset)
+        for p in known
+        if p.producer and p.serves(targets)
     ]
+
+
+def unfoldable(config, target: str, of_target: list[Place]) -> str:
+    """Why no scales can be folded at a target: what its first place would need."""
+    if not of_target:
+        return f"{target!r} is no place of a {config.model_type} model; leave it out"
+    condition = of_target[0].refusal.format(config=config)
+    return f"{target!r} needs {condition}; leave it out"
 
 
 def linear_layers(model) -> dict[str, nn.Linear]:

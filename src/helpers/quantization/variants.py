@@ -52,9 +52,9 @@ from helpers.quantization.int8_linear import (
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
 from helpers.runtime.devices import place_on_device, trim_heap
+from helpers.runtime.discovery import linear_experts
 from helpers.runtime.linears import (
     every_expert_reads,
-    linear_experts,
     pad,
     token_budget_batches,
     use_onednn,

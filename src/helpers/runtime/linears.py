@@ -26,13 +26,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear
 from torch.overrides import TorchFunctionMode
-from transformers.activations import ACT2FN
 from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
 
-from helpers.core.architectures import architecture
 from helpers.runtime.devices import has_bfloat16_units
 
 
@@ -246,15 +244,19 @@ def simulated_by_onednn(model) -> Iterator[None]:
 
 
 class Expert(nn.Module):
-    """One gated MLP: down(act(gate(x)) · up(x))."""
+    """One gated MLP: down(act(gate(x)) · up(x)).
 
-    def __init__(self, config):
+    Args:
+        width, inner: features of x, and between gate and down.
+        activation: between gate and product.
+    """
+
+    def __init__(self, width: int, inner: int, activation: nn.Module):
         super().__init__()
-        width, inner = config.hidden_size, config.moe_intermediate_size
         self.gate_proj = nn.Linear(width, inner, bias=False)
         self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
+        self.act_fn = activation
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
@@ -266,12 +268,16 @@ class LinearExperts(nn.ModuleList):
     With `every_token` each expert reads all tokens, so that statistics of the inputs of its
     Linears do not depend on the router; the output stays the same.
 
+    Args:
+        stack: transformers' module of the experts, for its sizes and its activation.
+
     llm-compressor replaces experts by Linears too, but does not keep an output bit-equal for
     any number of tokens, which batch invariance needs.
     """
 
-    def __init__(self, config):
-        super().__init__([Expert(config) for _ in range(config.num_experts)])
+    def __init__(self, stack: nn.Module):
+        count, width, inner = stack.down_proj.shape
+        super().__init__([Expert(width, inner, stack.act_fn) for _ in range(count)])
         self.every_token = False
 
     def forward(self, x: Tensor, expert_indices: Tensor, weights: Tensor) -> Tensor:
@@ -296,16 +302,6 @@ class LinearExperts(nn.ModuleList):
         return mixed
 
 
-class _LinearExpertsFactory:
-    """Stands in for transformers' class and makes `LinearExperts`.
-
-    Nothing is an instance of it, so transformers does not initialize our experts as its own.
-    """
-
-    def __new__(cls, config):
-        return LinearExperts(config)
-
-
 def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
     """The expert's outputs for some tokens, independent of their number.
 
@@ -321,29 +317,44 @@ def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
 
 
 @contextmanager
-def linear_experts(config):
-    """Inside the context, models of this configuration are built with `LinearExperts`.
+def experts_as_linears(model_type: str, experts: str) -> Iterator[None]:
+    """Inside the context, models of a family are built with `LinearExperts`.
 
-    A family without experts is unchanged. Tensor names in the files then equal those of the
-    modules, so nothing is stacked on loading or unstacked on saving.
+    Tensor names in the files then equal those of the modules, so no expert is stacked on loading
+    or unstacked on saving.
+
+    Args:
+        experts: transformers' class of the family's stacked experts; empty if there is none.
     """
-    entry = architecture(config)
-    if not entry.experts:
+    if not experts:
         yield
         return
-    module, _, stacked_class = entry.experts.rpartition(".")
-    modeling = import_module(module)
-    stacked_experts, conversion = (
-        getattr(modeling, stacked_class),
-        get_checkpoint_conversion_mapping(entry.name),
-    )
-    setattr(modeling, stacked_class, _LinearExpertsFactory)
-    register_checkpoint_conversion_mapping(entry.name, [], overwrite=True)
+    module, _, name = experts.rpartition(".")
+    modeling, conversion = import_module(module), get_checkpoint_conversion_mapping(model_type)
+    stacked = getattr(modeling, name)
+    others = [c for c in conversion or () if not _stacks_experts(c)]
+
+    class Unstacked:
+        """Nothing is an instance of it, so transformers does not initialize ours as its own."""
+
+        def __new__(cls, *args, **kwargs) -> LinearExperts:
+            with torch.device("meta"):
+                stack = stacked(*args, **kwargs)
+            return LinearExperts(stack)
+
+    setattr(modeling, name, Unstacked)
+    register_checkpoint_conversion_mapping(model_type, others, overwrite=True)
     try:
         yield
     finally:
-        setattr(modeling, stacked_class, stacked_experts)
-        register_checkpoint_conversion_mapping(entry.name, conversion, overwrite=True)
+        setattr(modeling, name, stacked)
+        register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
+
+
+def _stacks_experts(conversion) -> bool:
+    """Whether a conversion stacks the gate, up or down projections of all experts."""
+    names = [pattern.rpartition("experts.*.")[2] for pattern in conversion.source_patterns]
+    return set(names) <= {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
 
 
 @contextmanager

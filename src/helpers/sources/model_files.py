@@ -20,6 +20,7 @@ a time.
 import copy
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,9 +33,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from helpers.core.architectures import HEAD, architecture
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
-from helpers.runtime.linears import linear_experts
+from helpers.runtime.discovery import architecture, linear_experts
 from helpers.study.inputs import (
     INDEX_FILE,
     TOKENIZERS,
@@ -78,12 +79,17 @@ def check_context_length(label: str, lengths: list[int], config) -> None:
     Raises:
         StudyError: a text is longer.
     """
-    longest, limit = max(lengths, default=0), config.max_position_embeddings
+    longest, limit = max(lengths, default=0), context_length(config)
     if longest > limit:
         raise StudyError(
             f"{label}: a text has {longest} tokens but the model reads {limit}; lower max_tokens, "
             "or leave the text out"
         )
+
+
+def context_length(config) -> int:
+    """The most tokens of a text; a model without trained positions (ALiBi) has no limit."""
+    return getattr(config, "max_position_embeddings", None) or sys.maxsize
 
 
 def length_independent_up_to(config) -> int | None:
@@ -94,7 +100,7 @@ def length_independent_up_to(config) -> int | None:
         if kind == "longrope":
             limits.append(parameters["original_max_position_embeddings"])
         elif "dynamic" in kind:
-            limits.append(config.max_position_embeddings)
+            limits.append(context_length(config))
     return min(limits, default=None)
 
 
@@ -255,7 +261,7 @@ def _skeleton(same: _Same) -> Skeleton:
     config = copy.deepcopy(same.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    with torch.device("meta"), no_init_weights(), linear_experts(config):
+    with linear_experts(config), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]

@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.initialization import no_init_weights
 
-from helpers.core.architectures import HEAD, architecture, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths, cache_root, replace_folder
 from helpers.core.processes import set_activity
@@ -38,7 +38,8 @@ from helpers.core.records import (
     sha256_text,
 )
 from helpers.runtime.devices import place_on_device, return_to_input_device
-from helpers.runtime.linears import linear_experts, use_onednn
+from helpers.runtime.discovery import architecture, linear_experts, linear_names
+from helpers.runtime.linears import use_onednn
 from helpers.sources import chat
 from helpers.sources.fetching import cached_model
 from helpers.sources.model_files import TensorFiles, check_model_safety, load_config, loading_error
@@ -210,7 +211,7 @@ def random_model(family: str, *, seed: int, **changes):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from helpers.runtime.linears import linear_experts
+    from helpers.runtime.discovery import linear_experts
 
     config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family], **changes})
     with torch.random.fork_rng(devices=[]), linear_experts(config):
@@ -360,7 +361,7 @@ def load_generation_config_(model, folder: Path) -> None:
 
 def empty_model(config, *, dtype: torch.dtype):
     """The model of a configuration in evaluation mode, its weights uninitialized."""
-    with no_init_weights(), linear_experts(config):
+    with linear_experts(config), no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 

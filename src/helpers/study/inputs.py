@@ -21,7 +21,6 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from helpers.core.architectures import unknown_family_message
 from helpers.core.errors import StudyError, one_line
 from helpers.core.files import PROJECT, StudyPaths, vllm_python
 from helpers.core.records import read_json, write_json
@@ -240,7 +239,8 @@ def folder_problem(folder: Path) -> str | None:
 def config_problem(content: bytes) -> str | None:
     """Why a model with this config.json cannot be studied; None if it can.
 
-    Its family must be known and its weights float: a quantized model is no reference.
+    It must name its family and its weights must be float: a quantized model is no reference.
+    Whether the family can be studied is found out on a tiny twin (`helpers.runtime.discovery`).
     """
     try:
         config = json.loads(content)
@@ -251,7 +251,9 @@ def config_problem(content: bytes) -> str | None:
     if scheme := config.get("quantization_config"):
         method = scheme.get("quant_method", "") if isinstance(scheme, dict) else ""
         return f"is quantized already ({method or 'config.json says so'}); give the float model"
-    return unknown_family_message(str(config.get("model_type", "")))
+    if not config.get("model_type"):
+        return "has a config.json without model_type; save the model again"
+    return None
 
 
 NO_PATH = (OSError, RuntimeError, ValueError)  # a path too long, an unknown user's home, a NUL

@@ -10,7 +10,7 @@ Reading, references between settings and error messages are in `helpers.study.lo
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
@@ -24,7 +24,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from helpers.core.architectures import ARCHITECTURES, HEAD
+from helpers.core.architectures import HEAD
 
 PATTERN = r"^[a-z0-9][a-z0-9_.-]{0,63}$"
 RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or a digit"
@@ -246,10 +246,9 @@ class BundledModel(Strict):
     bundled: Literal["smollm2-135m-instruct"]
 
 
-if TYPE_CHECKING:
-    Family = str  # a type checker cannot read a table
-else:
-    Family = Literal[*ARCHITECTURES]
+Family = Literal[
+    "gemma3_text", "llama", "mistral", "opt", "phi3", "qwen2", "qwen3", "qwen3_moe"
+]  # those with tiny sizes in `helpers.sources.models`
 
 
 class RandomModel(Strict):

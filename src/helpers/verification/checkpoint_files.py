@@ -22,11 +22,12 @@ from compressed_tensors.utils.match import match_name
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from helpers.core.architectures import HEAD, architecture, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.records import read_json
 from helpers.quantization.calibration import SmoothingGroup, load_absmax, smoothing_groups
 from helpers.quantization.variants import load_int8, load_quantized, load_reference, load_variant
 from helpers.runtime.devices import release_memory
+from helpers.runtime.discovery import architecture, linear_names
 from helpers.runtime.linears import every_expert_reads
 from helpers.sources.chat import conversation
 from helpers.sources.items import Item

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from helpers.core.architectures import float_matrices
 from helpers.core.records import examples, gate, largest, sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
+from helpers.runtime.discovery import float_matrices
 from helpers.sources.items import Item
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.schema import Study

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from helpers.core.architectures import HEAD, architecture, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.records import Gate, largest
 from helpers.evaluation.checks.recorded_calls import (
     DECODING,
@@ -23,6 +23,7 @@ from helpers.evaluation.checks.recorded_calls import (
     LinearFiles,
 )
 from helpers.inference.vllm_client import is_served
+from helpers.runtime.discovery import architecture, linear_names
 from helpers.sources.model_files import load_config
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
@@ -58,7 +59,8 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
         config = load_config(model_folder(job.study, job.model, job.paths))
         linears = linear_names(config)
         experts = [n for n in linears if ".experts." in n] if architecture(config).experts else []
-        return CallRecorder(model, linear_files(job), linears, experts=experts)
+        norms = [norm.name for norm in architecture(config).norms]
+        return CallRecorder(model, linear_files(job), linears, norms=norms, experts=experts)
     except Exception as error:  # the evaluation continues, and its gate fails
         return NoCalls(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
 
@@ -254,13 +256,15 @@ def _worst_norm_call(job: Job, calls: CallRecorder) -> tuple[int, float, str]:
 def exact_norm(x: Tensor, files: LinearFiles, name: str, config) -> tuple[Tensor, Tensor]:
     """((rows, features) float64 output of a norm, magnitude that scales its rounding)."""
     tensors = files.tensors
-    weight = tensors[f"{name}.weight"].to(files.dtype).double()
-    weight = weight + architecture(config).norm_offset
-    if (eps := getattr(config, "rms_norm_eps", None)) is not None:
-        exact = weight * x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
-        return exact, exact.abs()
-    bias = tensors[f"{name}.bias"].to(files.dtype).double()
-    spread = (x.var(-1, keepdim=True, unbiased=False) + 1e-5).rsqrt()
+    norm = next(norm for norm in architecture(config).norms if norm.name == name)
+    weight = tensors[f"{name}.weight"].to(files.dtype).double() + norm.offset
+    bias = torch.zeros_like(weight)
+    if f"{name}.bias" in tensors:
+        bias = tensors[f"{name}.bias"].to(files.dtype).double()
+    if not norm.centred:
+        exact = weight * x * (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+        return exact + bias, exact.abs() + bias.abs()
+    spread = (x.var(-1, keepdim=True, unbiased=False) + norm.eps).rsqrt()
     centred = (x - x.mean(-1, keepdim=True)) * spread * weight
     size = (x.abs() + x.abs().mean(-1, keepdim=True)) * spread * weight.abs() + bias.abs()
     return centred + bias, size

@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
 
-from helpers.core.architectures import HEAD, architecture, linear_names
+from helpers.core.architectures import HEAD
 from helpers.core.records import Gate, largest
 from helpers.evaluation.checks.recorded_calls import LinearFiles
+from helpers.runtime.discovery import architecture, block_names, linear_names
 
 ROUNDINGS = 6.0  # multiple of the rounding error measured in transformers
 FEWEST_EPS = 8.0  # the least limit on states, in eps of the declared type
@@ -140,8 +141,7 @@ class Layers:
 
     @classmethod
     def from_config(cls, config) -> "Layers":
-        known = architecture(config)
-        blocks = [f"{known.blocks}.{i}" for i in range(config.num_hidden_layers)]
+        blocks = block_names(config)
         names = [n.split(".experts.")[0] + ".experts" if ".experts." in n else n
                  for n in linear_names(config) if n != HEAD]  # fmt: skip
         names = list(dict.fromkeys(names))

@@ -20,18 +20,21 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from helpers.core.architectures import HEAD
+from helpers.runtime.discovery import architecture
 from helpers.runtime.linears import current_sequence_ids
+from helpers.sources.model_files import load_config
 
 STEPS = 127.5  # compressed-tensors: abs-max in steps, for 256 levels
 TIE = 1e-3  # in steps; a value this close to a midpoint may round either way
 EPS32 = 2.0**-23
-HEADS = ("lm_head.weight", "model.embed_tokens.weight", "model.decoder.embed_tokens.weight")
 
 
 class TensorReader:
     """The tensors of a folder by name, from its index, its single file, or all its files."""
 
     def __init__(self, folder: Path):
+        self._folder = folder
         index, whole = folder / "model.safetensors.index.json", folder / "model.safetensors"
         if index.is_file():
             places = json.loads(index.read_text("utf-8"))["weight_map"]
@@ -54,8 +57,13 @@ class TensorReader:
 
     def weight_name(self, module: str) -> str:
         """The name of a module's weight tensor; for a tied head, that of the embeddings."""
-        names = HEADS if module == "lm_head" else (f"{module}.weight",)
-        return next((name for name in names if name in self), names[0])
+        own, tables = f"{module}.weight", [] if module != HEAD else self._tables
+        return next((name for name in [own, *tables] if name in self), own)
+
+    @cached_property
+    def _tables(self) -> list[str]:
+        embeddings = architecture(load_config(self._folder)).embeddings
+        return [f"{name}.weight" for name in embeddings[:1]]
 
 
 @dataclass(frozen=True)
@@ -295,17 +303,20 @@ class CallRecorder:
         model: the variant, on this project's engine.
         files: its Linears on disk.
         linears: names of all Linears, including the head.
+        norms: names of the norms whose formula is known.
         experts: names of the Linears that read only the tokens routed to them.
 
     Attributes:
         passes, tokens: forward passes of the decoder and tokens they read, by kind.
     """
 
-    def __init__(self, model: nn.Module, files: LinearFiles, linears, *, experts=frozenset()):
+    def __init__(
+        self, model: nn.Module, files: LinearFiles, linears, *, norms=(), experts=frozenset()
+    ):
         self.model, self.files, self.experts = model, files, frozenset(experts)
         self.errors: list[str] = []
         self.linears = {name: self._linear(name) for name in linears}
-        self.norms = {name: ModuleCalls(name, torch.arange(0)) for name in norm_names(model)}
+        self.norms = {name: ModuleCalls(name, torch.arange(0)) for name in norms}
         self.passes, self.tokens = Counter(), Counter()
         self._kind, self._phase, self._starts = PACKED, PACKED, None
 
@@ -427,14 +438,3 @@ class CallRecorder:
         begin = max((s for s in self._starts if s <= place), default=0)
         end = min((s for s in self._starts if s > place), default=len(x))
         return x[begin:end].abs().amax()
-
-
-def norm_names(model: nn.Module) -> list[str]:
-    """Names of the norms: modules without children whose weight has one dimension."""
-    return [
-        name
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "weight", None), Tensor)
-        and module.weight.ndim == 1
-        and not list(module.children())
-    ]
