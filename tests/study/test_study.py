@@ -1,4 +1,4 @@
-"""The smoke study from end to end: all six notebooks, then again, then with another α."""
+"""The smoke study from end to end: all stages, explored, then again, then with another α."""
 
 import json
 import os
@@ -125,6 +125,20 @@ def test_nothing_that_is_kept_names_this_machine(smoke):
         text = path.read_text("utf-8").replace(str(study), "")
         assert str(PROJECT) not in text, path.name
         assert str(outputs.parent) not in text, path.name
+
+
+def test_exploring_it_writes_nothing(smoke, monkeypatch):
+    """The cells of explore.ipynb, run here one after the other."""
+    _, study, outputs = smoke
+    monkeypatch.setenv("STUDY_OUTPUTS", str(outputs.parent))
+    monkeypatch.setenv("STUDY_CACHE", str(outputs.parents[1] / "cache"))
+    before = {p: p.stat().st_mtime_ns for p in outputs.rglob("*")}
+    notebook = json.loads((PROJECT / "notebooks" / "explore.ipynb").read_text("utf-8"))
+    names = {}
+    for cell in (c for c in notebook["cells"] if c["cell_type"] == "code"):
+        exec("".join(cell["source"]).replace('"demo"', repr(str(study))), names)
+    assert {"results", "linears", "reader"} <= set(names)
+    assert {p: p.stat().st_mtime_ns for p in outputs.rglob("*")} == before
 
 
 def test_a_second_run_does_nothing_in_seconds(smoke):

@@ -18,7 +18,9 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 from tools.lab_notebooks import LabNotebooks
 
+from chromium import CHROMIUM, WHY_NOT, Chromium
 from helpers.core.files import PROJECT
+from helpers.workflow.notebooks import run_notebook
 
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -91,7 +93,6 @@ def test_other_files_and_notebooks_of_other_languages_are_left_alone(tmp_path):
     assert opened(tmp_path, "bare.ipynb")[1]["content"]["metadata"] == {}
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 STATE = """(() => {
   const lab = window.jupyterapp;
   const panel = lab && [...lab.shell.widgets('main')].find(w => w.context);
@@ -102,7 +103,7 @@ STATE = """(() => {
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not CHROMIUM, reason="chromium is not installed")
+@pytest.mark.skipif(not CHROMIUM, reason=WHY_NOT)
 @pytest.mark.parametrize("stored", ["as it is", "as Jupyter alone would read it"])
 def test_a_browser_that_opens_it_calls_it_unchanged(tmp_path, stored):
     """JupyterLab itself, with a kernel; without the version it is called changed."""
@@ -118,19 +119,12 @@ class Browser:
     """JupyterLab on a folder, and Chromium to look at it with; both end when it is closed."""
 
     def __init__(self, folder, options: list[str]):
-        self.port, debugging = free_port(), free_port()
-        own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "RUNTIME")}
-        own |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
-        lab = [sys.executable, "-m", "jupyterlab", f"--port={self.port}", "--no-browser"]
-        lab += ["--allow-root", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
-        lab += ["--LabApp.news_url=None", f"--ServerApp.root_dir={folder}", *options]
+        debugging = free_port()
         chromium = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu"]
         chromium += [f"--remote-debugging-port={debugging}", "--remote-allow-origins=*"]
         chromium += [f"--user-data-dir={folder / 'chromium'}", "about:blank"]
-        settings = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        settings |= {"start_new_session": True, "env": os.environ | own}
-        self.processes = [subprocess.Popen(command, **settings) for command in (lab, chromium)]
-        answer(f"http://localhost:{self.port}/api/status")
+        lab, self.port = start_lab(folder, options)
+        self.processes = [lab, subprocess.Popen(chromium, **APART)]
         self.tab = answer(f"http://localhost:{debugging}/json/new?about:blank", method="PUT")
 
     def state(self, notebook: str, *, seconds: float = 120) -> dict:
@@ -152,8 +146,29 @@ class Browser:
 
     def close(self) -> None:
         for process in self.processes:
-            os.killpg(process.pid, signal.SIGTERM)
-            process.wait()
+            end(process)
+
+
+APART = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+
+
+def start_lab(folder, options: list[str], **environment: str) -> tuple[subprocess.Popen, int]:
+    """(JupyterLab on a folder, its port), once it answers."""
+    port = free_port()
+    own = {f"JUPYTER_{kind}_DIR": str(folder / kind) for kind in ("CONFIG", "RUNTIME")}
+    own |= {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    lab = [sys.executable, "-m", "jupyterlab", f"--port={port}", "--no-browser"]
+    lab += ["--allow-root", "--IdentityProvider.token=", "--LabApp.expose_app_in_browser=True"]
+    lab += ["--LabApp.news_url=None", f"--ServerApp.root_dir={folder}", *options]
+    process = subprocess.Popen(lab, env=os.environ | environment | own, **APART)
+    answer(f"http://localhost:{port}/api/status")
+    return process, port
+
+
+def end(process: subprocess.Popen) -> None:
+    """End a process and all that it started."""
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait()
 
 
 def command(tab, method: str, **given) -> dict:
@@ -181,3 +196,96 @@ def answer(url: str, *, method: str = "GET", seconds: float = 60) -> dict:
             if time.monotonic() > ends:
                 raise
             time.sleep(0.5)
+
+
+# --- explore.ipynb: its controls, moved in a browser -----------------------------------------
+
+RUN_ALL = "jupyterapp.commands.execute('notebook:run-all-cells').then(() => true)"
+IDLE = f"({STATE}) !== null"
+SHOWN = "[...document.querySelectorAll('.explore')].map(e => e.textContent).join('\\n')"
+CHOOSE_CHANGED = """(() => {
+  const lists = [...document.querySelectorAll('.widget-dropdown select')];
+  const list = lists.find(e => /lost.and.gained/.test(e.options[0].text));
+  list.selectedIndex = list.options.length - 1;
+  list.dispatchEvent(new Event('change', {bubbles: true}));
+})()"""
+HOSTILE = "<img src=x onerror=\"document.title='owned'\"> two words"
+
+
+def with_study(path, study) -> None:
+    """Write explore.ipynb with another study and its fine-tuned model in the parameters."""
+    notebook = nbformat.read(PROJECT / "notebooks" / "explore.ipynb", as_version=4)
+    [cell] = [c for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    cell.source = cell.source.replace('"demo"', repr(str(study))).replace("base", "finetuned")
+    nbformat.write(notebook, path)
+
+
+@pytest.mark.long
+def test_explore_runs_without_a_browser_and_writes_nothing(undisturbed, tmp_path, monkeypatch):
+    for key, place in undisturbed.environment().items():
+        monkeypatch.setenv(key, place)
+    before = {p: p.stat().st_mtime_ns for p in undisturbed.root.rglob("*")}
+    executed, given = tmp_path / "executed.ipynb", {"study": str(undisturbed.file)}
+    run_notebook(PROJECT / "notebooks" / "explore.ipynb", executed, given)
+    outputs = [
+        o for cell in nbformat.read(executed, as_version=4).cells for o in cell.get("outputs", [])
+    ]
+    assert [o for o in outputs if "lost" in str(o) or "smoothquant_w8a8" in str(o)]
+    assert {p: p.stat().st_mtime_ns for p in undisturbed.root.rglob("*")} == before
+
+
+@pytest.fixture
+def explored(undisturbed, tmp_path):
+    """explore.ipynb of the smoke study in JupyterLab, its cells run."""
+    with_study(tmp_path / "explore.ipynb", undisturbed.file)
+    places = {key: undisturbed.environment()[key] for key in ("STUDY_OUTPUTS", "STUDY_CACHE")}
+    lab, port = start_lab(tmp_path, [], **places)
+    browser = Chromium(tmp_path / "chromium")
+    try:
+        browser.look(width=1300, height=3000)  # JupyterLab draws the cells that are in view
+        browser.send("Page.navigate", url=f"http://localhost:{port}/lab/tree/explore.ipynb")
+        browser.wait(IDLE)
+        browser.evaluate(RUN_ALL)
+        browser.wait("document.querySelectorAll('.explore .tokens span').length > 0")
+        yield browser
+    finally:
+        browser.close()
+        end(lab)
+
+
+def changed_text(browser: Chromium, selector: str, before: str) -> str:
+    """The text of an element, once it differs."""
+    text = f"document.querySelector({json.dumps(selector)})?.textContent ?? ''"
+    browser.wait(f"![{json.dumps(before)}, ''].includes({text})")
+    return browser.evaluate(text)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not CHROMIUM, reason=WHY_NOT)
+def test_every_control_of_explore_answers_in_a_browser(explored, undisturbed):
+    content = undisturbed.content()
+    text_of = "document.querySelector('{}').textContent"
+    # A random model answers nothing right: no item is lost or gained, but some answers change.
+    explored.evaluate(CHOOSE_CHANGED)
+    item = changed_text(explored, ".explore h4", "")
+    explored.click(".widget-select option:nth-child(2)")
+    assert changed_text(explored, ".explore h4", item) != item
+
+    source = "document.querySelector('.widget-image').src"
+    figure = explored.evaluate(source)
+    assert "α = 0.50" in explored.evaluate(SHOWN)
+    explored.evaluate("document.querySelector('.noUi-handle').focus()")
+    explored.press("ArrowRight")
+    explored.wait(f"{source} !== {json.dumps(figure)}")
+    explored.wait(f"{SHOWN}.includes('α = 0.55')")
+    assert "α = 0.50" not in explored.evaluate(SHOWN)
+
+    tokens = explored.evaluate(text_of.format(".explore .tokens"))
+    explored.evaluate("document.querySelector('.widget-textarea textarea').select()")
+    explored.write(HOSTILE)
+    explored.click(".widget-button")
+    assert changed_text(explored, ".explore .tokens", tokens) == HOSTILE
+    assert explored.evaluate("document.querySelectorAll('.explore img').length") == 0
+    assert "owned" not in explored.evaluate("document.title")
+    assert explored.evaluate("document.querySelector('.explore .problem')") is None
+    assert undisturbed.content() == content

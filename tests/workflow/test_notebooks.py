@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.study import stages
 from helpers.workflow.notebooks import HIDDEN
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["00_finetuning", "01_calibration", "02_quantization", "03_cost", "03_evaluation"]
-NAMES += ["04_analysis"]
+NAMES += ["04_analysis", "explore"]
+*COMPUTING, ANALYSIS = [path for path in NOTEBOOKS if path.stem in stages.NOTEBOOKS.values()]
 
 
 def cells(path, kind=None):
@@ -24,6 +26,7 @@ def source(cell):
 
 def test_all_of_them_are_there():
     assert [path.stem for path in NOTEBOOKS] == NAMES
+    assert [path.stem for path in (*COMPUTING, ANALYSIS)] == NAMES[:-1]
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -79,7 +82,7 @@ def test_holds_no_number_but_the_place_of_an_item(path):
         assert not numbers, source(cell)
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[:-1], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", COMPUTING, ids=lambda p: p.stem)
 def test_opens_its_stage_first_and_finishes_it_last(path):
     """Whatever fails in between leaves no record, since nothing else writes one."""
     code = [source(cell) for cell in cells(path, "code")]
@@ -92,7 +95,7 @@ def test_opens_its_stage_first_and_finishes_it_last(path):
 
 
 def test_the_report_leaves_the_frame_of_all_answers_out():
-    with_answers = [c for c in cells(NOTEBOOKS[-1], "code") if "answers" in source(c)]
+    with_answers = [c for c in cells(ANALYSIS, "code") if "answers" in source(c)]
     with_answers = [c for c in with_answers if not source(c).startswith("from ")]
     assert with_answers
     assert all(HIDDEN in c["metadata"]["tags"] for c in with_answers)
@@ -155,7 +158,7 @@ def passed_on(code: str) -> list[str]:
     return odd
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS[:-1], ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", COMPUTING, ids=lambda p: p.stem)
 def test_a_notebook_that_computes_only_shows_what_the_report_makes(path):
     """helpers.report is in no fingerprint of such a notebook (helpers.study.stages)."""
     assert passed_on("\n".join(source(c) for c in cells(path, "code"))) == []

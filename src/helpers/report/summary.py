@@ -25,6 +25,9 @@ import html
 import io
 import json
 import math
+import re
+from collections.abc import Sequence
+from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
 from string import Template
@@ -363,6 +366,12 @@ POLICY = (
 # Inside a script element `<` could end it, and old parsers end lines at U+2028 and U+2029.
 _IN_SCRIPT = {ord(c): f"\\u{ord(c):04x}" for c in "<>&\u2028\u2029"}
 
+DIFFERENCES = {"lost": "▼ lost", "gained": "▲ gained", "changed": "≠ changed"}
+# A word, a number or one other character, with the space before it.
+WORD = re.compile(r"\s*(?:[^\W_]+(?:[.,'’-][^\W_]+)*|\S)|\s+$")
+MOST_PAIRS = 4_000_000  # of words that are compared with one another
+LABEL_LENGTH = 110  # characters of an item in the list
+
 
 def seen_from_notebook(partial: str) -> str:
     """The page's address in the executed analysis, which lies in the folder `notebooks`.
@@ -532,3 +541,159 @@ def _distinct(answers: list[dict]) -> dict:
         if answer not in different:
             different.append(answer)
     return {"different": different, "of": [different.index(answer) for answer in answers]}
+
+
+def inert(text: str, *, keep: str = "\n\t") -> str:
+    """A text as HTML that shows it; characters that act on a display are replaced."""
+    return html.escape(printable(text, keep=keep))
+
+
+def differing_items(pages: dict, model: str, variant: str) -> list[dict]:
+    """The items that a variant answers otherwise than the baseline.
+
+    Args:
+        pages: `page_data` of a study.
+
+    Returns:
+        `kind` (lost or gained by a lower or higher score, changed if only the answer differs),
+        `page` (the item's set), `item`, `answers` (the baseline's, the variant's), `prompt` (the
+        item's own part of it; None if none is on record), `invalid` (the failed check, or None).
+    """
+    m, v = pages["models"].index(model), pages["variants"].index(variant)
+    differing = []
+    for page in pages["sets"]:
+        for item in page["items"]:
+            different, of = item["answers"][m]["different"], item["answers"][m]["of"]
+            answers = different[of[0]], different[of[v]]
+            if kind := difference(*answers):
+                prompts = item.get("prompts") or [None]
+                row = {"kind": kind, "page": page, "item": item, "answers": answers}
+                row |= {"prompt": prompts[m if len(prompts) > 1 else 0]}
+                differing.append(row | {"invalid": page["invalid"][model].get(variant)})
+    return differing
+
+
+def difference(before: dict, after: dict) -> str | None:
+    """lost, gained or changed; None for the same answer with the same score."""
+    if before["score"] != after["score"]:
+        return "lost" if after["score"] < before["score"] else "gained"
+    same = answer_text(before) == answer_text(after) and before.get("status") == after.get("status")
+    return None if same else "changed"
+
+
+def item_label(row: dict) -> str:
+    """One line on a differing item, for the list."""
+    text = one_line(row["item"].get("question") or row["item"]["id"])
+    text = text if len(text) <= LABEL_LENGTH else f"{text[:LABEL_LENGTH]}…"
+    return f"{DIFFERENCES[row['kind']]}   {one_line(row['page']['label'])}   {text}"
+
+
+def differing_item_html(row: dict, *, baseline: str, variant: str) -> str:
+    """A differing item: prompt, right answer, both answers with the words that differ marked."""
+    item, page = row["item"], row["page"]
+    options = dict(item.get("options", []))
+    parts = [
+        f"<h4>{DIFFERENCES[row['kind']]}: {inert(page['label'])}, item {inert(item['id'])}</h4>"
+    ]
+    if row["invalid"]:
+        reason = f"{variant} is invalid on this set: {row['invalid']}"
+        parts.append(f'<p class="problem">{inert(reason)}</p>')
+    if page["opening"] and row["prompt"] is not None:
+        summary = "<summary>Beginning of the prompt, the same for all items of the set</summary>"
+        parts.append(f"<details>{summary}<pre>{inert(page['opening'])}</pre></details>")
+    prompt = "No prompt is on record." if row["prompt"] is None else row["prompt"]
+    parts.append(f"<pre>{inert(prompt)}</pre>")
+    golds = "; ".join(with_option_text(gold, options) for gold in item["golds"])
+    parts.append(f"<p>Right answer: <b>{inert(golds or 'none, the passage does not say')}</b></p>")
+    texts = [with_option_text(answer_text(answer), options) for answer in row["answers"]]
+    marked = marked_differences(*texts)
+    cards = zip((baseline, variant), row["answers"], marked, strict=True)
+    parts.append(f'<div class="two">{"".join(answer_card(*card) for card in cards)}</div>')
+    parts.append(option_table(item, row["answers"], (baseline, variant)))
+    return f'<div class="explore">{"".join(parts)}</div>'
+
+
+def answer_text(answer: dict) -> str:
+    """The answer as written, or the chosen option."""
+    return answer.get("output", answer["parsed"]) or ""
+
+
+def with_option_text(answer: str, options: dict[str, str]) -> str:
+    """`B: its text` for an option's label; any other answer unchanged."""
+    text = options.get(answer, answer)
+    return answer if text == answer else f"{answer}: {text}"
+
+
+def answer_card(name: str, answer: dict, marked: str) -> str:
+    """One variant's answer, its score, and how it was read."""
+    notes = []
+    if answer.get("status") == "unparsed":
+        notes.append("no answer could be read")
+    if answer.get("status") == "abstained":
+        notes.append("read as: there is no answer")
+    if "output" in answer and answer["parsed"] is not None:
+        notes.append(f"read as: {answer['parsed']}")
+    if answer.get("end") == "length":
+        notes.append("cut off at the longest length")
+    if answer.get("end") == "nonfinite":
+        notes.append("ended by a number that is not finite")
+    if "f1" in answer:
+        notes.append(f"F1 {answer['f1']:.2f}")
+    mark = "✓" if answer["score"] > 0 else "✗"
+    text = marked or '<span class="note">(empty)</span>'
+    return (
+        f'<div><b>{mark} {inert(name)}</b><p class="text">{text}</p>'
+        f'<p class="note">{inert(" · ".join(notes))}</p></div>'
+    )
+
+
+def option_table(item: dict, answers: Sequence[dict], names: Sequence[str]) -> str:
+    """Probability of every option by both; empty where options were not scored."""
+    if not item.get("options") or not all("shares" in answer for answer in answers):
+        return ""
+    head = "".join(f"<th>{inert(name)}</th>" for name in names)
+    rows = [
+        f"<tr><td>{inert(with_option_text(label, {label: text}))}</td>"
+        + "".join(f'<td class="number">{100 * a["shares"][place]:.1f} %</td>' for a in answers)
+        + "</tr>"
+        for place, (label, text) in enumerate(item["options"])
+    ]
+    return f"<table><tr><th>probability of the option</th>{head}</tr>{''.join(rows)}</table>"
+
+
+def marked_differences(before: str, after: str) -> tuple[str, str]:
+    """Both texts as HTML: words only in the first are in <del>, only in the second in <mark>."""
+    words = [[match[0] for match in WORD.finditer(text)] for text in (before, after)]
+    kept = common_places(*([word.strip() for word in text] for text in words))
+    return tuple(
+        "".join(
+            inert(word) if place in places else marked_word(word, tag)
+            for place, word in enumerate(text)
+        )
+        for text, places, tag in zip(words, kept, ("del", "mark"), strict=True)
+    )
+
+
+def marked_word(word: str, tag: str) -> str:
+    """A word in an element; the space before it stays outside."""
+    bare = word.lstrip()
+    space = inert(word[: len(word) - len(bare)])
+    return f"{space}<{tag}>{inert(bare)}</{tag}>" if bare else space
+
+
+def common_places(before: list[str], after: list[str]) -> tuple[set[int], set[int]]:
+    """Places of the words that both lists have, in one order.
+
+    Beyond what they begin and end with, lists with too many pairs of words are not compared.
+    """
+    shortest = min(len(before), len(after))
+    start = sum(1 for _ in takewhile(lambda i: before[i] == after[i], range(shortest)))
+    end = sum(1 for _ in takewhile(lambda i: before[~i] == after[~i], range(shortest - start)))
+    places = [{*range(start), *range(len(words) - end, len(words))} for words in (before, after)]
+    middles = [words[start : len(words) - end] for words in (before, after)]
+    if len(middles[0]) * len(middles[1]) <= MOST_PAIRS:
+        matcher = SequenceMatcher(None, *middles, autojunk=False)
+        for block in matcher.get_matching_blocks():
+            for place, first in zip(places, (block.a, block.b), strict=True):
+                place.update(range(start + first, start + first + block.size))
+    return places[0], places[1]
