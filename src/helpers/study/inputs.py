@@ -27,6 +27,7 @@ from helpers.core.files import PROJECT, StudyPaths, vllm_python
 from helpers.core.records import read_json, write_json
 from helpers.study.schema import (
     Count,
+    DatasetSource,
     FileDataset,
     FineTunedModel,
     FolderModel,
@@ -35,6 +36,7 @@ from helpers.study.schema import (
     Stream,
     Strict,
     Study,
+    TaskSet,
 )
 
 WEIGHTS_FILE = "model.safetensors"
@@ -312,8 +314,18 @@ def study_sources(study: Study) -> list[tuple[str, object]]:
     sources.append(("calibration.dataset", study.calibration.dataset))
     sources.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
     for name, dataset in study.evaluation.datasets.items():
-        sources.append((f"evaluation.datasets.{name}.source", dataset.source))
+        key = f"evaluation.datasets.{name}"
+        if not isinstance(dataset, TaskSet):
+            sources.append((f"{key}.source", dataset.source))
+        elif dataset.definition:
+            sources += [(f"{key}.task", source) for source in task_sources(dataset)]
     return sources
+
+
+def task_sources(task_set: TaskSet) -> list[DatasetSource]:
+    """The sources of a task: the evaluated rows, and those of its worked examples."""
+    shots_source = task_set.read.shots_source
+    return [task_set.source, *([shots_source] if shots_source else [])]
 
 
 COMMIT = r"^[0-9a-f]{40}$"

@@ -33,9 +33,11 @@ from helpers.study.schema import (
     EvaluationSet,
     FineTunedModel,
     Study,
+    TaskSet,
     Variant,
     name_problem,
 )
+from helpers.study.tasks import recorded_definitions, with_task_definitions
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
@@ -125,7 +127,7 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
 
 
 UNION_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
-UNION_TAGS |= {"loglikelihood", "generate"}
+UNION_TAGS |= {"loglikelihood", "generate", "own items", "harness task"}
 
 
 def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
@@ -183,7 +185,8 @@ def _is_union(keys: list[str]) -> bool:
     """Whether pydantic's location has a union tag after these keys."""
     is_model = len(keys) == 2 and keys[0] == "models"
     is_evaluation_set = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
-    return is_model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not is_evaluation_set)
+    is_source = keys[-1:] in (["dataset"], ["source"], ["ask"])
+    return is_model or is_evaluation_set or is_source
 
 
 def _message(problem: ErrorDetails) -> str:
@@ -240,6 +243,8 @@ def broken_references(study: Study) -> list[str]:
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
+        if isinstance(dataset, TaskSet):
+            continue
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
     return problems + _comparisons(study) + _old_rules(study)
@@ -390,7 +395,9 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
         study_settings = Study.model_validate(data)
     except ValidationError as error:
         raise StudyError("\n".join(error_lines(error, data, label))) from None
-    problems = broken_references(study_settings)
+    recorded = {} if with_sources else recorded_definitions(StudyPaths(path.stem))
+    study_settings, problems = with_task_definitions(study_settings, recorded)
+    problems += broken_references(study_settings)
     if with_sources:
         problems += missing_local_files(study_settings)
     if problems:
