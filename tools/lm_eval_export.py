@@ -27,12 +27,13 @@ from typing import Any
 
 from helpers.core.errors import StudyError
 from helpers.core.records import sha256_text, write_json, write_jsonl
+from helpers.evaluation.checks.recomputed_answers import log_likelihoods
 from helpers.evaluation.predictions import read_prompts
 from helpers.evaluation.scoring import mean
 from helpers.report.estimates import VariantResults
 from helpers.report.results import Results, load_results
 from helpers.study.loading import Job, open_job
-from helpers.study.schema import EvaluationSet
+from helpers.study.schema import EvaluationSet, TaskSet
 
 INVALID = "[invalid]"  # its word for an answer that a filter could not read
 NOT_FINITE = "nan"
@@ -40,6 +41,8 @@ NOT_FINITE = "nan"
 
 def metric_names(evaluation_set: EvaluationSet) -> list[str]:
     """The per-item metrics of an evaluation set, the study's main metric first."""
+    if isinstance(evaluation_set, TaskSet):
+        return [evaluation_set.metric_name or "in_order"]
     if evaluation_set.ask.protocol == "loglikelihood":
         return ["acc_norm", "acc"] if evaluation_set.ask.normalize == "bytes" else ["acc"]
     return ["exact_match", "f1"] if evaluation_set.adapter == "squad_v2" else ["exact_match"]
@@ -47,6 +50,8 @@ def metric_names(evaluation_set: EvaluationSet) -> list[str]:
 
 def filter_name(evaluation_set: EvaluationSet) -> str:
     """The harness's filter name: `boxed` if the answer is parsed from the last box."""
+    if isinstance(evaluation_set, TaskSet):
+        return (evaluation_set.read.metric or "").partition(",")[2] or "none"
     boxed = evaluation_set.ask.protocol == "generate" and evaluation_set.ask.answer == "boxed"
     return "boxed" if boxed else "none"
 
@@ -61,10 +66,11 @@ def sample_line(
         row: the prediction.
         prompt_record: the item's prompt (`helpers.evaluation.predictions`).
     """
-    scored = evaluation_set.ask.protocol == "loglikelihood"
+    scored = evaluation_set.ask.protocol != "generate"
+    has_options = evaluation_set.ask.protocol == "loglikelihood"
     doc = {key: prompt_record[key] for key in ("id", "question", "passage", "options", "labels")}
     doc["golds"] = row["golds"]
-    target = _target_index(row, prompt_record) if scored else "; ".join(row["golds"])
+    target = _target_index(row, prompt_record) if has_options else "; ".join(row["golds"])
     values = _metric_values(row, prompt_record, evaluation_set)
     return {
         "doc_id": place,
@@ -98,6 +104,9 @@ def _target_index(row: dict, prompt_record: dict) -> str:
 def _metric_values(
     row: dict, prompt_record: dict, evaluation_set: EvaluationSet
 ) -> dict[str, float]:
+    if isinstance(evaluation_set, TaskSet):
+        own = {name.partition(",")[0]: v for name, v in row["metrics"].items() if v in (0, 1)}
+        return own | dict.fromkeys(metric_names(evaluation_set), row["score"])
     values = {"exact_match": row["score"], "acc_norm": row["score"], "f1": row.get("f1", 0.0)}
     values["acc"] = row["score"]
     if evaluation_set.ask.protocol == "loglikelihood" and evaluation_set.ask.normalize != "none":
@@ -116,7 +125,8 @@ def _unnormalized(row: dict, prompt_record: dict) -> float:
 
 def _choice_fields(row: dict, prompt_record: dict) -> dict[str, Any]:
     """One request per option: (log-probability, whether it is greedy), as texts."""
-    logprobs = row.get("logprobs") or [NOT_FINITE] * len(prompt_record["continuations"])
+    logprobs = row.get("logprobs") or log_likelihoods(row)
+    logprobs = logprobs or [NOT_FINITE] * len(prompt_record["continuations"])
     answers = [[str(value), "None"] for value in logprobs]
     pairs = enumerate(prompt_record["continuations"])
     return {
@@ -186,6 +196,8 @@ def aggregated_results(
 
 
 def _fewshot_count(evaluation_set: EvaluationSet) -> int:
+    if isinstance(evaluation_set, TaskSet):
+        return evaluation_set.shots
     return evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
 
 
@@ -230,7 +242,7 @@ def _higher_is_better(values: dict) -> dict[str, bool]:
 
 def _task_config(results: Results, name: str, evaluation_set: EvaluationSet) -> dict:
     """The task in the harness's fields, with the sampling under `metadata`."""
-    scored = evaluation_set.ask.protocol == "loglikelihood"
+    scored = evaluation_set.ask.protocol != "generate"
     config = {
         "task": name,
         "dataset_path": next(iter(evaluation_set.source.model_dump().values())),
@@ -251,6 +263,9 @@ def _task_config(results: Results, name: str, evaluation_set: EvaluationSet) -> 
             **evaluation_set.ask.model_dump(),
         },
     }
+    if isinstance(evaluation_set, TaskSet):
+        config["output_type"] = evaluation_set.read.output_type
+        config["metadata"]["task"] = evaluation_set.task
     if not scored:
         limits = {
             "until": [],

@@ -245,8 +245,8 @@ def golds_of_the_token_before(patch):
     """Each token of a gold looked up where the one before it is predicted."""
     whole = protocols.packed_option_sums
 
-    def early(model, hidden, placed):
-        return whole(model, hidden, [(start - 1, *rest) for start, *rest in placed])
+    def early(model, hidden, placed, **options):
+        return whole(model, hidden, [(start - 1, *rest) for start, *rest in placed], **options)
 
     patch.setattr(protocols, "packed_option_sums", early)
 

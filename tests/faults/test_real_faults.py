@@ -151,7 +151,13 @@ def test_a_clone_at_a_path_with_spaces_and_other_letters_in_a_plain_locale(undis
     clone.mkdir(parents=True)
     for name in ("src", "notebooks", "params"):
         shutil.copytree(PROJECT / name, clone / name)
-    for name in ("Makefile", "Snakefile", "pyproject.toml", "requirements.lock"):
+    for name in (
+        "Makefile",
+        "Snakefile",
+        "pyproject.toml",
+        "requirements.lock",
+        "requirements-lm-eval.txt",
+    ):
         shutil.copy2(PROJECT / name, clone)
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
     [packages] = (clone / ".venv").glob("lib/*/site-packages")

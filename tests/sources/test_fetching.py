@@ -12,9 +12,12 @@ import time
 
 import pytest
 import safetensors.torch
+from benchmarks.lm_eval_tasks import rows_of
 
 import hub_repositories
 from helpers.core.files import PROJECT
+from helpers.sources.sampling import evaluation_items
+from helpers.sources.tasks import task_request
 from helpers.study import stages
 from helpers.study.loading import load_study
 from hub_repositories import MODEL
@@ -425,3 +428,51 @@ def test_a_stream_reads_a_part_of_every_file_and_says_how_much(fetch, of_dataset
     assert (pin["rows"], pin["of_rows"], pin["pieces"]) == (60, 1450, [12, 75])
     files = {request.rpartition("/")[2] for request in hub.requests if ".parquet" in request}
     assert files == {f"train-0000{i}-of-00003.parquet" for i in range(3)}
+
+
+REGISTERED = {
+    "Rowan/hellaswag": ("hellaswag", "default", "validation"),
+    "openai/gsm8k": ("gsm8k", "main", "test"),
+}
+
+
+@pytest.fixture
+def of_tasks(write_study, study_settings, hub):
+    """A study of registered tasks of lm-evaluation-harness, whose rows are on the Hub."""
+    for name, (kind, config, split) in REGISTERED.items():
+        rows = rows_of(kind, 8, seed=1)
+        files = {
+            f"data/{part}-0.parquet": hub_repositories.table(rows) for part in (split, "train")
+        }
+        card = hub_repositories.card({config: {p: f"data/{p}-*" for p in (split, "train")}})
+        if ("dataset", name) not in hub.repositories:
+            hub.add("dataset", name, files | {"README.md": card})
+    study_settings["evaluation"]["datasets"] = {
+        "arc": {"task": "arc_challenge", "items": 4, "shots": 2},
+        "hellaswag": {"task": "hellaswag", "items": 4, "shots": 0, "metric": "acc_norm"},
+        "gsm8k": {"task": "gsm8k", "items": 4, "shots": 3},
+    }
+    study_settings["statistics"]["primary"] = []
+    return write_study(study_settings)
+
+
+def test_rows_of_registered_tasks_are_pinned_and_then_read_without_a_network(
+    fetch, of_tasks, place, hub, monkeypatch
+):
+    done = fetch(of_tasks)
+    assert done.returncode == 0, done.stderr
+    fetched = {(p["hub"], p["split"]): p["commit"] for p in pins(place)["datasets"]}
+    expected = {(ARC, "train"), (ARC, "test"), ("Rowan/hellaswag", "validation")}
+    assert fetched.keys() == expected | {("openai/gsm8k", "train"), ("openai/gsm8k", "test")}
+    for (name, _), commit in fetched.items():
+        assert commit == hub.repositories["dataset", name].refs["main"]
+    for name in ("STUDY_OUTPUTS", "STUDY_CACHE"):
+        monkeypatch.setenv(name, place[name])
+    hub.calm()
+    study = load_study(of_tasks)
+    for name, task_set in study.evaluation.datasets.items():
+        requests = [task_request(task_set, item) for item in evaluation_items(study, name)]
+        assert len({request.text for request in requests}) == 4
+        examples = requests[0].text.count("Question:") - 1
+        assert name == "hellaswag" or examples == task_set.shots
+    assert hub.requests == []

@@ -7,7 +7,7 @@ before is kept. Answers may depend on the batch in their last bits there, as the
 
 import gc
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from types import MappingProxyType
@@ -26,18 +26,29 @@ from helpers.evaluation.prompts import (
     study_prompts,
     tokenize_prompts,
 )
-from helpers.evaluation.scoring import last_boxed, score_options, score_text
+from helpers.evaluation.scoring import (
+    cut_at_stop,
+    last_boxed,
+    score_options,
+    score_task_options,
+    score_task_target,
+    score_task_text,
+    score_text,
+    target_foil,
+)
 from helpers.inference import vllm_client
 from helpers.inference.protocols import (
     GeneratedAnswer,
+    OptionScore,
     OptionTokens,
     generate_greedy,
     option_loglikelihoods,
+    windowed_scores,
 )
 from helpers.sources.chat import end_of_turn
 from helpers.sources.items import Item
 from helpers.sources.model_files import context_length
-from helpers.study.schema import Batch, EvaluationSet, Generate, Study
+from helpers.study.schema import Batch, EvaluationSet, Generate, Study, TaskSet
 
 
 def with_halved_batch(ask: Callable[[list, Batch], Iterator[dict]], prompts: list, limits: Batch):
@@ -160,7 +171,7 @@ def answer(
         StudyError: a prompt exceeds the model's context, or half a batch the card's memory.
     """
     prompts, limits = _as_scales_allow(model, prompts, limits)
-    scored = evaluation_set.ask.protocol == "loglikelihood"
+    scored = evaluation_set.ask.protocol in ("loglikelihood", "target")
     protocol = _score_options if scored else partial(_generate_answers, golds=golds)
     yield from with_halved_batch(
         partial(protocol, model, tokenizer, evaluation_set), prompts, limits
@@ -181,8 +192,15 @@ def _score_options(
     model, tokenizer, evaluation_set, prompts: list[TokenizedPrompt], limits: Batch
 ) -> Iterator[dict]:
     tokens = [p.tokens for p in prompts]
-    longest = [len(t.context) + max(map(len, t.options)) for t in tokens]
+    whole = [p.prompt.whole for p in prompts]  # a whole text is read in windows
+    longest = [
+        0 if w else len(t.context) + max(map(len, t.options))
+        for t, w in zip(tokens, whole, strict=True)
+    ]
     _check_context_length(model, prompts, longest)
+    if isinstance(evaluation_set, TaskSet):
+        yield from _score_task_options(model, evaluation_set, prompts, limits)
+        return
     score = (
         vllm_client.option_loglikelihoods if vllm_client.is_served(model) else option_loglikelihoods
     )
@@ -190,6 +208,30 @@ def _score_options(
         prompt, normalize = prompts[index].prompt, evaluation_set.ask.normalize
         prediction = score_options(prompt.item, logprobs, prompt.continuations, normalize=normalize)
         yield prediction | _counts(prompts[index], sum(map(len, tokens[index].options)))
+
+
+def _score_task_options(
+    model, task_set: TaskSet, prompts: list[TokenizedPrompt], limits: Batch
+) -> Iterator[dict]:
+    """Options of a task's requests, or its target with a foil, scored by the harness's metrics."""
+    tokens = [p.tokens for p in prompts]
+    if vllm_client.is_served(model):
+        sums = vllm_client.option_loglikelihoods(model, tokens, batch_tokens=limits.tokens)
+        scored = ((i, [OptionScore(s, False) for s in own]) for i, own in sums)
+    else:
+        limit = model.config.max_position_embeddings
+        scored = windowed_scores(model, tokens, limit=limit, batch_tokens=limits.tokens)
+    for index, scores in scored:
+        item, options = prompts[index].item, tokens[index].options
+        sums = [score.loglikelihood for score in scores]
+        greedy = [score.greedy for score in scores]
+        if task_set.ask.protocol == "target":
+            prediction = score_task_target(task_set, item, sums, greedy, list(map(len, options)))
+            golds = GoldAnswers(item.golds, target_foil(task_set, item))
+            prediction |= gold_fields(golds, options, sums)
+        else:
+            prediction = score_task_options(task_set, item, sums, greedy)
+        yield prediction | _counts(prompts[index], sum(map(len, options)))
 
 
 def _generate_answers(
@@ -214,13 +256,13 @@ def _generate_answers(
     for index, generated in _generate(model, tokenizer, ask, prompts, options, limits):
         item = prompts[index].item
         text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
-        prediction = score_text(
-            item,
-            evaluation_set.adapter,
-            text,
-            answer=ask.answer,
-            finish=generated.finish_reason,
-        )
+        finish = generated.finish_reason
+        if isinstance(evaluation_set, TaskSet):
+            text = cut_at_stop(text, prompts[index].prompt.until)
+            prediction = score_task_text(evaluation_set, item, text, finish=finish)
+        else:
+            adapter = evaluation_set.adapter
+            prediction = score_text(item, adapter, text, answer=ask.answer, finish=finish)
         prediction |= _counts(prompts[index], len(generated.tokens))
         if index in tokens:
             sums = generated.loglikelihoods
@@ -249,11 +291,11 @@ def _generate(
         model,
         [p.tokens.context for p in prompts],
         max_new_tokens=ask.max_new_tokens,
-        stop_tokens=stop_tokens(model, tokenizer),
+        stop_tokens=stop_tokens(model, tokenizer, plain=all(p.prompt.plain for p in prompts)),
         batch_tokens=limits.tokens,
         batch_rows=limits.rows,
         cuts=[p.tokens.cuts for p in prompts],
-        complete=box_closes(tokenizer) if ask.stop == "answer" else None,
+        complete=_end_of_answer(tokenizer, ask, prompts),
         options=[] if shares_scale else options,
     )
     for index, generated in answers:
@@ -308,12 +350,37 @@ def _counts(prompt: TokenizedPrompt, output_tokens: int) -> dict:
     }
 
 
-def stop_tokens(model, tokenizer) -> set[int]:
-    """Ids that end an answer: end of turn, end of text, and the model's own list."""
+def stop_tokens(model, tokenizer, *, plain: bool = False) -> set[int]:
+    """Ids that end an answer: end of turn, end of text, and the model's own list.
+
+    Args:
+        plain: whether the answer goes on with a plain text, in which there are no turns.
+    """
     declared = model.generation_config.eos_token_id
     listed = declared if isinstance(declared, list) else [declared]
-    ends = {end_of_turn(tokenizer), tokenizer.eos_token_id}
-    return ends | {i for i in listed if i is not None}
+    ends = {tokenizer.eos_token_id, *listed} | (set() if plain else {end_of_turn(tokenizer)})
+    return {i for i in ends if i is not None}
+
+
+def _end_of_answer(
+    tokenizer, ask: Generate, prompts: list[TokenizedPrompt]
+) -> Callable[[list[int]], bool] | None:
+    """The test of whether an answer is complete before the model ends it; None without one."""
+    if ask.stop == "answer":
+        return box_closes(tokenizer)
+    until = {text for p in prompts for text in p.prompt.until}
+    return holds_stop(tokenizer, sorted(until)) if until else None
+
+
+def holds_stop(tokenizer, until: Sequence[str]) -> Callable[[list[int]], bool]:
+    """A test of whether the last tokens of an answer hold one of the texts that end it."""
+    longest = max(len(text.encode("utf-8")) for text in until)
+
+    def complete(tokens: list[int]) -> bool:
+        end = tokenizer.decode(tokens[-longest - 1 :])  # a special token may be one of the texts
+        return any(text in end for text in until)
+
+    return complete
 
 
 def box_closes(tokenizer) -> Callable[[list[int]], bool]:

@@ -94,6 +94,15 @@ class NumberRow(AnswerRow):
     absolute_difference: float | None
 
 
+class TaskRow(AnswerRow):
+    """A prediction for a task of lm-evaluation-harness, with its metrics of the item.
+
+    A metric is a number, [sum, count], or None if it is neither.
+    """
+
+    metrics: dict[str, float | list[float] | None] = {}
+
+
 class PassageRow(Row):
     """The figures of one passage of the shared text; None stands for one that is not finite.
 
@@ -117,6 +126,7 @@ ROW_MODELS: dict[str, type[Row]] = {
     "boolq": AnswerRow,
     "squad_v2": SquadRow,
     "openmath": NumberRow,
+    "task": TaskRow,
     PASSAGES: PassageRow,
 }
 

@@ -45,7 +45,7 @@ from helpers.sources.sampling import (
     shared_passages,
     training_items,
 )
-from helpers.study.inputs import is_commit, study_sources
+from helpers.study.inputs import is_commit, study_sources, task_sources
 from helpers.study.loading import load_study, study_file, study_file_label
 from helpers.study.schema import (
     BundledModel,
@@ -55,6 +55,7 @@ from helpers.study.schema import (
     HubModel,
     ModelSource,
     Study,
+    TaskSet,
 )
 
 
@@ -63,7 +64,8 @@ def row_problems(study: Study) -> Iterator[str]:
     draws: list[tuple[str, list, Callable]] = []
     for name, settings in study.evaluation.datasets.items():
         draw = lambda name=name: evaluation_items(study, name)  # noqa: E731
-        draws.append((f"evaluation.datasets.{name}", [settings.source], draw))
+        sources = task_sources(settings) if isinstance(settings, TaskSet) else [settings.source]
+        draws.append((f"evaluation.datasets.{name}", sources, draw))
     sets = [source for _, sources, _ in draws for source in sources]
     calibration = [study.calibration.dataset, *sets]
     text_source = study.evaluation.shared_text.dataset
@@ -177,7 +179,7 @@ def _template_problems(study: Study, model: str, tokenizer) -> Iterator[str]:
         return
     remedy = "set tokenizer.chat_template and save it"
     for name, evaluation_set in study.evaluation.datasets.items():
-        if evaluation_set.ask.protocol == "generate":
+        if evaluation_set.ask.protocol == "generate" and not isinstance(evaluation_set, TaskSet):
             yield (
                 f"evaluation.datasets.{name}.ask.protocol = 'generate' but models.{model} has no "
                 f"chat template; use loglikelihood, or {remedy}"
@@ -222,7 +224,7 @@ def _model_texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Tex
     for name, evaluation_set in study.evaluation.datasets.items():
         key = f"evaluation.datasets.{name}"
         items = evaluation_items(study, name)
-        if evaluation_set.ask.protocol == "loglikelihood":
+        if evaluation_set.ask.protocol != "generate":
             prompts = [render_prompt(item, evaluation_set, tokenizer) for item in items]
             yield key, _scored_texts(tokenizer, prompts), "leave the item out"
         else:
@@ -257,7 +259,10 @@ def _scored_texts(tokenizer, prompts) -> Texts:
     for prompt in prompts:
         tokens = option_tokens(tokenizer, prompt)
         longest = max(tokens.options, key=len)
-        yield f"item {prompt.item.id}", tokens.context + longest, 0
+        if prompt.whole:  # read in windows, however long it is
+            yield f"item {prompt.item.id}", [max(longest)], 0
+        else:
+            yield f"item {prompt.item.id}", tokens.context + longest, 0
 
 
 def _generated_texts(tokenizer, items: list[Item], evaluation_set: EvaluationSet) -> Texts:

@@ -38,8 +38,9 @@ from helpers.sources.chat import (
 )
 from helpers.sources.items import Item, gold_number, label_key
 from helpers.sources.sampling import evaluation_items
+from helpers.sources.tasks import task_request
 from helpers.study.loading import Job
-from helpers.study.schema import EvaluationSet, Generate, Study
+from helpers.study.schema import EvaluationSet, Generate, Study, TaskSet
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,9 @@ class Prompt:
     Attributes:
         shared: prefixes of the text that other prompts may have too, shortest first.
         plain: not rendered by a chat template; it starts as the tokenizer starts any text.
+        until: texts that end a written answer.
+        lead: the text between a plain prompt and a written answer.
+        whole: the continuations are whole texts, and nothing stands before them.
     """
 
     item: Item
@@ -56,6 +60,9 @@ class Prompt:
     continuations: tuple[str, ...] = ()
     shared: tuple[str, ...] = ()
     plain: bool = False
+    until: tuple[str, ...] = ()
+    lead: str = ""
+    whole: bool = False
 
     @property
     def hash(self) -> str:
@@ -74,11 +81,32 @@ def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
 
 def render_prompt(item: Item, evaluation_set: EvaluationSet, tokenizer) -> Prompt:
     """The item's prompt in the protocol of its evaluation set."""
+    if isinstance(evaluation_set, TaskSet):
+        return task_prompt(item, evaluation_set)
     if evaluation_set.ask.protocol == "loglikelihood":
         return loglikelihood_prompt(item, evaluation_set.adapter)
     messages = conversation(item, evaluation_set.adapter, shots=evaluation_set.ask.shots)
     text = render(tokenizer, messages)
     return Prompt(item, text, shared=_shared_prefixes(text, messages[-1]["content"], item.passage))
+
+
+def task_prompt(item: Item, task_set: TaskSet) -> Prompt:
+    """The harness's request for an item; of a given target the foil is a continuation too.
+
+    As in the harness, white space at the end of a context belongs to its continuations.
+    """
+    request = task_request(task_set, item)
+    if not request.continuations:
+        until, lead = request.until, request.delimiter
+        shared = (request.shared,) if request.shared else ()
+        return Prompt(item, request.text, (), shared, plain=True, until=until, lead=lead)
+    text, continuations = request.text.rstrip(), request.continuations
+    if task_set.ask.protocol == "target":
+        continuations = (*continuations, *item.options[1:])
+    space = request.text[len(text) :]
+    continuations = tuple(space + c for c in continuations)
+    shared = (request.shared,) if request.shared else ()
+    return Prompt(item, text, continuations, shared, plain=True, whole=request.whole)
 
 
 def _shared_prefixes(text: str, question: str, passage: str) -> tuple[str, ...]:
@@ -117,10 +145,20 @@ def option_tokens(tokenizer, prompt: Prompt) -> OptionTokens:
     Tokenizing the whole and cutting at the context's length is what
     lm-evaluation-harness does, so that the two score the same tokens.
     """
+    if not prompt.text:
+        encode = plain_tokens if prompt.whole else tokenize
+        tokens = [encode(tokenizer, c) for c in prompt.continuations]
+        return OptionTokens([first_token(tokenizer)], tokens)
     context = plain_tokens(tokenizer, prompt.text)
     full_texts = [plain_tokens(tokenizer, prompt.text + c) for c in prompt.continuations]
     options = [full_text[len(context) :] for full_text in full_texts]
     return OptionTokens(context, options, prefix_lengths(tokenizer, prompt, context))
+
+
+def first_token(tokenizer) -> int:
+    """The token before a text that has no context: the harness takes BOS, else the end of text."""
+    bos = tokenizer.bos_token_id
+    return tokenizer.eos_token_id if bos is None else bos
 
 
 @dataclass(frozen=True)
@@ -345,14 +383,16 @@ def answer_tokens(
     ids; if the tokenizer would merge prompt and answer at their border, they are the ids of
     the answer alone.
     """
-    lead, context = answer_lead(tokenizer), prompt.tokens.context
+    plain, context = prompt.prompt.plain, prompt.tokens.context
+    lead = prompt.prompt.lead if plain else answer_lead(tokenizer)
+    encode = plain_tokens if plain else tokenize
 
     def continuation(text: str) -> list[int]:
-        full_text = tokenize(tokenizer, prompt.prompt.text + lead + text)
+        full_text = encode(tokenizer, prompt.prompt.text + lead + text)
         merged = full_text[: len(context)] != context
         return tokenize(tokenizer, lead + text) if merged else full_text[len(context) :]
 
-    end = [end_of_turn(tokenizer)] if ask.stop == "turn" else []
+    end = [end_of_turn(tokenizer)] if ask.stop == "turn" and not plain else []
     answers = [continuation(text) + end for text in texts]
     form = continuation(BOX) if ask.answer == "boxed" else []
     scored_from = min([len(form), *(len(answer) - 1 for answer in answers)])

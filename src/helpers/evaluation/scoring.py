@@ -19,13 +19,15 @@ import re
 import statistics
 import string
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from helpers.core.errors import valid_unicode
+from helpers.core.errors import StudyError, valid_unicode
 from helpers.sources.chat import EXAMPLES
 from helpers.sources.items import Item, gold_number, label_key, parse_number
-from helpers.study.schema import EvaluationSet, Study
+from helpers.sources.tasks import IN_ORDER, REVERSED, harness_metrics
+from helpers.study.schema import EvaluationSet, Study, TaskSet
 
 ABSTENTION = "unanswerable"
 
@@ -111,6 +113,118 @@ def score_text(item: Item, adapter: str, text: str, *, answer: str, finish: str)
     else:
         prediction["score"] = float(parsed is not None and parsed in item.golds)
     return prediction
+
+
+OTHER_WORDS = "other words"  # what a model writes that would not write the target
+INVALID = "[invalid]"  # the harness's word for an answer that a filter could not read
+
+
+def score_task_options(
+    task_set: TaskSet, item: Item, logprobs: list[float], greedy: list[bool]
+) -> dict:
+    """The prediction of a task's options; the harness decides whether it is right.
+
+    Args:
+        logprobs, greedy: of each option: its summed log-probability, and whether it is what
+            the model would write.
+    """
+    if not all(map(math.isfinite, logprobs)):
+        return _prediction(item, output="", parsed=None, status="unparsed", finish="nonfinite")
+    lengths = option_lengths(task_set.metric_name, item.options)
+    scores = [s / n for s, n in zip(logprobs, lengths, strict=True)]
+    best = item.labels[max(range(len(scores)), key=scores.__getitem__)]
+    prediction = _prediction(item, output=best, parsed=best, status="answered", finish="scored")
+    result = harness_metrics(task_set, item, list(zip(logprobs, greedy, strict=True)))
+    prediction["score"] = right_or_wrong(task_set, item, result["metrics"])
+    prediction["metrics"] = result["metrics"]
+    prediction["logprobs"] = [round(s, 6) for s in logprobs]
+    prediction["labels"] = list(item.labels)
+    if task_set.ask.normalize == "bytes":
+        prediction["option_bytes"] = lengths
+    return prediction
+
+
+def option_lengths(metric: str, options: Sequence[str]) -> list[int]:
+    """The lengths by which a metric of the harness divides: characters, bytes, or 1."""
+    if metric == "acc_norm":
+        return [len(option) for option in options]
+    if metric == "acc_bytes":
+        return [len(option.encode("utf-8")) for option in options]
+    return [1] * len(options)
+
+
+def target_foil(task_set: TaskSet, item: Item) -> str | None:
+    """The name of the foil of an item with a given target; None if it has none."""
+    if task_set.read.output_type == "loglikelihood_rolling":
+        return REVERSED
+    return item.options[1] if len(item.options) > 1 else None
+
+
+def score_task_target(
+    task_set: TaskSet, item: Item, logprobs: list[float], greedy: list[bool], tokens: list[int]
+) -> dict:
+    """The prediction of a given target: whether the model would write it, or its harness metrics.
+
+    A whole text has no right or wrong in the harness; it counts as right if it is likelier a
+    token than with its words reversed.
+
+    Args:
+        logprobs, greedy, tokens: of the target, then of its foil if it has one.
+    """
+    if not all(map(math.isfinite, logprobs)):
+        return _prediction(item, output="", parsed=None, status="unparsed", finish="nonfinite")
+    rolling = task_set.read.output_type == "loglikelihood_rolling"
+    response = logprobs[0] if rolling else (logprobs[0], greedy[0])
+    metrics = harness_metrics(task_set, item, [response])["metrics"]
+    if rolling:
+        each = [s / n for s, n in zip(logprobs, tokens, strict=True)]
+        parsed = IN_ORDER if each[0] > each[1] else REVERSED
+    else:
+        parsed = item.golds[0].strip() if greedy[0] else OTHER_WORDS
+    prediction = _prediction(item, output=parsed, parsed=parsed, status="answered", finish="scored")
+    score = float(parsed == IN_ORDER) if rolling else right_or_wrong(task_set, item, metrics)
+    return prediction | {"score": score, "metrics": metrics}
+
+
+def score_task_text(task_set: TaskSet, item: Item, text: str, *, finish: str) -> dict:
+    """The prediction of a written answer: filtered and scored by the harness.
+
+    Args:
+        text: the answer up to the first text that ends it.
+        finish: the finish reason of the generation.
+    """
+    text = valid_unicode(text)
+    result = harness_metrics(task_set, item, [text])
+    _, _, name = (task_set.read.metric or "").partition(",")
+    filtered = result["filtered"].get(name, text)
+    parsed = filtered if isinstance(filtered, str) else str(filtered)
+    readable = finish != "nonfinite" and parsed.strip() not in ("", INVALID)
+    status = "answered" if readable else "unparsed"
+    parsed = parsed.strip() if readable else None
+    prediction = _prediction(item, output=text, parsed=parsed, status=status, finish=finish)
+    score = right_or_wrong(task_set, item, result["metrics"]) if finish != "nonfinite" else 0.0
+    return prediction | {"score": score, "metrics": result["metrics"]}
+
+
+def cut_at_stop(text: str, until: Sequence[str]) -> str:
+    """The text before the first of the texts that end an answer."""
+    return text[: min((at for u in until if (at := text.find(u)) >= 0), default=len(text))]
+
+
+def right_or_wrong(task_set: TaskSet, item: Item, metrics: dict) -> float:
+    """The harness's metric that decides right or wrong.
+
+    Raises:
+        StudyError: its value is neither 0 nor 1.
+    """
+    value = metrics.get(task_set.read.metric)
+    if value not in (0, 1):
+        known = ", ".join(name for name, v in metrics.items() if v in (0, 1))
+        raise StudyError(
+            f"task {task_set.task}: {task_set.read.metric} is {value} for item {item.id}, neither "
+            f"right (1) nor wrong (0); name another with metric: ({known or 'there is none'})"
+        )
+    return float(value)
 
 
 def _prediction(item: Item, *, output: str, parsed, status: str, finish: str) -> dict:
@@ -220,7 +334,7 @@ def set_metrics(adapter: str, predictions: list[dict]) -> dict:
     """All metrics of one evaluation set.
 
     Args:
-        adapter: `arc`, `boolq`, `squad_v2` or `openmath`.
+        adapter: `arc`, `boolq`, `squad_v2`, `openmath` or `task`.
         predictions: one per item, as `helpers.evaluation.engine` yields them.
 
     Raises:
@@ -235,9 +349,36 @@ def set_metrics(adapter: str, predictions: list[dict]) -> dict:
         values = squad_metrics(predictions)
     elif adapter == "openmath":
         values |= number_metrics(predictions)
+    elif adapter == "task":
+        values["harness"] = harness_means(predictions)
     else:
         values["macro_f1"] = macro_f1(predictions)
     return values | behavior_counts(predictions) | gold_metrics(predictions)
+
+
+def harness_means(predictions: list[dict]) -> dict[str, float]:
+    """The harness's metrics over a set by `metric,filter`, as its own aggregation gives them.
+
+    Metrics that it computes from the whole set at once (such as BLEU) are left out.
+    """
+    rows = [p["metrics"] for p in predictions if "metrics" in p]
+    if len(rows) < len(predictions):
+        return {}
+    means = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values, metric = [row.get(name) for row in rows], name.partition(",")[0]
+        if all(isinstance(v, list) for v in values):
+            nats = -math.fsum(v[0] for v in values) / math.fsum(v[1] for v in values)
+            if metric == "bits_per_byte":
+                means[name] = nats / math.log(2)
+            elif metric in ("word_perplexity", "byte_perplexity") and nats < LARGEST_NLL:
+                means[name] = math.exp(nats)
+        elif all(isinstance(v, int | float) for v in values):
+            average = mean(values)
+            if metric == "perplexity":
+                average = math.exp(min(-average, LARGEST_NLL))
+            means[name] = average
+    return means
 
 
 def gold_metrics(predictions: list[dict]) -> dict:
@@ -447,9 +588,8 @@ def collapsed_to_one_answer(predictions: list[dict], baseline: list[dict]) -> bo
 def example_answers(evaluation_set: EvaluationSet) -> set[str]:
     """The normalized answers of the worked examples in this set's prompts."""
     shots = evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
-    answers = (
-        last_boxed(answer) or answer for _, answer in EXAMPLES[evaluation_set.adapter][:shots]
-    )
+    examples = EXAMPLES.get(evaluation_set.adapter, ())[:shots]
+    answers = (last_boxed(answer) or answer for _, answer in examples)
     return {normalize_answer(text) for text in answers}
 
 

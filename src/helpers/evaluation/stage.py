@@ -67,6 +67,7 @@ from helpers.sources.stage import Stage, begin_record
 from helpers.study import stages
 from helpers.study.loading import Job, load_study, open_job, study_file
 from helpers.study.schema import EvaluationSet, FineTunedModel, Study, variant_per_scheme
+from helpers.study.tasks import record_definitions
 from helpers.verification.runtime_gates import loaded_gates
 
 LOADED = 6  # passes over the weights in an evaluation: load, hash, compare
@@ -99,7 +100,7 @@ def count_set_tokens(
     """The tokens of one evaluation set, from its prompts."""
     tokens = [p.tokens for p in prompts]
     texts = [split_at(t.context, t.cuts) for t in tokens]
-    if evaluation_set.ask.protocol == "loglikelihood":
+    if evaluation_set.ask.protocol != "generate":
         options = sum(len(option) - 1 for t in tokens for option in t.options)
         return _set_tokens(texts, options, options + len(texts), 0)
     ask = evaluation_set.ask
@@ -374,6 +375,7 @@ def open_evaluation(
     loaded = loaded_gates(job, network)
     prompts = study_prompts(job.study, tokenizer)
     record_prompts(job, prompts)
+    record_definitions(job.study, job.paths)
     record.add_operations(evaluation_stage_operations(job, tokenizer, prompts))
     return EvaluationStage(
         job=job,

@@ -15,7 +15,7 @@ which `prove_engine` finds that packed rows give other states (ALiBi, recurrent 
 of their own).
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -245,26 +245,101 @@ def option_loglikelihoods(
         items: contexts and options as token ids.
         batch_tokens: the most tokens of one forward pass.
     """
+    for index, scores in option_scores(model, items, batch_tokens=batch_tokens):
+        yield index, [score.loglikelihood for score in scores]
+
+
+@dataclass
+class OptionScore:
+    """Summed log-probability of an option, and whether each of its tokens is the likeliest."""
+
+    loglikelihood: float = 0.0
+    greedy: bool = True
+
+
+@torch.inference_mode()
+def option_scores(
+    model, items: list[OptionTokens], *, batch_tokens: int, greedy: bool = False
+) -> Iterator[tuple[int, list[OptionScore]]]:
+    """As `option_loglikelihoods`, with whether greedy generation would write each option.
+
+    Args:
+        greedy: whether that is computed; else it is True of all.
+    """
     alone = [i for i, item in enumerate(items) if read_alone(model, len(item))]
     for index in alone:
         context, options = items[index].context, items[index].options
-        yield index, [loglikelihood_alone(model, context, option) for option in options]
+        yield index, [_score_alone(model, context, option, greedy) for option in options]
     batched = [i for i in range(len(items)) if i not in set(alone)]
     packed_items = [items[i] for i in batched]
-    for index, sums in _packed_logprobs(model, packed_items, batch_tokens):
-        yield batched[index], sums
+    for index, scores in _packed_scores(model, packed_items, batch_tokens, greedy):
+        yield batched[index], scores
+
+
+def text_windows(first: int, text: list[int], limit: int) -> list[OptionTokens]:
+    """A text in windows that a model can read, each token predicted once.
+
+    As lm-evaluation-harness cuts them: every window is full but the last, which looks back as
+    far as it can; a full one begins after the last token of the window before it.
+
+    Args:
+        first: the token before the text.
+        limit: the most tokens that the model reads.
+    """
+    windows = [OptionTokens([first], [text[:limit]])]
+    for start in range(limit, len(text), limit):
+        end = min(start + limit, len(text))
+        windows.append(OptionTokens(text[end - limit - 1 : start], [text[start:end]]))
+    return windows
+
+
+def windowed_scores(
+    model, items: list[OptionTokens], *, limit: int, batch_tokens: int
+) -> Iterator[tuple[int, list[OptionScore]]]:
+    """As `option_scores` with `greedy`; options longer than the model's context in windows.
+
+    Args:
+        items: one whose longest option does not fit has a context of one token.
+        limit: the most tokens that the model reads.
+    """
+    pieces, owners = [], []
+    for index, item in enumerate(items):
+        if len(item) <= limit + 1:  # the last token is predicted and not read
+            pieces.append(item)
+            owners.append((index, None))
+            continue
+        for k, option in enumerate(item.options):
+            windows = text_windows(item.context[-1], option, limit)
+            pieces += windows
+            owners += [(index, k)] * len(windows)
+    missing = Counter(index for index, _ in owners)
+    totals: dict[int, list[OptionScore]] = {}
+    for piece, scores in option_scores(model, pieces, batch_tokens=batch_tokens, greedy=True):
+        index, k = owners[piece]
+        own = totals.setdefault(index, [OptionScore() for _ in items[index].options])
+        for total, score in zip(own if k is None else [own[k]], scores, strict=True):
+            total.loglikelihood += score.loglikelihood
+            total.greedy &= score.greedy
+        missing[index] -= 1
+        if not missing[index]:
+            yield index, totals.pop(index)
 
 
 def loglikelihood_alone(model, context: list[int], option: list[int]) -> float:
     """The option's summed log-probability, from one pass over context and option."""
+    return _score_alone(model, context, option, False).loglikelihood
+
+
+def _score_alone(model, context: list[int], option: list[int], greedy: bool) -> OptionScore:
     hidden, first = hidden_states(model, context + option), len(context) - 1
     places = list(range(first, first + len(option)))
-    return sum(target_logprobs(model, hidden, places, option).tolist())
+    logprobs, likeliest = target_logprobs(model, hidden, places, option, greedy=greedy)
+    return OptionScore(sum(logprobs.tolist()), bool(likeliest.all()))
 
 
-def _packed_logprobs(
-    model, items: list[OptionTokens], batch_tokens: int
-) -> Iterator[tuple[int, list[float]]]:
+def _packed_scores(
+    model, items: list[OptionTokens], batch_tokens: int, greedy: bool
+) -> Iterator[tuple[int, list[OptionScore]]]:
     texts = [split_at(item.context, item.cuts) for item in items]
     make_segment = lambda index, before: option_segment(items[index], before)  # noqa: E731
     for indices, segments, suffixes in packed_batches(texts, make_segment, row_tokens=batch_tokens):
@@ -275,13 +350,18 @@ def _packed_logprobs(
             (starts[suffix], items[index], suffix.branches)
             for index, suffix in zip(indices, suffixes, strict=True)
         ]
-        yield from zip(indices, packed_option_sums(model, hidden, placed), strict=True)
+        scores = packed_option_sums(model, hidden, placed, greedy=greedy)
+        yield from zip(indices, scores, strict=True)
 
 
 def packed_option_sums(
-    model, hidden: Tensor, placed: Sequence[tuple[int, OptionTokens, list[int]]]
-) -> list[list[float]]:
-    """Summed log-probability of each option of several items read in one row.
+    model,
+    hidden: Tensor,
+    placed: Sequence[tuple[int, OptionTokens, list[int]]],
+    *,
+    greedy: bool = False,
+) -> list[list[OptionScore]]:
+    """The score of each option of several items read in one row.
 
     Args:
         hidden: (rows, hidden) states of the row.
@@ -293,11 +373,15 @@ def packed_option_sums(
         for number, (start, item, branches) in enumerate(placed)
         for at, token, k in scored_tokens(item, branches)
     ]
-    sums = [[0.0] * len(item.options) for _, item, _ in placed]
-    logprobs = target_logprobs(model, hidden, [s[0] for s in scored], [s[1] for s in scored])
-    for (_, _, (number, k)), value in zip(scored, logprobs.tolist(), strict=True):
-        sums[number][k] += value
-    return sums
+    scores = [[OptionScore() for _ in item.options] for _, item, _ in placed]
+    places, targets, owners = (list(column) for column in zip(*scored, strict=True))
+    logprobs, likeliest = target_logprobs(model, hidden, places, targets, greedy=greedy)
+    for (number, k), value, is_likeliest in zip(
+        owners, logprobs.tolist(), likeliest.tolist(), strict=True
+    ):
+        scores[number][k].loglikelihood += value
+        scores[number][k].greedy &= is_likeliest
+    return scores
 
 
 def segment_starts(segments: list[Segment]) -> dict[Segment, int]:
@@ -309,18 +393,22 @@ def segment_starts(segments: list[Segment]) -> dict[Segment, int]:
     return starts
 
 
-def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int]) -> Tensor:
-    """(targets,) float64 log-probability of each token, as predicted at its place.
+def target_logprobs(
+    model, hidden: Tensor, places: list[int], tokens: list[int], *, greedy: bool = False
+) -> tuple[Tensor, Tensor]:
+    """((targets,) float64 log-probability of each token at its place, whether it is the likeliest).
 
     Args:
         hidden: (rows, hidden) states of one forward pass.
         places: a row of `hidden` for every target; several may share one.
         tokens: the target tokens.
+        greedy: whether the likeliest tokens are looked for; else all count as such.
     """
     distinct_places, inverse = torch.unique(torch.tensor(places), return_inverse=True)
     order = torch.argsort(inverse, stable=True)
     token_ids = torch.tensor(tokens)
     logprobs = torch.empty(len(places), dtype=torch.float64)
+    likeliest = torch.ones(len(places), dtype=torch.bool)
     for start in range(0, len(distinct_places), HEAD_ROWS):
         chunk = distinct_places[start : start + HEAD_ROWS].to(hidden.device)
         chunk_logprobs = logits_at(model, hidden[chunk]).log_softmax(-1)
@@ -328,8 +416,12 @@ def target_logprobs(model, hidden: Tensor, places: list[int], tokens: list[int])
         packed_batches, columns = (
             x.to(chunk_logprobs.device) for x in (inverse[in_chunk] - start, token_ids[in_chunk])
         )
-        logprobs[in_chunk] = chunk_logprobs[packed_batches, columns].cpu().double()
-    return logprobs
+        at_targets = chunk_logprobs[packed_batches, columns]
+        logprobs[in_chunk] = at_targets.cpu().double()
+        if greedy:
+            largest = chunk_logprobs.amax(-1)[packed_batches]
+            likeliest[in_chunk] = (at_targets >= largest).cpu()
+    return logprobs, likeliest
 
 
 REFILL = 8  # refill at least so many slots at a time: a row with a single prompt is slow to read
@@ -539,12 +631,13 @@ class Decoder:
         starts = segment_starts(segments)
         ends = {suffix: starts[suffix] + len(suffix.tokens) for suffix in suffixes}
         placed = [(ends[suffix], item, branches) for suffix, item, branches in branched]
-        sums = iter(packed_option_sums(self.model, hidden, placed) if placed else ())
+        scores = iter(packed_option_sums(self.model, hidden, placed) if placed else ())
         first_slot = len(self.active)
         for index, suffix in zip(indices, suffixes, strict=True):
             own_segments = [*suffix.before[len(self.shared) :], suffix]
             self.slots.fill(len(self.active), own_segments)
-            loglikelihoods = tuple(next(sums)) if self.items[index] else ()
+            own_scores = next(scores) if self.items[index] else ()
+            loglikelihoods = tuple(score.loglikelihood for score in own_scores)
             self.active.append(AnswerInProgress(index, loglikelihoods))
         self.recent_segments = suffixes  # keeps their prefixes alive for the next prompts
         answer_rows = [ends[suffix] - 1 for suffix in suffixes]

@@ -8,6 +8,7 @@ done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packa
 from IPython.display import Markdown
 
 from helpers.core.records import WHOLE_VARIANT
+from helpers.evaluation.checks.recomputed_tasks import unchecked_note
 from helpers.report import (
     draws_chapter,
     executive,
@@ -38,6 +39,7 @@ from helpers.report.markdown import (
 from helpers.report.results import Results
 from helpers.report.sensitivity import output_sqnr
 from helpers.report.summary import PAGE
+from helpers.study.schema import AnySet, TaskSet
 
 
 def recipe_table(results: Results) -> Rows:
@@ -209,7 +211,7 @@ def protocol_table(results: Results) -> Rows:
                 "dataset": dataset_name(name),
                 "items": str(len(predictions)),
                 "source": code(source),
-                "protocol": _protocol_cell(evaluation_set.ask),
+                "protocol": _protocol_cell(evaluation_set),
                 "prompt tokens": f"{sum(p['prompt_tokens'] for p in predictions):,}",
                 "first prompt": Markup(
                     f"{code(predictions[0]['id'])}: `{predictions[0]['prompt_hash']}`"
@@ -219,7 +221,10 @@ def protocol_table(results: Results) -> Rows:
     return rows
 
 
-def _protocol_cell(ask) -> str:
+def _protocol_cell(evaluation_set: AnySet) -> str:
+    if isinstance(evaluation_set, TaskSet):
+        return _task_cell(evaluation_set)
+    ask = evaluation_set.ask
     if ask.protocol == "loglikelihood":
         normalization = "per byte" if ask.normalize == "bytes" else "not normalized"
         return f"the option text with the largest log-likelihood, {normalization}"
@@ -227,6 +232,23 @@ def _protocol_cell(ask) -> str:
     return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
         "last box" if ask.answer == "boxed" else "whole text"
     )
+
+
+def _task_cell(task_set: TaskSet) -> str:
+    """How a task's requests are answered, and what no check can derive without the harness."""
+    definition = task_set.read
+    asked = {
+        "multiple_choice": "the option with the largest log-likelihood",
+        "loglikelihood": "whether its target is what the model would write",
+        "loglikelihood_rolling": "the log-likelihood of whole texts, beside their words reversed",
+        "generate_until": f"a greedy answer of at most {definition.max_new_tokens} tokens",
+    }[definition.output_type]
+    name = task_set.task.rpartition("/")[2]
+    cell = f"task {name} of lm-evaluation-harness {definition.harness}: {asked}, "
+    cell += count(task_set.shots, "worked example")
+    cell += f"; right or wrong by {definition.metric}" if definition.metric else ""
+    note = unchecked_note(task_set)
+    return f"{cell}; {note}" if note else cell
 
 
 def job_table(results: Results) -> Rows:

@@ -152,7 +152,7 @@ def dataset_estimates(
         estimates["median_absolute_difference_coverage"] = _share_estimate(
             round(coverage * n), n, rules
         )
-    else:
+    elif adapter != "task":
         estimates["macro_f1"] = Estimate(metrics["macro_f1"], None, n)
     readable = n - metrics["unparsed"]
     return estimates | {"format_success": _share_estimate(readable, n, rules)}

@@ -499,7 +499,8 @@ def _item(results: Results, dataset: str, item: str, rows: dict, shared: int) ->
         }
     if prompt_record.get("continuations"):
         shown["options"] = [
-            list(o) for o in zip(prompt_record["labels"], prompt_record["options"], strict=True)
+            list(option)
+            for option in zip(_labels(prompt_record), prompt_record["options"], strict=True)
         ]
     ask = results.study.evaluation.datasets[dataset].ask
     normalize = getattr(ask, "normalize", None)
@@ -508,6 +509,12 @@ def _item(results: Results, dataset: str, item: str, rows: dict, shared: int) ->
         for model in results.models
     ]
     return shown
+
+
+def _labels(prompt_record: dict) -> list[str]:
+    """The options' labels; a given target and its foil have names instead."""
+    names = ["target", "foil"][: len(prompt_record["options"])]
+    return prompt_record["labels"] or names
 
 
 def _answer(prediction: dict, prompt_record: dict, normalize: str | None) -> dict:

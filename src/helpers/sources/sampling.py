@@ -28,7 +28,8 @@ from helpers.sources.items import (
     normalized_text,
     text_of,
 )
-from helpers.study.schema import DatasetSource, FineTunedModel, HubDataset, Study
+from helpers.sources.tasks import task_items, with_foils
+from helpers.study.schema import AnySet, DatasetSource, FineTunedModel, HubDataset, Study, TaskSet
 
 WORDS = 4  # of a sequence
 SHARE = 0.5  # of the sequences of the shorter item
@@ -106,6 +107,17 @@ def load_items(source: DatasetSource, *, adapter: str) -> list[Item]:
         StudyError: a row does not fit the adapter's schema, or there are no rows.
     """
     return list(_items_and_row_count(source, adapter)[0])
+
+
+def set_items(evaluation_set: AnySet) -> tuple[tuple[Item, ...], int]:
+    """(items that an evaluation set is drawn from, number of rows read).
+
+    Raises:
+        StudyError: as `load_items`, or the harness cannot read the rows of a task.
+    """
+    if isinstance(evaluation_set, TaskSet):
+        return task_items(evaluation_set)
+    return _items_and_row_count(evaluation_set.source, evaluation_set.adapter)
 
 
 def _items_and_row_count(source: DatasetSource, adapter: str) -> tuple[tuple[Item, ...], int]:
@@ -191,13 +203,14 @@ def evaluation_items(study: Study, dataset: str) -> list[Item]:
     Near-duplicates get one cluster, since they are no independent questions.
     """
     settings = study.evaluation.datasets[dataset]
-    items = load_items(settings.source, adapter=settings.adapter)
+    items = list(set_items(settings)[0])
     if settings.keep == "numeric_answers":
         items = [item for item in items if is_numeric(item)]
     label = f"evaluation.datasets.{dataset}"
-    return cluster_near_duplicates(
+    drawn = cluster_near_duplicates(
         draw_items(items, settings.items, seed=study.seed, excluding=(), label=label)
     )
+    return with_foils(drawn, settings) if isinstance(settings, TaskSet) else drawn
 
 
 def item_ids(items: Iterable[Item]) -> list[str]:
@@ -218,7 +231,7 @@ def pool_sizes(study: Study) -> dict[str, dict[str, int]]:
     """
     sizes = {}
     for name, settings in study.evaluation.datasets.items():
-        items, rows = _items_and_row_count(settings.source, settings.adapter)
+        items, rows = set_items(settings)
         sizes[name] = {"rows": rows, "questions": len(items)}
         if settings.adapter == "openmath":
             sizes[name]["answers_not_numeric"] = sum(not is_numeric(item) for item in items)

@@ -52,7 +52,7 @@ from helpers.statistics.verdicts import (
     decision_rules,
     role_of,
 )
-from helpers.study.schema import Comparison, EvaluationSet, FineTunedModel, LogLikelihood, Study
+from helpers.study.schema import AnySet, Comparison, FineTunedModel, LogLikelihood, Study
 
 Place = tuple[str, str, str]  # model, evaluation set, variant
 KL_UNIT: Unit = "nats a token"
@@ -127,7 +127,7 @@ class GradedStudy:
     finetuning: tuple[FineTuningCost, ...]
 
 
-def length_rule(evaluation_set: EvaluationSet) -> str:
+def length_rule(evaluation_set: AnySet) -> str:
     """How a set's option log-likelihoods are compared: `bytes` or `none`."""
     ask = evaluation_set.ask
     return ask.normalize if isinstance(ask, LogLikelihood) else "none"

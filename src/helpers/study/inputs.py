@@ -28,6 +28,7 @@ from helpers.study.schema import (
     OTHER_FORMATS,
     ROW_FORMATS,
     Count,
+    DatasetSource,
     FileDataset,
     FineTunedModel,
     FolderDataset,
@@ -37,6 +38,7 @@ from helpers.study.schema import (
     Stream,
     Strict,
     Study,
+    TaskSet,
 )
 
 WEIGHTS_FILE = "model.safetensors"
@@ -389,8 +391,18 @@ def study_sources(study: Study) -> list[tuple[str, object]]:
     sources.append(("calibration.dataset", study.calibration.dataset))
     sources.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
     for name, dataset in study.evaluation.datasets.items():
-        sources.append((f"evaluation.datasets.{name}.source", dataset.source))
+        key = f"evaluation.datasets.{name}"
+        if not isinstance(dataset, TaskSet):
+            sources.append((f"{key}.source", dataset.source))
+        elif dataset.definition:
+            sources += [(f"{key}.task", source) for source in task_sources(dataset)]
     return sources
+
+
+def task_sources(task_set: TaskSet) -> list[DatasetSource]:
+    """The sources of a task: the evaluated rows, and those of its worked examples."""
+    shots_source = task_set.read.shots_source
+    return [task_set.source, *([shots_source] if shots_source else [])]
 
 
 COMMIT = r"^[0-9a-f]{40}$"

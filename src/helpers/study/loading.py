@@ -39,9 +39,11 @@ from helpers.study.schema import (
     FineTunedModel,
     FolderDataset,
     Study,
+    TaskSet,
     Variant,
     name_problem,
 )
+from helpers.study.tasks import recorded_definitions, with_task_definitions
 
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
@@ -130,7 +132,7 @@ def _parts(node: yaml.Node) -> Iterable[yaml.Node]:
     return []
 
 
-UNION_TAGS = SOURCE_TAGS | {"loglikelihood", "generate"}
+UNION_TAGS = SOURCE_TAGS | {"loglikelihood", "generate", "own items", "harness task"}
 
 
 def error_lines(error: ValidationError, data: dict, place: str) -> list[str]:
@@ -188,7 +190,8 @@ def _is_union(keys: list[str]) -> bool:
     """Whether pydantic's location has a union tag after these keys."""
     is_model = len(keys) == 2 and keys[0] == "models"
     is_evaluation_set = len(keys) == 3 and keys[:2] == ["evaluation", "datasets"]
-    return is_model or (keys[-1:] in (["dataset"], ["source"], ["ask"]) and not is_evaluation_set)
+    is_source = keys[-1:] in (["dataset"], ["source"], ["ask"])
+    return is_model or is_evaluation_set or is_source
 
 
 def _message(problem: ErrorDetails) -> str:
@@ -245,6 +248,8 @@ def broken_references(study: Study) -> list[str]:
         if isinstance(model, FineTunedModel):
             problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
     for name, dataset in study.evaluation.datasets.items():
+        if isinstance(dataset, TaskSet):
+            continue
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
     return problems + _columns(study) + _comparisons(study) + _old_rules(study)
@@ -258,7 +263,8 @@ def _columns(study: Study) -> list[str]:
     shared_text = study.evaluation.shared_text.dataset
     sources.append(("evaluation.shared_text.dataset", shared_text, "shared_text"))
     for name, dataset in study.evaluation.datasets.items():
-        sources.append((f"evaluation.datasets.{name}.source", dataset.source, dataset.adapter))
+        if isinstance(dataset, EvaluationSet):
+            sources.append((f"evaluation.datasets.{name}.source", dataset.source, dataset.adapter))
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
             key = f"models.{name}.finetune.dataset"
@@ -436,7 +442,9 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
         study_settings = Study.model_validate(data)
     except ValidationError as error:
         raise StudyError("\n".join(error_lines(error, data, label))) from None
-    problems = broken_references(study_settings)
+    recorded = {} if with_sources else recorded_definitions(StudyPaths(path.stem))
+    study_settings, problems = with_task_definitions(study_settings, recorded)
+    problems += broken_references(study_settings)
     if with_sources:
         problems += missing_local_files(study_settings)
     if problems:

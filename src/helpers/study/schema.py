@@ -31,7 +31,8 @@ RULE = "small letters, digits, _, - and dots, at most 64, the first a letter or 
 # Names that the project writes beside them.
 RESERVED_NAMES = {
     "models": {"notebooks", "partial", "report", "report_files", "report.md", "report.html"}
-    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json", "items.html"},
+    | {"summary.json", "summary.csv", "answers", "lm-eval", "sources.json", "items.html"}
+    | {"tasks.json"},
     "variants": {"model", "calibration", "cost"},
     "evaluation.datasets": {"shared_text"},
 }
@@ -556,6 +557,116 @@ class EvaluationSet(Strict):
     ask: Annotated[LogLikelihood | Generate, Field(discriminator="protocol")]
 
 
+OutputType = Literal["multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"]
+MOST_SHOTS = 64
+
+
+class TaskDefinition(Strict):
+    """A task file of lm-evaluation-harness as it was read (`helpers.study.tasks`).
+
+    Attributes:
+        harness: version of the package that builds and scores the requests.
+        source, shots_source: rows of the evaluated split, and of the worked examples if they
+            come from a split.
+        splits: names of the two splits in the task file.
+        metric: the task's metric that says right or wrong, as `acc,none`; None if it has none.
+        file: where the task file is; not part of its content.
+        settings: the file with what it includes, as canonical JSON.
+        code_sha256: hash of the Python files that it names; empty if there are none.
+    """
+
+    harness: str
+    output_type: OutputType
+    source: DatasetSource
+    shots_source: DatasetSource | None
+    splits: tuple[str, str | None]
+    metric: str | None
+    max_new_tokens: int
+    settings: str
+    code_sha256: str
+    file: Annotated[str, Field(exclude=True)] = ""
+
+
+class ScoredTarget(Strict):
+    """The likelihood of one given text, beside that of a foil."""
+
+    protocol: Literal["target"] = "target"
+    shots: int
+
+
+class TaskSet(Strict):
+    """A task of lm-evaluation-harness as an evaluation set: a registered name, or a task file.
+
+    `metric` names the task's metric that decides right or wrong (`acc_norm`, or
+    `exact_match,flexible-extract` with its filter); without it, the first that can. Python code
+    that a task file of one's own names runs only with `trust_task_code: true`. `definition` is
+    filled in when the study is loaded.
+    """
+
+    task: Annotated[str, Field(min_length=1)]
+    items: Count
+    shots: Annotated[Whole, Field(ge=0, le=MOST_SHOTS)]
+    metric: Annotated[str, Field(min_length=1)] | None = None
+    trust_task_code: Annotated[bool, Field(strict=True)] = False
+    definition: TaskDefinition | None = None
+
+    @property
+    def adapter(self) -> Literal["task"]:
+        """The kind of its rows."""
+        return "task"
+
+    @property
+    def keep(self) -> None:
+        """All items stay."""
+        return None
+
+    @property
+    def read(self) -> TaskDefinition:
+        """The task file, which a loaded study holds."""
+        if self.definition is None:
+            raise ValueError(f"task {self.task!r} was not read; load its study by load_study")
+        return self.definition
+
+    @property
+    def source(self) -> DatasetSource:
+        """The rows of the evaluated split."""
+        return self.read.source
+
+    @property
+    def ask(self) -> "LogLikelihood | Generate | ScoredTarget":
+        """The protocol that answers the task's requests."""
+        if self.read.output_type == "multiple_choice":
+            by_length = self.metric_name in ("acc_norm", "acc_bytes")
+            return LogLikelihood(
+                protocol="loglikelihood", normalize="bytes" if by_length else "none"
+            )
+        if self.read.output_type == "generate_until":
+            return Generate(
+                protocol="generate",
+                answer="text",
+                stop="turn",
+                shots=0,
+                max_new_tokens=self.read.max_new_tokens,
+            )
+        return ScoredTarget(shots=self.shots)
+
+    @property
+    def metric_name(self) -> str:
+        """The name of the metric that decides right or wrong, without its filter."""
+        return (self.read.metric or "").partition(",")[0]
+
+
+def _kind_of_set(value: Any) -> str:
+    is_task = isinstance(value, TaskSet) or (isinstance(value, dict) and "task" in value)
+    return "harness task" if is_task else "own items"
+
+
+AnySet = Annotated[
+    Annotated[EvaluationSet, Tag("own items")] | Annotated[TaskSet, Tag("harness task")],
+    Discriminator(_kind_of_set),
+]
+
+
 class SharedText(Strict):
     """Passages on which perplexity, KL and top-1 agreement are measured."""
 
@@ -578,7 +689,7 @@ class Evaluation(Strict):
     """The evaluation sets, and the shared text that every variant reads."""
 
     batch: Batch
-    datasets: Annotated[dict[Name, EvaluationSet], Field(min_length=1)]
+    datasets: Annotated[dict[Name, AnySet], Field(min_length=1)]
     shared_text: SharedText
 
 

@@ -52,7 +52,7 @@ from helpers.core.records import (
     sha256_text,
     write_json,
 )
-from helpers.study.inputs import dataset_files, resolve_path
+from helpers.study.inputs import dataset_files, resolve_path, task_sources
 from helpers.study.loading import Job
 from helpers.study.schema import (
     FileDataset,
@@ -61,6 +61,7 @@ from helpers.study.schema import (
     FolderModel,
     ShippedDataset,
     Study,
+    TaskSet,
 )
 
 HELPERS = Path(__file__).resolve().parents[1]
@@ -348,6 +349,7 @@ def _evaluation_draws(study: Study) -> dict:
     """The settings that decide which items are drawn for evaluation and barred elsewhere."""
     return {
         name: [dataset.adapter, dataset.source.model_dump(), dataset.keep, dataset.items]
+        + ([dataset.model_dump()] if isinstance(dataset, TaskSet) else [])
         for name, dataset in study.evaluation.datasets.items()
     }
 
@@ -374,7 +376,11 @@ def source_files(study: Study, run: Run) -> list[Path]:
 def _data_sources(study: Study, run: Run) -> list:
     if run.stage == "analysis":
         return []
-    evaluated = [dataset.source for dataset in study.evaluation.datasets.values()]
+    evaluated = [
+        source
+        for dataset in study.evaluation.datasets.values()
+        for source in (task_sources(dataset) if isinstance(dataset, TaskSet) else [dataset.source])
+    ]
     model = study.models[run.model]
     if run.stage == "evaluation":
         return [model, *evaluated, study.evaluation.shared_text.dataset]

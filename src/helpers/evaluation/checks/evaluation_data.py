@@ -22,7 +22,7 @@ from helpers.evaluation.checks.item_gates import (
     RenderedPrompt,
     answer_opening,
     order_gate,
-    raw_digests,
+    set_digests,
 )
 from helpers.evaluation.checks.numeric_gates import gold_sample_ids, is_batch_invariant, sampled_ids
 from helpers.evaluation.checks.recomputed_answers import ExpectedGolds, render_golds
@@ -64,12 +64,12 @@ from helpers.sources.models import load_model, model_folder
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
-    load_items,
+    set_items,
     shared_passages,
     training_items,
 )
 from helpers.study.loading import Job
-from helpers.study.schema import EvaluationSet, FineTunedModel, Study
+from helpers.study.schema import EvaluationSet, FineTunedModel, Study, TaskSet
 from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
 
 PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
@@ -197,7 +197,7 @@ def gather_evaluation_data(
         recomputed=recomputed,
         training=training_results(job),
         trained=trained_gates(job, tokenizer),
-        raw={name: raw_digests(s.source, adapter=s.adapter) for name, s in sets.items()},
+        raw={name: set_digests(evaluation_set) for name, evaluation_set in sets.items()},
         texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
         pools={name: item_pool(evaluation_set) for name, evaluation_set in sets.items()},
         opinions=opinion_gates(job, model, tokenizer, opinion, predictions, passages),
@@ -212,7 +212,7 @@ def draw_sets(study: Study) -> dict[str, list[Item]]:
 
 def item_pool(evaluation_set: EvaluationSet) -> list[Item]:
     """The items that a set is drawn from, by its settings."""
-    items = load_items(evaluation_set.source, adapter=evaluation_set.adapter)
+    items, _ = set_items(evaluation_set)
     numeric_only = evaluation_set.keep == "numeric_answers"
     return [item for item in items if not numeric_only or gold_number(item.golds[0]) is not None]
 
@@ -335,6 +335,13 @@ def rendered_item(tokenizer, prompt: Prompt, shown: RenderedPrompt) -> RenderedI
         source_token_ids(tokenizer, text, plain=prompt.plain)[0] for text in texts
     )
     options = [full_text[len(context) :] for full_text in full_texts]
+    if not prompt.text and prompt.continuations:
+        first = tokenizer.bos_token_id
+        context = [tokenizer.eos_token_id if first is None else first]
+        options = [
+            source_token_ids(tokenizer, text, plain=prompt.whole)[0]
+            for text in prompt.continuations
+        ]
     content = [prompt.text, list(prompt.continuations), context, options]
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
     return RenderedItem(prompt.item, sha256(text.encode()).hexdigest()[:16], len(context), shown)
@@ -352,7 +359,8 @@ def used_items(study: Study, model: str, variant: str, *, draw: int = 1) -> dict
 
 def worked_examples(study: Study) -> list[Item]:
     """The worked examples in the prompts of the study's sets."""
-    asks = [(w.adapter, w.ask) for w in study.evaluation.datasets.values()]
+    sets = study.evaluation.datasets.values()
+    asks = [(s.adapter, s.ask) for s in sets if not isinstance(s, TaskSet)]
     shots = [(adapter, ask.shots) for adapter, ask in asks if ask.protocol == "generate"]
     return [item for adapter, n in shots for item, _ in EXAMPLES[adapter][:n]]
 

@@ -17,7 +17,7 @@ import lzma
 import math
 import zlib
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from helpers.core.records import WHOLE_VARIANT, Gate, none_of
 from helpers.evaluation.checks import item_gates
@@ -48,6 +48,7 @@ from helpers.evaluation.checks.recomputed_answers import (
     rescored,
     second_reading_gate,
 )
+from helpers.evaluation.checks.recomputed_tasks import foils_gate, rows_gate, unchecked_note
 from helpers.evaluation.scoring import (
     best_fixed_answer,
     collapsed_to_one_answer,
@@ -58,7 +59,7 @@ from helpers.evaluation.scoring import (
     status_and_answer,
 )
 from helpers.sources.items import Item
-from helpers.study.schema import EvaluationSet, FineTunedModel, RandomModel, Study
+from helpers.study.schema import EvaluationSet, FineTunedModel, RandomModel, Study, TaskSet
 
 LEAST_CHANGE = 1e-4  # relative change of a held-out loss; float32 rounds a mean over tokens to 1e-6
 RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
@@ -304,7 +305,8 @@ class EvaluationData:
         None
             if they were not.
         training: results in the record of the model's fine-tuning; None without one.
-        raw: by set and item id, digests of the raw rows before any adapter.
+        raw: by set and item id, digests of the raw rows before any adapter; None for a task
+            whose own code makes its items.
         pools: by set, the items it is drawn from.
         texts: raw passages of the shared text's source.
         trained: gates on the fine-tuning, from the trained model's files.
@@ -330,7 +332,7 @@ class EvaluationData:
     loaded: tuple[Gate, ...] = ()
     recomputed: object = None
     training: dict | None = None
-    raw: dict[str, dict[str, set[str]]] = field(default_factory=dict)
+    raw: dict[str, dict[str, set[str]] | None] = field(default_factory=dict)
     opinions: tuple[tuple[str, Gate], ...] = ()
     pools: dict[str, list[Item]] = field(default_factory=dict)
     trained: tuple[Gate, ...] = ()
@@ -395,6 +397,8 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
     if not rows or not baseline:
         return gates
     generated = evaluation_set.ask.protocol == "generate"
+    task = evaluation_set if isinstance(evaluation_set, TaskSet) else None
+    raw = data.raw.get(name, {})
     alone, items = data.alone.get(name, []), [a.item for a in rendered]
     gates = [
         *gates,
@@ -408,11 +412,17 @@ def dataset_gates(data: EvaluationData, name: str) -> list[Gate]:
         second_reading_gate(evaluation_set, rows),
         range_gate(rows, {name: data.metrics["datasets"].get(name, {})}, "scores in range"),
         *behavior_gates(evaluation_set, rows, baseline),
-        raw_rows_gate(rows, items, data.raw.get(name, {})),
+        rows_gate(rows, items, raw) if task else raw_rows_gate(rows, items, raw),
         clusters_gate(rows, items),
         leakage_gate(items, data.used),
         invariance_gate(data.study, data.variant, rows, baseline, alone),
     ]
+    if task and task.ask.protocol == "target":
+        return [
+            *gates,
+            foils_gate(task, items),
+            gold_invariance_gate(data.study, data.variant, rows, baseline, alone),
+        ]
     if not generated:
         return [*gates, options_gate(rows, baseline)]
     gates += [
@@ -483,12 +493,15 @@ def rescored_gate(
 ) -> Gate:
     """Separate scoring code derives the stored score, status and golds from the output."""
     items = {a.item.id: a.item for a in rendered}
+    task = isinstance(evaluation_set, TaskSet)
+    note = unchecked_note(evaluation_set) if task else ""
     differing = []
     for row in (r for r in rows if r["id"] in items):
         recomputed = rescored(evaluation_set, items[row["id"]], row)
         if any(row.get(key) != value for key, value in recomputed.items()):
             differing.append(row["id"])
-    return none_of("scores recomputed", differing, len(rows), "rows score otherwise")
+    gate = none_of("scores recomputed", differing, len(rows), "rows score otherwise")
+    return replace(gate, measured=f"{gate.measured}; {note}") if note else gate
 
 
 def finite_gate(

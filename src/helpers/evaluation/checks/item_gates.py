@@ -17,17 +17,27 @@ from itertools import pairwise
 from pathlib import Path
 
 from helpers.core.records import Gate, none_of, sha256_data
+from helpers.evaluation.checks.recomputed_tasks import missing_task_part, task_digests
 from helpers.sources.chat import EXAMPLES, SYSTEM
 from helpers.sources.items import Item, item_key, load_rows, local_rows, normalized_text
 from helpers.study.inputs import dataset_files
 from helpers.study.schema import (
     FIELDS,
+    AnySet,
     DatasetSource,
     EvaluationSet,
     FileDataset,
     FolderDataset,
     ShippedDataset,
+    TaskSet,
 )
+
+
+def set_digests(evaluation_set: AnySet) -> dict[str, set[str]] | None:
+    """Item id → hashes of the set's rows that have it; None if a task's code makes the items."""
+    if isinstance(evaluation_set, TaskSet):
+        return task_digests(evaluation_set, list(_rows_of(evaluation_set.source)))
+    return raw_digests(evaluation_set.source, adapter=evaluation_set.adapter)
 
 
 def raw_digests(source: DatasetSource, *, adapter: str) -> dict[str, set[str]]:
@@ -347,6 +357,8 @@ def missing_part(evaluation_set: EvaluationSet, shown: RenderedPrompt) -> str:
     item, text = shown.item, _words(shown.text)
     if not shown.whole <= shown.tokens <= shown.whole + MOST_SPECIAL_TOKENS:
         return f"{shown.whole - shown.tokens} of its tokens"
+    if isinstance(evaluation_set, TaskSet):
+        return missing_task_part(evaluation_set, item, shown.text, shown.continuations)
     question_start = text.rfind(_words(item.question))
     if question_start < 0:
         return "its question"

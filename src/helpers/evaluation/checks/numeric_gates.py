@@ -50,6 +50,8 @@ def in_range(metric: str, value) -> bool:
         return True
     if metric == "finish_reasons":
         return all(isinstance(n, int) and n > 0 for n in value.values())
+    if metric == "harness":
+        return all(map(math.isfinite, value.values()))
     if metric in COUNTS:
         return isinstance(value, int) and value >= 0
     if metric == "perplexity":
@@ -333,7 +335,7 @@ def kl_per_token(rows: list[dict]) -> float:
 
 # Items of each evaluation set. A generated answer makes dozens of sequential decisions,
 # and takes as long as ten scored items.
-SAMPLE = {"loglikelihood": 4, "generate": 1}
+SAMPLE = {"loglikelihood": 4, "target": 4, "generate": 1}
 # Further items of a generated set whose golds alone are read alone, where an answer depends on its
 # batch: how far the variant lies from the baseline cannot be told from one item's few golds.
 GOLD_SAMPLE = 8

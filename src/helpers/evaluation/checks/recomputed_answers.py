@@ -29,10 +29,11 @@ from helpers.evaluation.checks.numeric_gates import (
     is_batch_invariant,
     rms_change,
 )
+from helpers.evaluation.checks.recomputed_tasks import rescored_task, settings_of
 from helpers.evaluation.scoring import number_scores
 from helpers.sources.chat import conversation, end_of_turn
 from helpers.sources.items import Item, gold_number
-from helpers.study.schema import EvaluationSet, Study
+from helpers.study.schema import EvaluationSet, Study, TaskSet
 
 ROUNDING = 1e-6  # precision of stored log-probabilities; within it, the stored answer wins a tie
 BOX = r"\boxed{"
@@ -43,6 +44,8 @@ PUNCTUATION = set("!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~")
 
 def rescored(evaluation_set: EvaluationSet, item: Item, row: dict) -> dict:
     """The fields of a prediction, derived again from its output or its log-probabilities."""
+    if isinstance(evaluation_set, TaskSet):
+        return rescored_task(evaluation_set, item, row)
     fields = {"id": item.id, "cluster": item.cluster, "golds": list(item.golds)}
     if evaluation_set.ask.protocol == "loglikelihood":
         return fields | _chosen_option(item, row, in_bytes=evaluation_set.ask.normalize == "bytes")
@@ -187,7 +190,7 @@ def misread_part(evaluation_set: EvaluationSet, row: dict) -> str:
         finish_reason not in ENDED and output_tokens == max_new_tokens
     ):
         return f"{output_tokens} tokens, ended by {finish_reason}"
-    if finish_reason == "nonfinite":
+    if finish_reason == "nonfinite" or isinstance(evaluation_set, TaskSet):
         return ""
     answer = (
         last_closed_box(row["output"]) if evaluation_set.ask.answer == "boxed" else row["output"]
@@ -305,12 +308,18 @@ def render_golds(
     """
     golds = distinct_golds(item, evaluation_set.adapter)[:MAX_GOLDS]
     golds = [_answer_text(gold, evaluation_set) for gold in golds]
-    messages = conversation(item, evaluation_set.adapter, shots=evaluation_set.ask.shots)
+    task = isinstance(evaluation_set, TaskSet)
+    ask, adapter = evaluation_set.ask, evaluation_set.adapter
+    messages = [] if task else conversation(item, adapter, shots=ask.shots)
     context = own(text, add_special_tokens=False).input_ids
-    end = [end_of_turn(tokenizer)] if evaluation_set.ask.stop == "turn" else []
+    end = [end_of_turn(tokenizer)] if ask.stop == "turn" and not task else []
     tokens = []
     for answer in ["\\boxed{", *golds, *([] if foil is None else [foil])]:
-        rest = _rendered_answer(tokenizer, messages, text, answer)
+        rest = (
+            settings_of(evaluation_set).get("target_delimiter", " ") + answer
+            if task
+            else _rendered_answer(tokenizer, messages, text, answer)
+        )
         full_text = own(text + rest, add_special_tokens=False).input_ids
         splits = full_text[: len(context)] == context
         apart = own(rest, add_special_tokens=False).input_ids

@@ -40,10 +40,11 @@ from helpers.evaluation.checks.recomputed_answers import (
     log_likelihoods,
     render_golds,
 )
-from helpers.evaluation.prompts import Prompt, option_tokens, render_prompt
+from helpers.evaluation.checks.recomputed_tasks import says_target_is_written
+from helpers.evaluation.prompts import Prompt, context_tokens, option_tokens, render_prompt
 from helpers.inference.protocols import OptionTokens
 from helpers.inference.vllm_client import is_served
-from helpers.sources.chat import end_of_turn, tokenize
+from helpers.sources.chat import end_of_turn
 from helpers.sources.items import Item
 from helpers.study.loading import Job
 from helpers.study.schema import EvaluationSet
@@ -55,6 +56,7 @@ GOLDS = "gold log-likelihoods match transformers"
 TEXT = "shared text matches transformers"
 COMPARED_TEXTS = {
     "loglikelihood": 1,
+    "target": 1,
     "generate": 1,
     TEXT: 1,
 }  # compared items per set, and passages
@@ -104,6 +106,8 @@ class SecondOpinion:
         self.golds: dict[str, Comparison] = {}
         self._readings: list[Reading] = []
         self._looked_at: dict[str, int] = {}
+        self._written_targets: dict[tuple[int, str], bool] = {}  # by comparison and item
+        self._until: dict[int, tuple[str, ...]] = {}  # by the id of an answer's comparison
         self._next_layer = 0
 
     @contextmanager
@@ -111,17 +115,19 @@ class SecondOpinion:
         """Inside, the caller asks one item alone and appends its prediction to the list."""
         evaluation_set, rows = self.job.study.evaluation.datasets[dataset], []
         number = self._looked_at.get(dataset, 0)
-        if number >= COMPARED_TEXTS[evaluation_set.ask.protocol]:
+        prompt = render_prompt(item, evaluation_set, self.tokenizer)
+        enough = number >= COMPARED_TEXTS[evaluation_set.ask.protocol]
+        if enough or self._is_read_in_windows(prompt):
             yield rows
             return
         self._looked_at[dataset] = number + 1
         compared = self.answers.setdefault(dataset, Comparison())
-        prompt = render_prompt(item, evaluation_set, self.tokenizer)
-        if evaluation_set.ask.protocol == "loglikelihood":
+        if evaluation_set.ask.protocol != "generate":
             tokens, compare = option_tokens(self.tokenizer, prompt), self._options
             length = len(tokens.context) + sum(map(len, tokens.options))
         else:
-            tokens, compare = tokenize(self.tokenizer, prompt.text), self._written
+            tokens, compare = context_tokens(self.tokenizer, prompt), self._written
+            self._until[id(compared)] = prompt.until
             gold_tokens = sum(map(len, self._render_golds(prompt, evaluation_set).tokens))
             length = len(tokens) + evaluation_set.ask.max_new_tokens + 2 * gold_tokens
         with ExitStack() as stack:
@@ -133,6 +139,10 @@ class SecondOpinion:
         if evaluation_set.ask.protocol == "generate":
             golds = self.golds.setdefault(dataset, Comparison())
             self._guarded(golds, item.id, self._golds, trace, tokens, rows, prompt, dataset)
+
+    def _is_read_in_windows(self, prompt: Prompt) -> bool:
+        limit = self.model.config.max_position_embeddings
+        return prompt.whole and len(option_tokens(self.tokenizer, prompt)) > limit
 
     def _render_golds(
         self, prompt: Prompt, evaluation_set: EvaluationSet, foil: str | None = None
@@ -170,7 +180,7 @@ class SecondOpinion:
             (WHOLE_VARIANT, self.text.gate(TEXT, "passages", "nats")),
         ]
         for dataset, compared in self.answers.items():
-            scored = self.job.study.evaluation.datasets[dataset].ask.protocol == "loglikelihood"
+            scored = self.job.study.evaluation.datasets[dataset].ask.protocol != "generate"
             name = LOGPROBS if scored else TOKENS
             gates.append((dataset, compared.gate(name, "options" if scored else "tokens", "nats")))
         for dataset, compared in self.golds.items():
@@ -227,7 +237,10 @@ class SecondOpinion:
     def _options(self, trace: Trace, tokens, rows: list[dict], where: str, compared) -> None:
         """Compare the summed log-probability of every option."""
         [row] = rows
-        self._continuations(trace, tokens, row.get("logprobs", ()), where, compared)
+        sums = row.get("logprobs") or log_likelihoods(row)
+        if (written := says_target_is_written(row)) is not None:
+            self._written_targets[id(compared), where] = written
+        self._continuations(trace, tokens, sums, where, compared)
 
     def _golds(self, trace: Trace, context: list[int], rows, prompt: Prompt, dataset) -> None:
         """Compare the log-likelihood of every gold and the foil of a generated answer."""
@@ -283,6 +296,12 @@ class SecondOpinion:
         difference = abs(reading.engine - float(each_logprob(logits, reading.targets).sum()))
         limit = sum_limit(change, logits, len(reading.targets), self.files.dtype)
         reading.compared.add(difference, limit, reading.where)
+        written = self._written_targets.get((id(reading.compared), reading.where))
+        if written is not None and reading.option == 0:
+            margin = tie_margin(change, logits, self.files.dtype)
+            agrees = written in possibly_written(logits, reading.targets, margin)
+            place = f"{reading.where}, whether the target is written"
+            reading.compared.add(0.0 if agrees else math.inf, 1.0, place)
 
     def _written(
         self, trace: Trace, prompt_tokens: list[int], rows: list[dict], where, compared
@@ -304,20 +323,26 @@ class SecondOpinion:
         """Compare the generated tokens, and the token that ended the answer, with the likeliest."""
         margin, row = tie_margin(change, logits, self.files.dtype), reading.engine
         generated, best = reading.text[reading.places[0] + 1 :], logits.amax(1)
+        until = self._until.get(id(reading.compared), ())
         for place, token in enumerate(generated):
             shortfall = float(best[place] - logits[place, token])
             reading.compared.add(shortfall, margin, f"{reading.where}, token {place + 1}")
         likely = (logits[-1] >= best[-1] - margin).nonzero()[:, 0].tolist()
         if row["finish_reason"] == "stop":
-            agrees = bool(self._ends() & set(likely)) and row["output"] == self._text(generated)
+            agrees = bool(self._ends() & set(likely))
+            agrees &= row["output"] == self._text(generated, until)
         else:
-            agrees = row["output"] in {self._text([*generated, token]) for token in likely}
+            agrees = row["output"] in {self._text([*generated, t], until) for t in likely}
             agrees &= row["output_tokens"] == len(generated) + 1
         difference = 0.0 if agrees else math.inf
         reading.compared.add(difference, 1.0, f"{reading.where}, how it ends")
 
-    def _text(self, tokens: Sequence[int]) -> str:
-        return self.tokenizer.decode(tokens, skip_special_tokens=True)
+    def _text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
+        """The text of an answer, up to the first of the texts that end it."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        for end in until:
+            text = text.split(end)[0]
+        return text
 
     def _ends(self) -> set[int]:
         """Ids that end an answer."""
@@ -342,6 +367,12 @@ class SecondOpinion:
             for row in rows
             if name in self.golds
         }
+        stored |= {
+            (id(compared), row["id"]): log_likelihoods(row)
+            for name, compared in self.answers.items()
+            for row in predictions[name]
+            if self.job.study.evaluation.datasets[name].ask.protocol == "target"
+        }
         for reading, reading_logits in zip(self._readings, logits, strict=True):
             if reading.targets is None:
                 self._decoded(reading, reading_logits, largest_change)
@@ -350,6 +381,21 @@ class SecondOpinion:
             if reading.option is not None:
                 stored_sum = stored[id(reading.compared), reading.where][reading.option]
                 self._sum(replace(reading, engine=stored_sum), reading_logits, rms_change)
+
+
+def possibly_written(logits: Tensor, targets: list[int], margin: float) -> set[bool]:
+    """Whether every target is the likeliest token: both if rounding may decide it.
+
+    Args:
+        logits: (targets, vocabulary) in float64.
+        margin: within which rounding may swap two tokens.
+    """
+    places = torch.arange(len(targets))
+    own = logits[places, targets]
+    others = logits.clone()
+    others[places, targets] = -math.inf
+    lead = float((own - others.amax(1)).min())
+    return {lead > 0} | ({True, False} if abs(lead) <= margin else set())
 
 
 def open_second_opinion(job: Job, model, tokenizer) -> SecondOpinion | NoOpinion:

@@ -44,7 +44,7 @@ from helpers.report.checks.recomputed_tables import (
     wrong_verdict_words,
 )
 from helpers.sources.items import load_rows
-from helpers.sources.sampling import cluster_near_duplicates, load_items
+from helpers.sources.sampling import cluster_near_duplicates, set_items
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
 from helpers.statistics.published_answers import PublishedAnswers, read_answers
 from helpers.statistics.verdicts import ControlOutcome
@@ -300,9 +300,7 @@ def _misread_answers(published: PublishedAnswers, dataset: str, joined: bool) ->
     evaluation_set = published.study.evaluation.datasets[dataset]
     if isinstance(evaluation_set.source, HubDataset):
         return []
-    items = {
-        item.id: item for item in load_items(evaluation_set.source, adapter=evaluation_set.adapter)
-    }
+    items = {item.id: item for item in set_items(evaluation_set)[0]}
     lines = []
     first = next(iter(published.variants.values())).predictions[dataset]
     answered = [items[row["id"]] for row in first if row["id"] in items]

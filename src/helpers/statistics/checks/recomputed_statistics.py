@@ -398,7 +398,7 @@ def dataset_figures(
         median = statistics.median(gaps) if gaps else None
         figures["median_absolute_difference"] = (median, None, None, len(gaps))
         figures["median_absolute_difference_coverage"] = _share_figure(len(gaps), n, settings)
-    elif adapter != "squad_v2":
+    elif adapter not in ("squad_v2", "task"):
         figures["macro_f1"] = (_macro_f1(rows), None, None, n)
     return figures | {"format_success": _share_figure(readable, n, settings)}
 
