@@ -18,6 +18,7 @@ from helpers.core.errors import StudyError
 from helpers.core.processes import Bar
 from helpers.evaluation.predictions import Progress, UnsavedPredictions
 from helpers.evaluation.prompts import (
+    AnswerTokens,
     GoldAnswers,
     TokenizedPrompt,
     answer_tokens,
@@ -228,7 +229,7 @@ def _score_task_options(
         if task_set.ask.protocol == "target":
             prediction = score_task_target(task_set, item, sums, greedy, list(map(len, options)))
             golds = GoldAnswers(item.golds, target_foil(task_set, item))
-            prediction |= gold_fields(golds, options, sums)
+            prediction |= gold_fields(golds, AnswerTokens(options, []), sums)
         else:
             prediction = score_task_options(task_set, item, sums, greedy)
         yield prediction | _counts(prompts[index], sum(map(len, options)))

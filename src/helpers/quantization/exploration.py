@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.core.architectures import Place, architecture, places
+from helpers.core.architectures import Place
 from helpers.core.errors import StudyError, valid_unicode
 from helpers.core.records import check_checksums, read_json, sha256_folder
 from helpers.inference import vllm_client
@@ -32,6 +32,7 @@ from helpers.quantization.channel_maxima import channel_maxima
 from helpers.quantization.simulation import SmoothedLinear, decibels
 from helpers.quantization.smoothing import ChannelSmoothing, representable_scales, smoothing_scales
 from helpers.quantization.variants import load_variant
+from helpers.runtime.discovery import places
 from helpers.sources.chat import plain_tokens
 from helpers.sources.model_files import TensorFiles, load_config
 from helpers.sources.models import model_folder
@@ -156,7 +157,7 @@ class CalibratedLinears:
             place.producer,
             place.consumers,
             place.readers,
-            architecture(self._config).norm_offset,
+            linear.place.norm_offset,
         )
         channel = channel_maxima(linear.act_absmax.numpy()).channel
         equation_scales = self._equation_scales(linear, alpha)
@@ -197,7 +198,7 @@ class CalibratedLinears:
         producer = self._weight(linear.place.producer)
         if alpha is None or producer.ndim > 1:
             return scales
-        norm_offset = architecture(self._config).norm_offset
+        norm_offset = linear.place.norm_offset
         return representable_scales(producer, scales, norm_offset=norm_offset).float()
 
 
