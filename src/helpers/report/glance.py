@@ -368,7 +368,7 @@ def _interval_panel(axes, rows, floors, names, shown, variants, margin, limit) -
         place = names.index(row["dataset"]) if row["dataset"] in names else None
         if place is not None:
             left, right = 100 * row["low"], 100 * row["high"]
-            axes.barh(place, right - left, left=left, height=0.8, color="#55606b", alpha=0.55)
+            axes.barh(place, right - left, left=left, height=0.8, color="#55606b", alpha=0.4)
     axes.axvline(0, color="black", linewidth=0.8)
     for row in rows:
         place = names.index(row["dataset"]) + step * (

@@ -18,6 +18,7 @@ from helpers.report.markdown import (
     code,
     count,
     dataset_name,
+    folded,
     listed,
     markdown_table,
     percent_plain,
@@ -114,7 +115,11 @@ def chapter(results: Results) -> list[Markdown]:
     """How to read it, every set, the pooled answer, the cost of fine-tuning."""
     if not results.graded.comparisons:
         return [_markdown([HEADING, "The answers of this study hold no log-probabilities."])]
-    parts = [HEADING, reading_paragraph(results), markdown_table(comparison_table(results))]
+    parts = [HEADING, reading_paragraph(results)]
+    if declared := comparison_table(results, declared=True):
+        parts.append(markdown_table(declared))
+    if others := comparison_table(results, declared=False):
+        parts.append(folded("Graded scores that nobody declared", markdown_table(others)))
     if pooled := pooled_table(results):
         about = (
             "**Pooled.** Every informative set with the same weight. Recovery is the score above"
@@ -177,13 +182,19 @@ def set_column(name: str, unit: str) -> str:
     return f"{dataset_name(name)} [{UNITS[unit]}]"
 
 
-def comparison_table(results: Results) -> Rows:
-    """Every variant against its baseline, set by set: a row a model, and right and wrong beside."""
+def comparison_table(results: Results, *, declared: bool) -> Rows:
+    """Variants against their baseline, set by set: a row a model, and right and wrong beside.
+
+    Args:
+        declared: the declared comparisons, or all others.
+    """
     rows = []
     for name, unit in _graded_sets(results).items():
         places = sorted(_places(results), key=lambda at: _variant_order(results, *at[1:]))
         for model, baseline, variant in places:
             c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
+            if (c in results.study.statistics.primary) != declared:
+                continue
             against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
             row = {"graded score": set_column(name, unit)}
             row["variant"] = Markup(f"{variant_label(results, variant)}{against}")

@@ -143,11 +143,10 @@ def _comparison_row_cells(table: Table, row: dict, figures: RecomputedFigures) -
     for c, right in figures.rows.items():
         name = DATASET_NAMES.get(c.dataset, c.dataset)
         if (c.model, c.variant, c.baseline, name) == (*at, title):
-            graded = next(
-                r
-                for r in figures.graded_blocks["graded"]["comparisons"]
-                if (r["model"], r["variant"], r["baseline"], r["dataset"]) == (*at, c.dataset)
-            )
+            judged = figures.graded_blocks.get("graded", {}).get("comparisons", ())
+            own = (*at, c.dataset)
+            keys = ("model", "variant", "baseline", "dataset")
+            graded = next((r for r in judged if tuple(r[k] for k in keys) == own), None)
             values, word = _expected_cell(graded, {})
             counted = [100 * right[key] for key in ("delta", "low", "high")]
             cells = {"Δ": (values, "" if values else "–"), "verdict": ([], word)}
