@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from helpers.core.architectures import Place, architecture, places
+from helpers.core.architectures import Place
 from helpers.core.errors import StudyError, valid_unicode
 from helpers.core.records import check_checksums, read_json, sha256_folder
 from helpers.inference import vllm_client
@@ -32,6 +32,7 @@ from helpers.quantization.channel_maxima import channel_maxima
 from helpers.quantization.simulation import SmoothedLinear, decibels
 from helpers.quantization.smoothing import ChannelSmoothing, representable_scales, smoothing_scales
 from helpers.quantization.variants import load_variant
+from helpers.runtime.discovery import places
 from helpers.sources.chat import plain_tokens
 from helpers.sources.model_files import TensorFiles, load_config
 from helpers.sources.models import model_folder
@@ -130,17 +131,14 @@ class CalibratedLinears:
 
     def unfoldable_reason(self, name: str) -> str | None:
         """The reason why no scales can be folded before this Linear; None if they can."""
-        need = self._places[name].need
-        if need is None or need.holds(self._config):
-            return None
-        return need.words.format(config=self._config)
+        return self._places[name].refusal.format(config=self._config) or None
 
     def siblings(self, name: str) -> tuple[str, ...]:
         """The Linears that read the same input, itself among them, in the family's order."""
         return self._places[name].consumers
 
     def producer(self, name: str) -> str:
-        """The norm or Linear whose output channels are divided by s."""
+        """The norm or Linear whose output channels are divided by s; empty if none can be."""
         return self._places[name].producer
 
     def smoothing(self, name: str, *, alpha: float | None) -> ChannelSmoothing:
@@ -156,7 +154,7 @@ class CalibratedLinears:
             place.producer,
             place.consumers,
             place.readers,
-            architecture(self._config).norm_offset,
+            place.norm_offset,
         )
         channel = channel_maxima(linear.act_absmax.numpy()).channel
         equation_scales = self._equation_scales(linear, alpha)
@@ -193,12 +191,13 @@ class CalibratedLinears:
 
     def _scales(self, linear: _Linear, alpha: float | None) -> Tensor:
         """(in_features,) s as the producer can hold it."""
-        scales = self._equation_scales(linear, alpha)
-        producer = self._weight(linear.place.producer)
-        if alpha is None or producer.ndim > 1:
+        scales, place = self._equation_scales(linear, alpha), linear.place
+        if alpha is None or not place.producer:
             return scales
-        norm_offset = architecture(self._config).norm_offset
-        return representable_scales(producer, scales, norm_offset=norm_offset).float()
+        producer = self._weight(place.producer)
+        if producer.ndim > 1:
+            return scales
+        return representable_scales(producer, scales, norm_offset=place.norm_offset).float()
 
 
 def calibrated_source(job: Job):
