@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from helpers.core.architectures import HEAD, architecture
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.core.processes import Bar, set_activity
 from helpers.core.records import check_checksums, sha256_folder
@@ -52,7 +52,7 @@ from helpers.quantization.int8_linear import (
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
 from helpers.runtime.devices import place_on_device, trim_heap
-from helpers.runtime.discovery import linear_experts
+from helpers.runtime.discovery import architecture, linear_experts
 from helpers.runtime.linears import (
     every_expert_reads,
     pad,
