@@ -131,17 +131,14 @@ class CalibratedLinears:
 
     def unfoldable_reason(self, name: str) -> str | None:
         """The reason why no scales can be folded before this Linear; None if they can."""
-        need = self._places[name].need
-        if need is None or need.holds(self._config):
-            return None
-        return need.words.format(config=self._config)
+        return self._places[name].refusal.format(config=self._config) or None
 
     def siblings(self, name: str) -> tuple[str, ...]:
         """The Linears that read the same input, itself among them, in the family's order."""
         return self._places[name].consumers
 
     def producer(self, name: str) -> str:
-        """The norm or Linear whose output channels are divided by s."""
+        """The norm or Linear whose output channels are divided by s; empty if none can be."""
         return self._places[name].producer
 
     def smoothing(self, name: str, *, alpha: float | None) -> ChannelSmoothing:
@@ -157,7 +154,7 @@ class CalibratedLinears:
             place.producer,
             place.consumers,
             place.readers,
-            linear.place.norm_offset,
+            place.norm_offset,
         )
         channel = channel_maxima(linear.act_absmax.numpy()).channel
         equation_scales = self._equation_scales(linear, alpha)
@@ -194,12 +191,13 @@ class CalibratedLinears:
 
     def _scales(self, linear: _Linear, alpha: float | None) -> Tensor:
         """(in_features,) s as the producer can hold it."""
-        scales = self._equation_scales(linear, alpha)
-        producer = self._weight(linear.place.producer)
-        if alpha is None or producer.ndim > 1:
+        scales, place = self._equation_scales(linear, alpha), linear.place
+        if alpha is None or not place.producer:
             return scales
-        norm_offset = linear.place.norm_offset
-        return representable_scales(producer, scales, norm_offset=norm_offset).float()
+        producer = self._weight(place.producer)
+        if producer.ndim > 1:
+            return scales
+        return representable_scales(producer, scales, norm_offset=place.norm_offset).float()
 
 
 def calibrated_source(job: Job):

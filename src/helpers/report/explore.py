@@ -248,13 +248,13 @@ class SmoothingPanel(Panel):
         note = (
             f"{variant} smooths this input with α = {used}."
             if chosen is not None
-            else (f"{variant} does not smooth this input.")
+            else f"{variant} does not smooth this input."
         )
         reason = linears.unfoldable_reason(name)
         note += (
             f" s can be folded into {linears.producer(name)}."
             if reason is None
-            else (f" No s can be folded into {linears.producer(name)} here: that needs {reason}.")
+            else f" No s can be folded before this Linear: that needs {reason}."
         )
         return (
             f'<div class="explore"><table><tr>{head}</tr>{rows}</table>'
