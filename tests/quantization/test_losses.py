@@ -24,29 +24,35 @@ def row(label: str, kl: float | None) -> dict:
 NAMED = "model.layers.3.mlp.down_proj"
 
 
+def carrier(rows: list[dict]) -> dict[str, str]:
+    """The only row of the table of carriers."""
+    [found] = sensitivity.loss_carrier_rows(study_of(rows))
+    assert (found["largest saving of KL"], found["model"]) == ("`o3`", "`base`")
+    return found
+
+
 def test_the_carrier_is_what_saves_most():
-    rows = [row("nothing", 0.8), row("every q_proj", 0.7), row(NAMED, 0.2)]
-    (sentence,) = sensitivity.loss_carrier_sentences(study_of(rows), "base")
-    assert "3.mlp.down_proj" in sentence
-    assert "reduce the KL of `o3` from 0.800 to 0.200" in sentence
-    assert "(by 75 %)" in sentence
+    found = carrier([row("nothing", 0.8), row("every q_proj", 0.7), row(NAMED, 0.2)])
+    assert found["left in float"] == "3.mlp.down_proj"
+    assert (found["KL as quantized"], found["KL then"], found["saved"]) == (
+        "0.800",
+        "0.200",
+        "75 %",
+    )
 
 
 def test_without_a_carrier_none_is_named():
-    rows = [row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)]
-    assert sensitivity.loss_carrier_sentences(study_of(rows), "base") == [
-        "No single kind of Linear carries the loss of `o3` beyond chance."
-    ]
+    found = carrier([row("nothing", 0.8), row("every q_proj", 0.8), row("every k_proj", 0.9)])
+    assert (found["left in float"], found["saved"]) == ("none beyond chance", sensitivity.MISSING)
 
 
 def test_what_saves_no_more_than_chance_moves_is_not_named():
     rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.61)]  # +25 %, −24 %
     assert sensitivity.largest_chance_rise(study_of(rows)) == pytest.approx(0.25)
-    (sentence,) = sensitivity.loss_carrier_sentences(study_of(rows), "base")
-    assert "No single kind of Linear" in sentence
+    assert carrier(rows)["left in float"] == "none beyond chance"
     assert "up to 25 %" in sensitivity.loss_chapter(study_of(rows))[0].data
     rows[2] = row(NAMED, 0.59)  # −26 %
-    assert "3.mlp.down_proj" in sensitivity.loss_carrier_sentences(study_of(rows), "base")[0]
+    assert carrier(rows)["left in float"] == "3.mlp.down_proj"
 
 
 def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
@@ -60,16 +66,13 @@ def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
 
 def test_what_is_not_finite_is_said_and_never_the_least():
     broken = [row("nothing", None), row("every q_proj", 0.7), row(NAMED, None)]
-    (sentence,) = sensitivity.loss_carrier_sentences(study_of(broken), "base")
-    assert "non-finite" in sentence
+    assert carrier(broken)["KL as quantized"] == "not finite"
     assert sensitivity.largest_chance_rise(study_of(broken)) is None
     partly = [row("nothing", 0.8), row("every q_proj", None), row(NAMED, 0.2)]
-    assert "3.mlp.down_proj" in sensitivity.loss_carrier_sentences(study_of(partly), "base")[0]
-    assert sensitivity.left_float_rows(study_of(partly), "base")[1]["`o3`"] == sensitivity.MISSING
+    assert carrier(partly)["left in float"] == "3.mlp.down_proj"
+    assert sensitivity.left_float_rows(study_of(partly))[1]["`o3`"] == sensitivity.MISSING
     only = [row("nothing", 0.8), row("every q_proj", None)]
-    assert (
-        "No single kind of Linear" in sensitivity.loss_carrier_sentences(study_of(only), "base")[0]
-    )
+    assert carrier(only)["left in float"] == "none beyond chance"
     curve = [{"alpha": 0.3, "kl": None}, {"alpha": 0.8, "kl": 0.2}]
     parts = sensitivity.loss_chapter(study_of(partly, curve))
     assert len(parts) == 2
@@ -83,18 +86,18 @@ def test_a_record_without_probes_is_passed_over():
 def test_weights_and_activations_alone_are_told_apart_and_carry_nothing():
     """Their rows are no Linears left float: they raise no chance and are no carrier."""
     rows = [row("nothing", 0.8), row("every q_proj", 0.7), row("every activation", 0.1)]
-    study = study_of([*rows, row("every weight", 0.9)])
-    assert "No single kind" not in sensitivity.loss_carrier_sentences(study, "base")[0]
-    assert "every q_proj" in sensitivity.loss_carrier_sentences(study, "base")[0]
+    rows.append(row("every weight", 0.9))
+    assert carrier(rows)["left in float"] == "every q_proj"
+    study = study_of(rows)
     assert sensitivity.largest_chance_rise(study) == pytest.approx(0)
-    assert [r["left in float"] for r in sensitivity.left_float_rows(study, "base")] == [
+    assert [r["left in float"] for r in sensitivity.left_float_rows(study)] == [
         "nothing",
         "every q_proj",
     ]
     (shares,) = sensitivity.decomposition_rows(study, "base")
     assert (shares["weights alone"], shares["activations alone"]) == ("0.100", "0.900")
     assert shares["not additive"] in ("-0.200", "−0.200")
-    assert "Weights or activations" in sensitivity.loss_chapter(study)[1].data
+    assert "Weights or activations" in sensitivity.loss_chapter(study)[0].data
     assert sensitivity.decomposition_rows(study_of(rows), "base") == []
     unknown = study_of([*rows, row("every weight", None)])
     assert sensitivity.decomposition_rows(unknown, "base") == []

@@ -178,8 +178,8 @@ def test_verdicts_in_other_words_are_named(demo):
 
 
 def kl_chapters(results) -> str:
-    """The chapters of every model, with the tables of the KL by token."""
-    shown = [part for m in results.models for part in chapters.model_comparison(results, m)]
+    """The chapter of all comparisons, with the tables of the KL by token."""
+    shown = chapters.model_comparisons(results)
     return "\n\n".join(part.data for part in shown if isinstance(part, Markdown))
 
 

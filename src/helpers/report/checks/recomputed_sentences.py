@@ -503,7 +503,7 @@ def wrong_kl_tables(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     for model in figures.study.models:
         heading = f"KL by token, model {model}"
         quantiles, tail = (
-            [row for t in report_tables if t.heading == heading for row in _rows_with(t, columns)]
+            [row for t in report_tables if t.section == heading for row in _rows_with(t, columns)]
             for columns in ({*KL_COLUMNS, KL_SHARE}, {*KL_TEXTS, "KL [nats]"})
         )
         tokens = {
