@@ -86,9 +86,9 @@ def test_a_record_without_probes_is_passed_over():
 def test_weights_and_activations_alone_are_told_apart_and_carry_nothing():
     """Their rows are no Linears left float: they raise no chance and are no carrier."""
     rows = [row("nothing", 0.8), row("every q_proj", 0.7), row("every activation", 0.1)]
-    rows.append(row("every weight", 0.9))
-    assert carrier(rows)["left in float"] == "every q_proj"
-    study = study_of(rows)
+    both = [*rows, row("every weight", 0.9)]
+    assert carrier(both)["left in float"] == "every q_proj"
+    study = study_of(both)
     assert sensitivity.largest_chance_rise(study) == pytest.approx(0)
     assert [r["left in float"] for r in sensitivity.left_float_rows(study)] == [
         "nothing",
