@@ -271,7 +271,14 @@ def one_row_of_one_linear_negated(run, _):
         row.copy_((-row.int()).clamp(-128, 127).to(torch.int8))
 
 
-@failure(GRID, FUNCTION, GPTQ, variant="gptq_w8a8")
+@failure(
+    GRID,
+    FUNCTION,
+    GPTQ,
+    variant="gptq_w8a8",
+    at="llmcompressor.modifiers.gptq",
+    words="columns left in the order in which GPTQ visits them",
+)
 def columns_left_in_the_order_that_gptq_visits_them(run, patch):
     real = gptq.quantize_weight
 
@@ -284,21 +291,32 @@ def columns_left_in_the_order_that_gptq_visits_them(run, patch):
     run.quantize()
 
 
-@failure(GPTQ, variant="gptq_w8a8", at="the variant's recipe")
+@failure(
+    GPTQ,
+    variant="gptq_w8a8",
+    at="the variant's recipe",
+    words="weights rounded to nearest instead of by GPTQ",
+)
 def weights_rounded_to_nearest_instead_of_by_gptq(run, patch):
     with patch.context() as other:
         other.setitem(VARIANTS, run.variant, VARIANTS[run.variant] | {"rounding": "nearest"})
         run.quantize()
 
 
-@failure(GPTQ, variant="gptq_w8a8", long=True)
+@failure(
+    GPTQ,
+    variant="gptq_w8a8",
+    at="the texts that GPTQ reads",
+    words="GPTQ on other texts than the calibration's",
+    long=True,
+)
 def gptq_on_other_texts_than_the_calibrations(run, patch):
     real = quantized_run.calibration_tokens
     patch.setattr(quantized_run, "calibration_tokens", lambda *args: real(*args)[::-1])
     run.quantize()
 
 
-@failure(GPTQ, variant="gptq_w8a8", long=True)
+@failure(GPTQ, variant="gptq_w8a8", words="padding counted in GPTQ's Hessians", long=True)
 def padding_counted_in_gptqs_hessians(run, patch):
     real = variants.pad
 
@@ -310,7 +328,13 @@ def padding_counted_in_gptqs_hessians(run, patch):
     run.quantize()
 
 
-@failure(GRID, FUNCTION, variant="gptq_w8a8", long=True)
+@failure(
+    GRID,
+    FUNCTION,
+    variant="gptq_w8a8",
+    words="GPTQ before the weights are multiplied by the scales",
+    long=True,
+)
 def gptq_before_the_weights_are_multiplied_by_the_scales(run, patch):
     real = variants.quantize_
 
