@@ -48,20 +48,23 @@ def rows_of(kind: str, count: int, *, seed: int) -> list[dict]:
 
 
 def _arc(rnd: random.Random, number: int) -> dict:
-    options = rnd.sample(THINGS, 4)
+    options = [f"{rnd.choice(PEOPLE)} {a} the {rnd.choice(THINGS)}" for a in rnd.sample(ACTS, 4)]
     return {
         "id": f"made-{number}",
-        "question": f"{scene(rnd)} Which thing was it not, the {options[0]} or another?",
-        "choices": {"text": [f"the {o}" for o in options], "label": list("ABCD")},
+        "question": f"{scene(rnd)} {scene(rnd)} Which of these happened in week {number}?",
+        "choices": {"text": options, "label": list("ABCD")},
         "answerKey": rnd.choice("ABCD"),
     }
 
 
 def _hellaswag(rnd: random.Random, number: int) -> dict:
-    endings = [f"{rnd.choice(ACTS)} the {t} [title]and went home." for t in rnd.sample(THINGS, 4)]
+    endings = [
+        f"{act} the {rnd.choice(THINGS)} near {rnd.choice(PLACES)} [title]and went home with it."
+        for act in rnd.sample(ACTS, 4)
+    ]
     return {
         "activity_label": f"Scene {number}",
-        "ctx_a": scene(rnd),
+        "ctx_a": f"{scene(rnd)} {scene(rnd)}",
         "ctx_b": f"{rnd.choice(PEOPLE)} then",
         "endings": endings,
         "label": str(rnd.randrange(4)),
@@ -110,8 +113,14 @@ def _wikitext(rnd: random.Random, number: int) -> dict:
     return {"page": f" = Scene {number} = \n\n {sentences} \n"}
 
 
+def _blimp(rnd: random.Random, number: int) -> dict:
+    good = f"{rnd.choice(PEOPLE)} has {rnd.choice(ACTS)} the {rnd.choice(THINGS)} {number}."
+    return {"sentence_good": good, "sentence_bad": good.replace(" has ", " have ")}
+
+
 ROWS = {
     "arc": _arc,
+    "blimp": _blimp,
     "hellaswag": _hellaswag,
     "boolq": _boolq,
     "squad_v2": _squad,
@@ -138,6 +147,13 @@ TASKS: dict[str, dict] = {
         "doc_to_text": "{{passage}}\nQuestion: {{question}}?\nAnswer:",
         "doc_to_target": "{{answer|int}}",
         "doc_to_choice": ["no", "yes"],
+        "metric_list": ACCURACY[:1],
+    },
+    "blimp": CHOICE
+    | {
+        "doc_to_text": "",
+        "doc_to_target": 0,
+        "doc_to_choice": "{{[sentence_good, sentence_bad]}}",
         "metric_list": ACCURACY[:1],
     },
     "squad_v2": {

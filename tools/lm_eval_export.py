@@ -105,7 +105,9 @@ def _metric_values(
     row: dict, prompt_record: dict, evaluation_set: EvaluationSet
 ) -> dict[str, float]:
     if isinstance(evaluation_set, TaskSet):
-        own = {name.partition(",")[0]: v for name, v in row["metrics"].items() if v in (0, 1)}
+        own = {
+            name.partition(",")[0]: v for name, v in row.get("metrics", {}).items() if v in (0, 1)
+        }
         return own | dict.fromkeys(metric_names(evaluation_set), row["score"])
     values = {"exact_match": row["score"], "acc_norm": row["score"], "f1": row.get("f1", 0.0)}
     values["acc"] = row["score"]

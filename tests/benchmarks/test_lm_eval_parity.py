@@ -27,6 +27,7 @@ def parities(tmp_path, tokenizer, monkeypatch):
         model.save_pretrained(tmp_path / "model")
         tokenizer.save_pretrained(tmp_path / "model")
         options = {"dtype": "float32", "batch_size": 4, "device": "cpu"}
+        options["softmax_dtype"] = "float64"  # a step of float32 at 3,000 nats is 2e-4
         harness = HFLM(pretrained=str(tmp_path / "model"), **options)
         sizes = {"items": 12, "rounds": 1, "kinds": kinds}
         return run(model, tokenizer, harness, tmp_path / "tasks", **sizes)
@@ -45,4 +46,4 @@ def test_metrics_texts_and_log_probabilities_are_the_harnesss(parities):
 def test_a_text_longer_than_the_context_is_read_in_the_harnesss_windows(parities):
     [parity] = parities(["wikitext"], positions=128)
     assert parity.differing == 0
-    assert parity.largest <= 2 * CLOSE  # sums over 600 tokens
+    assert parity.largest <= CLOSE

@@ -99,3 +99,22 @@ def test_vllm_is_pinned_apart():
     pins = [Requirement(x) for x in text.splitlines() if x and not x.startswith("#")]
     assert [r.name for r in pins if not exact(r)] == []
     assert not {r.name for r in pins if r.name.startswith("vllm")} & {r.name for r in LOCK}
+
+
+def test_the_harness_is_pinned_and_the_set_up_installs_it():
+    """requirements-lm-eval.txt: without dependencies, so that none of the lock's versions moves."""
+    text = (PROJECT / "requirements-lm-eval.txt").read_text("utf-8")
+    pins = [Requirement(x) for x in text.splitlines() if x and not x.startswith("#")]
+    assert [r.name for r in pins if not exact(r)] == []
+    assert not {canonicalize_name(r.name) for r in pins if not _only_elsewhere(r.name)} & {
+        canonicalize_name(r.name) for r in LOCK
+    }
+    makefile = (PROJECT / "Makefile").read_text("utf-8")
+    assert "install --quiet --no-deps -r requirements-lm-eval.txt" in makefile
+    assert "$(READY): requirements.lock requirements-lm-eval.txt" in makefile
+
+
+def _only_elsewhere(name: str) -> bool:
+    """Whether the lock has a package for other platforms only."""
+    locked = [r for r in LOCK if canonicalize_name(r.name) == canonicalize_name(name)]
+    return all(r.marker is not None and "win32" in str(r.marker) for r in locked)

@@ -9,7 +9,7 @@ it goes through the split in order, so that the requests of all items are built 
 drawn. Templates of a task file of one's own run in a sandbox, unless the study trusts its code.
 
 Without right or wrong options (`loglikelihood`, `loglikelihood_rolling`) an item gets a foil, whose
-likelihood is read beside the target's: the target of another item, or the text with its words in
+likelihood is read beside the target's: the target of another item, or the last words of the text in
 reverse order.
 """
 
@@ -30,6 +30,7 @@ from helpers.study.tasks import is_own_file
 
 EXAMPLES_SEED = 1234  # the harness's default for worked examples
 PASSAGES = ("passage", "context", "article", "story")  # fields that several rows may share
+FOIL_WORDS = 64
 IN_ORDER, REVERSED = "the text in its order", "its words reversed"
 
 
@@ -87,13 +88,8 @@ def with_foils(items: Sequence[Item], task_set: TaskSet) -> list[Item]:
 
 
 def reversed_words(text: str) -> str:
-    """The text with its words in reverse order, the white space between them as it was."""
-    words = text.split()
-    pieces, rest = [], text
-    for word, other in zip(words, reversed(words), strict=True):
-        before, _, rest = rest.partition(word)
-        pieces += [before, other]
-    return "".join([*pieces, rest])
+    """The last words of a text in reverse order: enough for a mean over tokens."""
+    return " ".join(reversed(text.split()[-FOIL_WORDS:]))
 
 
 def _other_target(items: Sequence[Item], place: int) -> tuple[str, ...]:
@@ -163,7 +159,7 @@ class _Task:
             except Exception as error:
                 raise self._row_error(row, f"{type(error).__name__}: {one_line(error)}") from None
             if not item.golds:
-                raise self._row_error(row, "it has no right answer among its options")
+                raise self._row_error(row, "it has no right answer")
             key = (item.question, item.options, item.golds)
             if item.id not in self._row_of and key not in keys:
                 keys.add(key)

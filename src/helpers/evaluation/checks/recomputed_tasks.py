@@ -202,14 +202,14 @@ def missing_task_part(task_set: TaskSet, item: Item, text: str, continuations) -
 
 
 def foils_gate(task_set: TaskSet, items: Sequence[Item]) -> Gate:
-    """Each foil is another item's target, or the item's own text with its words reversed."""
+    """Each foil is another item's target, or the last 64 words of its own text reversed."""
     rolling = task_set.read.output_type == "loglikelihood_rolling"
     targets = {item.golds[0] for item in items}
     wrong = []
     for item in items:
         own, *foils = item.options
         if rolling:
-            fits = len(foils) == 1 and foils[0].split() == own.split()[::-1]
+            fits = len(foils) == 1 and foils[0].split() == own.split()[:-65:-1]
         else:
             others = targets - {item.golds[0]}
             fits = set(foils) <= others and (bool(foils) or not _distinct(others, own))
