@@ -64,7 +64,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bank bench scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
+.PHONY: help fetch study report archive again export lab test longtest bank bench families scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
 
 help: ## list the targets
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -138,6 +138,9 @@ bench: $(BENCH_READY) ## compare the speed with other libraries; results go to o
 	@$(if $(findstring --only processors,$(ARGS)),,$(MAKE) --no-print-directory $(VLLM_READY) \
 	  || echo 'make: vLLM does not install here' >&2)
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
+
+families: $(READY) ## run a tiny twin of every causal family from end to end; results go to outputs/bench
+	@OMP_NUM_THREADS=1 nice -n 19 $(PY) -m benchmarks.families $(ARGS)
 
 scale: $(READY) ## measure time and memory at 0.135 B and 0.6 B weights; results go to outputs/scale
 	@$(PY) -m benchmarks.scale

@@ -41,7 +41,7 @@ from helpers.quantization import calibration, int8_matmul, smoothing, variants
 from helpers.quantization.variants import load_variant
 from helpers.runtime import twins
 from helpers.runtime.devices import processor_class
-from helpers.runtime.discovery import architecture, linear_experts, places
+from helpers.runtime.discovery import architecture, linear_experts, places, source_hash
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.models import byte_tokenizer, load_model, load_tokenizer, save_model
 from helpers.sources.sampling import calibration_items
@@ -215,13 +215,13 @@ def furthest_from_transformers(folder: Path, config, sums: list, written: list) 
     return max(differences)
 
 
-def run_family(entry: str, root: Path) -> dict:
+def run_family(entry: str, root: Path, *, layers: int = LAYERS) -> dict:
     """The row of one entry: what was discovered, and whether each step held.
 
     Raises:
         StudyError: the family cannot be studied; the message is the reason.
     """
-    config = family_config(entry)
+    config = family_config(entry, layers=layers)
     row = discovered(config)
     run = FamilyRun(config, root, [t for t in TARGETS if row["groups"][t]])
     run.calibrate()
@@ -290,7 +290,8 @@ def _stopped(reason: str) -> dict:
 def versions() -> dict[str, str]:
     """What the rows depend on beside this project's code."""
     packages = ("transformers", "torch", "llmcompressor", "compressed-tensors")
-    return {"processor": processor_class()} | {name: version(name) for name in packages}
+    own = {"processor": processor_class(), "discovery": source_hash()[:12]}
+    return own | {name: version(name) for name in packages}
 
 
 def table(results: dict) -> str:

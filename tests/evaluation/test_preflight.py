@@ -267,3 +267,12 @@ def test_what_was_refused_is_looked_at_again(
 def test_what_ships_with_the_project_is_not_looked_at(study_path, monkeypatch):
     monkeypatch.setattr(launcher.subprocess, "run", lambda *_a, **_o: pytest.fail("looked at"))
     assert launcher.check_sources(str(study_path), load_study(study_path), dry=False) == 0
+
+
+def test_smoothing_that_has_no_place_in_a_model_is_refused_before_the_first_job(check):
+    def smooth_values(settings):
+        settings["variants"]["smoothquant_w8a8"]["smooth"]["targets"] = ["attention_output"]
+
+    [line] = check(settings=smooth_values)
+    assert line.startswith("variants.smoothquant_w8a8.smooth.targets: 'attention_output' needs as")
+    assert line.endswith("here are 2 and 4; leave it out, or the variant from a study of base")

@@ -48,7 +48,7 @@ def test_the_tensors_are_those_that_transformers_loads(brought, case):
     together = files.load_all()
     assert set(together) == set(files)
     assert all(torch.equal(together[name], files[name]) for name in files)
-    head = load_head(folder, dtype=torch.float32, device="cpu")
+    head, _ = load_head(folder, dtype=torch.float32, device="cpu")
     assert torch.equal(head, expected[HEAD])
 
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 HEAD = "lm_head"  # of every family here; often tied to the embeddings
 EXPERT = "{expert}"  # in a module's name: every expert of a block
-TARGETS = ("attention_input", "attention_output", "mlp_input", "mlp_down")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ The stage that 03_cost runs is here too, from its opening to its record.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from helpers.core.architectures import HEAD
 from helpers.core.processes import interleaved_rounds
 from helpers.core.records import peak_memory_bytes
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
-from helpers.inference.protocols import generate_greedy
+from helpers.inference.protocols import generate_greedy, hidden_states, prove_engine
 from helpers.quantization import int8_matmul
 from helpers.quantization.variants import arithmetic_record, load_variant, variant_digest
 from helpers.runtime.devices import has_bfloat16_units, prepare, set_malloc_thresholds
@@ -350,18 +350,25 @@ def measure(load: Callable[[], tuple], work: Workload, *, threads: int) -> dict:
     model, _ = load()
     texts, prompts = work.texts, work.prompts
     one_text_a_pass = getattr(model, "scale_scope", "token") == "pass"  # each pass reads one text
+    hidden_states(model, texts[0][:WARM_TOKENS])
+    _synchronize(model)
+    load_s = time.perf_counter() - started
+    prove_engine(model)
+    one_text_a_pass |= bool(model.packing_problem)
     rows = 1 if one_text_a_pass else len(prompts)
-    with use_packed_attention(model):
-        read(model, [Segment(texts[0][:WARM_TOKENS])])
-        _synchronize(model)
-        load_s = time.perf_counter() - started
-        passes = [[Segment(t)] for t in texts] if one_text_a_pass else [[Segment(t) for t in texts]]
-        with time_linears(model) as linears:
-            started = time.perf_counter()
-            for segments in passes:
+    passes = [[Segment(t)] for t in texts] if one_text_a_pass else [[Segment(t) for t in texts]]
+    with ExitStack() as stack:
+        if not model.packing_problem:
+            stack.enter_context(use_packed_attention(model))
+        linears = stack.enter_context(time_linears(model))
+        started = time.perf_counter()
+        for segments in passes:
+            if model.packing_problem:
+                hidden_states(model, segments[0].tokens)
+            else:
                 read(model, segments)
-            _synchronize(model)
-            prefill_s = time.perf_counter() - started
+        _synchronize(model)
+        prefill_s = time.perf_counter() - started
     decode_tokens, decode_s = _decode_rate(model, prompts[:rows], work.new_tokens)
     on_cpu = model.device.type == "cpu"
     return {

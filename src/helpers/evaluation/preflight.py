@@ -23,6 +23,7 @@ from helpers.evaluation.prompts import (
     tokenize_prompts,
 )
 from helpers.inference.perplexity import passage_tokens
+from helpers.quantization.calibration import smoothing_groups
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
 from helpers.sources.items import Item, cached_rows_info
@@ -146,6 +147,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
     if tensor_problems := _tensor_problem(files, config):
         yield f"{key}: {folder.name}: {tensor_problems}"
         return
+    yield from _smoothing_problems(study, model, config)
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
@@ -156,6 +158,15 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
     elif check_texts:
         rows = files.shape(skeleton(config).table)[0]
         yield from _text_problems(study, model, tokenizer, rows, context_length(config))
+
+
+def _smoothing_problems(study: Study, model: str, config) -> Iterator[str]:
+    """A line for each variant whose smoothing has no place in a model; the others can run."""
+    for name, variant in study.variants.items():
+        try:
+            smoothing_groups(config, variant.smooth.targets if variant.smooth else ())
+        except StudyError as error:
+            yield f"variants.{name}.{error}, or the variant from a study of {model}"
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

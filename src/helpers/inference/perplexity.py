@@ -31,7 +31,7 @@ from helpers.inference.packed_attention import (
 from helpers.inference.protocols import HEAD_ROWS
 from helpers.runtime.linears import product
 from helpers.sources.chat import beginning_tokens, plain_tokens
-from helpers.sources.model_files import check_context_length
+from helpers.sources.model_files import check_context_length, reads_alone
 from helpers.sources.models import load_head, model_folder
 from helpers.sources.sampling import shared_passages
 from helpers.study.loading import Job
@@ -144,7 +144,11 @@ def read_passages(model, passages: list[list[int]], *, batch_tokens: int) -> Hid
     hidden_by_passage: dict[int, Tensor] = {}
     with Bar(total=len(passages), desc="shared text", unit="passage") as bar:
         for index in alone:
-            hidden_by_passage[index] = protocols.hidden_states(model, passages[index])[:-1]
+            tokens = passages[index]
+            if not reads_alone(model.config, len(tokens)):  # its positions need no last token
+                tokens = [*tokens[:-1]]
+            states = protocols.hidden_states(model, tokens)
+            hidden_by_passage[index] = states[: len(passages[index]) - 1]
             bar.update()
         with use_packed_attention(model):
             for indices, segments, _ in packed_batches(texts, make_suffix, row_tokens=batch_tokens):
@@ -175,8 +179,8 @@ def load_states(path: Path, source: Path, like) -> HiddenStates:
     if not path.is_file():
         raise StudyError(f"{path.name} of the baseline is missing; run 03_evaluation for it first")
     hidden = load_file(path)["hidden"].to(like.device)
-    head = load_head(source, dtype=hidden.dtype, device=like.device)
-    return HiddenStates(hidden, lambda x: product(x, head).float())
+    weight, bias = load_head(source, dtype=hidden.dtype, device=like.device)
+    return HiddenStates(hidden, lambda x: product(x, weight, bias).float())
 
 
 @torch.inference_mode()

@@ -111,7 +111,7 @@ class VllmModel:
 
     def head(self, hidden: Tensor) -> Tensor:
         """(rows, vocabulary) float32 logits of hidden states, by the checkpoint's own head."""
-        return product(hidden, self._head)
+        return product(hidden, *self._head)
 
     def linear(self, name: str, inputs: Tensor) -> Tensor:
         """(rows, out_features) output of one of vLLM's Linears for (rows, in_features) inputs."""

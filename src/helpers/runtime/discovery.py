@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import revert_weight_conversion
 
 from helpers.core.architectures import EXPERT, HEAD, Architecture, Norm, Place
 from helpers.core.errors import StudyError
@@ -120,7 +121,8 @@ class _Same:
 
 
 @lru_cache(maxsize=1)
-def _source_hash() -> str:
+def source_hash() -> str:
+    """Hash of what a discovery depends on beside the configuration: code, torch, transformers."""
     own = [sha256_file(Path(module)) for module in (__file__, twins.__file__)]
     return sha256_text(" ".join((*own, torch.__version__, version("transformers"))))
 
@@ -132,7 +134,7 @@ def _architecture(same: _Same) -> Architecture | str:
         config = twins.twin_config(same.config)
     except StudyError as error:
         return str(error)
-    key = _source_hash() + _Same(config).text
+    key = source_hash() + _Same(config).text
     path = cache_root() / "architectures" / f"{sha256_text(key)[:20]}.json"
     if (stored := _stored(path)) is not None:
         return stored
@@ -175,14 +177,8 @@ def discover(config) -> Architecture:
     model = twin.model
     _check_form(twin)
     flow = twin.flow()
-    if not flow.linears:
-        raise StudyError("it has no Linear but its head (transformers' Conv1D is none)")
-    uncalled = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    if uncalled := sorted(set(uncalled) - {*flow.linears, HEAD}):
-        raise StudyError(
-            f"it multiplies by the weights of {uncalled[0]} without calling it "
-            f"({len(uncalled)} Linears in all), so that no int8 product can take its place"
-        )
+    _check_linears(twin, flow)
+    _check_names(config, twin)
     blocks = _blocks(flow.linears)
     found = Search(twin, flow).places
     linears = {*flow.linears, HEAD}
@@ -236,6 +232,43 @@ def _check_form(twin: Twin) -> None:
     changed[0, -1] = 3 if changed[0, -1] != 3 else 4
     if change(twin.read(changed)[:-1], twin.logits[:-1]) > SAME:
         raise StudyError("a token's logits depend on later tokens: it is no causal model")
+
+
+def _check_linears(twin: Twin, flow: Flow) -> None:
+    """Check that every Linear can be replaced by one in int8.
+
+    Raises:
+        StudyError: there is none but the head, one is of a class of its own, or one is not called.
+    """
+    if not flow.linears:
+        raise StudyError("it has no Linear but its head (transformers' Conv1D is none)")
+    kinds = {n: type(m) for n, m in twin.model.named_modules() if isinstance(m, nn.Linear)}
+    if others := sorted(name for name, kind in kinds.items() if kind is not nn.Linear):
+        raise StudyError(
+            f"{others[0]} is a {kinds[others[0]].__name__} ({len(others)} in all); only plain "
+            "Linears are saved as int8"
+        )
+    if uncalled := sorted(set(kinds) - {*flow.linears, HEAD}):
+        raise StudyError(
+            f"it multiplies by the weights of {uncalled[0]} without calling it "
+            f"({len(uncalled)} Linears in all), so that no int8 product can take its place"
+        )
+
+
+def _check_names(config, twin: Twin) -> None:
+    """Check that tensors have the names of their modules in the files that are saved.
+
+    Raises:
+        StudyError: transformers renames or converts some of them on loading.
+    """
+    own = twin.model.state_dict()
+    with experts_as_linears(config.model_type, twin.experts):
+        stored = revert_weight_conversion(twin.model, dict(own))
+    if others := sorted(set(stored) - set(own)):
+        raise StudyError(
+            f"its files hold {others[0]}, which transformers renames or converts on loading "
+            f"({len(others)} tensors in all), and tensors are compared with the files by name"
+        )
 
 
 def _blocks(linears: list[str]) -> str:

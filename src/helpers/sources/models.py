@@ -365,8 +365,10 @@ def empty_model(config, *, dtype: torch.dtype):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
-    """(vocabulary, hidden) weight of a folder's head, or of the embeddings it is tied to.
+def load_head(
+    folder: Path, *, dtype: torch.dtype, device
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(vocabulary, hidden) weight of a folder's head, or of the embeddings it is tied to; its bias.
 
     Raises:
         StudyError: the folder holds neither.
@@ -375,7 +377,8 @@ def load_head(folder: Path, *, dtype: torch.dtype, device) -> torch.Tensor:
     name = f"{table if files.tied else HEAD}.weight"
     if name not in files:
         raise StudyError(f"{folder.name}: {name} is not in its files; name a language model")
-    return files[name].to(device, dtype)
+    bias = files.get(f"{HEAD}.bias")
+    return files[name].to(device, dtype), None if bias is None else bias.to(device, dtype)
 
 
 def save_model(model, tokenizer, folder: Path, **options) -> None:

@@ -368,7 +368,9 @@ class Playback:
             hidden.to(self.dtype) @ part.to(self.files.dtype).to(self.dtype).T
             for part in weight.split(HEAD_CHUNK)
         ]
-        return torch.cat(parts, dim=1).double()
+        logits = torch.cat(parts, dim=1).double()
+        bias = f"{HEAD}.bias"
+        return logits + tensors[bias].to(self.files.dtype).double() if bias in tensors else logits
 
 
 PERTURBED_ROWS = 8192  # rows of a weight in one step
