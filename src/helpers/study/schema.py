@@ -465,9 +465,9 @@ class Variant(Strict):
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether the checkpoint depends on the calibration items: smoothing, static scales."""
+        """Whether the checkpoint depends on calibration items: smoothing, GPTQ, static scales."""
         static = self.scheme is not None and self.scheme[1] == "tensor_static"
-        return self.smooth is not None or static
+        return self.smooth is not None or static or self.rounding == "gptq"
 
     @property
     def is_unmodified(self) -> bool:
