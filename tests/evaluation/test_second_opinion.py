@@ -3,6 +3,8 @@
 Each lapse is put into the running engine, which asks in earnest and asks alone with it.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import yaml
@@ -255,20 +257,17 @@ def a_foil_stored_as_the_gold(patch):
     whole = engine.gold_fields
 
     def swapped(golds, tokens, loglikelihoods):
-        *answers, form = loglikelihoods
-        return whole(golds, tokens, [*answers[::-1], form])
+        return whole(golds, tokens, loglikelihoods[::-1])
 
     patch.setattr(engine, "gold_fields", swapped)
 
 
 def golds_scored_with_their_form(patch):
-    """The form's log-probability is not taken off, although the row says that it is."""
-    whole = engine.gold_fields
-
-    def without(golds, tokens, loglikelihoods):
-        return whole(golds, tokens, [*loglikelihoods[:-1], 0.0])
-
-    patch.setattr(engine, "gold_fields", without)
+    """Although the row says that they are scored without."""
+    whole = protocols.scored_tokens
+    patch.setattr(
+        protocols, "scored_tokens", lambda item, branches: whole(replace(item, form=0), branches)
+    )
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])

@@ -103,6 +103,7 @@ def test_rows_of_another_file_are_no_rows_of_the_set(asked, kind, tmp_path):
     assert not rows_gate(predictions[kind], items, swapped).passed
 
 
+@pytest.mark.bank("answers", "a task's target taken for its foil", "foils are other targets")
 def test_a_foil_that_is_the_own_target_is_caught(asked):
     from dataclasses import replace
 

@@ -106,12 +106,6 @@ def test_value_to_output_smoothing_is_refused_under_grouped_query_attention(mode
         smoothing_groups(model.config, ("attention_output",))
 
 
-def test_an_unknown_architecture_is_refused_by_name(model):
-    model.config.model_type = "mystery"
-    with pytest.raises(StudyError, match="'mystery' is not among"):
-        smoothing_groups(model.config, NORMS)
-
-
 def test_agrees_with_llmcompressors_modifier(model, tokenizer, items, tmp_path):
     """Same formula, other statistics: theirs are max - min for max|x|, 2 max|w| for max|w|.
 

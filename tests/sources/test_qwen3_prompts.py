@@ -82,7 +82,8 @@ def test_texts_and_ids_are_those_of_qwen3s_own_files(fact, settings):
 def test_gold_answers_stand_where_qwen3s_template_puts_an_answer(fact, settings):
     """Thinking or not: behind an empty thinking block, as a finished answer has."""
     prompt, tokenizer, evaluation_set = asked(fact, settings)
-    (gold,) = answer_tokens(tokenizer, prompt, [rf"\boxed{{{fact['gold']}}}"], evaluation_set.ask)
+    answers = [rf"\boxed{{{fact['gold']}}}"]
+    (gold,) = answer_tokens(tokenizer, prompt, answers, evaluation_set.ask).answers
     whole = list(prompt.tokens.context) + gold
     assert whole == fact["answered_ids"][: len(whole)]
     assert fact["answered_ids"][len(whole)] == IM_END

@@ -235,6 +235,9 @@ def _score_task_options(
         yield prediction | _counts(prompts[index], sum(map(len, options)))
 
 
+NO_ANSWERS = AnswerTokens([], [])  # of an item without golds
+
+
 def _generate_answers(
     model,
     tokenizer,
@@ -250,8 +253,8 @@ def _generate_answers(
         for i, p in enumerate(prompts)
         if p.item.id in golds
     }
-    options = [tokens[i].continuations if i in tokens else [] for i in range(len(prompts))]
-    longest = [max([ask.max_new_tokens, *map(len, own)]) for own in options]
+    options = [tokens.get(i, NO_ANSWERS) for i in range(len(prompts))]
+    longest = [max([ask.max_new_tokens, *map(len, own.answers)]) for own in options]
     lengths = [len(p.tokens.context) + n for p, n in zip(prompts, longest, strict=True)]
     _check_context_length(model, prompts, lengths)
     for index, generated in _generate(model, tokenizer, ask, prompts, options, limits):
@@ -276,7 +279,7 @@ def _generate(
     tokenizer,
     ask: Generate,
     prompts: list[TokenizedPrompt],
-    options: list[list[list[int]]],
+    options: list[AnswerTokens],
     limits: Batch,
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yield (prompt index, answer with the log-likelihoods of the prompt's options).
@@ -297,7 +300,8 @@ def _generate(
         batch_rows=limits.rows,
         cuts=[p.tokens.cuts for p in prompts],
         complete=_end_of_answer(tokenizer, ask, prompts),
-        options=[] if shares_scale else options,
+        options=[] if shares_scale else [own.answers for own in options],
+        forms=[len(own.form) for own in options],
     )
     for index, generated in answers:
         sums = loglikelihoods.get(index, generated.loglikelihoods)
@@ -305,12 +309,14 @@ def _generate(
 
 
 def _read_apart(
-    model, prompts: list[TokenizedPrompt], options: list[list[list[int]]], limits: Batch
+    model, prompts: list[TokenizedPrompt], options: list[AnswerTokens], limits: Batch
 ) -> dict[int, tuple[float, ...]]:
     """Log-likelihoods of each prompt's options by prompt index, without any generation."""
-    indices = [i for i, own in enumerate(options) if own]
+    indices = [i for i, own in enumerate(options) if own.answers]
     items = [
-        OptionTokens(prompts[i].tokens.context, options[i], prompts[i].tokens.cuts) for i in indices
+        OptionTokens(tokens.context, options[i].answers, tokens.cuts, len(options[i].form))
+        for i in indices
+        for tokens in [prompts[i].tokens]
     ]
     served = vllm_client.is_served(model)
     score = vllm_client.option_loglikelihoods if served else option_loglikelihoods
@@ -335,7 +341,7 @@ def read_golds(
     prompts, limits = _as_scales_allow(model, [p for p in prompts if p.item.id in golds], limits)
     ask = evaluation_set.ask
     tokens = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
-    sums = _read_apart(model, prompts, [own.continuations for own in tokens], limits)
+    sums = _read_apart(model, prompts, tokens, limits)
     return [
         {"id": p.item.id} | gold_fields(golds[p.item.id], tokens[i], sums[i])
         for i, p in enumerate(prompts)

@@ -368,11 +368,6 @@ class AnswerTokens:
     answers: list[list[int]]
     form: list[int]
 
-    @property
-    def continuations(self) -> list[list[int]]:
-        """What the model reads after the prompt: the answers, then the form if it has tokens."""
-        return [*self.answers, self.form] if self.form else self.answers
-
 
 def answer_tokens(
     tokenizer, prompt: TokenizedPrompt, texts: Sequence[str], ask: Generate
@@ -413,12 +408,10 @@ def gold_fields(golds: GoldAnswers, tokens: AnswerTokens, loglikelihoods: Sequen
 
     Args:
         tokens: of `golds.texts`.
-        loglikelihoods: summed log-probability of each of `tokens.continuations`, in nats. A
-            difference to the form's that is not finite is stored as None.
+        loglikelihoods: summed log-probability of each, given the form, in nats; a sum that is
+            not finite is stored as None.
     """
-    form = loglikelihoods[-1] if tokens.form else 0.0
-    scored = [s - form for s in loglikelihoods[: len(tokens.answers)]]
-    sums = [round(s, DECIMALS) if math.isfinite(s) else None for s in scored]
+    sums = [round(s, DECIMALS) if math.isfinite(s) else None for s in loglikelihoods]
     sizes, count = [len(a) - len(tokens.form) for a in tokens.answers], len(golds.golds)
     foil = (None, None) if golds.foil is None else (sums[count], sizes[count])
     return {

@@ -106,7 +106,7 @@ def count_set_tokens(
     ask = evaluation_set.ask
     golds = gold_answers([p.item for p in prompts], evaluation_set)
     answers = [answer_tokens(tokenizer, p, golds[p.item.id].texts, ask) for p in prompts]
-    options = sum(len(answer) - 1 for own in answers for answer in own.continuations)
+    options = sum(len(answer) - 1 for own in answers for answer in own.answers)
     return _set_tokens(texts, options, options + 2 * len(texts), ask.max_new_tokens)
 
 

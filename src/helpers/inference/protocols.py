@@ -195,11 +195,14 @@ class OptionTokens:
 
     Attributes:
         cuts: token counts at which the context may be shared with other items.
+        form: so many tokens at the beginning of each option are read and not scored; fewer than
+            any option has.
     """
 
     context: list[int]
     options: list[list[int]]
     cuts: tuple[int, ...] = ()
+    form: int = 0
 
     def __len__(self) -> int:
         """Tokens of the context and the longest option."""
@@ -208,6 +211,12 @@ class OptionTokens:
     def __post_init__(self):
         if not self.context or not self.options or not all(self.options):
             raise ValueError("an item needs a context and options of at least one token each")
+        if self.form >= min(map(len, self.options)):
+            raise ValueError("every option needs a token to score after its form")
+
+    def scored_pairs(self) -> list[tuple[list[int], list[int]]]:
+        """Of each option what comes before its scored tokens, and these."""
+        return [(self.context + o[: self.form], o[self.form :]) for o in self.options]
 
 
 def option_segment(item: OptionTokens, before: tuple[Segment, ...]) -> Segment:
@@ -232,7 +241,8 @@ def scored_tokens(item: OptionTokens, branches: list[int]) -> list[tuple[int, in
     scored, branch_start = [], trunk
     for k, option in enumerate(item.options):
         predicting = [trunk - 1, *range(branch_start, branch_start + len(option) - 1)]
-        scored += [(place, token, k) for place, token in zip(predicting, option, strict=True)]
+        places = zip(predicting, option, strict=True)
+        scored += [(place, token, k) for place, token in places][item.form :]
         branch_start += len(option) - 1
     return scored
 
@@ -271,8 +281,8 @@ def option_scores(
     """
     alone = [i for i, item in enumerate(items) if read_alone(model, len(item))]
     for index in alone:
-        context, options = items[index].context, items[index].options
-        yield index, [_score_alone(model, context, option, greedy) for option in options]
+        pairs = items[index].scored_pairs()
+        yield index, [_score_alone(model, before, tokens, greedy) for before, tokens in pairs]
     batched = [i for i in range(len(items)) if i not in set(alone)]
     packed_items = [items[i] for i in batched]
     for index, scores in _packed_scores(model, packed_items, batch_tokens, greedy):
@@ -492,6 +502,7 @@ def generate_greedy(
     cuts: Sequence[Sequence[int]] = (),
     complete: Callable[[list[int]], bool] | None = None,
     options: Sequence[Sequence[list[int]]] = (),
+    forms: Sequence[int] = (),
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yield (prompt index, answer) as answers end.
 
@@ -506,12 +517,14 @@ def generate_greedy(
         complete: whether the tokens so far are a complete answer.
         options: for each prompt, non-empty continuations whose log-likelihood is read too; they
             do not change what the model generates.
+        forms: for each prompt, the tokens at the beginning of its options that are not scored.
     """
     stop_rules = StopRules(max_new_tokens, frozenset(stop_tokens), complete)
     texts = [split_at(p, c) for p, c in zip(prompts, cuts or [()] * len(prompts), strict=True)]
+    forms = forms or [0] * len(prompts)
     items = [
-        OptionTokens(prompt, list(own)) if own else None
-        for prompt, own in zip(prompts, options or [()] * len(prompts), strict=True)
+        OptionTokens(prompt, list(own), form=form) if own else None
+        for prompt, own, form in zip(prompts, options or [()] * len(prompts), forms, strict=True)
     ]
     lengths = [
         max(len(prompt) + max_new_tokens, len(item) if item else 0)
@@ -535,8 +548,8 @@ def _generate_alone(
     model, prompt: list[int], item: OptionTokens | None, stop_rules: StopRules
 ) -> GeneratedAnswer:
     """The answer to one prompt by the model's own forward pass, without packing."""
-    options = item.options if item else []
-    loglikelihoods = tuple(loglikelihood_alone(model, prompt, option) for option in options)
+    pairs = item.scored_pairs() if item else []
+    loglikelihoods = tuple(loglikelihood_alone(model, *pair) for pair in pairs)
     answer, sequence = AnswerInProgress(0, loglikelihoods), CachedSequence(model)
     while True:
         logits = logits_at(model, sequence.last_state(prompt + answer.tokens))[0]

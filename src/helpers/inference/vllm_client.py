@@ -176,7 +176,7 @@ def option_loglikelihoods(
     """Yield (item index, summed log-probability of each option)."""
     lengths = [sum(len(i.context) + len(option) for option in i.options) for i in items]
     for batch in token_budget_batches(lengths, batch_tokens=batch_tokens):
-        rows = [(items[i].context, option) for i in batch for option in items[i].options]
+        rows = [pair for i in batch for pair in items[i].scored_pairs()]
         sums = iter(model.score(rows))
         for i in batch:
             yield i, [next(sums) for _ in items[i].options]
@@ -191,6 +191,7 @@ def generate_greedy(
     batch_tokens: int,
     complete: Callable[[list[int]], bool] | None = None,
     options: Sequence[Sequence[list[int]]] = (),
+    forms: Sequence[int] = (),
     **_batch_options,
 ) -> Iterator[tuple[int, GeneratedAnswer]]:
     """Yield (prompt index, answer); an answer is cut where it was first complete.
@@ -203,14 +204,15 @@ def generate_greedy(
         answers = model.generate(
             batch_prompts, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
         )
-        batch_options = [list(options[i]) if options else [] for i in batch]
-        pairs = [
-            (prompt, option)
-            for prompt, own in zip(batch_prompts, batch_options, strict=True)
-            for option in own
+        batch_pairs = [
+            OptionTokens(prompts[i], list(options[i]), form=forms[i] if forms else 0).scored_pairs()
+            if options and options[i]
+            else []
+            for i in batch
         ]
+        pairs = [pair for own in batch_pairs for pair in own]
         sums = iter(model.score(pairs) if pairs else ())
-        for i, own, (tokens, reason) in zip(batch, batch_options, answers, strict=True):
+        for i, own, (tokens, reason) in zip(batch, batch_pairs, answers, strict=True):
             answer = _cut_at_complete(tokens, reason, complete)
             yield i, replace(answer, loglikelihoods=tuple(next(sums) for _ in own))
 

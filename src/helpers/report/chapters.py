@@ -457,20 +457,25 @@ def model_comparisons(results: Results) -> Shown:
         markdown_output(
             "### Tokens",
             markdown_table(tables.token_table(results)),
-            *(part for model in results.models for part in _kl_by_token(results, model)),
+            *_kl_by_token(results),
         ),
     ]
 
 
-def _kl_by_token(results: Results, model: str) -> list[str]:
+def _kl_by_token(results: Results) -> list[str]:
     """Quantiles of the KL, and folded the tokens where it is largest; empty if none was kept."""
+    parts = [part for model in results.models for part in _kl_of_model(results, model)]
+    reading = (
+        "KL of each token of the shared text, in nats. Quantiles interpolate linearly between the "
+        "sorted values (numpy's default)."
+    )
+    return [reading, *parts] if parts else []
+
+
+def _kl_of_model(results: Results, model: str) -> list[str]:
     if not (quantiles := tables.kl_quantile_table(results, model)):
         return []
     variants = [e for e in results.compared_variants_of(model) if e.kl_by_token]
-    introduction = (
-        f"KL of each of the {variants[0].kl_by_token.tokens:,} tokens, in nats. Quantiles "
-        "interpolate linearly between the sorted values (numpy's default)."
-    )
     nonfinite = [
         f"**The KL of {e.kl_by_token.nonfinite:,} of these tokens is not finite** under "
         f"{code(e.variant)}, which has no mean and no quantile."
@@ -480,7 +485,7 @@ def _kl_by_token(results: Results, model: str) -> list[str]:
     title = "Tokens with the largest KL under each variant (places in a passage count from 0)"
     return [
         f"#### KL by token, model {code(model)}",
-        " ".join([introduction, *nonfinite]),
+        " ".join(nonfinite),
         markdown_table(quantiles),
         folded(title, markdown_table(tables.kl_tail_table(results, model))),
     ]

@@ -69,7 +69,9 @@ def _contents(soup: "BeautifulSoup") -> list[str]:
 def _cards(soup: "BeautifulSoup") -> None:
     """Turn each table "at a glance" into a card for each of its columns."""
     for table in soup.find_all("table"):
-        head, *rows = table.find_all("tr")
+        if not (all_rows := table.find_all("tr")):
+            continue
+        head, *rows = all_rows
         subject, *models = head.find_all("th")
         if not subject.get_text().startswith(AT_A_GLANCE):
             continue
@@ -125,6 +127,7 @@ def _figures(soup: "BeautifulSoup", narrow: dict[str, str]) -> None:
 def _scrolling_tables(soup: "BeautifulSoup") -> None:
     """A box around each table, which the keyboard can reach."""
     for number, table in enumerate(soup.find_all("table"), start=1):
-        label = " ".join(table.find("tr").get_text(", ", strip=True).split())
+        first_row = table.find("tr") or table
+        label = " ".join(first_row.get_text(", ", strip=True).split())
         box = {"class": "table", "tabindex": "0", "role": "group"}
         table.wrap(soup.new_tag("div", attrs=box | {"aria-label": f"table {number}: {label}"}))

@@ -155,7 +155,7 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[
             for row in rows:
                 form, foils = row.get("gold_form_tokens", 0), [row.get("foil_tokens") or 0]
                 sizes = [form + n for n in [*row.get("gold_tokens", ()), *foils] if n]
-                packed += sum(n - 1 for n in [*sizes, form] if n)
+                packed += sum(n - 1 for n in sizes)
             decoding += sum(max(0, row["output_tokens"] - 1) for row in rows)
         else:  # the last token of an option is predicted and not read
             options = [len(row.get("logprobs", [])) or row["output_tokens"] for row in rows]

@@ -256,16 +256,14 @@ class SecondOpinion:
         """Compare the summed log-probability of every continuation of a context.
 
         Args:
-            form: what all continuations begin with, which the engine read by itself too and
-                whose log-probability does not count.
+            form: what all continuations begin with, whose log-probability does not count.
         """
         if len(sums) != len(tokens.options):
             raise LookupError("the item has no log-probabilities")
         first, readings = len(tokens.context) - 1, []
-        read = [*tokens.options, *([form] if form else [])]
         for k, (option, logprob) in enumerate(zip(tokens.options, sums, strict=True)):
             text, places = [*tokens.context, *option[:-1]], [*range(first, first + len(option))]
-            trace_rows = trace.rows_of_option(tokens.context, read, k)
+            trace_rows = trace.rows_of_option(tokens.context, tokens.options, k)
             states = self._states(trace, trace_rows, text, where)
             targets, places = option[len(form) :], places[len(form) :]
             reading = Reading(compared, where, text, places, targets, logprob, k)
