@@ -38,7 +38,7 @@ def pytest_configure(config) -> None:
     from helpers.core.errors import StudyError
     from helpers.core.records import Gate
     from helpers.evaluation import preflight
-    from helpers.report.checks import recomputation
+    from helpers.report.checks import recomputation, recomputed_sentences
     from helpers.statistics import verdicts
     from helpers.statistics.checks import recomputed_verdicts
 
@@ -55,6 +55,9 @@ def pytest_configure(config) -> None:
     Gate.__init__, StudyError.__init__ = gate, error
     _watch(recomputed_verdicts, "disagreements", names.COMPARISONS)
     _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
+    _watch(recomputation, "_misread_passages", names.VERDICTS)
+    _watch_lines(recomputed_sentences, "wrong_cards", names.VERDICTS)
+    _watch_lines(recomputed_sentences, "wrong_kl_tables", names.VERDICTS)
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
@@ -80,6 +83,19 @@ def _watch(module, name: str, check: str, fails: Callable = bool) -> None:
         found = true(*args, **options)
         NOTES.failed(check, fails(found))
         return found
+
+    setattr(module, name, watched)
+
+
+def _watch_lines(module, name: str, check: str) -> None:
+    """Watch a generator of lines, each of which names a difference."""
+    true = getattr(module, name)
+
+    @wraps(true)
+    def watched(*args, **options):
+        for line in true(*args, **options):
+            NOTES.failed(check, True)
+            yield line
 
     setattr(module, name, watched)
 
