@@ -296,6 +296,9 @@ def figure_title(results: Results) -> str:
     if worse:
         places = count(len(worse), "comparison")
         return f"Graded scores: {listed(variants)} found worse in {places}"
+    if pooled := [place for v in variants for place in _worse_pooled(results, v)]:
+        places = count(len(pooled), "model")
+        return f"Graded scores: {listed(variants)} found worse in {places}, all sets pooled"
     return f"Graded scores: no loss of {listed(variants)} found"
 
 
@@ -314,6 +317,15 @@ def _worse_places(results: Results, variant: str) -> list[str]:
     ]
 
 
+def _worse_pooled(results: Results, variant: str) -> list[str]:
+    """The models in which a variant is found worse with all informative sets pooled."""
+    return [
+        f"`{model}` ({_amount(pooled.verdict)})"
+        for (model, v), pooled in results.graded.pooled.items()
+        if v == variant and pooled.verdict.kind == "worse"
+    ]
+
+
 def _amount(verdict: GradedVerdict) -> str:
     comparison = verdict.comparison
     unit = "points" if comparison.unit == "probability" else "hundredths of a nat a token"
@@ -321,7 +333,7 @@ def _amount(verdict: GradedVerdict) -> str:
 
 
 def score_sentence(results: Results, variant: str) -> str:
-    """Where a variant is found worse, and the pooled loss that is excluded."""
+    """Where a variant is found worse, by set and pooled, and the pooled loss that is excluded."""
     worse = _worse_places(results, variant)
     kinds = {
         verdict.kind
@@ -333,7 +345,9 @@ def score_sentence(results: Results, variant: str) -> str:
     elif kinds <= {"invalid", "uninformative"}:
         result = "no conclusion is possible, every comparison is invalid or uninformative"
     else:
-        result = "no loss detected"
+        result = "no loss detected in any set"
+    if pooled_worse := _worse_pooled(results, variant):
+        result += f"; all sets pooled, worse on {listed(pooled_worse)}"
     text = f"**Graded scores** of `{variant}`: {result}."
     pooled = {
         model: p.verdict.comparison

@@ -235,7 +235,7 @@ TABLES = {
 
 
 def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """Where the variant is found worse, by how much, and which pooled losses are excluded."""
+    """Where the variant is worse, by set and pooled, how much, which pooled losses are excluded."""
     variant, blocks = code_names(text)[0], figures.graded_blocks
     mine = [
         c
@@ -251,11 +251,15 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
     if expected not in published or not all(place in published for place in places):
         yield f"recomputed {', '.join(places) or nothing}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
+    lower = [row for row in pooled if row["verdict"] == "worse"]
+    named = code_names(published.partition("; all sets pooled, worse on ")[2])
+    if named != [row["model"] for row in lower]:
+        yield f"recomputed as worse with all sets pooled: {[row['model'] for row in lower]}"
     models = code_names(text.partition(" Pooled")[2])
     if models != [row["model"] for row in pooled]:
         yield f"recomputed pooled differences of {[row['model'] for row in pooled]}"
     excluded = [100 * max(0.0, -row["low"]) for row in pooled]
-    yield text, [*(100 * c["delta"] for c in worse), *excluded]
+    yield text, [*(100 * c["delta"] for c in [*worse, *lower]), *excluded]
 
 
 def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
