@@ -56,8 +56,9 @@ def pytest_configure(config) -> None:
     _watch(recomputed_verdicts, "disagreements", names.COMPARISONS)
     _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
     _watch(recomputation, "_misread_passages", names.VERDICTS)
-    _watch_lines(recomputed_sentences, "wrong_cards", names.VERDICTS)
-    _watch_lines(recomputed_sentences, "wrong_kl_tables", names.VERDICTS)
+    for module in (recomputed_sentences, recomputation):
+        _watch_lines(module, "wrong_cards", names.VERDICTS)
+        _watch_lines(module, "wrong_kl_tables", names.VERDICTS)
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
