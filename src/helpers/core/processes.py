@@ -1,6 +1,7 @@
 """Processes of a run: they end with their parent, report progress, and alternate measurements.
 
 A process that calls `die_with_parent` ends with the one that started it, however that ended.
+Ctrl-C reaches a process from its first line on, not while its interpreter starts.
 
 A job says one line when it starts and one when it ends. The lines go to the terminal and, while
 `make study` runs, to a file in the outputs folder that all its jobs share, wherever they run:
@@ -62,6 +63,38 @@ def die_with_parent(parent: int | None = None) -> None:
         os._exit(1)
 
     threading.Thread(target=poll, daemon=True).start()
+
+
+def begin_child() -> None:
+    """Between fork and exec: the new process ends with its parent, and Ctrl-C waits for it.
+
+    An interpreter that Ctrl-C meets while it starts prints a traceback of its own. So the signal
+    is blocked, and stays pending, until the program calls `allow_interrupts`.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    die_with_parent()
+
+
+def allow_interrupts() -> None:
+    """Let Ctrl-C through, also one that came while this process started (`begin_child`)."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def block_interrupts_in_threads() -> None:
+    """Threads started from here on leave Ctrl-C to the main thread, and so do their children.
+
+    A child begins with the mask of the thread that starts it, as `begin_child` would set it.
+    """
+    start = threading.Thread.start
+
+    def start_blocked(thread: threading.Thread) -> None:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            start(thread)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    threading.Thread.start = start_blocked  # type: ignore[assignment,method-assign]
 
 
 START, DONE, FAILED, STOPPED, NOTE = "start", "done", "failed", "stopped", "note"

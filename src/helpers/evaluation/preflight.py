@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths
+from helpers.core.processes import allow_interrupts
 from helpers.evaluation.prompts import (
     answer_tokens,
     gold_answers,
@@ -301,9 +302,12 @@ def main(argv: list[str] | None = None) -> int:
     paths, dry = StudyPaths(study_file(study).stem), options == ["--dry"]
     logging.set_verbosity_error()  # each problem is reported once, in one line
     try:
+        allow_interrupts()
         lines = list(problems(load_study(study), paths, dry=dry))
     except StudyError as error:
         lines = [str(error)]
+    except KeyboardInterrupt:
+        return 130
     place = study_file_label(study)
     for line in lines:
         print(line if line.startswith(place) else f"{place}: {line}", file=sys.stderr)

@@ -41,6 +41,7 @@ from tqdm import tqdm
 
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths
+from helpers.core.processes import allow_interrupts
 from helpers.core.records import sha256_file
 from helpers.sources.items import cache_rows, cached_rows_info
 from helpers.study.inputs import (
@@ -434,6 +435,7 @@ def main(argv: list[str] | None = None) -> int:
     client_logging.set_verbosity_error()  # hides retries; an error is one line
     paths = StudyPaths(study_file(args.study).stem)
     try:
+        allow_interrupts()
         study, pins = read_study(args.study), read_pins(paths)
         place = study_file_label(args.study)
         fetched = fetch(study, pins, place=place, renew=args.renew, say=_say)

@@ -5,10 +5,11 @@ Each job says in one line that it starts, and in one how it ended and how long i
 
 import signal
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C during the imports ends the process silently
+if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports ends it silently
+    # As helpers.core.processes.allow_interrupts, before anything is imported.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
 
 import argparse
 import importlib
@@ -24,6 +25,7 @@ from helpers.core.processes import (
     FAILED,
     START,
     STOPPED,
+    block_interrupts_in_threads,
     die_with_parent,
     format_duration,
     progress_file,
@@ -95,6 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def engine(arguments: list[str]) -> int:
     """Run Snakemake in this process; Ctrl-C during its imports ends it silently."""
+    block_interrupts_in_threads()  # they start the jobs
     try:
         from snakemake.cli import main as snakemake
 

@@ -26,7 +26,7 @@ from typing import IO, Protocol
 from helpers.core import processes
 from helpers.core.errors import StudyError, one_line, printable
 from helpers.core.files import PROJECT, StudyPaths
-from helpers.core.processes import Activity, die_with_parent
+from helpers.core.processes import Activity, begin_child
 from helpers.study import stages
 from helpers.study.loading import load_study
 from helpers.study.schema import Study
@@ -235,7 +235,7 @@ def _json_outputs(commands: list[list[str]]) -> list[dict]:
             stderr=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            preexec_fn=die_with_parent,
+            preexec_fn=begin_child,
         )
         for command in commands
     ]

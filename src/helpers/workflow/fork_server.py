@@ -27,7 +27,12 @@ from collections.abc import Iterator
 from subprocess import Popen
 
 from helpers.core.files import PROJECT
-from helpers.core.processes import TQDM_VARIABLE, die_with_parent
+from helpers.core.processes import (
+    TQDM_VARIABLE,
+    allow_interrupts,
+    begin_child,
+    die_with_parent,
+)
 from helpers.workflow.notebooks import JOB_ENVIRONMENT
 
 ADDRESS = "STUDY_FORK_SERVER"  # names its socket in Linux' abstract namespace
@@ -67,7 +72,7 @@ def fork_server() -> Iterator[None]:
             cwd=PROJECT,
             env={"MPLBACKEND": INLINE} | os.environ | JOB_ENVIRONMENT | {TQDM_VARIABLE: "1"},
             pass_fds=[listener.fileno()],
-            preexec_fn=die_with_parent,
+            preexec_fn=begin_child,
         )
     os.environ[ADDRESS] = address
     try:
@@ -259,6 +264,7 @@ def main() -> int:
     """Serve; in a fork, run the command of its request."""
     die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # on Ctrl-C the jobs end first
+    allow_interrupts()
     request = serve(socket.socket(fileno=int(sys.argv[1])))
     from helpers.workflow import cli
 

@@ -43,7 +43,7 @@ from helpers.core.files import (
     relative_to_project,
     remove_leftovers,
 )
-from helpers.core.processes import die_with_parent
+from helpers.core.processes import begin_child, die_with_parent
 from helpers.core.records import sha256_data, sha256_file
 from helpers.study import stages
 from helpers.study.inputs import dataset_files, hub_sources, resolve_path, study_sources
@@ -162,7 +162,7 @@ def check_sources(study_name: str, study: Study, *, dry: bool) -> int:
         return 0
     command = [sys.executable, "-m", "helpers.evaluation.preflight", str(study_name)]
     command += ["--dry"] if dry else []
-    result = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    result = subprocess.run(command, cwd=PROJECT, preexec_fn=begin_child, check=False)
     if result.returncode == 0 and not is_partial:
         with contextlib.suppress(OSError):  # without the stamp the sources are checked again
             stamp.parent.mkdir(parents=True, exist_ok=True)
@@ -260,7 +260,7 @@ def _fetch(study: str) -> int:
     if not hub_sources(load_study(study)):
         return 0
     command = [sys.executable, "-m", "helpers.sources.fetching", str(study)]
-    result = subprocess.run(command, cwd=PROJECT, preexec_fn=die_with_parent, check=False)
+    result = subprocess.run(command, cwd=PROJECT, preexec_fn=begin_child, check=False)
     return result.returncode
 
 
@@ -307,7 +307,13 @@ def _not_current(args: argparse.Namespace, study: Study, paths: StudyPaths) -> l
     command = _command(argparse.Namespace(**vars(args) | overrides), study, paths)
     # An error here occurs in the run itself too, which reports it.
     result = subprocess.run(
-        command, cwd=PROJECT, env=_environment(), capture_output=True, text=True, check=False
+        command,
+        cwd=PROJECT,
+        env=_environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=begin_child,
+        check=False,
     )
     planned = [line[:PLAN_WIDTH].strip() for line in result.stdout.splitlines()]
     return [name for name in planned if name not in ("analysis", "report")]
@@ -322,7 +328,9 @@ def _report_part(args: argparse.Namespace, part: stages.Part, paths: StudyPaths)
     analysis += ["-p", "study", args.study, "-p", "partial", "yes"]
     export = [*cli, "export", "--notebook", str(notebook), "--study", args.study]
     for command in (analysis, [*export, "--to", str(folder)]):
-        result = subprocess.run(command, cwd=PROJECT, env=_environment(), check=False)
+        result = subprocess.run(
+            command, cwd=PROJECT, env=_environment(), preexec_fn=begin_child, check=False
+        )
         if result.returncode:
             return result.returncode
     print(f"partial: {relative_to_project(folder / 'report.html')}", file=sys.stderr)
@@ -347,7 +355,7 @@ def _run_snakemake(
             cwd=PROJECT,
             env=environment | executor_environment(args.executor),
             pass_fds=[lock],  # Snakemake keeps the lock even if this process dies
-            preexec_fn=die_with_parent,
+            preexec_fn=begin_child,
             text=True,
             encoding="utf-8",
             errors="replace",
