@@ -38,7 +38,7 @@ def pytest_configure(config) -> None:
     from helpers.core.errors import StudyError
     from helpers.core.records import Gate
     from helpers.evaluation import preflight
-    from helpers.report.checks import recomputation, recomputed_sentences
+    from helpers.report.checks import recomputation, recomputed_graded_report
     from helpers.statistics import verdicts
     from helpers.statistics.checks import recomputed_verdicts
 
@@ -56,7 +56,7 @@ def pytest_configure(config) -> None:
     _watch(recomputed_verdicts, "disagreements", names.COMPARISONS)
     _watch(recomputation, "recompute", names.VERDICTS, lambda result: result[1])
     _watch(recomputation, "_misread_passages", names.VERDICTS)
-    for module in (recomputed_sentences, recomputation):
+    for module in (recomputed_graded_report, recomputation):
         _watch_lines(module, "wrong_cards", names.VERDICTS)
         _watch_lines(module, "wrong_kl_tables", names.VERDICTS)
     _watch(recomputation, "wrong_sentences", names.SENTENCES)

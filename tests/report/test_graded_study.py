@@ -13,7 +13,7 @@ from helpers.core.records import write_json
 from helpers.report import cost_chapter, glance, graded_chapter, summary
 from helpers.report.checks import recomputation
 from helpers.report.checks.recomputation import recompute
-from helpers.report.checks.recomputed_sentences import wrong_cards
+from helpers.report.checks.recomputed_graded_report import wrong_cards
 from helpers.report.checks.recomputed_tables import RecomputedFigures
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results

@@ -20,7 +20,7 @@ from helpers.report.checks.recomputation import (
     wrong_csv_lines,
     wrong_headlines,
 )
-from helpers.report.checks.recomputed_sentences import wrong_kl_tables
+from helpers.report.checks.recomputed_graded_report import wrong_kl_tables
 from helpers.report.checks.recomputed_tables import (
     RecomputedFigures,
     cell_differs,
@@ -40,6 +40,7 @@ DEMO = PROJECT / "outputs" / "demo"
 OWN = {
     "recomputed_tables",
     "recomputed_sentences",
+    "recomputed_graded_report",
     "recomputed_chapters",
 }
 

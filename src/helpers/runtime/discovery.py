@@ -50,7 +50,7 @@ def architecture(config) -> Architecture:
     Raises:
         StudyError: it is no causal language model that can be studied; the message says why.
     """
-    result = _architecture(_Same(config))
+    result = _architecture(ConfigKey(config))
     if isinstance(result, str):
         raise StudyError(f"architecture {config.model_type!r} cannot be studied: {result}")
     return result
@@ -107,7 +107,7 @@ def _expanded(place: Place, experts: int) -> list[Place]:
     ]
 
 
-class _Same:
+class ConfigKey:
     """A configuration as a cache key: equal if all its settings are equal."""
 
     def __init__(self, config):
@@ -128,13 +128,13 @@ def source_hash() -> str:
 
 
 @lru_cache(maxsize=64)
-def _architecture(same: _Same) -> Architecture | str:
+def _architecture(same: ConfigKey) -> Architecture | str:
     """The architecture of a configuration, or why there is none; kept on disk by its twin."""
     try:
         config = twins.twin_config(same.config)
     except StudyError as error:
         return str(error)
-    key = source_hash() + _Same(config).text
+    key = source_hash() + ConfigKey(config).text
     path = cache_root() / "architectures" / f"{sha256_text(key)[:20]}.json"
     if (stored := _stored(path)) is not None:
         return stored

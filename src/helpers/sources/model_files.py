@@ -35,7 +35,7 @@ from transformers.initialization import no_init_weights
 
 from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
-from helpers.runtime.discovery import architecture, linear_experts
+from helpers.runtime.discovery import ConfigKey, architecture, linear_experts
 from helpers.study.inputs import (
     INDEX_FILE,
     TOKENIZERS,
@@ -240,24 +240,11 @@ def skeleton(config) -> Skeleton:
     Raises:
         StudyError: the family is not known.
     """
-    return _skeleton(_Same(config))
-
-
-class _Same:
-    """A configuration as a cache key: equal if all its settings are equal."""
-
-    def __init__(self, config):
-        self.config, self.text = config, config.to_json_string(use_diff=False)
-
-    def __eq__(self, other) -> bool:
-        return self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
+    return _skeleton(ConfigKey(config))
 
 
 @lru_cache(maxsize=8)
-def _skeleton(same: _Same) -> Skeleton:
+def _skeleton(same: ConfigKey) -> Skeleton:
     config = copy.deepcopy(same.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

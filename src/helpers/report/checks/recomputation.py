@@ -23,7 +23,7 @@ from helpers.core.files import StudyPaths
 from helpers.core.records import read_json, sha256_file, sha256_text
 from helpers.evaluation.checks.recomputed_answers import misread_part, rescored
 from helpers.report.checks.recomputed_chapters import wrong_chapters, wrong_costs, wrong_records
-from helpers.report.checks.recomputed_sentences import (
+from helpers.report.checks.recomputed_graded_report import (
     KL_TAIL,
     missing_chapter,
     ordered_token_kls,
@@ -31,8 +31,8 @@ from helpers.report.checks.recomputed_sentences import (
     wrong_graded_blocks,
     wrong_graded_cells,
     wrong_kl_tables,
-    wrong_sentences,
 )
+from helpers.report.checks.recomputed_sentences import wrong_sentences
 from helpers.report.checks.recomputed_tables import (
     DATASET_NAMES,
     RecomputedFigures,
