@@ -10,7 +10,8 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers.core.errors import StudyError
-from helpers.report import explore, summary
+from helpers.report import explore, items_page
+from helpers.report.items_page import marked_differences
 from hostile_text import HOSTILE
 from test_items_page import MadeUp
 
@@ -26,7 +27,7 @@ def made_up(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(made_up):
-    return summary.page_data(made_up.results)
+    return items_page.page_data(made_up.results)
 
 
 def checked(value: str) -> BeautifulSoup:
@@ -131,22 +132,22 @@ def test_marks_keep_both_texts_and_leave_the_same_words_unmarked():
         texts = [" ".join(draw.choices(["a", "b", "c,", "<d>"], k=draw.randrange(9))) for _ in "12"]
         (before, kept_before), (after, kept_after) = (
             words_of(marked, tag)
-            for marked, tag in zip(summary.marked_differences(*texts), ("del", "mark"), strict=True)
+            for marked, tag in zip(marked_differences(*texts), ("del", "mark"), strict=True)
         )
         assert [before, after] == texts
         assert "".join(kept_before) == "".join(kept_after)
 
 
 def test_only_words_that_differ_are_marked():
-    before, after = summary.marked_differences("It is \\boxed{64}.", "It is \\boxed{65}.")
+    before, after = marked_differences("It is \\boxed{64}.", "It is \\boxed{65}.")
     assert before == "It is \\boxed{<del>64</del>}."
     assert after == "It is \\boxed{<mark>65</mark>}."
-    assert summary.marked_differences("the same", "the same") == ("the same", "the same")
+    assert marked_differences("the same", "the same") == ("the same", "the same")
 
 
 def test_two_answers_of_200_kilobytes_are_compared_at_once():
     texts = (f"start {pair * 50_000}end" for pair in ("a b ", "b c "))
-    before, after = summary.marked_differences(*texts)
+    before, after = marked_differences(*texts)
     assert before.startswith("start <del>a</del> <del>b</del>")
     assert after.endswith("<mark>c</mark> end")
 

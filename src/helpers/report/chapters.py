@@ -21,6 +21,7 @@ from helpers.report import (
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.figures import Picture
+from helpers.report.items_page import PAGE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -38,7 +39,6 @@ from helpers.report.markdown import (
 )
 from helpers.report.results import Results
 from helpers.report.sensitivity import output_sqnr
-from helpers.report.summary import PAGE
 from helpers.study.schema import AnySet, TaskSet
 
 

@@ -23,9 +23,7 @@ from matplotlib.ticker import NullLocator
 
 from helpers.core.errors import printable
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style
-from helpers.report.markdown import count, number
-from helpers.report.results import Results
-from helpers.report.summary import (
+from helpers.report.items_page import (
     DIFFERENCES,
     differing_item_html,
     differing_items,
@@ -33,6 +31,8 @@ from helpers.report.summary import (
     item_label,
     page_data,
 )
+from helpers.report.markdown import count, number
+from helpers.report.results import Results
 
 TINY = 1e-12  # the least divisor
 EVERY_SET = "all sets"
