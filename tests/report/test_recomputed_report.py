@@ -5,6 +5,7 @@ import html
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from IPython.display import Markdown
@@ -20,7 +21,7 @@ from helpers.report.checks.recomputation import (
     wrong_csv_lines,
     wrong_headlines,
 )
-from helpers.report.checks.recomputed_graded_report import wrong_kl_tables
+from helpers.report.checks.recomputed_graded_report import _check_score_bullet, wrong_kl_tables
 from helpers.report.checks.recomputed_tables import (
     RecomputedFigures,
     cell_differs,
@@ -341,3 +342,38 @@ def test_tables_are_read_with_their_headings():
     (table,) = read_tables(text)
     assert (table.heading, table.columns, table.rows) == ("Scores", ("a", "b"), (("x", "1"),))
     assert recomputed_tables.plain_text("<code>1 &#42; 2</code>") == "1 * 2"
+
+
+POOLED_SENTENCE = (
+    "**Graded scores** of `x`: no loss detected in any set. Pooled over the informative sets, it "
+    "is worse on `tuned` (−0.8 points), and losses above 0.5 points of probability (`base`) and 1.4 "
+    "(`tuned`) are excluded."
+)
+
+
+@pytest.mark.parametrize(
+    ("published", "fault"),
+    [
+        (POOLED_SENTENCE, ""),
+        (POOLED_SENTENCE.replace("it is worse on `tuned` (−0.8 points), and ", ""), "as worse"),
+        (POOLED_SENTENCE.replace("worse on `tuned`", "worse on `base`"), "as worse"),
+        (POOLED_SENTENCE.replace("(`tuned`) are", "(`base`) are"), "pooled differences"),
+        (POOLED_SENTENCE.replace("no loss detected", "worse on ARC of `base`"), "no loss"),
+    ],
+)
+def test_a_pooled_loss_is_in_the_sentence_and_an_edited_one_is_named(published, fault):
+    """A reader who sees no loss in any set must not miss the one that all sets show together."""
+    rows = [
+        {"variant": "x", "model": "base", "delta": -0.001, "low": -0.005, "verdict": "equivalent"},
+        {"variant": "x", "model": "tuned", "delta": -0.008, "low": -0.014, "verdict": "worse"},
+    ]
+    figures = SimpleNamespace(
+        graded_blocks={"graded": {"comparisons": [SET_ROW]}, "pooled": rows},
+        study=SimpleNamespace(baseline="noquant"),
+    )
+    *lines, (_, numbers) = _check_score_bullet(published, figures)
+    assert numbers == pytest.approx([-0.8, 0.5, 1.4])
+    assert [fault in line for line in lines] == ([True] if fault else [])
+
+
+SET_ROW = {"variant": "x", "baseline": "noquant", "model": "base", "verdict": "equivalent"}

@@ -298,7 +298,7 @@ def figure_title(results: Results) -> str:
         return f"Graded scores: {listed(variants)} found worse in {places}"
     if pooled := [place for v in variants for place in _worse_pooled(results, v)]:
         places = count(len(pooled), "model")
-        return f"Graded scores: {listed(variants)} found worse in {places}, all sets pooled"
+        return f"Graded scores: {listed(variants)} found worse in {places}, informative sets pooled"
     return f"Graded scores: no loss of {listed(variants)} found"
 
 
@@ -318,7 +318,7 @@ def _worse_places(results: Results, variant: str) -> list[str]:
 
 
 def _worse_pooled(results: Results, variant: str) -> list[str]:
-    """The models in which a variant is found worse with all informative sets pooled."""
+    """The models in which a variant is worse, pooled over the informative sets, and how much."""
     return [
         f"`{model}` ({_amount(pooled.verdict)})"
         for (model, v), pooled in results.graded.pooled.items()
@@ -346,8 +346,6 @@ def score_sentence(results: Results, variant: str) -> str:
         result = "no conclusion is possible, every comparison is invalid or uninformative"
     else:
         result = "no loss detected in any set"
-    if pooled_worse := _worse_pooled(results, variant):
-        result += f"; all sets pooled, worse on {listed(pooled_worse)}"
     text = f"**Graded scores** of `{variant}`: {result}."
     pooled = {
         model: p.verdict.comparison
@@ -359,7 +357,10 @@ def score_sentence(results: Results, variant: str) -> str:
     (first, estimate), *others = pooled.items()
     limits = [f"{excluded_points(estimate)} points of probability (`{first}`)"]
     limits += [f"{excluded_points(c)} (`{model}`)" for model, c in others]
-    return f"{text} Pooled over the informative sets, losses above {listed(limits)} are excluded."
+    lower = _worse_pooled(results, variant)
+    worse_pooled = f"it is worse on {listed(lower)}, and " if lower else ""
+    excluded = f"{worse_pooled}losses above {listed(limits)} are excluded"
+    return f"{text} Pooled over the informative sets, {excluded}."
 
 
 def excluded_points(comparison) -> str:

@@ -241,10 +241,10 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
         yield f"recomputed {', '.join(places) or nothing}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
     lower = [row for row in pooled if row["verdict"] == "worse"]
-    named = code_names(published.partition("; all sets pooled, worse on ")[2])
-    if named != [row["model"] for row in lower]:
-        yield f"recomputed as worse with all sets pooled: {[row['model'] for row in lower]}"
-    models = code_names(text.partition(" Pooled")[2])
+    clause, _, limits = text.partition(" Pooled")[2].partition("losses above ")
+    if code_names(clause) != [row["model"] for row in lower]:
+        yield f"recomputed as worse, pooled: {[row['model'] for row in lower]}"
+    models = code_names(limits)
     if models != [row["model"] for row in pooled]:
         yield f"recomputed pooled differences of {[row['model'] for row in pooled]}"
     excluded = [100 * max(0.0, -row["low"]) for row in pooled]
