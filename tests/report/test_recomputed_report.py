@@ -346,8 +346,8 @@ def test_tables_are_read_with_their_headings():
 
 POOLED_SENTENCE = (
     "**Graded scores** of `x`: no loss detected in any set. Pooled over the informative sets, it "
-    "is worse on `tuned` (−0.8 points), and losses above 0.5 points of probability (`base`) and 1.4 "
-    "(`tuned`) are excluded."
+    "is worse on `tuned` (−0.8 points), and losses above 0.5 points of probability (`base`) and "
+    "1.4 (`tuned`) are excluded."
 )
 
 
