@@ -235,6 +235,8 @@ def _score_task_options(
         yield prediction | _counts(prompts[index], sum(map(len, options)))
 
 
+# An answer's text is what its tokens say: transformers can take out spaces before punctuation.
+ANSWER = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
 NO_ANSWERS = AnswerTokens([], [])  # of an item without golds
 
 
@@ -259,7 +261,7 @@ def _generate_answers(
     _check_context_length(model, prompts, lengths)
     for index, generated in _generate(model, tokenizer, ask, prompts, options, limits):
         item = prompts[index].item
-        text = tokenizer.decode(generated.tokens, skip_special_tokens=True)
+        text = tokenizer.decode(generated.tokens, **ANSWER)
         finish = generated.finish_reason
         if isinstance(evaluation_set, TaskSet):
             text = cut_at_stop(text, prompts[index].prompt.until)
@@ -384,7 +386,8 @@ def holds_stop(tokenizer, until: Sequence[str]) -> Callable[[list[int]], bool]:
     longest = max(len(text.encode("utf-8")) for text in until)
 
     def complete(tokens: list[int]) -> bool:
-        end = tokenizer.decode(tokens[-longest - 1 :])  # a special token may be one of the texts
+        # A special token may be one of the texts.
+        end = tokenizer.decode(tokens[-longest - 1 :], clean_up_tokenization_spaces=False)
         return any(text in end for text in until)
 
     return complete
@@ -398,7 +401,7 @@ def box_closes(tokenizer) -> Callable[[list[int]], bool]:
     def complete(tokens: list[int]) -> bool:
         if tokens[-1] not in closing:
             return False
-        return last_boxed(tokenizer.decode(tokens, skip_special_tokens=True)) is not None
+        return last_boxed(tokenizer.decode(tokens, **ANSWER)) is not None
 
     return complete
 

@@ -320,12 +320,13 @@ def token_divergences(
 def likeliest(tokenizer, logprobs: Tensor) -> list[tuple[tuple[str, float], ...]]:
     """The TOP likeliest tokens of every row of (tokens, vocabulary), with probabilities."""
     best = logprobs.topk(TOP, dim=-1)
-    tokens = [
-        [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in row]
-        for row in best.indices.tolist()
-    ]
+    tokens = [_token_texts(tokenizer, row) for row in best.indices.tolist()]
     shares = best.values.exp().tolist()
     return [tuple(zip(*row, strict=True)) for row in zip(tokens, shares, strict=True)]
+
+
+def _token_texts(tokenizer, tokens: list[int]) -> list[str]:
+    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in tokens]
 
 
 def token_pieces(tokenizer, text: str) -> tuple[list[int], list[str]]:
@@ -336,10 +337,10 @@ def token_pieces(tokenizer, text: str) -> tuple[list[int], list[str]]:
     """
     tokens = plain_tokens(tokenizer, text)
     if not tokenizer.is_fast:  # it does not say which characters a token stands for
-        return tokens, [tokenizer.decode([token]) for token in tokens]
+        return tokens, _token_texts(tokenizer, tokens)
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True).offset_mapping
     added = len(tokens) - len(offsets)
-    pieces = [tokenizer.decode([token]) for token in tokens[:added]]
+    pieces = _token_texts(tokenizer, tokens[:added])
     start = 0
     for place, (_, end) in enumerate(offsets, start=1):
         end = len(text) if place == len(offsets) else max(end, start)

@@ -90,7 +90,8 @@ def texts_gate(evidence: CheckpointFiles):
     rows = {_without_spaces(row.get("problem") or row.get("question")): row for row in raw_rows}
     for item, tokens in zip(evidence.items, evidence.tokens, strict=True):
         row = rows.get(_without_spaces(item.question), {})
-        text = _without_spaces(evidence.tokenizer.decode(tokens))
+        decoded = evidence.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
+        text = _without_spaces(decoded)
         question, solution = (
             _without_spaces(item.question),
             _without_spaces(row.get("generated_solution") or ""),

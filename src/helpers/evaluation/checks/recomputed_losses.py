@@ -119,7 +119,9 @@ def recompute(job: Job, model, passes: Passes) -> Recomputed:
     predicted = {k: t[start:] for k, t, start in zip(ids, tokens, starts, strict=True)}
     counts = {key: len(ids_of_text) for key, ids_of_text in predicted.items()}
     read = {
-        k: tokenizer.decode(ids_of_text, skip_special_tokens=True)
+        k: tokenizer.decode(
+            ids_of_text, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         for k, ids_of_text in predicted.items()
     }
     places = zip(ids, tokens, strict=True)

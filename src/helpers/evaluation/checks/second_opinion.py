@@ -337,7 +337,9 @@ class SecondOpinion:
 
     def _text(self, tokens: Sequence[int], until: Sequence[str]) -> str:
         """The text of an answer, up to the first of the texts that end it."""
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.tokenizer.decode(
+            tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         for end in until:
             text = text.split(end)[0]
         return text
