@@ -30,7 +30,7 @@ def report_headline(report: str) -> str:
         raise StudyError(f"{REPORT} has no executive summary or no figure; run make study first")
     folder = REPORT.rpartition("/")[0]
     text = CAPTION.sub("", summary[1].replace(figure[0], ""))
-    text = text.replace("\n\n**Graded scores**", "\n**Graded scores**")
+    text = text.replace("\n\n**By right or wrong.**", "\n**By right or wrong.**")
     rows = tuple(f"| {name} |" for name in LEFT_OUT)
     kept = "\n".join(line for line in text.splitlines() if not line.startswith(rows))
     kept = re.sub(r"\n{3,}", "\n\n", kept).strip()

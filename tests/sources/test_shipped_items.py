@@ -12,6 +12,7 @@ from helpers.study.schema import ShippedDataset
 ADAPTER = {
     "arc": "arc",
     "boolq": "boolq",
+    "boolq_stated": "boolq",
     "squad_v2": "squad_v2",
     "openmath_eval": "openmath",
     "openmath_train": "openmath",
@@ -37,7 +38,10 @@ def test_there_are_enough_and_none_twice(name):
         assert len(set(questions(name))) == len(items)
 
 
-@pytest.mark.parametrize(("first", "second"), combinations(ADAPTER, 2))
+APART = [pair for pair in combinations(ADAPTER, 2) if set(pair) != {"boolq", "boolq_stated"}]
+
+
+@pytest.mark.parametrize(("first", "second"), APART)
 def test_no_two_sets_share_a_question(first, second):
     assert not set(questions(first)) & set(questions(second))
 
@@ -105,6 +109,16 @@ def test_boolq_is_as_unbalanced_as_the_real_one():
     """BoolQ's validation split is 62.17 % yes."""
     answers = [row["answer"] for row in rows("boolq")]
     assert 0.58 <= sum(answers) / len(answers) <= 0.66
+
+
+def test_the_stated_passages_answer_the_questions_of_boolq_in_words():
+    """Question by question; a "no" is a negation, and a "yes" has none."""
+    for asked, stated in zip(rows("boolq"), rows("boolq_stated"), strict=True):
+        assert (stated["question"], stated["answer"]) == (asked["question"], asked["answer"])
+        words = set(normalized_text(stated["passage"]).split())
+        assert bool(words & {"no", "not", "cannot"}) != stated["answer"], stated
+        shared = words & set(normalized_text(stated["question"]).split())
+        assert len(shared) >= 2, stated
 
 
 def test_boolq_questions_are_asked_as_in_boolq():

@@ -28,6 +28,7 @@ from helpers.evaluation.predictions import FOLDER, prompt_digest
 from helpers.evaluation.scoring import ABSTENTION, normalize_answer
 from helpers.inference.protocols import OptionTokens
 from helpers.sources.chat import (
+    PLAIN_EXAMPLES,
     answer_lead,
     conversation,
     end_of_turn,
@@ -70,13 +71,20 @@ class Prompt:
         return prompt_digest(self.text, self.continuations)
 
 
-def loglikelihood_prompt(item: Item, adapter: str) -> Prompt:
+def loglikelihood_prompt(item: Item, adapter: str, *, shots: int = 0) -> Prompt:
     """Plain text as lm-evaluation-harness renders it; options are full texts, BoolQ's yes/no."""
     if adapter == "boolq":
-        text = f"{item.passage}\nQuestion: {with_question_mark(item.question)}\nAnswer:"
-        return Prompt(item, text, (" Yes", " No"), shared=(item.passage,), plain=True)
+        examples = PLAIN_EXAMPLES[adapter][:shots]
+        head = "".join(f"{_boolq_text(example)} {option}\n\n" for example, option in examples)
+        passages = (head + item.passage,)
+        shared = (head, *passages) if head else passages
+        return Prompt(item, head + _boolq_text(item), (" Yes", " No"), shared=shared, plain=True)
     options = tuple(f" {option}" for option in item.options)
     return Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)
+
+
+def _boolq_text(item: Item) -> str:
+    return f"{item.passage}\nQuestion: {with_question_mark(item.question)}\nAnswer:"
 
 
 def render_prompt(item: Item, evaluation_set: EvaluationSet, tokenizer) -> Prompt:
@@ -84,7 +92,8 @@ def render_prompt(item: Item, evaluation_set: EvaluationSet, tokenizer) -> Promp
     if isinstance(evaluation_set, TaskSet):
         return task_prompt(item, evaluation_set)
     if evaluation_set.ask.protocol == "loglikelihood":
-        return loglikelihood_prompt(item, evaluation_set.adapter)
+        ask = evaluation_set.ask
+        return loglikelihood_prompt(item, evaluation_set.adapter, shots=ask.shots)
     messages = conversation(item, evaluation_set.adapter, shots=evaluation_set.ask.shots)
     text = render(tokenizer, messages)
     return Prompt(item, text, shared=_shared_prefixes(text, messages[-1]["content"], item.passage))

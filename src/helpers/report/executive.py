@@ -148,12 +148,12 @@ VERDICT_WORDS = {
 }
 
 
-def answer_sentences(results: Results) -> str:
-    """The answer: one sentence for each variant with declared comparisons."""
+def answer_sentences(results: Results, heading: str = "Answer") -> str:
+    """The answer by right or wrong: one sentence for each variant with declared comparisons."""
     declared = results.declared_verdicts()
     if not declared:
         return (
-            "**Answer.** No comparison was declared in advance, so this study gives no verdict; "
+            f"**{heading}.** No comparison was declared in advance, so this gives no verdict; "
             "all that follows is exploratory."
         )
     sentences = [
@@ -161,8 +161,8 @@ def answer_sentences(results: Results) -> str:
         for group in by_variant_and_baseline(declared).values()
     ]
     if len(sentences) == 1:
-        return f"**Answer.** {sentences[0]}"
-    return "**Answer.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
+        return f"**{heading}.** {sentences[0]}"
+    return f"**{heading}.**\n\n" + "\n".join(f"- {sentence}" for sentence in sentences)
 
 
 def by_variant_and_baseline(

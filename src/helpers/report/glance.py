@@ -36,14 +36,15 @@ from helpers.study.schema import FineTunedModel
 
 
 def answer_paragraphs(results: Results) -> list[str]:
-    """What the study found, before any table: failed controls, verdicts, graded scores."""
+    """What the study found, before any table: failed controls, graded scores, right or wrong."""
     scores = [
         graded_chapter.score_sentence(results, variant)
         for variant in results.studied_variants
-        if results.graded.comparisons and results.declared_verdicts()
+        if _graded(results) and results.study.statistics.primary
     ]
     alarms = narrative.bullets(executive.failed_control_bullets(results))
-    return [alarms, executive.answer_sentences(results), *scores]
+    heading = "By right or wrong" if scores else "Answer"
+    return [alarms, *scores, executive.answer_sentences(results, heading)]
 
 
 def card_tables(results: Results) -> list[str]:
@@ -137,11 +138,6 @@ def finetuning_sentences(results: Results) -> list[str]:
     ]
 
 
-UNITS = {
-    "points": "difference to the baseline [points]",
-    "probability": "difference to the baseline [points]",
-    "nats a token": "difference to the baseline [0.01 nats a token]",
-}
 POOLED = "pooled"
 BEYOND = 1.25  # of the studied variants' largest limit: where an axis ends
 
@@ -149,27 +145,33 @@ BEYOND = 1.25  # of the studied variants' largest limit: where an axis ends
 def figure_caption(results: Results) -> str:
     """How to read the figure."""
     baseline = code(results.study.baseline)
-    what = "in right answers"
-    if results.graded.comparisons:
-        what = (
-            "of the right answer's probability, or of its log-probability where it is written out,"
-        )
+    what = "of the right answer's probability" if _graded(results) else "in right answers"
     floor = f" Dark: rounding alone ({code(results.noise_floor)})." if results.noise_floor else ""
     return f"Change {what} against {baseline}, and below it the KL. Shaded: the margin.{floor}"
 
 
 def picture(results: Results) -> list[Picture]:
     """Every set and the pooled answer of all models, with the KL; empty if nothing is compared."""
-    return _picture(results, interval_rows(results), kl_rows(results), figure_title(results))
+    statistics = results.study.statistics
+    margin = statistics.graded_margins.probability if _graded(results) else statistics.margin
+    return _picture(
+        results, interval_rows(results), kl_rows(results), figure_title(results), margin
+    )
+
+
+def _graded(results: Results) -> bool:
+    return bool(results.graded.comparisons)
 
 
 def right_or_wrong_picture(results: Results) -> list[Picture]:
     """Every set's difference of right and wrong, all models; empty if nothing is compared."""
     title = narrative.declared_verdicts_title(results)
-    return _picture(results, right_or_wrong_rows(results), [], title)
+    return _picture(results, right_or_wrong_rows(results), [], title, results.rules.margin)
 
 
-def _picture(results: Results, rows: list[dict], kls: list[dict], title: str) -> list[Picture]:
+def _picture(
+    results: Results, rows: list[dict], kls: list[dict], title: str, margin: float
+) -> list[Picture]:
     floor = results.noise_floor
     drawn = [row for row in rows if row["variant"] != floor]
     if not drawn:
@@ -181,7 +183,7 @@ def _picture(results: Results, rows: list[dict], kls: list[dict], title: str) ->
         "models": results.models,
         "variants": results.compared,
         "focus": _focus(results),
-        "margins": _margins(results),
+        "margin": margin,
         "title": title,
     }
     figure, narrow = (interval_plot(**options, stacked=stacked) for stacked in (False, True))
@@ -194,20 +196,11 @@ def _focus(results: Results) -> list[str]:
     return [*results.studied_variants, *filter(None, twins)]
 
 
-def _margins(results: Results) -> dict[str, float]:
-    graded = results.study.statistics.graded_margins
-    return {
-        "points": results.rules.margin,
-        "probability": graded.probability,
-        "nats a token": graded.nats,
-    }
-
-
 def right_or_wrong_rows(results: Results) -> list[dict]:
     """Every set's difference of right and wrong against the baseline."""
     shown, names = executive.headline_variants(results), list(results.study.evaluation.datasets)
     rows = [
-        _row(c.model, c.variant, c.dataset, v, v.paired, "points", v.primary)
+        _row(c.model, c.variant, c.dataset, v, v.paired, v.primary)
         for c, v in results.verdicts.items()
         if c.baseline == results.study.baseline and c.variant in shown
     ]
@@ -216,16 +209,16 @@ def right_or_wrong_rows(results: Results) -> list[dict]:
 
 def interval_rows(results: Results) -> list[dict]:
     """Every set's difference of graded scores and the pooled one; right and wrong without them."""
-    if not results.graded.comparisons:
+    if not _graded(results):
         return right_or_wrong_rows(results)
     shown = executive.headline_variants(results)
     rows = [
-        _row(c.model, c.variant, c.dataset, v, v.comparison, v.comparison.unit, v.declared)
+        _row(c.model, c.variant, c.dataset, v, v.comparison, v.declared)
         for c, v in results.graded.comparisons.items()
         if c.baseline == results.study.baseline and c.variant in shown and v.comparison
     ]
     rows += [
-        _row(model, variant, POOLED, p.verdict, p.verdict.comparison, "probability", True)
+        _row(model, variant, POOLED, p.verdict, p.verdict.comparison, True)
         for (model, variant), p in results.graded.pooled.items()
         if variant in shown and p.verdict.comparison
     ]
@@ -233,8 +226,8 @@ def interval_rows(results: Results) -> list[dict]:
     return sorted(rows, key=lambda row: names.index(row["dataset"]))
 
 
-def _row(model, variant, dataset, verdict, comparison, unit, filled) -> dict:
-    row = {"model": model, "variant": variant, "dataset": dataset, "unit": unit}
+def _row(model, variant, dataset, verdict, comparison, filled) -> dict:
+    row = {"model": model, "variant": variant, "dataset": dataset}
     low, high = comparison.interval.low, comparison.interval.high
     row |= {"delta": comparison.delta, "low": low, "high": high}
     return row | {"kind": verdict.kind, "filled": filled}
@@ -256,7 +249,7 @@ def kl_rows(results: Results) -> list[dict]:
 
 def figure_title(results: Results) -> str:
     """The title: where a studied variant is found worse, if anywhere."""
-    if results.graded.comparisons:
+    if _graded(results):
         return graded_chapter.figure_title(results)
     return narrative.declared_verdicts_title(results)
 
@@ -271,7 +264,7 @@ def alternative_text(results: Results, rows: list[dict], kls: list[dict], title:
             texts = [
                 f"{dataset_name(r['dataset'])} {points(r['delta'])} points "
                 f"({points(r['low'])} to {points(r['high'])})"
-                for r in pooled or [r for r in mine if r["unit"] == "points"]
+                for r in pooled or mine
             ]
             if texts:
                 parts.append(f"{model}, {variant}: {listed(texts)}")
@@ -290,25 +283,24 @@ def interval_plot(
     models: list[str],
     variants: list[str],
     focus: list[str],
-    margins: dict[str, float],
+    margin: float,
     title: str,
     stacked: bool,
 ) -> Figure:
     """Intervals against margin and noise floor, KL under them: a column a model, or all stacked.
 
     Args:
-        rows: model, variant, dataset, unit, delta, low, high (fractions or nats), `kind` of the
-            verdict, and `filled` for declared and pooled comparisons.
+        rows: model, variant, dataset, delta, low, high (fractions), `kind` of the verdict, and
+            `filled` for declared and pooled comparisons.
         floors: the same of the noise floor.
         kl_rows: model, variant, kl, low, high in nats a token, `floor` for the noise floor.
         variants: all that the study compares, in its order: their colours and markers.
         focus: the variants that the axes show whole; another is marked at the edge.
-        margins: by unit, shaded.
+        margin: a fraction, shaded.
     """
-    units = [unit for unit in UNITS if any(row["unit"] == unit for row in rows)]
     shown = [v for v in variants if any(row["variant"] == v for row in rows)]
-    names = {u: list(dict.fromkeys(r["dataset"] for r in rows if r["unit"] == u)) for u in units}
-    heights = [0.45 + len(names[unit]) * (0.16 * len(shown) + 0.12) for unit in units]
+    names = list(dict.fromkeys(row["dataset"] for row in rows))
+    heights = [0.45 + len(names) * (0.16 * len(shown) + 0.12)]
     if kl_rows:
         heights.append(0.5 + 0.18 * len(shown))
     columns, repeats = (1, len(models)) if stacked else (len(models), 1)
@@ -320,17 +312,15 @@ def interval_plot(
     plt.close(figure)
     for place, model in enumerate(models):
         own = panels[place * len(heights) :, 0] if stacked else panels[:, place]
-        for unit, axes in zip(units, own, strict=False):
-            mine = [r for r in rows if (r["model"], r["unit"]) == (model, unit)]
-            beneath = [r for r in floors if (r["model"], r["unit"]) == (model, unit)]
-            limit = _axis_limit(rows, unit, focus, margins[unit])
-            _interval_panel(axes, mine, beneath, names[unit], shown, variants, margins[unit], limit)
-            axes.set_xlabel(UNITS[unit], fontsize=8)
+        mine, beneath = ([r for r in side if r["model"] == model] for side in (rows, floors))
+        limit = _axis_limit(rows, focus, margin)
+        _interval_panel(own[0], mine, beneath, names, shown, variants, margin, limit)
+        own[0].set_xlabel("difference to the baseline [points]", fontsize=8)
         own[0].set_title(model, fontsize=10, fontweight="bold")
         if kl_rows:
-            _kl_panel(own[len(units)], [r for r in kl_rows if r["model"] == model], shown, variants)
+            _kl_panel(own[1], [r for r in kl_rows if r["model"] == model], shown, variants)
             values = [value for r in kl_rows for value in (r["kl"], r["low"], r["high"]) if value]
-            own[len(units)].set_xlim(min(values) / 1.5, max(values) * 1.5)
+            own[1].set_xlim(min(values) / 1.5, max(values) * 1.5)
         for axes in own[: len(heights)] if place and not stacked else ():
             axes.set_yticklabels([])
     for name in shown:
@@ -349,19 +339,14 @@ def interval_plot(
     return figure
 
 
-def _axis_limit(rows: list[dict], unit: str, focus: list[str], margin: float) -> float:
+def _axis_limit(rows: list[dict], focus: list[str], margin: float) -> float:
     """The end of an axis: what the studied variants need, and the margin."""
-    ends = [
-        abs(row[end])
-        for row in rows
-        if row["unit"] == unit and row["variant"] in focus
-        for end in ("low", "high")
-    ]
+    ends = [abs(row[end]) for row in rows if row["variant"] in focus for end in ("low", "high")]
     return BEYOND * max([margin, *ends])
 
 
 def _interval_panel(axes, rows, floors, names, shown, variants, margin, limit) -> None:
-    """Differences of one model in one unit, in hundredths."""
+    """Differences of one model, in points."""
     step, looks = 0.72 / len(shown), variant_looks(variants)
     axes.axvspan(-100 * margin, 100 * margin, color=QUIET, alpha=0.25, linewidth=0)
     for row in floors:

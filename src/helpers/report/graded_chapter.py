@@ -2,8 +2,8 @@
 
 The models stand in neighbouring rows, and beside each graded difference that of right and wrong.
 A study without graded scores says so, and has none of the blocks `graded`, `pooled` and
-`finetuning_cost` of summary.json. There, differences are fractions 0-1 or nats a token, as `unit`
-says.
+`finetuning_cost` of summary.json. There, differences are fractions 0-1, and of KL nats a token, as
+`unit` says.
 """
 
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def graded_blocks(graded: GradedStudy) -> dict:
         return {}
     abilities = [
         dict(zip(("model", "dataset", "variant"), at, strict=True))
-        | {"able": ability.able, "mean": ability.mean, "unit": ability.unit}
+        | {"able": ability.able, "mean": ability.mean}
         | {"uninformative_because": graded.blind[at]}
         for at, ability in graded.abilities.items()
     ]
@@ -104,7 +104,6 @@ def _cost_row(cost: FineTuningCost) -> dict:
     }
 
 
-UNITS = {"probability": "points", "nats a token": "0.01 nats"}
 COST_WORDS = {"worse": "**higher cost**", "better": "**lower cost**"}
 
 
@@ -143,15 +142,17 @@ def reading_paragraph(results: Results) -> str:
     """How the chapter's numbers are made and judged."""
     margins, rules = results.study.statistics.graded_margins, results.rules
     return (
-        "Option sets: the right option's probability, in points. Written answers: the right "
-        "answer's log-probability, in hundredths of a nat a token. Δ is variant minus "
-        f"baseline with the {percent_plain(rules.confidence)} interval; beside it stands the same "
-        "difference of right and wrong (accuracy, or exact match). Verdicts on declared "
-        "comparisons are adjusted by Holm as a family of their own. All others are exploratory, a "
+        "Option sets: the right option's probability among the options. Written answers: the right "
+        "answer's probability against another item's right answer after the same prompt. All in "
+        f"points. Δ is variant minus baseline with the {percent_plain(rules.confidence)} "
+        "interval; beside it stands the same difference of right and wrong (accuracy, or exact "
+        "match). Verdicts on comparisons declared to be judged by graded scores are adjusted by "
+        "Holm over all of these. All others are exploratory, a "
         "family a variant. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
-        "of a nat. A set is uninformative for a model if it shows no ability there, or if rounding "
-        "alone (the noise floor) moves its score by more than the margin."
+        "of a nat a token (KL). A set is uninformative for a model if it shows no ability there, "
+        "or if rounding alone (the noise floor) moves its score by more than the margin. Inside "
+        "the margin the noise floor is equivalent, whether its difference is chance or not."
     )
 
 
@@ -171,15 +172,15 @@ def _places(results: Results) -> Iterator[tuple[str, str, str]]:
         yield from dict.fromkeys([*rows, *declared])
 
 
-def _graded_sets(results: Results) -> dict[str, str]:
-    """Unit of each set that has graded scores."""
-    units = {name: a.unit for (_, name, _), a in results.graded.abilities.items()}
-    return {name: units[name] for name in results.study.evaluation.datasets if name in units}
+def _graded_sets(results: Results) -> list[str]:
+    """The sets that have graded scores."""
+    names = {name for _, name, _ in results.graded.abilities}
+    return [name for name in results.study.evaluation.datasets if name in names]
 
 
-def set_column(name: str, unit: str) -> str:
+def set_column(name: str) -> str:
     """`ARC [points]`."""
-    return f"{dataset_name(name)} [{UNITS[unit]}]"
+    return f"{dataset_name(name)} [points]"
 
 
 def comparison_table(results: Results, *, declared: bool) -> Rows:
@@ -189,14 +190,14 @@ def comparison_table(results: Results, *, declared: bool) -> Rows:
         declared: the declared comparisons, or all others.
     """
     rows = []
-    for name, unit in _graded_sets(results).items():
+    for name in _graded_sets(results):
         places = sorted(_places(results), key=lambda at: _variant_order(results, *at[1:]))
         for model, baseline, variant in places:
             c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
-            if (c in results.study.statistics.primary) != declared:
+            if (c in results.study.statistics.declared("graded")) != declared:
                 continue
             against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
-            row = {"graded score": set_column(name, unit)}
+            row = {"graded score": set_column(name)}
             row["variant"] = Markup(f"{variant_label(results, variant)}{against}")
             row |= {"model": code(model)} | _graded_cells(results.graded.comparisons.get(c))
             verdict = results.verdicts.get(c)
@@ -281,8 +282,8 @@ def cost_table(results: Results) -> Rows:
             continue
         label = variant_label(results, cost.variant)
         row = {"fine-tuned − start": code(cost.finetuned), "variant": label}
-        for name, unit in _graded_sets(results).items():
-            row[set_column(name, unit)] = graded_cell(cost.sets.get(name), COST_WORDS)
+        for name in _graded_sets(results):
+            row[set_column(name)] = graded_cell(cost.sets.get(name), COST_WORDS)
         row["pooled [points]"] = graded_cell(cost.pooled, COST_WORDS)
         row["KL [0.01 nats]"] = graded_cell(cost.kl, COST_WORDS, _hundredths)
         rows.append(row)
@@ -327,26 +328,14 @@ def _worse_pooled(results: Results, variant: str) -> list[str]:
 
 
 def _amount(verdict: GradedVerdict) -> str:
-    comparison = verdict.comparison
-    unit = "points" if comparison.unit == "probability" else "hundredths of a nat a token"
-    return f"{points(comparison.delta)} {unit}"
+    return f"{points(verdict.comparison.delta)} points"
 
 
 def score_sentence(results: Results, variant: str) -> str:
     """Where a variant is found worse, by set and pooled, and the pooled loss that is excluded."""
-    worse = _worse_places(results, variant)
-    kinds = {
-        verdict.kind
-        for c, verdict in results.graded.comparisons.items()
-        if (c.variant, c.baseline) == (variant, results.study.baseline)
-    }
-    if worse:
-        result = f"worse on {', '.join(worse)}"
-    elif kinds <= {"invalid", "uninformative"}:
-        result = "no conclusion is possible, every comparison is invalid or uninformative"
-    else:
-        result = "no loss detected in any set"
-    text = f"**Graded scores** of `{variant}`: {result}."
+    baseline = code(results.study.baseline)
+    text = f"**Answer.** {code(variant)} against {baseline}, by graded scores: "
+    text += f"{_score_result(results, variant)}."
     pooled = {
         model: p.verdict.comparison
         for (model, v), p in results.graded.pooled.items()
@@ -361,6 +350,21 @@ def score_sentence(results: Results, variant: str) -> str:
     worse_pooled = f"it is worse on {listed(lower)}, and " if lower else ""
     excluded = f"{worse_pooled}losses above {listed(limits)} are excluded"
     return f"{text} Pooled over the informative sets, {excluded}."
+
+
+def _score_result(results: Results, variant: str) -> str:
+    """Over all sets and models: where it is worse, or how many comparisons could have shown it."""
+    kinds = [verdict.kind for _, verdict in _judged(results, variant)]
+    informative = [kind for kind in kinds if kind not in ("invalid", "uninformative")]
+    comparisons = f"{len(informative)} of {count(len(kinds), 'comparison')}"
+    if worse := _worse_places(results, variant):
+        return f"worse in {len(worse)} of {count(len(kinds), 'comparison')}: {', '.join(worse)}"
+    if not informative:
+        return "no conclusion is possible, every comparison is invalid or uninformative"
+    if set(informative) == {"equivalent"}:
+        margin = 100 * results.study.statistics.graded_margins.probability
+        return f"equivalent within ±{margin:g} points in {comparisons}"
+    return f"no loss detected in the {comparisons} that could show one"
 
 
 def excluded_points(comparison) -> str:

@@ -260,14 +260,17 @@ def method_paragraph(results: Results) -> str:
     """How comparisons are computed and how verdicts are named."""
     rules = results.rules
     level, equivalence_level = percent_plain(rules.confidence), percent_plain(1 - 2 * rules.alpha)
+    shared = ""
+    if rules.scores > 1:
+        shared = "Graded scores judge comparisons too and have half of the level, so p is doubled. "
     return (
         "Every variant answers the same prompts; items are paired by id and by the hash of the "
         "prompt. Scores are 0 or 1. Independent items take the exact McNemar test and the Tango "
         "interval; items that share passages take a sign-flip test and a bootstrap over passages. "
         f"{count(rules.family, 'comparison')} "
         f"{'was' if rules.family == 1 else 'were'} declared in advance. Holm's correction "
-        "covers all of them; an invalid one stays in with p = 1. *Worse* or *better* requires "
-        f"a Holm p of at most {rules.alpha:g}; *equivalent* requires the "
+        f"covers all of them; an invalid one stays in with p = 1. {shared}*Worse* or *better* "
+        f"requires a Holm p of at most {rules.alpha:g}; *equivalent* requires the "
         f"{equivalence_level} interval inside ±{100 * rules.margin:g} points. "
         "The detectable loss is the smallest loss detected with "
         f"{percent_plain(rules.power)} power, for a declared comparison at Holm's strictest level. "

@@ -255,6 +255,51 @@ EXAMPLES: dict[str, tuple[tuple[Item, str], ...]] = {
     ),
 }
 
+# Of plain text that options are scored after: (item, option). A small model that copies words
+# needs examples whose passages say the answer in the words of the question.
+PLAIN_EXAMPLES: dict[str, tuple[tuple[Item, str], ...]] = {
+    "boolq": tuple(
+        (Item(f"p{number}", question, (), passage), option)
+        for number, (passage, question, option) in enumerate(
+            (
+                (
+                    "Corin Lake lies high in the hills. The lake does freeze over in winter.",
+                    "does corin lake freeze over in winter",
+                    "Yes",
+                ),
+                (
+                    "The Tamber is a short river. It can be crossed on foot in August.",
+                    "can the tamber be crossed on foot in august",
+                    "Yes",
+                ),
+                (
+                    "The bus to Harlow leaves at noon. It does not run on Sunday.",
+                    "does the bus to harlow run on sunday",
+                    "No",
+                ),
+                (
+                    "Denby church has two towers. The west tower is taller than the east one.",
+                    "is the west tower taller than the east one",
+                    "Yes",
+                ),
+                (
+                    "Harlow Mill ground flour until a flood broke its wheel. "
+                    "The mill is not in use today.",
+                    "is harlow mill still in use today",
+                    "No",
+                ),
+                (
+                    "The Elm Street library opened in 1962. "
+                    "Its first librarian did stay for thirty years.",
+                    "did the first librarian stay for thirty years",
+                    "Yes",
+                ),
+            ),
+            start=1,
+        )
+    ),
+}
+
 
 def user_turn(item: Item, adapter: str) -> str:
     """The user's message: the passage if there is one, the question, the options."""

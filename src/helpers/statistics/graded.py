@@ -8,7 +8,10 @@ show losses three to five times smaller by their graded scores.
   the item's options. The order of the options is then that of the choice, and with options of one
   length it is the plain softmax. (Softmax of log-likelihoods per byte as such is nearly uniform,
   whatever the model knows.)
-- Written answers: the gold answer's log-probability in nats a token, the best of several golds.
+- Written answers: the probability of the gold answer against its foil, the gold of another item
+  after the same prompt: 1 / (1 + exp(foil - gold)), each log-probability in nats a token, the best
+  of several golds. The gold's log-probability by itself moves with the model's taste for the form
+  of answers: bfloat16 alone moved it by 0.06 nats a token on one set, and the foil's as much.
 
 Whether a model has any ability to lose on a set is decided before any comparison.
 
@@ -31,11 +34,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import stdtrit
+from scipy.special import expit, stdtrit
 from scipy.stats import norm
 
 from helpers.core.errors import StudyError
-from helpers.evaluation.scoring import gold_score
+from helpers.evaluation.scoring import foil_score, gold_score
 from helpers.statistics.clustered import ROUNDING, MeanEstimate, clustered_mean, combine
 from helpers.statistics.intervals import Interval, require_fraction, tost_from_interval
 
@@ -205,7 +208,7 @@ def pooled_recipe(sets: Sequence[DrawsOfSet]) -> RecipeEstimate:
 
 
 Estimate = MeanEstimate | RecipeEstimate
-Unit = Literal["probability", "nats a token"]
+Unit = Literal["probability", "nats a token"]  # of graded scores; of KL
 GradedKind = Literal["worse", "better", "equivalent", "inconclusive", "uninformative"]
 LETTERS, DIGITS = "ABCDE", "12345"
 
@@ -215,13 +218,12 @@ class Scored:
     """Graded scores of one variant's answers to one set, in the order of the items' ids.
 
     Attributes:
-        ids, clusters: (n,) of the items.
-        scores: (n,) in `unit`.
-        chance: (n,) what a model without the ability scores: 1 / options, or the score of
-            another item's gold under the same prompt.
+        ids, clusters: (n,) of the items; a written answer without a foil has no score.
+        scores: (n,) probabilities, 0-1.
+        chance: (n,) what a model without the ability scores: 1 / options, or 1/2 against a foil.
         lead: (n,) how far the score exceeds that of an answer which ignores the question: of
             options the model's own mean option probabilities, given to every item; of written
-            answers the foil, NaN where an item has none.
+            answers 1/2.
     """
 
     ids: tuple[str, ...]
@@ -229,7 +231,6 @@ class Scored:
     scores: NDArray[np.float64]
     chance: NDArray[np.float64]
     lead: NDArray[np.float64]
-    unit: Unit
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ class Ability:
     Attributes:
         mean: of the scores; `chance` is what it has to exceed where there are options.
         mean_low: one-sided limit of the mean.
-        lead: over an answer that ignores the question, in `unit`; `lead_low` its one-sided limit.
+        lead: over an answer that ignores the question; `lead_low` its one-sided limit.
     """
 
     able: bool
@@ -248,7 +249,6 @@ class Ability:
     chance: float
     lead: float
     lead_low: float
-    unit: Unit
 
 
 @dataclass(frozen=True)
@@ -345,14 +345,18 @@ def scored(rows: Sequence[dict], *, normalize: str = "none") -> Scored:
     if problem := missing_scores(rows):
         raise StudyError(f"{problem}; run 03_evaluation again")
     ordered = sorted(rows, key=lambda row: row["id"])
-    score_rows = _options if "logprobs" in ordered[0] else _written
+    if "logprobs" in ordered[0]:
+        figures = _options(ordered, normalize)
+    else:
+        ordered = [row for row in ordered if row["foil_tokens"]]
+        figures = _written(ordered)
     ids = tuple(row["id"] for row in ordered)
     clusters = tuple(row["cluster"] or row["id"] for row in ordered)
-    return Scored(ids, clusters, *score_rows(ordered, normalize))
+    return Scored(ids, clusters, *figures)
 
 
 def _options(rows: list[dict], normalize: str):
-    """(scores, chance, lead, unit) of rows with options."""
+    """(scores, chance, lead) of rows with options."""
     most = max(len(row["logprobs"]) for row in rows)
     shares, right = np.zeros((len(rows), most)), np.zeros((len(rows), most))
     for i, row in enumerate(rows):
@@ -363,18 +367,17 @@ def _options(rows: list[dict], normalize: str):
         right[i, right_options(row)] = 1
     chance = right.sum(axis=1) / [len(row["logprobs"]) for row in rows]
     lead = (shares - shares.mean(axis=0)) * (right - right.mean(axis=0))  # (items, options)
-    return (shares * right).sum(axis=1), chance, lead.sum(axis=1), "probability"
+    return (shares * right).sum(axis=1), chance, lead.sum(axis=1)
 
 
-def _written(rows: list[dict], normalize: str):
-    """(scores, chance, lead, unit) of rows with written answers, which are scored by the token."""
-    del normalize
-    scores = [gold_score(row) for row in rows]
-    foils = np.array(
-        [r["foil_loglikelihood"] / r["foil_tokens"] if r["foil_tokens"] else np.nan for r in rows]
-    )
-    chance = np.where(np.isnan(foils), np.nanmean(foils), foils)
-    return np.array(scores), chance, np.array(scores) - foils, "nats a token"
+CONTRASTED = (gold_score, foil_score)  # each in nats a token
+
+
+def _written(rows: list[dict]):
+    """(scores, chance, lead) of rows with written answers, each with a foil."""
+    golds, foils = (np.array([score(row) for row in rows], dtype=float) for score in CONTRASTED)
+    scores = expit(golds - foils)
+    return scores, np.full(len(rows), 0.5), scores - 0.5
 
 
 def ability(scored_answers: Scored, *, confidence: float) -> Ability:
@@ -383,23 +386,19 @@ def ability(scored_answers: Scored, *, confidence: float) -> Ability:
     Options: the right option's mean probability lies above 1 / options, and above what the
     model's own mean option probabilities would score if every item were given them. The second
     is 0 for any constant answer, however biased the model and the set are. Written answers: the
-    gold is more probable than another item's gold under the same prompt. One-sided limits,
-    clustered.
+    gold is on average more probable than its foil. One-sided limits, clustered.
     """
     average = clustered_mean(scored_answers.scores, scored_answers.clusters)
-    kept = np.flatnonzero(~np.isnan(scored_answers.lead))
-    lead = clustered_mean(scored_answers.lead[kept], [scored_answers.clusters[i] for i in kept])
+    lead = clustered_mean(scored_answers.lead, scored_answers.clusters)
     chance, mean_low = float(scored_answers.chance.mean()), average.lower_limit(confidence)
     lead_low = lead.lower_limit(confidence)
-    above_chance = scored_answers.unit != "probability" or mean_low > chance
     return Ability(
-        able=lead_low > 0 and above_chance,
+        able=lead_low > 0 and mean_low > chance,
         mean=average.mean,
         mean_low=mean_low,
         chance=chance,
         lead=lead.mean,
         lead_low=lead_low,
-        unit=scored_answers.unit,
     )
 
 
@@ -407,9 +406,9 @@ def paired_differences(baseline: Scored, variant: Scored) -> NDArray[np.float64]
     """(n,) score of the variant minus that of the baseline, item by item.
 
     Raises:
-        StudyError: the items or the units differ.
+        StudyError: the items differ.
     """
-    if baseline.ids != variant.ids or baseline.unit != variant.unit:
+    if baseline.ids != variant.ids:
         raise StudyError("two variants answered different items; run 03_evaluation again")
     return variant.scores - baseline.scores
 
@@ -425,7 +424,7 @@ def compare_graded(
     changes = paired_differences(baseline, variant)
     estimate = clustered_mean(changes, baseline.clusters)
     return comparison_of(
-        estimate, unit=baseline.unit, confidence=confidence, alpha=alpha, power=power,
+        estimate, unit="probability", confidence=confidence, alpha=alpha, power=power,
         identical=not changes.any(),
     )  # fmt: skip
 
@@ -439,7 +438,7 @@ def compare_draws(
     """
     changes = np.array([paired_differences(baseline, draw) for draw in draws])
     return comparison_of(
-        recipe_estimate(changes, baseline.clusters), unit=baseline.unit, confidence=confidence,
+        recipe_estimate(changes, baseline.clusters), unit="probability", confidence=confidence,
         alpha=alpha, power=power, identical=not changes.any(),
     )  # fmt: skip
 
@@ -491,8 +490,3 @@ def judge_graded(
         return "better" if (comparison.delta > 0) == higher_is_better else "worse"
     inside = tost_from_interval(comparison.equivalence, margin=margin, alpha=alpha)
     return "equivalent" if inside else "inconclusive"
-
-
-def token_probability(nats: ArrayLike) -> NDArray[np.float64]:
-    """Geometric mean probability a token, 0-1: what written answers are pooled with options by."""
-    return np.exp(np.asarray(nats, dtype=np.float64))

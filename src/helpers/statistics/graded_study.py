@@ -1,13 +1,15 @@
 """Graded scores of a whole study: every comparison, one answer a model, the cost of fine-tuning.
 
-Holm's family of the graded scores is the declared comparisons, one test each, apart from the
-family of right and wrong. A comparison that is invalid by its answers is invalid here too.
+Holm's family of the graded scores is the comparisons that are declared to be judged by them, one
+test each. The family of right and wrong is another; where there are both, either has half the
+level. A comparison that is invalid by its answers is invalid here too.
 Comparisons that nobody declared are exploratory: those of one variant are a family of their
 own, as are its pooled differences over the models, and its costs of fine-tuning over the sets.
 
 A set on which the noise floor differs from the baseline, by more than chance and not inside the
-margin, is uninformative for that model: there the score measures rounding. A written answer's
-score can do so, because its first tokens are the same for every item.
+margin, is uninformative for that model: there the score measures rounding. Rounding does change
+probabilities a little, so the noise floor is not asked whether it differs: inside the margin it is
+equivalent.
 
 A set whose rows hold no log-probabilities has no graded scores, and nothing is said about it.
 Imports no torch.
@@ -16,8 +18,6 @@ Imports no torch.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-import numpy as np
 
 from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check
@@ -51,6 +51,7 @@ from helpers.statistics.verdicts import (
     Verdict,
     decision_rules,
     role_of,
+    shared_level,
 )
 from helpers.study.schema import AnySet, Comparison, FineTunedModel, LogLikelihood, Study
 
@@ -59,6 +60,7 @@ KL_UNIT: Unit = "nats a token"
 NO_ABILITY = "the float model shows no ability that could be lost"
 ROUNDING_MOVES = "rounding alone moves the score by more than the margin"
 INSIDE_MARGIN = "the difference is nevertheless inside the margin"
+ROUNDING_INSIDE_MARGIN = "rounding alone makes a difference, inside the margin"
 NO_SCORES = "its graded scores are missing or not finite"
 
 
@@ -146,8 +148,7 @@ def graded_scores(rows: Sequence[dict], normalize: str) -> Scored | None:
     if not all(x is not None and math.isfinite(x) for row in options for x in row["logprobs"]):
         return None
     scores = scored(rows, normalize=normalize)
-    kept = {scores.clusters[i] for i in np.flatnonzero(~np.isnan(scores.lead))}
-    return scores if len(kept) > 1 else None
+    return scores if len(set(scores.clusters)) > 1 else None
 
 
 def graded_study(
@@ -226,7 +227,9 @@ class _StudyScores:
             alpha=self.rules.alpha / max(1, tests), identical=identical,
         )  # fmt: skip
 
-    def _verdict(self, comparison: GradedComparison, blind: str, holm_p: float | None, **fields):
+    def _verdict(
+        self, comparison: GradedComparison, blind: str, holm_p: float | None, variant: str, **fields
+    ) -> GradedVerdict:
         margin = self.margin(comparison.unit)
         adjusted = comparison.p if holm_p is None else holm_p
         better = fields.pop("higher_is_better", True)
@@ -234,12 +237,14 @@ class _StudyScores:
             comparison, able=not blind, adjusted_p=adjusted, margin=margin, higher_is_better=better
         )
         reason = blind
-        if kind in ("worse", "better"):
-            reason = INSIDE_MARGIN if self._is_inside(comparison) else ""
+        if kind in ("worse", "better") and self._is_inside(comparison):
+            reason = INSIDE_MARGIN
+            if role_of(self.study, variant) == "noise floor":
+                kind, reason = "equivalent", ROUNDING_INSIDE_MARGIN
         return GradedVerdict(kind, reason, comparison, margin, holm_p, **fields)
 
     def _comparisons(self) -> dict[Comparison, GradedVerdict]:
-        declared = list(dict.fromkeys(self.study.statistics.primary))
+        declared, scores = self.study.statistics.declared("graded"), self.rules.scores
         families: dict[str, dict[Comparison, float]] = {"": dict.fromkeys(declared, 1.0)}
         members = {c: "" if c in declared else c.variant for c in self.verdicts}
         for c, family in members.items():
@@ -252,11 +257,16 @@ class _StudyScores:
                 continue
             compared[c] = None
             if after is not None:
-                comparison = self._pair(before, after, len(families[family]))
+                tests = len(families[family]) * (1 if family else scores)
+                comparison = self._pair(before, after, tests)
                 compared[c] = comparison
                 if self.verdicts[c].kind != "invalid":
                     families[family][c] = comparison.p
-        holm_p = {c: p for family in families.values() for c, p in holm(family).items()}
+        holm_p = {
+            c: p
+            for family, p_values in families.items()
+            for c, p in shared_level(p_values, 1 if family else scores).items()
+        }
         return {
             c: self._comparison_verdict(c, comparison, holm_p[c], declared=c in declared)
             for c, comparison in compared.items()
@@ -265,17 +275,18 @@ class _StudyScores:
     def _comparison_verdict(
         self, c: Comparison, comparison: GradedComparison | None, holm_p: float, *, declared: bool
     ) -> GradedVerdict:
-        verdict, at = self.verdicts[c], (c.model, c.dataset, c.baseline)
+        verdict = self.verdicts[c]
         if verdict.kind == "invalid" or comparison is None:
             reason = verdict.reason if verdict.kind == "invalid" else NO_SCORES
-            margin = self.margin(self.scores[at].unit)
+            margin = self.margin("probability")
             return GradedVerdict("invalid", reason, comparison, margin, declared=declared)
-        return self._verdict(comparison, self.blind[at], holm_p, declared=declared)
+        blind = self.blind[c.model, c.dataset, c.baseline]
+        return self._verdict(comparison, blind, holm_p, c.variant, declared=declared)
 
     def _pair(self, before: Scored, after: Scored, tests: int) -> GradedComparison:
         changes = paired_differences(before, after)
         estimate = clustered_mean(changes, before.clusters)
-        return self._compared(estimate, before.unit, tests, not changes.any())
+        return self._compared(estimate, "probability", tests, not changes.any())
 
     def _invalid(self, model: str, name: str, variant: str) -> str:
         """Why a variant's scores on a set count for nothing; empty if they count."""
@@ -311,7 +322,7 @@ class _StudyScores:
                 verdicts[model, variant] = PooledVerdict(able, verdict, None)
                 continue
             pairs = {n: self._sides(model, n, variant) for n in able}
-            verdict = self._verdict(compared[model], "", holm_p[model])
+            verdict = self._verdict(compared[model], "", holm_p[model], variant)
             recovered = recovery(pairs, confidence=self.rules.confidence)
             verdicts[model, variant] = PooledVerdict(able, verdict, recovered)
         return verdicts
@@ -360,12 +371,12 @@ class _StudyScores:
         sets = {}
         for n in names:
             if invalid[n]:
-                margin = self.margin(compared[n].unit)
+                margin = self.margin("probability")
                 sets[n] = GradedVerdict("invalid", invalid[n], compared[n], margin)
             else:
-                sets[n] = self._verdict(compared[n], blind[n], holm_p[n])
+                sets[n] = self._verdict(compared[n], blind[n], holm_p[n], variant)
         kept = [n for n in names if not blind[n]]
-        pooled = self._pooled_cost(kept, pairs, invalid) if kept else None
+        pooled = self._pooled_cost(kept, pairs, invalid, variant) if kept else None
         kl = self._kl_cost(start, finetuned, variant)
         if not sets and kl is None:
             return None
@@ -374,16 +385,18 @@ class _StudyScores:
     def _cost_of_set(self, base, finetuned, tests: int) -> GradedComparison:
         estimate = cost_difference(base, finetuned)
         changes = paired_differences(*finetuned) - paired_differences(*base)
-        return self._compared(estimate, base[0].unit, tests, not changes.any())
+        return self._compared(estimate, "probability", tests, not changes.any())
 
-    def _pooled_cost(self, kept: list[str], pairs: dict, invalid: dict) -> GradedVerdict:
+    def _pooled_cost(
+        self, kept: list[str], pairs: dict, invalid: dict, variant: str
+    ) -> GradedVerdict:
         if reasons := [invalid[n] for n in kept if invalid[n]]:
             return GradedVerdict("invalid", reasons[0], None, self.margin("probability"))
         estimate = pooled_cost_difference(*({n: pairs[n][i] for n in kept} for i in (0, 1)))
         comparison = self._compared(
             estimate, "probability", 1, estimate.mean == 0 and estimate.degenerate
         )
-        return self._verdict(comparison, "", None)
+        return self._verdict(comparison, "", None, variant)
 
     def _kl_cost(self, start: str, finetuned: str, variant: str) -> GradedVerdict | None:
         sides = [self.answers[m, variant] for m in (start, finetuned)]
@@ -399,4 +412,4 @@ class _StudyScores:
             return None
         identical = estimate.mean == 0 and estimate.degenerate
         comparison = self._compared(estimate, KL_UNIT, 1, identical)
-        return self._verdict(comparison, "", None, higher_is_better=False)
+        return self._verdict(comparison, "", None, variant, higher_is_better=False)

@@ -1,9 +1,8 @@
 """Graded figures beyond one set: sets pooled, base against fine-tuned model, and KL by token.
 
 Sets are strata: each set's mean has its own error, and the pooled mean is their plain average,
-declared beforehand. Which sets are informative is decided before any comparison. Scores in nats
-are pooled as probabilities a token, so that every set counts in points and a collapsed answer
-counts at most as a lost one.
+declared beforehand. Which sets are informative is decided before any comparison. Every score is a
+probability, so that a collapsed answer counts at most as a lost one.
 
 *Recovery*, the number the field quotes, is the pooled score above chance as a share of the float
 model's. Its interval is Fieller's idea with this project's limits: the shares r for which the mean
@@ -32,7 +31,7 @@ from scipy.optimize import brentq
 
 from helpers.core.errors import StudyError
 from helpers.statistics.clustered import MeanEstimate, clustered_mean, combine
-from helpers.statistics.graded import Scored, paired_differences, token_probability
+from helpers.statistics.graded import Scored, paired_differences
 from helpers.statistics.intervals import Interval
 
 
@@ -97,13 +96,6 @@ class Recovery:
     sets: tuple[str, ...]
 
 
-def as_probabilities(scores_of_set: Scored) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """(scores, chance) of a set, both (n,) on the scale 0-1."""
-    if scores_of_set.unit == "probability":
-        return scores_of_set.scores, scores_of_set.chance
-    return token_probability(scores_of_set.scores), token_probability(scores_of_set.chance)
-
-
 def pooled_difference(pairs: Mapping[str, tuple[Scored, Scored]]) -> MeanEstimate:
     """Mean over sets of the mean difference, variant minus baseline, in probability.
 
@@ -113,7 +105,8 @@ def pooled_difference(pairs: Mapping[str, tuple[Scored, Scored]]) -> MeanEstimat
     Raises:
         ValueError: there is no set.
     """
-    return _pool(pairs, lambda name: _changes(*pairs[name]), {n: p[0] for n, p in pairs.items()})
+    firsts = {name: pair[0] for name, pair in pairs.items()}
+    return _pool(pairs, lambda name: paired_differences(*pairs[name]), firsts)
 
 
 def pooled_cost_difference(
@@ -122,7 +115,7 @@ def pooled_cost_difference(
     """The difference of differences pooled over the sets that are informative for both models."""
     return _pool(
         base,
-        lambda name: _changes(*finetuned[name]) - _changes(*base[name]),
+        lambda name: paired_differences(*finetuned[name]) - paired_differences(*base[name]),
         {name: pair[0] for name, pair in base.items()},
     )
 
@@ -130,8 +123,7 @@ def pooled_cost_difference(
 def recovery(pairs: Mapping[str, tuple[Scored, Scored]], *, confidence: float) -> Recovery | None:
     """Pooled score of the variant above chance, as a share of the baseline's.
 
-    Chance is the float model's: of options 1 / options, of written answers its own
-    probability of the foil.
+    Chance is 1 / options, and 1/2 of an answer written out, which is held against one foil.
 
     Returns:
         None where the float model is not clearly above chance, or no limit is finite.
@@ -141,9 +133,8 @@ def recovery(pairs: Mapping[str, tuple[Scored, Scored]], *, confidence: float) -
     firsts = {name: pair[0] for name, pair in pairs.items()}
     floats, gaps = {}, {}
     for name, (baseline, variant) in pairs.items():
-        before, chance = as_probabilities(baseline)
-        floats[name] = before - chance
-        gaps[name] = _changes(baseline, variant) + floats[name]
+        floats[name] = baseline.scores - baseline.chance
+        gaps[name] = paired_differences(baseline, variant) + floats[name]
     above = _pool(pairs, floats.__getitem__, firsts)
     if above.interval(confidence).low <= 0:
         return None
@@ -158,11 +149,6 @@ def recovery(pairs: Mapping[str, tuple[Scored, Scored]], *, confidence: float) -
     if low is None or high is None:
         return None
     return Recovery(value, Interval(low, high, confidence), above.mean, tuple(pairs))
-
-
-def _changes(baseline: Scored, variant: Scored) -> NDArray[np.float64]:
-    paired_differences(baseline, variant)  # refuses other items
-    return as_probabilities(variant)[0] - as_probabilities(baseline)[0]
 
 
 def _pool(

@@ -244,7 +244,12 @@ class VariantPredictions:
 
 @dataclass(frozen=True)
 class DecisionRules:
-    """The study's confidence, power, margin and resampling; `family` counts its declared tests."""
+    """The study's confidence, power, margin, resampling, and what is declared.
+
+    Attributes:
+        family: comparisons that are declared to be judged by right and wrong.
+        scores: 2 where graded scores judge declared comparisons too: they share the level.
+    """
 
     confidence: float
     power: float
@@ -252,6 +257,7 @@ class DecisionRules:
     resamples: int
     seed: int
     family: int
+    scores: int = 1
 
     @property
     def alpha(self) -> float:
@@ -289,7 +295,13 @@ class PairedComparison:
 def decision_rules(study: Study) -> DecisionRules:
     """The study's statistical settings."""
     s = study.statistics
-    return DecisionRules(s.confidence, s.power, s.margin, s.resamples, study.seed, len(s.primary))
+    family = len(s.declared("accuracy"))
+    return DecisionRules(s.confidence, s.power, s.margin, s.resamples, study.seed, family, s.scores)
+
+
+def shared_level(p_values: Mapping[Comparison, float], scores: int) -> dict[Comparison, float]:
+    """Holm's p over one score's declared tests, times the scores that share the level."""
+    return {key: min(1.0, scores * p) for key, p in holm(p_values).items()}
 
 
 def paired_predictions(
@@ -497,8 +509,9 @@ def study_verdicts(
 ) -> dict[Comparison, Verdict]:
     """Every variant against the study's baseline, and every declared comparison.
 
-    Holm's family is all declared comparisons. An invalid one stays in it with p = 1, so that a
-    failed check never eases the test of another. A comparison with a missing side stays in it
+    Holm's family is all comparisons declared to be judged by right and wrong; if graded scores
+    judge some too, either family has half the level. An invalid one stays in it with p = 1, so that
+    a failed check never eases the test of another. A comparison with a missing side stays in it
     too and gets no verdict.
 
     Args:
@@ -506,15 +519,16 @@ def study_verdicts(
         disagreements: comparisons whose figures do not follow from the answers, with the
             reason: they are invalid.
     """
-    rules, primary = decision_rules(study), study.statistics.primary
-    comparisons = [*primary, *_baseline_comparisons(study)]
+    rules, primary = decision_rules(study), study.statistics.declared("accuracy")
+    others = study.statistics.declared("graded")
+    comparisons = [*primary, *others, *_baseline_comparisons(study)]
     compared, p_values = {}, dict.fromkeys(primary, 1.0)
     for c in dict.fromkeys(comparisons):
         if not {(c.model, c.dataset, name) for name in (c.baseline, c.variant)} <= answers.keys():
             continue
         baseline, variant = (answers[c.model, c.dataset, v] for v in (c.baseline, c.variant))
         adapter = study.evaluation.datasets[c.dataset].adapter
-        alpha = rules.alpha / rules.family if c in primary else rules.alpha
+        alpha = rules.alpha / (rules.family * rules.scores) if c in primary else rules.alpha
         paired = paired_comparison(baseline, variant, rules, alpha=alpha)
         reasons = (
             disagreements.get(c) or invalid_reason(adapter, baseline, variant, rules),
@@ -523,7 +537,7 @@ def study_verdicts(
         compared[c] = paired, reasons
         if c in primary and not reasons[0]:
             p_values[c] = paired.p
-    holm_p_values = holm(p_values)
+    holm_p_values = shared_level(p_values, rules.scores)
     return {
         c: decide_verdict(p, *reasons, holm_p_values.get(c), rules)
         for c, (p, reasons) in compared.items()

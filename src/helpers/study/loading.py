@@ -239,6 +239,7 @@ PROTOCOLS = {
     "squad_v2": {"generate"},
     "openmath": {"generate"},
 }
+PLAIN_SHOTS = {"boolq": 6}  # worked examples that there are for protocol loglikelihood
 
 
 def broken_references(study: Study) -> list[str]:
@@ -349,6 +350,12 @@ def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
             f"ask.protocol = {ask.protocol!r} cannot ask {dataset.adapter} items; use "
             f"{' or '.join(sorted(PROTOCOLS[dataset.adapter]))}"
         )
+    examples = PLAIN_SHOTS.get(dataset.adapter, 0)
+    if ask.protocol == "loglikelihood" and ask.shots > examples:
+        problems.append(
+            f"ask.shots = {ask.shots} but {dataset.adapter} has {examples} worked examples for "
+            f"protocol: loglikelihood; use at most {examples}"
+        )
     if dataset.keep and dataset.adapter != "openmath":
         problems.append(
             f"keep = {dataset.keep!r} is for openmath items, not for {dataset.adapter}; remove it"
@@ -378,7 +385,11 @@ def _comparisons(study: Study) -> list[str]:
                 problems.append(unknown_name_line(f"{key}.{setting}", value, kind, names))
         if pair.variant == pair.baseline:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
-        if pair in primary[:index]:
+        if any(
+            pair.comparison == earlier.comparison
+            and (earlier.score == pair.score or None in (earlier.score, pair.score))
+            for earlier in primary[:index]
+        ):
             problems.append(f"{key} repeats an earlier comparison; remove it")
     return problems
 

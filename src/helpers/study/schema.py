@@ -10,7 +10,7 @@ Reading, references between settings and error messages are in `helpers.study.lo
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -134,7 +134,9 @@ LIST_FIELDS = ("choices", "answers")  # may be spread over several columns
 class ShippedDataset(Strict):
     """Items written for this project."""
 
-    shipped: Literal["arc", "squad_v2", "boolq", "openmath_eval", "openmath_train"]
+    shipped: Literal[
+        "arc", "squad_v2", "boolq", "boolq_stated", "openmath_eval", "openmath_train"
+    ]
 
 
 class Stream(Strict):
@@ -518,10 +520,14 @@ class Runtime(Strict):
 
 
 class LogLikelihood(Strict):
-    """Each option's text is scored as the continuation of the prompt; the best is the answer."""
+    """Each option's text is scored as the continuation of the prompt; the best is the answer.
+
+    `shots` worked examples stand before the question; of boolq there are six.
+    """
 
     protocol: Literal["loglikelihood"]
     normalize: Literal["bytes", "none"]
+    shots: Annotated[Whole, Field(ge=0, le=6)] = 0
 
 
 class Generate(Strict):
@@ -704,7 +710,7 @@ class Calibration(Strict):
 
 
 class Comparison(Strict):
-    """`variant` is compared with `baseline` on one metric of one dataset, for one model."""
+    """`variant` is compared with `baseline` on one dataset, for one model."""
 
     model: Name
     dataset: Name
@@ -712,8 +718,22 @@ class Comparison(Strict):
     variant: Name
 
 
+Score = Literal["accuracy", "graded"]
+
+
+class DeclaredComparison(Comparison):
+    """A comparison judged by right and wrong, by graded scores, or without a `score` by both."""
+
+    score: Score | None = None
+
+    @property
+    def comparison(self) -> Comparison:
+        """What is compared, whichever score judges it."""
+        return Comparison(**{name: getattr(self, name) for name in Comparison.model_fields})
+
+
 class GradedMargins(Strict):
-    """Largest harmless differences of graded scores: probability 0-1, and nats a token."""
+    """Largest harmless differences: of graded scores (probability, 0-1), of KL (nats a token)."""
 
     probability: Annotated[Number, Field(gt=0.0, lt=1.0)] = 0.03
     nats: Annotated[Number, Field(gt=0.0, lt=10.0)] = 0.05
@@ -727,7 +747,17 @@ class Statistics(Strict):
     margin: Annotated[Number, Field(gt=0.0, lt=1.0)]
     graded_margins: GradedMargins = GradedMargins()
     resamples: Annotated[Whole, Field(ge=100)]
-    primary: tuple[Comparison, ...]
+    primary: tuple[DeclaredComparison, ...]
+
+    def declared(self, score: Score) -> tuple[Comparison, ...]:
+        """The comparisons that are judged by this score, in the file's order."""
+        judged = [c.comparison for c in self.primary if c.score in (None, score)]
+        return tuple(dict.fromkeys(judged))
+
+    @property
+    def scores(self) -> int:
+        """How many scores judge declared comparisons, 1 or 2; they share the level."""
+        return sum(bool(self.declared(score)) for score in get_args(Score)) or 1
 
 
 class Study(Strict):

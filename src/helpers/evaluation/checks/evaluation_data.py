@@ -57,7 +57,7 @@ from helpers.inference.perplexity import (
     read_passages,
     states_path,
 )
-from helpers.sources.chat import EXAMPLES
+from helpers.sources.chat import EXAMPLES, PLAIN_EXAMPLES
 from helpers.sources.finetuning import fine_tuning_settings
 from helpers.sources.items import Item, gold_number, load_rows
 from helpers.sources.models import load_model, model_folder
@@ -361,8 +361,9 @@ def worked_examples(study: Study) -> list[Item]:
     """The worked examples in the prompts of the study's sets."""
     sets = study.evaluation.datasets.values()
     asks = [(s.adapter, s.ask) for s in sets if not isinstance(s, TaskSet)]
-    shots = [(adapter, ask.shots) for adapter, ask in asks if ask.protocol == "generate"]
-    return [item for adapter, n in shots for item, _ in EXAMPLES[adapter][:n]]
+    tables = {"generate": EXAMPLES, "loglikelihood": PLAIN_EXAMPLES}
+    shown = [tables[ask.protocol].get(adapter, ())[: ask.shots] for adapter, ask in asks]
+    return [item for examples in shown for item, _ in examples]
 
 
 def ask_alone_again(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from helpers.core.records import Gate, none_of, sha256_data
 from helpers.evaluation.checks.recomputed_tasks import missing_task_part, task_digests
-from helpers.sources.chat import EXAMPLES, SYSTEM
+from helpers.sources.chat import EXAMPLES, PLAIN_EXAMPLES, SYSTEM
 from helpers.sources.items import Item, item_key, load_rows, local_rows, normalized_text
 from helpers.study.inputs import dataset_files
 from helpers.study.schema import (
@@ -369,11 +369,9 @@ def missing_part(evaluation_set: EvaluationSet, shown: RenderedPrompt) -> str:
         if list(shown.continuations) != expected:
             return "its options, in their order"
         needs_passage = evaluation_set.adapter != "arc"
-        return (
-            "its passage"
-            if needs_passage and not _holds(text[:question_start], item.passage)
-            else ""
-        )
+        if needs_passage and not _holds(text[:question_start], item.passage):
+            return "its passage"
+        return _missing_plain_examples(evaluation_set, item, text)
     if not _holds(text[:question_start], item.passage):
         return "its passage before the question"
     if not _holds(text[:question_start], SYSTEM[evaluation_set.adapter]):
@@ -397,6 +395,18 @@ def missing_part(evaluation_set: EvaluationSet, shown: RenderedPrompt) -> str:
             return f"just {evaluation_set.ask.shots} worked examples"
         place = positions[-1] if is_present else place
     return "" if shown.text.endswith(shown.opening) else "the opening of an answer"
+
+
+def _missing_plain_examples(evaluation_set: EvaluationSet, item: Item, text: str) -> str:
+    """Says so unless a text begins with just the set's worked examples, and then the passage."""
+    place = shown = 0
+    for example, option in PLAIN_EXAMPLES.get(evaluation_set.adapter, ()):
+        whole = _words(f"{example.passage} Question: {example.question}? Answer: {option}")
+        if not text.startswith(whole, place):
+            break
+        place, shown = place + len(whole) + 1, shown + 1
+    is_complete = shown == evaluation_set.ask.shots and text.startswith(_words(item.passage), place)
+    return "" if is_complete else f"just {evaluation_set.ask.shots} worked examples"
 
 
 def _words(text: str) -> str:

@@ -232,13 +232,22 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
         if (c["variant"], c["baseline"]) == (variant, figures.study.baseline)
     ]
     worse = [c for c in mine if c["verdict"] == "worse"]
-    silent = all(c["verdict"] in ("invalid", "uninformative") for c in mine)
+    telling = [c["verdict"] for c in mine if c["verdict"] not in ("invalid", "uninformative")]
     places = [f"{DATASET_NAMES.get(c['dataset'], c['dataset'])} of `{c['model']}`" for c in worse]
     published = text.partition(" Pooled")[0].partition(" No set can")[0]
-    nothing = "no conclusion is possible" if silent else "no loss detected"
-    expected = "worse on " if worse else nothing
-    if expected not in published or not all(place in published for place in places):
-        yield f"recomputed {', '.join(places) or nothing}"
+    counts = [len(worse) if worse else len(telling), len(mine)]
+    if worse:
+        expected = "worse in "
+    elif not telling:
+        expected, counts = "no conclusion is possible", []
+    elif all(kind == "equivalent" for kind in telling):
+        expected = "equivalent within "
+        counts = [100 * figures.study.statistics.graded_margins.probability, *counts]
+    else:
+        expected = "no loss detected in the "
+    start = f"by graded scores: {expected}"
+    if start not in published or not all(place in published for place in places):
+        yield f"recomputed {expected}{', '.join(places)}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
     lower = [row for row in pooled if row["verdict"] == "worse"]
     clause, _, limits = text.partition(" Pooled")[2].partition("losses above ")
@@ -248,7 +257,7 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
     if models != [row["model"] for row in pooled]:
         yield f"recomputed pooled differences of {[row['model'] for row in pooled]}"
     excluded = [100 * max(0.0, -row["low"]) for row in pooled]
-    yield text, [*(100 * c["delta"] for c in [*worse, *lower]), *excluded]
+    yield text, [*counts, *(100 * c["delta"] for c in [*worse, *lower]), *excluded]
 
 
 def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
@@ -323,10 +332,10 @@ GRADED_SENTENCE_CHECKS = (
     (r"^\*\*Recipe\*\* `", _check_recipe_sentence),
     (r"^Made once: `", _check_made_once),
     (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
-    (r"^\*\*Graded scores\*\* of `", _check_score_bullet),
+    (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores: ", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
     (r"^\*\*Does fine-tuning raise the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
-    (r"^Option sets: the right option's probability, in points", _check_reading),
+    (r"^Option sets: the right option's probability among the options", _check_reading),
 )
 
 

@@ -22,7 +22,7 @@ from helpers.report.checks.recomputed_tables import (
     rounds_to,
 )
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
-from helpers.statistics.checks.recomputed_verdicts import answer_of
+from helpers.statistics.checks.recomputed_verdicts import answer_of, declared_for
 from helpers.study.schema import Variant
 
 INFORMATIVE = ("worse", "better", "equivalent", "inconclusive")
@@ -127,9 +127,10 @@ def _check_controls_count(text: str, figures: RecomputedFigures) -> Iterator[Exp
     yield text, [sum(outcome.ok for outcome in outcomes), len(outcomes)]
 
 
+ANSWER = r"(?:\*\*(?:Answer|By right or wrong)\.\*\* )?"
 VERDICT_SENTENCE_CHECKS = (
-    (r"^(?:\*\*Answer\.\*\* )?(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _check_answer),
-    (r"^(?:\*\*Answer\.\*\* )?No conclusion about `", _check_nothing_shown),
+    (rf"^{ANSWER}(?:No loss |`[^`]+` is (?:worse|better|equivalent))", _check_answer),
+    (rf"^{ANSWER}No conclusion about `", _check_nothing_shown),
     ("^(?:" + "|".join(map(re.escape, BULLET_STARTS)) + ")", _check_verdict_bullet),
     (r"^\*\*All controls behaved as expected\*\*", _check_controls_bullet),
     (r"\d+ of \d+ controls? behaved", _check_controls_count),
@@ -352,7 +353,7 @@ def _check_training(text: str, figures: RecomputedFigures) -> Iterator[ExpectedN
 
 
 def _check_method(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    s, family = figures.study.statistics, len(figures.study.statistics.primary)
+    s, family = figures.study.statistics, len(declared_for(figures.study, "accuracy"))
     alpha = 1 - s.confidence
     values = [0, 1, family, 1, alpha, 100 * (1 - 2 * alpha), 100 * s.margin]
     yield text, [*values, 100 * s.power, 100 * s.confidence]

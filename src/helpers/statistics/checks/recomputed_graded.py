@@ -166,14 +166,18 @@ def _sum_of(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
 
 
 def item_scores(rows: Rows, normalize: str) -> dict[str, float]:
-    """Graded score of every item: a probability, or nats a token where the answer is written."""
-    return {row["id"]: _score(row, normalize) for row in rows}
+    """Graded score of every item that has one, a probability; without a foil a text has none."""
+    return {
+        row["id"]: _score(row, normalize) for row in rows if "logprobs" in row or row["foil_tokens"]
+    }
 
 
 def _score(row: Mapping, normalize: str) -> float:
     if "logprobs" not in row:
         pairs = zip(row["gold_loglikelihoods"], row["gold_tokens"], strict=True)
-        return max(total / count for total, count in pairs)
+        gold = max(total / count for total, count in pairs)
+        foil = row["foil_loglikelihood"] / row["foil_tokens"]
+        return (1 + math.tanh((gold - foil) / 2)) / 2
     shares = _shares(row, normalize)
     return float(sum(shares[i] for i in _right(row)))
 
@@ -196,17 +200,15 @@ def _clusters(rows: Rows) -> dict[str, str]:
     return {row["id"]: row["cluster"] or row["id"] for row in rows}
 
 
-def _changes(pair: Pair, normalize: str, *, pooled: bool = False) -> dict[str, float]:
+def _changes(pair: Pair, normalize: str) -> dict[str, float]:
     before, after = (item_scores(rows, normalize) for rows in pair)
     if before.keys() != after.keys():
         raise ValueError("they have different items")
-    if pooled and "logprobs" not in pair[0][0]:
-        before, after = ({k: math.exp(x) for k, x in side.items()} for side in (before, after))
     return {name: after[name] - before[name] for name in sorted(before)}
 
 
 def difference(pair: Pair, normalize: str) -> Mean:
-    """Mean difference of graded scores, variant minus baseline, in the score's own unit."""
+    """Mean difference of graded scores, variant minus baseline."""
     changes, clusters = _changes(pair, normalize), _clusters(pair[0])
     return mean_of(list(changes.values()), [clusters[name] for name in changes])
 
@@ -235,7 +237,7 @@ def pooled(pairs: Mapping[str, Pair], normalize: Mapping[str, str]) -> Mean:
     """Plain average over sets of the mean change of probability."""
     means = []
     for name, pair in pairs.items():
-        changes, clusters = _changes(pair, normalize[name], pooled=True), _clusters(pair[0])
+        changes, clusters = _changes(pair, normalize[name]), _clusters(pair[0])
         means.append(mean_of(list(changes.values()), [clusters[i] for i in changes]))
     return _sum_of(means, [1 / len(means)] * len(means))
 
@@ -246,8 +248,8 @@ def pooled_cost_difference(
     """Plain average over sets of the difference of differences in probability."""
     means = []
     for name, pair in base.items():
-        first = _changes(pair, normalize[name], pooled=True)
-        second = _changes(finetuned[name], normalize[name], pooled=True)
+        first = _changes(pair, normalize[name])
+        second = _changes(finetuned[name], normalize[name])
         clusters = _clusters(pair[0])
         values = [second[i] - first[i] for i in first]
         means.append(mean_of(values, [clusters[i] for i in first]))
@@ -357,11 +359,10 @@ def able(rows: Rows, normalize: str, confidence: float) -> bool:
     two_sided = 2 * confidence - 1
     clusters = _clusters(rows)
     ordered = sorted(rows, key=lambda row: row["id"])
-    if "logprobs" not in ordered[0]:
-        kept = [row for row in ordered if row["foil_tokens"]]
-        over = [_score(r, normalize) - r["foil_loglikelihood"] / r["foil_tokens"] for r in kept]
-        return mean_of(over, [clusters[r["id"]] for r in kept]).limits(two_sided)[0] > 0
     scores = item_scores(ordered, normalize)
+    if "logprobs" not in ordered[0]:
+        groups = [clusters[name] for name in scores]
+        return bool(mean_of(list(scores.values()), groups).limits(two_sided)[0] > 1 / 2)
     groups = [clusters[row["id"]] for row in ordered]
     chance = np.mean([len(_right(row)) / len(row["logprobs"]) for row in ordered])
     most = max(len(row["logprobs"]) for row in ordered)
@@ -414,14 +415,7 @@ def _above_chance(pair: Pair, normalize: str) -> tuple[np.ndarray, np.ndarray, l
     if "logprobs" in pair[0][0]:
         chance = {k: len(_right(r)) / len(r["logprobs"]) for k, r in rows.items()}
     else:
-        before, after = ({k: math.exp(x) for k, x in side.items()} for side in (before, after))
-        foils = {
-            k: r["foil_loglikelihood"] / r["foil_tokens"]
-            for k, r in rows.items()
-            if r["foil_tokens"]
-        }
-        usual = sum(foils.values()) / len(foils)
-        chance = {k: math.exp(foils.get(k, usual)) for k in rows}
+        chance = dict.fromkeys(rows, 1 / 2)
     names, clusters = sorted(before), _clusters(pair[0])
     gaps = [np.array([side[k] - chance[k] for k in names]) for side in (before, after)]
     return gaps[0], gaps[1], [clusters[k] for k in names]

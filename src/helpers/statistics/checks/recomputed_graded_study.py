@@ -11,6 +11,7 @@ import numpy as np
 from helpers.core.records import WHOLE_VARIANT
 from helpers.statistics.checks import recomputed_graded as again
 from helpers.statistics.checks.recomputed_statistics import holm
+from helpers.statistics.checks.recomputed_verdicts import declared_for, level_share
 from helpers.statistics.verdicts import (
     VariantAnswers,
     VariantPredictions,
@@ -62,7 +63,7 @@ class GradedBlocks:
             return {}
         abilities = [
             {"model": m, "dataset": name, "variant": v, "able": able}
-            | {"mean": self._mean_score(m, name, v), "unit": self._unit(name)}
+            | {"mean": self._mean_score(m, name, v)}
             | {"uninformative_because": self.blind[m, name, v]}
             for (m, name, v), able in self.able.items()
         ]
@@ -82,10 +83,6 @@ class GradedBlocks:
         baseline = baseline or self.study.baseline
         return self._rows(model, name, baseline), self._rows(model, name, variant)
 
-    def _unit(self, name: str) -> str:
-        first = next(iter(self.answers.values())).predictions[name][0]
-        return "probability" if "logprobs" in first else "nats a token"
-
     def _mean_score(self, model: str, name: str, variant: str) -> float:
         rows = self._rows(model, name, variant)
         return float(np.mean(list(again.item_scores(rows, self.normalize[name]).values())))
@@ -94,17 +91,21 @@ class GradedBlocks:
         """No ability; or a variant that differs by its float type alone lies beyond the margin."""
         if not able:
             return "the float model shows no ability that could be lost"
-        margin = self._margin(self._unit(name))
-        for variant, recipe in self.study.variants.items():
-            other_type = variant != self.study.baseline and recipe.dtype is not None
+        margin = self._margin("probability")
+        for variant in self.study.variants:
             sides = [(model, name, v) for v in (self.study.baseline, variant)]
-            if not other_type or not all(self.complete.get(at) for at in sides):
+            if not self._only_rounds(variant) or not all(self.complete.get(at) for at in sides):
                 continue
             moved = again.difference(self._pair(model, name, variant), self.normalize[name])
             low, high = moved.limits(1 - 2 * self.alpha)
             if moved.p() <= self.alpha and not (low > -margin and high < margin):
                 return "rounding alone moves the score by more than the margin"
         return ""
+
+    def _only_rounds(self, variant: str) -> bool:
+        """Whether a variant has another float type than the baseline."""
+        other_type = self.study.variants[variant].dtype is not None
+        return variant != self.study.baseline and other_type
 
     def _margin(self, unit: str) -> float:
         margins = self.study.statistics.graded_margins
@@ -132,8 +133,16 @@ class GradedBlocks:
         row = {"verdict": "invalid", "reason": reason, "primary": primary}
         return row | {"margin": self._margin(unit), "holm_p": None}
 
-    def _judge(self, row: dict, *, blind: str, holm_p: float | None, lower: bool = True) -> None:
-        """Fill in a row's verdict; `lower` says that a negative difference is a loss."""
+    def _judge(
+        self, row: dict, *, blind: str, holm_p: float | None, lower: bool = True,
+        rounds: bool = False,
+    ) -> None:  # fmt: skip
+        """Fill in a row's verdict.
+
+        Args:
+            lower: a negative difference is a loss.
+            rounds: the variant differs from the baseline by its float type alone.
+        """
         p = row["p"] if holm_p is None else holm_p
         margin = row["margin"]
         inside = row["equivalence_low"] > -margin and row["equivalence_high"] < margin
@@ -143,7 +152,10 @@ class GradedBlocks:
             row["reason"] = blind
         elif p <= self.alpha and row["delta"]:
             row["verdict"] = "worse" if (row["delta"] < 0) is lower else "better"
-            if inside:
+            if inside and rounds:
+                row["verdict"] = "equivalent"
+                row["reason"] = "rounding alone makes a difference, inside the margin"
+            elif inside:
                 row["reason"] = "the difference is nevertheless inside the margin"
         else:
             row["verdict"] = "equivalent" if inside else "inconclusive"
@@ -158,7 +170,7 @@ class GradedBlocks:
         return "" if complete else "its graded scores are missing or not finite"
 
     def _comparisons(self) -> list[dict]:
-        declared = list(dict.fromkeys(self.study.statistics.primary))
+        declared, share = declared_for(self.study, "graded"), level_share(self.study)
         sizes: dict[str, list[Comparison]] = {"": declared}
         for c in self.rows:
             if c not in declared:
@@ -167,28 +179,30 @@ class GradedBlocks:
         for c in self.rows:
             if not self.complete[c.model, c.dataset, c.baseline]:
                 continue
-            primary, unit = c in declared, self._unit(c.dataset)
-            tests = len(sizes["" if primary else c.variant])
-            made[c] = self._compared(c, unit, tests, primary)
-        for family in sizes.values():
+            primary = c in declared
+            tests = len(declared) * share if primary else len(sizes[c.variant])
+            made[c] = self._compared(c, tests, primary)
+        for name, family in sizes.items():
             usable = {c: made[c]["p"] for c in family if c in made and not made[c]["verdict"]}
             adjusted = holm([usable.get(c, 1.0) for c in family])
+            adjusted = adjusted if name else [min(1.0, share * p) for p in adjusted]
             for c, holm_p in zip(family, adjusted, strict=True):
                 if c in usable:
                     blind = self.blind[c.model, c.dataset, c.baseline]
-                    self._judge(made[c], blind=blind, holm_p=holm_p)
+                    rounds = self._only_rounds(c.variant)
+                    self._judge(made[c], blind=blind, holm_p=holm_p, rounds=rounds)
         return [c.model_dump() | row for c, row in made.items()]
 
-    def _compared(self, c: Comparison, unit: str, tests: int, primary: bool) -> dict:
+    def _compared(self, c: Comparison, tests: int, primary: bool) -> dict:
         accuracy = self.rows[c]
         if not self.complete[c.model, c.dataset, c.variant]:
             wrong = accuracy["verdict"] == "invalid"
             reason = accuracy["reason"] if wrong else "its graded scores are missing or not finite"
-            return self._invalid_row(reason, unit, primary=primary)
+            return self._invalid_row(reason, "probability", primary=primary)
         pair = self._pair(c.model, c.dataset, c.variant, c.baseline)
         normalize = self.normalize[c.dataset]
         row = self._row(
-            again.difference(pair, normalize), unit, tests=tests, primary=primary,
+            again.difference(pair, normalize), "probability", tests=tests, primary=primary,
             identical=_same_scores(pair, normalize),
         )  # fmt: skip
         if accuracy["verdict"] == "invalid":
@@ -220,7 +234,7 @@ class GradedBlocks:
             row["recovery"] = None
             if row["verdict"] == "invalid":
                 continue
-            self._judge(row, blind="", holm_p=holm_p)
+            self._judge(row, blind="", holm_p=holm_p, rounds=self._only_rounds(variant))
             pairs = {n: self._pair(model, n, variant) for n in models[model]}
             if recovered := again.recovered(pairs, self.normalize, self.confidence):
                 row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
@@ -256,13 +270,14 @@ class GradedBlocks:
             first, second = (self._pair(m, n, variant) for m in models)
             mean = again.cost_difference(first, second, self.normalize[n])
             same = mean.value == 0 and mean.error == 0
-            sets[n] = self._row(mean, self._unit(n), tests=len(names), identical=same)
+            sets[n] = self._row(mean, "probability", tests=len(names), identical=same)
             family.append(1.0 if reasons[n] else sets[n]["p"])
             if reasons[n]:
                 sets[n] |= {"verdict": "invalid", "reason": reasons[n], "p": None}
         for n, holm_p in zip(names, holm(family), strict=True):
             if not reasons[n]:
-                self._judge(sets[n], blind=blind[n], holm_p=holm_p)
+                rounds = self._only_rounds(variant)
+                self._judge(sets[n], blind=blind[n], holm_p=holm_p, rounds=rounds)
         kept = [n for n in names if not blind[n]]
         return {
             "start": models[0], "finetuned": models[1], "variant": variant, "sets": sets,
@@ -278,7 +293,7 @@ class GradedBlocks:
         first, second = ({n: self._pair(m, n, variant) for n in kept} for m in models)
         mean = again.pooled_cost_difference(first, second, self.normalize)
         row = self._row(mean, "probability", identical=mean.value == 0 and mean.error == 0)
-        self._judge(row, blind="", holm_p=None)
+        self._judge(row, blind="", holm_p=None, rounds=self._only_rounds(variant))
         return row
 
     def _kl_cost(self, models: tuple[str, str], variant: str) -> dict | None:
@@ -294,7 +309,8 @@ class GradedBlocks:
             return None
         mean = again.kl_difference(sides[0].passages, sides[1].passages)
         row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
-        self._judge(row, blind="", holm_p=None, lower=False)
+        rounds = self._only_rounds(variant)
+        self._judge(row, blind="", holm_p=None, lower=False, rounds=rounds)
         return row
 
 

@@ -118,10 +118,11 @@ def figure_differences(paired, recomputed: RecomputedComparison) -> list[str]:
 
 def _holm_differences(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
     """Declared comparisons whose corrected p differs from Holm's over all declared ones."""
-    declared = list(dict.fromkeys(study.statistics.primary))
-    expected = dict(
-        zip(declared, holm([_p_in_family(verdicts.get(c)) for c in declared]), strict=True)
-    )
+    declared = declared_for(study, "accuracy")
+    p_values = holm([_p_in_family(verdicts.get(c)) for c in declared])
+    expected = {
+        c: min(1.0, level_share(study) * p) for c, p in zip(declared, p_values, strict=True)
+    }
     reasons = {}
     for c, verdict in verdicts.items():
         if verdict.kind == "invalid":
@@ -135,6 +136,21 @@ def _holm_differences(study: Study, verdicts: Mapping) -> dict[Comparison, str]:
             reason = f"Holm p {value:.6g}, over all {len(declared)} declared {recomputed:.6g}"
             reasons[c] = reason
     return reasons
+
+
+def declared_for(study: Study, score: str) -> list[Comparison]:
+    """The comparisons whose declaration names this score, or none."""
+    judged: dict[Comparison, None] = {}
+    for d in study.statistics.primary:
+        if d.score is None or d.score == score:
+            c = Comparison(model=d.model, dataset=d.dataset, baseline=d.baseline, variant=d.variant)
+            judged[c] = None
+    return list(judged)
+
+
+def level_share(study: Study) -> int:
+    """What an adjusted p is multiplied by: 2 where two scores judge declared comparisons."""
+    return 2 if all(declared_for(study, score) for score in ("accuracy", "graded")) else 1
 
 
 def _p_in_family(verdict) -> float:
@@ -155,18 +171,20 @@ def comparison_rows(
         answers: `VariantPredictions` by (model, dataset, variant).
         published_p: the published p; a Monte Carlo p enters Holm's family as published.
     """
-    settings, declared = bootstrap_settings(study), list(dict.fromkeys(study.statistics.primary))
+    settings, declared = bootstrap_settings(study), declared_for(study, "accuracy")
     rows = {}
-    for c in dict.fromkeys([*declared, *_baseline_comparisons(study)]):
+    by_score = [*declared, *declared_for(study, "graded")]
+    for c in dict.fromkeys([*by_score, *_baseline_comparisons(study)]):
         baseline, variant = (answers.get((c.model, c.dataset, v)) for v in (c.baseline, c.variant))
         if baseline is not None and variant is not None:
             rows[c] = _comparison_row(study, c, baseline, variant, settings, declared=c in declared)
     for c, row in rows.items():
         row["family_p"] = _published_or_exact_p(row, published_p.get(c))
     p_values = [1.0 if c not in rows else rows[c]["family_p"] for c in declared]
-    holm_p_values = dict(
-        zip(declared, holm([1.0 if p is None else p for p in p_values]), strict=True)
-    )
+    adjusted = holm([1.0 if p is None else p for p in p_values])
+    holm_p_values = {
+        c: min(1.0, level_share(study) * p) for c, p in zip(declared, adjusted, strict=True)
+    }
     for c, row in rows.items():
         if c in holm_p_values and row["verdict"] != "invalid":
             row["holm_p"] = holm_p_values[c]
@@ -296,7 +314,8 @@ def _detectable_loss(
     study: Study, recomputed: RecomputedComparison, *, declared: bool
 ) -> float | None:
     alpha = round(1 - study.statistics.confidence, 12)
-    level = alpha / len(study.statistics.primary) if declared else alpha
+    tests = len(declared_for(study, "accuracy")) * level_share(study)
+    level = alpha / tests if declared else alpha
     power = study.statistics.power
     if recomputed.clusters == recomputed.n:
         return detectable_loss(recomputed.n, recomputed.gains / recomputed.n, level, power)
