@@ -20,9 +20,16 @@ from numpy.typing import NDArray
 from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import write_json
 from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.graded import Scored, ability, option_probabilities, recipe_estimate
+from helpers.statistics.graded import (
+    DrawsOfSet,
+    Scored,
+    ability,
+    option_probabilities,
+    pooled_recipe,
+    recipe_estimate,
+)
 from helpers.statistics.intervals import mcnemar_exact
-from helpers.statistics.pooled import as_probabilities, pooled_difference, recovery
+from helpers.statistics.pooled import pooled_difference, recovery
 
 STUDIES = 2000
 MORE = 5  # times as many for sizes: of 2,000 studies 5 % is known to a point
@@ -257,27 +264,23 @@ SETS = {"options": ("items", 4), "yes or no": ("passages", 2), "written": ("pass
 
 
 def _pair(rng: Rng, name: str, n: int, shift: float) -> tuple[Scored, Scored]:
-    """Baseline and variant of one set; `written` in nats a token, the others probabilities."""
+    """Baseline and variant of one set; of `written` the foil's probability is taken off."""
     kind, options = SETS[name]
     clusters = cluster_of(n, kind)
     ids = tuple(f"{i:05}" for i in range(n))
     groups = tuple(f"{c:05}" for c in clusters)
     if not options:
-        before = -rng.gamma(1.5, 0.8, n)
-        after = before * np.exp(0.2 * _noise(rng, clusters, heavy=False)) + 0.3 * shift
-        foil = before - 0.8 + 0.6 * rng.normal(size=n)
-        sides = [
-            Scored(ids, groups, x, foil, before - foil, "nats a token") for x in (before, after)
-        ]
-        return sides[0], sides[1]
-    odds = 1 + 1.5 * rng.normal(size=n)
-    moved = odds + shift + 0.4 * _noise(rng, clusters, heavy=True)
-    chance = np.full(n, 1 / options)
-    sides = [
-        Scored(ids, groups, x, chance, x - chance, "probability")
-        for x in (_sigmoid(odds), _sigmoid(moved))
-    ]
-    return sides[0], sides[1]
+        gold = -rng.gamma(1.5, 0.8, n)  # nats a token
+        moved = gold * np.exp(0.2 * _noise(rng, clusters, heavy=False)) + 0.3 * shift
+        foil = np.exp(gold - 0.8 + 0.6 * rng.normal(size=n))
+        scores = [np.exp(x) - foil for x in (gold, moved)]
+    else:
+        odds = 1 + 1.5 * rng.normal(size=n)
+        moved = odds + shift + 0.4 * _noise(rng, clusters, heavy=True)
+        scores = [_sigmoid(odds), _sigmoid(moved)]
+    chance = np.full(n, 1 / options if options else 0.0)
+    before, after = (Scored(ids, groups, x, chance, x - chance) for x in scores)
+    return before, after
 
 
 @cache
@@ -286,9 +289,8 @@ def _pooled_truth(shift: float) -> tuple[float, float]:
     rng, gaps, above = np.random.default_rng(5), [], []
     for name in SETS:
         pairs = [_pair(rng, name, LARGE, shift) for _ in range(3)]
-        sides = [[as_probabilities(x) for x in pair] for pair in pairs]
-        gaps.append(np.mean([(a[0] - b[0]).mean() for b, a in sides]))
-        above.append(np.mean([(b[0] - b[1]).mean() for b, _ in sides]))
+        gaps.append(np.mean([(after.scores - before.scores).mean() for before, after in pairs]))
+        above.append(np.mean([(before.scores - before.chance).mean() for before, _ in pairs]))
     return float(np.mean(gaps)), float(1 + np.mean(gaps) / np.mean(above))
 
 
@@ -318,17 +320,27 @@ def recipes(studies: int, counts: tuple[int, ...]) -> list[Row]:
     The truth is 0 and the test rejects where the interval leaves 0 out: its size is what the
     coverage lacks of 1.
     """
+
+    def table_of(rng: Rng, clusters: NDArray, level: NDArray) -> NDArray:
+        item = 0.3 * _noise(rng, clusters, heavy=False)
+        return np.array([item + _noise(rng, clusters, heavy=True) * 0.5 + x for x in level])
+
     rows = []
+    tokens = np.random.default_rng(3).integers(20, 250, 100).astype(float)
     for draws in counts:
         for spread in (0.0, 1.0, 3.0):  # of draws, in standard errors of one draw's mean
-            for kind in ("items", "passages"):
-                clusters, rng, found = cluster_of(100, kind), np.random.default_rng(SEED + 5), []
+            for kind in ("items", "passages", "weighted by tokens", "three sets pooled"):
+                clusters = cluster_of(100, "passages" if kind == "passages" else "items")
+                rng, found = np.random.default_rng(SEED + 5), []
                 for _ in range(studies):
-                    item = 0.3 * _noise(rng, clusters, heavy=False)
-                    own = [_noise(rng, clusters, heavy=True) * 0.5 for _ in range(draws)]
                     level = spread * 0.1 * rng.normal(size=draws)
-                    table = np.array([item + o + x for o, x in zip(own, level, strict=True)])
-                    found.append(recipe_estimate(table, clusters))
+                    if kind == "three sets pooled":  # which one checkpoint is good or bad on
+                        tables = [table_of(rng, clusters, level) for _ in range(3)]
+                        found.append(pooled_recipe([DrawsOfSet(t, clusters) for t in tables]))
+                        continue
+                    weights = tokens if kind == "weighted by tokens" else None
+                    table = table_of(rng, clusters, level)
+                    found.append(recipe_estimate(table, clusters, weights))
                 name = f"{draws} draws, spread {spread:g}; {kind}"
                 intervals = [x.interval(CONFIDENCE) for x in found]
                 row = _coverage("recipe", name, intervals, 0.0, found[0], stress=draws < 4)
@@ -351,7 +363,7 @@ def abilities(studies: int, sizes: tuple[int, ...]) -> list[Row]:
                 lead = ((shares - shares.mean(0)) * (right - right.mean(0))).sum(1)
                 groups = tuple(f"{c:05}" for c in clusters)
                 scores, chance = (shares * right).sum(1), np.full(n, 0.5)
-                found = Scored(groups, groups, scores, chance, lead, "probability")
+                found = Scored(groups, groups, scores, chance, lead)
                 called += ability(found, confidence=CONFIDENCE).able
             name = f"bias {bias:g}, {yes:.0%} yes"
             count = int(clusters.max()) + 1

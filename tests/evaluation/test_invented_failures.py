@@ -21,6 +21,7 @@ from helpers.evaluation.checks.item_gates import contents_gate, draw_gate, order
 from helpers.evaluation.checks.recomputed_answers import last_closed_box, second_reading_gate
 from helpers.report.checks import recomputation as module
 from helpers.sources import chat, sampling
+from helpers.sources.chat import PLAIN_EXAMPLES
 from helpers.sources.models import byte_tokenizer, load_tokenizer, random_model, save_model
 from helpers.sources.sampling import evaluation_items, load_items, shared_passages
 from helpers.study.loading import open_job
@@ -183,11 +184,11 @@ def settled_tokenizer():
     return tokenizer
 
 
-def without_passage(item, adapter):
+def without_passage(item, adapter, *, shots=0):
     return prompts.Prompt(item, f"Question: {item.question}\nAnswer:", (" Yes", " No"), plain=True)
 
 
-def sorted_options(item, adapter):
+def sorted_options(item, adapter, *, shots=0):
     options = tuple(sorted(f" {option}" for option in item.options))
     return prompts.Prompt(item, f"Question: {item.question}\nAnswer:", options, plain=True)
 
@@ -250,6 +251,48 @@ def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     assert contents_gate(evaluation_set, shown()).passed
     monkeypatch.setattr(prompts, "loglikelihood_prompt", without_passage)
     assert "its passage" in contents_gate(evaluation_set, shown()).measured
+
+
+def other_examples(edit):
+    """`loglikelihood_prompt` with its worked examples changed."""
+
+    def prompt(item, adapter, *, shots=0):
+        if adapter != "boolq":
+            return unchanged_prompt(item, adapter, shots=shots)
+        examples = edit(PLAIN_EXAMPLES[adapter][:shots])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompts, "PLAIN_EXAMPLES", {adapter: examples})
+            return unchanged_prompt(item, adapter, shots=len(examples))
+
+    return prompt
+
+
+unchanged_prompt = prompts.loglikelihood_prompt
+EXAMPLE_EDITS = {
+    "one too few": lambda examples: examples[:-1],
+    "one twice": lambda examples: (*examples, examples[0]),
+    "one more": lambda examples: PLAIN_EXAMPLES["boolq"][: len(examples) + 1],
+    "another order": lambda examples: examples[::-1],
+    "the wrong answer": lambda examples: ((examples[0][0], "No"), *examples[1:]),
+}
+
+
+@pytest.mark.bank("tokens", "worked examples before options: {case}", "prompts complete")
+@pytest.mark.parametrize("case", EXAMPLE_EDITS)
+def test_worked_examples_before_options(study_settings, write_study, monkeypatch, case):
+    ask = {"protocol": "loglikelihood", "normalize": "none", "shots": 3}
+    made = {"adapter": "boolq", "source": {"shipped": "boolq_stated"}, "items": 4, "ask": ask}
+    study_settings["evaluation"]["datasets"]["boolq"] = made
+    study, tokenizer = open_job(write_study(study_settings)).study, settled_tokenizer()
+    evaluation_set = study.evaluation.datasets["boolq"]
+
+    def gate():
+        shown = render_items_again(study, tokenizer, tokenizer)["boolq"]
+        return contents_gate(evaluation_set, [a.shown for a in shown])
+
+    assert gate().passed
+    monkeypatch.setattr(prompts, "loglikelihood_prompt", other_examples(EXAMPLE_EDITS[case]))
+    assert "just 3 worked examples" in gate().measured
 
 
 @pytest.mark.bank("items", "items drawn by another seed", "items in seed order", at=DRAW)

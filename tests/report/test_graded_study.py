@@ -19,7 +19,11 @@ from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
-from helpers.statistics.graded_study import ROUNDING_MOVES, graded_scores, graded_study
+from helpers.statistics.graded_study import (
+    ROUNDING_MOVES,
+    graded_scores,
+    graded_study,
+)
 from helpers.statistics.published_answers import read_answers
 from helpers.study.loading import load_study
 from helpers.study.schema import Comparison, Variant
@@ -153,6 +157,31 @@ def test_a_noise_floor_inside_the_margin_takes_nothing_away(graded_job):
     assert set(judged.blind.values()) == {""}
 
 
+def test_a_comparison_is_judged_by_the_score_that_it_names(graded_job):
+    """Its p is corrected over the comparisons of that score; both scores share the level."""
+    results = load_results(graded_job())
+    study = results.study
+    (first, *_) = study.statistics.primary
+    primary = [first, first.model_copy(update={"dataset": "squad_v2"})]
+    for scores, judged_by_graded, factor in (
+        (["graded", "graded"], 2, 1),
+        (["accuracy", "accuracy"], 0, 1),
+        (["graded", "accuracy"], 1, 2),
+        ([None, None], 2, 2),
+    ):
+        declared = zip(primary, scores, strict=True)
+        primaries = tuple(c.model_copy(update={"score": score}) for c, score in declared)
+        statistics = study.statistics.model_copy(update={"primary": primaries})
+        changed = study.model_copy(update={"statistics": statistics})
+        judged = graded_study(changed, results.published.variants, results.verdicts)
+        own = [v for v in judged.comparisons.values() if v.declared]
+        assert len(own) == judged_by_graded
+        if own:
+            smallest = min(own, key=lambda v: v.comparison.p)
+            expected = min(1.0, smallest.comparison.p * len(own) * factor)
+            assert smallest.holm_p == pytest.approx(expected)
+
+
 def test_what_is_invalid_by_its_answers_is_invalid_here(graded_job):
     job = graded_job()
     test_report.break_gate(job, "base", "smoothquant_w8a8", "arc")
@@ -274,7 +303,7 @@ def test_an_edited_number_of_a_block_is_named(published, edit):
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| [+−]?\d+\.(\d)", "column difference"),
         (r"(?m)^\| `base` \| `rtn_w8a8` \| ARC, SQuAD v2 \| .* \| \d+\.(\d) %", "column recovery"),
         (r"fine-tuned − start[^`]*\| `tuned` \| `rtn_w8a8` \| [+−]?\d+\.(\d)", "column ARC"),
-        (r"losses above \d+\.(\d) points", "Graded scores of"),
+        (r"losses above \d+\.(\d) points", "by graded scores"),
         (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Does fine-tuning raise"),
         (r"Margins: ±(\d) points", "Option sets"),
     ],

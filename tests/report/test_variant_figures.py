@@ -10,10 +10,7 @@ from made_up_cost import account
 
 NINE = [f"variant_{letter}" for letter in "abcdefghi"]
 SPAN = {"delta": 0.1, "low": 0.0, "high": 0.2, "kind": "exploratory", "filled": True}
-SPAN |= {"unit": "points"}
-
-
-FIGURE = {"models": ["m"], "margins": {"points": 0.05}, "title": "", "stacked": False}
+FIGURE = {"models": ["m"], "margin": 0.05, "title": "", "stacked": False}
 
 
 def forest(variants):

@@ -241,7 +241,9 @@ def test_passages_taken_for_independent_items_are_seen_not_to_cover(monkeypatch)
 
 def test_a_recipe_without_its_draws_is_seen_not_to_cover(monkeypatch):
     monkeypatch.setattr(
-        coverage, "recipe_estimate", lambda table, c: clustered_mean(table.mean(axis=0), c)
+        coverage,
+        "recipe_estimate",
+        lambda table, c, weights: clustered_mean(table.mean(axis=0), c, weights),
     )
     assert outside(coverage.recipes(STUDIES, (4,)))
 

@@ -75,6 +75,60 @@ def test_a_written_answer_takes_its_best_gold_by_the_token():
     assert gold_score(row) == pytest.approx(-1.5)
 
 
+def test_a_written_answer_is_its_gold_less_the_foil(rng):
+    """Geometric means over the tokens; without a foil there is no score."""
+    rows = written_rows(rng, 30)
+    found = scored(rows)
+    expected = {}
+    for row in rows:
+        if row["foil_tokens"]:
+            golds = zip(row["gold_loglikelihoods"], row["gold_tokens"], strict=True)
+            best = max(math.exp(total) ** (1 / count) for total, count in golds)
+            foil = math.exp(row["foil_loglikelihood"]) ** (1 / row["foil_tokens"])
+            expected[row["id"]] = best - foil
+    assert 0 < len(expected) < len(rows)
+    assert dict(zip(found.ids, found.scores, strict=True)) == pytest.approx(expected)
+    assert again.item_scores(rows, "none") == pytest.approx(expected)
+    assert set(found.chance) == {0.0}
+
+
+def test_a_taste_for_the_form_of_answers_is_no_loss_of_ability(rng):
+    """What golds and foils gain alike moves a model that tells them apart little, others not."""
+
+    def moved(rows, by):
+        return [
+            row
+            | {
+                "gold_loglikelihoods": [
+                    x + by * n
+                    for x, n in zip(row["gold_loglikelihoods"], row["gold_tokens"], strict=True)
+                ],
+                "foil_loglikelihood": row["foil_tokens"]
+                and row["foil_loglikelihood"] + by * row["foil_tokens"],
+            }
+            for row in rows
+        ]
+
+    unable = [
+        row | {"gold_loglikelihoods": [row["foil_loglikelihood"]], "gold_tokens": [5]}
+        for row in written_rows(rng, 40)
+        if row["foil_tokens"]
+    ]
+    assert cost(unable, moved(unable, -0.7)).delta == pytest.approx(0, abs=1e-12)
+    weak = written_rows(rng, 200, lead=0.4)
+    golds = [np.exp(gold_score(row)) for row in weak]
+    change = cost(weak, moved(weak, 0.06)).delta
+    assert 0 < change < 0.4 * np.mean(golds) * np.expm1(0.06)
+
+
+def test_a_strong_model_has_something_to_lose(rng):
+    """It never prefers a foil, so that a choice between the two could not show the loss."""
+    rows = written_rows(rng, 60, lead=8.0)
+    worse = quantized(rows, rng, noise=0.01, loss=0.2)
+    assert cost(rows, worse).delta < -0.03
+    assert cost(rows, worse).p < 1e-6
+
+
 def test_several_right_options_add_up():
     row = {"id": "x", "cluster": "", "golds": ["A", "C"], "labels": ["A", "B", "C"]}
     rows = [row | {"id": str(i), "logprobs": [0.0, 1.0, 2.0]} for i in range(4)]

@@ -280,6 +280,7 @@ def two_declared(study_settings, write_study):
     datasets.pop("squad_v2")
     study_settings["statistics"]["primary"] = [
         {"model": "base", "dataset": "arc", "baseline": "noquant", "variant": variant}
+        | {"score": "accuracy"}
         for variant in ("rtn_w8a8", "smoothquant_w8a8")
     ]
     study_settings["variants"]["extra"] = {"preset": "o1"}
@@ -303,6 +304,27 @@ def test_holm_runs_over_the_declared_comparisons(two_declared):
     for name in ("rtn_w8a8", "smoothquant_w8a8"):
         assert verdicts[name].holm_p == pytest.approx(2 * verdicts[name].paired.p)
         assert verdicts[name].kind == "worse"
+
+
+def test_where_graded_scores_judge_too_both_share_the_level(two_declared):
+    """Half of the level each: p is doubled, and doubled again."""
+    verdicts = judged(with_scores(two_declared, None, "accuracy"))
+    for name in ("rtn_w8a8", "smoothquant_w8a8"):
+        assert verdicts[name].holm_p == pytest.approx(4 * verdicts[name].paired.p)
+
+
+def test_what_graded_scores_alone_judge_has_no_verdict_by_right_or_wrong(two_declared):
+    verdicts = judged(with_scores(two_declared, "graded", "accuracy"))
+    assert (verdicts["rtn_w8a8"].kind, verdicts["rtn_w8a8"].holm_p) == ("exploratory", None)
+    paired = verdicts["smoothquant_w8a8"].paired
+    assert verdicts["smoothquant_w8a8"].holm_p == pytest.approx(2 * paired.p)
+
+
+def with_scores(study, *scores):
+    declared = zip(study.statistics.primary, scores, strict=True)
+    primary = tuple(c.model_copy(update={"score": score}) for c, score in declared)
+    statistics = study.statistics.model_copy(update={"primary": primary})
+    return study.model_copy(update={"statistics": statistics})
 
 
 def test_an_invalid_comparison_stays_in_holms_family(two_declared):

@@ -300,6 +300,27 @@ def test_a_comparison_is_declared_once(write_study, study_settings):
     """Twice in the list would be twice in Holm's correction."""
     study_settings["statistics"]["primary"] *= 2
     assert "statistics.primary.1 repeats" in refusal(write_study(study_settings))
+    first, second = study_settings["statistics"]["primary"]
+    study_settings["statistics"]["primary"] = [first, second | {"score": "graded"}]
+    assert "statistics.primary.1 repeats" in refusal(write_study(study_settings))
+    scores = [first | {"score": "accuracy"}, second | {"score": "graded"}]
+    study_settings["statistics"]["primary"] = scores
+    statistics = load_study(write_study(study_settings)).statistics
+    assert statistics.declared("accuracy") == statistics.declared("graded")
+    assert (len(statistics.declared("graded")), statistics.scores) == (1, 2)
+
+
+def test_more_worked_examples_than_there_are_is_refused(study_settings, write_study):
+    ask = {"protocol": "loglikelihood", "normalize": "none", "shots": 6}
+    made = {"adapter": "boolq", "source": {"shipped": "boolq_stated"}, "items": 4, "ask": ask}
+    study_settings["evaluation"]["datasets"]["boolq"] = made
+    load_study(write_study(study_settings))
+    study_settings["evaluation"]["datasets"]["boolq"] = made | {"ask": ask | {"shots": 7}}
+    assert "at most 6" in refusal(write_study(study_settings)).replace("<= 6", "at most 6")
+    arc = {"adapter": "arc", "source": {"shipped": "arc"}, "ask": ask | {"shots": 1}}
+    study_settings["evaluation"]["datasets"]["boolq"] = made | arc
+    line = refusal(write_study(study_settings))
+    assert "ask.shots = 1 but arc has 0 worked examples" in line
 
 
 def test_a_fine_tuning_does_not_start_from_another(write_study, study_settings):

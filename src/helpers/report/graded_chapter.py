@@ -143,16 +143,15 @@ def reading_paragraph(results: Results) -> str:
     margins, rules = results.study.statistics.graded_margins, results.rules
     return (
         "Option sets: the right option's probability among the options. Written answers: the right "
-        "answer's probability against another item's right answer after the same prompt. All in "
-        f"points. Δ is variant minus baseline with the {percent_plain(rules.confidence)} "
-        "interval; beside it stands the same difference of right and wrong (accuracy, or exact "
+        "answer's probability, a geometric mean over its tokens, less that of another item's right "
+        "answer after the same prompt. All in points. Δ is variant minus baseline with the "
+        f"{percent_plain(rules.confidence)} interval; beside it stands the same difference of right and wrong (accuracy, or exact "
         "match). Verdicts on comparisons declared to be judged by graded scores are adjusted by "
         "Holm over all of these. All others are exploratory, a "
         "family a variant. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
         "of a nat a token (KL). A set is uninformative for a model if it shows no ability there, "
-        "or if rounding alone (the noise floor) moves its score by more than the margin. Inside "
-        "the margin the noise floor is equivalent, whether its difference is chance or not."
+        "or if rounding alone (the noise floor) moves its score by more than the margin."
     )
 
 

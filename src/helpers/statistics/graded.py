@@ -8,10 +8,11 @@ show losses three to five times smaller by their graded scores.
   the item's options. The order of the options is then that of the choice, and with options of one
   length it is the plain softmax. (Softmax of log-likelihoods per byte as such is nearly uniform,
   whatever the model knows.)
-- Written answers: the probability of the gold answer against its foil, the gold of another item
-  after the same prompt: 1 / (1 + exp(foil - gold)), each log-probability in nats a token, the best
-  of several golds. The gold's log-probability by itself moves with the model's taste for the form
-  of answers: bfloat16 alone moved it by 0.06 nats a token on one set, and the foil's as much.
+- Written answers: the gold answer's probability less its foil's, the gold of another item after the
+  same prompt. Each is the geometric mean over its tokens; of several golds the best counts. The
+  gold alone also moves with the model's taste for the form of answers: bfloat16 alone moved it by
+  0.06 nats a token on one set, and the foil as much. A choice between the two, gold / (gold +
+  foil), would say nothing about a strong model, which never takes the foil.
 
 Whether a model has any ability to lose on a set is decided before any comparison.
 
@@ -34,7 +35,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
-from scipy.special import expit, stdtrit
+from scipy.special import stdtrit
 from scipy.stats import norm
 
 from helpers.core.errors import StudyError
@@ -219,11 +220,11 @@ class Scored:
 
     Attributes:
         ids, clusters: (n,) of the items; a written answer without a foil has no score.
-        scores: (n,) probabilities, 0-1.
-        chance: (n,) what a model without the ability scores: 1 / options, or 1/2 against a foil.
+        scores: (n,) probabilities, 0-1; of written answers differences of two, -1 to 1.
+        chance: (n,) what a model without the ability scores: 1 / options, or 0 against a foil.
         lead: (n,) how far the score exceeds that of an answer which ignores the question: of
             options the model's own mean option probabilities, given to every item; of written
-            answers 1/2.
+            answers 0.
     """
 
     ids: tuple[str, ...]
@@ -376,8 +377,8 @@ CONTRASTED = (gold_score, foil_score)  # each in nats a token
 def _written(rows: list[dict]):
     """(scores, chance, lead) of rows with written answers, each with a foil."""
     golds, foils = (np.array([score(row) for row in rows], dtype=float) for score in CONTRASTED)
-    scores = expit(golds - foils)
-    return scores, np.full(len(rows), 0.5), scores - 0.5
+    scores = np.exp(golds) - np.exp(foils)
+    return scores, np.zeros(len(rows)), scores
 
 
 def ability(scored_answers: Scored, *, confidence: float) -> Ability:

@@ -7,9 +7,7 @@ Comparisons that nobody declared are exploratory: those of one variant are a fam
 own, as are its pooled differences over the models, and its costs of fine-tuning over the sets.
 
 A set on which the noise floor differs from the baseline, by more than chance and not inside the
-margin, is uninformative for that model: there the score measures rounding. Rounding does change
-probabilities a little, so the noise floor is not asked whether it differs: inside the margin it is
-equivalent.
+margin, is uninformative for that model: there the score measures rounding.
 
 A set whose rows hold no log-probabilities has no graded scores, and nothing is said about it.
 Imports no torch.
@@ -60,7 +58,6 @@ KL_UNIT: Unit = "nats a token"
 NO_ABILITY = "the float model shows no ability that could be lost"
 ROUNDING_MOVES = "rounding alone moves the score by more than the margin"
 INSIDE_MARGIN = "the difference is nevertheless inside the margin"
-ROUNDING_INSIDE_MARGIN = "rounding alone makes a difference, inside the margin"
 NO_SCORES = "its graded scores are missing or not finite"
 
 
@@ -227,9 +224,7 @@ class _StudyScores:
             alpha=self.rules.alpha / max(1, tests), identical=identical,
         )  # fmt: skip
 
-    def _verdict(
-        self, comparison: GradedComparison, blind: str, holm_p: float | None, variant: str, **fields
-    ) -> GradedVerdict:
+    def _verdict(self, comparison: GradedComparison, blind: str, holm_p: float | None, **fields):
         margin = self.margin(comparison.unit)
         adjusted = comparison.p if holm_p is None else holm_p
         better = fields.pop("higher_is_better", True)
@@ -237,10 +232,8 @@ class _StudyScores:
             comparison, able=not blind, adjusted_p=adjusted, margin=margin, higher_is_better=better
         )
         reason = blind
-        if kind in ("worse", "better") and self._is_inside(comparison):
-            reason = INSIDE_MARGIN
-            if role_of(self.study, variant) == "noise floor":
-                kind, reason = "equivalent", ROUNDING_INSIDE_MARGIN
+        if kind in ("worse", "better"):
+            reason = INSIDE_MARGIN if self._is_inside(comparison) else ""
         return GradedVerdict(kind, reason, comparison, margin, holm_p, **fields)
 
     def _comparisons(self) -> dict[Comparison, GradedVerdict]:
@@ -281,7 +274,7 @@ class _StudyScores:
             margin = self.margin("probability")
             return GradedVerdict("invalid", reason, comparison, margin, declared=declared)
         blind = self.blind[c.model, c.dataset, c.baseline]
-        return self._verdict(comparison, blind, holm_p, c.variant, declared=declared)
+        return self._verdict(comparison, blind, holm_p, declared=declared)
 
     def _pair(self, before: Scored, after: Scored, tests: int) -> GradedComparison:
         changes = paired_differences(before, after)
@@ -322,7 +315,7 @@ class _StudyScores:
                 verdicts[model, variant] = PooledVerdict(able, verdict, None)
                 continue
             pairs = {n: self._sides(model, n, variant) for n in able}
-            verdict = self._verdict(compared[model], "", holm_p[model], variant)
+            verdict = self._verdict(compared[model], "", holm_p[model])
             recovered = recovery(pairs, confidence=self.rules.confidence)
             verdicts[model, variant] = PooledVerdict(able, verdict, recovered)
         return verdicts
@@ -374,9 +367,9 @@ class _StudyScores:
                 margin = self.margin("probability")
                 sets[n] = GradedVerdict("invalid", invalid[n], compared[n], margin)
             else:
-                sets[n] = self._verdict(compared[n], blind[n], holm_p[n], variant)
+                sets[n] = self._verdict(compared[n], blind[n], holm_p[n])
         kept = [n for n in names if not blind[n]]
-        pooled = self._pooled_cost(kept, pairs, invalid, variant) if kept else None
+        pooled = self._pooled_cost(kept, pairs, invalid) if kept else None
         kl = self._kl_cost(start, finetuned, variant)
         if not sets and kl is None:
             return None
@@ -387,16 +380,14 @@ class _StudyScores:
         changes = paired_differences(*finetuned) - paired_differences(*base)
         return self._compared(estimate, "probability", tests, not changes.any())
 
-    def _pooled_cost(
-        self, kept: list[str], pairs: dict, invalid: dict, variant: str
-    ) -> GradedVerdict:
+    def _pooled_cost(self, kept: list[str], pairs: dict, invalid: dict) -> GradedVerdict:
         if reasons := [invalid[n] for n in kept if invalid[n]]:
             return GradedVerdict("invalid", reasons[0], None, self.margin("probability"))
         estimate = pooled_cost_difference(*({n: pairs[n][i] for n in kept} for i in (0, 1)))
         comparison = self._compared(
             estimate, "probability", 1, estimate.mean == 0 and estimate.degenerate
         )
-        return self._verdict(comparison, "", None, variant)
+        return self._verdict(comparison, "", None)
 
     def _kl_cost(self, start: str, finetuned: str, variant: str) -> GradedVerdict | None:
         sides = [self.answers[m, variant] for m in (start, finetuned)]
@@ -412,4 +403,4 @@ class _StudyScores:
             return None
         identical = estimate.mean == 0 and estimate.degenerate
         comparison = self._compared(estimate, KL_UNIT, 1, identical)
-        return self._verdict(comparison, "", None, variant, higher_is_better=False)
+        return self._verdict(comparison, "", None, higher_is_better=False)

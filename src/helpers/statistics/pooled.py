@@ -1,8 +1,8 @@
 """Graded figures beyond one set: sets pooled, base against fine-tuned model, and KL by token.
 
 Sets are strata: each set's mean has its own error, and the pooled mean is their plain average,
-declared beforehand. Which sets are informative is decided before any comparison. Every score is a
-probability, so that a collapsed answer counts at most as a lost one.
+declared beforehand. Which sets are informative is decided before any comparison. Every score is in
+probabilities, so that a collapsed answer counts at most as a lost one.
 
 *Recovery*, the number the field quotes, is the pooled score above chance as a share of the float
 model's. Its interval is Fieller's idea with this project's limits: the shares r for which the mean
@@ -123,7 +123,7 @@ def pooled_cost_difference(
 def recovery(pairs: Mapping[str, tuple[Scored, Scored]], *, confidence: float) -> Recovery | None:
     """Pooled score of the variant above chance, as a share of the baseline's.
 
-    Chance is 1 / options, and 1/2 of an answer written out, which is held against one foil.
+    Chance is 1 / options, and 0 of an answer written out, from which the foil is taken off.
 
     Returns:
         None where the float model is not clearly above chance, or no limit is finite.

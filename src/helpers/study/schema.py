@@ -134,9 +134,7 @@ LIST_FIELDS = ("choices", "answers")  # may be spread over several columns
 class ShippedDataset(Strict):
     """Items written for this project."""
 
-    shipped: Literal[
-        "arc", "squad_v2", "boolq", "boolq_stated", "openmath_eval", "openmath_train"
-    ]
+    shipped: Literal["arc", "squad_v2", "boolq", "boolq_stated", "openmath_eval", "openmath_train"]
 
 
 class Stream(Strict):

@@ -166,7 +166,7 @@ def _sum_of(means: Sequence[Mean], weights: Sequence[float]) -> Mean:
 
 
 def item_scores(rows: Rows, normalize: str) -> dict[str, float]:
-    """Graded score of every item that has one, a probability; without a foil a text has none."""
+    """Graded score of every item that has one; a text without a foil has none."""
     return {
         row["id"]: _score(row, normalize) for row in rows if "logprobs" in row or row["foil_tokens"]
     }
@@ -177,7 +177,7 @@ def _score(row: Mapping, normalize: str) -> float:
         pairs = zip(row["gold_loglikelihoods"], row["gold_tokens"], strict=True)
         gold = max(total / count for total, count in pairs)
         foil = row["foil_loglikelihood"] / row["foil_tokens"]
-        return (1 + math.tanh((gold - foil) / 2)) / 2
+        return math.exp(foil) * math.expm1(gold - foil)
     shares = _shares(row, normalize)
     return float(sum(shares[i] for i in _right(row)))
 
@@ -362,7 +362,7 @@ def able(rows: Rows, normalize: str, confidence: float) -> bool:
     scores = item_scores(ordered, normalize)
     if "logprobs" not in ordered[0]:
         groups = [clusters[name] for name in scores]
-        return bool(mean_of(list(scores.values()), groups).limits(two_sided)[0] > 1 / 2)
+        return bool(mean_of(list(scores.values()), groups).limits(two_sided)[0] > 0)
     groups = [clusters[row["id"]] for row in ordered]
     chance = np.mean([len(_right(row)) / len(row["logprobs"]) for row in ordered])
     most = max(len(row["logprobs"]) for row in ordered)
@@ -415,7 +415,7 @@ def _above_chance(pair: Pair, normalize: str) -> tuple[np.ndarray, np.ndarray, l
     if "logprobs" in pair[0][0]:
         chance = {k: len(_right(r)) / len(r["logprobs"]) for k, r in rows.items()}
     else:
-        chance = dict.fromkeys(rows, 1 / 2)
+        chance = dict.fromkeys(rows, 0.0)
     names, clusters = sorted(before), _clusters(pair[0])
     gaps = [np.array([side[k] - chance[k] for k in names]) for side in (before, after)]
     return gaps[0], gaps[1], [clusters[k] for k in names]

@@ -133,16 +133,8 @@ class GradedBlocks:
         row = {"verdict": "invalid", "reason": reason, "primary": primary}
         return row | {"margin": self._margin(unit), "holm_p": None}
 
-    def _judge(
-        self, row: dict, *, blind: str, holm_p: float | None, lower: bool = True,
-        rounds: bool = False,
-    ) -> None:  # fmt: skip
-        """Fill in a row's verdict.
-
-        Args:
-            lower: a negative difference is a loss.
-            rounds: the variant differs from the baseline by its float type alone.
-        """
+    def _judge(self, row: dict, *, blind: str, holm_p: float | None, lower: bool = True) -> None:
+        """Fill in a row's verdict; `lower` says that a negative difference is a loss."""
         p = row["p"] if holm_p is None else holm_p
         margin = row["margin"]
         inside = row["equivalence_low"] > -margin and row["equivalence_high"] < margin
@@ -152,10 +144,7 @@ class GradedBlocks:
             row["reason"] = blind
         elif p <= self.alpha and row["delta"]:
             row["verdict"] = "worse" if (row["delta"] < 0) is lower else "better"
-            if inside and rounds:
-                row["verdict"] = "equivalent"
-                row["reason"] = "rounding alone makes a difference, inside the margin"
-            elif inside:
+            if inside:
                 row["reason"] = "the difference is nevertheless inside the margin"
         else:
             row["verdict"] = "equivalent" if inside else "inconclusive"
@@ -189,8 +178,7 @@ class GradedBlocks:
             for c, holm_p in zip(family, adjusted, strict=True):
                 if c in usable:
                     blind = self.blind[c.model, c.dataset, c.baseline]
-                    rounds = self._only_rounds(c.variant)
-                    self._judge(made[c], blind=blind, holm_p=holm_p, rounds=rounds)
+                    self._judge(made[c], blind=blind, holm_p=holm_p)
         return [c.model_dump() | row for c, row in made.items()]
 
     def _compared(self, c: Comparison, tests: int, primary: bool) -> dict:
@@ -234,7 +222,7 @@ class GradedBlocks:
             row["recovery"] = None
             if row["verdict"] == "invalid":
                 continue
-            self._judge(row, blind="", holm_p=holm_p, rounds=self._only_rounds(variant))
+            self._judge(row, blind="", holm_p=holm_p)
             pairs = {n: self._pair(model, n, variant) for n in models[model]}
             if recovered := again.recovered(pairs, self.normalize, self.confidence):
                 row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
@@ -276,8 +264,7 @@ class GradedBlocks:
                 sets[n] |= {"verdict": "invalid", "reason": reasons[n], "p": None}
         for n, holm_p in zip(names, holm(family), strict=True):
             if not reasons[n]:
-                rounds = self._only_rounds(variant)
-                self._judge(sets[n], blind=blind[n], holm_p=holm_p, rounds=rounds)
+                self._judge(sets[n], blind=blind[n], holm_p=holm_p)
         kept = [n for n in names if not blind[n]]
         return {
             "start": models[0], "finetuned": models[1], "variant": variant, "sets": sets,
@@ -293,7 +280,7 @@ class GradedBlocks:
         first, second = ({n: self._pair(m, n, variant) for n in kept} for m in models)
         mean = again.pooled_cost_difference(first, second, self.normalize)
         row = self._row(mean, "probability", identical=mean.value == 0 and mean.error == 0)
-        self._judge(row, blind="", holm_p=None, rounds=self._only_rounds(variant))
+        self._judge(row, blind="", holm_p=None)
         return row
 
     def _kl_cost(self, models: tuple[str, str], variant: str) -> dict | None:
@@ -309,8 +296,7 @@ class GradedBlocks:
             return None
         mean = again.kl_difference(sides[0].passages, sides[1].passages)
         row = self._row(mean, KL_UNIT, identical=mean.value == 0 and mean.error == 0)
-        rounds = self._only_rounds(variant)
-        self._judge(row, blind="", holm_p=None, lower=False, rounds=rounds)
+        self._judge(row, blind="", holm_p=None, lower=False)
         return row
 
 
