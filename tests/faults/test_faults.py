@@ -231,7 +231,7 @@ def test_a_full_disk_is_refused_before_anything_begins(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "leave", [0, pytest.param(4096, marks=long), pytest.param(2**15, marks=long)]
+    "leave", [pytest.param(bytes_left, marks=long) for bytes_left in (0, 4096, 2**15)]
 )
 def test_a_disk_that_fills_up_is_told_and_with_room_again_nothing_is_lost(tmp_path, leave):
     """The engine's memory lies on the same disk; it runs out at different moments."""
@@ -313,7 +313,7 @@ def done_by_a_clock(once_done, tmp_path):
     return off
 
 
-@pytest.mark.parametrize("years", [-30, 1])
+@pytest.mark.parametrize("years", [pytest.param(-30, marks=long), 1])
 def test_a_clock_that_jumped_neither_repeats_nor_hides_anything(done_by_a_clock, years):
     project = done_by_a_clock(years)
     assert planned(project) == []
@@ -417,7 +417,7 @@ ASCII = {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
 
 
 @pytest.mark.parametrize(
-    "locale", [pytest.param("C", marks=long), pytest.param("Latin-1", marks=long), "ASCII only"]
+    "locale", [pytest.param(name, marks=long) for name in ("C", "Latin-1", "ASCII only")]
 )
 def test_a_locale_and_a_path_with_spaces_and_other_letters_change_nothing(
     tmp_path, locale, request

@@ -73,6 +73,7 @@ def figure(results, place: str, measure: str, model: str = "base"):
     return next(f for f in recipe.figures if (f.place, f.measure) == (place, measure))
 
 
+@pytest.mark.long
 def test_draws_change_nothing_but_their_own_chapter_and_block(repeated_job, tmp_path):
     results = load_results(repeated_job())
     alone = replace(
@@ -228,6 +229,7 @@ def test_every_edited_number_of_the_block_is_named(published):
         assert any(f"arc / graded score, {key}" in line for line in lines), key
 
 
+@pytest.mark.long
 @pytest.mark.bank(
     "report", "an edited sentence on a recipe", "make verdicts", at="report.md, Draws of a recipe"
 )

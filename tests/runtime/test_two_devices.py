@@ -30,6 +30,7 @@ from quantized_run import NORMS
 
 ASKED = Runtime(device="cuda", dtype="float32", threads=1, quantized="int8", device_map="auto")
 CARDS = {"cuda:0", "cuda:1"}
+MIXTURE = pytest.param("qwen3_moe", marks=pytest.mark.long)
 LAYERS = 4
 ITEMS = [
     OptionTokens([5, 6, 7, 8, *range(20, 20 + n)], [[3, 4], [9] * 5, [11]], (4,))
@@ -144,7 +145,7 @@ def test_the_head_answers_from_another_card_than_the_last_layers(cards, tied):
 
 
 @pytest.mark.parametrize("variant", ["rtn_w8a8", "o2", "o3"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", MIXTURE])
 def test_a_spread_int8_checkpoint_gives_the_integers_of_a_whole_one(
     cards, sound_runs, family, variant
 ):
@@ -179,7 +180,7 @@ def test_a_simulated_checkpoint_is_spread_too(cards, sound_runs):
 
 
 @pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8", "o2"])
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", MIXTURE])
 def test_the_gates_on_calls_hold_of_a_spread_model(cards, sound_runs, tmp_path, family, variant):
     run = sound_runs(family, variant, num_hidden_layers=LAYERS).copy(tmp_path / "run")
     run.settings = run.settings | {"runtime": ASKED.model_dump()}

@@ -308,6 +308,7 @@ def test_local_files_are_inputs(tmp_path):
     assert {rows, folder / "config.json"} <= set(files)
 
 
+@pytest.mark.long
 def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done(tmp_path):
     folder, data = toy_project.make(tmp_path, kernels=False), toy_project.small()
     write_study(folder, data)
