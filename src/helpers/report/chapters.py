@@ -347,7 +347,9 @@ def opening(results: Results) -> Shown:
         markdown_output(
             "### Key findings",
             narrative.bullets(findings),
-            folded("Declared verdicts", markdown_table(verdicts) if verdicts else ""),
+            folded(
+                "Declared verdicts by right or wrong", markdown_table(verdicts) if verdicts else ""
+            ),
             folded(
                 "Scores of every variant",
                 markdown_table(tables.headline_table(results)),

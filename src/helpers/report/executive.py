@@ -305,14 +305,16 @@ def _better(results: Results, judged: list[JudgedComparison]) -> str:
 
 def _equivalent(results: Results, judged: list[JudgedComparison]) -> str:
     return (
-        f"**Equivalent within ±{_margin(results)} points**: {judged_places(results, judged)}. Any "
-        "difference there is smaller than the margin that the study declared harmless."
+        f"**Equivalent within ±{_margin(results)} points** by right or wrong: "
+        f"{judged_places(results, judged)}. Any difference there is "
+        "smaller than the margin that the study declared harmless."
     )
 
 
 def _inconclusive(results: Results, judged: list[JudgedComparison]) -> str:
     """Where no difference was detected, and the smallest loss that would have been."""
-    text = f"**Inconclusive** (no difference detected): {judged_places(results, judged)}."
+    places = judged_places(results, judged)
+    text = f"**Inconclusive** by right or wrong (no difference detected): {places}."
     if detectable := [(c, v) for c, v in judged if v.paired.detectable is not None]:
         text += (
             " The smallest loss that would be detected with "
@@ -338,8 +340,9 @@ def _detectable_range(results: Results, judged: list[JudgedComparison]) -> str:
 def _uninformative(results: Results, judged: list[JudgedComparison]) -> str:
     baselines = listed([f"`{b}`" for b in dict.fromkeys(c.baseline for c, _ in judged)])
     return (
-        f"**Uninformative**: {judged_places(results, judged)}. There, {baselines} itself does not "
-        "clearly beat a constant answer or is seldom readable, so no loss could be detected."
+        f"**Uninformative** by right or wrong: {judged_places(results, judged)}. There, "
+        f"{baselines} itself does not clearly beat a constant answer or is seldom "
+        "readable, so no loss could be detected."
     )
 
 
