@@ -24,6 +24,7 @@ from helpers.statistics.graded import (
     DrawsOfSet,
     Scored,
     ability,
+    comparison_of,
     option_probabilities,
     pooled_recipe,
     recipe_estimate,
@@ -216,8 +217,10 @@ def equivalence(studies: int, sizes: tuple[int, ...]) -> list[Row]:
             clusters, rng, called = cluster_of(n, kind), np.random.default_rng(SEED + 2), 0
             margin = -true_mean("probabilities, a loss", kind)
             for _ in range(studies):
-                found = clustered_mean(draw(rng, clusters), clusters).interval(1 - 2 * ALPHA)
-                called += -margin < found.low and found.high < margin
+                estimate = clustered_mean(draw(rng, clusters), clusters)
+                called += comparison_of(
+                    estimate, unit="probability", confidence=CONFIDENCE, alpha=ALPHA, power=POWER
+                ).is_inside(margin)
             count = int(clusters.max()) + 1
             note = "true loss = margin"
             rows.append(

@@ -43,7 +43,7 @@ from helpers.statistics.graded_study import (
     graded_scores,
     length_rule,
 )
-from helpers.statistics.intervals import Interval, holm, tost_from_interval
+from helpers.statistics.intervals import Interval, holm
 from helpers.statistics.verdicts import (
     VariantAnswers,
     VariantPredictions,
@@ -375,8 +375,8 @@ def _judged(
             continue
         comparison, blind = compared[at], sides[model].blind(place) or ""
         kind = judge_graded(comparison, able=not blind, adjusted_p=holm_p[at], margin=margin)
-        inside = tost_from_interval(comparison.equivalence, margin=margin, alpha=rules.alpha)
-        reason = blind or (INSIDE_MARGIN if kind in ("worse", "better") and inside else "")
+        inside = kind in ("worse", "better") and comparison.is_inside(margin)
+        reason = blind or (INSIDE_MARGIN if inside else "")
         verdict = GradedVerdict(kind, reason, comparison, margin, holm_p[at])
         first = pooled_recipe([_first_draw(of_set) for of_set in differences[at]]).items
         figures[at] = RecipeFigure(

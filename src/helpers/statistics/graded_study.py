@@ -34,7 +34,7 @@ from helpers.statistics.graded import (
     paired_differences,
     scored,
 )
-from helpers.statistics.intervals import holm, tost_from_interval
+from helpers.statistics.intervals import holm
 from helpers.statistics.pooled import (
     Recovery,
     cost_difference,
@@ -210,8 +210,7 @@ class _StudyScores:
         return ""
 
     def _is_inside(self, comparison: GradedComparison) -> bool:
-        margin = self.margin(comparison.unit)
-        return tost_from_interval(comparison.equivalence, margin=margin, alpha=self.rules.alpha)
+        return comparison.is_inside(self.margin(comparison.unit))
 
     def margin(self, unit: Unit) -> float:
         margins = self.study.statistics.graded_margins

@@ -21,6 +21,7 @@ from helpers.statistics.verdicts import (
 from helpers.study.schema import Comparison, FineTunedModel, Study
 
 KL_UNIT = "nats a token"
+TWO_SIDES = 1.8  # of alpha: two one-sided tests for equivalence at nine tenths of it
 
 
 class GradedBlocks:
@@ -97,7 +98,7 @@ class GradedBlocks:
             if not self._only_rounds(variant) or not all(self.complete.get(at) for at in sides):
                 continue
             moved = again.difference(self._pair(model, name, variant), self.normalize[name])
-            low, high = moved.limits(1 - 2 * self.alpha)
+            low, high = moved.limits(1 - TWO_SIDES * self.alpha)
             if moved.p() <= self.alpha and not (low > -margin and high < margin):
                 return "rounding alone moves the score by more than the margin"
         return ""
@@ -117,7 +118,7 @@ class GradedBlocks:
     ) -> dict:  # fmt: skip
         """A row as published, its verdict still open."""
         low, high = mean.limits(self.confidence)
-        inner = mean.limits(1 - 2 * self.alpha)
+        inner = mean.limits(1 - TWO_SIDES * self.alpha)
         return {
             "verdict": "", "reason": "", "primary": primary, "margin": self._margin(unit),
             "holm_p": None, "unit": unit, "n": mean.n, "clusters": mean.clusters,
@@ -479,7 +480,7 @@ class DrawsBlock:
             changes = [
                 c for draws, *_ in row.pop("tables") for draw in draws for c in draw.values()
             ]
-            low, high = means[at].limits(1 - 2 * alpha)
+            low, high = means[at].limits(1 - TWO_SIDES * alpha)
             row |= {
                 "primary": False, "margin": self.graded._margin("probability"), "p": p,
                 "equivalence_low": low, "equivalence_high": high,
