@@ -200,7 +200,7 @@ def aggregated_results(
 def _fewshot_count(evaluation_set: EvaluationSet) -> int:
     if isinstance(evaluation_set, TaskSet):
         return evaluation_set.shots
-    return evaluation_set.ask.shots if evaluation_set.ask.protocol == "generate" else 0
+    return evaluation_set.ask.shots
 
 
 def _aggregated_metrics(

@@ -227,7 +227,8 @@ def _protocol_cell(evaluation_set: AnySet) -> str:
     ask = evaluation_set.ask
     if ask.protocol == "loglikelihood":
         normalization = "per byte" if ask.normalize == "bytes" else "not normalized"
-        return f"the option text with the largest log-likelihood, {normalization}"
+        shown = f", after {count(ask.shots, 'worked example')}" if ask.shots else ""
+        return f"the option text with the largest log-likelihood, {normalization}{shown}"
     shots = count(ask.shots, "worked example")
     return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
         "last box" if ask.answer == "boxed" else "whole text"
