@@ -37,7 +37,7 @@ REPORT = {
     "uninformative counted as able": (
         r"in the \d of 8 declared comparisons that could show one",
         "in the 8 comparisons declared",
-        "Answer",
+        "By right or wrong",
     ),
     "perplexity from and to": (r"from (57\.\d+) to (58\.\d+)", r"from \2 to \1", "Token by token"),
     "KL in bits": (r"by a KL of 0\.0233", "by a KL of 0.0336", "Token by token"),

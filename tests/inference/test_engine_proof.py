@@ -1,10 +1,12 @@
 """The engine finds out, when a model is loaded, whether it reads it as the model reads itself."""
 
+import math
+
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from helpers.inference import packed_attention
+from helpers.inference import packed_attention, protocols
 from helpers.inference.protocols import (
     OptionTokens,
     generate_greedy,
@@ -13,6 +15,7 @@ from helpers.inference.protocols import (
     reading_record,
 )
 from helpers.quantization.variants import load_int8
+from helpers.runtime.discovery import linear_experts
 from helpers.runtime.linears import use_onednn
 from helpers.runtime.twins import build_twin, twin_config
 from helpers.sources.models import random_model
@@ -62,6 +65,18 @@ def test_a_model_that_mixes_packed_texts_is_read_one_text_at_a_time():
         for _ in range(4):
             text.append(int(model(torch.tensor([text])).logits[0, -1].argmax()))
         assert written[index].tokens == text[len(context) :]
+
+
+def test_rounding_does_not_hide_a_state_that_crosses_texts(monkeypatch):
+    """In bfloat16 a recurrent block's error looks like rounding; its twin in float32 tells."""
+    config = twin_config(CONFIG_MAPPING["qwen3_next"](), layers=4)
+    with linear_experts(config):
+        model = use_onednn(build_twin(config).to(torch.bfloat16))
+    prove_engine(model)
+    assert model.packing_problem
+    monkeypatch.setattr(protocols, "SHARP", math.inf)
+    prove_engine(model)
+    assert not model.packing_problem
 
 
 def test_rows_that_mix_their_texts_are_noticed(monkeypatch):

@@ -218,7 +218,6 @@ def test_a_matrix_no_entry_knows_is_caught(sound_run):
     [
         ("gpt2", {"n_layer": 1, "n_head": 2, "n_embd": 16}, "'gpt2' cannot be studied: .*Conv1D"),
         ("bert", SIZES, "'bert' cannot be studied: its head is 'cls.predictions.decoder'"),
-        ("gemma3_text", {"final_logit_softcapping": 30.0}, "not the product of head"),
         ("gemma3_text", {"use_bidirectional_attention": True}, "it is no causal model"),
     ],
 )

@@ -40,6 +40,8 @@ def test_a_valid_study_loads_as_written(study_path, study_settings):
         actual = loaded
         for key in path:
             actual = actual[key]
+        if path == ("statistics", "primary"):  # without a score, both judge
+            value = [row | {"score": None} for row in value]
         if value != {}:
             assert actual == value, path
 

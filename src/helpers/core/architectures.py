@@ -58,6 +58,14 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Logits:
+    """Logits from the head's products: scale · product, or cap · tanh(scale · product / cap)."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What discovery has proved of one configuration.
 
@@ -67,6 +75,7 @@ class Architecture:
         embeddings: names of the lookup tables, the token embeddings first.
         matrices: names of the other modules with a matrix that is no Linear (routers).
         experts: transformers' class that holds a block's experts as stacked tensors.
+        logits: what becomes of the head's products.
         norms: the formula of each norm whose output one of the known formulas gives.
         places: in the order in which scales are folded: a Linear is a consumer before it is a
             producer.
@@ -77,5 +86,6 @@ class Architecture:
     embeddings: tuple[str, ...]
     matrices: tuple[str, ...] = ()
     experts: str = ""
+    logits: Logits = Logits()
     norms: tuple[Norm, ...] = field(default=(), repr=False)
     places: tuple[Place, ...] = field(default=(), repr=False)

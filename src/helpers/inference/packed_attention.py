@@ -26,6 +26,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from helpers.runtime.discovery import head_logits
 from helpers.runtime.linears import FEWEST_ROWS, grouped_product, use_sequence_ids, widened
 
 PACKED = "packed"
@@ -211,7 +212,7 @@ def logits_at(model, hidden: Tensor) -> Tensor:
     packed_batches = len(hidden)
     if packed_batches < FEWEST_ROWS:
         hidden = torch.cat([hidden, hidden[-1:].expand(FEWEST_ROWS - packed_batches, -1)])
-    return model.get_output_embeddings()(hidden)[:packed_batches].float()
+    return head_logits(model, hidden)[:packed_batches].float()
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import count, groupby
 
 import torch
@@ -38,6 +39,8 @@ from helpers.inference.packed_attention import (
     split_at,
     use_packed_attention,
 )
+from helpers.runtime import twins
+from helpers.runtime.discovery import ConfigKey, linear_experts
 from helpers.runtime.linears import FEWEST_ROWS, use_sequence_ids
 from helpers.sources.model_files import changes_at, reads_alone, reset_dynamic_rope_
 
@@ -48,6 +51,7 @@ PERTURBATION = 1e-6  # relative, of embeddings; in the model's type at least one
 # small, by few where roundings to int8 flip and one flip is as large as another.
 MANY, FEW, SMALL = 50.0, 5.0, 0.02
 LEAST_EPS = 8.0  # of the model's type
+SHARP = 0.01  # of a state's size: what rounding may explain in a proof that decides alone
 
 
 @torch.inference_mode()
@@ -58,18 +62,40 @@ def prove_engine(model) -> None:
     the cache of the model's own forward pass is tried. `model.packing_problem` says why packed
     rows are not used, `model.cache_problem` why texts are read anew for each token; both are
     empty for a model that does as it would alone.
+
+    What int8 or bfloat16 rounds may hide a state that crosses from text to text. There the twin
+    of the model's configuration is asked too, in float32.
     """
     model.packing_problem = model.cache_problem = ""
     if getattr(model, "scale_scope", "token") == "pass":
         return  # each pass reads one text
+    *problems, limit = _engine_problems(model)
+    if limit > SHARP:
+        twins_problems = _twins_problems(ConfigKey(model.config))
+        problems = [own or of_twin for own, of_twin in zip(problems, twins_problems, strict=True)]
+    model.packing_problem, model.cache_problem = problems
+
+
+def _engine_problems(model) -> tuple[str, str, float]:
+    """Why packed rows and why the cache are not used, and the difference that rounding explains."""
     texts = _probe_texts(model.config)
     expected = [hidden_states(model, text) for text in texts]
     with _perturbed_embeddings(model):
         perturbed = [hidden_states(model, text) for text in texts]
     change = max(map(_relative_difference, perturbed, expected))
     limit = min(MANY * change, max(FEW * change, SMALL)) + LEAST_EPS * torch.finfo(model.dtype).eps
-    model.packing_problem = _problem(lambda: _packed_difference(model, texts, expected), limit)
-    model.cache_problem = _problem(lambda: _cached_difference(model, texts[0], expected[0]), limit)
+    packing = _problem(lambda: _packed_difference(model, texts, expected), limit)
+    cache = _problem(lambda: _cached_difference(model, texts[0], expected[0]), limit)
+    return packing, cache, limit
+
+
+@lru_cache(maxsize=16)
+def _twins_problems(same: ConfigKey) -> tuple[str, str]:
+    """The engine's problems with a configuration's tiny twin in float32."""
+    config = twins.twin_config(same.config)
+    with linear_experts(config):
+        twin = twins.build_twin(config).float()
+    return _engine_problems(twin)[:2]
 
 
 def reading_record(model) -> dict[str, str]:

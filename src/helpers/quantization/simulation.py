@@ -32,6 +32,7 @@ from helpers.core.processes import Bar
 from helpers.quantization.calibration import quantized_linears, smoothing_groups
 from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
 from helpers.quantization.smoothing import group_scales, same_alpha
+from helpers.runtime.discovery import head_logits
 from helpers.runtime.linears import (
     every_expert_reads,
     pad,
@@ -357,14 +358,14 @@ class DivergenceProbe:
 
         Texts are batched if possible, since a simulated Linear rounds its weights at each call.
         """
-        head, device = model.get_output_embeddings(), model.device
+        device = model.device
         lengths = list(map(len, self.texts))
         for batch in token_budget_batches(lengths, batch_tokens=self.batch_tokens):
             tokens = pad([self.texts[i] for i in batch], value=0, side="right", device=device)
             mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=device)
             output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             for rows in output.last_hidden_state[mask.bool()].split(HEAD_ROWS):
-                yield head(rows).float().log_softmax(-1).cpu()
+                yield head_logits(model, rows).float().log_softmax(-1).cpu()
 
 
 def activations_alone(

@@ -188,12 +188,12 @@ def comparison_table(results: Results, *, declared: bool) -> Rows:
     Args:
         declared: the declared comparisons, or all others.
     """
-    rows = []
+    rows, judged = [], results.study.statistics.declared("graded")
     for name in _graded_sets(results):
         places = sorted(_places(results), key=lambda at: _variant_order(results, *at[1:]))
         for model, baseline, variant in places:
             c = Comparison(model=model, dataset=name, baseline=baseline, variant=variant)
-            if (c in results.study.statistics.declared("graded")) != declared:
+            if (c in judged) != declared:
                 continue
             against = "" if baseline == results.study.baseline else f" vs `{baseline}`"
             row = {"graded score": set_column(name)}

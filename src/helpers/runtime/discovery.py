@@ -18,12 +18,13 @@ from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from helpers.core.architectures import EXPERT, HEAD, Architecture, Norm, Place
+from helpers.core.architectures import EXPERT, HEAD, Architecture, Logits, Norm, Place
 from helpers.core.errors import StudyError
 from helpers.core.files import cache_root, write_atomically
 from helpers.core.records import canonical_json, sha256_file, sha256_text
@@ -78,6 +79,22 @@ def block_names(config) -> list[str]:
     blocks = architecture(config).blocks
     matches = [match for match in map(BLOCK.match, linear_names(config)) if match]
     return list(dict.fromkeys(match[0][:-1] for match in matches if match[1] == blocks))
+
+
+_LOGITS: WeakKeyDictionary[nn.Module, Logits] = WeakKeyDictionary()
+
+
+def head_logits(model, hidden: Tensor) -> Tensor:
+    """(rows, vocabulary) logits of (rows, hidden) last states, in the head's type."""
+    if model not in _LOGITS:
+        _LOGITS[model] = architecture(model.config).logits
+    return _formed(model.get_output_embeddings()(hidden), _LOGITS[model])
+
+
+def _formed(products: Tensor, logits: Logits) -> Tensor:
+    if logits.scale != 1.0:
+        products = products * logits.scale
+    return products if logits.cap is None else torch.tanh(products / logits.cap) * logits.cap
 
 
 def linear_experts(config) -> AbstractContextManager:
@@ -157,7 +174,9 @@ def _stored(path: Path) -> Architecture | str | None:
         return content["refusal"]
     classes = {"places": Place, "norms": Norm}
     for name, value in content.items():
-        if name in classes:
+        if name == "logits":
+            value = Logits(**value)
+        elif name in classes:
             value = [classes[name](**_with_tuples(row)) for row in value]
         content[name] = tuple(value) if isinstance(value, list) else value
     return Architecture(**content)
@@ -175,7 +194,7 @@ def discover(config) -> Architecture:
     """
     twin = Twin(config)
     model = twin.model
-    _check_form(twin)
+    logits = _check_form(twin)
     flow = twin.flow()
     _check_linears(twin, flow)
     _check_names(config, twin)
@@ -195,6 +214,7 @@ def discover(config) -> Architecture:
         embeddings=(table, *embeddings),
         matrices=tuple(sorted(matrices - {table, *embeddings})),
         experts=twin.experts,
+        logits=logits,
         norms=tuple(twin.norms(flow)),
         places=tuple(found),
     )
@@ -207,12 +227,15 @@ def _is_embedding(model, name: str) -> bool:
         return False
 
 
-def _check_form(twin: Twin) -> None:
+def _check_form(twin: Twin) -> Logits:
     """Check what this project takes for granted of every model.
 
+    Returns:
+        what becomes of the head's products.
+
     Raises:
-        StudyError: the head has another name, logits are not its products, or a token's logits
-            depend on later tokens.
+        StudyError: the head has another name, logits do not follow from its products, or a token's
+            logits depend on later tokens.
     """
     model, head = twin.model, twin.model.get_output_embeddings()
     name = next((n for n, m in model.named_modules() if m is head), None)
@@ -224,14 +247,28 @@ def _check_form(twin: Twin) -> None:
     if hidden is None:
         raise StudyError("its decoder returns no last hidden state")
     with torch.no_grad():
-        if change(head(hidden)[0], twin.logits) > SAME:
-            raise StudyError("its logits are not the product of head and last hidden state")
+        products = head(hidden)[0]
+    logits = next(
+        (f for f in _forms(model.config) if change(_formed(products, f), twin.logits) <= SAME), None
+    )
+    if logits is None:
+        raise StudyError("its logits are not the product of head and last hidden state")
     if not torch.isfinite(twin.logits).all():
         raise StudyError("its tiny twin gives no finite logits")
     changed = twin.ids.clone()
     changed[0, -1] = 3 if changed[0, -1] != 3 else 4
     if change(twin.read(changed)[:-1], twin.logits[:-1]) > SAME:
         raise StudyError("a token's logits depend on later tokens: it is no causal model")
+    return logits
+
+
+def _forms(config) -> Iterator[Logits]:
+    """The products themselves, then scaled or capped by a number of the configuration."""
+    yield Logits()
+    settings = config.to_dict().values()
+    numbers = dict.fromkeys(float(x) for x in settings if type(x) in (int, float) and x > 0)
+    for number in numbers:
+        yield from (Logits(scale=1 / number), Logits(scale=number), Logits(cap=number))
 
 
 def _check_linears(twin: Twin, flow: Flow) -> None:

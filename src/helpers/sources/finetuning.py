@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 from helpers.core.errors import StudyError
 from helpers.core.processes import Bar
 from helpers.runtime.devices import has_bfloat16_units
+from helpers.runtime.discovery import head_logits
 from helpers.runtime.linears import pad
 from helpers.sources.model_files import reads_alone
 from helpers.study.schema import FineTunedModel, FineTuning, Runtime, Study
@@ -111,7 +112,7 @@ def answer_loss(model, batch: list[Example], *, autocast: str) -> Tensor:
         states = [
             hidden[i, len(p) - 1 : len(p) - 1 + len(a)] for i, (p, a) in enumerate(batch)
         ]  # each (answer tokens, hidden): the states that predict the answer
-        logits = model.get_output_embeddings()(torch.cat(states))
+        logits = head_logits(model, torch.cat(states))
     targets = torch.tensor([t for _, answer in batch for t in answer], device=device)
     return cross_entropy(logits.float(), targets)
 

@@ -27,7 +27,7 @@ from helpers.core.records import read_json
 from helpers.quantization.calibration import SmoothingGroup, load_absmax, smoothing_groups
 from helpers.quantization.variants import load_int8, load_quantized, load_reference, load_variant
 from helpers.runtime.devices import release_memory
-from helpers.runtime.discovery import architecture, linear_names
+from helpers.runtime.discovery import architecture, head_logits, linear_names
 from helpers.runtime.linears import every_expert_reads
 from helpers.sources.chat import conversation
 from helpers.sources.items import Item
@@ -63,7 +63,7 @@ def logits_of(model, items: list[list[int]]) -> list[Tensor]:
     for tokens in items:
         ids = torch.tensor([tokens], device=model.device)
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-        logits.append(model.get_output_embeddings()(hidden).float().cpu())
+        logits.append(head_logits(model, hidden).float().cpu())
     return logits
 
 

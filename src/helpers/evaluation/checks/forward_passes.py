@@ -369,8 +369,21 @@ class Playback:
             for part in weight.split(HEAD_CHUNK)
         ]
         logits = torch.cat(parts, dim=1).double()
-        bias = f"{HEAD}.bias"
-        return logits + tensors[bias].to(self.files.dtype).double() if bias in tensors else logits
+        if (bias := f"{HEAD}.bias") in tensors:
+            logits += tensors[bias].to(self.files.dtype).double()
+        return named_form(logits, self.model.config)
+
+
+SCALES = {"logits_scaling": -1, "logit_scale": 1}  # power of the number that scales the logits
+CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def named_form(products: Tensor, config) -> Tensor:
+    """Logits from the head's products by what transformers' families call their numbers."""
+    for name, power in SCALES.items():
+        products = products * getattr(config, name, 1.0) ** power
+    cap = next((cap for name in CAPS if (cap := getattr(config, name, None))), None)
+    return products if cap is None else cap * torch.tanh(products / cap)
 
 
 PERTURBED_ROWS = 8192  # rows of a weight in one step

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.core.processes import set_activity
 from helpers.core.records import Gate, largest, sha256_text
+from helpers.evaluation.checks.forward_passes import named_form
 from helpers.sources.chat import SYSTEM
 from helpers.sources.items import Item
 from helpers.sources.model_files import TensorFiles
@@ -178,7 +179,7 @@ def _head_logits(baseline, states: Tensor, dtype: torch.dtype) -> Tensor:
         logits = x @ head.weight[chosen].to(dtype).double().cpu().T
         if bias is not None:
             logits += bias[chosen].to(dtype).double().cpu()
-        parts.append(logits.to(dtype))
+        parts.append(named_form(logits, baseline.config).to(dtype))
     return torch.cat(parts, dim=1)
 
 
