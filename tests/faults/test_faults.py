@@ -313,7 +313,8 @@ def done_by_a_clock(once_done, tmp_path):
     return off
 
 
-@pytest.mark.parametrize("years", [pytest.param(-30, marks=long), 1])
+@pytest.mark.long
+@pytest.mark.parametrize("years", [-30, 1])
 def test_a_clock_that_jumped_neither_repeats_nor_hides_anything(done_by_a_clock, years):
     project = done_by_a_clock(years)
     assert planned(project) == []

@@ -294,6 +294,7 @@ def test_a_record_says_which_part_ran_where(cards, tmp_path):
     assert written["machine"]["modules"] == where
 
 
+@pytest.mark.long
 def test_the_gpu_checks_part_for_two_cards_runs_on_them(cards, monkeypatch, tmp_path):
     small = {"num_hidden_layers": LAYERS, "hidden_size": 64, "intermediate_size": 96}
     monkeypatch.setattr(two_cards, "MEDIUM", small)

@@ -229,6 +229,7 @@ def test_pooled_differences_and_recovery_cover():
     assert outside(coverage.pooled(200, (60,)), 200) == []
 
 
+@pytest.mark.long
 def test_recipes_cover():
     assert outside(coverage.recipes(STUDIES, (4, 8))) == []
 

@@ -363,6 +363,7 @@ def test_snakemake_repeats_what_changed_and_never_takes_a_cut_short_run_for_done
     assert planned(folder) == stale
 
 
+@pytest.mark.long
 def test_what_all_others_wait_for_goes_first(tmp_path):
     """One after the other, every baseline and what it needs come before anything else."""
     folder = toy_project.make(tmp_path / "project", kernels=False)

@@ -151,6 +151,7 @@ def test_a_second_run_does_nothing_in_seconds(smoke):
     assert {p: p.stat().st_mtime_ns for p in outputs.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.long
 def test_another_alpha_repeats_only_what_depends_on_it(smoke):
     run, study, _ = smoke
     settings = yaml.safe_load(study.read_text("utf-8"))

@@ -115,6 +115,7 @@ def test_the_blocked_modules_are_blocked(tmp_path):
     assert "torch is blocked in this test" in done.stderr
 
 
+@pytest.mark.long
 def test_results_that_do_not_give_the_summary_are_told(study, tmp_path):
     changed = shutil.copytree(study[1], tmp_path / "outputs" / "study")
     summary = changed / "summary.json"
