@@ -72,6 +72,11 @@ REPORT = {
     "differing items counted": (r"\(34 of 100 differ\)", "(66 of 100 differ)", "differ"),
     "marks of samples": (r"✓ <code>B</code>", "✗ <code>B</code>", "no item has the row"),
     "a gate that fails": (r"\*\*FAILS\*\* on OpenMath: ", "passes on OpenMath: ", "answers parse"),
+    "blind sets left unsaid": (
+        r"\n- By right or wrong, no ability can be measured on [^\n]*",
+        "",
+        "conclusions",
+    ),
     "sets called blind": (r"(be measured on SQuAD v2 of )`base` and", r"\1", "conclusions"),
     "recipe of another": (
         r"(\| `smoothquant_o3` \| int8 weights per )tensor",

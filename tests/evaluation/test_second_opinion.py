@@ -207,6 +207,26 @@ def test_attention_of_a_quantized_variant(runs, monkeypatch):
     assert LAYERS in failed(looked_at(runs("llama", "rtn_w8a8")))
 
 
+@pytest.mark.bank("reading", "logits without the model's cap", LOGPROBS)
+@pytest.mark.parametrize(
+    ("variant", "dtype"),
+    [("noquant", "float32"), ("noquant", "bfloat16"), ("rtn_w8a8", "float32")],
+)
+def test_logits_without_their_cap(tmp_path, monkeypatch, variant, dtype):
+    settings = yaml.safe_load(STUDY)
+    settings["runtime"] |= {"dtype": dtype}
+    run = QuantizedRun(tmp_path, settings, variant)
+    run.save_source("gemma3_text", final_logit_softcapping=0.5)
+    if VARIANTS[variant]:
+        run.calibrate()
+        run.quantize()
+    assert failed(looked_at(run)) == set()
+    monkeypatch.setattr(
+        packed_attention, "head_logits", lambda model, x: model.get_output_embeddings()(x)
+    )
+    assert failed(looked_at(run)) & {LAYERS, LOGPROBS, GOLDS, TEXT}
+
+
 @pytest.mark.bank("reading", "{lapse}", LOGPROBS)
 @pytest.mark.parametrize(
     "lapse",

@@ -345,7 +345,8 @@ def test_tables_are_read_with_their_headings():
 
 
 POOLED_SENTENCE = (
-    "**Answer.** `x` against `noquant`, by graded scores: equivalent within ±3 points in 1 of 1 "
+    "**Answer.** `x` against `noquant`, by graded scores (the right answer's "
+    "probability): equivalent within ±3 points in 1 of 1 "
     "comparison. Pooled over the informative sets, it is worse on `tuned` (−0.8 points), and "
     "losses above 0.5 points of probability (`base`) and 1.4 (`tuned`) are excluded."
 )

@@ -6,6 +6,7 @@ from helpers.evaluation.prompts import loglikelihood_prompt, option_tokens, rend
 from helpers.evaluation.scoring import is_abstention, last_boxed, score_text
 from helpers.sources.chat import (
     EXAMPLES,
+    PLAIN_EXAMPLES,
     SYSTEM,
     calibration_tokens,
     conversation,
@@ -15,9 +16,10 @@ from helpers.sources.chat import (
     user_turn,
 )
 from helpers.sources.items import ADAPTERS, Item, load_rows, normalized_text, parse_number
-from helpers.study.schema import EvaluationSet, ShippedDataset
+from helpers.study.loading import PLAIN_SHOTS
+from helpers.study.schema import EvaluationSet, LogLikelihood, ShippedDataset
 
-SHIPPED = ["arc", "boolq", "squad_v2", "openmath_eval", "openmath_train"]
+SHIPPED = ["arc", "boolq", "boolq_stated", "squad_v2", "openmath_eval", "openmath_train"]
 ITEMS = {
     "openmath": Item("m", "How many legs have two cats?", ("8",), solution=r"2 * 4 = \boxed{8}."),
     "squad_v2": Item("s", "Who came?", ("Ann",), passage="Ann came."),
@@ -65,7 +67,7 @@ def test_no_example_is_in_a_dataset(name):
     for row in load_rows(ShippedDataset(shipped=name)):
         for key in ("question", "problem", "passage", "context"):
             known.add(normalized_text(row.get(key, "")))
-    for examples in EXAMPLES.values():
+    for examples in (*EXAMPLES.values(), *PLAIN_EXAMPLES.values()):
         for item, _ in examples:
             shown = {normalized_text(item.question), normalized_text(item.passage)} - {""}
             assert not shown & known
@@ -88,6 +90,21 @@ def test_an_example_is_answered_as_the_item_must_be(adapter, item, answer):
         assert boxed in item.labels
     else:
         assert boxed in ("yes", "no")
+
+
+@pytest.mark.parametrize(("item", "option"), PLAIN_EXAMPLES["boolq"])
+def test_a_passage_of_a_plain_example_says_its_answer(item, option):
+    """In the question's words, and with a negation where the answer is no."""
+    words = set(normalized_text(item.passage).split())
+    assert ("not" in words) == (option == "No")
+    assert option in ("Yes", "No")
+    assert len(words & set(normalized_text(item.question).split())) >= 3
+
+
+def test_a_study_may_ask_for_as_many_plain_examples_as_there_are():
+    assert {name: len(examples) for name, examples in PLAIN_EXAMPLES.items()} == PLAIN_SHOTS
+    [most] = [m.le for m in LogLikelihood.model_fields["shots"].metadata if hasattr(m, "le")]
+    assert most == max(PLAIN_SHOTS.values())
 
 
 @pytest.mark.parametrize("adapter", ["arc", "boolq", "squad_v2"])

@@ -29,6 +29,7 @@ from helpers.report.markdown import (
     with_span,
 )
 from helpers.report.results import Results
+from helpers.statistics.graded import EQUIVALENCE_LEVEL
 from helpers.statistics.graded_study import (
     INSIDE_MARGIN,
     FineTuningCost,
@@ -141,6 +142,7 @@ def _markdown(parts: list[str]) -> Markdown:
 def reading_paragraph(results: Results) -> str:
     """How the chapter's numbers are made and judged."""
     margins, rules = results.study.statistics.graded_margins, results.rules
+    level = 1 - 2 * EQUIVALENCE_LEVEL * rules.alpha
     return (
         "Option sets: the right option's probability among the options. Written answers: the right "
         "answer's probability, a geometric mean over its tokens, less that of another item's right "
@@ -148,7 +150,8 @@ def reading_paragraph(results: Results) -> str:
         f"{percent_plain(rules.confidence)} interval; beside it stands the same difference of "
         "right and wrong (accuracy, or exact match). Verdicts on comparisons declared to be judged "
         "by graded scores are adjusted by Holm over all of these. All others are exploratory, a "
-        "family a variant. "
+        f"family a variant. Equivalent: the {percent_plain(level)} interval lies inside the "
+        "margin. "
         f"Margins: ±{100 * margins.probability:g} points, ±{100 * margins.nats:g} hundredths "
         "of a nat a token (KL). A set is uninformative for a model if it shows no ability there, "
         "or if rounding alone (the noise floor) moves its score by more than the margin."
@@ -333,8 +336,9 @@ def _amount(verdict: GradedVerdict) -> str:
 def score_sentence(results: Results, variant: str) -> str:
     """Where a variant is found worse, by set and pooled, and the pooled loss that is excluded."""
     baseline = code(results.study.baseline)
-    text = f"**Answer.** {code(variant)} against {baseline}, by graded scores: "
-    text += f"{_score_result(results, variant)}."
+    score = "graded scores (the right answer's probability)"
+    result = _score_result(results, variant)
+    text = f"**Answer.** {code(variant)} against {baseline}, by {score}: {result}."
     pooled = {
         model: p.verdict.comparison
         for (model, v), p in results.graded.pooled.items()

@@ -214,8 +214,8 @@ def uninformative_finding(results: Results) -> str:
     if not places:
         return ""
     return (
-        f"No ability can be measured on {dataset_model_places(places)}: there `{baseline}` "
-        "itself is seldom readable or does not clearly beat the best constant answer."
+        f"By right or wrong, no ability can be measured on {dataset_model_places(places)}: there "
+        f"`{baseline}` itself is seldom readable or does not clearly beat the best constant answer."
     )
 
 

@@ -248,10 +248,10 @@ def _check_form(twin: Twin) -> Logits:
         raise StudyError("its decoder returns no last hidden state")
     with torch.no_grad():
         products = head(hidden)[0]
-    logits = next(
-        (f for f in _forms(model.config) if change(_formed(products, f), twin.logits) <= SAME), None
-    )
-    if logits is None:
+    logits = min(_forms(model.config), key=lambda f: change(_formed(products, f), twin.logits))
+    if change(products, twin.logits) <= SAME:
+        logits = Logits()
+    elif change(_formed(products, logits), twin.logits) > SAME:
         raise StudyError("its logits are not the product of head and last hidden state")
     if not torch.isfinite(twin.logits).all():
         raise StudyError("its tiny twin gives no finite logits")
@@ -263,7 +263,7 @@ def _check_form(twin: Twin) -> Logits:
 
 
 def _forms(config) -> Iterator[Logits]:
-    """The products themselves, then scaled or capped by a number of the configuration."""
+    """The products scaled or capped by a number of the configuration."""
     yield Logits()
     settings = config.to_dict().values()
     numbers = dict.fromkeys(float(x) for x in settings if type(x) in (int, float) and x > 0)

@@ -370,8 +370,7 @@ def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:
 
 def _comparisons(study: Study) -> list[str]:
     problems, primary = [], study.statistics.primary
-    compared = [(c.model, c.dataset, c.baseline, c.variant) for c in primary]
-    seen: dict[tuple[str, ...], set[str | None]] = {}
+    scores_of: dict[tuple[str, ...], set[str | None]] = {}
     for index, pair in enumerate(primary):
         key = f"statistics.primary.{index}"
         defined: dict[str, Mapping[str, object]] = {
@@ -387,7 +386,8 @@ def _comparisons(study: Study) -> list[str]:
                 problems.append(unknown_name_line(f"{key}.{setting}", value, kind, names))
         if pair.variant == pair.baseline:
             problems.append(f"{key}.variant = {pair.variant!r} is its own baseline; name another")
-        judged_by = seen.setdefault(compared[index], set())
+        compared = (pair.model, pair.dataset, pair.baseline, pair.variant)
+        judged_by = scores_of.setdefault(compared, set())
         if judged_by & {None, pair.score} or (judged_by and pair.score is None):
             problems.append(f"{key} repeats an earlier comparison; remove it")
         judged_by.add(pair.score)

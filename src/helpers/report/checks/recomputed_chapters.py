@@ -202,16 +202,17 @@ def _wrong_gate_rows(report_tables: list[Table], figures: RecomputedFigures) -> 
 
 def _wrong_uninformative_sets(markdown: str, figures: RecomputedFigures) -> Iterator[str]:
     """The sets that the conclusions call uninformative."""
-    if not (sentence := re.search(r"No ability can be measured on (.*?): there", markdown)):
-        return
     expected = {
         (DATASET_NAMES.get(c.dataset, c.dataset), c.model)
         for c, row in figures.rows.items()
         if row["verdict"] == "uninformative" and c.baseline == figures.study.baseline
     }
+    sentence = re.search(r"no ability can be measured on (.*?): there", markdown)
     published = {
         (name, model)
-        for name, models in re.findall(r"([^`,]+?) of ((?:`[^`]+`(?:, | and )?)+)", sentence[1])
+        for name, models in re.findall(
+            r"([^`,]+?) of ((?:`[^`]+`(?:, | and )?)+)", sentence[1] if sentence else ""
+        )
         for name, model in ((name.strip(), m) for m in re.findall(r"`([^`]+)`", models))
     }
     if published != expected:

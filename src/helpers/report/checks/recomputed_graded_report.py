@@ -245,7 +245,7 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
         counts = [100 * figures.study.statistics.graded_margins.probability, *counts]
     else:
         expected = "no loss detected in the "
-    start = f"by graded scores: {expected}"
+    start = f"by graded scores (the right answer's probability): {expected}"
     if start not in published or not all(place in published for place in places):
         yield f"recomputed {expected}{', '.join(places)}"
     pooled = [r for r in blocks.get("pooled", ()) if r["variant"] == variant and "delta" in r]
@@ -295,7 +295,8 @@ def _cost_answer(kinds: list[str]) -> str:
 def _check_reading(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
     margins = figures.study.statistics.graded_margins
     confidence = figures.study.statistics.confidence
-    yield text, [100 * confidence, 100 * margins.probability, 100 * margins.nats]
+    inside = 100 - 180 * (1 - confidence)  # two tests, each at nine tenths of alpha
+    yield text, [100 * confidence, inside, 100 * margins.probability, 100 * margins.nats]
 
 
 def _check_recipe_sentence(text: str, figures: RecomputedFigures):
@@ -332,7 +333,7 @@ GRADED_SENTENCE_CHECKS = (
     (r"^\*\*Recipe\*\* `", _check_recipe_sentence),
     (r"^Made once: `", _check_made_once),
     (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
-    (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores: ", _check_score_bullet),
+    (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores \(", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
     (r"^\*\*Does fine-tuning raise the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
     (r"^Option sets: the right option's probability among the options", _check_reading),
