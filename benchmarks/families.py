@@ -50,15 +50,18 @@ from helpers.verification.variant_gates import verify_checkpoint
 
 FOLDER = PROJECT / "outputs" / "bench"
 LIMIT_S, MEMORY_BYTES = 900, 10 * 2**30  # of one entry
-LAYERS = 4  # of a twin; a family that cannot be cut has as many as its default
+LAYERS, MOST_LAYERS = 4, 12  # of a twin; as many as it takes to have every kind of layer
 TARGETS = ("attention_input", "attention_output", "mlp_input", "mlp_down")
 NEAR = 1e-3  # nats between the engine's float log-likelihoods and transformers' own
 # Settings that a default configuration lacks, although the models of the family have them.
 COMPLETED = {
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "ctrl": {"n_positions": 2048},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy"},
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
+    "lfm2_moe": {"layer_types": ["conv", "conv", "full_attention", "conv"] * 8},
     "ministral": {"head_dim": 128},
     "nemotron": {"num_key_value_heads": 48},
 }
@@ -75,11 +78,22 @@ def family_config(entry: str, *, layers: int | None = LAYERS):
     except Exception as error:
         raise StudyError(f"its default settings are not valid ({twins.reason(error)})") from None
     try:
-        return twins.twin_config(default, layers=layers)
+        config = twins.twin_config(default, layers=_with_every_kind(default, layers))
+        twins.build_twin(config)
     except StudyError:
         if layers is None:
             raise
         return family_config(entry, layers=None)
+    return config
+
+
+def _with_every_kind(config, layers: int | None) -> int | None:
+    """The least number of layers, from `layers` on, that has every kind of the default."""
+    kinds = getattr(config, "layer_types", None)
+    if layers is None or not kinds:
+        return layers
+    least = 1 + max(kinds.index(kind) for kind in set(kinds))
+    return max(layers, min(least, MOST_LAYERS))
 
 
 def discovered(config) -> dict:
@@ -195,11 +209,11 @@ def answers(model) -> tuple[list, list]:
 
 
 @torch.inference_mode()
-def furthest_from_transformers(folder: Path, config, sums: list, written: list) -> float:
+def furthest_from_transformers(folder: Path, sums: list, written: list) -> float:
     """The largest difference, in nats, of the float answers to transformers' own model."""
     model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ) if not architecture(config).experts else load_model(folder, _cpu())  # fmt: skip
+        folder, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    )
     items, prompts = some_texts()
     differences = []
     for item, engine in zip(items, sums, strict=True):
@@ -231,7 +245,7 @@ def run_family(entry: str, root: Path, *, layers: int = LAYERS) -> dict:
     model = run.load("noquant")
     packed, cached = not model.packing_problem, not model.cache_problem
     engine = "packed rows" if packed else "one text at a time" + ("" if cached else ", no cache")
-    apart = furthest_from_transformers(root / "source", config, *answers(model))
+    apart = furthest_from_transformers(root / "source", *answers(model))
     if not apart <= NEAR:
         raise StudyError(f"its answers are {apart:.2g} nats from those of transformers")
     int8 = run.load(run.variant)
@@ -241,12 +255,6 @@ def run_family(entry: str, root: Path, *, layers: int = LAYERS) -> dict:
         raise StudyError("its int8 log-likelihoods are not finite")
     return row | {"variant": run.variant, "engine": engine, "why": model.packing_problem,
                   "nats": apart}  # fmt: skip
-
-
-def _cpu():
-    from helpers.study.schema import Runtime
-
-    return Runtime(device="cpu", dtype="float32", threads=1, quantized="int8")
 
 
 def _in_child(entry: str, pipe) -> None:

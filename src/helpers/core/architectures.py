@@ -1,9 +1,10 @@
 """What is known of a model's architecture: its Linears, and where smoothing scales can be folded.
 
 A place is a producer, whose output channels can be divided by s, and the Linears that read it,
-whose input channels are then multiplied by s. Every Linear but the head is a consumer of exactly
-one place. Where producer and Linear are fused, the consumer reads the producer's last channels (v
-of qkv, up of gate_up). A place without a proof has no producer and says why.
+whose input channels are then multiplied by s. Every Linear that is called, but the head, is a
+consumer of exactly one place. Where producer and Linear are fused, the consumer reads the
+producer's last channels (v of qkv, up of gate_up). A place without a proof has no producer and says
+why.
 
 No family is listed here: `helpers.runtime.discovery` finds the places of a configuration on a tiny
 twin and proves them. These are the words for what it finds; imports no torch.
@@ -73,8 +74,10 @@ class Architecture:
         name: the `model_type`.
         blocks: name of the list of decoder blocks.
         embeddings: names of the lookup tables, the token embeddings first.
-        matrices: names of the other modules with a matrix that is no Linear (routers).
+        matrices: names of the other modules with a matrix, which stay float: routers, Linears of
+            a class of their own, Linears that are never called or whose weight others read.
         experts: transformers' class that holds a block's experts as stacked tensors.
+        plain: transformers' classes that compute what a plain Linear computes.
         logits: what becomes of the head's products.
         norms: the formula of each norm whose output one of the known formulas gives.
         places: in the order in which scales are folded: a Linear is a consumer before it is a
@@ -86,6 +89,7 @@ class Architecture:
     embeddings: tuple[str, ...]
     matrices: tuple[str, ...] = ()
     experts: str = ""
+    plain: tuple[str, ...] = ()
     logits: Logits = Logits()
     norms: tuple[Norm, ...] = field(default=(), repr=False)
     places: tuple[Place, ...] = field(default=(), repr=False)

@@ -38,6 +38,7 @@ from helpers.quantization import simulation
 from helpers.quantization.calibration import first_judging_item
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.runtime.devices import resolve_runtime
+from helpers.runtime.discovery import linear_names
 from helpers.runtime.linears import token_budget_batches, use_onednn
 from helpers.sources.chat import calibration_tokens, training_tokens
 from helpers.sources.model_files import load_config
@@ -86,7 +87,7 @@ def size_of(folder: Path) -> Size:
     config = load_config(folder)
     with torch.device("meta"):
         model = empty_model(config, dtype=torch.float32)
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != HEAD}
+    linears = {n: model.get_submodule(n) for n in linear_names(config) if n != HEAD}
     routed_share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     linear_weights = sum(
         round(m.weight.numel() * (routed_share if ".experts." in name else 1))

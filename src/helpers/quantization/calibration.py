@@ -23,7 +23,7 @@ from helpers.core.files import write_atomically
 from helpers.core.processes import Bar
 from helpers.core.records import Record, check_checksums, sha256_file
 from helpers.runtime.devices import trim_heap
-from helpers.runtime.discovery import places
+from helpers.runtime.discovery import linear_names, places
 from helpers.runtime.linears import every_expert_reads, pad, token_budget_batches
 from helpers.sources.model_files import batch_tokens_for, check_context_length
 from helpers.study.loading import Job
@@ -78,8 +78,9 @@ def unfoldable(config, target: str, of_target: list[Place]) -> str:
 
 
 def linear_layers(model) -> dict[str, nn.Linear]:
-    """Every Linear of the model by name, the head included."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    """Every Linear that the model calls by name, the head included, in the order of modules."""
+    called = set(linear_names(model.config))
+    return {name: m for name, m in model.named_modules() if name in called}
 
 
 def quantized_linears(model, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:

@@ -140,7 +140,8 @@ def quantize_(
     from llmcompressor.modifiers.quantization.calibration import observe, update_qparams
 
     targets = quantized_linears(model, variant.ignore)
-    float_names = sorted(set(linear_layers(model)) - set(targets))
+    linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    float_names = sorted(linears - set(targets))
     by_gptq = variant.rounding == "gptq"
     settings = {"config_groups": {"group_0": compression_scheme(variant)}, "ignore": float_names}
     modifier = GPTQModifier(**settings, **GPTQ) if by_gptq else QuantizationModifier(**settings)

@@ -13,7 +13,7 @@ Later gates check the groups on the real weights (`smoothing preserves the logit
 import json
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import lru_cache
 from importlib.metadata import version
@@ -29,7 +29,7 @@ from helpers.core.errors import StudyError
 from helpers.core.files import cache_root, write_atomically
 from helpers.core.records import canonical_json, sha256_file, sha256_text
 from helpers.runtime import twins
-from helpers.runtime.linears import experts_as_linears
+from helpers.runtime.linears import as_plain_linears, experts_as_linears
 from helpers.runtime.twins import SAME, Flow, Twin, change
 
 DIFFERENT = 1e-3  # least change of logits if only the producer is divided
@@ -97,12 +97,15 @@ def _formed(products: Tensor, logits: Logits) -> Tensor:
     return products if logits.cap is None else torch.tanh(products / logits.cap) * logits.cap
 
 
-def linear_experts(config) -> AbstractContextManager:
-    """Inside the context, models of this configuration are built with `LinearExperts`.
+@contextmanager
+def linear_experts(config) -> Iterator[None]:
+    """Inside the context, models of this configuration are built with plain Linears.
 
-    A family without experts is unchanged.
+    That is, with `LinearExperts`, and without classes that only compute what a Linear computes.
     """
-    return experts_as_linears(config.model_type, architecture(config).experts)
+    known = architecture(config)
+    with as_plain_linears(known.plain), experts_as_linears(config.model_type, known.experts):
+        yield
 
 
 def _expanded(place: Place, experts: int) -> list[Place]:
@@ -203,8 +206,8 @@ def discover(config) -> Architecture:
     linears = {*flow.linears, HEAD}
     matrices = {
         name.removesuffix(".weight")
-        for name, p in model.named_parameters()
-        if p.ndim > 1 and name.removesuffix(".weight") not in linears
+        for name, tensor in model.state_dict().items()
+        if tensor.ndim > 1 and name.removesuffix(".weight") not in linears
     }
     table = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
     embeddings = [n for n in sorted(matrices) if _is_embedding(model, n) and n != table]
@@ -214,6 +217,7 @@ def discover(config) -> Architecture:
         embeddings=(table, *embeddings),
         matrices=tuple(sorted(matrices - {table, *embeddings})),
         experts=twin.experts,
+        plain=tuple(twin.plain),
         logits=logits,
         norms=tuple(twin.norms(flow)),
         places=tuple(found),
@@ -272,40 +276,63 @@ def _forms(config) -> Iterator[Logits]:
 
 
 def _check_linears(twin: Twin, flow: Flow) -> None:
-    """Check that every Linear can be replaced by one in int8.
+    """Check that there are Linears that can be replaced by ones in int8.
+
+    A Linear of a class of its own stays float, and so does one that the model never calls or whose
+    weight another module reads.
 
     Raises:
-        StudyError: there is none but the head, one is of a class of its own, or one is not called.
+        StudyError: there is none but the head.
     """
-    if not flow.linears:
-        raise StudyError("it has no Linear but its head (transformers' Conv1D is none)")
-    kinds = {n: type(m) for n, m in twin.model.named_modules() if isinstance(m, nn.Linear)}
-    if others := sorted(name for name, kind in kinds.items() if kind is not nn.Linear):
-        raise StudyError(
-            f"{others[0]} is a {kinds[others[0]].__name__} ({len(others)} in all); only plain "
-            "Linears are saved as int8"
-        )
-    if uncalled := sorted(set(kinds) - {*flow.linears, HEAD}):
-        raise StudyError(
-            f"it multiplies by the weights of {uncalled[0]} without calling it "
-            f"({len(uncalled)} Linears in all), so that no int8 product can take its place"
-        )
+    if flow.linears:
+        return
+    others = {type(m).__name__ for m in twin.model.modules() if isinstance(m, nn.Linear)}
+    if others := sorted(others - {nn.Linear.__name__}):
+        raise StudyError(f"its Linears are {others[0]}s; only plain Linears are saved as int8")
+    raise StudyError("it has no Linear but its head (transformers' Conv1D is none)")
 
 
 def _check_names(config, twin: Twin) -> None:
-    """Check that tensors have the names of their modules in the files that are saved.
+    """Check that each tensor of a saved model is one of its modules', whatever its name there.
+
+    A model whose experts transformers stacks is saved by transformers too, and must give the same
+    tensors under the same names.
 
     Raises:
-        StudyError: transformers renames or converts some of them on loading.
+        StudyError: transformers converts some tensors on loading.
     """
-    own = twin.model.state_dict()
     with experts_as_linears(config.model_type, twin.experts):
-        stored = revert_weight_conversion(twin.model, dict(own))
-    if others := sorted(set(stored) - set(own)):
+        names = names_in_files(twin.model)
+    if twin.stacked is None:
+        return
+    own = twin.model.state_dict()
+    saved = revert_weight_conversion(twin.stacked, twin.stacked.state_dict())
+    if others := [*sorted(saved.keys() - names.keys()), *sorted(names.keys() - saved.keys())]:
         raise StudyError(
-            f"its files hold {others[0]}, which transformers renames or converts on loading "
-            f"({len(others)} tensors in all), and tensors are compared with the files by name"
+            f"its files hold {others[0]}, which is no tensor of one Linear ({len(others)} in all)"
         )
+    if others := sorted(n for n, tensor in saved.items() if not tensor.equal(own[names[n]])):
+        raise StudyError(f"{others[0]} of its files is not the tensor that is read as such")
+
+
+def names_in_files(model) -> dict[str, str]:
+    """By each tensor's name in saved files, its name in the model, a tied head included.
+
+    Args:
+        model: built in `linear_experts`, and still inside.
+
+    Raises:
+        StudyError: transformers converts some tensors on loading.
+    """
+    state = model.state_dict()  # a tensor object for each name, tied or not
+    own = {id(tensor): name for name, tensor in state.items()}
+    stored = revert_weight_conversion(model, dict(state))
+    if others := sorted(name for name, tensor in stored.items() if id(tensor) not in own):
+        raise StudyError(
+            f"its files hold {others[0]}, which transformers converts on loading ({len(others)} "
+            "tensors in all), and tensors are compared with the files one by one"
+        )
+    return {name: own[id(tensor)] for name, tensor in stored.items()}
 
 
 def _blocks(linears: list[str]) -> str:
@@ -449,7 +476,7 @@ class Search:
             self.twin.read()
             hooks.callback(part.register_forward_pre_hook(alter, with_kwargs=True).remove)
             self.twin.read()
-        return change(outputs[-1], outputs[0]) > MIXED
+        return bool(outputs) and change(outputs[-1], outputs[0]) > MIXED
 
     def _proved(self, place: Place, offsets: tuple[float, ...]) -> Place:
         """The place with the offset that keeps the logits; without producer if none does.

@@ -15,8 +15,9 @@ gate, up and down; here it has them in memory too. The function is that of the s
 Batches have a budget of tokens, over sequences sorted by length; each token knows its sequence.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from importlib import import_module
 from types import MethodType
@@ -30,6 +31,7 @@ from transformers.conversion_mapping import (
     get_checkpoint_conversion_mapping,
     register_checkpoint_conversion_mapping,
 )
+from transformers.core_model_loading import WeightRenaming
 
 from helpers.runtime.devices import has_bfloat16_units
 
@@ -320,8 +322,8 @@ def _expert_outputs(expert: Expert, x: Tensor, tokens: Tensor) -> Tensor:
 def experts_as_linears(model_type: str, experts: str) -> Iterator[None]:
     """Inside the context, models of a family are built with `LinearExperts`.
 
-    Tensor names in the files then equal those of the modules, so no expert is stacked on loading
-    or unstacked on saving.
+    No expert is then stacked on loading or unstacked on saving; where the files call its Linears
+    otherwise (w1, w3, w2), they are renamed.
 
     Args:
         experts: transformers' class of the family's stacked experts; empty if there is none.
@@ -332,7 +334,7 @@ def experts_as_linears(model_type: str, experts: str) -> Iterator[None]:
     module, _, name = experts.rpartition(".")
     modeling, conversion = import_module(module), get_checkpoint_conversion_mapping(model_type)
     stacked = getattr(modeling, name)
-    others = [c for c in conversion or () if not _stacks_experts(c)]
+    unstacked = [one for c in conversion or () for one in _without_stacking(c)]
 
     class Unstacked:
         """Nothing is an instance of it, so transformers does not initialize ours as its own."""
@@ -343,7 +345,7 @@ def experts_as_linears(model_type: str, experts: str) -> Iterator[None]:
             return LinearExperts(stack)
 
     setattr(modeling, name, Unstacked)
-    register_checkpoint_conversion_mapping(model_type, others, overwrite=True)
+    register_checkpoint_conversion_mapping(model_type, unstacked, overwrite=True)
     try:
         yield
     finally:
@@ -351,10 +353,35 @@ def experts_as_linears(model_type: str, experts: str) -> Iterator[None]:
         register_checkpoint_conversion_mapping(model_type, conversion, overwrite=True)
 
 
-def _stacks_experts(conversion) -> bool:
-    """Whether a conversion stacks the gate, up or down projections of all experts."""
-    names = [pattern.rpartition("experts.*.")[2] for pattern in conversion.source_patterns]
-    return set(names) <= {"gate_proj.weight", "up_proj.weight", "down_proj.weight"}
+@contextmanager
+def as_plain_linears(classes: Iterable[str]) -> Iterator[None]:
+    """Inside the context, models are built with `nn.Linear` in place of these classes.
+
+    Args:
+        classes: full names of classes of transformers that compute what a plain Linear computes.
+    """
+    with ExitStack() as restored:
+        for module, _, name in (path.rpartition(".") for path in classes):
+            modeling = import_module(module)
+            restored.callback(setattr, modeling, name, getattr(modeling, name))
+            setattr(modeling, name, nn.Linear)
+        yield
+
+
+STACKED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+EXPERT_WEIGHT = re.compile(r".*experts\\?\.\*\.(\w+)\.weight")
+
+
+def _without_stacking(conversion) -> Iterator:
+    """The conversion; if it stacks the projections of all experts, the new names of each."""
+    names = [EXPERT_WEIGHT.fullmatch(pattern) for pattern in conversion.source_patterns]
+    own = STACKED.get(conversion.target_patterns[0].rpartition("experts.")[2], ())
+    if len(names) != len(own) or not all(names):
+        yield conversion
+        return
+    for name, own_name in zip([match[1] for match in names], own, strict=True):
+        if name != own_name:
+            yield WeightRenaming(rf"experts.(\d+).{name}.", rf"experts.\1.{own_name}.")
 
 
 @contextmanager

@@ -9,9 +9,10 @@ and is left to the gates that read the model's own.
 
 import copy
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 
 import torch
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.core.architectures import Norm
 from helpers.core.errors import StudyError, one_line
-from helpers.runtime.linears import every_expert_reads, experts_as_linears
+from helpers.runtime.linears import as_plain_linears, every_expert_reads, experts_as_linears
 
 VOCABULARY = 259  # token ids of bytes and three special tokens
 MOST_PARAMETERS = 20_000_000  # a larger twin has a width that is not known here
@@ -85,6 +86,8 @@ def twin_config(config, *, layers: int | None = None):
             continue
         if type(value) is int and value > 0:
             value = _small_number(name, value, settings, heads, layers)
+        elif isinstance(value, list) and (size := _width(name)):  # one for each layer
+            value = [min(v, size) if type(v) is int else v for v in value[: layers or None]]
         elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
             value = _plain_rope(value)
         elif isinstance(value, list) and layers and len(value) == count:
@@ -110,10 +113,22 @@ def _small_number(name: str, value: int, settings: dict, heads, layers: int | No
         name = "qk_rope_head_dim"  # multi-head latent attention names it twice
     if name == "num_heads" and "expand" in settings:
         return min(value, 8)  # hidden_size · expand / head_dim
+    if name == "mamba_d_ssm" and {"mamba_n_heads", "mamba_d_head"} <= settings.keys():
+        return min(settings["mamba_n_heads"], 8) * min(settings["mamba_d_head"], 16)
+    if name in ("attention_hidden_size", "attention_head_dim") and heads:
+        width = settings.get("attention_hidden_size", 0)  # of Zamba: twice the hidden size
+        if width > settings["hidden_size"] and width % settings["hidden_size"] == 0:
+            width = 64 * (width // settings["hidden_size"])
+            return width if name == "attention_hidden_size" else width // min(heads, 4)
     if name.endswith(("_token_id", "_token_index")):
         return value if value < VOCABULARY else 3
+    return min(value, _width(name) or value)
+
+
+def _width(name: str) -> int | None:
+    """The small width of a setting; None if it is no width that is known here."""
     sizes = [size for pattern, size in WIDTHS if pattern.fullmatch(name)]
-    return min(value, sizes[-1]) if sizes else value
+    return sizes[-1] if sizes else None
 
 
 def _plain_rope(parameters: dict) -> dict:
@@ -185,7 +200,7 @@ class Flow:
     """What one forward pass shows: who reads whose output.
 
     Attributes:
-        linears: names of all called Linears but the head, in the order of their calls.
+        linears: names of the replaceable Linears that are called, in the order of their calls.
         readers: by norm, the names of the Linears that read its output, in order of calls.
         routers: by norm, other modules with a matrix that read its output.
         norms: input and output of every module with a one-dimensional weight.
@@ -208,15 +223,25 @@ class Twin:
         generator = torch.Generator().manual_seed(1)
         self.ids = torch.randint(3, VOCABULARY, (1, TOKENS), generator=generator)
         self.model, self.experts = build_twin(config), ""
+        if plain := _plain_classes(self.model):
+            with as_plain_linears(plain):
+                self.model = build_twin(config)
+        self.plain = plain
+        self.stacked = None  # transformers' own model, if its experts are stacked
         self.logits = self.read()
         if classes := {type(m) for n, m in self.model.named_modules() if _is_stack(n, m)}:
             self._unstack(config, classes)
+        self.linears = self._replaceable_linears()
 
     def _unstack(self, config, classes: set[type]) -> None:
         stacked, stacked_class = self.model, classes.pop()
+        self.stacked = stacked
         self.experts = f"{stacked_class.__module__}.{stacked_class.__qualname__}"
         try:
-            with experts_as_linears(config.model_type, self.experts):
+            with (
+                as_plain_linears(self.plain),
+                experts_as_linears(config.model_type, self.experts),
+            ):
                 self.model = build_twin(config)
             _copy_unstacked_(self.model, stacked)
             moved = self.moved()
@@ -234,11 +259,37 @@ class Twin:
             raise StudyError(f"its tiny twin cannot be read ({reason(error)})") from None
         return output.logits[0]
 
+    def _replaceable_linears(self) -> set[str]:
+        """Names of the plain Linears but the head whose weight no other module reads.
+
+        Only these can be replaced by Linears in int8, which have no float weight.
+        """
+        head = self.model.get_output_embeddings()
+        linears = {n: m for n, m in self.model.named_modules() if type(m) is nn.Linear}
+        linears = {name: module for name, module in linears.items() if module is not head}
+        if self._reads_without_weights(linears.values()):
+            return set(linears)
+        return {n for n, module in linears.items() if self._reads_without_weights([module])}
+
+    def _reads_without_weights(self, linears: Iterable[nn.Linear]) -> bool:
+        """Whether the twin reads if these Linears have products but no weight."""
+        with ExitStack() as restored:
+            for linear in linears:
+                weight, bias = linear.weight, linear.bias
+                linear.forward = partial(_product, weight=weight, bias=bias)
+                linear._parameters["weight"] = None
+                restored.callback(linear._parameters.update, weight=weight)
+                restored.callback(delattr, linear, "forward")
+            try:
+                self.read()
+            except StudyError:
+                return False
+        return True
+
     def flow(self) -> Flow:
         """Who reads whose output in one pass; in a mixture every expert reads every token."""
         flow, norms = Flow(), {}  # norms by the memory of their outputs
         alive: list[Tensor] = []  # no other tensor gets their memory
-        head = self.model.get_output_embeddings()
 
         def keep_norm(name: str):
             def hook(_module, args: tuple, output) -> None:
@@ -272,8 +323,8 @@ class Twin:
                 if weight.ndim == 1:
                     hooks.callback(module.register_forward_hook(keep_norm(name)).remove)
                 elif weight.ndim == 2 and not isinstance(module, nn.Embedding):
-                    linear = isinstance(module, nn.Linear) and module is not head
-                    reader = keep_reader(name, flow.readers if linear else flow.routers)
+                    readers = flow.readers if name in self.linears else flow.routers
+                    reader = keep_reader(name, readers)
                     handle = module.register_forward_pre_hook(reader, with_kwargs=True)
                     hooks.callback(handle.remove)
             with every_expert_reads(self.model):
@@ -288,14 +339,20 @@ class Twin:
             eps = next((e for n in EPS if isinstance(e := getattr(module, n, None), float)), 0.0)
             for centred, offset in product((False, True), (0.0, 1.0)):
                 norm = Norm(name, centred, eps, offset)
+                if not (x.shape == y.shape and x.shape[-1:] == module.weight.shape):
+                    continue
                 expected = normalized(norm, x, module.weight, getattr(module, "bias", None))
-                if y.shape == x.shape and change(y, expected) < SAME:
+                if change(y, expected) < SAME:
                     yield norm
                     break
 
     def moved(self) -> float:
         """The largest change of the logits since the beginning, relative to their size."""
         return change(self.read(), self.logits)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
 
 
 def normalized(norm: Norm, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -309,6 +366,28 @@ def change(values: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest expected value; infinite for NaN."""
     size = expected.abs().max().clamp(min=1e-30)
     return float(((values - expected).abs().max() / size).nan_to_num(torch.inf))
+
+
+def _plain_classes(model) -> list[str]:
+    """Full names of the classes of Linears that only compute what `nn.Linear` computes."""
+    linears = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    kinds = {type(m): m for m in linears if type(m) is not nn.Linear}
+    return sorted(f"{k.__module__}.{k.__qualname__}" for k, m in kinds.items() if _is_plain(m))
+
+
+@torch.no_grad()
+def _is_plain(linear: nn.Linear) -> bool:
+    x = torch.eye(linear.in_features, dtype=linear.weight.dtype)[None]
+    try:
+        output = linear(x)
+    except (RuntimeError, TypeError, ValueError):
+        return False
+    expected = _product(x, linear.weight, linear.bias)
+    return (
+        isinstance(output, Tensor)
+        and output.shape == expected.shape
+        and (change(output, expected) < SAME)
+    )
 
 
 def _is_stack(name: str, module: nn.Module) -> bool:

@@ -35,7 +35,12 @@ from transformers.initialization import no_init_weights
 
 from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
-from helpers.runtime.discovery import ConfigKey, architecture, linear_experts
+from helpers.runtime.discovery import (
+    ConfigKey,
+    architecture,
+    linear_experts,
+    names_in_files,
+)
 from helpers.study.inputs import (
     INDEX_FILE,
     TOKENIZERS,
@@ -216,6 +221,7 @@ class Skeleton:
         prefix: prefix of the decoder's tensor names in the causal model.
         head: name of the head's weight.
         table: name of the token embeddings' weight.
+        own_names: the model's names of tensors that files call otherwise.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -223,15 +229,26 @@ class Skeleton:
     prefix: str
     head: str
     table: str
+    own_names: Mapping[str, str]
 
     def is_ignored(self, name: str) -> bool:
         """Whether transformers silently ignores a tensor of this name."""
         return self.unread is not None and bool(self.unread.search(name))
 
     def name_of(self, stored: str) -> str:
-        """The model's name of a stored tensor; adds the prefix for a decoder saved without head."""
+        """The model's name of a stored tensor; adds the prefix for a decoder saved without head.
+
+        Tensors of an int8 Linear are called as its weight is.
+        """
+        if stored in self.shapes:
+            return stored
+        if stored in self.own_names:
+            return self.own_names[stored]
+        module, _, part = stored.rpartition(".")
+        if part in INT8_PARTS and (weight := self.own_names.get(f"{module}.weight")):
+            return weight.removesuffix("weight") + part
         longer = f"{self.prefix}.{stored}"
-        return longer if stored not in self.shapes and longer in self.shapes else stored
+        return longer if longer in self.shapes else stored
 
 
 def skeleton(config) -> Skeleton:
@@ -250,6 +267,7 @@ def _skeleton(same: ConfigKey) -> Skeleton:
         del config.quantization_config
     with linear_experts(config), torch.device("meta"), no_init_weights():
         model = AutoModelForCausalLM.from_config(config)
+        own_names = names_in_files(model)
     patterns = set(model._keys_to_ignore_on_load_unexpected or ())
     buffers = [name for name, _ in model.named_buffers()]
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
@@ -262,6 +280,7 @@ def _skeleton(same: ConfigKey) -> Skeleton:
         prefix=model.base_model_prefix,
         head=f"{HEAD}.weight",
         table=f"{architecture(config).embeddings[0]}.weight",
+        own_names=own_names,
     )
 
 
@@ -277,6 +296,7 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+INT8_PARTS = ("weight_scale", "input_scale")  # beside an int8 Linear's weight
 COMPARED_ROWS = 8192  # of two tables at a time
 
 

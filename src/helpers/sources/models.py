@@ -233,7 +233,8 @@ def random_model_folder(family: str, *, size: str, seed: int) -> Path:
 
     def fill(folder: Path) -> None:
         model = random_model(family, seed=seed, **changes)
-        (model if size == "tiny" else model.bfloat16()).save_pretrained(folder)
+        with linear_experts(model.config):
+            (model if size == "tiny" else model.bfloat16()).save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
     name = f"random-{family}-{size}-{seed}-{config_hash}"
@@ -385,7 +386,8 @@ def save_model(model, tokenizer, folder: Path, **options) -> None:
     """Write model and tokenizer to a folder; an existing folder is replaced as a whole."""
 
     def fill(temporary: Path) -> None:
-        model.save_pretrained(temporary, **options)
+        with linear_experts(model.config):  # whose Linears have names of their own in files
+            model.save_pretrained(temporary, **options)
         tokenizer.save_pretrained(temporary)
 
     replace_folder(folder, fill)

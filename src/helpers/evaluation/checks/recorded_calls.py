@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from helpers.core.architectures import HEAD
 from helpers.runtime.discovery import architecture
 from helpers.runtime.linears import current_sequence_ids
-from helpers.sources.model_files import load_config
+from helpers.sources.model_files import load_config, skeleton
 
 STEPS = 127.5  # compressed-tensors: abs-max in steps, for 256 levels
 TIE = 1e-3  # in steps; a value this close to a midpoint may round either way
@@ -31,7 +31,10 @@ EPS32 = 2.0**-23
 
 
 class TensorReader:
-    """The tensors of a folder by name, from its index, its single file, or all its files."""
+    """The tensors of a folder by name, from its index, its single file, or all its files.
+
+    Names are the model's; where transformers' files call a tensor otherwise, by its list of names.
+    """
 
     def __init__(self, folder: Path):
         self._folder = folder
@@ -39,21 +42,31 @@ class TensorReader:
         if index.is_file():
             places = json.loads(index.read_text("utf-8"))["weight_map"]
             self._places = {name: folder / file for name, file in places.items()}
-            return
-        self._places = {}
-        for path in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
-            with safe_open(path, framework="pt") as file:
-                self._places |= dict.fromkeys(file.keys(), path)
+        else:
+            self._places = {}
+            for path in [whole] if whole.is_file() else sorted(folder.glob("*.safetensors")):
+                with safe_open(path, framework="pt") as file:
+                    self._places |= dict.fromkeys(file.keys(), path)
+        own_names = skeleton(load_config(folder)).own_names
+        self._stored = {name: name for name in self._places}
+        for stored, own in own_names.items():
+            stem, own_stem = stored.removesuffix("weight"), own.removesuffix("weight")
+            for part in ("", "weight", "weight_scale", "input_scale"):
+                name, own_name = (stored, own) if not part else (stem + part, own_stem + part)
+                if name in self._places and name != own_name:
+                    self._stored.pop(name, None)
+                    self._stored[own_name] = name
 
     def __contains__(self, name: str) -> bool:
-        return name in self._places
+        return name in self._stored
 
     def __iter__(self):
-        return iter(self._places)
+        return iter(self._stored)
 
     def __getitem__(self, name: str) -> Tensor:
-        with safe_open(self._places[name], framework="pt") as file:
-            return file.get_tensor(name)
+        stored = self._stored[name]
+        with safe_open(self._places[stored], framework="pt") as file:
+            return file.get_tensor(stored)
 
     def weight_name(self, module: str) -> str:
         """The name of a module's weight tensor; for a tied head, that of the embeddings."""
