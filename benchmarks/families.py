@@ -56,6 +56,7 @@ NEAR = 1e-3  # nats between the engine's float log-likelihoods and transformers'
 # Settings that a default configuration lacks, although the models of the family have them.
 COMPLETED = {
     "bamba": {"attn_layer_indices": [1, 3]},
+    "blenderbot": {"max_position_embeddings": 2048},
     "ctrl": {"n_positions": 2048},
     "deepseek_v2": {"num_experts_per_tok": 6, "topk_method": "greedy"},
     "dots1": {"n_shared_experts": 2, "n_routed_experts": 128, "num_experts_per_tok": 6},

@@ -27,6 +27,7 @@ from helpers.inference.perplexity import passage_tokens
 from helpers.quantization.calibration import smoothing_groups
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
+from helpers.sources.gguf_models import is_gguf_model_converted
 from helpers.sources.items import Item, cached_rows_info
 from helpers.sources.model_files import (
     TensorFiles,
@@ -47,12 +48,13 @@ from helpers.sources.sampling import (
     shared_passages,
     training_items,
 )
-from helpers.study.inputs import is_commit, study_sources, task_sources
+from helpers.study.inputs import is_commit, resolve_path, study_sources, task_sources
 from helpers.study.loading import load_study, study_file, study_file_label
 from helpers.study.schema import (
     BundledModel,
     EvaluationSet,
     FineTunedModel,
+    GgufModel,
     HubDataset,
     HubModel,
     ModelSource,
@@ -133,6 +135,8 @@ def _is_local(source: ModelSource) -> bool:
             return is_commit(source.revision) and bool(cached_model(source.hub, source.revision))
         case BundledModel():
             return is_bundled_model_converted()
+        case GgufModel(gguf=path):
+            return is_gguf_model_converted(resolve_path(path))
     return True
 
 
@@ -186,15 +190,27 @@ def _tensor_problem(files: TensorFiles, config) -> str | None:
 
 
 def _template_problems(study: Study, model: str, tokenizer) -> Iterator[str]:
-    """A line for each setting that needs a chat template, if the model has none."""
+    """A line for each setting that needs a chat template, if the model has none.
+
+    In plain text worked examples show where an answer stands, and only its box ends it.
+    """
     if tokenizer.chat_template:
         return
     remedy = "set tokenizer.chat_template and save it"
     for name, evaluation_set in study.evaluation.datasets.items():
-        if evaluation_set.ask.protocol == "generate" and not isinstance(evaluation_set, TaskSet):
+        ask = evaluation_set.ask
+        if ask.protocol != "generate" or isinstance(evaluation_set, TaskSet):
+            continue
+        key = f"evaluation.datasets.{name}.ask"
+        if not ask.shots:
             yield (
-                f"evaluation.datasets.{name}.ask.protocol = 'generate' but models.{model} has no "
-                f"chat template; use loglikelihood, or {remedy}"
+                f"{key}.shots = 0 but models.{model} has no chat template, so that nothing shows "
+                f"how to answer; take 1 or more, or {remedy}"
+            )
+        if ask.stop != "answer":
+            yield (
+                f"{key}.stop = {ask.stop!r} but models.{model} has no chat template, so that its "
+                f"answers have no turns; use stop: answer, or {remedy}"
             )
     for name, other in study.models.items():
         if isinstance(other, FineTunedModel) and other.finetune.start == model:

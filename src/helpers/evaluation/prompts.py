@@ -96,7 +96,9 @@ def render_prompt(item: Item, evaluation_set: EvaluationSet, tokenizer) -> Promp
         return loglikelihood_prompt(item, evaluation_set.adapter, shots=ask.shots)
     messages = conversation(item, evaluation_set.adapter, shots=evaluation_set.ask.shots)
     text = render(tokenizer, messages)
-    return Prompt(item, text, shared=_shared_prefixes(text, messages[-1]["content"], item.passage))
+    shared = _shared_prefixes(text, messages[-1]["content"], item.passage)
+    plain = not tokenizer.chat_template
+    return Prompt(item, text, shared=shared, plain=plain, lead=" " if plain else "")
 
 
 def task_prompt(item: Item, task_set: TaskSet) -> Prompt:

@@ -202,7 +202,7 @@ def calibration_table(results: Results) -> Rows:
 
 def protocol_table(results: Results) -> Rows:
     """Protocol and scoring of each evaluation set, with the hash of its first prompt."""
-    rows = []
+    rows, plain_models = [], _models_without_template(results)
     for name, evaluation_set in results.study.evaluation.datasets.items():
         predictions = results.baseline_of(results.models[0]).predictions[name]
         source = next(iter(evaluation_set.source.model_dump().values()))
@@ -211,7 +211,7 @@ def protocol_table(results: Results) -> Rows:
                 "dataset": dataset_name(name),
                 "items": str(len(predictions)),
                 "source": code(source),
-                "protocol": _protocol_cell(evaluation_set),
+                "protocol": _protocol_cell(evaluation_set, plain_models),
                 "prompt tokens": f"{sum(p['prompt_tokens'] for p in predictions):,}",
                 "first prompt": Markup(
                     f"{code(predictions[0]['id'])}: `{predictions[0]['prompt_hash']}`"
@@ -221,7 +221,17 @@ def protocol_table(results: Results) -> Rows:
     return rows
 
 
-def _protocol_cell(evaluation_set: AnySet) -> str:
+def _models_without_template(results: Results) -> str:
+    """The models that answer plain text, if not all answer chats; "all" if none does."""
+    plain = [
+        model
+        for model, calibration in results.calibrations.items()
+        if calibration.record["results"].get("chat_template", {"sha256": ""})["sha256"] is None
+    ]
+    return "all" if len(plain) == len(results.calibrations) else ", ".join(map(code, plain))
+
+
+def _protocol_cell(evaluation_set: AnySet, plain_models: str) -> str:
     if isinstance(evaluation_set, TaskSet):
         return _task_cell(evaluation_set)
     ask = evaluation_set.ask
@@ -230,7 +240,9 @@ def _protocol_cell(evaluation_set: AnySet) -> str:
         shown = f", after {count(ask.shots, 'worked example')}" if ask.shots else ""
         return f"the option text with the largest log-likelihood, {normalization}{shown}"
     shots = count(ask.shots, "worked example")
-    return f"greedy chat answer, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
+    form = "greedy answer to plain text" if plain_models == "all" else "greedy chat answer"
+    form += f" (plain text for {plain_models})" if plain_models not in ("", "all") else ""
+    return f"{form}, {shots}, at most {ask.max_new_tokens} tokens, read from the " + (
         "last box" if ask.answer == "boxed" else "whole text"
     )
 

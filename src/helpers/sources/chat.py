@@ -340,14 +340,18 @@ def conversation(item: Item, adapter: str, *, shots: int) -> list[dict[str, str]
 def render(tokenizer, messages: list[dict[str, str]]) -> str:
     """The messages in the model's own chat format, ready for its answer.
 
+    Without a chat template they are plain text, and worked examples show where an answer stands.
+
     Raises:
-        StudyError: the model has no chat template, or it rejects these messages.
+        StudyError: there is neither template nor example, or the template rejects these messages.
     """
     if not tokenizer.chat_template:
-        raise StudyError(
-            "the model has no chat template, which answers, worked examples and training need; "
-            "ask by protocol: loglikelihood, or set tokenizer.chat_template and save it"
-        )
+        if all(message["role"] != "assistant" for message in messages):
+            raise StudyError(
+                "the model has no chat template, which training and answers without worked "
+                "examples need; set ask.shots, or set tokenizer.chat_template and save it"
+            )
+        return _plain_text(messages)
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError, TypeError, OverflowError) as error:
@@ -355,6 +359,21 @@ def render(tokenizer, messages: list[dict[str, str]]) -> str:
             f"the model's chat template does not work ({one_line(error)[:200]}); mend "
             "chat_template in its tokenizer_config.json, or use another model"
         ) from None
+
+
+PLAIN_CUE = "Answer:"  # before an answer in plain text, which follows after a space
+
+
+def _plain_text(messages: list[dict[str, str]]) -> str:
+    """The messages one after the other, an answer behind its cue; the last one is to come."""
+    parts = []
+    for message in messages:
+        if message["role"] == "assistant":
+            parts[-1] += f" {message['content']}"
+        else:
+            cue = f"\n{PLAIN_CUE}" if message["role"] == "user" else ""
+            parts.append(message["content"] + cue)
+    return "\n\n".join(parts)
 
 
 def tokenize(tokenizer, text: str) -> list[int]:

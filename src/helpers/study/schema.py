@@ -241,6 +241,12 @@ class FolderModel(Strict):
     folder: str
 
 
+class GgufModel(Strict):
+    """A local GGUF file, which transformers dequantizes."""
+
+    gguf: str
+
+
 class BundledModel(Strict):
     """A model that comes from the package registry."""
 
@@ -290,6 +296,7 @@ ModelSource = Annotated[
     Annotated[BundledModel, Tag("bundled")]
     | Annotated[HubModel, Tag("hub")]
     | Annotated[FolderModel, Tag("folder")]
+    | Annotated[GgufModel, Tag("gguf")]
     | Annotated[RandomModel, Tag("random")]
     | Annotated[FineTunedModel, Tag("finetune")],
     Discriminator(sole_key),

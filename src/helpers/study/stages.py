@@ -59,6 +59,7 @@ from helpers.study.schema import (
     FineTunedModel,
     FolderDataset,
     FolderModel,
+    GgufModel,
     ShippedDataset,
     Study,
     TaskSet,
@@ -370,6 +371,8 @@ def source_files(study: Study, run: Run) -> list[Path]:
                 files.add(HELPERS / "sources" / "data" / f"{name}.jsonl")
             case FolderModel(folder=folder):
                 files.update(p for p in resolve_path(folder).iterdir() if p.is_file())
+            case GgufModel(gguf=path):
+                files.add(resolve_path(path))
     return sorted(files)
 
 

@@ -53,6 +53,7 @@ from helpers.study.schema import (
     FileDataset,
     FolderDataset,
     FolderModel,
+    GgufModel,
     HubDataset,
     HubModel,
     Study,
@@ -140,9 +141,9 @@ def _jobs_of(prefix: str) -> list[str]:
     return [number for number, name in pairs if name.startswith(prefix)]
 
 
-USER_SOURCES = FileDataset | FolderDataset | FolderModel | HubDataset | HubModel
+USER_SOURCES = FileDataset | FolderDataset | FolderModel | GgufModel | HubDataset | HubModel
 DOWNLOADED_SOURCES = (
-    HubDataset | HubModel | BundledModel
+    HubDataset | HubModel | BundledModel | GgufModel
 )  # may still have to be downloaded or converted
 
 
@@ -185,6 +186,8 @@ def _local_files(source) -> list[Path]:
             return dataset_files(source)
         case FolderModel(folder=folder):
             return sorted(path for path in resolve_path(folder).iterdir() if path.is_file())
+        case GgufModel(gguf=path):
+            return [resolve_path(path)]
     return []
 
 

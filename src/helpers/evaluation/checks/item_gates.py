@@ -291,9 +291,9 @@ class RenderedPrompt:
 
 
 def answer_opening(tokenizer) -> str:
-    """The text with which a chat template opens an answer; empty without a template."""
+    """The text with which a chat template opens an answer; without one, the cue of plain text."""
     if not tokenizer.chat_template:
-        return ""
+        return "\nAnswer:"
     conversation = [{"role": "user", "content": "a question"}]
     with_opening, without_opening = (
         tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=opening)

@@ -312,7 +312,8 @@ def render_golds(
     ask, adapter = evaluation_set.ask, evaluation_set.adapter
     messages = [] if task else conversation(item, adapter, shots=ask.shots)
     context = own(text, add_special_tokens=False).input_ids
-    end = [end_of_turn(tokenizer)] if ask.stop == "turn" and not task else []
+    chat = bool(tokenizer.chat_template) and not task
+    end = [end_of_turn(tokenizer)] if ask.stop == "turn" and chat else []
     tokens = []
     for answer in ["\\boxed{", *golds, *([] if foil is None else [foil])]:
         rest = (
@@ -333,7 +334,12 @@ def render_golds(
 
 
 def _rendered_answer(tokenizer, messages: list[dict], text: str, answer: str) -> str:
-    """What the chat template writes after the prompt, up to the end of the answer."""
+    """What the chat template writes after the prompt, up to the end of the answer.
+
+    In plain text an answer follows after a space.
+    """
+    if not tokenizer.chat_template:
+        return f" {answer}"
     turn = {"role": "assistant", "content": answer}
     full_text = tokenizer.apply_chat_template([*messages, turn], tokenize=False)
     rest = full_text[len(text) :] if full_text.startswith(text) else ""
