@@ -69,7 +69,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export lab test longtest bank bench families scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
+.PHONY: help fetch study report archive again export recommend lab test longtest bank bench families scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
 
 help: ## list the targets
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -116,6 +116,9 @@ export: $(READY) ## write a study's results in the format of lm-evaluation-harne
 verdicts: $(READY) ## recompute a study's verdicts from its answers; FROM=a,b: verdicts on two lm-eval runs
 	@$(if $(FROM),$(PY) -m tools.lm_eval_verdicts '$(FROM)' --settings $(STUDY) $(ARGS), \
 	  $(PY) -m helpers.report.checks.recomputation $(STUDY))
+
+recommend: $(READY) ## say which variant of a finished study to use, with a table and a figure
+	@$(PY) -m tools.recommend $(STUDY) $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \

@@ -166,9 +166,15 @@ def undisturbed(tmp_path_factory):
     """The smoke study, run once by make and never touched: what all other runs must equal."""
     from smoke_study import Smoke
 
-    study = Smoke(tmp_path_factory.mktemp("undisturbed") / "study")
-    study.done()
-    return study
+    return Smoke(tmp_path_factory.mktemp("undisturbed") / "study").run(STUDY_FORKS="yes")
+
+
+@pytest.fixture(scope="session")
+def without_forks(tmp_path_factory):
+    """The same, each job a process of its own."""
+    from smoke_study import Smoke
+
+    return Smoke(tmp_path_factory.mktemp("without_forks") / "study").run(STUDY_FORKS="no")
 
 
 @pytest.fixture(scope="session")

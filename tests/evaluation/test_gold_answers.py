@@ -34,6 +34,7 @@ from helpers.evaluation.prompts import (
     choose_foils,
     comparison_key,
     gold_answers,
+    gold_digest,
     gold_fields,
     render_prompt,
     tokenize_prompts,
@@ -285,6 +286,20 @@ def test_an_answer_stands_where_the_template_puts_one(items, template, stop):
     text = prompt.prompt.text
     expected = render_golds(tokenizer, tokenizer, item, evaluation_set, text, None)
     assert len(expected.tokens[0]) == len(option) - ("no" in item.golds)
+
+
+def test_an_answer_in_plain_text_stands_after_its_cue(items):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = None
+    evaluation_set = set_of("squad_v2", stop="answer")
+    [item] = items("squad_v2", 1)
+    [prompt] = tokenize_prompts([item], evaluation_set, tokenizer)
+    golds = gold_answers([item], evaluation_set)[item.id]
+    tokens = answer_tokens(tokenizer, prompt, golds.texts, evaluation_set.ask)
+    for text, answer in zip(golds.texts, tokens.answers, strict=True):
+        assert tokenizer.decode(answer) == f" {text}"
+    expected = render_golds(tokenizer, tokenizer, item, evaluation_set, prompt.prompt.text, None)
+    assert gold_digest(golds, tokens) == expected.hash
 
 
 @pytest.fixture(scope="module")

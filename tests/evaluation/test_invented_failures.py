@@ -255,6 +255,43 @@ def test_prompts_that_lack_a_part(asked, monkeypatch, case):
     assert words in missing(dataset)
 
 
+def without_cue(tokenizer, messages):
+    return TRUE_RENDER(tokenizer, messages).removesuffix("Answer:")
+
+
+def without_answers(tokenizer, messages):
+    return TRUE_RENDER(tokenizer, messages).replace(messages[2]["content"], "")
+
+
+TRUE_RENDER = prompts.render
+
+
+@pytest.mark.bank("tokens", "plain prompts: {case}", "prompts complete")
+@pytest.mark.parametrize(
+    ("case", "failure", "words"),
+    [
+        ("no cue", without_cue, "opening"),
+        ("an example without its answer", without_answers, "worked examples"),
+    ],
+)
+def test_plain_prompts_that_lack_a_part(
+    study_settings, write_study, monkeypatch, case, failure, words
+):
+    study, tokenizer = open_job(write_study(study_settings)).study, byte_tokenizer()
+    tokenizer.chat_template = None
+    evaluation_set = study.evaluation.datasets["squad_v2"]
+
+    def gate():
+        return contents_gate(
+            evaluation_set,
+            [a.shown for a in render_items_again(study, tokenizer, tokenizer)["squad_v2"]],
+        )
+
+    assert gate().passed
+    monkeypatch.setattr(prompts, "render", failure)
+    assert words in gate().measured
+
+
 @pytest.mark.bank("tokens", "BoolQ's questions without passages", "prompts complete")
 def test_boolq_without_its_passage(study_settings, write_study, monkeypatch):
     ask = {"protocol": "loglikelihood", "normalize": "none"}

@@ -95,6 +95,11 @@ def only_base(settings):
     del settings["models"]["tuned"]
 
 
+def in_turns(settings):
+    del settings["models"]["tuned"]
+    settings["evaluation"]["datasets"]["squad_v2"]["ask"] |= {"stop": "turn", "shots": 0}
+
+
 def test_a_sound_study_has_no_problem(check):
     assert check() == []
 
@@ -108,19 +113,23 @@ def test_a_base_model_can_be_scored_without_a_template(check):
     assert check(no_template, only_scored) == []
 
 
+def test_a_base_model_answers_after_worked_examples(check):
+    assert check(no_template, only_base) == []
+
+
 PROBLEMS = [
     (
         no_template,
-        only_base,
-        ["evaluation.datasets.squad_v2.ask.protocol = 'generate' but"],
+        in_turns,
+        [
+            "evaluation.datasets.squad_v2.ask.shots = 0 but models.base has no chat template",
+            "evaluation.datasets.squad_v2.ask.stop = 'turn' but models.base has no chat template",
+        ],
     ),
     (
         no_template,
         None,
-        [
-            "evaluation.datasets.squad_v2.ask.protocol",
-            "models.tuned.finetune.start = 'base' has no",
-        ],
+        ["models.tuned.finetune.start = 'base' has no"],
     ),
     (
         added_tokens,
@@ -203,7 +212,7 @@ def test_the_command_names_the_study_file(sound, study_settings, write_study, tm
     path = write_study(study_settings)
     assert main([str(path), "--dry"]) == 2
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 1
     assert all(line.startswith(f"{path}: ") for line in lines)
 
 
@@ -222,7 +231,7 @@ def test_a_dry_run_says_so_before_it_plans(sound, study_settings, write_study, t
     assert process.returncode == 2
     assert process.stdout == ""
     assert "has no chat template" in process.stderr
-    assert len(process.stderr.splitlines()) == 2
+    assert len(process.stderr.splitlines()) == 1
 
 
 def test_nothing_is_looked_at_twice_unless_it_changed(

@@ -270,5 +270,14 @@ def test_a_base_model_without_a_template_is_read_as_plain_text():
     assert calibration_tokens(tokenizer, ITEM, "openmath") == tokenizer(text).input_ids
     assert chat.describe_template(tokenizer, enable_thinking=None)["sha256"] is None
     assert end_of_turn(tokenizer) == tokenizer.eos_token_id
-    with pytest.raises(StudyError, match="has no chat template, which answers"):
+    with pytest.raises(StudyError, match="has no chat template, which training and answers"):
         render(tokenizer, conversation(ITEM, "openmath", shots=0))
+
+
+def test_a_base_model_without_a_template_is_shown_how_to_answer():
+    text = render(settled(None), conversation(ITEM, "openmath", shots=2))
+    instruction, first, second, question = text.split("\n\n")
+    assert instruction == chat.SYSTEM["openmath"]
+    for (example, answer), shown in zip(chat.EXAMPLES["openmath"], (first, second), strict=True):
+        assert shown == f"{example.question}\nAnswer: {answer}"
+    assert question == f"{ITEM.question}\nAnswer:"

@@ -14,7 +14,7 @@ from hub_standin import Hub
 
 pytestmark = pytest.mark.long
 
-KEPT = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "smoothquant_o3", "smooth_only")
+KEPT = ("noquant", "rtn_w8a8", "smoothquant_w8a8")
 
 
 def small() -> dict:

@@ -10,7 +10,10 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
+
+import psutil
 
 from helpers.core.files import PROJECT
 
@@ -23,7 +26,14 @@ class Smoke:
 
     Args:
         root: holds the study file, the outputs and the cache.
+
+    Attributes:
+        others_percent, took_s, said: of `run`: use of all cores before it, its time, what make
+            said.
     """
+
+    others_percent = took_s = 0.0
+    said = ""
 
     def __init__(self, root: Path):
         self.root = root
@@ -60,6 +70,13 @@ class Smoke:
         _, output = process.communicate()
         assert process.returncode == 0, output
         return output
+
+    def run(self, **more) -> "Smoke":
+        """This study after a whole run on two cores, with its estimate."""
+        self.others_percent, began = psutil.cpu_percent(interval=1), time.monotonic()
+        self.said = self.done("study", "CORES=2", STUDY_ESTIMATE="yes", **more)
+        self.took_s = time.monotonic() - began
+        return self
 
     def job(self, stage: str, **parameters: str) -> subprocess.CompletedProcess:
         """One job by itself, as Snakemake starts it."""

@@ -2,10 +2,8 @@
 
 import argparse
 import json
-import os
 import random
 import re
-import time
 
 import pytest
 from torch import nn
@@ -300,21 +298,17 @@ def printed_seconds(text: str) -> int:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("forks", ["yes", "no"])
-def test_the_smoke_study_takes_as_long_as_estimated(tmp_path, forks):
+@pytest.mark.parametrize("way", ["undisturbed", "without_forks"])
+def test_the_smoke_study_takes_as_long_as_estimated(request, way):
     """Within a factor of two, in the sum of its jobs and from end to end: ratios in one run.
 
     Jobs are forks of one process, or processes of their own. If other work uses the cores, an
     estimate made before is not about that run.
     """
-    from smoke_study import Smoke
-
-    if os.getloadavg()[0] > 0.75 * os.cpu_count():
-        pytest.skip("other work runs here, and the study would wait for it")
-
-    smoke, began = Smoke(tmp_path), time.monotonic()
-    output = smoke.done("study", "CORES=2", STUDY_ESTIMATE="yes", STUDY_FORKS=forks)
-    whole = time.monotonic() - began
+    study = request.getfixturevalue(way)
+    if study.others_percent > 75:
+        pytest.skip("other work ran here, and the study waited for it")
+    output, whole = study.said, study.took_s
     stages = re.findall(r"^estimate \w+ +\d+ jobs? +about ([^,\n]+)", output, re.M)
     estimated = sum(map(printed_seconds, stages))
     estimated_whole = printed_seconds(re.search(r"^estimate about (.+) in all", output, re.M)[1])

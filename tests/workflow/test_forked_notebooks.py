@@ -14,13 +14,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def started(tmp_path_factory):
-    study = Smoke(tmp_path_factory.mktemp("started") / "study")
-    study.done("study", STUDY_FORKS="no")
-    return study
-
-
 def shown(study: Smoke) -> dict[str, list]:
     """By notebook, all outputs but pictures; notebooks that show durations are left out."""
     displayed = {}
@@ -37,14 +30,14 @@ def shown(study: Smoke) -> dict[str, list]:
     return displayed
 
 
-def test_both_show_the_same(started, undisturbed):
-    one, other = shown(started), shown(undisturbed)
+def test_both_show_the_same(without_forks, undisturbed):
+    one, other = shown(without_forks), shown(undisturbed)
     assert one.keys() == other.keys()
     for name in one:
         assert one[name] == other[name], name
 
 
-def test_no_line_of_a_library_gets_in(started, undisturbed):
-    for study in (started, undisturbed):
+def test_no_line_of_a_library_gets_in(without_forks, undisturbed):
+    for study in (without_forks, undisturbed):
         texts = [str(output) for outputs in shown(study).values() for output in outputs]
         assert not [t for t in texts if re.search(r"%\||INFO|WARNING|\.tmp", t)]

