@@ -49,6 +49,28 @@ def test_sound_in_every_dtype_on_every_runtime(study_settings, tmp_path, dtype, 
     assert [g for g in run.verify() if not g.passed] == []
 
 
+def test_a_base_model_without_a_chat_template_is_sound(study_settings, tmp_path):
+    run = QuantizedRun(tmp_path / "run", study_settings, "o2")
+    run.save_source("gemma3_text")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = run.root / "source" / name
+        if name.endswith("json"):
+            settings = json.loads(path.read_text("utf-8"))
+            settings.pop("chat_template", None)
+            path.write_text(json.dumps(settings), "utf-8")
+        else:
+            path.unlink(missing_ok=True)
+    run.calibrate()
+    run.quantize()
+    assert [g for g in run.verify() if not g.passed] == []
+    with run.outputs():
+        assert load_variant(run.job)[1].chat_template is None
+    (run.checkpoint / "chat_template.jinja").write_text("{{ messages }}", "utf-8")
+    [failed] = [g for g in run.verify() if not g.passed]
+    assert failed.name == "tokenizer matches the source"
+    assert "chat format" in failed.measured
+
+
 @pytest.mark.bank(
     "calibration", "a draw calibrated on an item of an earlier draw", at="calibration~2/record.json"
 )

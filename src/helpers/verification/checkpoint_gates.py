@@ -400,9 +400,7 @@ def tokenizer_gate(evidence: CheckpointFiles):
     vocabularies = [tokenizer.get_vocab() for tokenizer in (source, saved)]
     vocabulary_changes = sorted(vocabularies[0].items() ^ vocabularies[1].items())
     differences += [f"vocabulary: {vocabulary_changes[0][0]!r}"] if vocabulary_changes else []
-    options = {"tokenize": False, "add_generation_prompt": True}
-    chats = [t.apply_chat_template(CONVERSATION, **options) for t in (source, saved)]
-    differences += ["chat format"] if chats[0] != chats[1] else []
+    differences += ["chat format"] if _chat(source) != _chat(saved) else []
     texts = list(study_texts(evidence.job.study))
     token_ids = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
     differing_texts = [t for t, a, b in zip(texts, *token_ids, strict=True) if a != b]
@@ -416,6 +414,13 @@ def tokenizer_gate(evidence: CheckpointFiles):
 
 def _load(folder: Path):
     return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _chat(tokenizer) -> str | None:
+    """A conversation in the tokenizer's format; None without a chat template."""
+    if not tokenizer.chat_template:
+        return None
+    return tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
 
 
 def study_texts(study: Study) -> Iterator[str]:
