@@ -250,14 +250,14 @@ def _protocol_cell(evaluation_set: AnySet, plain_models: str) -> str:
 def _task_cell(task_set: TaskSet) -> str:
     """How a task's requests are answered, and what no check can derive without the harness."""
     definition = task_set.read
-    asked = {
+    description = {
         "multiple_choice": "the option with the largest log-likelihood",
         "loglikelihood": "whether its target is what the model would write",
         "loglikelihood_rolling": "the log-likelihood of whole texts, beside their words reversed",
         "generate_until": f"a greedy answer of at most {definition.max_new_tokens} tokens",
     }[definition.output_type]
     name = task_set.task.rpartition("/")[2]
-    cell = f"task {name} of lm-evaluation-harness {definition.harness}: {asked}, "
+    cell = f"task {name} of lm-evaluation-harness {definition.harness}: {description}, "
     cell += count(task_set.shots, "worked example")
     cell += f"; right or wrong by {definition.metric}" if definition.metric else ""
     note = unchecked_note(task_set)

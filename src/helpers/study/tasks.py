@@ -180,18 +180,18 @@ def task_file(task: str) -> Path:
     Raises:
         StudyError: lm-evaluation-harness is not installed, or has no such task.
     """
-    found = importlib.util.find_spec("lm_eval")
+    spec = importlib.util.find_spec("lm_eval")
     try:
         installed = version(PACKAGE)
     except PackageNotFoundError:
         installed = ""
-    if found is None or not found.submodule_search_locations or not installed:
+    if spec is None or not spec.submodule_search_locations or not installed:
         raise StudyError(f"task = {task!r} needs lm-evaluation-harness ({PACKAGE}); {REMEDY}")
     if is_own_file(task):
         if not path_is(task, Path.is_file):
             raise StudyError(f"task = {task!r} does not exist; correct the path")
         return resolve_path(task)
-    root = Path(found.submodule_search_locations[0]) / "tasks"
+    root = Path(spec.submodule_search_locations[0]) / "tasks"
     registered = _registered_tasks(root, installed)
     if task not in registered:
         raise StudyError(
@@ -320,13 +320,13 @@ def _metric(config: Mapping, output_type: str, chosen: str | None) -> str | None
         names = [_function_name(n) if isinstance(n, dict) else str(n) for n in named]
     filters = [f["name"] for f in config.get("filter_list") or []] or ["none"]
     if chosen is not None:
-        name, _, wanted = chosen.partition(",")
-        if name not in names or (wanted or filters[0]) not in filters:
+        name, _, filter_name = chosen.partition(",")
+        if name not in names or (filter_name or filters[0]) not in filters:
             raise ValueError(
                 f"has no metric {chosen!r}; use one of "
                 + ", ".join(f"{n},{f}" for n in names for f in filters)
             )
-        return f"{name},{wanted or filters[0]}"
+        return f"{name},{filter_name or filters[0]}"
     if output_type == "loglikelihood_rolling":
         return None
     deciding = [name for name in names if name not in NOT_RIGHT_OR_WRONG]

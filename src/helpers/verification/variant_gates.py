@@ -402,17 +402,17 @@ def verify_checkpoint(job: Job, *, source_hash: str, record: dict | None = None)
     return [check(evidence) for check in gates]
 
 
-def write_verification(job: Job, *, source_hash: str, made: dict) -> dict:
+def write_verification(job: Job, *, source_hash: str, quantization: dict) -> dict:
     """Verify the job's checkpoint as it is saved; returns what verification.json holds.
 
     Args:
         source_hash: content hash of the source's folder before the run.
-        made: what the record of the quantization will say.
+        quantization: what the record of the quantization will say.
     """
     checkpoint = sha256_folder(job.paths.checkpoint(job.model, job.variant))
     verified = {"model": job.model, "variant": job.variant, "checkpoint": checkpoint}
     verified |= checkpoint_gates_record(
-        verify_checkpoint(job, source_hash=source_hash, record=made)
+        verify_checkpoint(job, source_hash=source_hash, record=quantization)
     )
     write_json(job.paths.variant(job.model, job.variant) / "verification.json", verified)
     return verified

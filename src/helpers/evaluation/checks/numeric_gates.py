@@ -350,8 +350,8 @@ def sampled_ids(ids: list[str], protocol: str, *, seed: int) -> set[str]:
 
 def gold_sample_ids(ids: list[str], *, seed: int) -> set[str]:
     """Ids of the further items whose golds are read alone."""
-    asked = SAMPLE["generate"]
-    return set(_alone_order(ids, seed=seed)[asked : asked + GOLD_SAMPLE])
+    first = SAMPLE["generate"]
+    return set(_alone_order(ids, seed=seed)[first : first + GOLD_SAMPLE])
 
 
 def _alone_order(ids: list[str], *, seed: int) -> list[str]:

@@ -277,10 +277,10 @@ def _chosen(task_set: TaskSet, item: Item, row: dict) -> dict:
 
 def _matched(task_set: TaskSet, item: Item, row: dict, settings: Mapping) -> dict:
     """The answer through the task's filters, compared with the right answers."""
-    _, _, wanted = (task_set.read.metric or "").partition(",")
+    _, _, filter_name = (task_set.read.metric or "").partition(",")
     pipelines = {f["name"]: f["filter"] for f in settings.get("filter_list") or []}
     answer = row["output"]
-    for step in pipelines.get(wanted, []):
+    for step in pipelines.get(filter_name, []):
         answer = _filtered(answer, step)
     rules = _match(settings) or {}
     right = any(_normal(answer, rules) == _normal(gold, rules) for gold in item.golds)

@@ -165,22 +165,22 @@ class GradedBlocks:
         for c in self.rows:
             if c not in declared:
                 sizes.setdefault(c.variant, []).append(c)
-        made: dict[Comparison, dict] = {}
+        rows: dict[Comparison, dict] = {}
         for c in self.rows:
             if not self.complete[c.model, c.dataset, c.baseline]:
                 continue
             primary = c in declared
             tests = len(declared) * share if primary else len(sizes[c.variant])
-            made[c] = self._compared(c, tests, primary)
+            rows[c] = self._compared(c, tests, primary)
         for name, family in sizes.items():
-            usable = {c: made[c]["p"] for c in family if c in made and not made[c]["verdict"]}
+            usable = {c: rows[c]["p"] for c in family if c in rows and not rows[c]["verdict"]}
             adjusted = holm([usable.get(c, 1.0) for c in family])
             adjusted = adjusted if name else [min(1.0, share * p) for p in adjusted]
             for c, holm_p in zip(family, adjusted, strict=True):
                 if c in usable:
                     blind = self.blind[c.model, c.dataset, c.baseline]
-                    self._judge(made[c], blind=blind, holm_p=holm_p)
-        return [c.model_dump() | row for c, row in made.items()]
+                    self._judge(rows[c], blind=blind, holm_p=holm_p)
+        return [c.model_dump() | row for c, row in rows.items()]
 
     def _compared(self, c: Comparison, tests: int, primary: bool) -> dict:
         accuracy = self.rows[c]
@@ -206,20 +206,20 @@ class GradedBlocks:
     def _pooled(self, variant: str) -> dict[str, dict]:
         """By model, the pooled row of a variant."""
         models = {m: names for m in self.study.models if (names := self._able_sets(m))}
-        made = {}
+        rows = {}
         for model, names in models.items():
             head = {"model": model, "variant": variant, "sets": names}
             reasons = [r for n in names if (r := self._invalid(model, n, variant))]
             if reasons:
-                made[model] = head | self._invalid_row(reasons[0], "probability")
+                rows[model] = head | self._invalid_row(reasons[0], "probability")
             else:
                 pairs = {n: self._pair(model, n, variant) for n in names}
                 same = all(_same_scores(pair, self.normalize[n]) for n, pair in pairs.items())
                 mean = again.pooled(pairs, self.normalize)
                 row = self._row(mean, "probability", tests=len(models), identical=same)
-                made[model] = head | row
-        p_values = [row.get("p", 1.0) for row in made.values()]
-        for (model, row), holm_p in zip(made.items(), holm(p_values), strict=True):
+                rows[model] = head | row
+        p_values = [row.get("p", 1.0) for row in rows.values()]
+        for (model, row), holm_p in zip(rows.items(), holm(p_values), strict=True):
             row["recovery"] = None
             if row["verdict"] == "invalid":
                 continue
@@ -227,10 +227,10 @@ class GradedBlocks:
             pairs = {n: self._pair(model, n, variant) for n in models[model]}
             if recovered := again.recovered(pairs, self.normalize, self.confidence):
                 row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
-        return made
+        return rows
 
     def _finetuning(self, others: list[str]) -> list[dict]:
-        made = []
+        rows = []
         for finetuned, source in self.study.models.items():
             if (training := getattr(source, "finetune", None)) is None:
                 continue
@@ -238,8 +238,8 @@ class GradedBlocks:
                 models = (training.start, finetuned)
                 places = [(m, v) for m in models for v in (self.study.baseline, variant)]
                 if all(at in self.answers for at in places):
-                    made.append(self._cost(models, variant))
-        return [row for row in made if row["sets"] or row["kl"]]
+                    rows.append(self._cost(models, variant))
+        return [row for row in rows if row["sets"] or row["kl"]]
 
     def _cost(self, models: tuple[str, str], variant: str) -> dict:
         baseline, sets, family = self.study.baseline, {}, []
