@@ -180,10 +180,12 @@ def recommendation(
     confirmed = chosen.verdict is not None and chosen.verdict.kind in ("equivalent", "better")
     head = f"For {code(model)} on this machine take {code(chosen.name)}: {_claim(chosen)}."
     if not confirmed:
-        kind = chosen.verdict.kind if chosen.verdict else "without graded scores"
+        reason = "no evaluation set is informative"
+        if chosen.verdict:
+            reason = f"on the evaluation items it is {chosen.verdict.kind}"
         head = (
             f"For {code(model)} nothing can be recommended: {code(chosen.name)} has the least KL "
-            f"on the judging items, but on the evaluation items it is {kind} ({_claim(chosen)})."
+            f"on the judging items, but {reason} ({_claim(chosen)})."
         )
     declared = {(c.model, c.variant) for c in results.study.statistics.primary}
     if confirmed and (model, chosen.name) not in declared:

@@ -225,6 +225,7 @@ def test_tests_have_their_size():
     assert outside(coverage.abilities(STUDIES, (50,))) == []
 
 
+@pytest.mark.long
 def test_pooled_differences_and_recovery_cover():
     assert outside(coverage.pooled(200, (60,)), 200) == []
 

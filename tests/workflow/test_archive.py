@@ -80,6 +80,7 @@ def test_the_same_results_make_the_same_bytes(packed, study, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_elsewhere_without_torch_it_gives_the_same_report(packed, study, tmp_path):
     """No weights, no data, no network, none of the packages that models need."""
     study_file, root = study

@@ -278,6 +278,7 @@ def test_a_counter_that_breaks_says_why(monkeypatch):
         display._json_outputs([["helpers.nothing"]])
 
 
+@pytest.mark.long
 def test_counts_and_speeds_become_seconds_of_every_job(study_path, tmp_path, monkeypatch, capsys):
     """The whole way through, with the processes that count and measure."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
