@@ -45,7 +45,7 @@ from helpers.study.schema import FineTunedModel
 JUDGED = "nothing"  # the row of a quantization's record in which no Linear is left float
 HALVINGS = 1000
 SPEEDS = {"prefill": "reading", "decode": "writing"}
-BYTES_OF_TYPE = {"float32": 1.0, "bfloat16": 0.5}  # of a float variant, against float32
+BYTES = {"float32": 4, "bfloat16": 2}  # of a number
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Candidate:
     Attributes:
         quantized: whether it computes in int8.
         judged_kl: nats a token on the judging items; None if it was not quantized.
-        bytes_share: of the float32 model's.
+        bytes_share: of the float model's.
         speeds: reading and writing, as multiples of float32's; empty if not measured.
         verdict: of its graded scores, pooled; None without any.
         failed: names of the checks that fail.
@@ -85,7 +85,8 @@ def _candidate(results: Results, e: VariantResults, cost: Cost | None) -> Candid
     recorded = e.quantization["results"] if e.quantization else {}
     rows = (recorded.get("losses") or {}).get("left_float", [])
     judged = next((row["kl"] for row in rows if row["float"] == JUDGED), None)
-    share = BYTES_OF_TYPE[variant.dtype or "float32"]
+    study_type = results.runtime.dtype
+    share = BYTES[variant.dtype or study_type] / BYTES[study_type]
     if recorded:
         share = sum(recorded["bytes_after"].values()) / sum(recorded["bytes_before"].values())
     timed = _timed_as(results, e.variant, cost) if cost else None
@@ -107,7 +108,8 @@ def _timed_as(results: Results, variant: str, cost: Cost) -> ConfigurationResult
     variants = results.study.variants
     own = variants[variant]
     if not own.needs_checkpoint:
-        return cost.bfloat16 if own.dtype == "bfloat16" else cost.reference
+        dtype = own.dtype or results.runtime.dtype
+        return cost.bfloat16 if dtype == "bfloat16" else cost.reference
     ways = {way.variant: way for way in cost.others}
     scheme = own.scheme, own.ignore
     alike = [way for n, way in ways.items() if (variants[n].scheme, variants[n].ignore) == scheme]

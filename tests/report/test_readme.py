@@ -48,7 +48,7 @@ def test_what_is_committed_stays_small_and_without_weights():
     ).stdout.split()
     files = [PROJECT / name for name in listed]
     assert not [f for f in files if f.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
-    for study in ("demo", "seed-replica"):
+    for study in ("demo", "seed-replica", "recipes"):
         own = [f for f in files if study in f.parts]
         assert sum(f.stat().st_size for f in own if f.is_file()) < 5_000_000, study
 

@@ -16,7 +16,7 @@ from helpers.report.results import load_results
 from helpers.statistics.published_answers import read_answers, write_answers
 from test_report import make_job  # noqa: F401 - a fixture
 
-COMMITTED = ("demo", "seed-replica")
+COMMITTED = ("demo", "seed-replica", "recipes")
 PUBLISHED = [s for s in COMMITTED if (PROJECT / "outputs" / s / "answers").is_dir()]
 
 
