@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,8 @@ from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
 from helpers.statistics.checks.recomputed_verdicts import comparison_rows
 from helpers.statistics.graded_study import (
     ROUNDING_MOVES,
+    GradedVerdict,
+    PooledVerdict,
     graded_scores,
     graded_study,
 )
@@ -194,6 +197,35 @@ def test_what_is_invalid_by_its_answers_is_invalid_here(graded_job):
         None,
         None,
     )
+
+
+def titled(kinds: dict[str, str], pooled: dict[str, str]) -> str:
+    """The title over variants a and b whose one comparison and pooled sets have these verdicts."""
+    verdict = lambda kind: GradedVerdict(kind, "", SimpleNamespace(delta=-0.01), 0.03)  # noqa: E731
+    of = lambda v: Comparison(model="m", dataset="arc", baseline="noquant", variant=v)  # noqa: E731
+    graded = SimpleNamespace(
+        comparisons={of(v): verdict(kind) for v, kind in kinds.items()},
+        pooled={("m", v): PooledVerdict(("arc",), verdict(k), None) for v, k in pooled.items()},
+    )
+    study = SimpleNamespace(baseline="noquant")
+    return graded_chapter.figure_title(
+        SimpleNamespace(studied_variants=["a", "b"], graded=graded, study=study)
+    )
+
+
+@pytest.mark.parametrize(
+    ("kinds", "pooled", "title"),
+    [
+        (("worse", "equivalent"), ("worse", "equivalent"), "a found worse in 1 comparison"),
+        (("worse", "worse"), (), "a and b found worse in 2 comparisons"),
+        (("equivalent", "inconclusive"), ("equivalent", "worse"), "b found worse in 1 comparison"),
+        (("uninformative", "invalid"), (), "nothing can be said about a and b"),
+        (("uninformative", "equivalent"), (), "no loss of a and b found"),
+    ],
+)
+def test_the_figure_is_titled_by_what_was_found(kinds, pooled, title):
+    made = titled(dict(zip("ab", kinds, strict=True)), dict(zip("ab", pooled, strict=False)))
+    assert made.removesuffix(" of pooled sets") == f"Graded scores: {title}"
 
 
 def test_rows_without_graded_fields_change_nothing(make_job):  # noqa: F811

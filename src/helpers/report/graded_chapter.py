@@ -293,15 +293,16 @@ def cost_table(results: Results) -> Rows:
 
 
 def figure_title(results: Results) -> str:
-    """The title of the figure at a glance."""
+    """The title of the figure at a glance: the variants found worse, if any comparison says so."""
     variants = results.studied_variants
-    worse = [p for v in variants for p in _worse_places(results, v)]
-    if worse:
-        places = count(len(worse), "comparison")
-        return f"Graded scores: {listed(variants)} found worse in {places}"
-    if pooled := [place for v in variants for place in _worse_pooled(results, v)]:
-        places = count(len(pooled), "model")
-        return f"Graded scores: {listed(variants)} found worse in {places}, informative sets pooled"
+    if worse := {v: places for v in variants if (places := _worse_places(results, v))}:
+        places = count(sum(map(len, worse.values())), "comparison")
+        return f"Graded scores: {listed(list(worse))} found worse in {places}"
+    if pooled := {v: models for v in variants if (models := _worse_pooled(results, v))}:
+        places = count(sum(map(len, pooled.values())), "comparison")
+        return f"Graded scores: {listed(list(pooled))} found worse in {places} of pooled sets"
+    if not any(_informative(results, v) for v in variants):
+        return f"Graded scores: nothing can be said about {listed(variants)}"
     return f"Graded scores: no loss of {listed(variants)} found"
 
 
@@ -310,6 +311,12 @@ def _judged(results: Results, variant: str) -> Iterator[tuple[Comparison, Graded
     for c, verdict in results.graded.comparisons.items():
         if (c.variant, c.baseline) == (variant, results.study.baseline):
             yield c, verdict
+
+
+def _informative(results: Results, variant: str) -> list[str]:
+    """The verdicts of the variant's comparisons that could have shown a loss."""
+    kinds = [verdict.kind for _, verdict in _judged(results, variant)]
+    return [kind for kind in kinds if kind not in ("invalid", "uninformative")]
 
 
 def _worse_places(results: Results, variant: str) -> list[str]:
@@ -358,7 +365,7 @@ def score_sentence(results: Results, variant: str) -> str:
 def _score_result(results: Results, variant: str) -> str:
     """Over all sets and models: where it is worse, or how many comparisons could have shown it."""
     kinds = [verdict.kind for _, verdict in _judged(results, variant)]
-    informative = [kind for kind in kinds if kind not in ("invalid", "uninformative")]
+    informative = _informative(results, variant)
     comparisons = f"{len(informative)} of {count(len(kinds), 'comparison')}"
     if worse := _worse_places(results, variant):
         return f"worse in {len(worse)} of {count(len(kinds), 'comparison')}: {', '.join(worse)}"

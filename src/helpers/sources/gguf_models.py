@@ -28,6 +28,7 @@ from helpers.study.schema import ShippedDataset
 
 SPACE = "▁"  # SentencePiece's
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # types of tokens
+SPECIAL = ("bos", "eos", "pad")  # tokens that a model's configuration names
 PASSAGES = 12  # of plain English that the model reads
 LARGEST_SHARE = 0.4  # of a uniform guess's surprise, at which no language is modelled
 ROUND_TRIPS = (
@@ -87,9 +88,6 @@ def convert(path: Path):
         for name, value in ids.items():
             setattr(config, name, value)
     return model.eval(), tokenizer
-
-
-SPECIAL = ("bos", "eos", "pad")
 
 
 def forget_quantization_(model) -> None:
