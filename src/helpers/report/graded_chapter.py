@@ -301,9 +301,9 @@ def figure_title(results: Results) -> str:
     if pooled := {v: models for v in variants if (models := _worse_pooled(results, v))}:
         places = count(sum(map(len, pooled.values())), "comparison")
         return f"Graded scores: {listed(list(pooled))} found worse in {places} of pooled sets"
-    if not any(_informative(results, v) for v in variants):
+    if not (measured := [v for v in variants if _informative(results, v)]):
         return f"Graded scores: nothing can be said about {listed(variants)}"
-    return f"Graded scores: no loss of {listed(variants)} found"
+    return f"Graded scores: no loss of {listed(measured)} found"
 
 
 def _judged(results: Results, variant: str) -> Iterator[tuple[Comparison, GradedVerdict]]:
