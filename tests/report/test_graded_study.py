@@ -273,6 +273,8 @@ def published(graded_job, monkeypatch):
     results = load_results(job)
     summary.write_summary(results, job.paths.root)
     parts = [next(glance.sections(results))]
+    pictures = [*glance.picture(results), *glance.right_or_wrong_picture(results)]
+    parts += [f"![{picture.alt}](picture.png)" for picture in pictures]
     parts += [part.data for part in graded_chapter.chapter(results)]
     cost = cost_chapter.cost_chapter(results)
     parts += ["## 6. Cost and gain", *(part.data for part in cost if isinstance(part, Markdown))]
@@ -338,6 +340,12 @@ def test_an_edited_number_of_a_block_is_named(published, edit):
         (r"losses above \d+\.(\d) points", "by graded scores"),
         (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Does fine-tuning raise"),
         (r"Margins: ±(\d) points", "Option sets"),
+        (r"(?m)^!\[.* pooled [+−]?\d+\.(\d) points", "![Graded scores"),
+        (r"(?m)^!\[.* pooled [+−]?\d+\.\d points \([+−]?\d+\.(\d) to", "![Graded scores"),
+        (r"(?m)^!\[Right or wrong.* ARC [+−]?\d+\.(\d) points", "![Right or wrong"),
+        (r"(?m)^!\[Right or wrong.* points \([+−]?\d+\.(\d) to", "![Right or wrong"),
+        (r"(?m)^!\[Right or wrong, \d+ declared comparisons?: (\d) ", "the title says"),
+        (r"(?m)^!\[.* KL in nats a token: \S+ \d\.0*[1-9](\d)", "![Graded scores"),
     ],
 )
 @pytest.mark.bank(
@@ -352,6 +360,29 @@ def test_an_edited_number_of_the_report_is_named(published, pattern, place):
     path.write_text(text[: digit.start(1)] + other + text[digit.end(1) :], "utf-8")
     found = recompute(str(published.paths.root.parents[1] / "study.yaml"))[1]
     assert any(place in line for line in found), found
+
+
+@pytest.mark.bank("report", "a figure's title says otherwise", "make verdicts", at="report.md")
+@pytest.mark.parametrize(
+    "title",
+    [
+        "no loss of rtn_w8a8 found",
+        "nothing can be said about rtn_w8a8",
+        "smoothquant_w8a8 found worse in 1 comparison",
+        "smoothquant_w8a8 found worse in 17 comparisons",
+        "smoothquant_w8a8 is best",
+    ],
+)
+def test_a_title_that_says_otherwise_is_named(published, title):
+    path = published.paths.root / "report.md"
+    text = path.read_text("utf-8")
+    true = re.search(r"!\[Graded scores: (.*?)\. ", text)[1]
+    assert differences(published) == []
+    assert title != true
+    edited = text.replace(f"![Graded scores: {true}.", f"![Graded scores: {title}.")
+    path.write_text(edited, "utf-8")
+    found = recompute(str(published.paths.root.parents[1] / "study.yaml"))[1]
+    assert any("title" in line for line in found), (true, found)
 
 
 @pytest.mark.bank("report", "an edited number or word in a card", "make verdicts", at="report.md")

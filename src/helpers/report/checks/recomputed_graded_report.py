@@ -5,6 +5,7 @@ sentences on graded scores and recipes. None of the code that writes the report 
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 
 from helpers.report.checks.recomputed_tables import (
@@ -329,7 +330,109 @@ def _check_draws_reading(text: str, figures: RecomputedFigures) -> Iterator[Expe
     yield text, [100 * figures.study.statistics.confidence]
 
 
+PICTURED = re.compile(r"([^,:]+?) ([−+]?[\d.]+) points \(([^)]*)\)")
+PICTURED_KL = re.compile(r"([\w.-]+) ([\d.,e−-]+) \(([\w.-]+)\)")
+TITLES = (
+    ("worse", re.compile(r"(.*) found worse in (\d+|one) comparisons?(?: of pooled sets)?")),
+    ("nothing", re.compile(r"nothing can be said about (.*)")),
+    ("no loss", re.compile(r"no loss of (.*) found")),
+)
+
+
+def _check_picture(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    """The figure at a glance in words: its title, the differences with their limits, the KL."""
+    title, *parts = text[len("![Graded scores: ") : text.rindex("](")].rstrip(".").split(". ")
+    yield from _wrong_title(title, figures)
+    blocks = figures.graded_blocks
+    for part in parts:
+        if part.startswith("KL in nats a token: "):
+            for variant, value, model in PICTURED_KL.findall(part.partition(": ")[2]):
+                yield value, [figures.shared[model, variant]["kl"][0]]
+            continue
+        head, _, differences = part.partition(": ")
+        at = tuple(head.split(", ", 1))
+        for name, delta, limits in PICTURED.findall(differences):
+            name = re.sub(r"^(?:,| and) ", "", name).strip()
+            rows = blocks["pooled"] if name == "pooled" else blocks["graded"]["comparisons"]
+            row = next((r for r in rows if _is_pictured(r, at, name, figures)), None)
+            if row is None or "delta" not in row:
+                yield f"{name} of {head}: the answers give no such difference"
+            else:
+                expected = [100 * row[key] for key in ("delta", "low", "high")]
+                yield f"{delta} {limits}", expected
+
+
+COUNTED = re.compile(r"(\d+) (worse|better|equivalent|inconclusive|uninformative|invalid)")
+
+
+def _check_right_or_wrong(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
+    """The figure of right and wrong in words: declared verdicts, and differences with limits."""
+    title, *parts = text[len("![") : text.rindex("](")].rstrip(".").split(". ")
+    kinds = Counter(row["verdict"] for row in figures.rows.values() if row["primary"])
+    if {word: int(n) for n, word in COUNTED.findall(title)} != kinds:
+        yield f"the title says {title!r}; recomputed: {dict(kinds)}"
+    for head, _, differences in (part.partition(": ") for part in parts):
+        at = tuple(head.split(", ", 1))
+        for name, delta, limits in PICTURED.findall(differences):
+            name = re.sub(r"^(?:,| and) ", "", name).strip()
+            rows = (c.model_dump() | row for c, row in figures.rows.items())
+            row = next((r for r in rows if _is_pictured(r, at, name, figures)), None)
+            if row is None:
+                yield f"{name} of {head}: the answers give no such difference"
+            else:
+                yield f"{delta} {limits}", [100 * row[key] for key in ("delta", "low", "high")]
+
+
+def _is_pictured(row: Mapping, at: tuple, name: str, figures: RecomputedFigures) -> bool:
+    if (row["model"], row["variant"]) != at:
+        return False
+    if name == "pooled":
+        return True
+    shown = DATASET_NAMES.get(row["dataset"], row["dataset"])
+    return shown == name and row["baseline"] == figures.study.baseline
+
+
+def _wrong_title(title: str, figures: RecomputedFigures) -> Iterator[str]:
+    """What a title says of the declared variants that their verdicts do not, or leaves out.
+
+    In a study that declares nothing, of the variants that the title names.
+    """
+    kind, match = next(
+        ((kind, m) for kind, pattern in TITLES if (m := pattern.fullmatch(title))), ("", None)
+    )
+    if match is None:
+        yield f"no check knows the title {title!r}"
+        return
+    named, baseline = re.split(r", | and ", match[1]), figures.study.baseline
+    studied = [c.variant for c in figures.study.statistics.primary if c.variant != baseline]
+    studied = list(dict.fromkeys(studied)) or named
+    blocks = figures.graded_blocks
+    comparisons = [c for c in blocks["graded"]["comparisons"] if c["baseline"] == baseline]
+    expected, variants, count = _expected_title(studied, comparisons, blocks["pooled"])
+    if (kind, named) != (expected, variants):
+        yield f"the title says {title!r}; recomputed: {expected} ({', '.join(variants)})"
+    elif kind == "worse" and count != (1 if match[2] == "one" else int(match[2])):
+        yield f"the title says {title!r}; recomputed: {count}"
+
+
+def _expected_title(
+    studied: list[str], comparisons: list[Mapping], pooled: list[Mapping]
+) -> tuple[str, list[str], int]:
+    """(kind of title, the variants that it has to name, the number of verdicts that are worse)."""
+    for rows in (comparisons, pooled):
+        worse = [r["variant"] for r in rows if r["verdict"] == "worse" and r["variant"] in studied]
+        if worse:
+            return "worse", [v for v in studied if v in worse], len(worse)
+    blind = ("invalid", "uninformative")
+    telling = {row["variant"] for row in comparisons if row["verdict"] not in blind}
+    if able := [v for v in studied if v in telling]:
+        return "no loss", able, 0
+    return "nothing", studied, 0
+
+
 GRADED_SENTENCE_CHECKS = (
+    (r"^!\[Graded scores: ", _check_picture),
+    (r"^!\[Right or wrong, ", _check_right_or_wrong),
     (r"^\*\*Recipe\*\* `", _check_recipe_sentence),
     (r"^Made once: `", _check_made_once),
     (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
