@@ -22,7 +22,7 @@ from small_disk import fill_up, small_disk
 from toy_project import planned, run_study, start
 
 SECONDS = 20  # within which everything has to be gone, on a machine that is busy
-long = pytest.mark.long
+long = pytestmark = pytest.mark.long
 # A calibration that begins, says so, and waits as long as the file `wait` is there.
 WAITS = """
 import os, time

@@ -74,6 +74,7 @@ def test_nothing_is_recommended_that_the_evaluation_does_not_confirm(kind):
     assert "keep the float model" in recommend.recommendation(STUDY, "m", failing)
 
 
+@pytest.mark.long
 def test_the_best_of_equals_is_flattered_by_what_chance_gives():
     """Of two equal variants with normal errors: the mean larger of two normals, times the error."""
     rng, items, sets, spread = np.random.default_rng(5), 400, 3, 0.2

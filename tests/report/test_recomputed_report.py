@@ -122,6 +122,7 @@ def edit_value(path, row: str) -> str:
     return cells[4]
 
 
+@pytest.mark.long
 @pytest.mark.bank(
     "report", "edited numbers in the summaries", "make verdicts", at="summary.csv, summary.json"
 )
@@ -155,6 +156,7 @@ def test_edited_summaries_are_named(demo):
         assert place in differences, place
 
 
+@pytest.mark.long
 @pytest.mark.bank(
     "report", "lines taken out of the summary or put in", "make verdicts", at="summary.csv"
 )
@@ -168,6 +170,7 @@ def test_lines_taken_out_or_put_in_are_named(demo):
     assert "summary.csv has a row twice" in differences
 
 
+@pytest.mark.long
 @pytest.mark.bank("report", "verdicts edited in the report", "make verdicts", at="report.md")
 def test_verdicts_in_other_words_are_named(demo):
     report = demo / "report.md"

@@ -203,6 +203,7 @@ def loaded_modules() -> dict[tuple[str, bool], set[Path]]:
     return files_by_stage
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("stage", study_stages.NOTEBOOKS)
 def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     stage, loaded_modules, tmp_path, monkeypatch

@@ -504,11 +504,6 @@ def test_relative_paths_start_at_the_project(monkeypatch, tmp_path):
     assert resolve_path(str(tmp_path / "x")) == tmp_path / "x"
 
 
-@pytest.mark.parametrize("path", sorted((loading.PROJECT / "params").glob("*.yaml")), ids=str)
-def test_every_study_of_the_project_loads(path):
-    load_study(path)
-
-
 def test_a_rule_for_numbers_is_for_word_problems_only(write_study, study_settings):
     line = refusal(
         write_study(put(study_settings, "evaluation/datasets/arc/keep", "numeric_answers"))

@@ -1,13 +1,16 @@
 """The study files that are shipped: valid, and right in what their comments compute."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from tools.sample_size import equivalence_power, items_for_loss
 
+from helpers.core.errors import StudyError
 from helpers.core.files import PROJECT
 from helpers.statistics.intervals import detectable_loss
-from helpers.study import stages
+from helpers.study import inputs, stages
 from helpers.study.loading import load_study
 from helpers.study.schema import FineTunedModel
 
@@ -17,9 +20,34 @@ SIZE = re.compile(r"#\s+(\d+)\s+([\d.]+) / ([\d.]+)\s+(\d+) % / (\d+) %")
 TAKES = re.compile(r"loss of 3 points takes (\d+) items if 2 % are gained, (\d+) if 5 %")
 
 
+NOT_SHIPPED = "gemma3-270m"  # the model of this study: its terms forbid it
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
 def test_a_shipped_study_is_valid(path):
-    assert stages.runs(load_study(path))
+    assert stages.runs(load_study(path, with_sources=path.stem != NOT_SHIPPED))
+
+
+def test_a_model_that_is_not_shipped_is_asked_for_by_its_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(inputs, "PROJECT", tmp_path)
+    with pytest.raises(StudyError, match=r"models\.base\.gguf = '\.gemma/.*' does not exist"):
+        load_study(PROJECT / "params" / f"{NOT_SHIPPED}.yaml")
+    (tmp_path / ".gemma").mkdir()
+    file = tmp_path / ".gemma" / "gemma-3-270m-q4_k_m.gguf"
+    file.write_bytes(b"PK")
+    with pytest.raises(StudyError, match=r"is no GGUF file"):
+        load_study(PROJECT / "params" / f"{NOT_SHIPPED}.yaml")
+    file.write_bytes(b"GGUF")
+    assert load_study(PROJECT / "params" / f"{NOT_SHIPPED}.yaml").models["base"].gguf
+
+
+def test_make_asks_whether_the_terms_are_accepted():
+    command = ["make", "-s", "-o", f"{sys.prefix}/.study-ready", "study"]
+    command += [f"VENV={sys.prefix}", f"STUDY={NOT_SHIPPED}", "GEMMA=/nowhere/gemma.gguf"]
+    done = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "Gemma Terms of Use" in done.stderr
+    assert "ACCEPT=gemma" in done.stderr
 
 
 @pytest.mark.parametrize("path", QWEN3, ids=lambda p: p.stem)
