@@ -62,7 +62,9 @@ def test_generation(model, limits):
 OPTIONS = [[tokens(50 + i, 5), tokens(70 + i, 1), tokens(90 + i, n)] for i, n in enumerate(LENGTHS)]
 
 
-@pytest.mark.parametrize("limits", LIMITS[1:])
+@pytest.mark.parametrize(
+    "limits", [LIMITS[1], pytest.param(LIMITS[2], marks=pytest.mark.long), LIMITS[3]]
+)
 def test_what_is_read_after_a_prompt(model, limits):
     """Alike alone and in company; what is written is what it was without."""
     if whole(model):

@@ -46,6 +46,7 @@ def answer(project: Path, name: str, *given: str, **more) -> subprocess.Complete
     return subprocess.run([*ANSWER, name, *given], check=False, **(settings | more))
 
 
+@pytest.mark.long
 def test_it_has_torch_its_clients_arguments_environment_folder_and_streams(project, tmp_path):
     printing_module = module(
         project,
@@ -200,6 +201,7 @@ def test_without_it_and_for_other_commands_all_is_done_here(monkeypatch):
     assert fork_server.run_in_fork(["run"]) is None
 
 
+@pytest.mark.long
 def test_what_is_forked_off_ends_with_it_and_then_nothing_waits(tmp_path, monkeypatch):
     project = toy_project.make(tmp_path / "p", kernels=False)
     monkeypatch.setattr(fork_server, "PROJECT", project)
