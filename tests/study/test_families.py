@@ -48,7 +48,7 @@ def test_a_family_of_each_kind_passes_from_end_to_end(family, tmp_path):
     row = run_family(family, tmp_path, layers=2)
     folds, engine = KINDS[family]
     assert ([bool(count) for count in row["groups"].values()], row["engine"]) == (folds, engine)
-    assert bool(row["shared_norms"]) == (family == "phi")
+    assert bool(row["shared_norms"]) == (family in ("falcon", "phi"))
     assert row["offsets"] == ([1.0] if "gemma" in family else [])
 
 
