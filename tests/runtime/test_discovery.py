@@ -7,7 +7,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 from helpers.core.architectures import Place
 from helpers.core.errors import StudyError
 from helpers.runtime.discovery import Search, architecture, discover, linear_names, places
-from helpers.runtime.twins import Twin, build_twin, twin_config
+from helpers.runtime.twins import Twin, _is_plain, build_twin, twin_config
 from helpers.sources.models import FAMILIES, SIZES
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -158,3 +158,34 @@ def test_a_twin_keeps_how_modules_are_connected():
 def test_a_model_made_of_several_models_is_refused():
     with pytest.raises(StudyError, match="give its language model alone"):
         architecture(CONFIG_MAPPING["gemma3"]())
+
+
+class WithProduct(torch.nn.Linear):
+    def forward(self, x):
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class OfUnitInputs(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(torch.nn.functional.normalize(x, dim=-1))
+
+
+class Scored(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+class Routed(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x.argmax(-1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "plain"),
+    [(WithProduct, True), (OfUnitInputs, False), (Scored, False), (Routed, False)],
+)
+def test_only_what_computes_as_a_linear_is_replaced_by_one(kind, plain):
+    torch.manual_seed(0)
+    for bias in (True, False):
+        assert _is_plain(kind(16, 8, bias=bias).double()) == plain
