@@ -71,6 +71,7 @@ class Candidate:
 
     @property
     def reading(self) -> float:
+        """Reading speed as a multiple of float32's; float32's if it was not measured."""
         return self.speeds["prefill"].value if self.speeds else 1.0
 
 
@@ -200,7 +201,8 @@ def recommendation(
 def _claim(c: Candidate) -> str:
     parts = []
     if c.verdict and c.verdict.comparison:
-        parts.append(f"no loss above {excluded_points(c.verdict.comparison)} points (pooled)")
+        limit = excluded_points(c.verdict.comparison)
+        parts.append(f"losses above {limit} points of probability are excluded (pooled)")
     if c.speeds:
         parts.append(f"it reads {_speed(c, 'prefill')} and writes {_speed(c, 'decode')} as fast")
     return ", ".join([*parts, f"{percent(c.bytes_share)} of the bytes"])
@@ -218,7 +220,7 @@ def _objection(c: Candidate, chosen: Candidate) -> str:
     saved = chosen.bytes_share - c.bytes_share
     if ratio < 1:
         return f"Not {code(c.name)}: {percent(c.bytes_share)} of the bytes are too many."
-    gain = f", for {percent(saved)} fewer bytes" if saved > 0.005 else ""
+    gain = f", with {percent(c.bytes_share)} of the bytes" if saved > 0.005 else ""
     return f"Not {code(c.name)}: {ratio:.1f} times the KL{gain}."
 
 
