@@ -202,7 +202,7 @@ def discover(config) -> Architecture:
     _check_linears(twin, flow)
     _check_names(config, twin)
     blocks = _blocks(flow.linears)
-    found = Search(twin, flow).places
+    every_place = Search(twin, flow).places
     linears = {*flow.linears, HEAD}
     matrices = {
         name.removesuffix(".weight")
@@ -220,7 +220,7 @@ def discover(config) -> Architecture:
         plain=tuple(twin.plain),
         logits=logits,
         norms=tuple(twin.norms(flow)),
-        places=tuple(found),
+        places=tuple(every_place),
     )
 
 
@@ -360,10 +360,10 @@ class Search:
         self._producers: dict[str, str] = {}
         behind_norms = {name for names in flow.readers.values() for name in names}
         others = [name for name in flow.linears if name not in behind_norms]
-        found = [*self._norm_places(), *map(self._linear_place, others)]
-        found.sort(key=lambda place: self._calls[place.consumers[0]])
-        self._prove_together(found)
-        self.places = _for_all_experts(found)
+        every_place = [*self._norm_places(), *map(self._linear_place, others)]
+        every_place.sort(key=lambda place: self._calls[place.consumers[0]])
+        self._prove_together(every_place)
+        self.places = _for_all_experts(every_place)
 
     def _norm_places(self) -> Iterator[Place]:
         """A place for each norm that Linears read; two targets if it feeds both parts."""
@@ -502,13 +502,13 @@ class Search:
         moved = f"{min(changes):.1g} of their size"
         return None, f"a norm that only its Linears read; scales in {norm} move logits by {moved}"
 
-    def _prove_together(self, found: list[Place]) -> None:
+    def _prove_together(self, every_place: list[Place]) -> None:
         """Check that scales at all places at once keep the logits.
 
         Raises:
             StudyError: they do not.
         """
-        with self._folded([place for place in found if place.producer]):
+        with self._folded([place for place in every_place if place.producer]):
             if not self.twin.moved() < SAME:
                 raise StudyError("scales folded at all its places at once change its logits")
 
@@ -553,10 +553,10 @@ def _refused(place: Place, condition: str) -> Place:
     return replace(place, producer="", readers=(), refusal=condition)
 
 
-def _for_all_experts(found: list[Place]) -> list[Place]:
+def _for_all_experts(every_place: list[Place]) -> list[Place]:
     """The places with one expert's names standing for all."""
     merged: dict[Place, None] = {}
-    for place in found:
+    for place in every_place:
         names = ONE_EXPERT.sub(rf"\1.{EXPERT}.", " ".join((place.producer, *place.consumers)))
         producer, *consumers = names.split(" ")
         merged[replace(place, producer=producer, consumers=tuple(dict.fromkeys(consumers)))] = None

@@ -382,7 +382,7 @@ def _is_plain(linear: nn.Linear) -> bool:
     x = x.to(linear.weight.dtype)
     try:
         output = linear(x)
-    except (RuntimeError, TypeError, ValueError):
+    except Exception:  # of any kind: it takes more than x
         return False
     expected = _product(x, linear.weight, linear.bias)
     same_shape = isinstance(output, Tensor) and output.shape == expected.shape
