@@ -45,8 +45,17 @@ def record(stage, model="", variant=""):
 
 
 def run_of(stage, wildcards):
-    names = [wildcards.get(key, "") for key in ("model", "variant")]
+    names = [wildcards.get("model", ""), wildcards.get("variant", "") or calibration_of(wildcards)]
     return stages.Run(stage, *names, draw=int(draw_of(wildcards) or 1))
+
+
+def calibration_of(wildcards):
+    """The name of one of the study's calibrations, which stands behind a plus; else empty."""
+    return wildcards.get("calibration", "").removeprefix("+")
+
+
+def calibration_option(wildcards):
+    return f"-p calibration_name {name}" if (name := calibration_of(wildcards)) else ""
 
 
 def draw_of(wildcards):
@@ -108,6 +117,7 @@ if log_filter := {"run": log_errors, "plan": log_plan}.get(config.get("show")):
 wildcard_constraints:
     model=one_of(STUDY.models),
     variant=one_of(STUDY.variants),
+    calibration=one_of(["", *(f"+{name}" for name in STUDY.calibrations)]),
     draw="(~[0-9]+)?",
 
 
@@ -156,20 +166,21 @@ rule calibration:
     input:
         needs("calibration"),
     output:
-        notebook=executed("calibration", "{model}{draw}"),
-        record=relative_to_project(PATHS.root / "{model}" / "calibration{draw}" / "record.json"),
+        notebook=executed("calibration", "{model}{calibration}{draw}"),
+        record=relative_to_project(PATHS.root / "{model}" / "calibration{calibration}{draw}" / "record.json"),
     params:
         notebook=stages.NOTEBOOKS["calibration"],
         depends=depends("calibration"),
+        named=calibration_option,
         draw=draw_option,
     message:
-        "calibration {wildcards.model}{wildcards.draw}"
+        "calibration {wildcards.model}{wildcards.calibration}{wildcards.draw}"
     priority: 1  # variants wait for it; evaluations have similar lengths and fill the end
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,
     shell:
-        COMMAND + " -p model {wildcards.model:q} {params.draw}"
+        COMMAND + " -p model {wildcards.model:q} {params.named} {params.draw}"
 
 
 rule quantization:

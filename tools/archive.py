@@ -82,7 +82,7 @@ def _results(paths: StudyPaths) -> dict[str, Path]:
         hidden = any(part.startswith(".") for part in relative.parts)
         is_weight = relative.parts[1:2] == ("model",) or relative.parts[2:3] == ("checkpoint",)
         if path.suffix == ".safetensors":  # the calibrations of all draws are kept
-            is_weight |= relative.parts[1].partition("~")[0] != "calibration"
+            is_weight |= re.split("[~+]", relative.parts[1])[0] != "calibration"
         if hidden or path.name.endswith(EXCLUDED_ENDINGS):
             continue
         if is_weight and path.name != "record.json":

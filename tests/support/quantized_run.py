@@ -47,6 +47,7 @@ VARIANTS = {
         "smooth": {"alpha": 0.8, "targets": NORMS},
     },
     "mse_w8a8": {"preset": "w8a8", "rounding": "mse", "smooth": SMOOTH},
+    "of_few": {"preset": "w8a8", "smooth": SMOOTH, "calibration": "few"},
     "smooth_only": {"smooth": SMOOTH},
     "smooth_only_down": {"smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "seed_recipe": {"recipe": "seed", "smooth": SMOOTH},
@@ -82,6 +83,7 @@ class QuantizedRun:
     def job(self) -> Job:
         self.settings["models"] = {"base": {"folder": str(self.root / "source")}}
         self.settings["variants"] = VARIANTS
+        self.settings["calibrations"] = {"few": self.settings["calibration"] | {"items": 3}}
         self.settings["statistics"]["primary"] = []
         path = self.root / "study.yaml"
         path.write_text(yaml.safe_dump(self.settings, sort_keys=False), "utf-8")
@@ -104,10 +106,10 @@ class QuantizedRun:
             source = model_folder(job.study, job.model, job.paths)
             model = load_model(source, job.study.runtime)
             tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
-            folder, settings = job.paths.calibration(job.model), job.study.calibration
+            folder, settings = job.paths.calibration(job.model), job.calibration_settings
             record = Record(folder, stage="calibration", parameters=job.parameters)
             record.add_input("model", sha256_folder(source))
-            items = calibration_items(job.study)
+            items = calibration_items(job.study, job.calibration)
             tokens = [calibration_tokens(tokenizer, item, settings.adapter) for item in items]
             statistics = calibration.run_calibration(
                 model, tokens, batch_tokens=settings.batch_tokens
@@ -127,8 +129,8 @@ class QuantizedRun:
             path = job.paths.calibration(job.model) / "activations.safetensors"
             absmax = calibration.load_absmax(path)
             tokens = [
-                calibration_tokens(tokenizer, item, job.study.calibration.adapter)
-                for item in calibration_items(job.study)
+                calibration_tokens(tokenizer, item, job.calibration_settings.adapter)
+                for item in calibration_items(job.study, job.calibration)
             ]
             fit = calibration.load_absmax(path, fit=True)
             judges = tokens[calibration.first_judging_item(len(tokens)) :]
@@ -153,7 +155,9 @@ class QuantizedRun:
 
     @property
     def calibration(self) -> Path:
-        return self.root / "outputs" / "study" / "base" / "calibration"
+        named = VARIANTS[self.variant].get("calibration")
+        folder = f"calibration+{named}" if named else "calibration"
+        return self.root / "outputs" / "study" / "base" / folder
 
     def verify(self):
         with self.outputs():

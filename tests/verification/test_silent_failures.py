@@ -501,6 +501,27 @@ def static_scales_of_another_calibration(run, patch):
     run.quantize()
 
 
+@failure(SMOOTHING, variant="of_few", kind="calibration")
+def scales_of_another_calibration(run, patch):
+    """The variant names three items; its scales come from the study's own calibration."""
+    own = run.copy(run.root / "own")
+    own.variant = "smoothquant_w8a8"
+    own.calibrate()
+    maxima = calibration.load_absmax(own.calibration / "activations.safetensors")
+    patch.setattr(calibration, "load_absmax", lambda *_, **__: maxima)
+    run.quantize()
+
+
+@failure(ITEMS, variant="of_few", kind="calibration", at="the folder of a calibration")
+def the_study_s_own_calibration_in_place_of_the_named_one(run, _):
+    own = run.copy(run.root / "own")
+    own.variant = "smoothquant_w8a8"
+    own.calibrate()
+    for file in own.calibration.iterdir():
+        (run.calibration / file.name).write_bytes(file.read_bytes())
+    run.quantize()
+
+
 # Source and calibration
 
 

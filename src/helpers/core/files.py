@@ -69,11 +69,14 @@ class StudyPaths:
         draw: the draw of a variant's checkpoint whose folders these are; from the second on,
             they lie beside those of the first, as `calibration~2` and `<variant>~2`.
         drawn: that variant; other variants have their first draw's folders.
+        calibrated: the named calibration whose folder `calibration` is, `calibration+short`;
+            empty for the study's own.
     """
 
     study: str
     draw: int = 1
     drawn: str = ""
+    calibrated: str = ""
 
     @property
     def root(self) -> Path:
@@ -113,7 +116,8 @@ class StudyPaths:
         return self.root / model / "model"
 
     def calibration(self, model: str) -> Path:
-        return self.root / model / draw_name("calibration", self.draw)
+        named = f"calibration+{self.calibrated}" if self.calibrated else "calibration"
+        return self.root / model / draw_name(named, self.draw)
 
     def cost(self, model: str) -> Path:
         return self.root / model / "cost"

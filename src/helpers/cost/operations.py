@@ -186,10 +186,13 @@ SIMULATED = 4  # passes over all weights to round them for one simulated forward
 COLUMN_PASSES = 140  # of GPTQ over a weight: half of its block of 128 columns, and its rounding
 
 
-def count_calibration(study: Study, size: Size, tokenizer, *, draw: int = 1) -> Counter:
-    """One pass over the calibration items, and the longest once more for its figure."""
-    lengths = list(map(len, _tokens(study, tokenizer, draw)))
-    batches = token_budget_batches(lengths, batch_tokens=study.calibration.batch_tokens)
+def count_calibration(
+    study: Study, size: Size, tokenizer, name: str = "", *, draw: int = 1
+) -> Counter:
+    """One pass over the items of a calibration, and the longest once more for its figure."""
+    lengths = list(map(len, _tokens(study, tokenizer, name, draw)))
+    budget = study.calibration_called(name).batch_tokens
+    batches = token_budget_batches(lengths, batch_tokens=budget)
     padded = sum(len(b) * max(lengths[i] for i in b) for b in batches)
     return reading_operations(size, _dtype(study), padded + max(lengths)) + weight_passes(size, 4)
 
@@ -198,7 +201,8 @@ def count_quantization(
     study: Study, variant: Variant, size: Size, tokenizer, *, draw: int = 1
 ) -> Counter:
     """The choice of α, the SQNR of each Linear, the sensitivity analysis, and the checks."""
-    tokens, dtype = _tokens(study, tokenizer, draw), _dtype(study)
+    tokens = _tokens(study, tokenizer, variant.calibration or "", draw)
+    dtype = _dtype(study)
     judge_lengths = list(map(len, tokens[first_judging_item(len(tokens)) :]))
     probe_tokens, judge_tokens = sum(judge_lengths[: simulation.JUDGES]), sum(judge_lengths)
     curves = 2 if variant.smooth and not variant.recipe else 1
@@ -245,7 +249,7 @@ def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
         case "finetuning":
             return count_finetuning(study, run.model, size, tokenizer)
         case "calibration":
-            return count_calibration(study, size, tokenizer, draw=run.draw)
+            return count_calibration(study, size, tokenizer, run.variant, draw=run.draw)
     variant = study.variants[run.variant]
     return count_quantization(study, variant, size, tokenizer, draw=run.draw)
 
@@ -253,7 +257,7 @@ def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
 def quantization_stage_operations(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
     """Operations of a calibration or quantization job by arithmetic, for its record."""
     size = size_of(folder_to_count(job.study, job.model, job.paths))
-    run = stages.Run(stage, job.model, job.variant, job.draw)
+    run = stages.run_of(job, stage)
     return without_weight_passes(count_run(job.study, run, size, tokenizer))
 
 
@@ -261,9 +265,10 @@ def _dtype(study: Study) -> str:
     return "float32" if study.runtime.dtype == "auto" else study.runtime.dtype
 
 
-def _tokens(study: Study, tokenizer, draw: int) -> list[list[int]]:
-    items = calibration_items(study, draw=draw)
-    return [calibration_tokens(tokenizer, item, study.calibration.adapter) for item in items]
+def _tokens(study: Study, tokenizer, calibration: str, draw: int) -> list[list[int]]:
+    items = calibration_items(study, calibration, draw=draw)
+    adapter = study.calibration_called(calibration).adapter
+    return [calibration_tokens(tokenizer, item, adapter) for item in items]
 
 
 def print_counts(study_name: str) -> None:

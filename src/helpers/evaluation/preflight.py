@@ -80,11 +80,15 @@ def row_problems(study: Study) -> Iterator[str]:
             draw = lambda name=name: training_items(study, name)  # noqa: E731
             sources = [model.finetune.dataset, *calibration]
             draws.append((f"models.{name}.finetune", sources, draw))
-    if study.repeats > 1:
-        draw = lambda: calibration_items(study, draw=study.repeats)  # noqa: E731
-        trained = [m for m in study.models.values() if isinstance(m, FineTunedModel)]
+    trained = [m for m in study.models.values() if isinstance(m, FineTunedModel)]
+    for name in ("", *study.calibrations):
+        last = study.calibration_draws(name)
+        if last == 1 and not name:
+            continue
+        draw = lambda name=name, last=last: calibration_items(study, name, draw=last)  # noqa: E731
         sources = [*calibration, *(model.finetune.dataset for model in trained)]
-        draws.append(("calibration", sources, draw))
+        sources.append(study.calibration_called(name).dataset)
+        draws.append((f"calibrations.{name}" if name else "calibration", sources, draw))
     reported: set[str] = set()
     for key, sources, draw in draws:
         if not _are_here(sources):
@@ -262,14 +266,18 @@ def _model_texts(study: Study, model: str, tokenizer) -> Iterator[tuple[str, Tex
     tokens = passage_tokens(tokenizer, shared_passages(study), max_tokens=shared.max_tokens)
     texts = ((f"passage {i}", ids, 0) for i, ids in enumerate(tokens, start=1))
     yield "evaluation.shared_text", texts, f"lower max_tokens = {shared.max_tokens}"
-    adapter = study.calibration.adapter
-    texts = (
-        (f"item {item.id}", calibration_tokens(tokenizer, item, adapter), 0)
-        for draw in range(1, study.repeats + 1)
-        for item in calibration_items(study, draw=draw)
-    )
-    limit = study.calibration.max_tokens
-    yield "calibration", _check_max_tokens(texts, "calibration", limit), "leave the item out"
+    for name in ("", *study.calibrations):
+        settings = study.calibration_called(name)
+        key = f"calibrations.{name}" if name else "calibration"
+        drawn = (
+            item
+            for draw in range(1, study.calibration_draws(name) + 1)
+            for item in calibration_items(study, name, draw=draw)
+        )
+        texts = (
+            (f"item {i.id}", calibration_tokens(tokenizer, i, settings.adapter), 0) for i in drawn
+        )
+        yield key, _check_max_tokens(texts, key, settings.max_tokens), "leave the item out"
     for name, source in study.models.items():
         if isinstance(source, FineTunedModel) and source.finetune.start == model:
             key = f"models.{name}.finetune"

@@ -336,7 +336,7 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         places = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
         action = "divided by the scales" if variant.recipe == "seed" else "smoothed"
         text += f"; {action} with {_describe_alpha(variant, alphas)} at {places}"
-    return text
+    return text + (f"; calibration {variant.calibration}" if variant.calibration else "")
 
 
 def _describe_alpha(variant: Variant, alphas: dict[str, float]) -> str:

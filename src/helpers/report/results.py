@@ -126,7 +126,9 @@ def _check_checkpoint(job: Job, variant: VariantResults, at: str) -> None:
             f"{at}: the evaluated checkpoint is not the verified one; run {QUANTIZATION_STAGE} "
             "and 03_evaluation again"
         )
-    activations = job.paths.calibration(variant.model) / "activations.safetensors"
+    name = job.study.calibration_of(variant.variant)
+    folder = replace(job.paths, calibrated=name).calibration(variant.model)
+    activations = folder / "activations.safetensors"
     if variant.quantization["inputs"]["calibration"] != sha256_file(activations):
         raise StudyError(
             f"{at}: its checkpoint has another calibration; run {QUANTIZATION_STAGE} again"

@@ -239,30 +239,47 @@ def pool_sizes(study: Study) -> dict[str, dict[str, int]]:
     return sizes
 
 
-def calibration_items(study: Study, *, draw: int = 1) -> list[Item]:
+def calibration_items(study: Study, name: str = "", *, draw: int = 1) -> list[Item]:
     """The calibration items; none is an evaluation item or a near-duplicate of one.
 
     Those of a further draw are none of an earlier draw's, and no training items of any model.
-    The first draw is made before training items are drawn, and is the same with and without
-    further draws.
+    The first draw of the study's own calibration is made before training items are drawn, and is
+    the same with and without further draws. A named calibration has no training items. Of two
+    calibrations from one source the smaller one's items are among the larger one's.
+
+    Args:
+        name: one of the study's `calibrations`; empty for its own.
     """
-    settings = study.calibration
+    settings = study.calibration_called(name)
     items = load_items(settings.dataset, adapter=settings.adapter)
-    excluded = _evaluation_keys(study, items)
+    excluded, label = _evaluation_keys(study, items), f"calibrations.{name}"
+    if name:
+        excluded |= _training_keys(study)
     drawn = draw_items(
-        items, settings.items, seed=study.seed, excluding=excluded, label="calibration"
+        items,
+        settings.items,
+        seed=study.seed,
+        excluding=excluded,
+        label=label if name else "calibration",
     )
-    if draw == 1:
-        return drawn
-    for model, source in study.models.items():
-        if isinstance(source, FineTunedModel):
-            training = [item for part in training_items(study, model) for item in part]
-            excluded |= {item_key(item) for item in training}
+    if draw > 1:
+        excluded |= _training_keys(study)
     for number in range(2, draw + 1):
         excluded |= {item_key(item) for item in drawn}
-        label = f"calibration, draw {number} of the variants with repeats"
+        label = f"{label if name else 'calibration'}, draw {number} of the variants with repeats"
         drawn = draw_items(items, settings.items, seed=study.seed, excluding=excluded, label=label)
     return drawn
+
+
+def _training_keys(study: Study) -> set[str]:
+    """Keys of the training and held-out items of all models."""
+    return {
+        item_key(item)
+        for model, source in study.models.items()
+        if isinstance(source, FineTunedModel)
+        for part in training_items(study, model)
+        for item in part
+    }
 
 
 def training_items(study: Study, model: str) -> tuple[list[Item], list[Item]]:

@@ -83,7 +83,7 @@ def begin_record(stage: str, job: Job) -> Record:
     Raises:
         StudyError: another process runs the stage.
     """
-    path = stages.Run(stage, job.model, job.variant, job.draw).record(job.paths)
+    path = stages.run_of(job, stage).record(job.paths)
     return Record(path.parent, stage=stage, parameters=job.parameters)
 
 
@@ -94,6 +94,7 @@ def open_stage(
     model: str,
     variant: str = "",
     draw: int | str = 1,
+    calibration: str = "",
     count: Count,
     starts_from: Callable[[Study, str], str] | None = None,
 ) -> FloatStage:
@@ -105,6 +106,7 @@ def open_stage(
         stage: a key of `helpers.study.stages.NOTEBOOKS`.
         study: a study's name in params/, or the path of its YAML file.
         draw: of the variant's checkpoint, or of the calibration.
+        calibration: one of the study's `calibrations`, where there is no variant.
         count: the operations of the stage, by arithmetic.
         starts_from: which model of the study is loaded; without it, `model` itself.
 
@@ -112,7 +114,8 @@ def open_stage(
         StudyError: the study file is wrong, the model is not on this machine, or another
             process runs the stage.
     """
-    job = prepare(open_job(study, model=model, variant=variant, draw=draw))
+    job = open_job(study, model=model, variant=variant, draw=draw, calibration=calibration)
+    job = prepare(job)
     record = begin_record(stage, job)
     start = starts_from(job.study, model) if starts_from else model
     source = model_folder(job.study, start, job.paths)

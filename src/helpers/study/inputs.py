@@ -404,6 +404,8 @@ def study_sources(study: Study) -> list[tuple[str, object]]:
             sources.append((f"models.{name}.finetune.dataset", model.finetune.dataset))
         sources.append((f"models.{name}", model))
     sources.append(("calibration.dataset", study.calibration.dataset))
+    for name, settings in study.calibrations.items():
+        sources.append((f"calibrations.{name}.dataset", settings.dataset))
     sources.append(("evaluation.shared_text.dataset", study.evaluation.shared_text.dataset))
     for name, dataset in study.evaluation.datasets.items():
         key = f"evaluation.datasets.{name}"

@@ -26,6 +26,7 @@ from helpers.core.errors import StudyError, one_line, valid_unicode
 from helpers.core.files import PROJECT, StudyPaths, relative_to_project
 from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
 from helpers.study.schema import (
+    Calibration,
     FIELDS,
     LIST_FIELDS,
     PATTERN,
@@ -253,7 +254,25 @@ def broken_references(study: Study) -> list[str]:
             continue
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
+    problems += _calibrations(study)
     return problems + _columns(study) + _comparisons(study) + _old_rules(study)
+
+
+def _calibrations(study: Study) -> list[str]:
+    """Variants that name a calibration the study lacks, and calibrations no variant names."""
+    problems, names = [], ", ".join(study.calibrations) or "none"
+    for variant, recipe in study.variants.items():
+        if recipe.calibration and recipe.calibration not in study.calibrations:
+            problems.append(
+                f"variants.{variant}.calibration = {recipe.calibration!r} is not one of "
+                f"calibrations ({names}); add it there, or leave it out"
+            )
+    used = {recipe.calibration for recipe in study.variants.values()}
+    return problems + [
+        f"calibrations.{name} is named by no variant; give one calibration: {name}, or remove it"
+        for name in study.calibrations
+        if name not in used
+    ]
 
 
 def _columns(study: Study) -> list[str]:
@@ -261,6 +280,8 @@ def _columns(study: Study) -> list[str]:
     sources: list[tuple[str, DatasetSource, str]] = [
         ("calibration.dataset", study.calibration.dataset, study.calibration.adapter)
     ]
+    for name, settings in study.calibrations.items():
+        sources.append((f"calibrations.{name}.dataset", settings.dataset, settings.adapter))
     shared_text = study.evaluation.shared_text.dataset
     sources.append(("evaluation.shared_text.dataset", shared_text, "shared_text"))
     for name, dataset in study.evaluation.datasets.items():
@@ -485,7 +506,8 @@ class Job:
     `runtime` describes, for the record, what the runtime settings of the study file mean on
     this machine; helpers.runtime.devices fills it in. `draw` counts the checkpoints that the
     study makes of the variant, each from calibration items of its own. `whole` is the study with
-    all its evaluation sets where `study` has only some.
+    all its evaluation sets where `study` has only some. `calibration` names the calibration that
+    the job makes or its variant is made from; it is empty for the study's own.
     """
 
     name: str
@@ -496,6 +518,12 @@ class Job:
     runtime: dict = field(default_factory=dict)
     draw: int = 1
     whole: Study | None = None
+    calibration: str = ""
+
+    @property
+    def calibration_settings(self) -> Calibration:
+        """Which items the job's calibration reads."""
+        return self.study.calibration_called(self.calibration)
 
     @property
     def whole_study(self) -> Study:
@@ -523,32 +551,49 @@ class Job:
             "variant": self.variant,
             "runtime": self.runtime,
             "draw": self.draw if self.draw > 1 else None,
+            "calibration": None if self.variant else self.calibration,
         }
         return {key: value for key, value in parameters.items() if value}
 
 
-def open_job(study: str | Path, *, model: str = "", variant: str = "", draw: int | str = 1) -> Job:
+def open_job(
+    study: str | Path,
+    *,
+    model: str = "",
+    variant: str = "",
+    draw: int | str = 1,
+    calibration: str = "",
+) -> Job:
     """The job of a validated study with one of its models and variants.
 
     Without a model the job reads records only, and models and data may be missing.
 
     Args:
         draw: of the variant's checkpoint; of the calibration, where there is no variant.
+        calibration: one of the study's `calibrations`, where there is no variant.
 
     Raises:
-        StudyError: the study file is wrong, it has no such model, variant or draw, or a link
-            under its outputs leads elsewhere.
+        StudyError: the study file is wrong, it has no such model, variant, calibration or draw,
+            or a link under its outputs leads elsewhere.
     """
     study_settings, name = load_study(study, with_sources=bool(model)), study_file(study).stem
     for kind, value, names in (
         ("model", model, study_settings.models),
         ("variant", variant, study_settings.variants),
+        ("calibration", calibration, study_settings.calibrations),
     ):
         if value and value not in names:
-            raise StudyError(f"{name}: {kind} = {value!r} is not one of {', '.join(names)}")
-    most = study_settings.variants[variant].repeats if variant else study_settings.repeats
+            known = f"is not one of {', '.join(names)}" if names else "is none: the study has none"
+            raise StudyError(f"{name}: {kind} = {value!r} {known}")
+    if variant:
+        calibration = study_settings.calibration_of(variant)
+        most = study_settings.variants[variant].repeats
+    else:
+        most = study_settings.calibration_draws(calibration)
     if str(draw) not in map(str, range(1, most + 1)):
         raise StudyError(f"{name}: draw = {draw!r} is not one of 1 to {most}; see repeats")
-    paths = StudyPaths(name, int(draw), variant)
+    paths = StudyPaths(name, int(draw), variant, calibration)
     paths.check_links()
-    return Job(name, study_settings, paths, model, variant, draw=int(draw))
+    return Job(
+        name, study_settings, paths, model, variant, draw=int(draw), calibration=calibration
+    )

@@ -184,6 +184,10 @@ def _is_none(value: Any) -> bool:
     return value is None
 
 
+def _is_empty(value: Any) -> bool:
+    return not value
+
+
 # Left out of a dump if not given, so that older fingerprints stay.
 Columns = Annotated[
     dict[str, Annotated[str | tuple[str, ...], BeforeValidator(_column)]] | None,
@@ -398,6 +402,9 @@ class Variant(Strict):
     `rounding` is how weights get onto their grid: `nearest`; `mse`, to nearest on a grid clipped
     to the least error (llmcompressor's observer); `gptq`, by llmcompressor's GPTQ on the
     calibration items.
+
+    `calibration` names one of the study's `calibrations`; without it the variant is made from the
+    study's `calibration`.
     """
 
     recipe: Literal["seed"] | None = None
@@ -409,6 +416,7 @@ class Variant(Strict):
     smooth: Smooth | None = None
     ignore: tuple[Annotated[str, AfterValidator(_name_or_pattern)], ...] = (HEAD,)
     repeats: Count = 1
+    calibration: Annotated[Name | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _whole_scheme(self):
@@ -448,6 +456,11 @@ class Variant(Strict):
             raise ValueError(
                 f"repeats = {self.repeats} but nothing in it is computed from calibration items, "
                 "so that all checkpoints would be the same; leave it out"
+            )
+        if self.calibration and not self.reads_calibration:
+            raise ValueError(
+                f"calibration = {self.calibration!r} but nothing in it is computed from "
+                "calibration items; leave it out"
             )
         return self
 
@@ -770,6 +783,8 @@ class Study(Strict):
 
     `enable_thinking` goes to the chat template of models that think aloud before they
     answer; a study of such a model has to say it.
+    `calibration` serves every variant but those that name one of `calibrations`, which ask what
+    another number, length or kind of calibration items would change.
     `old_rules_chapter` names variants that the report also shows, in one chapter, under the
     rules of the report this project redoes (helpers.report.naive_rules_chapter); mostly there are
     none.
@@ -781,6 +796,7 @@ class Study(Strict):
     enable_thinking: Annotated[bool, Field(strict=True)] | None = None
     models: Annotated[dict[Name, ModelSource], Field(min_length=1)]
     calibration: Calibration
+    calibrations: Annotated[dict[Name, Calibration], Field(exclude_if=_is_empty)] = {}
     variants: Annotated[dict[Name, Variant], Field(min_length=1)]
     baseline: Name
     evaluation: Evaluation
@@ -791,6 +807,19 @@ class Study(Strict):
     def repeats(self) -> int:
         """The most checkpoints that are made of any one variant."""
         return max(variant.repeats for variant in self.variants.values())
+
+    def calibration_called(self, name: str) -> Calibration:
+        """The settings of a named calibration; of the study's own if the name is empty."""
+        return self.calibrations[name] if name else self.calibration
+
+    def calibration_of(self, variant: str) -> str:
+        """The name of the calibration that a variant is made from; empty for the study's own."""
+        return self.variants[variant].calibration or ""
+
+    def calibration_draws(self, name: str) -> int:
+        """How often items are drawn for a calibration: the most repeats of its variants."""
+        users = [v.repeats for v in self.variants.values() if (v.calibration or "") == name]
+        return max(users, default=1)
 
     @property
     def with_option_sets_only(self) -> "Study":

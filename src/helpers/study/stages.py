@@ -165,7 +165,12 @@ NOTEBOOKS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run of one stage's notebook; `draw` counts the checkpoints of a variant from 1."""
+    """One run of one stage's notebook.
+
+    Attributes:
+        variant: of a calibration, the name of one of the study's `calibrations`.
+        draw: counts the checkpoints of a variant, and the draws of a calibration, from 1.
+    """
 
     stage: str
     model: str = ""
@@ -175,14 +180,17 @@ class Run:
     @property
     def name(self) -> str:
         """`02_quantization.base.rtn_w8a8`, the executed notebook's name."""
-        names = ".".join(filter(None, (NOTEBOOKS[self.stage], self.model, self.variant)))
-        return draw_name(names, self.draw)
+        return draw_name(".".join([NOTEBOOKS[self.stage], *self._names]), self.draw)
 
     @property
     def label(self) -> str:
         """`quantization base rtn_w8a8`, the job's name in messages."""
-        names = " ".join(filter(None, (self.stage, self.model, self.variant)))
-        return draw_name(names, self.draw)
+        return draw_name(" ".join([self.stage, *self._names]), self.draw)
+
+    @property
+    def _names(self) -> list[str]:
+        names = list(filter(None, (self.model, self.variant)))
+        return ["+".join(names)] if self.stage == "calibration" else names
 
     def executed(self, paths: StudyPaths) -> Path:
         """The path of the executed notebook."""
@@ -190,12 +198,12 @@ class Run:
 
     def record(self, paths: StudyPaths) -> Path:
         """The path of the run's record, which the next stages read."""
-        paths = replace(paths, draw=self.draw, drawn=self.variant)
+        paths = replace(paths, draw=self.draw, drawn=self.variant, calibrated="")
         match self.stage:
             case "finetuning":
                 return paths.finetuned_model(self.model) / "record.json"
             case "calibration":
-                return paths.calibration(self.model) / "record.json"
+                return replace(paths, calibrated=self.variant).calibration(self.model) / "record.json"
             case "quantization":
                 return paths.quantization(self.model, self.variant) / "record.json"
             case "cost":
@@ -203,6 +211,12 @@ class Run:
             case "evaluation":
                 return paths.evaluation(self.model, self.variant) / "record.json"
         return paths.root / "summary.json"
+
+
+def run_of(job: Job, stage: str) -> Run:
+    """The run that a job is; a calibration without a variant may be a named one."""
+    named = job.calibration if stage == "calibration" else job.variant
+    return Run(stage, job.model, named, job.draw)
 
 
 def runs(study: Study) -> list[Run]:
@@ -213,7 +227,7 @@ def runs(study: Study) -> list[Run]:
     """
     pairs = [(m, v) for m in study.models for v in study.variants]
     all_runs = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
-    all_runs += [Run("calibration", m) for m in study.models]
+    all_runs += [Run("calibration", m, c) for c in ("", *study.calibrations) for m in study.models]
     all_runs += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
     all_runs += [Run("cost", m) for m in timed_models(study)]
     all_runs += [Run("evaluation", m, v) for m, v in pairs]
@@ -237,9 +251,10 @@ def _draw_runs(study: Study) -> list[Run]:
         for draw in range(2, recipe.repeats + 1)
     ]
     calibrations = dict.fromkeys(
-        Run("calibration", m, draw=draw)
+        Run("calibration", m, name, draw)
+        for name in ("", *study.calibrations)
         for m in study.models
-        for draw in range(2, study.repeats + 1)
+        for draw in range(2, study.calibration_draws(name) + 1)
     )
     return [*calibrations, *(Run(s, *at) for s in ("quantization", "evaluation") for at in draws)]
 
@@ -262,7 +277,8 @@ def upstream_runs(study: Study, run: Run) -> list[Run]:
         case "calibration":
             return trained
         case "quantization":
-            return [*trained, Run("calibration", run.model, draw=run.draw)]
+            calibration = study.calibration_of(run.variant)
+            return [*trained, Run("calibration", run.model, calibration, run.draw)]
         case "cost":
             changed = [v for v in study.variants if study.variants[v].needs_checkpoint]
             return [Run("quantization", run.model, v) for v in changed]
@@ -298,17 +314,18 @@ def settings_text(study: Study, run: Run) -> str:
         del settings["runtime"]["quantized"]  # both work on the float model
     if study.enable_thinking is not None:
         settings["enable_thinking"] = study.enable_thinking
-    if run.variant:
+    if run.variant and run.stage != "calibration":
         settings["variant"] = _variant(study, run.variant)
     if run.stage == "cost":
         del settings["runtime"]["threads"]  # it uses all cores
         settings["variants"] = {v: _variant(study, v) for v in study.variants}
         settings["baseline"] = study.baseline
         settings["batch"] = study.evaluation.batch.model_dump()
+    named = _calibration_of(study, run)
     if run.stage in ("calibration", "quantization", "cost") or (
         run.variant and study.variants[run.variant].needs_checkpoint
     ):
-        settings["calibration"] = study.calibration.model_dump()
+        settings["calibration"] = study.calibration_called(named).model_dump()
         settings["barred_from_calibration"] = _evaluation_draws(study)
     if run.stage == "evaluation":
         answered = study.with_option_sets_only if run.draw > 1 else study
@@ -316,8 +333,18 @@ def settings_text(study: Study, run: Run) -> str:
         settings["baseline"] = study.baseline
     if run.draw > 1:
         settings["draw"] = run.draw
+    if run.draw > 1 or named:
         settings["barred_from_calibration"] = [_evaluation_draws(study), _trainings(study)]
+        if named:  # its items are no training items, which are none of the study's calibration
+            settings["barred_from_calibration"].append(study.calibration.model_dump())
     return canonical_json(settings)
+
+
+def _calibration_of(study: Study, run: Run) -> str:
+    """The name of the calibration that a run makes or rests on; empty for the study's own."""
+    if run.stage == "calibration":
+        return run.variant
+    return study.calibration_of(run.variant) if run.variant else ""
 
 
 def _variant(study: Study, variant: str) -> dict:
@@ -387,10 +414,13 @@ def _data_sources(study: Study, run: Run) -> list:
     model = study.models[run.model]
     if run.stage == "evaluation":
         return [model, *evaluated, study.evaluation.shared_text.dataset]
-    sources = [model, study.calibration.dataset, *evaluated]
+    named = _calibration_of(study, run)
+    sources = [model, study.calibration_called(named).dataset, *evaluated]
     if isinstance(model, FineTunedModel) and run.stage == "finetuning":
         sources += [model.finetune.dataset, study.models[model.finetune.start]]
-    if run.draw > 1:  # its calibration items are no training items of any model
+    if named:
+        sources.append(study.calibration.dataset)
+    if run.draw > 1 or named:  # its calibration items are no training items of any model
         trained = [m for m in study.models.values() if isinstance(m, FineTunedModel)]
         sources += [source.finetune.dataset for source in trained]
     return sources
@@ -547,8 +577,10 @@ def largest_complete_part(study: Study, completed: Collection[Run]) -> Part:
         _leave_out(missing, models, variants, study.baseline)
     if not models:
         raise StudyError("no model's calibration and baseline are complete; run make study")
+    calibrations = {study.calibration_of(name) for name in variants}
     selected = {
         "models": {name: study.models[name] for name in models},
+        "calibrations": {n: c for n, c in study.calibrations.items() if n in calibrations},
         "variants": {
             name: study.variants[name].model_copy(
                 update={"repeats": _completed_draws(study, models, name, completed)}
@@ -577,6 +609,8 @@ def _missing_parts(study: Study, models, variants, completed) -> list[tuple[str,
     """(model, variant) of every missing run; the variant is empty if the whole model needs it."""
     missing = []
     for run in runs(study):
+        if run.stage == "calibration" and run.variant:
+            continue  # the variants made from it lack their checkpoints
         required = run.stage != "cost" and run.model in models and run.variant in ("", *variants)
         required &= run.draw == 1  # with fewer draws a recipe is still reported
         if required and run not in completed:

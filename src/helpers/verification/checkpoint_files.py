@@ -383,7 +383,7 @@ class CheckpointFiles(ModelSlot):
     @cached_property
     def items(self) -> list[Item]:
         """The calibration items, drawn again from the study file."""
-        return calibration_items(self.job.study, draw=self.job.draw)
+        return calibration_items(self.job.study, self.job.calibration, draw=self.job.draw)
 
     @cached_property
     def tokens(self) -> list[list[int]]:
@@ -393,7 +393,7 @@ class CheckpointFiles(ModelSlot):
 
     def _text(self, item: Item) -> tuple[str, bool]:
         """(calibration text of an item, whether it is plain text without a template)."""
-        messages = conversation(item, self.job.study.calibration.adapter, shots=0)
+        messages = conversation(item, self.job.calibration_settings.adapter, shots=0)
         if not self.tokenizer.chat_template:
             return "\n".join(t for t in (messages[-1]["content"], item.solution) if t), True
         options = {"tokenize": False, "add_generation_prompt": True}

@@ -58,7 +58,7 @@ PRODUCTS_A_BLOCK = 4  # products between a block's input and its last Linear: qÂ
 def items_gate(evidence: CheckpointFiles):
     """The recorded items and token counts equal those that the study draws and tokenizes now."""
     results = evidence.calibration_record["results"]
-    settings = evidence.job.study.calibration
+    settings = evidence.job.calibration_settings
     ids, expected = results["items"], [item.id for item in evidence.items]
     tokens = sum(map(len, evidence.tokens))
     path = evidence.calibration_folder / "activations.safetensors"
@@ -85,7 +85,7 @@ def texts_gate(evidence: CheckpointFiles):
 
     Whitespace is ignored, since a tokenizer may change it.
     """
-    settings, incomplete = evidence.job.study.calibration, []
+    settings, incomplete = evidence.job.calibration_settings, []
     raw_rows = load_rows(settings.dataset)
     rows = {_without_spaces(row.get("problem") or row.get("question")): row for row in raw_rows}
     for item, tokens in zip(evidence.items, evidence.tokens, strict=True):
@@ -146,14 +146,16 @@ def leakage_gate(evidence: CheckpointFiles):
     Nor is one of a further draw on the calibration record of an earlier one.
     """
     study, model, draw = evidence.job.study, evidence.job.model, evidence.job.draw
-    rows = load_items(study.calibration.dataset, adapter=study.calibration.adapter)
+    settings = evidence.job.calibration_settings
+    rows = load_items(settings.dataset, adapter=settings.adapter)
     items_by_id = {item.id: item for item in rows}
     calibration_items = [items_by_id[i] for i in evidence.calibration_record["results"]["items"]]
     others = {d: evaluation_items(study, d) for d in study.evaluation.datasets}
     if isinstance(study.models[model], FineTunedModel):
         others["training"] = [i for part in training_items(study, model) for i in part]
     for number in range(1, draw):
-        record = Run("calibration", model, draw=number).record(evidence.job.paths)
+        run = Run("calibration", model, evidence.job.calibration, number)
+        record = run.record(evidence.job.paths)
         ids = read_json(record, made_by="01_calibration")["results"]["items"]
         others[f"draw {number}"] = [items_by_id[i] for i in ids]
     texts = {

@@ -65,6 +65,8 @@ def _error_line(error: Exception) -> str:
 
 def _label(stage: str, parameters: dict[str, str]) -> str:
     model, variant = parameters.get("model", ""), parameters.get("variant", "")
+    if calibration := parameters.get("calibration_name", ""):
+        model = f"{model}+{calibration}"
     if (draw := int(parameters.get("draw", 1))) > 1:  # the last of its names carries it
         model, variant = (model, f"{variant}~{draw}") if variant else (f"{model}~{draw}", "")
     return f"{stage:<12}  {model:<12}  {variant:<18}"
@@ -155,13 +157,10 @@ def _run(args: argparse.Namespace, stage: str, parameters: dict[str, str]) -> No
 
     output, fingerprint = args.output.absolute(), nullcontext()
     if stage in stages.NOTEBOOKS and "partial" not in parameters:
-        run_parameters = {
-            key: parameters[key]
-            for key in ("study", "model", "variant", "draw")
-            if key in parameters
-        }
+        keys = {"study", "model", "variant", "draw", "calibration_name"} & set(parameters)
+        run_parameters = {key.removesuffix("_name"): parameters[key] for key in keys}
         job = open_job(**run_parameters)
-        run = stages.Run(stage, job.model, job.variant, job.draw)
+        run = stages.run_of(job, stage)
         fingerprint = stages.record_fingerprint(job.study, job.paths, run)
     with fingerprint:
         run_notebook(args.notebook, output, parameters)

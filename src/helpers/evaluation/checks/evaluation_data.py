@@ -351,7 +351,8 @@ def used_items(study: Study, model: str, variant: str, *, draw: int = 1) -> dict
     """Items used for the variant, by use: prompt examples, calibration, training."""
     items_by_use = {"worked-example": worked_examples(study)}
     if study.variants[variant].needs_checkpoint:
-        items_by_use["calibration"] = calibration_items(study, draw=draw)
+        name = study.calibration_of(variant)
+        items_by_use["calibration"] = calibration_items(study, name, draw=draw)
     if isinstance(study.models[model], FineTunedModel):
         items_by_use["training"] = [item for part in training_items(study, model) for item in part]
     return items_by_use
