@@ -26,7 +26,6 @@ from helpers.core.errors import StudyError, one_line, valid_unicode
 from helpers.core.files import PROJECT, StudyPaths, relative_to_project
 from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
 from helpers.study.schema import (
-    Calibration,
     FIELDS,
     LIST_FIELDS,
     PATTERN,
@@ -34,6 +33,7 @@ from helpers.study.schema import (
     RESERVED_STUDIES,
     RULE,
     SOURCE_TAGS,
+    Calibration,
     DatasetSource,
     EvaluationSet,
     FileDataset,
@@ -594,6 +594,4 @@ def open_job(
         raise StudyError(f"{name}: draw = {draw!r} is not one of 1 to {most}; see repeats")
     paths = StudyPaths(name, int(draw), variant, calibration)
     paths.check_links()
-    return Job(
-        name, study_settings, paths, model, variant, draw=int(draw), calibration=calibration
-    )
+    return Job(name, study_settings, paths, model, variant, draw=int(draw), calibration=calibration)

@@ -203,7 +203,8 @@ class Run:
             case "finetuning":
                 return paths.finetuned_model(self.model) / "record.json"
             case "calibration":
-                return replace(paths, calibrated=self.variant).calibration(self.model) / "record.json"
+                named = replace(paths, calibrated=self.variant)
+                return named.calibration(self.model) / "record.json"
             case "quantization":
                 return paths.quantization(self.model, self.variant) / "record.json"
             case "cost":
