@@ -69,7 +69,7 @@ override ARGS += -n
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help fetch study report archive again export recommend protect lab test longtest bank bench families scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
+.PHONY: help fetch study report archive again export recommend protect recipe lab test longtest bank bench families scale serve-check gpu-check gpu-wheels coverage lint types format lock clean
 
 help: ## list the targets
 	@printf 'make <target> [STUDY=$(STUDY)]\n\n'
@@ -122,6 +122,9 @@ recommend: $(READY) ## say which variant of a finished study to use, with a tabl
 
 protect: $(READY) ## which Linears to leave float; ARGS='base smoothquant_w8a8 --bytes 0.03'
 	@$(PY) -m tools.protect $(STUDY) $(ARGS)
+
+recipe: $(READY) ## a variant as llmcompressor's recipe file; ARGS='base smoothquant_w8a8'
+	@$(PY) -m tools.recipe $(STUDY) $(ARGS)
 
 lab: $(READY) ## open the notebooks in JupyterLab
 	@PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m jupyter lab --LabApp.news_url=None \

@@ -84,10 +84,9 @@ class Search:
         self.absmax = calibration.load_absmax(path)
         self.model = load_model(source, job.study.runtime)
         tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
-        adapter = job.study.calibration.adapter
-        tokens = [
-            calibration_tokens(tokenizer, item, adapter) for item in calibration_items(job.study)
-        ]
+        adapter = job.calibration_settings.adapter
+        items = calibration_items(job.study, job.calibration)
+        tokens = [calibration_tokens(tokenizer, item, adapter) for item in items]
         first = calibration.first_judging_item(len(tokens))
         judges, others = tokens[first:], tokens[:first][:CONFIRMING]
         fit = calibration.load_absmax(path, fit=True)
