@@ -24,7 +24,6 @@ NEED_TORCH = {
         "operations",
     },
     "evaluation": {
-        "checks.call_gates",
         "checks.evaluation_data",
         "checks.forward_passes",
         "checks.recomputed_losses",

@@ -42,7 +42,7 @@ from helpers.cost.operations import (
     writing_operations,
 )
 from helpers.evaluation import engine
-from helpers.evaluation.checks import call_gates, evaluation_data, recomputed_losses
+from helpers.evaluation.checks import evaluation_data, recomputed_losses, recorded_calls
 from helpers.evaluation.checks.evaluation_data import PASSAGES
 from helpers.evaluation.checks.numeric_gates import GOLD_SAMPLE, SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
@@ -292,7 +292,7 @@ class EvaluationStage(Stage):
     prompts: dict[str, list[TokenizedPrompt]]
     loaded: tuple[Gate, ...]
     progress: Progress
-    calls: call_gates.CallRecorder | call_gates.NoCalls
+    calls: recorded_calls.CallRecorder | recorded_calls.NoCalls
 
     def answer(self) -> dict[str, list[dict]]:
         """The predictions of every evaluation set, by its name; one an item, in the items' order.
@@ -332,7 +332,7 @@ class EvaluationStage(Stage):
     ) -> dict:
         """Hold what was saved to every check; the record of the gates, written to gates.json."""
         resumed = self.progress.resumed
-        gates = call_gates.call_gates(self.job, self.calls, predictions, rows, resumed)
+        gates = recorded_calls.call_gates(self.job, self.calls, predictions, rows, resumed)
         checked = evaluation_data.check_evaluation(
             self.job,
             self.network,
@@ -385,5 +385,5 @@ def open_evaluation(
         prompts=prompts,
         loaded=tuple(loaded),
         progress=Progress(job, files=record.inputs["variant"], packages=record.packages),
-        calls=call_gates.call_recorder(job, network),
+        calls=recorded_calls.call_recorder(job, network),
     )

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from helpers.core.records import WHOLE_VARIANT, Gate
-from helpers.evaluation.checks.call_gates import linear_files
 from helpers.evaluation.checks.forward_passes import (
     FEWEST_EPS,
     FINAL,
@@ -41,6 +40,7 @@ from helpers.evaluation.checks.recomputed_answers import (
     render_golds,
 )
 from helpers.evaluation.checks.recomputed_tasks import says_target_is_written
+from helpers.evaluation.checks.recorded_calls import linear_files
 from helpers.evaluation.prompts import Prompt, context_tokens, option_tokens, render_prompt
 from helpers.inference.protocols import OptionTokens
 from helpers.inference.vllm_client import is_served
