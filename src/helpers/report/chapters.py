@@ -21,7 +21,6 @@ from helpers.report import (
 from helpers.report.estimates import VariantResults
 from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.figures import Picture
-from helpers.report.items_page import PAGE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -37,6 +36,7 @@ from helpers.report.markdown import (
     number,
     percent,
 )
+from helpers.report.pages import PAGE
 from helpers.report.results import Results
 from helpers.report.sensitivity import output_sqnr
 from helpers.study.schema import AnySet, TaskSet

@@ -1,7 +1,7 @@
 """The report at a glance: the answer, a card a model, the cost of fine-tuning, and one figure.
 
 The models stand side by side. A card is a column of a table "at a glance", which the HTML page
-shows as cards (`helpers.report.html_page`). Its verdict is that of the graded scores, pooled over
+shows as cards (`helpers.report.pages`). Its verdict is that of the graded scores, pooled over
 the informative sets; a study without graded scores has only right and wrong. Speed and bytes of a
 model trained here are those of its start model, whose shapes it has.
 """
@@ -16,7 +16,6 @@ from helpers.report import executive, graded_chapter, narrative
 from helpers.report.cost_chapter import ratio_text
 from helpers.report.estimates import Cost, VariantResults
 from helpers.report.figures import QUIET, Picture, in_house_style, variant_looks, wrapped_title
-from helpers.report.html_page import AT_A_GLANCE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -30,6 +29,7 @@ from helpers.report.markdown import (
     percent_span,
     points,
 )
+from helpers.report.pages import AT_A_GLANCE
 from helpers.report.results import Results
 from helpers.statistics.graded_study import INSIDE_MARGIN, GradedVerdict
 from helpers.study.schema import FineTunedModel

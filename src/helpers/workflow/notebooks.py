@@ -85,7 +85,7 @@ def _only_durations(metadata: dict) -> dict:
 
 
 def _clean_outputs(outputs: list[dict]) -> list[dict]:
-    from helpers.report.html_page import NARROW  # a fork server holds nothing of the report
+    from helpers.report.pages import NARROW  # a fork server holds nothing of the report
 
     cleaned: list[dict] = []
     for output in outputs:
@@ -267,7 +267,7 @@ def export_report(notebook: Path, study: str, folder: Path) -> None:
     import nbformat
     from nbconvert import HTMLExporter, MarkdownExporter
 
-    from helpers.report.html_page import report_page
+    from helpers.report.pages import report_page
     from helpers.study.loading import load_study
 
     content = _without_stderr(nbformat.read(notebook, as_version=4))
@@ -297,7 +297,7 @@ def _beside_the_report(text: str) -> str:
 
 def _narrow_figures(notebook) -> dict[str, str]:
     """Data address of each figure that has a form for phones, to that form's address."""
-    from helpers.report.html_page import NARROW
+    from helpers.report.pages import NARROW
 
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     bundles = [output.data for output in outputs if NARROW in output.get("data", {})]
