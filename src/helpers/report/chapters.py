@@ -10,10 +10,10 @@ from IPython.display import Markdown
 from helpers.core.records import WHOLE_VARIANT
 from helpers.evaluation.checks.recomputed_tasks import unchecked_note
 from helpers.report import (
-    draws_chapter,
     executive,
     figures,
     glance,
+    graded_chapter,
     narrative,
     sensitivity,
     tables,
@@ -347,7 +347,7 @@ def opening(results: Results) -> Shown:
     """The question, the report at a glance, the key findings, and folded scores and controls."""
     first, *pictures = glance.sections(results)
     verdicts, controls = executive.verdict_table(results), executive.control_table(results)
-    recipes = draws_chapter.summary_bullets(results)
+    recipes = graded_chapter.recipe_bullets(results)
     findings = [*executive.verdict_bullets(results), *recipes, *narrative.key_findings(results)]
     return [
         markdown_output(
