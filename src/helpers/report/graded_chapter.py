@@ -14,7 +14,6 @@ from collections.abc import Iterator
 
 from IPython.display import Markdown
 
-from helpers.report.executive import headline_variants, variant_label
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -32,6 +31,7 @@ from helpers.report.markdown import (
     span,
     with_span,
 )
+from helpers.report.narrative import headline_variants, variant_label
 from helpers.report.results import Results
 from helpers.statistics.draws import POOLED, Recipe, RecipeFigure
 from helpers.statistics.graded import EQUIVALENCE_LEVEL
