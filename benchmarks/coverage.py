@@ -26,11 +26,12 @@ from helpers.statistics.graded import (
     ability,
     comparison_of,
     option_probabilities,
+    pooled_difference,
     pooled_recipe,
     recipe_estimate,
+    recovery,
 )
 from helpers.statistics.intervals import mcnemar_exact
-from helpers.statistics.pooled import pooled_difference, recovery
 
 STUDIES = 2000
 MORE = 5  # times as many for sizes: of 2,000 studies 5 % is known to a point

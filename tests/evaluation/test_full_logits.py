@@ -22,7 +22,7 @@ from helpers.inference.perplexity import (
 )
 from helpers.sources.models import byte_tokenizer, load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import shared_passages
-from helpers.statistics.pooled import token_kl
+from helpers.statistics.graded import token_kl
 from helpers.study.loading import open_job
 
 AGAIN = "shared-text figures recomputed"

@@ -16,21 +16,19 @@ from helpers.statistics.graded import (
     ability,
     compare_graded,
     comparison_of,
+    cost_difference,
     judge_graded,
+    kl_difference,
     missing_scores,
     option_probabilities,
-    right_options,
-    scored,
-)
-from helpers.statistics.intervals import mcnemar_exact
-from helpers.statistics.pooled import (
-    cost_difference,
-    kl_difference,
     pooled_cost_difference,
     pooled_difference,
     recovery,
+    right_options,
+    scored,
     token_kl,
 )
+from helpers.statistics.intervals import mcnemar_exact
 from simulated_rows import option_rows, passages, quantized, written_rows
 
 USUAL = {"confidence": 0.95, "alpha": 0.05, "power": 0.8}

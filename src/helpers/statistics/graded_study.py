@@ -25,24 +25,22 @@ from helpers.statistics.graded import (
     Ability,
     Estimate,
     GradedComparison,
+    Recovery,
     Scored,
     Unit,
     ability,
     comparison_of,
+    cost_difference,
     judge_graded,
+    kl_difference,
     missing_scores,
     paired_differences,
-    scored,
-)
-from helpers.statistics.intervals import holm
-from helpers.statistics.pooled import (
-    Recovery,
-    cost_difference,
-    kl_difference,
     pooled_cost_difference,
     pooled_difference,
     recovery,
+    scored,
 )
+from helpers.statistics.intervals import holm
 from helpers.statistics.verdicts import (
     DecisionRules,
     VariantAnswers,
