@@ -40,8 +40,15 @@ from helpers.runtime.discovery import architecture, linear_experts, linear_names
 from helpers.runtime.linears import use_onednn
 from helpers.sources import chat
 from helpers.sources.fetching import cached_model
-from helpers.sources.gguf_models import forget_quantization_, gguf_model_folder, parsed_once
-from helpers.sources.model_files import TensorFiles, check_model_safety, load_config, loading_error
+from helpers.sources.model_files import (
+    TensorFiles,
+    check_model_safety,
+    forget_quantization_,
+    gguf_model_folder,
+    load_config,
+    loading_error,
+    parsed_once,
+)
 from helpers.study.inputs import FETCH, is_commit, resolve_path
 from helpers.study.schema import (
     BundledModel,
