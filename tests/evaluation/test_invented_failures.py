@@ -495,8 +495,7 @@ LOSSES = {
     ],
 )
 def test_a_loss_on_other_tokens(trained, failure):
-    from helpers.sources.finetuning import heldout_loss
-    from helpers.sources.models import load_model
+    from helpers.sources.models import heldout_loss, load_model
     from helpers.study.schema import Runtime
 
     folder, tokenizer, items = trained

@@ -58,9 +58,8 @@ from helpers.inference.perplexity import (
     states_path,
 )
 from helpers.sources.chat import EXAMPLES, PLAIN_EXAMPLES
-from helpers.sources.finetuning import fine_tuning_settings
 from helpers.sources.items import Item, gold_number, load_rows
-from helpers.sources.models import load_model, model_folder
+from helpers.sources.models import fine_tuning_settings, load_model, model_folder
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,
