@@ -26,7 +26,6 @@ NEED_TORCH = {
     "evaluation": {
         "checks.evaluation_data",
         "checks.forward_passes",
-        "checks.recomputed_losses",
         "checks.recorded_calls",
         "checks.second_opinion",
         "engine",

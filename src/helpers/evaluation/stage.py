@@ -42,7 +42,7 @@ from helpers.cost.operations import (
     writing_operations,
 )
 from helpers.evaluation import engine
-from helpers.evaluation.checks import evaluation_data, recomputed_losses, recorded_calls
+from helpers.evaluation.checks import evaluation_data, recorded_calls, second_opinion
 from helpers.evaluation.checks.evaluation_data import PASSAGES
 from helpers.evaluation.checks.numeric_gates import GOLD_SAMPLE, SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
@@ -303,16 +303,16 @@ class EvaluationStage(Stage):
         arguments = self.network, self.tokenizer, self.study, self.progress, self.prompts
         return self.calls.record(PACKED, engine.ask_all, *arguments)
 
-    def read_shared_text(self) -> tuple[list[dict], recomputed_losses.Recomputed]:
+    def read_shared_text(self) -> tuple[list[dict], second_opinion.Recomputed]:
         """(one row a passage of the text every variant reads, the figures computed again).
 
         Raises:
             StudyError: the baseline has not been evaluated yet, or a file of it is damaged.
         """
-        passes = recomputed_losses.Passes(self.network)
+        passes = second_opinion.Passes(self.network)
         given = self.job, self.network, self.tokenizer
         rows = self.calls.record(SHARED_TEXT, perplexity.read_shared_text, *given)
-        recomputed = recomputed_losses.recompute(self.job, self.network, passes)
+        recomputed = second_opinion.recompute(self.job, self.network, passes)
         self.record.add_input("float_states", sha256_file(perplexity.states_path(self.job)))
         return rows, recomputed
 
@@ -328,7 +328,7 @@ class EvaluationStage(Stage):
         self,
         predictions: dict[str, list[dict]],
         rows: list[dict],
-        recomputed: recomputed_losses.Recomputed,
+        recomputed: second_opinion.Recomputed,
     ) -> dict:
         """Hold what was saved to every check; the record of the gates, written to gates.json."""
         resumed = self.progress.resumed

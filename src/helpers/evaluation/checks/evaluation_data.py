@@ -26,18 +26,16 @@ from helpers.evaluation.checks.item_gates import (
 )
 from helpers.evaluation.checks.numeric_gates import gold_sample_ids, is_batch_invariant, sampled_ids
 from helpers.evaluation.checks.recomputed_answers import ExpectedGolds, render_golds
-from helpers.evaluation.checks.recomputed_losses import (
-    Recomputed,
-    loss_gate,
-    steps_gate,
-    weights_gate,
-)
 from helpers.evaluation.checks.second_opinion import (
     COMPARED_TEXTS,
     TEXT,
     NoOpinion,
+    Recomputed,
     SecondOpinion,
+    loss_gate,
     open_second_opinion,
+    steps_gate,
+    weights_gate,
 )
 from helpers.evaluation.engine import evaluate, read_golds
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions

@@ -301,7 +301,7 @@ class EvaluationData:
             rounding of every weight.
         reference: rows of the shared text from the saved float states; empty for the baseline.
         loaded: gates on the evaluated model from when it was loaded.
-        recomputed: rows and token counts of the shared text, recomputed by `recomputed_losses`;
+        recomputed: rows and token counts of the shared text, recomputed by `second_opinion`;
         None
             if they were not.
         training: results in the record of the model's fine-tuning; None without one.
