@@ -8,7 +8,7 @@ done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packa
 from IPython.display import Markdown
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.evaluation.checks.recomputed_tasks import unchecked_note
+from helpers.evaluation.checks.item_gates import unchecked_note
 from helpers.report import figures, glance, graded_chapter, narrative, sensitivity, tables
 from helpers.report.estimates import VariantResults
 from helpers.report.figures import Picture

@@ -26,8 +26,11 @@ from helpers.evaluation.checks.item_gates import (
     clusters_gate,
     contents_gate,
     draw_gate,
+    foils_gate,
     leakage_gate,
     raw_rows_gate,
+    rows_gate,
+    unchecked_note,
 )
 from helpers.evaluation.checks.numeric_gates import (
     invariance_gate,
@@ -48,7 +51,6 @@ from helpers.evaluation.checks.recomputed_answers import (
     rescored,
     second_reading_gate,
 )
-from helpers.evaluation.checks.recomputed_tasks import foils_gate, rows_gate, unchecked_note
 from helpers.evaluation.scoring import (
     best_fixed_answer,
     collapsed_to_one_answer,

@@ -52,12 +52,12 @@ from helpers.evaluation.checks.forward_passes import (
     tie_margin,
     traced,
 )
+from helpers.evaluation.checks.item_gates import says_target_is_written
 from helpers.evaluation.checks.recomputed_answers import (
     ExpectedGolds,
     log_likelihoods,
     render_golds,
 )
-from helpers.evaluation.checks.recomputed_tasks import says_target_is_written
 from helpers.evaluation.checks.recorded_calls import linear_files
 from helpers.evaluation.prompts import Prompt, context_tokens, option_tokens, render_prompt
 from helpers.inference.protocols import OptionTokens
