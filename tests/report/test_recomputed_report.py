@@ -40,7 +40,6 @@ from test_report import make_job, one_model  # noqa: F401 - a fixture
 DEMO = PROJECT / "outputs" / "demo"
 OWN = {
     "recomputed_tables",
-    "recomputed_sentences",
     "recomputed_graded_report",
     "recomputed_chapters",
 }
