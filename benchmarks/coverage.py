@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import write_json
-from helpers.statistics.clustered import clustered_mean
 from helpers.statistics.graded import (
     DrawsOfSet,
     Scored,
@@ -31,7 +30,7 @@ from helpers.statistics.graded import (
     recipe_estimate,
     recovery,
 )
-from helpers.statistics.intervals import mcnemar_exact
+from helpers.statistics.intervals import clustered_mean, mcnemar_exact
 
 STUDIES = 2000
 MORE = 5  # times as many for sizes: of 2,000 studies 5 % is known to a point

@@ -321,7 +321,7 @@ def test_none_of_the_reports_code_makes_its_numbers_again():
         report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
         assert report <= OWN, name
         statistics_modules = {
-            "helpers.statistics." + m for m in ("intervals", "clustered", "graded", "verdicts")
+            "helpers.statistics." + m for m in ("intervals", "graded", "verdicts")
         }
         assert not imported & (statistics_modules | {"helpers.evaluation.scoring"}), name
 

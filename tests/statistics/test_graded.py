@@ -11,7 +11,6 @@ from scipy import special, stats
 from helpers.core.errors import StudyError
 from helpers.evaluation.scoring import gold_score
 from helpers.statistics.checks import recomputed_graded as again
-from helpers.statistics.clustered import clustered_mean, combine, satterthwaite_degrees
 from helpers.statistics.graded import (
     ability,
     compare_graded,
@@ -28,7 +27,12 @@ from helpers.statistics.graded import (
     scored,
     token_kl,
 )
-from helpers.statistics.intervals import mcnemar_exact
+from helpers.statistics.intervals import (
+    clustered_mean,
+    combine,
+    mcnemar_exact,
+    satterthwaite_degrees,
+)
 from simulated_rows import option_rows, passages, quantized, written_rows
 
 USUAL = {"confidence": 0.95, "alpha": 0.05, "power": 0.8}

@@ -23,7 +23,6 @@ import numpy as np
 from helpers.core.files import draw_name
 from helpers.core.records import WHOLE_VARIANT, failed_check
 from helpers.evaluation.predictions import SHARED_TEXT
-from helpers.statistics.clustered import MeanEstimate
 from helpers.statistics.graded import (
     DrawsOfSet,
     RecipeEstimate,
@@ -43,7 +42,7 @@ from helpers.statistics.graded_study import (
     graded_scores,
     length_rule,
 )
-from helpers.statistics.intervals import Interval, holm
+from helpers.statistics.intervals import Interval, MeanEstimate, holm
 from helpers.statistics.verdicts import (
     VariantAnswers,
     VariantPredictions,

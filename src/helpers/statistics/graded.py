@@ -61,8 +61,15 @@ from scipy.stats import norm
 
 from helpers.core.errors import StudyError
 from helpers.evaluation.scoring import foil_score, gold_score
-from helpers.statistics.clustered import ROUNDING, MeanEstimate, clustered_mean, combine
-from helpers.statistics.intervals import Interval, require_fraction, tost_from_interval
+from helpers.statistics.intervals import (
+    ROUNDING,
+    Interval,
+    MeanEstimate,
+    clustered_mean,
+    combine,
+    require_fraction,
+    tost_from_interval,
+)
 
 SMALLEST_P = 1e-6
 # Of alpha, at which each of the two tests for equivalence stands: at alpha itself a skewed loss as
@@ -196,7 +203,7 @@ def recipe_estimate(
         weights: (n,) positive weight of each item, such as its tokens; None weighs alike.
 
     Raises:
-        ValueError: it is not a table with a row a draw, or as `clustered.cluster_sums`.
+        ValueError: it is not a table with a row a draw, or as `intervals.cluster_sums`.
     """
     table = np.asarray(differences, dtype=np.float64)
     if table.ndim != 2 or table.shape[0] < 1:

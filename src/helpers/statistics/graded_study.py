@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check
 from helpers.evaluation.predictions import SHARED_TEXT
-from helpers.statistics.clustered import clustered_mean
 from helpers.statistics.graded import (
     Ability,
     Estimate,
@@ -40,7 +39,7 @@ from helpers.statistics.graded import (
     recovery,
     scored,
 )
-from helpers.statistics.intervals import holm
+from helpers.statistics.intervals import clustered_mean, holm
 from helpers.statistics.verdicts import (
     DecisionRules,
     VariantAnswers,
