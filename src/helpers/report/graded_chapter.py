@@ -33,14 +33,16 @@ from helpers.report.markdown import (
 )
 from helpers.report.narrative import headline_variants, variant_label
 from helpers.report.results import Results
-from helpers.statistics.draws import POOLED, Recipe, RecipeFigure
 from helpers.statistics.graded import EQUIVALENCE_LEVEL
 from helpers.statistics.graded_study import (
     INSIDE_MARGIN,
+    POOLED,
     FineTuningCost,
     GradedStudy,
     GradedVerdict,
     PooledVerdict,
+    Recipe,
+    RecipeFigure,
 )
 from helpers.study.schema import Comparison
 
