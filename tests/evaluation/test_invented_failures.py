@@ -148,8 +148,7 @@ def figures(demo):
     """What is wrong in a text of the demo's report."""
     from helpers.core.records import read_json
     from helpers.report.checks.recomputed_tables import RecomputedFigures
-    from helpers.statistics.checks.recomputed_verdicts import comparison_rows
-    from helpers.statistics.published_answers import read_answers
+    from helpers.statistics.checks.recomputed_verdicts import comparison_rows, read_answers
     from helpers.study.loading import load_study
 
     study = load_study("demo")

@@ -13,7 +13,7 @@ from helpers.core.records import read_json, write_json
 from helpers.report import chapters, graded_chapter, summary
 from helpers.report.checks import recomputation
 from helpers.report.results import load_results
-from helpers.statistics.published_answers import read_answers
+from helpers.statistics.checks.recomputed_verdicts import read_answers
 from simulated_rows import option_rows, quantized
 from test_graded_study import complete
 from test_report import make_job  # noqa: F401 - a fixture

@@ -32,7 +32,7 @@ from helpers.report.checks.recomputed_tables import (
 from helpers.report.markdown import number
 from helpers.report.results import Results, load_results
 from helpers.sources.sampling import shared_passages
-from helpers.statistics.published_answers import PublishedAnswers, read_answers
+from helpers.statistics.checks.recomputed_verdicts import PublishedAnswers, read_answers
 from helpers.statistics.verdicts import VariantAnswers, study_verdicts
 from test_recomputed_statistics import bootstrap_of_four_times_the_items
 from test_report import make_job, one_model  # noqa: F401 - a fixture

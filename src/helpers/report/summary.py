@@ -35,7 +35,7 @@ from helpers.report.markdown import (
     percent,
 )
 from helpers.report.results import Results
-from helpers.statistics.published_answers import write_answers
+from helpers.statistics.checks.recomputed_verdicts import write_answers
 from helpers.statistics.verdicts import ControlOutcome, Verdict
 from helpers.study.loading import Job
 from helpers.study.schema import BundledModel, Comparison, FineTunedModel, HubModel, Study

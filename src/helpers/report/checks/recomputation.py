@@ -59,8 +59,13 @@ from helpers.report.checks.recomputed_tables import (
 from helpers.sources.items import load_rows
 from helpers.sources.sampling import cluster_near_duplicates, set_items
 from helpers.statistics.checks.recomputed_statistics import clustered_mean
-from helpers.statistics.checks.recomputed_verdicts import answer_of, comparison_rows, declared_for
-from helpers.statistics.published_answers import PublishedAnswers, read_answers
+from helpers.statistics.checks.recomputed_verdicts import (
+    PublishedAnswers,
+    answer_of,
+    comparison_rows,
+    declared_for,
+    read_answers,
+)
 from helpers.statistics.verdicts import ControlOutcome
 from helpers.study.loading import load_study, study_file
 from helpers.study.schema import Comparison, HubDataset, Study, Variant
