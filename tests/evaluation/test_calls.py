@@ -26,7 +26,7 @@ from helpers.evaluation.checks.recorded_calls import (
 )
 from helpers.inference import packed_attention, perplexity, protocols
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.runtime.linears import current_sequence_ids
+from helpers.runtime.devices import current_sequence_ids
 from helpers.sources.models import random_model
 from quantized_run import QuantizedRun
 from test_plain_beginning import tokenizer_with

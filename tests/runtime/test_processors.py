@@ -10,8 +10,8 @@ import torch
 from helpers.core.errors import StudyError
 from helpers.core.files import PROJECT
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
-from helpers.runtime import devices, linears
-from helpers.runtime.linears import product, use_onednn
+from helpers.runtime import devices
+from helpers.runtime.devices import product, use_onednn
 from helpers.sources import models
 
 
@@ -82,7 +82,7 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
     with use_packed_attention(model):
         expected = read(model, segments())
         monkeypatch.setattr(devices, "features", lambda: ("avx2",))
-        assert linears.is_emulated(expected)
+        assert devices.is_emulated(expected)
         states = read(model, segments())
     assert states.dtype == torch.bfloat16
     distance = (states.float() - expected.float()).norm() / expected.float().norm()

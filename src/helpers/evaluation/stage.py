@@ -59,8 +59,7 @@ from helpers.inference import perplexity, protocols, vllm_client
 from helpers.inference.packed_attention import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import variants
-from helpers.runtime.devices import modules_by_device, prepare
-from helpers.runtime.linears import FEWEST_ROWS
+from helpers.runtime.devices import FEWEST_ROWS, modules_by_device, prepare
 from helpers.sources.models import Stage, begin_record, load_tokenizer
 from helpers.sources.sampling import shared_passages
 from helpers.study import stages

@@ -56,12 +56,13 @@ from helpers.core.records import (
 )
 from helpers.runtime.devices import (
     has_bfloat16_units,
+    pad,
     place_on_device,
     prepare,
     return_to_input_device,
+    use_onednn,
 )
 from helpers.runtime.discovery import architecture, head_logits, linear_experts, linear_names
-from helpers.runtime.linears import pad, use_onednn
 from helpers.sources import chat
 from helpers.sources.fetching import cached_model
 from helpers.sources.model_files import (

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from helpers.core.architectures import HEAD
 from helpers.core.records import Gate, largest
 from helpers.inference.vllm_client import is_served
+from helpers.runtime.devices import current_sequence_ids
 from helpers.runtime.discovery import architecture, linear_names
-from helpers.runtime.linears import current_sequence_ids
 from helpers.sources.model_files import load_config, skeleton
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
