@@ -40,7 +40,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM)
 PARENT = "JPY_PARENT_PID"  # tells a Jupyter kernel the process that started it
 LENGTH = struct.Struct("<I")  # of a request, before it
 STATUS = struct.Struct("<i")  # a process id, then an exit status
-JOB_ENVIRONMENT = {
+JOB_ENVIRONMENT = {  # of the server, of Snakemake and of a job
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",  # whatever the locale is
     "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the debugger's start-up warning

@@ -72,6 +72,7 @@ MADE_BY = "04_analysis"
 
 AnswersByVariant = Mapping[tuple[str, str], VariantAnswers]  # by (model, variant)
 Draws = dict[tuple[str, str], list[VariantAnswers]]  # by (model, variant): the second on
+
 TOLERANCE = 1e-6  # absolute, of fractions computed by two methods
 NARROWEST, WIDEST = 0.6, 1.7  # ratio of an interval's half-width to the jackknife's
 
