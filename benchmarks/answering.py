@@ -20,7 +20,7 @@ from helpers.core.errors import valid_unicode
 from helpers.evaluation.engine import box_closes, stop_tokens
 from helpers.evaluation.prompts import render_prompt
 from helpers.inference.protocols import AnswerInProgress, StopRules
-from helpers.runtime.linears import pad
+from helpers.runtime.devices import pad
 from helpers.sources.chat import tokenize
 
 SETS = ("openmath", "squad_v2")

@@ -19,18 +19,18 @@ from numpy.typing import NDArray
 
 from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import write_json
-from helpers.statistics.clustered import clustered_mean
 from helpers.statistics.graded import (
     DrawsOfSet,
     Scored,
     ability,
     comparison_of,
     option_probabilities,
+    pooled_difference,
     pooled_recipe,
     recipe_estimate,
+    recovery,
 )
-from helpers.statistics.intervals import mcnemar_exact
-from helpers.statistics.pooled import pooled_difference, recovery
+from helpers.statistics.intervals import clustered_mean, mcnemar_exact
 
 STUDIES = 2000
 MORE = 5  # times as many for sizes: of 2,000 studies 5 % is known to a point

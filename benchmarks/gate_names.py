@@ -24,7 +24,7 @@ REFUSED = "refused in one line"
 CHECKS = {  # what catches a failure and is no gate
     COMPARISONS: "statistics.checks.recomputed_verdicts",
     VERDICTS: "report.checks.recomputation",
-    SENTENCES: "report.checks.recomputed_sentences",
+    SENTENCES: "report.checks.recomputation",
     CHAPTERS: "report.checks.recomputed_chapters",
     COSTS: "report.checks.recomputed_chapters",
     RECORDS: "report.checks.recomputed_chapters",

@@ -25,8 +25,12 @@ from helpers.core.files import outputs_root, write_atomically
 from helpers.core.records import package_versions, write_json
 from helpers.inference.perplexity import passage_rows, read_passages
 from helpers.quantization.smoothing import same_alpha, smooth_variant_
-from helpers.runtime.devices import processor_class, processor_name, set_malloc_thresholds
-from helpers.runtime.linears import simulated_by_onednn
+from helpers.runtime.devices import (
+    processor_class,
+    processor_name,
+    set_malloc_thresholds,
+    simulated_by_onednn,
+)
 from helpers.sources.sampling import shared_passages
 
 INT8 = {"num_bits": 8, "type": "int", "symmetric": True}

@@ -191,7 +191,7 @@ def remake_report(archive: Path, to: Path) -> Path:
         StudyError: the archive is damaged, or the recomputed `summary.json` differs.
         JobFailed: the analysis rejects the results.
     """
-    from helpers.workflow.notebooks import export_report, run_notebook
+    from helpers.workflow.cli import export_report, run_notebook
 
     manifest = unpack(archive, to)
     name = manifest["study"]
@@ -212,7 +212,7 @@ def remake_report(archive: Path, to: Path) -> Path:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; see `--help`."""
-    from helpers.workflow.notebooks import JobFailed
+    from helpers.workflow.cli import JobFailed
 
     parser = argparse.ArgumentParser(prog="python -m tools.archive", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)

@@ -33,8 +33,7 @@ from helpers.report.markdown import (
     span,
 )
 from helpers.statistics import graded
-from helpers.statistics.clustered import clustered_mean
-from helpers.statistics.intervals import holm
+from helpers.statistics.intervals import clustered_mean, holm
 from helpers.statistics.verdicts import (
     DecisionRules,
     PairedComparison,

@@ -24,10 +24,8 @@ NEED_TORCH = {
         "operations",
     },
     "evaluation": {
-        "checks.call_gates",
         "checks.evaluation_data",
         "checks.forward_passes",
-        "checks.recomputed_losses",
         "checks.recorded_calls",
         "checks.second_opinion",
         "engine",

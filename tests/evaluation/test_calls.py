@@ -17,11 +17,16 @@ from evaluated_run import (
     scale_of_each_token,
 )
 from helpers.core.architectures import HEAD
-from helpers.evaluation.checks.call_gates import FLOAT, QUANTIZED, WHOLE, linear_files
-from helpers.evaluation.checks.recorded_calls import CallRecorder
+from helpers.evaluation.checks.recorded_calls import (
+    FLOAT,
+    QUANTIZED,
+    WHOLE,
+    CallRecorder,
+    linear_files,
+)
 from helpers.inference import packed_attention, perplexity, protocols
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.runtime.linears import current_sequence_ids
+from helpers.runtime.devices import current_sequence_ids
 from helpers.sources.models import random_model
 from quantized_run import QuantizedRun
 from test_plain_beginning import tokenizer_with

@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.special import log_softmax
 
-from helpers.evaluation.checks import recomputed_losses
+from helpers.evaluation.checks import second_opinion
 from helpers.evaluation.checks.integrity import finite_gate
 from helpers.evaluation.checks.numeric_gates import recomputed_gates
 from helpers.evaluation.scoring import shared_text_metrics
@@ -22,7 +22,7 @@ from helpers.inference.perplexity import (
 )
 from helpers.sources.models import byte_tokenizer, load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import shared_passages
-from helpers.statistics.pooled import token_kl
+from helpers.statistics.graded import token_kl
 from helpers.study.loading import open_job
 
 AGAIN = "shared-text figures recomputed"
@@ -49,9 +49,9 @@ def evaluated(study_path, monkeypatch, tmp_path):
             (model if variant == "noquant" else rounded(model)),
             job_of(study_path, variant),
         )
-        passes = recomputed_losses.Passes(asked)
+        passes = second_opinion.Passes(asked)
         rows = read_shared_text(job, asked, tokenizer)
-        again = recomputed_losses.recompute(job, asked, passes)
+        again = second_opinion.recompute(job, asked, passes)
         means = shared_text_metrics(rows)
         return rows, recomputed_gates(rows, means, again, is_baseline=variant == "noquant")
 
@@ -155,9 +155,7 @@ def test_a_token_without_a_finite_kl_is_named(evaluated, monkeypatch):
 def test_rounding_that_cancels_in_the_sum_still_widens_the_limit():
     """Two readings of the baseline whose tokens differ and whose passages have one KL."""
     first, logits = torch.randn(2, 2, 9, generator=torch.Generator().manual_seed(0))
-    row = recomputed_losses.compare_passage(
-        [1, 2, 3], first, first.flip(0), logits[:1].repeat(2, 1)
-    )
+    row = second_opinion.compare_passage([1, 2, 3], first, first.flip(0), logits[:1].repeat(2, 1))
     difference = abs(row["token_kl"][0] - row["token_kl"][1])
     assert difference > 0.01
     assert row["token_kl_blur"] == pytest.approx([difference] * 2)
@@ -253,7 +251,7 @@ def test_a_baseline_apart_from_itself_and_wrong_means_are_caught(evaluated):
 def test_the_hook_is_taken_off_again(evaluated, study_path):
     job = job_of(study_path, "noquant")
     model = load_model(model_folder(job.study, "base", job.paths), job.study.runtime)
-    passes = recomputed_losses.Passes(model)
+    passes = second_opinion.Passes(model)
     assert model.base_model._forward_hooks
     passes.end()
     assert not model.base_model._forward_hooks

@@ -15,7 +15,7 @@ from transformers.data.metrics import squad_metrics
 from helpers.core.files import PROJECT
 from helpers.core.records import sha256_text
 from helpers.evaluation import prompts
-from helpers.evaluation.checks import recomputed_losses
+from helpers.evaluation.checks import second_opinion
 from helpers.evaluation.checks.evaluation_data import item_pool, render_items_again
 from helpers.evaluation.checks.item_gates import contents_gate, draw_gate, order_gate, passages_gate
 from helpers.evaluation.checks.recomputed_answers import last_closed_box, second_reading_gate
@@ -148,8 +148,7 @@ def figures(demo):
     """What is wrong in a text of the demo's report."""
     from helpers.core.records import read_json
     from helpers.report.checks.recomputed_tables import RecomputedFigures
-    from helpers.statistics.checks.recomputed_verdicts import comparison_rows
-    from helpers.statistics.published_answers import read_answers
+    from helpers.statistics.checks.recomputed_verdicts import comparison_rows, read_answers
     from helpers.study.loading import load_study
 
     study = load_study("demo")
@@ -495,8 +494,7 @@ LOSSES = {
     ],
 )
 def test_a_loss_on_other_tokens(trained, failure):
-    from helpers.sources.finetuning import heldout_loss
-    from helpers.sources.models import load_model
+    from helpers.sources.models import heldout_loss, load_model
     from helpers.study.schema import Runtime
 
     folder, tokenizer, items = trained
@@ -505,7 +503,7 @@ def test_a_loss_on_other_tokens(trained, failure):
     examples = [failure(*e) for e in examples]
     loss = heldout_loss(load_model(folder, runtime), examples, batch_items=2)
     recorded = {"heldout_loss_after": loss}
-    gate = recomputed_losses.loss_gate(folder, tokenizer, items, recorded, dtype="float32")
+    gate = second_opinion.loss_gate(folder, tokenizer, items, recorded, dtype="float32")
     assert gate.passed == (failure is on_its_tokens), gate.measured
 
 
@@ -523,8 +521,8 @@ def test_steps_and_items_of_a_training(study_settings, write_study, case):
     settings = open_job(write_study(study_settings)).study.models["tuned"].finetune
     sound = {"steps": 2, "losses": [1.0, 1.0]}
     sound |= {"items": {"training": list("abcd"), "heldout": list("ef")}}
-    assert recomputed_losses.steps_gate(settings, sound).passed
-    assert not recomputed_losses.steps_gate(settings, sound | STEPS[case]).passed
+    assert second_opinion.steps_gate(settings, sound).passed
+    assert not second_opinion.steps_gate(settings, sound | STEPS[case]).passed
 
 
 MOVED = {"a learning rate ten times as high": (10, False), "embeddings that stay": (1, True)}
@@ -543,9 +541,7 @@ def test_weights_that_moved_too_far_or_not_at_all(trained, tmp_path, study_path,
                 moves = not (still and "embed_tokens" in name)
                 weight.add_(moves * rate * results["steps"] * settings.learning_rate)
         save_model(model, byte_tokenizer(), folder)
-        return recomputed_losses.weights_gate(
-            trained[0], folder, settings, results, dtype="float32"
-        )
+        return second_opinion.weights_gate(trained[0], folder, settings, results, dtype="float32")
 
     assert gate(1, False).passed
     assert not gate(*MOVED[case]).passed

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from helpers.core.records import largest
-from helpers.evaluation.checks import numeric_gates, recomputed_losses
+from helpers.evaluation.checks import numeric_gates, second_opinion
 from helpers.evaluation.checks.numeric_gates import invariance_gate
 from helpers.study.loading import load_study
 
@@ -34,7 +34,7 @@ def test_weights_that_are_no_numbers(tmp_path, place):
         folder.mkdir()
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     start, trained, broken = folders
-    ask = recomputed_losses.weights_gate
+    ask = second_opinion.weights_gate
     assert ask(start, trained, settings, {"steps": 1}, dtype="float32").passed
     assert not ask(start, broken, settings, {"steps": 1}, dtype="float32").passed
 

@@ -106,11 +106,11 @@ def shaken_in(tiny, settled, dtype: str) -> list[dict]:
 
 
 def computed_again(tiny, study):
-    """The figures of the shared text by `recomputed_losses`, the tiny model held against itself."""
+    """The figures of the shared text by `second_opinion`, the tiny model held against itself."""
     import torch
 
     from helpers.core.records import sha256_text
-    from helpers.evaluation.checks.recomputed_losses import Recomputed, compare_passage
+    from helpers.evaluation.checks.second_opinion import Recomputed, compare_passage
     from helpers.sources.sampling import shared_passages
 
     rows, counts = [], {}

@@ -10,8 +10,13 @@ from conftest import STUDY
 from evaluated_run import failed, looked_at
 from helpers.evaluation.checks.evaluation_data import render_items_again
 from helpers.evaluation.checks.integrity import rescored_gate
-from helpers.evaluation.checks.item_gates import contents_gate, set_digests
-from helpers.evaluation.checks.recomputed_tasks import foils_gate, rows_gate, unchecked_parts
+from helpers.evaluation.checks.item_gates import (
+    contents_gate,
+    foils_gate,
+    rows_gate,
+    set_digests,
+    unchecked_parts,
+)
 from helpers.evaluation.checks.second_opinion import LOGPROBS, possibly_written
 from helpers.evaluation.engine import ask_all
 from helpers.evaluation.predictions import check_prediction_rows

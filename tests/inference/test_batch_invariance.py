@@ -10,7 +10,7 @@ import torch
 from helpers.inference.packed_attention import KVCache, Segment
 from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
 from helpers.quantization.variants import load_int8
-from helpers.runtime.linears import FEWEST_ROWS
+from helpers.runtime.devices import FEWEST_ROWS
 from helpers.sources.models import load_model
 
 FLOAT = "float32"

@@ -15,8 +15,8 @@ from helpers.inference.protocols import (
     reading_record,
 )
 from helpers.quantization.variants import load_int8
+from helpers.runtime.devices import use_onednn
 from helpers.runtime.discovery import linear_experts
-from helpers.runtime.linears import use_onednn
 from helpers.runtime.twins import build_twin, twin_config
 from helpers.sources.models import random_model
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.inference.protocols import GeneratedAnswer, generate_greedy
-from helpers.runtime.linears import pad, token_budget_batches
+from helpers.runtime.devices import pad, token_budget_batches
 
 CAP = 14
 

@@ -10,7 +10,7 @@ from helpers.evaluation import prompts
 from helpers.evaluation.checks.evaluation_data import render_items_again
 from helpers.evaluation.checks.integrity import length_gate, prompts_gate
 from helpers.evaluation.checks.numeric_gates import recomputed_gates
-from helpers.evaluation.checks.recomputed_losses import Passes, recompute
+from helpers.evaluation.checks.second_opinion import Passes, recompute
 from helpers.evaluation.engine import evaluate
 from helpers.evaluation.prompts import option_tokens, render_prompt
 from helpers.evaluation.scoring import shared_text_metrics

@@ -11,7 +11,7 @@ from helpers.core.files import PROJECT
 from helpers.core.records import Record
 from helpers.quantization import calibration, channel_maxima, smoothing
 from helpers.report import figures, tables
-from helpers.sources.stage import FloatStage
+from helpers.sources.models import FloatStage
 
 NOTEBOOK = PROJECT / "notebooks" / "01_calibration.ipynb"
 

@@ -153,7 +153,7 @@ def test_a_changed_input_is_quantized_anew():
 
 
 def test_texts_of_another_packing_are_quantized_anew():
-    from helpers.runtime.linears import use_sequence_ids
+    from helpers.runtime.devices import use_sequence_ids
 
     layer, x = linear("tensor_dynamic"), torch.randn(4, 576) * torch.tensor([[1.0], [1], [9], [9]])
     with use_sequence_ids(torch.tensor([0, 0, 1, 1])):

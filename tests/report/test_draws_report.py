@@ -10,10 +10,10 @@ import pytest
 import test_report
 from helpers.core.errors import StudyError
 from helpers.core.records import read_json, write_json
-from helpers.report import chapters, draws_chapter, graded_chapter, summary
+from helpers.report import chapters, graded_chapter, summary
 from helpers.report.checks import recomputation
 from helpers.report.results import load_results
-from helpers.statistics.published_answers import read_answers
+from helpers.statistics.checks.recomputed_verdicts import read_answers
 from simulated_rows import option_rows, quantized
 from test_graded_study import complete
 from test_report import make_job  # noqa: F401 - a fixture
@@ -65,7 +65,7 @@ def study_path(job) -> str:
 
 
 def chapter_text(results) -> str:
-    return "\n\n".join(part.data for part in draws_chapter.chapter(results))
+    return "\n\n".join(part.data for part in graded_chapter.draws_chapter(results))
 
 
 def figure(results, place: str, measure: str, model: str = "base"):
@@ -92,7 +92,7 @@ def test_draws_change_nothing_but_their_own_chapter_and_block(repeated_job, tmp_
     assert repeated.pop("draws")
     assert repeated == once
     assert summary.csv_text(results) == summary.csv_text(alone)
-    assert draws_chapter.chapter(alone) == []
+    assert graded_chapter.draws_chapter(alone) == []
     shown = [[str(part) for part in graded_chapter.chapter(r)[:1]] for r in (results, alone)]
     assert shown[0] == shown[1]
 
@@ -186,7 +186,7 @@ def published(repeated_job):
     summary.write_summary(results, job.paths.root)
     text = "\n\n".join(
         part.data
-        for part in [*graded_chapter.chapter(results), *draws_chapter.chapter(results)]
+        for part in [*graded_chapter.chapter(results), *graded_chapter.draws_chapter(results)]
         if hasattr(part, "data")
     )
     (job.paths.root / "report.md").write_text(text, "utf-8")

@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from helpers.report import executive
+from helpers.report import narrative
 from helpers.report.markdown import markdown_table
 from helpers.report.results import Results
 from helpers.statistics.intervals import Interval
@@ -54,10 +54,10 @@ def summary_of(study_settings):
 
 
 def whole(results) -> str:
-    table = executive.verdict_table(results)
-    parts = [*executive.failed_control_bullets(results), executive.answer_sentences(results)]
+    table = narrative.verdict_table(results)
+    parts = [*narrative.failed_control_bullets(results), narrative.answer_sentences(results)]
     parts.append(markdown_table(table) if table else "")
-    return "\n".join([*parts, *executive.verdict_bullets(results)])
+    return "\n".join([*parts, *narrative.verdict_bullets(results)])
 
 
 def sound(text: str) -> None:
@@ -92,8 +92,8 @@ def test_every_mixture_of_two_variants_reads_well(summary_of):
 
 def test_nothing_declared(summary_of):
     results = summary_of([])
-    assert "no verdict" in executive.answer_sentences(results)
-    assert executive.verdict_table(results) == executive.verdict_bullets(results) == []
+    assert "no verdict" in narrative.answer_sentences(results)
+    assert narrative.verdict_table(results) == narrative.verdict_bullets(results) == []
 
 
 def test_all_invalid_says_nothing_of_quantization(summary_of):
@@ -137,9 +137,9 @@ def test_one_worse_among_many(summary_of):
 
 
 def test_all_equivalent_is_said_with_its_margin(summary_of):
-    lead = executive.answer_sentences(summary_of(["equivalent"] * 4))
+    lead = narrative.answer_sentences(summary_of(["equivalent"] * 4))
     assert "equivalent to `noquant` within ±5 points in the 4 comparisons declared" in lead
-    lead = executive.answer_sentences(summary_of(["equivalent", "uninformative"]))
+    lead = narrative.answer_sentences(summary_of(["equivalent", "uninformative"]))
     assert (
         "within ±5 points in the 1 of 2 declared comparisons that could show a difference" in lead
     )
@@ -148,11 +148,11 @@ def test_all_equivalent_is_said_with_its_margin(summary_of):
 def test_one_comparison_alone(summary_of):
     for kind in KINDS:
         sound(whole(summary_of([kind])))
-    assert "its one comparison is invalid" in executive.answer_sentences(summary_of(["invalid"]))
+    assert "its one comparison is invalid" in narrative.answer_sentences(summary_of(["invalid"]))
 
 
 def test_the_table_has_a_cell_for_every_declared_verdict(summary_of):
-    rows = executive.verdict_table(summary_of(["worse", "invalid", "equivalent"]))
+    rows = narrative.verdict_table(summary_of(["worse", "invalid", "equivalent"]))
     assert [list(row) for row in rows] == [["variant", "model", "ARC", "SQuAD v2"]] * 2
     assert rows[0]["ARC"] == "**worse**"
     assert rows[1] | {"ARC": "**invalid**", "SQuAD v2": "–"} == rows[1]
@@ -179,6 +179,6 @@ def test_a_control_that_failed_is_shouted_before_anything_else(summary_of):
 
 def test_controls_that_held_are_named(summary_of):
     outcomes = {("base", "smooth_only"): outcome(True), ("tuned", "smooth_only"): outcome(True)}
-    bullets = executive.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
+    bullets = narrative.verdict_bullets(summary_of(["equivalent"] * 4, outcomes=outcomes))
     assert bullets[-1].startswith("**All controls behaved as expected**")
     assert bullets[-1].count("`smooth_only`") == 1

@@ -10,8 +10,8 @@ import pytest
 from bs4 import BeautifulSoup
 
 from helpers.core.errors import StudyError
-from helpers.report import explore, items_page
-from helpers.report.items_page import marked_differences
+from helpers.report import explore
+from helpers.report.pages import marked_differences, page_data
 from hostile_text import HOSTILE
 from test_items_page import MadeUp
 
@@ -27,7 +27,7 @@ def made_up(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pages(made_up):
-    return items_page.page_data(made_up.results)
+    return page_data(made_up.results)
 
 
 def checked(value: str) -> BeautifulSoup:

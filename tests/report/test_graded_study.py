@@ -19,7 +19,7 @@ from helpers.report.checks.recomputed_tables import RecomputedFigures
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results
 from helpers.statistics.checks.recomputed_graded_study import GradedBlocks
-from helpers.statistics.checks.recomputed_verdicts import comparison_rows
+from helpers.statistics.checks.recomputed_verdicts import comparison_rows, read_answers
 from helpers.statistics.graded_study import (
     ROUNDING_MOVES,
     GradedVerdict,
@@ -27,7 +27,6 @@ from helpers.statistics.graded_study import (
     graded_scores,
     graded_study,
 )
-from helpers.statistics.published_answers import read_answers
 from helpers.study.loading import load_study
 from helpers.study.schema import Comparison, Variant
 from simulated_rows import option_rows, quantized, written_rows

@@ -18,7 +18,7 @@ import test_report
 from chromium import CHROMIUM, WHY_NOT, Chromium
 from helpers.core.records import write_jsonl
 from helpers.evaluation.predictions import prompt_digest
-from helpers.report.items_page import PAGE, items_page, write_items_page
+from helpers.report.pages import PAGE, items_page, write_items_page
 from helpers.report.results import load_results
 from helpers.study import stages
 from hostile_text import HOSTILE, PLAIN
@@ -244,8 +244,9 @@ def test_older_records_without_prompts_make_a_page(tmp_path, monkeypatch):
 def test_the_analysis_is_repeated_when_a_part_of_the_page_changes(plain):
     study = plain.job.study
     analysis = {path.name for path in stages.source_files(study, stages.Run("analysis"))}
-    assert {"items_page.py", "items.html", "items.css", "items.js"} <= analysis
+    assert {"pages.py", "items.html", "items.css", "items.js"} <= analysis
     evaluation = stages.source_files(study, stages.Run("evaluation", "base", "noquant"))
+    assert "pages.py" not in {path.name for path in evaluation}
     assert not {path.name for path in evaluation if path.name.startswith("items")} - {"items.py"}
 
 

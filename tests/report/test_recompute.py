@@ -13,7 +13,7 @@ from helpers.core.records import write_json
 from helpers.report import summary
 from helpers.report.checks.recomputation import main, recompute
 from helpers.report.results import load_results
-from helpers.statistics.published_answers import read_answers, write_answers
+from helpers.statistics.checks.recomputed_verdicts import read_answers, write_answers
 from test_report import make_job  # noqa: F401 - a fixture
 
 COMMITTED = ("demo", "seed-replica", "recipes")

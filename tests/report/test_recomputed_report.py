@@ -32,7 +32,7 @@ from helpers.report.checks.recomputed_tables import (
 from helpers.report.markdown import number
 from helpers.report.results import Results, load_results
 from helpers.sources.sampling import shared_passages
-from helpers.statistics.published_answers import PublishedAnswers, read_answers
+from helpers.statistics.checks.recomputed_verdicts import PublishedAnswers, read_answers
 from helpers.statistics.verdicts import VariantAnswers, study_verdicts
 from test_recomputed_statistics import bootstrap_of_four_times_the_items
 from test_report import make_job, one_model  # noqa: F401 - a fixture
@@ -40,7 +40,6 @@ from test_report import make_job, one_model  # noqa: F401 - a fixture
 DEMO = PROJECT / "outputs" / "demo"
 OWN = {
     "recomputed_tables",
-    "recomputed_sentences",
     "recomputed_graded_report",
     "recomputed_chapters",
 }
@@ -322,7 +321,7 @@ def test_none_of_the_reports_code_makes_its_numbers_again():
         report = {m.split(".")[-1] for m in imported if m.startswith("helpers.report")}
         assert report <= OWN, name
         statistics_modules = {
-            "helpers.statistics." + m for m in ("intervals", "clustered", "graded", "verdicts")
+            "helpers.statistics." + m for m in ("intervals", "graded", "verdicts")
         }
         assert not imported & (statistics_modules | {"helpers.evaluation.scoring"}), name
 

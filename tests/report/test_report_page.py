@@ -17,8 +17,8 @@ import test_report
 from chromium import CHROMIUM, WHY_NOT, Chromium
 from helpers.core.files import PROJECT
 from helpers.report.figures import Picture, variant_looks
-from helpers.report.html_page import report_page
-from helpers.workflow.notebooks import clean_notebook, export_report
+from helpers.report.pages import report_page
+from helpers.workflow.cli import clean_notebook, export_report
 from hostile_text import PLAIN
 from made_up_study import made_up_study
 from test_graded_study import graded_makers

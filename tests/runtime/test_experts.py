@@ -4,8 +4,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from helpers.quantization.variants import read_checkpoint_tensors
+from helpers.runtime.devices import LinearExperts, every_expert_reads
 from helpers.runtime.discovery import linear_experts
-from helpers.runtime.linears import LinearExperts, every_expert_reads
 from helpers.sources.model_files import load_config
 from helpers.sources.models import load_model, random_model
 from helpers.study.schema import Runtime

@@ -9,7 +9,7 @@ from torch.nn.functional import linear
 
 from helpers.quantization.calibration import linear_layers
 from helpers.quantization.variants import load_int8
-from helpers.runtime.linears import FEWEST_ROWS, product, simulated_by_onednn, use_onednn
+from helpers.runtime.devices import FEWEST_ROWS, product, simulated_by_onednn, use_onednn
 from helpers.sources.models import load_model, random_model
 
 SHAPES = [(64, 64), (576, 1536), (129, 64), (60, 100), (333, 1001), (1, 7), (7, 1)]  # inner, outer
@@ -77,7 +77,7 @@ def test_what_does_not_lie_in_one_piece(by_onednn):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_types_go_the_usual_way(by_onednn, dtype, monkeypatch):
     """bfloat16 where the processor has units for it; elsewhere see test_processors."""
-    monkeypatch.setattr("helpers.runtime.linears.has_bfloat16_units", lambda: True)
+    monkeypatch.setattr("helpers.runtime.devices.has_bfloat16_units", lambda: True)
     x, weight = drawn(8, 10).to(dtype), drawn(5, 10, seed=1).to(dtype)
     with torch.inference_mode():
         assert torch.equal(product(x, weight), linear(x, weight))

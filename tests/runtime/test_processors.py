@@ -10,9 +10,9 @@ import torch
 from helpers.core.errors import StudyError
 from helpers.core.files import PROJECT
 from helpers.inference.packed_attention import Segment, read, use_packed_attention
-from helpers.runtime import devices, linears
-from helpers.runtime.linears import product, use_onednn
-from helpers.sources import finetuning
+from helpers.runtime import devices
+from helpers.runtime.devices import product, use_onednn
+from helpers.sources import models
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
     with use_packed_attention(model):
         expected = read(model, segments())
         monkeypatch.setattr(devices, "features", lambda: ("avx2",))
-        assert linears.is_emulated(expected)
+        assert devices.is_emulated(expected)
         states = read(model, segments())
     assert states.dtype == torch.bfloat16
     distance = (states.float() - expected.float()).norm() / expected.float().norm()
@@ -91,13 +91,13 @@ def test_a_bfloat16_model_is_itself_to_rounding_without_units(model, monkeypatch
 
 @pytest.mark.parametrize(("autocast", "casts"), [("bfloat16", False), ("none", False)])
 def test_training_does_not_cast_without_units(no_units, autocast, casts):
-    assert finetuning.uses_bfloat16(autocast, "cpu") is casts
+    assert models.uses_bfloat16(autocast, "cpu") is casts
 
 
 def test_training_casts_where_it_gains(monkeypatch, no_units):
-    assert finetuning.uses_bfloat16("bfloat16", "cuda")
+    assert models.uses_bfloat16("bfloat16", "cuda")
     monkeypatch.setattr(devices, "features", lambda: ("avx512_bf16",))
-    assert finetuning.uses_bfloat16("bfloat16", "cpu")
+    assert models.uses_bfloat16("bfloat16", "cpu")
 
 
 def test_the_record_says_what_is_missing(no_units, study):

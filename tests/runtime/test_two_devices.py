@@ -20,8 +20,13 @@ from helpers.quantization import int8_cuda, simulation, smoothing, variants
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_int8, load_quantized, load_reference
-from helpers.runtime.devices import modules_by_device, place_on_device, resolve_runtime
-from helpers.runtime.linears import current_sequence_ids, use_sequence_ids
+from helpers.runtime.devices import (
+    current_sequence_ids,
+    modules_by_device,
+    place_on_device,
+    resolve_runtime,
+    use_sequence_ids,
+)
 from helpers.sources import models
 from helpers.sources.models import FAMILIES, load_model, random_model
 from helpers.study.schema import Runtime, Variant

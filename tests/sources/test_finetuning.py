@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers.core.errors import StudyError
-from helpers.sources import finetuning
+from helpers.sources import models
 from helpers.study.schema import FineTuning, Runtime
 
 SETTINGS = {
@@ -37,7 +37,7 @@ def test_the_loss_is_that_of_the_answers_read_one_by_one(exact_model, examples):
         for place, token in enumerate(answer, start=len(prompt) - 1):
             total -= logprobs[place, token].item()
             count += 1
-    loss = finetuning.answer_loss(exact_model, examples[:4], autocast="none")
+    loss = models.answer_loss(exact_model, examples[:4], autocast="none")
     assert loss.item() == pytest.approx(total / count, rel=1e-5)
 
 
@@ -45,12 +45,12 @@ def test_it_learns_and_the_run_repeats(model, examples):
     from copy import deepcopy
 
     twin, settings = deepcopy(model), FineTuning(**SETTINGS)
-    before = finetuning.heldout_loss(model, examples, batch_items=4)
-    steps = finetuning.fine_tune_(model, examples, settings, seed=1)
-    after = finetuning.heldout_loss(model, examples, batch_items=4)
+    before = models.heldout_loss(model, examples, batch_items=4)
+    steps = models.fine_tune_(model, examples, settings, seed=1)
+    after = models.heldout_loss(model, examples, batch_items=4)
     assert after < before
     assert len(steps) == 9
-    again = finetuning.fine_tune_(twin, examples, settings, seed=1)
+    again = models.fine_tune_(twin, examples, settings, seed=1)
     assert [s.loss for s in again] == [s.loss for s in steps]
     assert all(
         torch.equal(a, b) for a, b in zip(model.parameters(), twin.parameters(), strict=True)
@@ -61,17 +61,17 @@ def test_bfloat16_weights_are_not_trained(model, examples):
     """At a usual rate most of them would stay where they are; in float32 all can move."""
     settings = FineTuning(**SETTINGS | {"learning_rate": 1e-5})
     with pytest.raises(ValueError, match="would hardly move; load them in float32"):
-        finetuning.fine_tune_(model.bfloat16(), examples, settings, seed=1)
+        models.fine_tune_(model.bfloat16(), examples, settings, seed=1)
     runtime = Runtime(device="cpu", dtype="bfloat16", threads=1, quantized="int8")
-    assert finetuning.float32_runtime(runtime).dtype == "float32"
+    assert models.float32_runtime(runtime).dtype == "float32"
     trained = model.float()
-    finetuning.fine_tune_(trained, examples, settings, seed=1)
-    assert finetuning.cast_to_study_dtype(trained, runtime).dtype == torch.bfloat16
+    models.fine_tune_(trained, examples, settings, seed=1)
+    assert models.cast_to_study_dtype(trained, runtime).dtype == torch.bfloat16
 
 
 def test_every_example_is_seen_once_an_epoch(examples):
     settings = FineTuning(**SETTINGS)
-    batches = finetuning._epoch(examples, settings, seed=3)
+    batches = models._epoch(examples, settings, seed=3)
     seen = [example for batch in batches for example in batch]
     assert sorted(seen) == sorted(examples)
 
@@ -81,7 +81,7 @@ def test_a_long_example_is_refused_before_training(model, examples):
     settings = FineTuning(**SETTINGS | {"max_tokens": 16})
     long = [([1] * 20, [2, 3])]
     with pytest.raises(StudyError, match="max_tokens = 16 but an example has 22"):
-        finetuning.fine_tune_(model, long + examples, settings, seed=1)
+        models.fine_tune_(model, long + examples, settings, seed=1)
     assert torch.equal(model.lm_head.weight, before)
 
 
@@ -89,7 +89,7 @@ def test_a_broken_loss_stops_the_training(model, examples):
     with torch.no_grad():
         model.model.norm.weight.fill_(float("inf"))
     with pytest.raises(StudyError, match=r"the loss is .* lower learning_rate"):
-        finetuning.fine_tune_(model, examples, FineTuning(**SETTINGS), seed=1)
+        models.fine_tune_(model, examples, FineTuning(**SETTINGS), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_a_broken_loss_stops_the_training(model, examples):
     ],
 )
 def test_the_title_of_the_loss_says_what_it_did(losses, title):
-    assert finetuning.describe_loss(losses).startswith(f"The loss on the answers {title}")
+    assert models.describe_loss(losses).startswith(f"The loss on the answers {title}")
 
 
 @pytest.mark.parametrize("losses", [[1.0], [2.0, 1.0], [4.0, 3.0, 2.0, 1.0, 1.0, 1.0, 1.0]])
 def test_of_a_few_steps_nothing_is_claimed(losses):
-    assert finetuning.describe_loss(losses) == "The loss on the answers, by step"
+    assert models.describe_loss(losses) == "The loss on the answers, by step"

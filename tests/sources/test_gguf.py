@@ -10,9 +10,13 @@ from gguf import GGUFWriter, TokenType
 from transformers import PreTrainedTokenizerFast
 
 from helpers.core.errors import StudyError
-from helpers.sources import gguf_models, models
-from helpers.sources.gguf_models import check_language, check_round_trips, sentencepiece_tokenizer
-from helpers.sources.model_files import TensorFiles
+from helpers.sources import model_files, models
+from helpers.sources.model_files import (
+    TensorFiles,
+    check_language,
+    check_round_trips,
+    sentencepiece_tokenizer,
+)
 
 LETTERS = "abcdeé▁\n."
 PIECES = ("ab", "bc", "abc", "bcd", "cd", "ea", "eab", "é.", "éé", "de", "cde", "abcde")
@@ -133,22 +137,22 @@ def test_a_model_that_models_no_language_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
     write_gguf(tmp_path / "tiny.gguf")
     with pytest.raises(StudyError, match=r"tiny\.gguf: at plain English its surprise is"):
-        gguf_models.gguf_model_folder(tmp_path / "tiny.gguf")
-    assert not gguf_models.is_gguf_model_converted(tmp_path / "tiny.gguf")
+        model_files.gguf_model_folder(tmp_path / "tiny.gguf")
+    assert not model_files.is_gguf_model_converted(tmp_path / "tiny.gguf")
 
 
 def test_a_file_that_cannot_be_read_is_refused_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cut.gguf").write_bytes(b"GGUF" + bytes(40))
     with pytest.raises(StudyError, match=r"cut\.gguf: cannot be converted") as caught:
-        gguf_models.gguf_model_folder(tmp_path / "cut.gguf")
+        model_files.gguf_model_folder(tmp_path / "cut.gguf")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.long
 def test_the_bundled_file_gives_the_bundled_model(tmp_path):
     """Both ways into a GGUF file give the same weights, and the check on language holds there."""
-    folder = gguf_models.gguf_model_folder(models.bundled_gguf())
+    folder = model_files.gguf_model_folder(models.bundled_gguf())
     one, other = (TensorFiles(f, dtype=None) for f in (folder, models.bundled_model_folder()))
     assert set(one) == set(other)
     assert all(one[name].equal(other[name]) for name in one)

@@ -8,9 +8,8 @@ from helpers.inference.perplexity import read_passages
 from helpers.inference.protocols import OptionTokens, generate_greedy, option_loglikelihoods
 from helpers.quantization.calibration import run_calibration
 from helpers.quantization.simulation import DivergenceProbe
-from helpers.sources.finetuning import answer_loss
 from helpers.sources.model_files import length_independent_up_to
-from helpers.sources.models import random_model
+from helpers.sources.models import answer_loss, random_model
 from helpers.study.schema import Variant
 from helpers.verification.checkpoint_files import input_maxima
 from quantized_run import QuantizedRun, lived_in

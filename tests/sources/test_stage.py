@@ -10,8 +10,7 @@ from helpers.core.records import sha256_folder
 from helpers.cost import operations
 from helpers.cost.operations import quantization_stage_operations
 from helpers.evaluation.prompts import prompt_examples, record_prompts, study_prompts
-from helpers.sources.finetuning import start_of
-from helpers.sources.stage import open_stage
+from helpers.sources.models import open_stage, start_of
 from helpers.study.loading import open_job
 
 

@@ -11,9 +11,8 @@ from hypothesis import strategies as st
 
 from helpers.core.errors import StudyError
 from helpers.evaluation.checks.item_gates import item_digest, raw_digests
-from helpers.sources.items import load_rows
+from helpers.sources.items import csv_rows, load_rows
 from helpers.sources.sampling import evaluation_items, load_items
-from helpers.sources.tables import csv_rows
 from helpers.study import stages
 from helpers.study.inputs import dataset_files
 from helpers.study.loading import load_study

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from helpers.statistics.clustered import bootstrap_difference, bootstrap_mean
-from helpers.statistics.intervals import mcnemar_exact
+from helpers.statistics.intervals import bootstrap_difference, bootstrap_mean, mcnemar_exact
 
 USUAL = {"confidence": 0.95, "resamples": 2000, "seed": 0}
 

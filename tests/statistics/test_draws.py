@@ -10,7 +10,6 @@ from statsmodels.regression.mixed_linear_model import MixedLM
 
 from benchmarks import coverage
 from helpers.statistics.checks import recomputed_graded as again
-from helpers.statistics.clustered import clustered_mean
 from helpers.statistics.graded import (
     DrawsOfSet,
     compare_draws,
@@ -20,6 +19,7 @@ from helpers.statistics.graded import (
     recipe_estimate,
     scored,
 )
+from helpers.statistics.intervals import clustered_mean
 from simulated_rows import option_rows, quantized
 
 

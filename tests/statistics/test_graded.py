@@ -11,25 +11,27 @@ from scipy import special, stats
 from helpers.core.errors import StudyError
 from helpers.evaluation.scoring import gold_score
 from helpers.statistics.checks import recomputed_graded as again
-from helpers.statistics.clustered import clustered_mean, combine, satterthwaite_degrees
 from helpers.statistics.graded import (
     ability,
     compare_graded,
     comparison_of,
+    cost_difference,
     judge_graded,
+    kl_difference,
     missing_scores,
     option_probabilities,
-    right_options,
-    scored,
-)
-from helpers.statistics.intervals import mcnemar_exact
-from helpers.statistics.pooled import (
-    cost_difference,
-    kl_difference,
     pooled_cost_difference,
     pooled_difference,
     recovery,
+    right_options,
+    scored,
     token_kl,
+)
+from helpers.statistics.intervals import (
+    clustered_mean,
+    combine,
+    mcnemar_exact,
+    satterthwaite_degrees,
 )
 from simulated_rows import option_rows, passages, quantized, written_rows
 

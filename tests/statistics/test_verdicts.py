@@ -257,7 +257,7 @@ def test_the_detectable_loss_by_passage_is_that_of_the_noncentral_t():
     before = choices(mostly(80, range(12)), cluster=lambda i: f"passage {i // 2}")
     after = choices(mostly(80, range(5, 21)), cluster=lambda i: f"passage {i // 2}")
     verdict = verdict_of(before, after).paired
-    from helpers.statistics.clustered import bootstrap_mean
+    from helpers.statistics.intervals import bootstrap_mean
 
     pairs = zip(before, after, strict=True)
     spread = bootstrap_mean(

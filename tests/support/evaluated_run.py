@@ -9,9 +9,8 @@ from types import MethodType
 import torch
 from torch.nn.functional import linear
 
-from helpers.evaluation.checks.call_gates import call_gates, call_recorder
 from helpers.evaluation.checks.evaluation_data import ask_alone, opinion_gates
-from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
+from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT, call_gates, call_recorder
 from helpers.evaluation.checks.second_opinion import open_second_opinion
 from helpers.evaluation.engine import ask_all
 from helpers.inference import perplexity

@@ -11,7 +11,7 @@ from helpers.core.files import PROJECT
 from helpers.core.records import checksums, read_json, write_json, write_jsonl
 from helpers.evaluation.predictions import prompt_digest
 from helpers.study.loading import open_job
-from helpers.workflow.notebooks import export_report, run_notebook
+from helpers.workflow.cli import export_report, run_notebook
 from hostile_text import HOSTILE, PLAIN
 
 FILE_NAMES = {HOSTILE: "rows|`x`<b>$y$ [z](w).jsonl", PLAIN: "rows.jsonl"}

@@ -18,7 +18,7 @@ from helpers.evaluation.engine import ask_all
 from helpers.evaluation.prompts import study_prompts
 from helpers.inference.perplexity import passage_tokens, read_passages
 from helpers.quantization.calibration import run_calibration
-from helpers.sources import finetuning
+from helpers.sources import models
 from helpers.sources.chat import calibration_tokens, training_tokens
 from helpers.sources.models import byte_tokenizer, random_model
 from helpers.sources.sampling import calibration_items, shared_passages, training_items
@@ -125,13 +125,13 @@ def test_shared_text_and_calibration_are_counted_to_the_token(study, model, size
 def test_fine_tuning_is_counted_to_the_token(model, size, tokenizer):
     """Backward is two products more for each; the head runs where an answer is predicted."""
     study = load_study("smoke")
-    settings = finetuning.fine_tuning_settings(study, "finetuned")
+    settings = models.fine_tuning_settings(study, "finetuned")
     examples, heldout = (
         [training_tokens(tokenizer, item) for item in part]
         for part in training_items(study, "finetuned")
     )
     multiplied = Multiplied(model)
-    finetuning.fine_tune_(model, examples, settings, seed=study.seed)
+    models.fine_tune_(model, examples, settings, seed=study.seed)
     head = sum(len(answer) for _, answer in examples)
     trained = 3 * (multiplied.operations + 2 * size.head * head * settings.epochs)
     counted = without_weight_passes(count_finetuning(study, "finetuned", size, tokenizer))

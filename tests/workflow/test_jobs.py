@@ -12,7 +12,7 @@ import pytest
 
 import toy_project
 from helpers.core.files import PROJECT
-from helpers.workflow.notebooks import clean_notebook, export_report, final_line_states
+from helpers.workflow.cli import clean_notebook, export_report, final_line_states
 from process_tree import wait_for
 from toy_project import environment, jobs, notebook, read
 

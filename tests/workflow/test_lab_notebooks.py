@@ -20,7 +20,7 @@ from tools.lab_notebooks import LabNotebooks
 
 from chromium import CHROMIUM, WHY_NOT, Chromium
 from helpers.core.files import PROJECT
-from helpers.workflow.notebooks import run_notebook
+from helpers.workflow.cli import run_notebook
 
 NOTEBOOKS = sorted(PROJECT.glob("notebooks/*.ipynb"))
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)

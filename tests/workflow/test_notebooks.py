@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.study import stages
-from helpers.workflow.notebooks import HIDDEN
+from helpers.workflow.cli import HIDDEN
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 NAMES = ["00_finetuning", "01_calibration", "02_quantization", "03_cost", "03_evaluation"]

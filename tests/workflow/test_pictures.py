@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from helpers.report import figures
-from helpers.workflow.notebooks import reduce_palette
+from helpers.workflow.cli import reduce_palette
 
 
 def encoded(figure) -> str:

@@ -32,14 +32,12 @@ from helpers.inference.packed_attention import Segment, read, use_packed_attenti
 from helpers.inference.protocols import generate_greedy, hidden_states, prove_engine
 from helpers.quantization import int8_matmul
 from helpers.quantization.variants import arithmetic_record, load_variant, variant_digest
-from helpers.runtime.devices import has_bfloat16_units, prepare, set_malloc_thresholds
+from helpers.runtime.devices import has_bfloat16_units, prepare, product, set_malloc_thresholds
 from helpers.runtime.discovery import linear_names
-from helpers.runtime.linears import product
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.model_files import TensorFiles, load_config
-from helpers.sources.models import bytes_by_part, load_tokenizer, model_folder
+from helpers.sources.models import Stage, begin_record, bytes_by_part, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items
-from helpers.sources.stage import Stage, begin_record
 from helpers.study.loading import Job, open_job
 from helpers.study.schema import Study, speed_key, variant_per_scheme
 

@@ -37,9 +37,8 @@ from helpers.core.files import StudyPaths
 from helpers.quantization import simulation
 from helpers.quantization.calibration import first_judging_item
 from helpers.quantization.int8_linear import Int8Linear
-from helpers.runtime.devices import resolve_runtime
+from helpers.runtime.devices import resolve_runtime, token_budget_batches, use_onednn
 from helpers.runtime.discovery import linear_names
-from helpers.runtime.linears import token_budget_batches, use_onednn
 from helpers.sources.chat import calibration_tokens, training_tokens
 from helpers.sources.model_files import load_config
 from helpers.sources.models import empty_model, load_tokenizer, model_folder

@@ -27,11 +27,11 @@ from helpers.inference.perplexity import passage_tokens
 from helpers.quantization.calibration import smoothing_groups
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
-from helpers.sources.gguf_models import is_gguf_model_converted
 from helpers.sources.items import Item, cached_rows_info
 from helpers.sources.model_files import (
     TensorFiles,
     context_length,
+    is_gguf_model_converted,
     length_independent_up_to,
     load_config,
     skeleton,

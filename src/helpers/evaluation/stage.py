@@ -42,7 +42,7 @@ from helpers.cost.operations import (
     writing_operations,
 )
 from helpers.evaluation import engine
-from helpers.evaluation.checks import call_gates, evaluation_data, recomputed_losses
+from helpers.evaluation.checks import evaluation_data, recorded_calls, second_opinion
 from helpers.evaluation.checks.evaluation_data import PASSAGES
 from helpers.evaluation.checks.numeric_gates import GOLD_SAMPLE, SAMPLE, is_batch_invariant
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT
@@ -59,11 +59,9 @@ from helpers.inference import perplexity, protocols, vllm_client
 from helpers.inference.packed_attention import SplitText, split_at
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization import variants
-from helpers.runtime.devices import modules_by_device, prepare
-from helpers.runtime.linears import FEWEST_ROWS
-from helpers.sources.models import load_tokenizer
+from helpers.runtime.devices import FEWEST_ROWS, modules_by_device, prepare
+from helpers.sources.models import Stage, begin_record, load_tokenizer
 from helpers.sources.sampling import shared_passages
-from helpers.sources.stage import Stage, begin_record
 from helpers.study import stages
 from helpers.study.loading import Job, load_study, open_job, study_file
 from helpers.study.schema import EvaluationSet, FineTunedModel, Study, variant_per_scheme
@@ -292,7 +290,7 @@ class EvaluationStage(Stage):
     prompts: dict[str, list[TokenizedPrompt]]
     loaded: tuple[Gate, ...]
     progress: Progress
-    calls: call_gates.CallRecorder | call_gates.NoCalls
+    calls: recorded_calls.CallRecorder | recorded_calls.NoCalls
 
     def answer(self) -> dict[str, list[dict]]:
         """The predictions of every evaluation set, by its name; one an item, in the items' order.
@@ -303,16 +301,16 @@ class EvaluationStage(Stage):
         arguments = self.network, self.tokenizer, self.study, self.progress, self.prompts
         return self.calls.record(PACKED, engine.ask_all, *arguments)
 
-    def read_shared_text(self) -> tuple[list[dict], recomputed_losses.Recomputed]:
+    def read_shared_text(self) -> tuple[list[dict], second_opinion.Recomputed]:
         """(one row a passage of the text every variant reads, the figures computed again).
 
         Raises:
             StudyError: the baseline has not been evaluated yet, or a file of it is damaged.
         """
-        passes = recomputed_losses.Passes(self.network)
+        passes = second_opinion.Passes(self.network)
         given = self.job, self.network, self.tokenizer
         rows = self.calls.record(SHARED_TEXT, perplexity.read_shared_text, *given)
-        recomputed = recomputed_losses.recompute(self.job, self.network, passes)
+        recomputed = second_opinion.recompute(self.job, self.network, passes)
         self.record.add_input("float_states", sha256_file(perplexity.states_path(self.job)))
         return rows, recomputed
 
@@ -328,11 +326,11 @@ class EvaluationStage(Stage):
         self,
         predictions: dict[str, list[dict]],
         rows: list[dict],
-        recomputed: recomputed_losses.Recomputed,
+        recomputed: second_opinion.Recomputed,
     ) -> dict:
         """Hold what was saved to every check; the record of the gates, written to gates.json."""
         resumed = self.progress.resumed
-        gates = call_gates.call_gates(self.job, self.calls, predictions, rows, resumed)
+        gates = recorded_calls.call_gates(self.job, self.calls, predictions, rows, resumed)
         checked = evaluation_data.check_evaluation(
             self.job,
             self.network,
@@ -385,5 +383,5 @@ def open_evaluation(
         prompts=prompts,
         loaded=tuple(loaded),
         progress=Progress(job, files=record.inputs["variant"], packages=record.packages),
-        calls=call_gates.call_recorder(job, network),
+        calls=recorded_calls.call_recorder(job, network),
     )

@@ -26,8 +26,8 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
+from helpers.runtime.devices import FEWEST_ROWS, grouped_product, use_sequence_ids, widened
 from helpers.runtime.discovery import head_logits
-from helpers.runtime.linears import FEWEST_ROWS, grouped_product, use_sequence_ids, widened
 
 PACKED = "packed"
 

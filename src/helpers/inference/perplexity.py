@@ -29,7 +29,7 @@ from helpers.inference.packed_attention import (
     use_packed_attention,
 )
 from helpers.inference.protocols import HEAD_ROWS
-from helpers.runtime.linears import product
+from helpers.runtime.devices import product
 from helpers.sources.chat import beginning_tokens, plain_tokens
 from helpers.sources.model_files import check_context_length, reads_alone
 from helpers.sources.models import load_head, model_folder

@@ -40,8 +40,8 @@ from helpers.inference.packed_attention import (
     use_packed_attention,
 )
 from helpers.runtime import twins
+from helpers.runtime.devices import FEWEST_ROWS, use_sequence_ids
 from helpers.runtime.discovery import ConfigKey, linear_experts
-from helpers.runtime.linears import FEWEST_ROWS, use_sequence_ids
 from helpers.sources.model_files import changes_at, reads_alone, reset_dynamic_rope_
 
 PROBE_LENGTHS = (37, 26)  # of two texts with the same beginning; a block of keys and a part

@@ -27,7 +27,7 @@ from helpers.core.errors import StudyError
 from helpers.core.files import vllm_python
 from helpers.core.processes import die_with_parent
 from helpers.inference.protocols import GeneratedAnswer, OptionTokens
-from helpers.runtime.linears import product, token_budget_batches
+from helpers.runtime.devices import product, token_budget_batches
 from helpers.sources.model_files import load_config
 from helpers.sources.models import load_head
 from helpers.study.schema import Runtime

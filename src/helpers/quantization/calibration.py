@@ -22,9 +22,8 @@ from helpers.core.errors import StudyError
 from helpers.core.files import write_atomically
 from helpers.core.processes import Bar
 from helpers.core.records import Record, check_checksums, sha256_file
-from helpers.runtime.devices import trim_heap
+from helpers.runtime.devices import every_expert_reads, pad, token_budget_batches, trim_heap
 from helpers.runtime.discovery import linear_names, places
-from helpers.runtime.linears import every_expert_reads, pad, token_budget_batches
 from helpers.sources.model_files import batch_tokens_for, check_context_length
 from helpers.study.loading import Job
 from helpers.study.schema import is_ignored

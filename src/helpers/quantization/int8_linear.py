@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from helpers.quantization import int8_cuda, int8_matmul
-from helpers.runtime.linears import current_sequence_ids
+from helpers.runtime.devices import current_sequence_ids
 
 # Names of the tensor attributes that hold the cached results.
 QUANTIZED, MULTIPLIED = "_int8_quantized", "_int8_multiplied"

@@ -32,14 +32,14 @@ from helpers.core.processes import Bar
 from helpers.quantization.calibration import quantized_linears, smoothing_groups
 from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
 from helpers.quantization.smoothing import group_scales, same_alpha
-from helpers.runtime.discovery import head_logits
-from helpers.runtime.linears import (
+from helpers.runtime.devices import (
     every_expert_reads,
     pad,
     product,
     simulated_by_onednn,
     token_budget_batches,
 )
+from helpers.runtime.discovery import head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
 from helpers.study.schema import Variant
 

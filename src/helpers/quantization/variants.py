@@ -51,14 +51,15 @@ from helpers.quantization.int8_linear import (
 )
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
-from helpers.runtime.devices import place_on_device, trim_heap
-from helpers.runtime.discovery import architecture, linear_experts
-from helpers.runtime.linears import (
+from helpers.runtime.devices import (
     every_expert_reads,
     pad,
+    place_on_device,
     token_budget_batches,
+    trim_heap,
     use_onednn,
 )
+from helpers.runtime.discovery import architecture, linear_experts
 from helpers.sources.model_files import TensorFiles, batch_tokens_for, load_config
 from helpers.sources.models import (
     empty_model,

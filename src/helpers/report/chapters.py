@@ -8,20 +8,10 @@ done, as tables of recipes, gates, sizes, calibration, protocols, jobs and packa
 from IPython.display import Markdown
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.evaluation.checks.recomputed_tasks import unchecked_note
-from helpers.report import (
-    draws_chapter,
-    executive,
-    figures,
-    glance,
-    narrative,
-    sensitivity,
-    tables,
-)
+from helpers.evaluation.checks.item_gates import unchecked_note
+from helpers.report import figures, glance, graded_chapter, narrative, sensitivity, tables
 from helpers.report.estimates import VariantResults
-from helpers.report.executive import ROLE_PURPOSES
 from helpers.report.figures import Picture
-from helpers.report.items_page import PAGE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -37,6 +27,8 @@ from helpers.report.markdown import (
     number,
     percent,
 )
+from helpers.report.narrative import ROLE_PURPOSES
+from helpers.report.pages import PAGE
 from helpers.report.results import Results
 from helpers.report.sensitivity import output_sqnr
 from helpers.study.schema import AnySet, TaskSet
@@ -346,9 +338,9 @@ def notice(missing: tuple[str, ...]) -> Shown:
 def opening(results: Results) -> Shown:
     """The question, the report at a glance, the key findings, and folded scores and controls."""
     first, *pictures = glance.sections(results)
-    verdicts, controls = executive.verdict_table(results), executive.control_table(results)
-    recipes = draws_chapter.summary_bullets(results)
-    findings = [*executive.verdict_bullets(results), *recipes, *narrative.key_findings(results)]
+    verdicts, controls = narrative.verdict_table(results), narrative.control_table(results)
+    recipes = graded_chapter.recipe_bullets(results)
+    findings = [*narrative.verdict_bullets(results), *recipes, *narrative.key_findings(results)]
     return [
         markdown_output(
             f"# {escape(results.study.title)}",

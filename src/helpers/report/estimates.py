@@ -15,9 +15,13 @@ import numpy as np
 
 from helpers.core.errors import StudyError
 from helpers.core.records import WHOLE_VARIANT, failed_check, read_json
-from helpers.statistics.clustered import bootstrap_difference, bootstrap_mean
-from helpers.statistics.intervals import Interval, wilson_interval
-from helpers.statistics.pooled import TokenKl, token_kl
+from helpers.statistics.graded import TokenKl, token_kl
+from helpers.statistics.intervals import (
+    Interval,
+    bootstrap_difference,
+    bootstrap_mean,
+    wilson_interval,
+)
 from helpers.statistics.verdicts import DecisionRules, score_interval
 from helpers.study.loading import Job
 from helpers.study.stages import timed_models

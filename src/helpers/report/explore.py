@@ -23,7 +23,8 @@ from matplotlib.ticker import NullLocator
 
 from helpers.core.errors import printable
 from helpers.report.figures import ALARM, INK, QUIET, in_house_style
-from helpers.report.items_page import (
+from helpers.report.markdown import count, number
+from helpers.report.pages import (
     DIFFERENCES,
     differing_item_html,
     differing_items,
@@ -31,7 +32,6 @@ from helpers.report.items_page import (
     item_label,
     page_data,
 )
-from helpers.report.markdown import count, number
 from helpers.report.results import Results
 
 TINY = 1e-12  # the least divisor

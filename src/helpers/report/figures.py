@@ -21,8 +21,8 @@ from IPython.display import Markdown
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from helpers.report.html_page import NARROW
 from helpers.report.markdown import code
+from helpers.report.pages import NARROW
 
 SURFACE_CHANNELS = 96  # of a surface: more would hide each other
 INK, QUIET, ALARM = "#1f3a5f", "#9fb3c8", "#c8553d"

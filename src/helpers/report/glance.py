@@ -1,7 +1,7 @@
 """The report at a glance: the answer, a card a model, the cost of fine-tuning, and one figure.
 
 The models stand side by side. A card is a column of a table "at a glance", which the HTML page
-shows as cards (`helpers.report.html_page`). Its verdict is that of the graded scores, pooled over
+shows as cards (`helpers.report.pages`). Its verdict is that of the graded scores, pooled over
 the informative sets; a study without graded scores has only right and wrong. Speed and bytes of a
 model trained here are those of its start model, whose shapes it has.
 """
@@ -12,11 +12,10 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from helpers.report import executive, graded_chapter, narrative
+from helpers.report import graded_chapter, narrative
 from helpers.report.cost_chapter import ratio_text
 from helpers.report.estimates import Cost, VariantResults
 from helpers.report.figures import QUIET, Picture, in_house_style, variant_looks, wrapped_title
-from helpers.report.html_page import AT_A_GLANCE
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -30,6 +29,7 @@ from helpers.report.markdown import (
     percent_span,
     points,
 )
+from helpers.report.pages import AT_A_GLANCE
 from helpers.report.results import Results
 from helpers.statistics.graded_study import INSIDE_MARGIN, GradedVerdict
 from helpers.study.schema import FineTunedModel
@@ -42,9 +42,9 @@ def answer_paragraphs(results: Results) -> list[str]:
         for variant in results.studied_variants
         if _graded(results) and results.study.statistics.primary
     ]
-    alarms = narrative.bullets(executive.failed_control_bullets(results))
+    alarms = narrative.bullets(narrative.failed_control_bullets(results))
     heading = "By right or wrong" if scores else "Answer"
-    return [alarms, *scores, executive.answer_sentences(results, heading)]
+    return [alarms, *scores, narrative.answer_sentences(results, heading)]
 
 
 def card_tables(results: Results) -> list[str]:
@@ -81,7 +81,7 @@ def _card(results: Results, e: VariantResults) -> dict[str, str]:
         )
         if declared:
             card["verdicts on right or wrong"] = declared
-    if (ratio := executive.kl_over_noise_floor(results, e)) is not None:
+    if (ratio := narrative.kl_over_noise_floor(results, e)) is not None:
         card["KL, against rounding alone"] = f"{number(ratio, 2)}×"
     if speeds := _speeds(results, e):
         card["reads / writes, against float32"] = speeds
@@ -110,7 +110,7 @@ def _declared_counts(results: Results, e: VariantResults) -> str:
         for c, verdict in results.declared_verdicts()
         if (c.model, c.variant, c.baseline) == (*e.key, results.study.baseline)
     ]
-    words = [word for word in executive.VERDICT_WORDS if word in kinds]
+    words = [word for word in narrative.VERDICT_WORDS if word in kinds]
     return ", ".join(f"{kinds.count(word)} {word}" for word in words)
 
 
@@ -198,7 +198,7 @@ def _focus(results: Results) -> list[str]:
 
 def right_or_wrong_rows(results: Results) -> list[dict]:
     """Every set's difference of right and wrong against the baseline."""
-    shown, names = executive.headline_variants(results), list(results.study.evaluation.datasets)
+    shown, names = narrative.headline_variants(results), list(results.study.evaluation.datasets)
     rows = [
         _row(c.model, c.variant, c.dataset, v, v.paired, v.primary)
         for c, v in results.verdicts.items()
@@ -211,7 +211,7 @@ def interval_rows(results: Results) -> list[dict]:
     """Every set's difference of graded scores and the pooled one; right and wrong without them."""
     if not _graded(results):
         return right_or_wrong_rows(results)
-    shown = executive.headline_variants(results)
+    shown = narrative.headline_variants(results)
     rows = [
         _row(c.model, c.variant, c.dataset, v, v.comparison, v.declared)
         for c, v in results.graded.comparisons.items()
@@ -239,7 +239,7 @@ def kl_rows(results: Results) -> list[dict]:
     for model in results.models:
         for e in results.compared_variants_of(model):
             kl = results.token_estimates[e.key]["kl"]
-            if not kl.value or e.variant not in executive.headline_variants(results):
+            if not kl.value or e.variant not in narrative.headline_variants(results):
                 continue
             low, high = (kl.interval.low, kl.interval.high) if kl.interval else (None, None)
             row = {"model": model, "variant": e.variant, "kl": kl.value, "low": low, "high": high}

@@ -35,10 +35,8 @@ from helpers.report.estimates import (
     read_costs,
     token_estimates,
 )
-from helpers.statistics.checks.recomputed_verdicts import checked_verdicts
-from helpers.statistics.draws import Recipe, study_recipes
-from helpers.statistics.graded_study import GradedStudy, graded_study
-from helpers.statistics.published_answers import PublishedAnswers
+from helpers.statistics.checks.recomputed_verdicts import PublishedAnswers, checked_verdicts
+from helpers.statistics.graded_study import GradedStudy, Recipe, graded_study, study_recipes
 from helpers.statistics.verdicts import (
     ControlOutcome,
     DecisionRules,

@@ -22,9 +22,8 @@ from safetensors import safe_open
 from helpers.core.files import draw_name, write_atomically
 from helpers.core.records import WHOLE_VARIANT, read_json, write_json
 from helpers.report import sensitivity, tables
-from helpers.report.draws_chapter import draws_block
 from helpers.report.estimates import Estimate, VariantResults, main_metric
-from helpers.report.graded_chapter import graded_blocks
+from helpers.report.graded_chapter import draws_block, graded_blocks
 from helpers.report.markdown import (
     Rows,
     code,
@@ -36,7 +35,7 @@ from helpers.report.markdown import (
     percent,
 )
 from helpers.report.results import Results
-from helpers.statistics.published_answers import write_answers
+from helpers.statistics.checks.recomputed_verdicts import write_answers
 from helpers.statistics.verdicts import ControlOutcome, Verdict
 from helpers.study.loading import Job
 from helpers.study.schema import BundledModel, Comparison, FineTunedModel, HubModel, Study

@@ -15,12 +15,6 @@ import pandas as pd
 from helpers.core.errors import one_line
 from helpers.evaluation.scoring import FixedAnswer, best_fixed_answer
 from helpers.report.estimates import Estimate, VariantResults, main_metric, token_difference
-from helpers.report.executive import (
-    EQUALITY_ROLES,
-    headline_variants,
-    kl_over_noise_floor,
-    variant_label,
-)
 from helpers.report.markdown import (
     MISSING,
     Markup,
@@ -37,6 +31,12 @@ from helpers.report.markdown import (
     signed4,
     two_decimals,
     with_span,
+)
+from helpers.report.narrative import (
+    EQUALITY_ROLES,
+    headline_variants,
+    kl_over_noise_floor,
+    variant_label,
 )
 from helpers.report.results import Results
 from helpers.statistics.verdicts import VariantPredictions, Verdict, uninformative_reason

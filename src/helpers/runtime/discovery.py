@@ -29,7 +29,7 @@ from helpers.core.errors import StudyError
 from helpers.core.files import cache_root, write_atomically
 from helpers.core.records import canonical_json, sha256_file, sha256_text
 from helpers.runtime import twins
-from helpers.runtime.linears import as_plain_linears, experts_as_linears
+from helpers.runtime.devices import as_plain_linears, experts_as_linears
 from helpers.runtime.twins import SAME, Flow, Twin, change
 
 DIFFERENT = 1e-3  # least change of logits if only the producer is divided

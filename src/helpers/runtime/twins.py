@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.core.architectures import Norm
 from helpers.core.errors import StudyError, one_line
-from helpers.runtime.linears import as_plain_linears, every_expert_reads, experts_as_linears
+from helpers.runtime.devices import as_plain_linears, every_expert_reads, experts_as_linears
 
 VOCABULARY = 259  # token ids of bytes and three special tokens
 MOST_PARAMETERS = 20_000_000  # a larger twin has a width that is not known here

@@ -47,9 +47,11 @@ from helpers.evaluation.scoring import (
     readable_share,
     status_and_answer,
 )
-from helpers.statistics.clustered import BootstrapMean, bootstrap_difference, bootstrap_mean
 from helpers.statistics.intervals import (
+    BootstrapMean,
     Interval,
+    bootstrap_difference,
+    bootstrap_mean,
     detectable_loss,
     detectable_mean_difference,
     holm,

@@ -26,9 +26,8 @@ from helpers.core.architectures import HEAD
 from helpers.core.records import read_json
 from helpers.quantization.calibration import SmoothingGroup, load_absmax, smoothing_groups
 from helpers.quantization.variants import load_int8, load_quantized, load_reference, load_variant
-from helpers.runtime.devices import release_memory
+from helpers.runtime.devices import every_expert_reads, release_memory
 from helpers.runtime.discovery import architecture, head_logits, linear_names
-from helpers.runtime.linears import every_expert_reads
 from helpers.sources.chat import conversation
 from helpers.sources.items import Item
 from helpers.sources.model_files import TensorFiles, load_config, reads_alone

@@ -33,7 +33,6 @@ from helpers.core.processes import (
     begin_child,
     die_with_parent,
 )
-from helpers.workflow.notebooks import JOB_ENVIRONMENT
 
 ADDRESS = "STUDY_FORK_SERVER"  # names its socket in Linux' abstract namespace
 COMMANDS = ("answer", "export", "kernel", "run")  # of helpers.workflow.cli, run by a fork
@@ -41,6 +40,12 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM)
 PARENT = "JPY_PARENT_PID"  # tells a Jupyter kernel the process that started it
 LENGTH = struct.Struct("<I")  # of a request, before it
 STATUS = struct.Struct("<i")  # a process id, then an exit status
+JOB_ENVIRONMENT = {  # of the server, of Snakemake and of a job
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",  # whatever the locale is
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",  # silences the debugger's start-up warning
+    "TOKENIZERS_PARALLELISM": "false",
+}
 INLINE = "module://matplotlib_inline.backend_inline"  # the backend that a kernel sets
 
 

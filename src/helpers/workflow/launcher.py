@@ -62,7 +62,7 @@ from helpers.study.stages import HELPERS
 from helpers.workflow import display, fork_server
 from helpers.workflow import display as estimates
 from helpers.workflow.display import may_take_gpu
-from helpers.workflow.notebooks import JOB_ENVIRONMENT
+from helpers.workflow.fork_server import JOB_ENVIRONMENT
 
 PROFILES = PROJECT / "profiles"
 PLUGINS = "executors"  # folder of the environment with the packages of a single executor

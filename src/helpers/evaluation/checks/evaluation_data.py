@@ -26,18 +26,16 @@ from helpers.evaluation.checks.item_gates import (
 )
 from helpers.evaluation.checks.numeric_gates import gold_sample_ids, is_batch_invariant, sampled_ids
 from helpers.evaluation.checks.recomputed_answers import ExpectedGolds, render_golds
-from helpers.evaluation.checks.recomputed_losses import (
-    Recomputed,
-    loss_gate,
-    steps_gate,
-    weights_gate,
-)
 from helpers.evaluation.checks.second_opinion import (
     COMPARED_TEXTS,
     TEXT,
     NoOpinion,
+    Recomputed,
     SecondOpinion,
+    loss_gate,
     open_second_opinion,
+    steps_gate,
+    weights_gate,
 )
 from helpers.evaluation.engine import evaluate, read_golds
 from helpers.evaluation.predictions import prediction_digests, read_passage_rows, read_predictions
@@ -58,9 +56,8 @@ from helpers.inference.perplexity import (
     states_path,
 )
 from helpers.sources.chat import EXAMPLES, PLAIN_EXAMPLES
-from helpers.sources.finetuning import fine_tuning_settings
 from helpers.sources.items import Item, gold_number, load_rows
-from helpers.sources.models import load_model, model_folder
+from helpers.sources.models import fine_tuning_settings, load_model, model_folder
 from helpers.sources.sampling import (
     calibration_items,
     evaluation_items,

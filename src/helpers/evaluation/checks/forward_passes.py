@@ -7,7 +7,7 @@ Playback: two correct int8 implementations part after a few layers, since a last
 over a rounding edge. Played back, a Linear answers as it did in the evaluation, so that nothing of
 a difference is carried on: what transformers gives to every Linear, and makes of every layer, is
 held to what the engine gave and made, within the rounding of one step. The Linears themselves are
-held to the tensors on disk apart from this (`call_gates`).
+held to the tensors on disk apart from this (`recorded_calls`).
 
 A fresh model: transformers' own model of a folder, one sequence at a time, with nothing of this
 engine. Used for float variants.

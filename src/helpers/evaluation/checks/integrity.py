@@ -26,8 +26,11 @@ from helpers.evaluation.checks.item_gates import (
     clusters_gate,
     contents_gate,
     draw_gate,
+    foils_gate,
     leakage_gate,
     raw_rows_gate,
+    rows_gate,
+    unchecked_note,
 )
 from helpers.evaluation.checks.numeric_gates import (
     invariance_gate,
@@ -48,7 +51,6 @@ from helpers.evaluation.checks.recomputed_answers import (
     rescored,
     second_reading_gate,
 )
-from helpers.evaluation.checks.recomputed_tasks import foils_gate, rows_gate, unchecked_note
 from helpers.evaluation.scoring import (
     best_fixed_answer,
     collapsed_to_one_answer,
@@ -301,7 +303,7 @@ class EvaluationData:
             rounding of every weight.
         reference: rows of the shared text from the saved float states; empty for the baseline.
         loaded: gates on the evaluated model from when it was loaded.
-        recomputed: rows and token counts of the shared text, recomputed by `recomputed_losses`;
+        recomputed: rows and token counts of the shared text, recomputed by `second_opinion`;
         None
             if they were not.
         training: results in the record of the model's fine-tuning; None without one.

@@ -1,7 +1,7 @@
 """Gates on numbers: ranges, shared text, distance from float, independence of the batch.
 
 Scores and metrics must be in their range: a percent filed as a fraction is not. Figures and token
-counts of the shared text are held to those computed a second time (`recomputed_losses`).
+counts of the shared text are held to those computed a second time (`second_opinion`).
 
 The float states that a variant is held against must be those of the baseline that was evaluated. A
 quantized model that answers exactly as the float one was not quantized when it was asked. A float
@@ -76,7 +76,7 @@ def recomputed_gates(
     Args:
         rows: as the evaluation stored them.
         means: `perplexity`, `kl`, `top1_agreement`, as the evaluation stored them.
-        recomputation: rows and token counts from `recomputed_losses`; None if they were not
+        recomputation: rows and token counts from `second_opinion`; None if they were not
         computed.
     """
     recomputed = recomputation.rows if recomputation else []

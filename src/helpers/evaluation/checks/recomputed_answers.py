@@ -23,13 +23,13 @@ from fractions import Fraction
 from hashlib import sha256
 
 from helpers.core.records import Gate, largest, none_of
+from helpers.evaluation.checks.item_gates import rescored_task, settings_of
 from helpers.evaluation.checks.numeric_gates import (
     DRAWS,
     LOGPROB_ROUNDING,
     is_batch_invariant,
     rms_change,
 )
-from helpers.evaluation.checks.recomputed_tasks import rescored_task, settings_of
 from helpers.evaluation.scoring import number_scores
 from helpers.sources.chat import conversation, end_of_turn
 from helpers.sources.items import Item, gold_number

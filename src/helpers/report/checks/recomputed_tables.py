@@ -20,8 +20,11 @@ from helpers.statistics.checks.recomputed_statistics import (
     loss_change,
     shared_text_figures,
 )
-from helpers.statistics.checks.recomputed_verdicts import best_constant, bootstrap_settings
-from helpers.statistics.published_answers import PublishedAnswers
+from helpers.statistics.checks.recomputed_verdicts import (
+    PublishedAnswers,
+    best_constant,
+    bootstrap_settings,
+)
 from helpers.study.schema import Comparison, Study
 
 MISSING = "–"

@@ -1,6 +1,6 @@
 """Recomputes graded scores from the rows of answers, with other algorithms.
 
-The second opinion on `graded`, `clustered`, `pooled`, of whose
+The second opinion on `graded` and on the means of `intervals`, of whose
 code nothing is used here. The bias-reduced error and its degrees of freedom come from each
 cluster's block of the hat matrix, by eigenvectors (Pustejovsky and Tipton, J. Bus. Econ. Stat.
 36 (2018) 672), Hall's correction from the roots of its cubic, the detectable difference from

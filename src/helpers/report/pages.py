@@ -1,12 +1,21 @@
-"""items.html: every item with its prompt and all answers side by side, to search and filter.
+"""Pages that open in a browser: report.html, and items.html with every answer to search.
 
-One file that needs no network. Its only script is items.js beside this module; the page's policy
-allows it by its hash and nothing else. Texts of models and data sets lie in the page as JSON, in a
-block that no browser runs, and the script shows them as text. Characters that act on a display are
-replaced beforehand, as everywhere in the report. The same records make the same bytes.
+report.html: nbconvert renders the executed notebook to plain HTML. This module puts that into the
+page (report.html and report.css beside it): headings get ids and the contents lead to them, the
+table "at a glance" becomes a card a model, figures that follow one another stand in one row where
+the screen is wide enough, and every table scrolls in a box of its own. Numbers and texts are not
+touched. The page has no script and forbids any, because its text comes from models and data sets;
+opening it fetches nothing.
+
+items.html: every item with its prompt and all answers side by side, to search and filter. One file
+that needs no network. Its only script is items.js beside this module; the page's policy allows it
+by its hash and nothing else. Texts of models and data sets lie in the page as JSON, in a block that
+no browser runs, and the script shows them as text. Characters that act on a display are replaced
+beforehand, as everywhere in the report. The same records make the same bytes.
 """
 
 import base64
+import copy
 import hashlib
 import html
 import json
@@ -17,17 +26,24 @@ from difflib import SequenceMatcher
 from itertools import takewhile
 from pathlib import Path
 from string import Template
+from typing import TYPE_CHECKING
 
 from helpers.core.errors import one_line, printable
 from helpers.core.files import write_atomically
-from helpers.report.markdown import (
-    dataset_name,
-)
-from helpers.report.results import Results
-from helpers.statistics.graded import option_probabilities
+
+if TYPE_CHECKING:  # every job imports a name of this module, and is to wait for none of these
+    from bs4 import BeautifulSoup, Tag
+
+    from helpers.report.results import Results
+
+FOLDER = Path(__file__).parent
+
+NOTHING_RUNS = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; font-src data:"
+NARROW = "application/x-narrow-png"  # of a figure for phones, beside its image/png
+AT_A_GLANCE = "at a glance"  # first column of the table that becomes cards
+PHONE = "(max-width: 40rem)"  # as in report.css
 
 PAGE = "items.html"
-FOLDER = Path(__file__).parent
 POLICY = (
     "default-src 'none'; script-src {script}; style-src {style}; base-uri 'none'; "
     "form-action 'none'; require-trusted-types-for 'script'; trusted-types 'none'"
@@ -42,6 +58,114 @@ MOST_PAIRS = 4_000_000  # of words that are compared with one another
 LABEL_LENGTH = 110  # characters of an item in the list
 
 
+def report_page(body: str, *, title: str, narrow: dict[str, str]) -> str:
+    """The whole page.
+
+    Args:
+        body: the notebook as nbconvert renders it, without a page around it.
+        title: plain text.
+        narrow: data address of a figure to that of the same figure for a phone.
+    """
+    from bs4 import BeautifulSoup
+
+    soup = BeautifulSoup(body, "html.parser")
+    entries = _contents(soup)
+    _cards(soup)
+    _figures(soup, narrow)
+    _scrolling_tables(soup)
+    page = Template((FOLDER / "report.html").read_text(encoding="utf-8"))
+    return page.substitute(
+        policy=NOTHING_RUNS,
+        title=html.escape(title),
+        style=(FOLDER / "report.css").read_text(encoding="utf-8"),
+        contents="\n".join(entries),
+        body=str(soup),
+    )
+
+
+def _contents(soup: "BeautifulSoup") -> list[str]:
+    """Give every heading an id; returns the entries of the contents, one a chapter."""
+    entries, taken = [], set()
+    for heading in soup.find_all(re.compile("^h[1-4]$")):
+        text = " ".join(heading.get_text().split())
+        slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60] or "part"
+        name, number = slug, 2
+        while name in taken:
+            name, number = f"{slug}-{number}", number + 1
+        taken.add(name)
+        heading["id"] = name
+        if heading.name == "h2":
+            entries.append(f'<li><a href="#{name}">{html.escape(text)}</a></li>')
+    return entries
+
+
+def _cards(soup: "BeautifulSoup") -> None:
+    """Turn each table "at a glance" into a card for each of its columns."""
+    for table in soup.find_all("table"):
+        if not (all_rows := table.find_all("tr")):
+            continue
+        head, *rows = all_rows
+        subject, *models = head.find_all("th")
+        if not subject.get_text().startswith(AT_A_GLANCE):
+            continue
+        cards = soup.new_tag("div", attrs={"class": "cards"})
+        for column, model in enumerate(models, start=1):
+            cards.append(_card(soup, subject, model, rows, column))
+        table.replace_with(cards)
+
+
+def _card(
+    soup: "BeautifulSoup", subject: "Tag", model: "Tag", rows: "list[Tag]", column: int
+) -> "Tag":
+    card = soup.new_tag("section", attrs={"class": "card"})
+    title = soup.new_tag("h3")
+    title.extend([*map(copy.copy, model.contents), " · ", *map(copy.copy, subject.contents[1:])])
+    card.append(title)
+    pairs = soup.new_tag("dl")
+    for row in rows:
+        cells = row.find_all("td")
+        pair = soup.new_tag("div")
+        for name, cell in (("dt", cells[0]), ("dd", cells[column])):
+            part = soup.new_tag(name)
+            part.extend([*map(copy.copy, cell.contents)])
+            pair.append(part)
+        pairs.append(pair)
+    card.append(pairs)
+    return card
+
+
+def _figures(soup: "BeautifulSoup", narrow: dict[str, str]) -> None:
+    """Figures of one cell side by side; one that has a form for phones shows it there."""
+    for image in soup.find_all("img"):
+        output = image.find_parent("div", class_="output_png")
+        if (small := narrow.get(image["src"])) is not None:
+            picture = soup.new_tag("picture")
+            picture.append(soup.new_tag("source", srcset=small, media=PHONE))
+            image.replace_with(picture)
+            picture.append(image)
+            output["class"] = "wide"
+    for area in soup.find_all("div", class_="output_png"):
+        outer = area.find_parent("div", class_="output_area")
+        if outer.parent is None or outer.parent.get("class") == ["figures"]:
+            continue
+        row = soup.new_tag("div", attrs={"class": "figures"})
+        outer.insert_before(row)
+        following = outer
+        while following is not None and following.find("div", class_="output_png"):
+            after = following.find_next_sibling("div")
+            row.append(following.extract())
+            following = after
+
+
+def _scrolling_tables(soup: "BeautifulSoup") -> None:
+    """A box around each table, which the keyboard can reach."""
+    for number, table in enumerate(soup.find_all("table"), start=1):
+        first_row = table.find("tr") or table
+        label = " ".join(first_row.get_text(", ", strip=True).split())
+        box = {"class": "table", "tabindex": "0", "role": "group"}
+        table.wrap(soup.new_tag("div", attrs=box | {"aria-label": f"table {number}: {label}"}))
+
+
 def seen_from_notebook(partial: str) -> str:
     """The page's address in the executed analysis, which lies in the folder `notebooks`.
 
@@ -51,13 +175,13 @@ def seen_from_notebook(partial: str) -> str:
     return PAGE if partial == "yes" else f"../{PAGE}"
 
 
-def write_items_page(results: Results, folder: Path) -> None:
+def write_items_page(results: "Results", folder: Path) -> None:
     """Write items.html beside the report."""
     page = items_page(results)
     write_atomically(folder / PAGE, lambda path: path.write_text(page, encoding="utf-8"))
 
 
-def items_page(results: Results) -> str:
+def items_page(results: "Results") -> str:
     """The whole page: template, style, data and script."""
     style, script = (_file(name) for name in ("items.css", "items.js"))
     policy = POLICY.format(script=_allowed(script), style=_allowed(style))
@@ -98,7 +222,7 @@ def _visible(value):
     return value
 
 
-def page_data(results: Results) -> dict:
+def page_data(results: "Results") -> dict:
     """Everything that the page shows. Of each item and model, equal answers stand once."""
     return {
         "baseline": results.study.baseline,
@@ -108,8 +232,10 @@ def page_data(results: Results) -> dict:
     }
 
 
-def _set(results: Results, dataset: str) -> dict:
+def _set(results: "Results", dataset: str) -> dict:
     """One evaluation set: what its prompts have in common, its invalid variants, its items."""
+    from helpers.report.markdown import dataset_name
+
     texts = [
         row["prompt"]
         for model in results.models
@@ -137,7 +263,7 @@ def _shared_lines(texts: list[str]) -> str:
     return "".join(f"{lines[0]}\n" for lines in shared)
 
 
-def _invalid(results: Results, dataset: str) -> dict[str, dict[str, str]]:
+def _invalid(results: "Results", dataset: str) -> dict[str, dict[str, str]]:
     """The failed check that invalidates a variant on this set, by model and variant."""
     return {
         model: {
@@ -147,7 +273,7 @@ def _invalid(results: Results, dataset: str) -> dict[str, dict[str, str]]:
     }
 
 
-def _item(results: Results, dataset: str, item: str, rows: dict, shared: int) -> dict:
+def _item(results: "Results", dataset: str, item: str, rows: dict, shared: int) -> dict:
     """One item.
 
     Args:
@@ -188,6 +314,8 @@ def _labels(prompt_record: dict) -> list[str]:
 
 def _answer(prediction: dict, prompt_record: dict, normalize: str | None) -> dict:
     """What the page shows of one prediction; what is as usual is left out."""
+    from helpers.statistics.graded import option_probabilities
+
     shown = {"parsed": prediction["parsed"], "score": _short(prediction["score"])}
     if prediction["output"] != prediction["parsed"]:
         shown["output"] = prediction["output"]
