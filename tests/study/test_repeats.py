@@ -99,7 +99,7 @@ def test_further_draws_are_runs_of_their_own_in_folders_of_their_own():
     quantization = Run("quantization", "tuned", "smooth", 3)
     assert upstream_runs(toy(3), quantization) == [
         Run("finetuning", "tuned"),
-        Run("calibration", "tuned", draw=3),
+        *(Run("calibration", "tuned", draw=draw) for draw in (1, 2, 3)),
     ]
 
 

@@ -489,11 +489,15 @@ def draws_chapter(results: Results) -> list[Markdown]:
 
 
 def recipe_bullets(results: Results) -> list[str]:
-    """The recipes of the studied variants, and which variants stand for one checkpoint only."""
-    if not results.recipes or not results.declared_verdicts():
+    """The recipes of the studied variants, and which variants stand for one checkpoint only.
+
+    And what other calibration items change.
+    """
+    if not results.declared_verdicts():
         return []
     studied = [r for r in results.recipes if r.variant in results.studied_variants]
-    return [*map(recipe_sentence, studied), *filter(None, [made_once_sentence(results)])]
+    once = [made_once_sentence(results)] if results.recipes else []
+    return [*map(recipe_sentence, studied), *filter(None, once), *calibration_sentences(results)]
 
 
 def draws_paragraph(results: Results) -> str:
@@ -605,3 +609,96 @@ def _shown_figure(figure: RecipeFigure, value: float) -> str:
 def _figure_amount(figure: RecipeFigure, value: float) -> str:
     """A spread in points or hundredths of a nat."""
     return f"{100 * value:.{1 if figure.unit == 'probability' else 2}f}"
+
+
+def calibrations_block(results: Results) -> dict:
+    """The block `calibrations` of summary.json; empty if no variant names a calibration."""
+    rows = [
+        {
+            "model": effect.model,
+            "variant": effect.variant,
+            "reference": effect.reference,
+            "draws": effect.draws,
+            "kl": effect.kl,
+            "low": effect.low,
+            "high": effect.high,
+            "place": effect.place,
+        }
+        for effect in results.calibration_effects
+    ]
+    return {"calibrations": rows} if rows else {}
+
+
+def calibrations_chapter(results: Results) -> list[Markdown]:
+    """How to read it, a sentence a model, every variant; empty without named calibrations."""
+    if not results.calibration_effects:
+        return []
+    parts = [
+        "## Calibration items",
+        calibrations_paragraph(results),
+        "\n".join(f"- {sentence}" for sentence in calibration_sentences(results)),
+        markdown_table(calibrations_table(results)),
+    ]
+    return [Markdown("\n\n".join(parts) + "\n")]
+
+
+def calibrations_paragraph(results: Results) -> str:
+    """What is compared, and when a difference is more than that of draws."""
+    return (
+        "Variants of one recipe that differ in their calibration items alone, by the KL on the "
+        "shared text. Other items of the study's own calibration give another checkpoint, and "
+        "with it another KL: from the spread of the draws, one more draw lies in the interval with "
+        f"{percent_plain(results.rules.confidence)} confidence. A KL outside of it shows that the "
+        "number or the kind of items matters. The intervals are exploratory, each for itself."
+    )
+
+
+def calibration_sentences(results: Results) -> list[str]:
+    """By model and reference, which calibrations give a KL beyond that of another draw."""
+    sentences = []
+    at = dict.fromkeys((e.model, e.reference) for e in results.calibration_effects)
+    for model, reference in at:
+        effects = [
+            e for e in results.calibration_effects if (e.model, e.reference) == (model, reference)
+        ]
+        clauses = []
+        for place, words in (
+            ("above", "higher KL than another draw"),
+            ("below", "lower KL than another draw"),
+            ("within", "no difference beyond the draws"),
+            ("unknown", "unknown"),
+        ):
+            names = [_calibrated(results, e.variant) for e in effects if e.place == place]
+            clauses += [f"{words}: {listed(names)}"] if names else []
+        sentences.append(f"**Calibration** of `{model}`, `{reference}`: {'; '.join(clauses)}.")
+    return sentences
+
+
+def _calibrated(results: Results, variant: str) -> str:
+    settings = results.study.calibration_called(results.study.calibration_of(variant))
+    return f"`{variant}` ({count(settings.items, 'item')} of {dataset_name(settings.adapter)})"
+
+
+def calibrations_table(results: Results) -> Rows:
+    """KL of every variant of a named calibration, and where another draw's would lie."""
+    hundredths = lambda x: signed(100 * x, 2).removeprefix("+")  # noqa: E731
+    rows = []
+    for effect in results.calibration_effects:
+        name = results.study.calibration_of(effect.variant)
+        settings = results.study.calibration_called(name)
+        another = MISSING
+        if effect.low is not None and effect.high is not None:
+            another = f"[{hundredths(effect.low)}, {hundredths(effect.high)}]"
+        rows.append(
+            {
+                "calibration of": code(effect.model),
+                "variant": variant_label(results, effect.variant),
+                "items": str(settings.items),
+                "of": dataset_name(settings.adapter),
+                "KL [0.01 nats]": MISSING if effect.kl is None else hundredths(effect.kl),
+                "another draw of": code(effect.reference),
+                "would have": another,
+                "so it lies": effect.place,
+            }
+        )
+    return rows

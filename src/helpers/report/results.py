@@ -35,6 +35,7 @@ from helpers.report.estimates import (
     read_costs,
     token_estimates,
 )
+from helpers.statistics.calibrations import CalibrationEffect, calibration_effects
 from helpers.statistics.checks.recomputed_verdicts import PublishedAnswers, checked_verdicts
 from helpers.statistics.graded_study import GradedStudy, Recipe, graded_study, study_recipes
 from helpers.statistics.verdicts import (
@@ -227,6 +228,12 @@ class Results:
             for at, further in self.draws.items()
         }
         return PublishedAnswers(self.study, answers, draws)
+
+    @cached_property
+    def calibration_effects(self) -> tuple[CalibrationEffect, ...]:
+        """Variants of named calibrations beside the draws of the same recipe."""
+        published = self.published
+        return calibration_effects(self.study, published.variants, published.draws)
 
     @property
     def runtime(self) -> Runtime:

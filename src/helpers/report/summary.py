@@ -23,7 +23,7 @@ from helpers.core.files import draw_name, write_atomically
 from helpers.core.records import WHOLE_VARIANT, read_json, write_json
 from helpers.report import sensitivity, tables
 from helpers.report.estimates import Estimate, VariantResults, main_metric
-from helpers.report.graded_chapter import draws_block, graded_blocks
+from helpers.report.graded_chapter import calibrations_block, draws_block, graded_blocks
 from helpers.report.markdown import (
     Rows,
     code,
@@ -85,6 +85,7 @@ def summary(results: Results) -> dict:
         "comparisons": [comparison_row(study, c, v) for c, v in results.verdicts.items()],
         **graded_blocks(results.graded),
         **draws_block(results.recipes),
+        **calibrations_block(results),
     }
 
 

@@ -278,8 +278,9 @@ def upstream_runs(study: Study, run: Run) -> list[Run]:
         case "calibration":
             return trained
         case "quantization":
-            calibration = study.calibration_of(run.variant)
-            return [*trained, Run("calibration", run.model, calibration, run.draw)]
+            name = study.calibration_of(run.variant)
+            draws = range(1, run.draw + 1)  # its gates compare it with the earlier ones
+            return [*trained, *(Run("calibration", run.model, name, draw) for draw in draws)]
         case "cost":
             changed = [v for v in study.variants if study.variants[v].needs_checkpoint]
             return [Run("quantization", run.model, v) for v in changed]

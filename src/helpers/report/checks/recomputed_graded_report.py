@@ -22,7 +22,7 @@ from helpers.report.checks.recomputed_tables import (
 )
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
-DRAWS = "draws"
+DRAWS, CALIBRATIONS = "draws", "calibrations"
 PLACE_KEYS = ("model", "start", "finetuned", "dataset", "measure", "baseline", "variant")
 COST_WORDS = {"worse": "higher cost", "better": "lower cost"}
 COST_CLAUSES = {
@@ -35,7 +35,8 @@ COST_CLAUSES = {
 
 def wrong_graded_blocks(published: dict, figures: RecomputedFigures) -> list[str]:
     """Values of the blocks that differ; a block that the answers give has to be there."""
-    stored = {name: published[name] for name in (*BLOCKS, DRAWS) if name in published}
+    names = (*BLOCKS, DRAWS, CALIBRATIONS)
+    stored = {name: published[name] for name in names if name in published}
     if figures.graded_blocks and not stored:
         return ["summary.json has no graded scores, and the answers have"]
     return list(_differing("summary.json", figures.graded_blocks, stored))
@@ -215,8 +216,59 @@ def _recipe(
     return next((r for r in recipes if (r["model"], r["variant"], r["start"]) == at), None)
 
 
+def _calibration_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
+    del table
+    model, variant = plain_text(row["calibration of"]), _variant_and_baseline(row, figures)[0]
+    effects = figures.graded_blocks.get(CALIBRATIONS, ())
+    effect = next((e for e in effects if (e["model"], e["variant"]) == (model, variant)), None)
+    if effect is None:
+        return None
+    settings = figures.study.calibrations[figures.study.variants[variant].calibration]
+    limits = [x for x in (effect["low"], effect["high"]) if x is not None]
+    return {
+        "items": ([settings.items], ""),
+        "of": ([], DATASET_NAMES.get(settings.adapter, settings.adapter)),
+        "KL [0.01 nats]": ([100 * effect["kl"]], "") if effect["kl"] is not None else ([], "–"),
+        "another draw of": ([], effect["reference"]),
+        "would have": ([100 * x for x in limits], "" if limits else "–"),
+        "so it lies": ([], effect["place"]),
+    }
+
+
+PLACES = (
+    ("higher KL than another draw", "above"),
+    ("lower KL than another draw", "below"),
+    ("no difference beyond the draws", "within"),
+    ("unknown", "unknown"),
+)
+
+
+def _check_calibration_sentence(text: str, figures: RecomputedFigures):
+    """Which calibrations of one model give a KL beyond that of another draw."""
+    model, reference = code_names(text)[:2]
+    mine = [
+        e
+        for e in figures.graded_blocks.get(CALIBRATIONS, ())
+        if (e["model"], e["reference"]) == (model, reference)
+    ]
+    clauses, expected = text.rstrip(".").split("`: ", 1)[1].split("; "), []
+    for words, place in PLACES:
+        names = [e["variant"] for e in mine if e["place"] == place]
+        found = [clause for clause in clauses if clause.startswith(f"{words}: ")]
+        if [name for clause in found for name in code_names(clause)] != names:
+            yield f"recomputed {words}: {', '.join(names) or 'none'}"
+        calibrations = [figures.study.variants[name].calibration for name in names]
+        expected += [float(figures.study.calibrations[c].items) for c in calibrations]
+    yield text.split("`: ", 1)[1], expected
+
+
+def _check_calibration_reading(text: str, figures: RecomputedFigures):
+    yield text, [100 * figures.study.statistics.confidence]
+
+
 TABLES = {
     "recipe of": _draws_cells,
+    "calibration of": _calibration_cells,
     "graded score": _comparison_row_cells,
     "graded scores": _comparison_cells,  # of older reports
     "pooled": _pooled_cells,
@@ -435,6 +487,8 @@ GRADED_SENTENCE_CHECKS = (
     (r"^!\[Right or wrong, ", _check_right_or_wrong),
     (r"^\*\*Recipe\*\* `", _check_recipe_sentence),
     (r"^Made once: `", _check_made_once),
+    (r"^\*\*Calibration\*\* of `", _check_calibration_sentence),
+    (r"^Variants of one recipe that differ in their calibration", _check_calibration_reading),
     (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
     (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores \(", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
@@ -577,6 +631,8 @@ def missing_chapter(markdown: str, published: dict) -> Iterator[str]:
         yield "report.md has no chapter on graded scores, and summary.json has their numbers"
     if DRAWS in published and not re.search(r"^## Draws of a recipe$", markdown, re.M):
         yield "report.md has no chapter on draws, and summary.json has their numbers"
+    if CALIBRATIONS in published and not re.search(r"^## Calibration items$", markdown, re.M):
+        yield "report.md has no chapter on calibration items, and summary.json has their numbers"
 
 
 KL_COLUMNS = {

@@ -13,7 +13,11 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from helpers.core.records import WHOLE_VARIANT
-from helpers.statistics.checks.recomputed_graded_study import DrawsBlock, GradedBlocks
+from helpers.statistics.checks.recomputed_graded_study import (
+    DrawsBlock,
+    GradedBlocks,
+    calibrations_block,
+)
 from helpers.statistics.checks.recomputed_statistics import (
     Figure,
     dataset_figures,
@@ -191,10 +195,15 @@ class RecomputedFigures:
     def graded_blocks(self) -> dict:
         """The blocks of graded scores, as summary.json holds them; empty without any.
 
-        With repeated variants, also the block of their draws.
+        With repeated variants, also the block of their draws; with named calibrations, theirs.
         """
         graded = GradedBlocks(self.study, self.variants, self.rows)
-        return graded.blocks() | self._draws_block(graded)
+        calibrations = calibrations_block(self.study, self.variants, self.draws)
+        return (
+            graded.blocks()
+            | self._draws_block(graded)
+            | ({"calibrations": calibrations} if calibrations else {})
+        )
 
     def _draws_block(self, graded: GradedBlocks) -> dict:
         return {"draws": DrawsBlock(graded, self.draws).rows()} if self.draws else {}

@@ -7,6 +7,7 @@ recomputed verdicts of right and wrong.
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import statsmodels.api as sm
 
 from helpers.core.records import WHOLE_VARIANT
 from helpers.statistics.checks import recomputed_graded as again
@@ -535,6 +536,54 @@ class DrawsBlock:
             if None in [r[key] for r in side.passages]:
                 return f"{label}: a passage has no finite sum"
         return "" if len(tokens) > 1 else "the shared text has one passage"
+
+
+def calibrations_block(
+    study: Study,
+    answers: Mapping[tuple[str, str], VariantAnswers],
+    draws: Mapping[tuple[str, str], Sequence[VariantAnswers]],
+) -> list[dict]:
+    """The block `calibrations` of summary.json: variants of named calibrations beside draws.
+
+    Where one more draw lies is read from an ordinary least squares fit of a constant.
+    """
+    recipes = {
+        name: recipe.model_dump(exclude={"calibration", "repeats"})
+        for name, recipe in study.variants.items()
+    }
+    own = [name for name, recipe in study.variants.items() if recipe.calibration is None]
+    rows = []
+    for model in study.models:
+        for variant in (name for name in study.variants if name not in own):
+            alike = [name for name in own if recipes[name] == recipes[variant]]
+            if not alike:
+                continue
+            checkpoints = [answers[model, alike[0]], *draws.get((model, alike[0]), [])]
+            kls = [x for x in map(_text_kl, checkpoints) if x is not None]
+            limits = [None, None]
+            if 3 <= len(kls) == len(checkpoints):
+                fit = sm.OLS(np.array(kls), np.ones(len(kls))).fit()
+                alpha = 1 - study.statistics.confidence
+                limits = fit.get_prediction([1.0]).conf_int(obs=True, alpha=alpha)[0].tolist()
+            kl = _text_kl(answers[model, variant])
+            row = {"model": model, "variant": variant, "reference": alike[0], "draws": len(kls)}
+            row |= {"kl": kl, "low": limits[0], "high": limits[1]}
+            rows.append(row | {"place": _place_among(kl, *limits)})
+    return rows
+
+
+def _place_among(kl: float | None, low: float | None, high: float | None) -> str:
+    if kl is None or low is None or high is None:
+        return "unknown"
+    return "above" if kl > high else "below" if kl < low else "within"
+
+
+def _text_kl(side: VariantAnswers) -> float | None:
+    """KL a token of the shared text; None if a gate on it failed or a passage has none."""
+    table = np.array([[row["kl"], row["tokens"]] for row in side.passages], dtype=float)
+    if not len(table) or np.isnan(table).any() or _failure(side, "shared_text"):
+        return None
+    return float(table[:, 0].sum() / table[:, 1].sum())
 
 
 def _failure(side: VariantAnswers, guarded: str) -> str | None:
