@@ -117,7 +117,7 @@ if log_filter := {"run": log_errors, "plan": log_plan}.get(config.get("show")):
 wildcard_constraints:
     model=one_of(STUDY.models),
     variant=one_of(STUDY.variants),
-    calibration=one_of(["", *(f"+{name}" for name in STUDY.calibrations)]),
+    calibration=r"(\+[a-z0-9_.-]+)?",
     draw="(~[0-9]+)?",
 
 

@@ -143,7 +143,7 @@ def count_evaluation(
     counts += read(text_tokens, head=text_tokens)
     if variant != study.baseline:  # the head runs again on the baseline's states
         counts += reading_operations(size, floats, 0, head=text_tokens + 2 * checked_tokens)
-    if not (recipe.is_unmodified or recipe.claim.quantized):
+    if not (recipe.is_unmodified or recipe.is_lossy):
         counts += reading_operations(size, floats, checked_tokens, head=2 * checked_tokens)
         counts += weight_passes(size, 8)
     return counts
@@ -369,6 +369,7 @@ def open_evaluation(
     network, tokenizer = variants.load_variant(job)
     if not vllm_client.is_served(network):
         protocols.prove_engine(network)
+        protocols.keep_keys_and_values(network, job.recipe.kv, at=f"variants.{variant}")
     record.add_packages(vllm_client.engine_packages(network))
     loaded = loaded_gates(job, network)
     prompts = study_prompts(job.study, tokenizer)

@@ -55,13 +55,36 @@ def packed_attention(
         raise TypeError(
             "a model that attends by packed rows is called through `packed_attention.read`"
         )
+    packed = options["packed"]
+    if packed.kv == "int8":
+        key, value = int8_rounded(key), int8_rounded(value)
     if options.get("softcap") or options.get("s_aux") is not None:
         raise NotImplementedError("soft-capped scores and attention sinks cannot be evaluated")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    mixed = options["packed"].attend(
+    mixed = packed.attend(
         module.layer_idx, query, key, value, scaling=scaling, window=options.get("sliding_window")
     )
     return mixed.transpose(1, 2).contiguous(), None
+
+
+KV_STEPS = 127
+
+
+def int8_rounded(states: Tensor) -> Tensor:
+    """(…, tokens, head_dim) keys or values as an int8 cache gives them back.
+
+    One scale for a token and a head, its largest magnitude / 127, as vLLM's cache
+    `int8_per_token_head` has it (vllm-project/vllm pull request 38378).
+    """
+    wide = states.float()
+    scale = wide.abs().amax(-1, keepdim=True) / KV_STEPS
+    scale = scale.masked_fill(scale == 0, 1.0)
+    return ((wide / scale).round() * scale).to(states.dtype)
+
+
+def kv_of(model) -> str | None:
+    """The integers that the model's keys and values are kept in; None for its float type."""
+    return getattr(model, "kv_cache", None)
 
 
 @contextmanager
@@ -142,10 +165,14 @@ class Segment:
 
 
 class PackedBatch:
-    """The segments of one forward pass, one after the other."""
+    """The segments of one forward pass, one after the other.
 
-    def __init__(self, segments: Sequence[Segment]):
-        self.segments, end = list(segments), 0
+    Args:
+        kv: `int8` if keys and values are kept in int8.
+    """
+
+    def __init__(self, segments: Sequence[Segment], *, kv: str | None = None):
+        self.segments, self.kv, end = list(segments), kv, 0
         self.spans: dict[Segment, slice] = {}
         for segment in self.segments:
             self.spans[segment] = slice(end, end + len(segment.tokens))
@@ -194,7 +221,7 @@ def read(model, segments: Sequence[Segment]) -> Tensor:
         model: a causal language model of transformers, inside `attention.packed`.
         segments: their predecessors are among them, or were read before and kept.
     """
-    row, device = PackedBatch(segments), model.device
+    row, device = PackedBatch(segments, kv=kv_of(model)), model.device
     lengths = torch.tensor([len(s.tokens) for s in segments], device=device)
     owners = torch.arange(len(segments), device=device).repeat_interleave(lengths)
     tokens = torch.tensor([[t for s in segments for t in s.tokens]], device=device)
@@ -296,10 +323,13 @@ class KVCache:
         count: how many answers are written at once.
         width: the most tokens of one, its own part of the prompt included.
         shared: segments that all answers continue, oldest first.
+        kv: `int8` if keys and values are kept in int8; they are simulated in the float type.
     """
 
-    def __init__(self, count: int, width: int, shared: tuple[Segment, ...]):
-        self.count, self.shared = count, shared
+    def __init__(
+        self, count: int, width: int, shared: tuple[Segment, ...], *, kv: str | None = None
+    ):
+        self.count, self.shared, self.kv = count, shared, kv
         self.width = -(-width // WIDTH_STEP) * WIDTH_STEP
         self.offset = sum(len(s.tokens) for s in shared)
         self.lengths = torch.zeros(count, dtype=torch.long)  # tokens in each slot

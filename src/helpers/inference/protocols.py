@@ -26,13 +26,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from helpers.core.errors import one_line
+from helpers.core.errors import StudyError, one_line
 from helpers.inference.packed_attention import (
     TRUNK,
     KVCache,
     PrefixCache,
     Segment,
     SplitText,
+    kv_of,
     logits_at,
     packed_batches,
     read,
@@ -171,8 +172,32 @@ def _cached_difference(model, text: list[int], expected: Tensor) -> float:
 
 
 def read_alone(model, length: int) -> bool:
-    """Whether a text of this length is read by the model's own forward pass."""
-    return bool(getattr(model, "packing_problem", "")) or reads_alone(model.config, length)
+    """Whether a text of this length is read by the model's own forward pass.
+
+    Raises:
+        StudyError: it is, and the model's keys and values are to be kept in int8.
+    """
+    alone = bool(getattr(model, "packing_problem", "")) or reads_alone(model.config, length)
+    if alone and kv_of(model):
+        raise StudyError(
+            f"variants.*.kv: a text of {length} tokens is read by the model's own forward pass, "
+            "where no int8 cache is simulated; leave kv out, or the text"
+        )
+    return alone
+
+
+def keep_keys_and_values(model, kv: str | None, *, at: str) -> None:
+    """Keep the model's keys and values in this type from now on, after `prove_engine`.
+
+    Raises:
+        StudyError: the engine does not read this model by packed rows.
+    """
+    if kv and model.packing_problem:
+        raise StudyError(
+            f"{at}.kv: the model is read by its own forward pass, where no int8 cache is "
+            f"simulated ({model.packing_problem}); leave kv out"
+        )
+    model.kv_cache = kv
 
 
 @torch.inference_mode()
@@ -632,7 +657,7 @@ class Decoder:
             read(self.model, new)
         offset = sum(len(s.tokens) for s in self.shared)
         longest = max(map(len, self.texts)) - offset + self.ends.max_new_tokens
-        self.slots = KVCache(self.rows, longest, self.shared)
+        self.slots = KVCache(self.rows, longest, self.shared, kv=kv_of(self.model))
         by_beginning = lambda i: (self.texts[i].shared, -len(self.texts[i]), i)  # noqa: E731
         waiting = deque(sorted(range(len(self.texts)), key=by_beginning))
         while waiting or self.active:

@@ -45,7 +45,10 @@ def recipe_table(results: Results) -> Rows:
         role = f"{role}: {ROLE_PURPOSES[role]}" if role else ""
         if control := results.unsmoothed_twin(name):
             role = f"control without smoothing: {control}"
-        recipe = f"{'; '.join(sorted(schemes)) or as_loaded}{f' ({role})' if role else ''}"
+        recipe = "; ".join(sorted(schemes)) or as_loaded
+        if kv := results.study.variants[name].kv:
+            recipe += f"; KV cache in {kv}, one scale for a token and head (simulated)"
+        recipe += f" ({role})" if role else ""
         rows.append({"variant": code(name), "recipe": recipe})
     return rows
 

@@ -120,7 +120,7 @@ def role_of(study: Study, name: str) -> Role | None:
         return "broken on purpose"
     if recipe.dtype:
         return "noise floor"
-    if not recipe.quantized:
+    if not recipe.quantized and not recipe.kv:
         return "repetition" if recipe.is_unmodified else "smoothing alone"
     smoothed_twins = [n for n, other in study.variants.items() if is_unsmoothed_twin(recipe, other)]
     return "without smoothing" if smoothed_twins else None
@@ -128,10 +128,11 @@ def role_of(study: Study, name: str) -> Role | None:
 
 def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
     """Whether the two differ only by smoothing, which the first lacks."""
-    same_scheme = (plain.scheme, plain.rounding, plain.ignore) == (
+    same_scheme = (plain.scheme, plain.rounding, plain.ignore, plain.kv) == (
         smoothed.scheme,
         smoothed.rounding,
         smoothed.ignore,
+        smoothed.kv,
     )
     return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 

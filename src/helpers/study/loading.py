@@ -254,7 +254,7 @@ def broken_references(study: Study) -> list[str]:
             continue
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
-    problems += _calibrations(study)
+    problems += _calibrations(study) + _kv_caches(study)
     return problems + _columns(study) + _comparisons(study) + _old_rules(study)
 
 
@@ -327,6 +327,18 @@ def _baseline(study: Study) -> list[str]:
     return [
         f"baseline = {study.baseline!r} is not the model as it was loaded; name a variant "
         "that changes nothing ({})"
+    ]
+
+
+def _kv_caches(study: Study) -> list[str]:
+    """vLLM has its own cache, which a variant does not set."""
+    if study.runtime.quantized != "vllm":
+        return []
+    return [
+        f"variants.{name}.kv = {variant.kv!r} is simulated by this project's engine alone; leave "
+        "it out, or use runtime.quantized: int8"
+        for name, variant in study.variants.items()
+        if variant.kv
     ]
 
 

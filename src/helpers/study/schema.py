@@ -312,6 +312,7 @@ Weights = Literal["channel", "tensor"]
 FloatType = Literal["float32", "bfloat16"]
 Activations = Literal["token_dynamic", "tensor_dynamic", "tensor_static"]
 Rounding = Literal["nearest", "mse", "gptq"]
+KvCache = Literal["int8"]
 
 # The paper's levels (arXiv:2211.10438, table 2) and the scheme the ecosystem ships.
 PRESETS: dict[str, tuple[Weights, Activations]] = {
@@ -403,6 +404,9 @@ class Variant(Strict):
     to the least error (llmcompressor's observer); `gptq`, by llmcompressor's GPTQ on the
     calibration items.
 
+    `kv: int8` keeps keys and values in int8, one scale for a token and a head. The checkpoint is
+    the same; the evaluation simulates the cache.
+
     `calibration` names one of the study's `calibrations`; without it the variant is made from the
     study's `calibration`.
     """
@@ -417,6 +421,7 @@ class Variant(Strict):
     ignore: tuple[Annotated[str, AfterValidator(_name_or_pattern)], ...] = (HEAD,)
     repeats: Count = 1
     calibration: Annotated[Name | None, Field(exclude_if=_is_none)] = None
+    kv: Annotated[KvCache | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _whole_scheme(self):
@@ -447,7 +452,11 @@ class Variant(Strict):
                 "smooth.alpha is chosen by the error of quantization, and this variant has none "
                 "of its own; give a number"
             )
-        if self.dtype and (self.preset or self.weights or self.recipe or self.smooth):
+        if self.kv and self.recipe:
+            raise ValueError(
+                f"kv = {self.kv!r} is no part of recipe = {self.recipe!r}; leave it out"
+            )
+        if self.dtype and (self.preset or self.weights or self.recipe or self.smooth or self.kv):
             raise ValueError(
                 f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
                 "alone, or leave it out"
@@ -492,7 +501,12 @@ class Variant(Strict):
     @property
     def is_unmodified(self) -> bool:
         """Whether the variant is the source model in the study's float type."""
-        return not self.needs_checkpoint and self.dtype is None
+        return not self.needs_checkpoint and self.dtype is None and self.kv is None
+
+    @property
+    def is_lossy(self) -> bool:
+        """Whether answers may differ by more than the rounding of floats."""
+        return self.claim.quantized or self.kv is not None
 
     @property
     def claim(self) -> "Variant":

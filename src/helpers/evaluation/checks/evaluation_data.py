@@ -96,7 +96,7 @@ def read_perturbed_passages(job: Job, tokenizer) -> list[dict]:
     was evaluated wrongly would widen the limit. Only for float variants that change the model
     or its float type.
     """
-    if job.recipe.is_unmodified or job.recipe.claim.quantized:
+    if job.recipe.is_unmodified or job.recipe.is_lossy:
         return []
     set_activity("the float model, off by rounding")
     passages, tokens = _first_passages(job, tokenizer)

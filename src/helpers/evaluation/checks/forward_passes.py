@@ -24,8 +24,9 @@ from functools import cached_property, partial
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
 from helpers.core.architectures import HEAD
 from helpers.core.records import Gate, largest
@@ -265,23 +266,82 @@ HEAD_CHUNK = 16384  # rows of the vocabulary at a time
 States = Mapping[tuple[str, str], Tensor]
 
 
+# Keys and values in int8: one scale for a token and head, its largest magnitude in 127 steps. A
+# value so close to a midpoint of two steps, in steps, may be rounded either way by a correct
+# program: float32 of a magnitude of 127 steps is known to 1e-5 steps, and a rotation by a position
+# adds a few roundings.
+NEAR_TIE = 2e-4
+
+
+def attention_with_cache(kv: str | None, *, near_ties_turned: bool = False) -> str:
+    """The name by which transformers finds the attention over keys and values kept in `kv`.
+
+    Args:
+        near_ties_turned: round what is close to a midpoint the other way. Beside the plain
+            rounding that shows what the freedom of a correct program changes.
+    """
+    if kv is None:
+        return "eager"
+    name = f"{kv}_cache_turned" if near_ties_turned else f"{kv}_cache"
+    AttentionInterface.register(name, partial(_attend_int8, turned=near_ties_turned))
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
+    return name
+
+
+def _attend_int8(
+    module, query, key, value, attention_mask, scaling=None, *, turned: bool, **_options
+) -> tuple[Tensor, Tensor]:
+    """softmax(q kᵀ · scaling + mask) v in the type of the query, of rounded keys and values.
+
+    Args:
+        query: (batch, heads, tokens, head_dim); key and value with a part of the heads.
+        attention_mask: added to the scores; None for plain causal attention.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    key, value = (
+        _kept_in_int8(states, turned).repeat_interleave(repeats, 1) for states in (key, value)
+    )
+    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    if attention_mask is None:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    else:
+        scores = scores + attention_mask[..., : key.shape[-2]]
+    weights = scores.softmax(-1)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+def _kept_in_int8(states: Tensor, turned: bool) -> Tensor:
+    largest_magnitude = states.abs().max(dim=-1, keepdim=True).values
+    step = torch.where(largest_magnitude == 0, 1.0, largest_magnitude / 127)
+    levels = states / step
+    rounded = levels.round()
+    if turned:
+        is_near = ((levels - levels.floor()) - 0.5).abs() < NEAR_TIE
+        other = torch.where(rounded > levels, levels.floor(), levels.ceil())
+        rounded = torch.where(is_near, other, rounded)
+    return rounded * step
+
+
 class Playback:
     """A transformers model with a folder's norms, embeddings and head, and no Linear weights.
 
     Args:
         files: the variant's folder.
         dtype: the computing type: float64, or the declared type to measure its rounding.
+        kv: `int8` if keys and values are kept in int8.
     """
 
-    def __init__(self, files: LinearFiles, dtype: torch.dtype):
+    def __init__(self, files: LinearFiles, dtype: torch.dtype, kv: str | None = None):
         self.files, self.dtype = files, dtype
+        attention = attention_with_cache(kv, near_ties_turned=dtype != torch.float64)
         config = AutoConfig.from_pretrained(files.folder, local_files_only=True)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         self.layers = Layers.from_config(config)
         with init_empty_weights(include_buffers=False), no_init_weights():
             self.model = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", dtype=dtype
+                config, attn_implementation=attention, dtype=dtype
             ).eval()
         self._table = f"{architecture(config).embeddings[0]}"
         played = set(linear_names(config)) | {n for names in self.layers.played for n in names}
@@ -413,13 +473,17 @@ class Reading:
 
 
 class FreshModel:
-    """A float variant as transformers loads it, with its eager attention."""
+    """A float variant as transformers loads it, with its eager attention.
 
-    def __init__(self, files: LinearFiles, device):
+    Args:
+        kv: `int8` if keys and values are kept in int8.
+    """
+
+    def __init__(self, files: LinearFiles, device, kv: str | None = None):
         model = AutoModelForCausalLM.from_pretrained(
             files.folder,
             dtype=files.dtype,
-            attn_implementation="eager",
+            attn_implementation=attention_with_cache(kv),
             local_files_only=True,
             trust_remote_code=False,
         )
@@ -448,7 +512,7 @@ class FreshModel:
 
 
 def read_whole(
-    readings: list[Reading], files: LinearFiles, device
+    readings: list[Reading], files: LinearFiles, device, kv: str | None = None
 ) -> tuple[list[Tensor], float, float]:
     """Read every text with transformers' own model, and measure the effect of rounding.
 
@@ -456,7 +520,7 @@ def read_whole(
         logits of each reading; the root mean square and the maximum of the logit changes that
         one rounding of every weight causes, over one scored text of every kind.
     """
-    fresh = FreshModel(files, device)
+    fresh = FreshModel(files, device, kv)
     logits = [fresh.logits(r.text, r.places) for r in readings]
     fresh.shake_()
     rms_change = largest_change = 0.0

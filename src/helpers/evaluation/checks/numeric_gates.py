@@ -234,7 +234,7 @@ def reference_gates(recipe: Variant, passages: list[dict], perturbed: list[dict]
         perturbed: rows of some of these passages, read by the float model after one rounding
             of every weight; only for float variants.
     """
-    if recipe.claim.quantized:
+    if recipe.is_lossy:
         return [differs_gate(passages)]
     if recipe.dtype:
         return [differs_gate(passages), rounding_gate(passages, perturbed)]

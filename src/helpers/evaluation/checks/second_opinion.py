@@ -122,8 +122,9 @@ class SecondOpinion:
     def __init__(self, job: Job, model, tokenizer):
         self.job, self.model, self.tokenizer = job, model, tokenizer
         self.files = linear_files(job)
-        self.exact = Playback(self.files, torch.float64)
-        self.rounded = Playback(self.files, self.files.dtype)
+        self.kv = job.recipe.kv
+        self.exact = Playback(self.files, torch.float64, self.kv)
+        self.rounded = Playback(self.files, self.files.dtype, self.kv)
         self.layers = self.exact.layers
         self.by_layer, self.text = Comparison(), Comparison()
         self.answers: dict[str, Comparison] = {}
@@ -377,7 +378,7 @@ class SecondOpinion:
     def _read_whole(self, predictions: Mapping[str, list[dict]]) -> None:
         """Compare the engine's results, alone and in batches, with transformers' own model."""
         logits, rms_change, largest_change = read_whole(
-            self._readings, self.files, self.model.device
+            self._readings, self.files, self.model.device, self.kv
         )
         stored = {
             (id(self.answers[name]), row["id"]): row["logprobs"]
