@@ -200,6 +200,91 @@ def test_how_a_text_is_read(runs, monkeypatch, lapse, names, variant):
     assert names <= failed(looked_at(runs("llama", variant)))
 
 
+def the_cache_left_in_floats(patch):
+    patch.setattr(packed_attention, "int8_rounded", lambda states: states)
+
+
+def one_scale_for_all_heads(patch):
+    def rounded(states):
+        step = states.abs().amax((1, 3), keepdim=True) / 127
+        return (states / step).round() * step
+
+    patch.setattr(packed_attention, "int8_rounded", rounded)
+
+
+def one_scale_for_a_text(patch):
+    def rounded(states):
+        step = states.abs().amax((2, 3), keepdim=True) / 127
+        return (states / step).round() * step
+
+    patch.setattr(packed_attention, "int8_rounded", rounded)
+
+
+def a_cache_of_seven_bits(patch):
+    patch.setattr(packed_attention, "KV_STEPS", 63)
+
+
+def values_left_in_floats(patch):
+    attend, whole = packed_attention.packed_attention, packed_attention.int8_rounded
+    calls = []
+
+    def keys_only(states):
+        calls.append(None)
+        return whole(states) if len(calls) % 2 else states
+
+    assert attend
+    patch.setattr(packed_attention, "int8_rounded", keys_only)
+
+
+KV = {"kv8": {"kv": "int8"}, "w8a8_kv8": {"preset": "w8a8", "kv": "int8"}}
+
+
+@pytest.fixture
+def with_kv(monkeypatch):
+    for name, recipe in KV.items():
+        monkeypatch.setitem(VARIANTS, name, recipe)
+
+
+def kv_run(runs, family, variant, dtype="float32"):
+    """A run with an int8 cache; without a scheme it has no checkpoint."""
+    if variant == "w8a8_kv8":
+        return runs(family, variant, dtype)
+    run = runs(family, "noquant", dtype)
+    run = QuantizedRun(run.root, run.settings, variant)
+    return run
+
+
+@pytest.mark.parametrize(
+    ("family", "variant", "dtype"),
+    [
+        ("llama", "kv8", "float32"),
+        ("qwen3", "w8a8_kv8", "float32"),
+        ("gemma3_text", "kv8", "float32"),
+        ("llama", "w8a8_kv8", "bfloat16"),
+    ],
+)
+def test_a_sound_cache_in_int8_agrees(runs, with_kv, family, variant, dtype):
+    gates = looked_at(kv_run(runs, family, variant, dtype))
+    assert [gate for _, gate in gates if not gate.passed] == []
+
+
+@pytest.mark.bank("reading", "{lapse}", LAYERS)
+@pytest.mark.parametrize("variant", ["kv8", "w8a8_kv8"])
+@pytest.mark.parametrize(
+    "lapse",
+    [
+        the_cache_left_in_floats,
+        one_scale_for_all_heads,
+        one_scale_for_a_text,
+        a_cache_of_seven_bits,
+        values_left_in_floats,
+    ],
+)
+def test_how_keys_and_values_are_kept(runs, monkeypatch, with_kv, lapse, variant):
+    lapse(monkeypatch)
+    assert LAYERS in failed(looked_at(kv_run(runs, "llama", variant)))
+
+
 @pytest.mark.bank("float", "attention in bfloat16 for quantized variants alone", LAYERS)
 def test_attention_of_a_quantized_variant(runs, monkeypatch):
     assert failed(looked_at(runs("llama", "rtn_w8a8"))) == set()

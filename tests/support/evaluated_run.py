@@ -13,11 +13,22 @@ from helpers.evaluation.checks.evaluation_data import ask_alone, opinion_gates
 from helpers.evaluation.checks.recorded_calls import PACKED, SHARED_TEXT, call_gates, call_recorder
 from helpers.evaluation.checks.second_opinion import open_second_opinion
 from helpers.evaluation.engine import ask_all
-from helpers.inference import perplexity
+from helpers.inference import perplexity, protocols
 from helpers.inference.perplexity import passage_rows, passage_tokens, read_passages
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.variants import load_variant
 from helpers.sources.sampling import shared_passages
+
+
+def loaded(job, change=None):
+    """(model, tokenizer) as 03_evaluation loads them, and what is done to the model afterwards."""
+    model, tokenizer = load_variant(job)
+    if kv := job.recipe.kv:
+        protocols.prove_engine(model)
+        protocols.keep_keys_and_values(model, kv, at=job.variant)
+    if change:
+        change(model)
+    return model, tokenizer
 
 
 def asked(run, change=None, *, resumed=None):
@@ -28,9 +39,7 @@ def asked(run, change=None, *, resumed=None):
     """
     with run.outputs():
         job = run.job
-        model, tokenizer = load_variant(job)
-        if change:
-            change(model)
+        model, tokenizer = loaded(job, change)
         calls = call_recorder(job, model)
         with calls.during(PACKED):
             predictions = ask_all(model, tokenizer, job.study)
@@ -51,9 +60,7 @@ def looked_at(run, change=None):
     """
     with run.outputs():
         job = run.job
-        model, tokenizer = load_variant(job)
-        if change:
-            change(model)
+        model, tokenizer = loaded(job, change)
         wanted, passages = job.study.evaluation, shared_passages(job.study)
         tokens = passage_tokens(tokenizer, passages, max_tokens=wanted.shared_text.max_tokens)
         states = read_passages(model, tokens, batch_tokens=wanted.batch.tokens)

@@ -76,7 +76,7 @@ def int8_rounded(states: Tensor) -> Tensor:
     One scale for a token and a head, its largest magnitude / 127, as vLLM's cache
     `int8_per_token_head` has it (vllm-project/vllm pull request 38378).
     """
-    wide = states.float()
+    wide = states.to(torch.promote_types(states.dtype, torch.float32))
     scale = wide.abs().amax(-1, keepdim=True) / KV_STEPS
     scale = scale.masked_fill(scale == 0, 1.0)
     return ((wide / scale).round() * scale).to(states.dtype)
