@@ -86,6 +86,7 @@ def _candidate(results: Results, e: VariantResults, cost: Cost | None) -> Candid
     recorded = e.quantization["results"] if e.quantization else {}
     rows = (recorded.get("losses") or {}).get("left_float", [])
     judged = next((row["kl"] for row in rows if row["float"] == JUDGED), None)
+    judged = None if variant.kv else judged  # no cache was simulated there
     study_type = results.runtime.dtype
     share = BYTES[variant.dtype or study_type] / BYTES[study_type]
     if recorded:
@@ -108,6 +109,8 @@ def _timed_as(results: Results, variant: str, cost: Cost) -> ConfigurationResult
     """The measured configuration that multiplies as a variant does; None if there is none."""
     variants = results.study.variants
     own = variants[variant]
+    if own.kv:  # the cache is simulated
+        return None
     if not own.needs_checkpoint:
         dtype = own.dtype or results.runtime.dtype
         return cost.bfloat16 if dtype == "bfloat16" else cost.reference

@@ -259,8 +259,8 @@ def kv_run(runs, family, variant, dtype="float32"):
     [
         ("llama", "kv8", "float32"),
         ("qwen3", "w8a8_kv8", "float32"),
-        ("gemma3_text", "kv8", "float32"),
-        ("llama", "w8a8_kv8", "bfloat16"),
+        pytest.param("gemma3_text", "kv8", "float32", marks=pytest.mark.long),
+        pytest.param("llama", "w8a8_kv8", "bfloat16", marks=pytest.mark.long),
     ],
 )
 def test_a_sound_cache_in_int8_agrees(runs, with_kv, family, variant, dtype):
@@ -269,7 +269,9 @@ def test_a_sound_cache_in_int8_agrees(runs, with_kv, family, variant, dtype):
 
 
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
-@pytest.mark.parametrize("variant", ["kv8", "w8a8_kv8"])
+@pytest.mark.parametrize(
+    "variant", ["kv8", pytest.param("w8a8_kv8", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(
     "lapse",
     [

@@ -84,9 +84,11 @@ def test_answers_are_those_of_transformers_with_such_a_cache(endless):
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-        written = endless.generate(ids, max_new_tokens=12, past_key_values=RoundedCache(), **options)
+        written = endless.generate(
+            ids, max_new_tokens=12, past_key_values=RoundedCache(), **options
+        )
         assert written[0, len(prompt) :].tolist() == answer
-        unrounded = endless.generate(ids, max_new_tokens=12, **options)
+        unrounded = endless.generate(ids, **options)
         plain.append(unrounded[0, len(prompt) :].tolist())
     keep_keys_and_values(endless, None, at="variants.noquant")
     assert [answer.tokens for answer in generated(endless, PROMPTS)] == plain

@@ -42,6 +42,7 @@ from helpers.report.checks.recomputed_graded_report import (
     wrong_graded_cells,
     wrong_kl_tables,
 )
+from helpers.report.checks.recomputed_recommendation import wrong_recommendation
 from helpers.report.checks.recomputed_tables import (
     DATASET_NAMES,
     ExpectedNumbers,
@@ -620,6 +621,10 @@ def recompute(study: str) -> tuple[str, list[str]]:
     differing += wrong_graded_blocks(published, figures)
     differing += wrong_csv_lines(folder / "summary.csv", figures)
     differing += _wrong_report(paths, figures)
+    recommended, report = folder / "recommendation.md", folder / "report.md"
+    if recommended.is_file() and report.is_file():
+        texts = recommended.read_text("utf-8"), report.read_text("utf-8")
+        differing += wrong_recommendation(*texts, figures)
     return _verdict_table(loaded, list(rows.values())), differing
 
 
