@@ -269,9 +269,7 @@ def test_a_sound_cache_in_int8_agrees(runs, with_kv, family, variant, dtype):
 
 
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
-@pytest.mark.parametrize(
-    "variant", ["kv8", pytest.param("w8a8_kv8", marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("variant", ["kv8", pytest.param("w8a8_kv8", marks=pytest.mark.long)])
 @pytest.mark.parametrize(
     "lapse",
     [
