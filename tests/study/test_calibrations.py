@@ -1,6 +1,7 @@
 """Named calibrations: what runs, which items they read, what rests on them, what is refused."""
 
 import copy
+import subprocess
 
 import pytest
 import yaml
@@ -23,6 +24,7 @@ from helpers.study.stages import (
     source_files,
     upstream_runs,
 )
+from helpers.workflow import launcher
 
 PATHS = StudyPaths("study")
 ARC = {"adapter": "arc", "dataset": {"shipped": "arc"}}
@@ -196,3 +198,23 @@ def test_a_partial_report_leaves_out_the_variants_without_their_calibration(stud
     assert "of_few" not in part.study.variants
     assert list(part.study.calibrations) == ["stories"]
     assert "calibration base+few" in part.missing
+
+
+def test_items_are_counted_before_the_first_job_where_a_study_names_calibrations(
+    study, monkeypatch, tmp_path
+):
+    """Shipped items are enough for one calibration; a named one may ask for any number."""
+    asked = []
+
+    def run(command, **_):
+        asked.append(command)
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(launcher.subprocess, "run", run)
+    monkeypatch.setenv("STUDY_CACHE", str(tmp_path))
+    shipped = study.model_copy(update={"models": {"base": study.models["base"]}})
+    assert launcher.check_sources("study", shipped, dry=True) == 2
+    assert "helpers.evaluation.preflight" in asked[0]
+    plain = shipped.model_copy(update={"calibrations": {}})
+    plain = plain.model_copy(update={"variants": {"noquant": study.variants["noquant"]}})
+    assert launcher.check_sources("study", plain, dry=True) == 0

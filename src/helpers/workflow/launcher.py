@@ -155,7 +155,8 @@ def check_sources(study_name: str, study: Study, *, dry: bool) -> int:
         dry: check only the sources that are on this machine.
     """
     sources = [source for _, source in study_sources(study)]
-    if study.repeats == 1 and not any(isinstance(source, USER_SOURCES) for source in sources):
+    drawn_once = study.repeats == 1 and not study.calibrations
+    if drawn_once and not any(isinstance(source, USER_SOURCES) for source in sources):
         return 0  # shipped items are enough for one calibration
     is_partial = dry and any(isinstance(source, DOWNLOADED_SOURCES) for source in sources)
     stamp = cache_root() / "checked" / _state(study, sources)
