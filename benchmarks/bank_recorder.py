@@ -38,7 +38,11 @@ def pytest_configure(config) -> None:
     from helpers.core.errors import StudyError
     from helpers.core.records import Gate
     from helpers.evaluation import preflight
-    from helpers.report.checks import recomputation, recomputed_graded_report
+    from helpers.report.checks import (
+        recomputation,
+        recomputed_graded_report,
+        recomputed_recommendation,
+    )
     from helpers.statistics import verdicts
     from helpers.statistics.checks import recomputed_verdicts
 
@@ -59,6 +63,8 @@ def pytest_configure(config) -> None:
     for module in (recomputed_graded_report, recomputation):
         _watch_lines(module, "wrong_cards", names.VERDICTS)
         _watch_lines(module, "wrong_kl_tables", names.VERDICTS)
+    for module in (recomputed_recommendation, recomputation):
+        _watch(module, "wrong_recommendation", names.VERDICTS)
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
