@@ -296,9 +296,11 @@ def figure(results: Results, model: str, of_model: Sequence[Candidate], chosen: 
     looks, front = variant_looks(results.compared), pareto_front(of_model)
     columns = [("bytes, share of the float model's", lambda c: c.bytes_share)]
     columns += [("reading speed, multiple of float32's", lambda c: c.reading)]
+    measured = [c for c in of_model if c.speeds] or list(of_model)
     for column, (label, at) in enumerate(columns):
         top, bottom = panels[0][column], panels[1][column]
-        for c in of_model:
+        shown = measured if column else of_model
+        for c in shown:
             color, marker = looks[c.name]
             edge = {"markeredgecolor": "black", "markeredgewidth": 1.6} if c.name == chosen else {}
             if c.judged_kl is not None:
@@ -309,7 +311,7 @@ def figure(results: Results, model: str, of_model: Sequence[Candidate], chosen: 
                 bottom.vlines(at(c), *limits, color=color, linewidth=1.6)
                 mark = {"color": color, "markersize": 7, "label": c.name, **edge}
                 bottom.plot(at(c), 100 * comparison.delta, marker, **mark)
-        line = sorted((at(c), c.judged_kl) for c in of_model if c.name in front)
+        line = sorted((at(c), c.judged_kl) for c in shown if c.name in front)
         top.plot(*zip(*line, strict=True), color="#999999", linewidth=0.8, zorder=0)
         margin = 100 * results.study.statistics.graded_margins.probability
         bottom.axhspan(-margin, margin, color="#eeeeee", zorder=0)

@@ -22,6 +22,7 @@ from helpers.evaluation.checks.recorded_calls import (
     QUANTIZED,
     WHOLE,
     CallRecorder,
+    LinearFile,
     linear_files,
 )
 from helpers.inference import packed_attention, perplexity, protocols
@@ -276,3 +277,23 @@ def test_what_cannot_be_looked_at_fails_and_stops_nothing(sound_run):
         files = linear_files(run.job)
     recorder = CallRecorder(random_model("llama", seed=1), files, ["model.layers.0.mlp.up_proj"])
     assert "weight_scale" in recorder.errors[0]
+
+
+@pytest.mark.parametrize("lanes", [8, 16])
+def test_float_sums_with_an_outlier_are_rounding(lanes):
+    """One channel makes every partial sum large; a processor adds in as many lanes as it has."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(64, 1536, generator=generator)
+    x[:, 5] = 3000.0
+    weight = torch.randn(48, 1536, generator=generator)
+    file = LinearFile(weight, None, None, None, None, 2.0**-23)
+    products = file.products(x)
+    terms = (x[:, None] * weight).reshape(64, 48, -1, lanes)
+    sums = torch.zeros(64, 48, lanes)
+    for step in terms.unbind(2):
+        sums = sums + step
+    y = sums.sum(-1).double()
+    ratio = ((y - products.exact).abs() / products.allowed).max().item()
+    assert ratio < 1
+    in_bfloat16 = (x.bfloat16() @ weight.bfloat16().T).double()
+    assert bool(((in_bfloat16 - products.exact).abs() > products.allowed).any())
