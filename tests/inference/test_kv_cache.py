@@ -83,10 +83,9 @@ def test_answers_are_those_of_transformers_with_such_a_cache(endless):
     plain = []
     for prompt, answer in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
-        options = {"attention_mask": torch.ones_like(ids), "do_sample": False, "pad_token_id": 0}
-        written = endless.generate(
-            ids, max_new_tokens=12, past_key_values=RoundedCache(), **options
-        )
+        options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+        options |= {"pad_token_id": 0, "max_new_tokens": 12}
+        written = endless.generate(ids, past_key_values=RoundedCache(), **options)
         assert written[0, len(prompt) :].tolist() == answer
         unrounded = endless.generate(ids, **options)
         plain.append(unrounded[0, len(prompt) :].tolist())

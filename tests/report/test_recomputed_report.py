@@ -42,6 +42,7 @@ OWN = {
     "recomputed_tables",
     "recomputed_graded_report",
     "recomputed_chapters",
+    "recomputed_recommendation",
 }
 
 

@@ -199,7 +199,7 @@ def test_keys_values_and_masks_lie_with_the_layer_that_reads_them(cards, monkeyp
     slots, segments = [], []
     make, keep = protocols.KVCache, Segment.__post_init__
     monkeypatch.setattr(
-        protocols, "KVCache", lambda *given: slots.append(make(*given)) or slots[-1]
+        protocols, "KVCache", lambda *given, **more: slots.append(make(*given, **more)) or slots[-1]
     )
     monkeypatch.setattr(Segment, "__post_init__", lambda self: segments.append(self) or keep(self))
     with cards(2):

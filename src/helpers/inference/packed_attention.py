@@ -55,11 +55,11 @@ def packed_attention(
         raise TypeError(
             "a model that attends by packed rows is called through `packed_attention.read`"
         )
+    if options.get("softcap") or options.get("s_aux") is not None:
+        raise NotImplementedError("soft-capped scores and attention sinks cannot be evaluated")
     packed = options["packed"]
     if packed.kv == "int8":
         key, value = int8_rounded(key), int8_rounded(value)
-    if options.get("softcap") or options.get("s_aux") is not None:
-        raise NotImplementedError("soft-capped scores and attention sinks cannot be evaluated")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     mixed = packed.attend(
         module.layer_idx, query, key, value, scaling=scaling, window=options.get("sliding_window")
