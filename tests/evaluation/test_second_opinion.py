@@ -260,7 +260,6 @@ def kv_run(runs, family, variant, dtype="float32"):
         ("llama", "kv8", "float32"),
         ("qwen3", "w8a8_kv8", "float32"),
         pytest.param("gemma3_text", "kv8", "float32", marks=pytest.mark.long),
-        pytest.param("llama", "w8a8_kv8", "bfloat16", marks=pytest.mark.long),
     ],
 )
 def test_a_sound_cache_in_int8_agrees(runs, with_kv, family, variant, dtype):

@@ -141,6 +141,8 @@ def test_a_model_that_reads_in_its_own_way_is_refused(model):
             "kv = 'int8' is no part of recipe = 'seed'",
         ),
         ({"kv": "int8"}, {"quantized": "vllm"}, "is simulated by this project's engine alone"),
+        ({"kv": "int8"}, {"dtype": "bfloat16"}, "kv = 'int8' can be checked in float32 alone"),
+        ({"kv": "int8"}, {"dtype": "auto"}, "kv = 'int8' can be checked in float32 alone"),
     ],
 )
 def test_what_has_no_such_cache_is_refused_in_one_line(

@@ -666,7 +666,7 @@ def calibration_sentences(results: Results) -> list[str]:
             ("above", "higher KL than another draw"),
             ("below", "lower KL than another draw"),
             ("within", "no difference beyond the draws"),
-            ("unknown", "unknown"),
+            ("unknown", "no conclusion (fewer than three draws, or a failed check)"),
         ):
             names = [_calibrated(results, e.variant) for e in effects if e.place == place]
             clauses += [f"{words}: {listed(names)}"] if names else []

@@ -401,7 +401,7 @@ def tokenizer_gate(evidence: CheckpointFiles):
     vocabulary_changes = sorted(vocabularies[0].items() ^ vocabularies[1].items())
     differences += [f"vocabulary: {vocabulary_changes[0][0]!r}"] if vocabulary_changes else []
     differences += ["chat format"] if _chat(source) != _chat(saved) else []
-    texts = list(study_texts(evidence.job.study))
+    texts = list(study_texts(evidence.job.study, evidence.job.calibration))
     token_ids = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
     differing_texts = [t for t, a, b in zip(texts, *token_ids, strict=True) if a != b]
     return (
@@ -423,11 +423,11 @@ def _chat(tokenizer) -> str | None:
     return tokenizer.apply_chat_template(CONVERSATION, tokenize=False, add_generation_prompt=True)
 
 
-def study_texts(study: Study) -> Iterator[str]:
-    """Every text of the study's items, and the passages of the shared text."""
+def study_texts(study: Study, calibration: str = "") -> Iterator[str]:
+    """Every text of the study's items, of one calibration, and of the shared text."""
     for name in study.evaluation.datasets:
         yield from map(_item_text, evaluation_items(study, name))
-    yield from map(_item_text, calibration_items(study))
+    yield from map(_item_text, calibration_items(study, calibration))
     yield from shared_passages(study)
 
 

@@ -312,15 +312,16 @@ def _attend_int8(
 
 
 def _kept_in_int8(states: Tensor, turned: bool) -> Tensor:
-    largest_magnitude = states.abs().max(dim=-1, keepdim=True).values
+    exact = states.to(torch.promote_types(states.dtype, torch.float32))
+    largest_magnitude = exact.abs().max(dim=-1, keepdim=True).values
     step = torch.where(largest_magnitude == 0, 1.0, largest_magnitude / 127)
-    levels = states / step
+    levels = exact / step
     rounded = levels.round()
     if turned:
         is_near = ((levels - levels.floor()) - 0.5).abs() < NEAR_TIE
         other = torch.where(rounded > levels, levels.floor(), levels.ceil())
         rounded = torch.where(is_near, other, rounded)
-    return rounded * step
+    return (rounded * step).to(states.dtype)
 
 
 class Playback:

@@ -239,7 +239,7 @@ PLACES = (
     ("higher KL than another draw", "above"),
     ("lower KL than another draw", "below"),
     ("no difference beyond the draws", "within"),
-    ("unknown", "unknown"),
+    ("no conclusion (fewer than three draws, or a failed check)", "unknown"),
 )
 
 

@@ -131,7 +131,7 @@ def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple
     names = [variant]
     names += [name for name, other in study.variants.items() if _multiplies(other, own)]
     if not own.needs_checkpoint:
-        names = [f"{study.baseline} {own.dtype or 'float32'}"]
+        names = [f"{study.baseline} {own.dtype or study.runtime.dtype}"]
     row = next((rows[name] for name in names if name in rows), None)
     if row is None:
         return missing
