@@ -85,3 +85,15 @@ def test_a_front_that_is_none_is_named(published):
     cells = line.split(" | ")
     edited = text.replace(line, " | ".join([*cells[:7], "yes", *cells[8:]]))
     assert any("Pareto" in told for told in wrong_recommendation(edited, report, figures))
+
+
+def test_costs_of_another_model_are_not_taken(published):
+    """Two models of a study may each have a table of costs."""
+    text, report, figures = published
+    heading = next(line for line in report.splitlines() if line.startswith("### Model `base`"))
+    table = report[report.index("| against float32 |") :].split("\n\n")[0]
+    other = heading.replace("base", "other") + "\n\n" + re.sub(r"\d\.\d\d×", "7.77×", table)
+    assert "7.77×" in other
+    assert wrong_recommendation(text, f"{report}\n\n{other}\n", figures) == []
+    swapped = report.replace(table, re.sub(r"\d\.\d\d×", "7.77×", table))
+    assert wrong_recommendation(text, swapped, figures)

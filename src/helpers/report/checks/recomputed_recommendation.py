@@ -22,7 +22,7 @@ from helpers.report.checks.recomputed_tables import (
     written_numbers,
 )
 from helpers.statistics.checks import recomputed_graded as again
-from helpers.study.schema import Study, Variant
+from helpers.study.schema import FineTunedModel, Study, Variant
 
 TITLE, MISSING = "# Which variant to use: ", "–"
 KL, DIFFERENCE = "KL on judging items [nats]", "graded difference [points]"
@@ -122,9 +122,17 @@ def _judged_kl(model: str, variant: str, shown: list[Table], study: Study) -> st
 
 
 def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple[str, str]:
-    """(reading, writing) in the report's table of costs, of a configuration that does alike."""
-    own, missing = study.variants[variant], (MISSING, MISSING)
-    tables = [table for table in shown if table.columns[0] == "against float32"]
+    """(reading, writing) in the report's table of costs, of a configuration that does alike.
+
+    A model that was trained here costs what its start does.
+    """
+    own, missing, source = study.variants[variant], (MISSING, MISSING), study.models[model]
+    timed = source.finetune.start if isinstance(source, FineTunedModel) else model
+    tables = [
+        table
+        for table in shown
+        if table.columns[0] == "against float32" and table.section == f"Model {timed}"
+    ]
     if own.kv or not tables:
         return missing
     rows = {plain_text(row[0]): row for table in tables for row in table.rows}
