@@ -36,6 +36,7 @@ KINDS = {
     "rope": "Positions that depend on a text's length",
     "beginnings": "Beginnings of plain text",
     "checkpoint": "Checkpoints: smoothing, weights, scales, metadata",
+    "ruler": "Rulers: other recipes, simulated",
     "calibration": "Calibration and the source model",
     "training": "Fine-tuning: its items, loss and steps",
     "model": "The model that is asked",

@@ -109,7 +109,7 @@ def _timed_as(results: Results, variant: str, cost: Cost) -> ConfigurationResult
     """The measured configuration that multiplies as a variant does; None if there is none."""
     variants = results.study.variants
     own = variants[variant]
-    if own.kv:  # the cache is simulated
+    if own.kv or own.ruler:  # simulated
         return None
     if not own.needs_checkpoint:
         dtype = own.dtype or results.runtime.dtype

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import STUDY
-from helpers.statistics.calibrations import calibration_effects
 from helpers.statistics.checks.recomputed_graded_study import calibrations_block
+from helpers.statistics.recipe_parts import calibration_effects
 from helpers.statistics.verdicts import VariantAnswers
 from helpers.study.schema import Study
 

@@ -80,7 +80,9 @@ def skipped_variants(job: Job) -> dict[str, str]:
     """The reason for each variant that is not measured: redundant, or not measurable here."""
     reasons, representatives = {}, variant_per_scheme(job.study.variants)
     for name, recipe in job.study.variants.items():
-        if not recipe.quantized and name != job.study.baseline:
+        if recipe.ruler:
+            reasons[name] = "is a ruler, simulated in float"
+        elif not recipe.quantized and name != job.study.baseline:
             reasons[name] = "runs in float as the baseline does"
         elif recipe.quantized and job.study.runtime.quantized == "vllm":
             reasons[name] = "is answered by vLLM, in a process that cannot be watched from here"

@@ -17,7 +17,7 @@ scales of the checkpoint then come from the maxima over all items.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -41,7 +41,7 @@ from helpers.runtime.devices import (
 )
 from helpers.runtime.discovery import head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
-from helpers.study.schema import Variant
+from helpers.study.schema import Numbers, Variant
 
 
 @dataclass
@@ -62,23 +62,30 @@ class SmoothedLinear:
         absmax: (in_features,) calibrated maxima of x, or None.
         given: (out_features, in_features) float32 weights to multiply with, not to be rounded here:
             a checkpoint's, or the float ones; None to round `weight`.
+        group: input features of one scale of a ruler's grouped weights.
     """
 
     x: Tensor
     weight: Tensor
     absmax: Tensor | None
     given: Tensor | None = None
+    group: int = 0
 
     def exact(self) -> Tensor:
         """(tokens, out_features) x @ Wᵀ."""
         return product(self.x, self.weight)
 
     def rounded(self, variant: Variant) -> Tensor:
-        """(tokens, out_features) int8 output at the variant's granularities.
+        """(tokens, out_features) output at the variant's granularities, in int8 or as a ruler.
 
-        For a float variant: per channel and per token. Weights are rounded to nearest if none are
-        given.
+        For a float variant: int8 per channel and per token. Weights are rounded to nearest if none
+        are given.
         """
+        if variant.ruler:
+            of_weights, of_activations = variant.ruler
+            x = fake_round(self.x, of_activations) if of_activations else self.x
+            weight = fake_round(self.weight, of_weights, self.group) if of_weights else self.weight
+            return product(x, weight)
         weights, activations = variant.scheme or ("channel", "token_dynamic")
         if activations == "token_dynamic":
             limit = self.x.abs().amax(1, keepdim=True)
@@ -187,6 +194,36 @@ def fake_quantize(values: Tensor, absmax: Tensor) -> Tensor:
     return torch.div(values, scale).round_().clamp_(-HALF_RANGE - 0.5, HALF_RANGE - 0.5) * scale
 
 
+GROUP_SIZES = (128, 64, 32, 16, 8, 4, 2, 1)  # 128 is usual; every width has to be a multiple
+LARGEST_E4M3 = 448.0
+
+
+def group_size(widths: Iterable[int]) -> int:
+    """The largest usual size of a group that divides every width (in_features)."""
+    sizes = set(widths)
+    return next(size for size in GROUP_SIZES if all(width % size == 0 for width in sizes))
+
+
+def fake_round(values: Tensor, numbers: Numbers, group: int = 0) -> Tensor:
+    """Values rounded to nearest as a ruler rounds them, with one scale for a row or a group.
+
+    Args:
+        values: (rows, features) float32.
+        group: features of one scale, if the granularity is `group`.
+    """
+    parts = values.unflatten(1, (-1, group)) if numbers.granularity == "group" else values
+    limit = parts.abs().amax(-1, keepdim=True)
+    if numbers.kind == "float":
+        scale = torch.where(limit == 0, torch.ones_like(limit), limit / LARGEST_E4M3)
+        steps = (parts / scale).clamp(-LARGEST_E4M3, LARGEST_E4M3)
+        rounded = steps.to(torch.float8_e4m3fn).to(values.dtype) * scale
+    else:
+        half = 2 ** (numbers.bits - 1)  # of the levels: ±(half - 1/2) steps reach the limit
+        scale = torch.where(limit == 0, torch.ones_like(limit), limit / (half - 0.5))
+        rounded = (parts / scale).round().clamp(-half, half - 1) * scale
+    return rounded.reshape(values.shape)
+
+
 ITEMS = 4  # calibration items that are read; every Linear computes five times on each
 
 
@@ -268,12 +305,14 @@ def _sqnr(
 ) -> dict[str, dict[str, float]]:
     sums = {label: SquaredSums() for label in scales_by_label}
     targets = quantized_linears(model, variant.ignore)
+    group = group_size(linear.in_features for linear in targets.values())
 
     def hook(name: str):
         def observe(module: nn.Linear, args: tuple) -> None:
             for label, scales in scales_by_label.items():
                 of_linear = scales.get(name, LinearScales())
                 smoothed = apply_smoothing(module, args[0], act_absmax.get(name), of_linear)
+                smoothed = replace(smoothed, group=group)
                 if label in stored_by_label:
                     weight = _stored_weight(stored_by_label[label], name).to(smoothed.x)
                     smoothed = replace(smoothed, given=weight)

@@ -49,6 +49,7 @@ from helpers.quantization.int8_linear import (
     stack_siblings_,
     unpack_stacks_,
 )
+from helpers.quantization.simulation import group_size
 from helpers.quantization.smoothing import SmoothedGroup, smoothed_absmax, smoothing_scales
 from helpers.runtime import devices
 from helpers.runtime.devices import (
@@ -70,7 +71,7 @@ from helpers.sources.models import (
     save_model,
 )
 from helpers.study.loading import Job
-from helpers.study.schema import Runtime, Smooth, Variant
+from helpers.study.schema import Numbers, Ruler, Runtime, Smooth, Variant
 
 CLAMP = (1e-2, 1e2)
 # llmcompressor's own settings, with which W8A8 checkpoints are published.
@@ -119,7 +120,7 @@ def quantize_(
     *,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
-    """Attach int8 scales to every Linear that the variant quantizes; return their names.
+    """Attach scales to every Linear that the variant quantizes; return their names.
 
     Afterwards the model computes as its checkpoint will (fake quantization). GPTQ replaces the
     weights by their rounded values too.
@@ -144,13 +145,14 @@ def quantize_(
     linears = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     float_names = sorted(linears - set(targets))
     by_gptq = variant.rounding == "gptq"
-    settings = {"config_groups": {"group_0": compression_scheme(variant)}, "ignore": float_names}
+    scheme = compression_scheme(variant, [m.in_features for m in targets.values()])
+    settings = {"config_groups": {"group_0": scheme}, "ignore": float_names}
     modifier = GPTQModifier(**settings, **GPTQ) if by_gptq else QuantizationModifier(**settings)
     with _without_hooks(targets.values()):
         modifier.on_initialize(State(model=model))
     modifier.start_calibration(model)
     modules = list(targets.values())
-    if variant.scheme[1] == "tensor_static":
+    if variant.scheme and variant.scheme[1] == "tensor_static":
         for name, module in targets.items():
             if name not in act_absmax:
                 raise StudyError(f"{name} is not in the calibration; run 01_calibration again")
@@ -158,7 +160,7 @@ def quantize_(
         update_qparams(modules, "input")
     if by_gptq:
         _round_by_gptq_(model, modifier, targets, items, batch_tokens=batch_tokens)
-    else:
+    elif scheme.get("weights"):
         observe(modules, "weight")
         update_qparams(modules, "weight")
     modifier.end_calibration(model)
@@ -315,7 +317,7 @@ def quantize_variant_(
     set_activity("quantizing")
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
-    if not variant.quantized:
+    if not variant.compressed:
         return []
     absmax = smoothed_absmax(act_absmax, smoothed)
     return quantize_(model, variant, absmax, items, batch_tokens=batch_tokens)
@@ -331,6 +333,9 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         text = f"int8 weights per {weights}{ROUNDINGS[variant.rounding]}, "
         text += f"int8 activations per {activations.replace('_', ', ')}"
         text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
+    elif variant.ruler:
+        text = _describe_ruler(variant.ruler)
+        text += f", simulated; kept float: {', '.join(variant.ignore)}"
     else:
         text = "float weights and activations"
     if variant.smooth:
@@ -338,6 +343,20 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         action = "divided by the scales" if variant.recipe == "seed" else "smoothed"
         text += f"; {action} with {_describe_alpha(variant, alphas)} at {places}"
     return text + (f"; calibration {variant.calibration}" if variant.calibration else "")
+
+
+def _describe_ruler(ruler: Ruler) -> str:
+    """As `int4 weights per group, float activations`."""
+    parts = {"weights": ruler.weights, "activations": ruler.activations}
+    return ", ".join(
+        f"{numbers_name(numbers)} {part} per {numbers.granularity}" if numbers else f"float {part}"
+        for part, numbers in parts.items()
+    )
+
+
+def numbers_name(numbers: Numbers) -> str:
+    """`int8`, `int4` or `fp8` (E4M3)."""
+    return f"{'fp' if numbers.kind == 'float' else 'int'}{numbers.bits}"
 
 
 def _describe_alpha(variant: Variant, alphas: dict[str, float]) -> str:
@@ -350,8 +369,14 @@ def _describe_alpha(variant: Variant, alphas: dict[str, float]) -> str:
     return f"α = {values[0]:g}, the best of {', '.join(f'{a:g}' for a in declared)}"
 
 
-def compression_scheme(variant: Variant) -> dict:
-    """The variant's scheme as a compressed-tensors configuration."""
+def compression_scheme(variant: Variant, widths: Iterable[int] = ()) -> dict:
+    """The variant's scheme as a compressed-tensors configuration.
+
+    Args:
+        widths: in_features of the Linears, which the groups of a ruler have to divide.
+    """
+    if variant.ruler:
+        return {"targets": ["Linear"]} | _ruler_scheme(variant.ruler, widths)
     weights, activations = variant.scheme
     strategy, timing = activations.split("_")
     integers = {"num_bits": 8, "type": "int", "symmetric": True}
@@ -361,6 +386,22 @@ def compression_scheme(variant: Variant) -> dict:
         "weights": {**integers, "strategy": weights, "dynamic": False} | observer,
         "input_activations": {**integers, "strategy": strategy, "dynamic": timing == "dynamic"},
     }
+
+
+def _ruler_scheme(ruler: Ruler, widths: Iterable[int]) -> dict:
+    scheme = {}
+    for part, numbers in (("weights", ruler.weights), ("input_activations", ruler.activations)):
+        if numbers:
+            scheme[part] = {
+                "num_bits": numbers.bits,
+                "type": numbers.kind,
+                "symmetric": True,
+                "strategy": numbers.granularity,
+                "dynamic": part == "input_activations",
+            }
+            if numbers.granularity == "group":
+                scheme[part]["group_size"] = group_size(widths)
+    return scheme
 
 
 def save_checkpoint(model, tokenizer, folder: Path) -> None:
@@ -472,6 +513,14 @@ def declared_activations(folder: Path) -> str:
     return granularity
 
 
+def _scales_a_pass(folder: Path) -> bool:
+    """Whether one scale of activations is computed for all tokens of a forward pass."""
+    config = json.loads((Path(folder) / "config.json").read_text("utf-8"))
+    groups = config["quantization_config"]["config_groups"].values()
+    inputs = [group.get("input_activations") or {} for group in groups]
+    return any(i.get("dynamic") and i["strategy"] == "tensor" for i in inputs)
+
+
 def load_variant(job: Job):
     """(model, tokenizer) of the job's model and variant.
 
@@ -486,7 +535,7 @@ def load_variant(job: Job):
     folder = job.paths.checkpoint(job.model, job.variant)
     if not folder.is_dir():
         raise StudyError(f"{job.model}/{job.variant} has no checkpoint; run 02_quantization first")
-    if not job.recipe.quantized:
+    if not job.recipe.compressed:
         return load_model(folder, runtime), tokenizer
     if runtime.quantized == "vllm":
         return VllmModel(folder, runtime, seed=job.study.seed), tokenizer
@@ -504,9 +553,13 @@ def load_quantized(load, folder: Path, runtime: Runtime):
 
 
 def variant_runtime(job: Job) -> Runtime:
-    """The study's runtime with the variant's own float type, if it has one."""
-    runtime = job.study.runtime
-    return runtime.model_copy(update={"dtype": job.recipe.dtype or runtime.dtype})
+    """The study's runtime with the variant's own float type, if it has one.
+
+    A ruler is simulated, whatever other variants run on.
+    """
+    runtime, recipe = job.study.runtime, job.recipe
+    own: dict = {"dtype": recipe.dtype or runtime.dtype}
+    return runtime.model_copy(update=own | ({"quantized": "reference"} if recipe.ruler else {}))
 
 
 def arithmetic_record(job: Job) -> dict[str, str]:
@@ -565,7 +618,7 @@ def load_reference(folder, *, dtype: torch.dtype, device: str):
         if isinstance(module, nn.Linear) and hasattr(module, "quantization_scheme"):
             module.simulated = module.forward
             module.forward = MethodType(_forward_rows, module)
-    model.scale_scope = "pass" if declared_activations(folder) == "tensor_dynamic" else "token"
+    model.scale_scope = "pass" if _scales_a_pass(folder) else "token"
     return use_onednn(model)  # only the head: simulated Linears have their own forward
 
 

@@ -5,7 +5,8 @@ neighbouring rows, and beside each graded difference that of right and wrong. A 
 scores says so, and has none of the blocks `graded`, `pooled` and `finetuning_cost` of summary.json.
 
 Recipes of which several checkpoints were made: a study without repeated variants has no such
-chapter, and no block `draws` in summary.json.
+chapter, and no block `draws` in summary.json. Nor has one without named calibrations, or without
+rulers beside an int8 variant, a chapter on these.
 
 There, differences are fractions 0-1, and of KL nats a token, as `unit` says.
 """
@@ -700,5 +701,85 @@ def calibrations_table(results: Results) -> Rows:
                 "would have": another,
                 "so it lies": effect.place,
             }
+        )
+    return rows
+
+
+def decompositions_block(results: Results) -> dict:
+    """The block `decompositions` of summary.json; empty if no variant has both rulers."""
+    rows = [
+        {
+            "model": one.model,
+            "variant": one.variant,
+            "rulers": [one.weights, one.activations],
+            "measure": one.measure,
+            "unit": one.unit,
+            "sets": list(one.sets),
+            "reason": one.reason,
+            "parts": {
+                name: {"draws": list(part.draws), "low": part.low, "high": part.high}
+                for name, part in one.parts.items()
+            },
+        }
+        for one in results.decompositions
+    ]
+    return {"decompositions": rows} if rows else {}
+
+
+def decompositions_chapter(results: Results) -> list[Markdown]:
+    """How to read it, and what either part changes; empty without rulers beside a variant."""
+    if not results.decompositions:
+        return []
+    parts = [
+        "## Weights or activations",
+        decompositions_paragraph(results),
+        markdown_table(decompositions_table(results)),
+    ]
+    return [Markdown("\n\n".join(parts) + "\n")]
+
+
+def decompositions_paragraph(results: Results) -> str:
+    """What is compared, and what the remainder is."""
+    return (
+        "What rounding the weights alone (W8A16) and the activations alone (A8) changes, both "
+        "simulated, on the items and the text of the evaluation: graded scores in points against "
+        f"`{results.study.baseline}`, pooled over the informative sets, and KL. What both change "
+        "together beyond the sum of the two is not additive. Intervals are over items "
+        f"({percent_plain(results.rules.confidence)}), of the first draw; where all three variants "
+        "are repeated, the last column has every draw's remainder."
+    )
+
+
+def _points(value: float) -> str:
+    return signed(100 * value, 1)
+
+
+PART_COLUMNS = {
+    "both": "both",
+    "weights": "weights alone",
+    "activations": "activations alone",
+    "not_additive": "not additive",
+}
+
+
+def decompositions_table(results: Results) -> Rows:
+    """A row a measure of every variant that has both rulers."""
+    rows = []
+    for one in results.decompositions:
+        graded = one.measure == "graded score"
+        cells = dict.fromkeys(PART_COLUMNS.values(), MISSING) | {"remainder of every draw": MISSING}
+        if one.parts:
+            show = _points if graded else _hundredths
+            for name, column in PART_COLUMNS.items():
+                part = one.parts[name]
+                limits = f"{show(part.low)}, {show(part.high)}"
+                cells[column] = f"{show(part.draws[0])} [{limits}]"
+            remainders = one.parts["not_additive"].draws
+            if len(remainders) > 1:
+                cells["remainder of every draw"] = ", ".join(map(show, remainders))
+        rows.append(
+            {"parts of": code(one.model), "variant": variant_label(results, one.variant)}
+            | {"measure": "graded scores [points]" if graded else "KL [0.01 nats a token]"}
+            | cells
         )
     return rows

@@ -35,9 +35,14 @@ from helpers.report.estimates import (
     read_costs,
     token_estimates,
 )
-from helpers.statistics.calibrations import CalibrationEffect, calibration_effects
 from helpers.statistics.checks.recomputed_verdicts import PublishedAnswers, checked_verdicts
 from helpers.statistics.graded_study import GradedStudy, Recipe, graded_study, study_recipes
+from helpers.statistics.recipe_parts import (
+    CalibrationEffect,
+    Decomposition,
+    calibration_effects,
+    decompositions,
+)
 from helpers.statistics.verdicts import (
     ControlOutcome,
     DecisionRules,
@@ -234,6 +239,19 @@ class Results:
         """Variants of named calibrations beside the draws of the same recipe."""
         published = self.published
         return calibration_effects(self.study, published.variants, published.draws)
+
+    @cached_property
+    def decompositions(self) -> tuple[Decomposition, ...]:
+        """What weights and activations alone change, of variants that have both rulers."""
+        published, baseline = self.published, self.study.baseline
+        able = {
+            model: [n for n in self.study.evaluation.datasets if self._sees(model, n, baseline)]
+            for model in self.models
+        }
+        return decompositions(self.study, published.variants, published.draws, able)
+
+    def _sees(self, model: str, dataset: str, baseline: str) -> bool:
+        return self.graded.blind.get((model, dataset, baseline)) == ""
 
     @property
     def runtime(self) -> Runtime:

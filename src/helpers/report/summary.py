@@ -23,7 +23,12 @@ from helpers.core.files import draw_name, write_atomically
 from helpers.core.records import WHOLE_VARIANT, read_json, write_json
 from helpers.report import sensitivity, tables
 from helpers.report.estimates import Estimate, VariantResults, main_metric
-from helpers.report.graded_chapter import calibrations_block, draws_block, graded_blocks
+from helpers.report.graded_chapter import (
+    calibrations_block,
+    decompositions_block,
+    draws_block,
+    graded_blocks,
+)
 from helpers.report.markdown import (
     Rows,
     code,
@@ -86,6 +91,7 @@ def summary(results: Results) -> dict:
         **graded_blocks(results.graded),
         **draws_block(results.recipes),
         **calibrations_block(results),
+        **decompositions_block(results),
     }
 
 

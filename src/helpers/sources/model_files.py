@@ -265,14 +265,14 @@ class Skeleton:
     def name_of(self, stored: str) -> str:
         """The model's name of a stored tensor; adds the prefix for a decoder saved without head.
 
-        Tensors of an int8 Linear are called as its weight is.
+        Tensors of a quantized Linear are called as its weight is.
         """
         if stored in self.shapes:
             return stored
         if stored in self.own_names:
             return self.own_names[stored]
         module, _, part = stored.rpartition(".")
-        if part in INT8_PARTS and (weight := self.own_names.get(f"{module}.weight")):
+        if part in QUANTIZED_PARTS and (weight := self.own_names.get(f"{module}.weight")):
             return weight.removesuffix("weight") + part
         longer = f"{self.prefix}.{stored}"
         return longer if longer in self.shapes else stored
@@ -316,6 +316,7 @@ DTYPES = {
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -323,7 +324,8 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-INT8_PARTS = ("weight_scale", "input_scale")  # beside an int8 Linear's weight
+# Beside, or instead of, a quantized Linear's weight.
+QUANTIZED_PARTS = ("weight_scale", "input_scale", "weight_packed", "weight_shape")
 COMPARED_ROWS = 8192  # of two tables at a time
 
 

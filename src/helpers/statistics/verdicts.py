@@ -120,7 +120,7 @@ def role_of(study: Study, name: str) -> Role | None:
         return "broken on purpose"
     if recipe.dtype:
         return "noise floor"
-    if not recipe.quantized and not recipe.kv:
+    if not recipe.compressed and not recipe.kv:
         return "repetition" if recipe.is_unmodified else "smoothing alone"
     smoothed_twins = [n for n, other in study.variants.items() if is_unsmoothed_twin(recipe, other)]
     return "without smoothing" if smoothed_twins else None

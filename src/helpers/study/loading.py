@@ -331,13 +331,19 @@ def _baseline(study: Study) -> list[str]:
 
 
 def _kv_caches(study: Study) -> list[str]:
-    """Variants with an int8 cache where none is simulated, or where its checks would be blind.
+    """Simulated variants where nothing simulates them, or where their checks would be blind.
 
     The rounding of bfloat16 is as large as that of the cache: transformers' own pass could not
     tell whether keys and values were rounded (NOTES.md, 2026-11-28).
     """
     problems = []
     for name, variant in study.variants.items():
+        if variant.ruler and study.runtime.dtype != "float32":
+            problems.append(
+                f"variants.{name}.preset = {variant.preset!r} is simulated, which can be checked "
+                f"in float32 alone, and runtime.dtype = {study.runtime.dtype!r}; leave it out, or "
+                "use runtime.dtype: float32"
+            )
         at = f"variants.{name}.kv = {variant.kv!r}"
         if variant.kv and study.runtime.quantized == "vllm":
             problems.append(

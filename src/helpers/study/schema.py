@@ -10,7 +10,7 @@ Reading, references between settings and error messages are in `helpers.study.lo
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import (
     AfterValidator,
@@ -323,6 +323,30 @@ PRESETS: dict[str, tuple[Weights, Activations]] = {
 }
 
 
+class Numbers(NamedTuple):
+    """The numbers that values are rounded to: integers, or floats of 4 exponent bits (E4M3)."""
+
+    kind: Literal["int", "float"]
+    bits: int
+    granularity: Literal["channel", "group", "token"]
+
+
+class Ruler(NamedTuple):
+    """What a ruler rounds, each None if it stays float."""
+
+    weights: Numbers | None
+    activations: Numbers | None
+
+
+# Other recipes than int8 W8A8, simulated by compressed-tensors: they tell how large a loss is.
+RULERS = {
+    "w8a16": Ruler(Numbers("int", 8, "channel"), None),
+    "w4a16": Ruler(Numbers("int", 4, "group"), None),
+    "a8": Ruler(None, Numbers("int", 8, "token")),
+    "fp8": Ruler(Numbers("float", 8, "channel"), Numbers("float", 8, "token")),
+}
+
+
 PATTERN_MARK = "re:"  # of compressed-tensors: a regular expression follows
 LONGEST_PATTERN = 200  # characters
 
@@ -397,6 +421,9 @@ class Variant(Strict):
     of differences that mean nothing. `repeats` is how many checkpoints are made of the variant,
     each from calibration items of its own: one checkpoint is one draw of its recipe.
 
+    The presets `w8a16` and `w4a16` (weights alone), `a8` (activations alone) and `fp8` are rulers:
+    compressed-tensors simulates them, and their speed is not measured.
+
     `ignore` lists the Linears that stay float: names, whole or their last part (`down_proj`), and
     patterns after `re:` (`re:.*layers\\.0\\.`), which match from the start of a whole name.
 
@@ -413,7 +440,7 @@ class Variant(Strict):
 
     recipe: Literal["seed"] | None = None
     dtype: FloatType | None = None
-    preset: Literal["w8a8", "o1", "o2", "o3"] | None = None
+    preset: Literal["w8a8", "o1", "o2", "o3", "w8a16", "w4a16", "a8", "fp8"] | None = None
     weights: Weights | None = None
     activations: Activations | None = None
     rounding: Rounding = "nearest"
@@ -441,6 +468,15 @@ class Variant(Strict):
                 f"rounding = {self.rounding!r} is for a variant with a preset or weights of its "
                 "own; leave it out"
             )
+        if self.ruler and self.rounding != "nearest":
+            raise ValueError(
+                f"rounding = {self.rounding!r} is for int8 weights with int8 activations, and "
+                f"preset = {self.preset!r} is a ruler, rounded to nearest; leave it out"
+            )
+        if self.ruler and not is_ignored(HEAD, self.ignore):
+            raise ValueError(
+                f"preset = {self.preset!r} keeps the head float; add lm_head to ignore"
+            )
         if self.rounding == "gptq" and not is_ignored(HEAD, self.ignore):
             raise ValueError(
                 "rounding = 'gptq' works on decoder blocks, which the head is no part of; add "
@@ -451,6 +487,11 @@ class Variant(Strict):
             raise ValueError(
                 "smooth.alpha is chosen by the error of quantization, and this variant has none "
                 "of its own; give a number"
+            )
+        if self.ruler and searches_alpha:
+            raise ValueError(
+                f"smooth.alpha is chosen for int8 W8A8, and preset = {self.preset!r} is a ruler "
+                "beside it; give the α that was chosen"
             )
         if self.kv and self.recipe:
             raise ValueError(
@@ -475,9 +516,9 @@ class Variant(Strict):
 
     @property
     def scheme(self) -> tuple[Weights, Activations] | None:
-        """(weights, activations) granularity, or None for a float variant."""
+        """(weights, activations) granularity of int8, or None for any other variant."""
         if self.preset:
-            return PRESETS[self.preset]
+            return PRESETS.get(self.preset)
         if self.weights is None or self.activations is None:
             return None
         return self.weights, self.activations
@@ -488,9 +529,19 @@ class Variant(Strict):
         return self.scheme is not None
 
     @property
+    def ruler(self) -> Ruler | None:
+        """What a simulated ruler rounds; None for any other variant."""
+        return RULERS.get(self.preset or "")
+
+    @property
+    def compressed(self) -> bool:
+        """Whether weights or activations of its Linears are rounded, to int8 or as a ruler does."""
+        return self.quantized or self.ruler is not None
+
+    @property
     def needs_checkpoint(self) -> bool:
         """Whether the variant has a checkpoint: it is quantized or smoothed."""
-        return self.quantized or self.smooth is not None
+        return self.compressed or self.smooth is not None
 
     @property
     def reads_calibration(self) -> bool:
@@ -506,7 +557,7 @@ class Variant(Strict):
     @property
     def is_lossy(self) -> bool:
         """Whether answers may differ by more than the rounding of floats."""
-        return self.claim.quantized or self.kv is not None
+        return self.claim.compressed or self.kv is not None
 
     @property
     def claim(self) -> "Variant":

@@ -145,7 +145,7 @@ class ModelSlot:
     @property
     def running_model(self):
         """The checkpoint, loaded as the evaluation loads it."""
-        kind = self.job.study.runtime.quantized if self.job.recipe.quantized else "float"
+        kind = self.job.study.runtime.quantized if self.job.recipe.compressed else "float"
         return self._load_once(kind, lambda: load_variant(self.job)[0])
 
     @property
@@ -246,8 +246,8 @@ class CheckpointFiles(ModelSlot):
 
     @cached_property
     def targets(self) -> list[str]:
-        """Names of the Linears that the variant declares as int8."""
-        if not self.claim.quantized:
+        """Names of the Linears that the variant declares as quantized."""
+        if not self.claim.compressed:
             return []
         listed = {
             name
@@ -256,6 +256,12 @@ class CheckpointFiles(ModelSlot):
             if name.endswith(f".{i}") or match_name(name, i)  # as compressed-tensors reads it
         }
         return [name for name in self.linears if name not in listed]
+
+    @property
+    def rounded_targets(self) -> list[str]:
+        """Names of the targets whose weights are rounded: all, unless activations alone are."""
+        ruler = self.claim.ruler
+        return self.targets if ruler is None or ruler.weights else []
 
     @cached_property
     def stored_int8(self) -> set[str]:

@@ -22,6 +22,7 @@ from helpers.runtime.discovery import float_matrices
 from helpers.sources.items import Item
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
 from helpers.study.schema import Study
+from helpers.verification import rulers
 from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles
 
 EPS32 = torch.finfo(torch.float32).eps
@@ -111,12 +112,19 @@ def _row_scales(evidence: CheckpointFiles, group) -> tuple[Tensor, Tensor]:
     name, size = group.producer, len(evidence.declared_scales(group))
     columns, _ = evidence.folded[name]
     w = evidence.source[f"{name}.weight"].double() * (1 if columns is None else columns)
-    saved, step = evidence.saved[f"{name}.weight"].double(), _step(evidence, name)
+    step, rounded_by_ruler = None, evidence.claim.ruler and name in evidence.rounded_targets
+    if rounded_by_ruler:
+        saved = rulers.weight_of(evidence, name).values
+    else:
+        saved, step = evidence.saved[f"{name}.weight"].double(), _step(evidence, name)
     projection = (w * saved * (1 if step is None else step)).sum(1)
     scales = w.square().sum(1) / projection
     eps = torch.finfo(evidence.dtype).eps
     uncertainty = 4 * eps + LOGARITHM * EPS32 + torch.zeros_like(scales)
-    if step is not None:
+    if rounded_by_ruler:
+        low, high = rulers.bounds_of(evidence, name, 0.0)
+        uncertainty = uncertainty + (w.abs() * (high - low) / 2).sum(1) / projection.abs()
+    elif step is not None:
         moved = w.abs().sum(1) * (step.flatten() / 2)
         if evidence.claim.rounding == "gptq":
             moved = w.norm(dim=1) * w.shape[1] ** 0.5 * GPTQ_RMS * step.flatten()
@@ -222,7 +230,7 @@ def _grid_errors(parts: Tensor, step: Tensor) -> Tensor:
 
 @gate("smoothed float weights")
 def float_weights_gate(evidence: CheckpointFiles):
-    """In a variant that only smooths, every weight equals the source's times the scales.
+    """In a variant that rounds no weight, every weight equals the source's times the scales.
 
     Two roundings of the dtype each for columns and rows, two for the scales themselves.
     """
@@ -270,13 +278,16 @@ def unchanged_gate(evidence: CheckpointFiles):
 
     Other gates check the tensors that smoothing changes (its norms, scaled float Linears).
     """
-    changed_by_design = {f"{n}.weight" for n in evidence.targets}
+    rounded = {f"{n}.weight" for n in evidence.rounded_targets}
+    changed_by_design = set(rounded)
     changed_by_design |= {f"{g.producer}.weight" for g in evidence.groups}
     changed_by_design |= {f"{g.producer}.bias" for g in evidence.groups}
     changed_by_design |= {f"{n}.weight" for n, s in evidence.folded.items() if s != (None, None)}
     unchanged_keys = [k for k in evidence.source if k not in changed_by_design]
-    scales = {f"{n}.{suffix}" for n in evidence.targets for suffix in SUFFIXES}
-    unexpected = set(evidence.source) ^ (set(evidence.saved) - scales)
+    suffixes = rulers.PARTS if evidence.claim.ruler else SUFFIXES
+    added = {f"{n}.{suffix}" for n in evidence.rounded_targets for suffix in suffixes}
+    packed = rounded if evidence.claim.ruler else set()  # their gate looks for them
+    unexpected = (set(evidence.source) - packed) ^ (set(evidence.saved) - added - packed)
     differing = [
         k for k in unchanged_keys if k in evidence.saved and not _is_unchanged(evidence, k)
     ]

@@ -20,6 +20,7 @@ from helpers.quantization.variants import load_variant, variant_runtime
 from helpers.sources.model_files import TensorFiles
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
+from helpers.verification import rulers
 from helpers.verification.checkpoint_files import (
     GPTQ_DAMPING,
     GPTQ_RMS,
@@ -53,7 +54,8 @@ def function_gate(evidence: CheckpointFiles):
     model = evidence.source_model.float()
     try:
         expected = logits_of(model, evidence.probes)
-        _perturb_by_rounding_(model, torch.float32 if evidence.claim.quantized else evidence.dtype)
+        rounded = bool(evidence.rounded_targets)
+        _perturb_by_rounding_(model, torch.float32 if rounded else evidence.dtype)
         limit = 4 * _largest_difference(logits_of(model, evidence.probes), expected)
         _load_implied_weights_(model, evidence)
         measured = _largest_difference(logits_of(model, evidence.probes), expected)
@@ -88,16 +90,20 @@ def _perturb_by_rounding_(model, dtype: torch.dtype) -> None:
 @torch.no_grad()
 def _load_implied_weights_(model, evidence: CheckpointFiles) -> None:
     """Give the model the weights that the checkpoint's files imply, one at a time."""
-    state, targets = model.state_dict(), {f"{name}.weight" for name in evidence.targets}
-    for key in evidence.saved:
+    state, rounded = model.state_dict(), {f"{name}.weight" for name in evidence.rounded_targets}
+    for key in {**dict.fromkeys(evidence.saved), **dict.fromkeys(sorted(rounded))}:
         if key in evidence.source and key in state:
-            implied = _implied_weight(evidence, key) if key in targets else None
+            implied = _implied_weight(evidence, key) if key in rounded else None
             state[key].copy_((evidence.saved[key] if implied is None else implied).float())
 
 
 def _implied_weight(evidence: CheckpointFiles, key: str) -> Tensor | None:
     """(out_features, in_features) float64 of one target; None if it is not int8 on disk."""
-    name, q = key.removesuffix(".weight"), evidence.saved[key]
+    name = key.removesuffix(".weight")
+    if evidence.claim.ruler:
+        low, high = rulers.bounds_of(evidence, name, 2 * torch.finfo(evidence.dtype).eps)
+        return evidence.smoothed_weight(name).clamp(low, high)
+    q = evidence.saved[key]
     step = evidence.saved.get(f"{name}.weight_scale")
     if q.dtype != torch.int8 or step is None:
         return None
@@ -349,23 +355,24 @@ def loaded_gates(job: Job, model) -> list[Gate]:
 
 @gate("quantized layers in memory")
 def memory_layers_gate(loaded):
-    """In memory, exactly the declared Linears are int8, and floats have the declared type."""
+    """In memory, exactly the declared Linears are quantized; floats have the declared type."""
     job, model = loaded
     evidence = CheckpointFiles(job, source_hash="")
     expected, linears = set(evidence.targets), evidence.linears
     int8 = {name for name in linears if is_int8(model.get_submodule(name))}
     missing, extra = sorted(expected - int8), sorted(int8 - expected)
+    how = "quantized by a ruler" if job.recipe.ruler else "in int8"
     declared_dtype, dtype = variant_runtime(job).dtype, str(model.dtype).removeprefix("torch.")
     return (
         int8 == expected and dtype == declared_dtype,
-        f"{len(int8)} of {len(linears)} Linears in int8, floats in {dtype}; {len(missing)} "
+        f"{len(int8)} of {len(linears)} Linears {how}, floats in {dtype}; {len(missing)} "
         f"missing{examples(missing)}, {len(extra)} too many{examples(extra)}",
-        f"{len(expected)} in int8, floats in {declared_dtype}",
+        f"{len(expected)} {how}, floats in {declared_dtype}",
     )
 
 
 def is_int8(linear: nn.Module) -> bool:
-    """Whether a Linear computes in int8, on its own kernels or simulated by its scheme."""
+    """Whether a Linear is quantized, on its own kernels or simulated by its scheme."""
     return type(linear) is not nn.Linear or hasattr(linear, "quantization_scheme")
 
 
@@ -404,7 +411,7 @@ def _expected_tensors(job: Job) -> Mapping[str, torch.Tensor]:
     if job.recipe.needs_checkpoint:
         folder = job.paths.checkpoint(job.model, job.variant)
     files = TensorFiles(folder, dtype=getattr(torch, variant_runtime(job).dtype))
-    if not job.recipe.quantized:
+    if not job.recipe.compressed:
         return files
     reloaded = load_variant(job)[0].state_dict()
     of_linears = tuple(f"{name}." for name in CheckpointFiles(job, source_hash="").targets)

@@ -41,15 +41,16 @@ from helpers.quantization.simulation import AUTO_ALPHAS
 from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
 from helpers.study.loading import Job
-from helpers.study.schema import FineTunedModel, Variant
+from helpers.study.schema import FineTunedModel, Numbers, Ruler, Variant
 from helpers.study.stages import Run
-from helpers.verification import checkpoint_gates, runtime_gates
+from helpers.verification import checkpoint_gates, rulers, runtime_gates
 from helpers.verification.checkpoint_files import (
     CheckpointFiles,
     capture_inputs,
     first_block_only,
     input_maxima,
 )
+from helpers.verification.checkpoint_gates import float_weights_gate
 
 PRODUCTS_A_BLOCK = 4  # products between a block's input and its last Linear: q·k, ·v, o, gate·up
 
@@ -278,10 +279,9 @@ def bytes_gate(evidence: CheckpointFiles):
             differences.append(f"{parts} {recorded_bytes:,}, in the files {expected:,}")
     int8 = [k for k, v in tensor_headers(evidence.folder).items() if v["dtype"] == "I8"]
     expected = len(int8) if evidence.claim.quantized else recorded["quantized_linears"]
+    expected = len(evidence.targets) if evidence.claim.ruler else expected
     if recorded["quantized_linears"] != expected:
-        differences.append(
-            f"{recorded['quantized_linears']} Linears in int8, in the files {expected}"
-        )
+        differences.append(f"{recorded['quantized_linears']} quantized Linears, not {expected}")
     return (
         not differences,
         "; ".join(differences) or f"{sum(recorded['bytes_after'].values()):,} bytes",
@@ -302,7 +302,18 @@ def scheme_gate(evidence: CheckpointFiles):
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
         parts += {"gptq": ["GPTQ"], "mse": ["clipped"]}.get(evidence.claim.rounding, [])
         missing += [part for part in parts if part not in recorded]
+    if evidence.claim.ruler:
+        weights, activations = evidence.claim.ruler
+        parts = [_numbers_words(weights, "weights"), _numbers_words(activations, "activations")]
+        missing += [part for part in [*parts, "simulated"] if part not in recorded]
     return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
+
+
+def _numbers_words(numbers: Numbers | None, part: str) -> str:
+    if numbers is None:
+        return f"float {part}"
+    kind = {"int": "int", "float": "fp"}[numbers.kind]
+    return f"{kind}{numbers.bits} {part} per {numbers.granularity}"
 
 
 @gate("recorded SQNR recomputed")
@@ -315,15 +326,26 @@ def sqnr_gate(evidence: CheckpointFiles):
         inputs = [capture_inputs(model, [name], tokens)[name] for tokens in texts]
     to_numpy = lambda t: t.detach().to(torch.float64).cpu().numpy()  # noqa: E731
     columns, rows = (None if s is None else to_numpy(s) for s in evidence.folded[name])
-    weight = to_numpy(evidence.source[f"{name}.weight"])
-    step = to_numpy(evidence.saved[f"{name}.weight_scale"]).reshape(-1, 1)
-    stored = to_numpy(evidence.saved[f"{name}.weight"]) * step
+    weight, ruler = to_numpy(evidence.source[f"{name}.weight"]), evidence.claim.ruler
+    if name in evidence.rounded_targets:
+        if ruler:
+            stored = to_numpy(rulers.weight_of(evidence, name).values)
+        else:
+            step = to_numpy(evidence.saved[f"{name}.weight_scale"]).reshape(-1, 1)
+            stored = to_numpy(evidence.saved[f"{name}.weight"]) * step
+    else:
+        stored = to_numpy(evidence.saved[f"{name}.weight"])
     signal = noise = 0.0
     for x in inputs:
         x = to_numpy(x).reshape(-1, weight.shape[1])
         smooth = x if columns is None else x / columns
         exact = x @ weight.T
         exact = exact if rows is None else exact / rows
+        if ruler:
+            rounded = smooth if ruler.activations is None else _ruler_rounded(smooth, ruler)
+            signal += float((exact**2).sum())
+            noise += float(((exact - rounded @ stored.T) ** 2).sum())
+            continue
         absmax = np.abs(smooth).max(1, keepdims=True)
         if evidence.claim.scheme[1] == "tensor_dynamic":
             absmax = absmax.max()
@@ -341,9 +363,16 @@ def sqnr_gate(evidence: CheckpointFiles):
     )
 
 
+def _ruler_rounded(rows: np.ndarray, ruler: Ruler) -> np.ndarray:
+    """(rows, features) activations as a ruler rounds them."""
+    numbers, x = ruler.activations, torch.from_numpy(rows)
+    step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / rulers.range_of(numbers)
+    return (rulers.nearest(x / step, numbers) * step).numpy()
+
+
 def record_gates_of(claim) -> tuple:
     """The gates on the record that apply to a variant."""
-    if not claim.quantized:
+    if not claim.compressed:
         return bytes_gate, scheme_gate
     return bytes_gate, scheme_gate, sqnr_gate
 
@@ -379,8 +408,12 @@ def checks_of(claim: Variant) -> tuple:
     alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
     if alpha_is_chosen:
         model_checks = (alpha_choice_gate, *model_checks)
+    if claim.ruler:
+        rounding = rulers.weights_gate if claim.ruler.weights else float_weights_gate
+        of_files = (rulers.layers_gate, rulers.metadata_gate, rounding)
+        return (*FILE_CHECKS, *of_files, *model_checks, rulers.arithmetic_gate)
     if not claim.quantized:
-        return (*FILE_CHECKS, checkpoint_gates.float_weights_gate, *model_checks)
+        return (*FILE_CHECKS, float_weights_gate, *model_checks)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()
     if claim.rounding == "gptq":
         model_checks = (runtime_gates.gptq_gate, *model_checks)

@@ -438,7 +438,7 @@ def repeat_gate(alone: list[dict], repeated: list[dict]) -> Gate:
 def is_batch_invariant(study: Study, variant: str) -> bool:
     """Whether the variant's runtime computes a text independently of its batch."""
     runtime, recipe = study.runtime, study.variants[variant]
-    simulated = recipe.quantized and runtime.quantized != "int8"
+    simulated = recipe.ruler or (recipe.quantized and runtime.quantized != "int8")
     dtype = recipe.dtype or runtime.dtype
     return (runtime.device, dtype) == ("cpu", "float32") and not simulated
 

@@ -32,7 +32,8 @@ from helpers.runtime.discovery import architecture, linear_names
 from helpers.sources.model_files import load_config, skeleton
 from helpers.sources.models import model_folder
 from helpers.study.loading import Job
-from helpers.study.schema import is_ignored
+from helpers.study.schema import Numbers, Ruler, is_ignored
+from helpers.verification import rulers
 from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
 
 STEPS = 127.5  # compressed-tensors: abs-max in steps, for 256 levels
@@ -64,7 +65,7 @@ class TensorReader:
         self._stored = {name: name for name in self._places}
         for stored, own in own_names.items():
             stem, own_stem = stored.removesuffix("weight"), own.removesuffix("weight")
-            for part in ("", "weight", "weight_scale", "input_scale"):
+            for part in ("", "weight", "weight_scale", "input_scale", *rulers.PARTS):
                 name, own_name = (stored, own) if not part else (stem + part, own_stem + part)
                 if name in self._places and name != own_name:
                     self._stored.pop(name, None)
@@ -112,13 +113,14 @@ class LinearFile:
     """Some columns of one Linear, from the files of a variant.
 
     Attributes:
-        weight: (columns, in_features), int8 or float.
+        weight: (columns, in_features), int8 or float; a ruler's as the numbers they stand for.
         step: (columns,) of the int8 weights; None for a float Linear.
         bias: (columns,) float, or None.
         activations: the declared granularity; None for a float Linear.
         input_scale: () float32 of `tensor_static`, else None.
         eps: relative spacing of the float type that inputs and outputs have.
         simulated: whether int8 is simulated in that float type.
+        numbers: what a ruler rounds activations to, with one step for a token; else None.
     """
 
     weight: Tensor
@@ -128,6 +130,7 @@ class LinearFile:
     input_scale: Tensor | None
     eps: float
     simulated: bool = False
+    numbers: Numbers | None = None
 
     def products(self, x: Tensor, absmax: Tensor | None = None) -> Products:
         """The expected outputs.
@@ -140,7 +143,9 @@ class LinearFile:
         weight = self.weight.double() * (1 if self.step is None else self.step.double()[:, None])
         bias = 0 if self.bias is None else self.bias.double()
         unrounded = x.double() @ weight.T + bias
-        if self.activations is None:
+        if self.numbers is not None:
+            rounded, scale, ties = self._rounded_by_ruler(x)
+        elif self.activations is None:
             rounded, scale, ties = x.double(), None, None
         else:
             rounded, scale, ties = self._rounded(x, absmax)
@@ -179,6 +184,15 @@ class LinearFile:
         ties &= (steps > -128) & (steps < 127)
         return levels * scale.double(), scale, ties
 
+    def _rounded_by_ruler(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_rounded`; ties are (rows, in) float64, how many steps a value may be off."""
+        scale = rulers.activation_steps(x, self.numbers)
+        steps = x.double() / scale.double()
+        levels = rulers.nearest(x / scale, self.numbers).double()
+        gap = rulers.spacing(steps, self.numbers)
+        ties = ((steps / gap - (steps / gap).floor() - 0.5).abs() < TIE) * gap
+        return levels * scale.double(), scale, ties
+
 
 @dataclass(frozen=True)
 class LinearFiles:
@@ -190,6 +204,7 @@ class LinearFiles:
         activations: their declared granularity.
         dtype: the declared float type of everything else.
         simulated: whether int8 is simulated in that type.
+        ruler: what a ruler rounds, instead of int8 weights and activations.
     """
 
     folder: Path
@@ -197,6 +212,7 @@ class LinearFiles:
     activations: str | None
     dtype: torch.dtype
     simulated: bool
+    ruler: Ruler | None = None
 
     @cached_property
     def tensors(self) -> TensorReader:
@@ -209,9 +225,16 @@ class LinearFiles:
             KeyError: a tensor of the Linear is missing.
         """
         tensors, int8 = self.tensors, name in self.quantized
-        weight = tensors[tensors.weight_name(name)][columns]
         bias = tensors[f"{name}.bias"][columns] if f"{name}.bias" in tensors else None
         eps = torch.finfo(self.dtype).eps
+        if int8 and self.ruler:
+            of_weights, of_activations = self.ruler
+            if of_weights is None:
+                weight = tensors[f"{name}.weight"][columns].to(self.dtype)
+            else:
+                weight = rulers.stored_weight(tensors, name, of_weights).values[columns]
+            return LinearFile(weight, None, bias, None, None, eps, True, of_activations)
+        weight = tensors[tensors.weight_name(name)][columns]
         if not int8:
             if not weight.is_floating_point():
                 raise TypeError(f"{name} is {weight.dtype} on disk and claimed to be float")
@@ -507,14 +530,15 @@ def linear_files(job: Job) -> LinearFiles:
     claim, runtime = recipe.claim, job.study.runtime
     changed = recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
-    names = linear_names(load_config(source)) if claim.quantized else []
+    names = linear_names(load_config(source)) if claim.compressed else []
     kept_float = [n for n in names if is_ignored(n, claim.ignore)]
     return LinearFiles(
         folder,
         frozenset(names) - frozenset(kept_float),
         claim.scheme[1] if claim.quantized else None,
         getattr(torch, recipe.dtype or runtime.dtype),
-        simulated=runtime.quantized == "reference",
+        simulated=runtime.quantized == "reference" or claim.ruler is not None,
+        ruler=claim.ruler,
     )
 
 
@@ -606,21 +630,23 @@ def _fewest_tokens(job: Job, fresh: Mapping[str, list[dict]], passages) -> dict[
 
 
 def _quantized_check(calls: CallRecorder) -> Measured:
-    """Every call returns the integer product of the stored weights at the declared granularity."""
+    """Every call returns the product of the stored weights, activations rounded as declared."""
     linears = [calls.linears[name] for name in sorted(calls.files.quantized)]
     arithmetic = sum((linear.arithmetic for linear in linears), Counter())
     total = sum(sum(linear.calls.values()) for linear in linears)
     number, worst, worst_name = _worst_linear_call(calls, linears)
-    granularity = calls.files.activations.replace("_", " ")
+    announced = "the ruler's" if calls.files.ruler else "int8, "
+    announced += (calls.files.activations or "").replace("_", " ")
     passed = arithmetic["announced"] == total > 0 and worst <= 1
-    measured = f"every call of {len(linears)} Linears is int8, {granularity}"
+    measured = f"every call of {len(linears)} Linears is {announced}"
     if not passed:
         measured = (
-            f"{total:,} calls of {len(linears)} Linears: {arithmetic['announced']:,} int8 "
-            f"{granularity}, {arithmetic['float']:,} float, {arithmetic['neither']:,} neither; of "
+            f"{total:,} calls of {len(linears)} Linears: {arithmetic['announced']:,} "
+            f"{announced}, {arithmetic['float']:,} float, {arithmetic['neither']:,} neither; of "
             f"{number:,} calls kept, the furthest{worst_name} is {worst:.2g} roundings off"
         )
-    return passed, measured, "every call the integer product of the files, but for rounding"
+    product = "product" if calls.files.ruler else "integer product"
+    return passed, measured, f"every call the {product} of the files, but for rounding"
 
 
 def _float_check(job: Job, calls: CallRecorder) -> Measured:

@@ -22,7 +22,7 @@ from helpers.report.checks.recomputed_tables import (
 )
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
-DRAWS, CALIBRATIONS = "draws", "calibrations"
+DRAWS, CALIBRATIONS, PARTS = "draws", "calibrations", "decompositions"
 PLACE_KEYS = ("model", "start", "finetuned", "dataset", "measure", "baseline", "variant")
 COST_WORDS = {"worse": "higher cost", "better": "lower cost"}
 COST_CLAUSES = {
@@ -35,7 +35,7 @@ COST_CLAUSES = {
 
 def wrong_graded_blocks(published: dict, figures: RecomputedFigures) -> list[str]:
     """Values of the blocks that differ; a block that the answers give has to be there."""
-    names = (*BLOCKS, DRAWS, CALIBRATIONS)
+    names = (*BLOCKS, DRAWS, CALIBRATIONS, PARTS)
     stored = {name: published[name] for name in names if name in published}
     if figures.graded_blocks and not stored:
         return ["summary.json has no graded scores, and the answers have"]
@@ -266,8 +266,44 @@ def _check_calibration_reading(text: str, figures: RecomputedFigures):
     yield text, [100 * figures.study.statistics.confidence]
 
 
+PART_COLUMNS = {
+    "both": "both",
+    "weights alone": "weights",
+    "activations alone": "activations",
+    "not additive": "not_additive",
+}
+
+
+def _part_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
+    """Parts of a loss in points or hundredths of a nat, each with its limits."""
+    del table
+    model, variant = plain_text(row["parts of"]), _variant_and_baseline(row, figures)[0]
+    measure = "KL" if plain_text(row["measure"]).startswith("KL") else "graded score"
+    wanted = (model, variant, measure)
+    blocks = figures.graded_blocks.get(PARTS, ())
+    found = [b for b in blocks if (b["model"], b["variant"], b["measure"]) == wanted]
+    if not found:
+        return None
+    parts, rest = found[0]["parts"], "remainder of every draw"
+    if not parts:
+        return dict.fromkeys((*PART_COLUMNS, rest), ([], "–"))
+    cells: Expected = {}
+    for column, name in PART_COLUMNS.items():
+        part = parts[name]
+        numbers = [part["draws"][0], part["low"], part["high"]]
+        cells[column] = ([100 * x for x in numbers], "")
+    remainders = parts["not_additive"]["draws"]
+    many = len(remainders) > 1
+    return cells | {rest: ([100 * x for x in remainders if many], "" if many else "–")}
+
+
+def _check_parts_reading(text: str, figures: RecomputedFigures):
+    yield text, [16.0, 8.0, 100 * figures.study.statistics.confidence]
+
+
 TABLES = {
     "recipe of": _draws_cells,
+    "parts of": _part_cells,
     "calibration of": _calibration_cells,
     "graded score": _comparison_row_cells,
     "graded scores": _comparison_cells,  # of older reports
@@ -489,6 +525,7 @@ GRADED_SENTENCE_CHECKS = (
     (r"^Made once: `", _check_made_once),
     (r"^\*\*Calibration\*\* of `", _check_calibration_sentence),
     (r"^Variants of one recipe that differ in their calibration", _check_calibration_reading),
+    (r"^What rounding the weights alone", _check_parts_reading),
     (r"^A checkpoint is one draw of its recipe\.", _check_draws_reading),
     (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores \(", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
@@ -633,6 +670,8 @@ def missing_chapter(markdown: str, published: dict) -> Iterator[str]:
         yield "report.md has no chapter on draws, and summary.json has their numbers"
     if CALIBRATIONS in published and not re.search(r"^## Calibration items$", markdown, re.M):
         yield "report.md has no chapter on calibration items, and summary.json has their numbers"
+    if PARTS in published and not re.search(r"^## Weights or activations$", markdown, re.M):
+        yield "report.md has no chapter on weights and activations, and summary.json has numbers"
 
 
 KL_COLUMNS = {

@@ -133,7 +133,7 @@ def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple
         for table in shown
         if table.columns[0] == "against float32" and table.section == f"Model {timed}"
     ]
-    if own.kv or not tables:
+    if own.kv or own.preset in ("w8a16", "w4a16", "a8", "fp8") or not tables:
         return missing
     rows = {plain_text(row[0]): row for table in tables for row in table.rows}
     names = [variant]
@@ -148,7 +148,7 @@ def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple
 
 
 def _multiplies(other: Variant, own: Variant) -> bool:
-    keys = ("scheme", "ignore")
+    keys = ("scheme", "ignore", "ruler")
     return all(getattr(other, key) == getattr(own, key) for key in keys)
 
 

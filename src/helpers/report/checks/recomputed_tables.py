@@ -17,6 +17,7 @@ from helpers.statistics.checks.recomputed_graded_study import (
     DrawsBlock,
     GradedBlocks,
     calibrations_block,
+    decompositions_block,
 )
 from helpers.statistics.checks.recomputed_statistics import (
     Figure,
@@ -199,10 +200,12 @@ class RecomputedFigures:
         """
         graded = GradedBlocks(self.study, self.variants, self.rows)
         calibrations = calibrations_block(self.study, self.variants, self.draws)
+        parts = decompositions_block(graded, self.draws)
         return (
             graded.blocks()
             | self._draws_block(graded)
             | ({"calibrations": calibrations} if calibrations else {})
+            | ({"decompositions": parts} if parts else {})
         )
 
     def _draws_block(self, graded: GradedBlocks) -> dict:

@@ -572,6 +572,139 @@ def calibrations_block(
     return rows
 
 
+def decompositions_block(
+    graded: GradedBlocks, draws: Mapping[tuple[str, str], Sequence[VariantAnswers]]
+) -> list[dict]:
+    """The block `decompositions` of summary.json: weights and activations alone, and the rest.
+
+    Every part is a sum over the three variants of item-wise changes, each times 1, −1 or 0.
+    """
+    study, rows = graded.study, []
+    for model in study.models:
+        for variant in study.variants:
+            names = [variant, *(_ruler(study, variant, preset) for preset in ("w8a16", "a8"))]
+            if None not in names:
+                checkpoints = [
+                    [graded.answers[model, n], *draws.get((model, n), ())] for n in names
+                ]
+                rows += _decomposition(graded, model, names, checkpoints)
+    return rows
+
+
+def _ruler(study: Study, variant: str, preset: str) -> str | None:
+    """The first ruler of a preset that keeps, smooths and calibrates as a W8A8 variant does."""
+    ours = study.variants[variant]
+    is_w8a8 = ours.preset == "w8a8" or (ours.weights, ours.activations) == (
+        "channel",
+        "token_dynamic",
+    )
+    if not is_w8a8 or ours.rounding != "nearest" or ours.recipe:
+        return None
+    for name, other in study.variants.items():
+        same = all(
+            getattr(ours, key) == getattr(other, key)
+            for key in type(ours).model_fields
+            if key not in ("preset", "weights", "activations", "repeats")
+        )
+        if other.preset == preset and same:
+            return name
+    return None
+
+
+SIGNS = {"both": (1, 0, 0), "weights": (0, 1, 0), "activations": (0, 0, 1)}
+SIGNS["not_additive"] = (1, -1, -1)
+
+
+def _decomposition(graded: GradedBlocks, model: str, names: list[str], checkpoints: list) -> list:
+    study, count = graded.study, min(map(len, checkpoints))
+    checkpoints = [sides[:count] for sides in checkpoints]
+    every = [side for sides in checkpoints for side in sides]
+    baseline = graded.answers[model, study.baseline]
+    sets = [
+        n
+        for n in study.evaluation.datasets
+        if graded.blind.get((model, n, study.baseline)) == ""
+        and all(n in side.predictions for side in every)
+    ]
+    tables: dict[str, list] = {"graded score": [], "KL": []}
+    for name in sets:
+        changes = [
+            [
+                again.score_changes(
+                    (baseline.predictions[name], side.predictions[name]), graded.normalize[name]
+                )[0]
+                for side in sides
+            ]
+            for sides in checkpoints
+            if all(_has_scores(side.predictions[name], graded.normalize[name]) for side in sides)
+        ]
+        own = baseline.predictions[name]
+        clusters = again.score_changes((own, own), graded.normalize[name])[1]
+        tables["graded score"].append((changes, clusters, None))
+    tokens = {row["id"]: row["tokens"] for row in baseline.passages}
+    kls = [
+        [
+            {r["id"]: r["kl"] / r["tokens"] for r in side.passages if r["kl"] is not None}
+            for side in s
+        ]
+        for s in checkpoints
+    ]
+    tables["KL"].append((kls, {name: name for name in tokens}, tokens))
+    rows = []
+    for measure, of_measure in tables.items():
+        guarded = sets if measure == "graded score" else ["shared_text"]
+        reason = _part_failure(names, checkpoints, guarded)
+        if not guarded:
+            reason = "the float model shows no ability that could be lost"
+        elif not reason and not all(_is_whole(*table) for table in of_measure):
+            reason = "a value is not finite, or other tokens were read"
+        parts = {} if reason else _parts(of_measure, graded.confidence)
+        rows.append(
+            {"model": model, "variant": names[0], "rulers": names[1:], "measure": measure}
+            | {"unit": KL_UNIT if measure == "KL" else "probability"}
+            | {"sets": sets if measure == "graded score" else [], "reason": reason, "parts": parts}
+        )
+    return rows
+
+
+def _part_failure(names: list[str], checkpoints: list, guarded: list[str]) -> str:
+    """The first failed check, draw by draw."""
+    for of_draw in zip(*checkpoints, strict=True):
+        for name, side in zip(names, of_draw, strict=True):
+            for gate in side.failed_gates:
+                if gate.get("invalidates", WHOLE_VARIANT) in (WHOLE_VARIANT, *guarded):
+                    measured = f"({gate['measured']}; limit: {gate['limit']})"
+                    return f"{name} failed a check: {gate['name']} {measured}"
+    return ""
+
+
+def _is_whole(changes: list, clusters: Mapping, weights: Mapping | None) -> bool:
+    """Whether all three variants have a value of every item."""
+    items = set(weights or (changes[0][0] if changes else ()))
+    return len(changes) == 3 and all(set(draw) == items for sides in changes for draw in sides)
+
+
+def _parts(tables: list, confidence: float) -> dict:
+    """Every part: its mean by draw, and limits over the items of the first."""
+    parts = {}
+    for part, signs in SIGNS.items():
+        combined = []
+        for changes, clusters, weights in tables:
+            by_draw = [
+                {
+                    item: sum(s * side[item] for s, side in zip(signs, sides, strict=True))
+                    for item in sides[0]
+                }
+                for sides in zip(*changes, strict=True)
+            ]
+            combined.append((by_draw, clusters, weights))
+        first = again.recipe_mean([(draws[:1], *rest) for draws, *rest in combined]).items
+        low, high = first.limits(confidence)
+        deltas = list(again.recipe_mean(combined).deltas)
+        parts[part] = {"draws": deltas, "low": low, "high": high}
+    return parts
+
+
 def _place_among(kl: float | None, low: float | None, high: float | None) -> str:
     if kl is None or low is None or high is None:
         return "unknown"
