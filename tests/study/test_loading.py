@@ -192,7 +192,7 @@ CHOICES = [
     ("evaluation/datasets/arc/source/shipped", "ark", "boolq"),
     ("evaluation/datasets/arc/adapter", "ark", "squad_v2"),
     ("calibration/adapter", "gsm8k", "openmath"),
-    ("variants/rtn_w8a8/preset", "w4a16", "w8a8"),
+    ("variants/rtn_w8a8/preset", "w4a4", "w8a8"),
     ("variants/smoothquant_w8a8/smooth/targets/0", "attention", "attention_input"),
     ("models/base/random", "gpt2", "qwen3"),
     ("runtime/device", "tpu", "cuda"),

@@ -96,9 +96,9 @@ def headline_variants(results: Results) -> list[str]:
 
 
 def variant_label(results: Results, variant: str) -> Markup:
-    """The variant's name, with its role if it is a control."""
-    role = results.role(variant)
-    shown_roles = {"noise floor", "smoothing alone", "repetition", "broken on purpose"}
+    """The variant's name, with its role if it is a control, or that it is a simulated ruler."""
+    role = "simulated" if results.study.variants[variant].ruler else results.role(variant)
+    shown_roles = {"noise floor", "smoothing alone", "repetition", "broken on purpose", "simulated"}
     return Markup(f"`{variant}` ({role})" if role in shown_roles else f"`{variant}`")
 
 
