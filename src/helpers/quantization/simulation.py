@@ -1,4 +1,4 @@
-"""Simulated int8, one Linear at a time: its SQNR, its effect on next tokens, and the choice of α.
+"""Simulated int8, one Linear at a time: SQNR, effect on next tokens, choice of α and of floats.
 
 The quantized model is never built: a Linear is smoothed and rounded when its input arrives, and
 forgotten when it has answered, so that a choice or an explanation needs one copy of the weights.
@@ -14,24 +14,40 @@ nearest. All work from the one calibration pass. The choice is made on the last 
 calibration items, with maxima over the others; evaluation items have no say. A grid is judged by
 how far next-token distributions move, `auto` by the squared error of each group's own outputs. The
 scales of the checkpoint then come from the maxima over all items.
+
+`protect` leaves Linears float: of all sets that fit the bytes, the one with the largest sum of KLs,
+each measured on judging items with one Linear in int8. Other calibration items tell whether the
+choice beats as many random sets of these bytes as it takes for that to be no chance.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
+import numpy as np
 import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor, nn
 
 from helpers.core.errors import StudyError
 from helpers.core.processes import Bar
-from helpers.quantization.calibration import quantized_linears, smoothing_groups
+from helpers.quantization.calibration import (
+    first_judging_item,
+    quantized_linears,
+    smoothing_groups,
+)
 from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
-from helpers.quantization.smoothing import group_scales, same_alpha
+from helpers.quantization.smoothing import (
+    LinearScales,
+    group_scales,
+    linear_scales,
+    same_alpha,
+)
 from helpers.runtime.devices import (
     every_expert_reads,
     pad,
@@ -39,17 +55,9 @@ from helpers.runtime.devices import (
     simulated_by_onednn,
     token_budget_batches,
 )
-from helpers.runtime.discovery import head_logits
+from helpers.runtime.discovery import architecture, head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
 from helpers.study.schema import Variant
-
-
-@dataclass
-class LinearScales:
-    """Smoothing scales of one Linear: divisors of its inputs and of its last outputs."""
-
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,21 +121,6 @@ def apply_smoothing(
     return SmoothedLinear(x, weight, absmax)
 
 
-def linear_scales(
-    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
-) -> dict[str, LinearScales]:
-    """Linear name to the scales that the variant's smoothing folds into it."""
-    scales_by_name: dict[str, LinearScales] = {}
-    for group in smoothing_groups(model.config, variant.smooth.targets):
-        alpha = alphas[group.consumers[0]]
-        scales = group_scales(model, group, act_absmax, alpha=alpha).float()
-        for name in group.consumers:
-            scales_by_name.setdefault(name, LinearScales()).inputs = scales
-        scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
-    return scales_by_name
-
-
-@contextmanager
 def simulated_quantization(
     model,
     variant: Variant,
@@ -135,7 +128,7 @@ def simulated_quantization(
     alphas: dict[str, float],
     *,
     float_weights: bool = False,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, the float model computes as its variant would, with weights rounded to nearest.
 
     Args:
@@ -144,21 +137,41 @@ def simulated_quantization(
         alphas: α of each group, by the name of its first consumer.
         float_weights: round the activations alone.
     """
-    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    scales = linear_scales(model, variant, act_absmax, alphas)
     targets = quantized_linears(model, variant.ignore)
-    own_forwards = {linear: vars(linear).get("forward") for linear in targets.values()}
-    for name, linear in targets.items():
+    return _simulated(targets, variant, act_absmax, scales, float_weights=float_weights)
+
+
+def _simulated(
+    linears: Mapping[str, nn.Linear],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    scales: Mapping[str, LinearScales],
+    *,
+    float_weights: bool = False,
+) -> AbstractContextManager[None]:
+    forwards: dict[nn.Module, Callable] = {}
+    for name, linear in linears.items():
         of_linear = scales.get(name, LinearScales())
-        linear.forward = partial(
+        forwards[linear] = partial(
             _simulated_forward, linear, variant, act_absmax.get(name), of_linear, float_weights
         )
+    return _computing(forwards)
+
+
+@contextmanager
+def _computing(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, modules have other forwards."""
+    own_forwards = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for linear, forward in own_forwards.items():
-            del linear.forward
+        for module, forward in own_forwards.items():
+            del module.forward
             if forward is not None:
-                linear.forward = forward
+                module.forward = forward
 
 
 def _simulated_forward(
@@ -251,7 +264,7 @@ def sqnr_as_stored(
     if not variant.quantized or variant.rounding == "nearest":
         return {}
     model = load_model()
-    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    scales = linear_scales(model, variant, act_absmax, alphas)
     label = "weights as stored"
     stored = {label: TensorFiles(checkpoint, dtype=None)}
     return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)
@@ -337,15 +350,38 @@ class DivergenceProbe:
         batched = not variant.scheme or variant.scheme[1] != "tensor_dynamic"
         budget = batch_tokens_for(model.config, list(map(len, texts)), batch_tokens=BATCH_TOKENS)
         self.texts, self.batch_tokens = texts, budget if batched else 1
+        self.states: list[list[Tensor]] = []  # by batch: what each decoder block reads
         self.expected = list(self._logprobs(model))
 
-    def divergence(self, model) -> dict[str, float | None]:
+    def keep_states(self, model) -> None:
+        """Keep what the float model's blocks read, so that `divergence` can begin at any of them.
+
+        Nothing is kept if a block reads more than the states that the one before it returns.
+        """
+        read: list[Tensor] = []
+        blocks = _blocks(model)
+        keep = lambda _module, args: read.append(args[0])  # noqa: E731
+        handles = [block.register_forward_pre_hook(keep) for block in blocks]
+        for _ in self._logprobs(model):
+            pass
+        for handle in handles:
+            handle.remove()
+        self.states = [read[i : i + len(blocks)] for i in range(0, len(read), len(blocks))]
+        again = self._logprobs(model, first_block=len(blocks) - 1)
+        if not all(map(torch.equal, again, self.expected)):
+            self.states = []
+
+    def divergence(self, model, *, first_block: int = 0) -> dict[str, float | None]:
         """KL(float ‖ model) in nats per token, and the share of tokens with the same top-1.
 
         The KL is None if it is not finite; the gates judge such a model.
+
+        Args:
+            first_block: the first decoder block that differs from the float model's.
         """
         kl, agreements, tokens = 0.0, 0, 0
-        for expected, logprobs in zip(self.expected, self._logprobs(model), strict=True):
+        logprobs_of_model = self._logprobs(model, first_block=first_block)
+        for expected, logprobs in zip(self.expected, logprobs_of_model, strict=True):
             kl += (expected.exp() * (expected - logprobs)).sum(dtype=torch.float64).item()
             agreements += int((expected.max(-1).indices == logprobs.max(-1).indices).sum())
             tokens += len(logprobs)
@@ -353,19 +389,27 @@ class DivergenceProbe:
         return {"kl": mean_kl, "top1_agreement": agreements / tokens}
 
     @torch.inference_mode()
-    def _logprobs(self, model) -> Iterator[Tensor]:
+    def _logprobs(self, model, *, first_block: int = 0) -> Iterator[Tensor]:
         """Yield (some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
 
         Texts are batched if possible, since a simulated Linear rounds its weights at each call.
         """
         device = model.device
         lengths = list(map(len, self.texts))
-        for batch in token_budget_batches(lengths, batch_tokens=self.batch_tokens):
+        batches = token_budget_batches(lengths, batch_tokens=self.batch_tokens)
+        for number, batch in enumerate(batches):
             tokens = pad([self.texts[i] for i in batch], value=0, side="right", device=device)
             mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=device)
-            output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            skipped = _blocks(model)[:first_block] if self.states else []
+            state = self.states[number][first_block] if skipped else None
+            with _computing({block: lambda *_, x=state, **_named: x for block in skipped}):
+                output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             for rows in output.last_hidden_state[mask.bool()].split(HEAD_ROWS):
                 yield head_logits(model, rows).float().log_softmax(-1).cpu()
+
+
+def _blocks(model) -> nn.ModuleList:
+    return model.get_submodule(architecture(model.config).blocks)
 
 
 def activations_alone(
@@ -577,3 +621,176 @@ def _choose_per_group(
         for alpha, error in curve_of_group.items()
     ]
     return AlphaChoice(chosen, [], record_rows)
+
+
+OTHERS = 6  # calibration items, none of which judges, on which a choice is compared
+RANDOM_SETS = 19  # 1 / (19 + 1) = 0.05: a lead over all of them is one chance in twenty
+
+
+@dataclass(frozen=True)
+class Protection:
+    """A variant with the Linears that `protect` chose among its `ignore`, and why these."""
+
+    recipe: Variant
+    record: dict = field(default_factory=dict)
+
+    @property
+    def sentence(self) -> str:
+        """What was chosen and what it is worth; empty if nothing was."""
+        if not self.record:
+            return ""
+        sets = [_or_infinite(row["kl"]) for row in self.record["random"]]
+        kl, kl_chosen = (_or_infinite(self.record[key]) for key in ("kl", "kl_chosen"))
+        rank, of = self.record["rank"], len(sets) + 1
+        return (
+            f"{len(self.record['chosen'])} of {len(self.record['linears'])} Linears stay float for "
+            f"{100 * self.record['chosen_bytes'] / self.record['bytes']:.2f} % of the bytes; on "
+            f"{len(self.record['other_items'])} other calibration items the KL is {kl:.4g} nats a "
+            f"token with all in int8, {kl_chosen:.4g} with these float, {min(sets):.4g} to "
+            f"{max(sets):.4g} with {of - 1} random choices of as many bytes: rank {rank} of {of}, "
+            f"p = {rank / of:.2g}"
+        )
+
+
+def choose_protected(
+    model,
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    alphas: dict[str, float],
+    texts: list[list[int]],
+    *,
+    seed: int,
+) -> Protection:
+    """The Linears that a variant leaves float for its share of the bytes.
+
+    Args:
+        model: the float model, not smoothed; it is not changed.
+        act_absmax, alphas: as in `simulated_quantization`.
+        texts: token ids of all calibration items; the judging items choose.
+        seed: of the random sets.
+
+    Raises:
+        StudyError: no Linear fits the bytes or every one does, or a KL is not finite.
+    """
+    if variant.protect is None:
+        return Protection(variant)
+    first = first_judging_item(len(texts))
+    judging, others = list(range(len(texts)))[first:][:JUDGES], list(range(first))[:OTHERS]
+    simulated = _Protecting(model, variant, act_absmax, alphas)
+    gains = simulated.sensitivities([texts[i] for i in judging])
+    allowed = int(variant.protect.bytes * simulated.bytes)
+    chosen = best_set(gains, simulated.costs, allowed)
+    if len(chosen) in (0, len(gains)):
+        raise StudyError(
+            f"protect.bytes = {variant.protect.bytes:g} leaves {len(chosen)} of {len(gains)} "
+            f"Linears float, {min(simulated.costs.values()) / simulated.bytes:.2g} of the bytes or "
+            f"more each; give {'less' if chosen else 'more'}"
+        )
+    generator = random.Random(seed)
+    sets = [random_set(simulated.costs, allowed, generator) for _ in range(RANDOM_SETS)]
+    probe = DivergenceProbe(model, [texts[i] for i in others], variant)
+    kl, kl_chosen = simulated.kl(probe, []), simulated.kl(probe, chosen)
+    kls = [simulated.kl(probe, names) for names in Bar(sets, desc="random choices", unit="set")]
+    record = {
+        "share": variant.protect.bytes,
+        "bytes": simulated.bytes,
+        "allowed_bytes": allowed,
+        "chosen_bytes": sum(simulated.costs[name] for name in chosen),
+        "chosen": chosen,
+        "linears": {n: {"bytes": simulated.costs[n], "kl": gains[n]} for n in gains},
+        "judging_items": judging,
+        "other_items": others,
+        "kl": kl,
+        "kl_chosen": kl_chosen,
+        "random": [{"chosen": names, "kl": x} for names, x in zip(sets, kls, strict=True)],
+        "rank": 1 + sum(_or_infinite(x) <= _or_infinite(kl_chosen) for x in kls),
+    }
+    return Protection(variant.leaving_float(chosen), record)
+
+
+def _or_infinite(kl: float | None) -> float:
+    return math.inf if kl is None else kl
+
+
+class _Protecting:
+    """The simulated variant of a float model, with any of its Linears left float."""
+
+    def __init__(self, model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict):
+        self.model, self.variant, self.absmax = model, variant, act_absmax
+        self.linears = quantized_linears(model, variant.ignore)
+        self.scales = linear_scales(model, variant, act_absmax, alphas)
+        self.costs = {name: _bytes_saved(m, variant) for name, m in self.linears.items()}
+        self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    def sensitivities(self, texts: list[list[int]]) -> dict[str, float]:
+        """KL in nats a token by Linear, if it alone is in int8.
+
+        Raises:
+            StudyError: a KL is not finite.
+        """
+        probe = DivergenceProbe(self.model, texts, self.variant)
+        probe.keep_states(self.model)
+        inside, measured = f"{architecture(self.model.config).blocks}.", {}
+        for name, linear in Bar(self.linears.items(), desc="each Linear alone", unit="Linear"):
+            block = name.removeprefix(inside).partition(".")[0]
+            first = int(block) if name.startswith(inside) else 0
+            with _simulated({name: linear}, self.variant, self.absmax, self.scales):
+                kl = probe.divergence(self.model, first_block=first)["kl"]
+            if kl is None:
+                raise StudyError(
+                    f"protect: the KL with {name} alone in int8 is not finite; use dtype float32 "
+                    "or mend the model"
+                )
+            measured[name] = max(0.0, kl)
+        return measured
+
+    def kl(self, probe: DivergenceProbe, left_float: Iterable[str]) -> float | None:
+        """KL in nats a token with some Linears left float; None if it is not finite."""
+        names = set(left_float)
+        linears = {n: m for n, m in self.linears.items() if n not in names}
+        with _simulated(linears, self.variant, self.absmax, self.scales):
+            return probe.divergence(self.model)["kl"]
+
+
+def _bytes_saved(linear: nn.Linear, variant: Variant) -> int:
+    """Bytes of a float weight less those in int8 with its scales, which are in the float type."""
+    granularity, activations = variant.scheme
+    scales = linear.out_features if granularity == "channel" else 1
+    scales += activations == "tensor_static"
+    size = linear.weight.element_size()
+    return linear.weight.numel() * (size - 1) - scales * size
+
+
+def best_set(gains: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:
+    """The names with the largest sum of gains whose costs fit a budget.
+
+    Args:
+        gains, costs: by name; a name without a gain is not taken.
+    """
+    names = [name for name, gain in gains.items() if gain > 0 and costs[name] <= budget]
+    if not names:
+        return []
+    unit, top = math.gcd(*(costs[n] for n in names)), max(gains[n] for n in names)
+    limit, chosen = budget // unit, names
+    while sum(costs[name] for name in chosen) > budget:
+        solution = milp(
+            [-gains[name] / top for name in names],  # the solver's tolerances are absolute
+            constraints=LinearConstraint([[costs[name] // unit for name in names]], ub=limit),
+            integrality=np.ones(len(names)),
+            bounds=Bounds(0, 1),
+            options={"mip_rel_gap": 0.0},
+        )
+        taken = np.round(solution.x)
+        chosen = [name for name, one in zip(names, taken, strict=True) if one]
+        limit -= 1  # the solver may exceed its limit by a rounding
+    return chosen
+
+
+def random_set(costs: Mapping[str, int], budget: int, generator: random.Random) -> list[str]:
+    """Names in random order, each taken if it still fits the budget."""
+    chosen = []
+    for name in generator.sample(list(costs), len(costs)):
+        if costs[name] <= budget:
+            chosen.append(name)
+            budget -= costs[name]
+    return chosen
