@@ -41,7 +41,7 @@ VARIANTS = {
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
-    "protected": {"preset": "w8a8", "smooth": SMOOTH, "protect": {"bytes": 0.1}},
+    "protected": {"preset": "w8a8", "smooth": SMOOTH, "protect": {"bytes": 0.07}},
     "gptq_w8a8": {
         "preset": "w8a8",
         "rounding": "gptq",

@@ -22,7 +22,7 @@ choice beats as many random sets of these bytes as it takes for that to be no ch
 
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -362,8 +362,7 @@ class DivergenceProbe:
         blocks = _blocks(model)
         keep = lambda _module, args: read.append(args[0])  # noqa: E731
         handles = [block.register_forward_pre_hook(keep) for block in blocks]
-        for _ in self._logprobs(model):
-            pass
+        list(self._logprobs(model))
         for handle in handles:
             handle.remove()
         self.states = [read[i : i + len(blocks)] for i in range(0, len(read), len(blocks))]
@@ -719,7 +718,10 @@ class _Protecting:
         self.model, self.variant, self.absmax = model, variant, act_absmax
         self.linears = quantized_linears(model, variant.ignore)
         self.scales = linear_scales(model, variant, act_absmax, alphas)
-        self.costs = {name: _bytes_saved(m, variant) for name, m in self.linears.items()}
+        weights = {name: linear.weight for name, linear in self.linears.items()}
+        self.costs = {
+            n: bytes_saved(w.shape, w.element_size(), variant) for n, w in weights.items()
+        }
         self.bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
     def sensitivities(self, texts: list[list[int]]) -> dict[str, float]:
@@ -752,13 +754,16 @@ class _Protecting:
             return probe.divergence(self.model)["kl"]
 
 
-def _bytes_saved(linear: nn.Linear, variant: Variant) -> int:
-    """Bytes of a float weight less those in int8 with its scales, which are in the float type."""
-    granularity, activations = variant.scheme
-    scales = linear.out_features if granularity == "channel" else 1
+def bytes_saved(shape: Sequence[int], size: int, variant: Variant) -> int:
+    """Bytes of a float weight less those in int8 with its scales, which are in the float type.
+
+    Args:
+        shape: (out_features, in_features); size: bytes of a float.
+    """
+    weights, activations = variant.scheme
+    scales = shape[0] if weights == "channel" else 1
     scales += activations == "tensor_static"
-    size = linear.weight.element_size()
-    return linear.weight.numel() * (size - 1) - scales * size
+    return math.prod(shape) * (size - 1) - scales * size
 
 
 def best_set(gains: Mapping[str, float], costs: Mapping[str, int], budget: int) -> list[str]:
@@ -767,8 +772,7 @@ def best_set(gains: Mapping[str, float], costs: Mapping[str, int], budget: int) 
     Args:
         gains, costs: by name; a name without a gain is not taken.
     """
-    names = [name for name, gain in gains.items() if gain > 0 and costs[name] <= budget]
-    if not names:
+    if not (names := [n for n, gain in gains.items() if gain > 0 and costs[n] <= budget]):
         return []
     unit, top = math.gcd(*(costs[n] for n in names)), max(gains[n] for n in names)
     limit, chosen = budget // unit, names

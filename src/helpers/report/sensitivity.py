@@ -21,6 +21,7 @@ from helpers.report import figures
 from helpers.report.estimates import CalibrationResults, VariantResults
 from helpers.report.markdown import (
     MISSING,
+    Markup,
     Rows,
     code,
     count,
@@ -393,14 +394,14 @@ def _protection_cells(record: dict) -> dict[str, str]:
     sets = [math.inf if row["kl"] is None else row["kl"] for row in record["random"]]
     rank, of = record["rank"], len(sets) + 1
     return {
-        "left float": ", ".join(code(_short_label(name)) for name in record["chosen"]),
+        "left float": Markup(", ".join(code(_short_label(name)) for name in record["chosen"])),
         "Linears": f"{len(record['chosen'])} of {len(record['linears'])}",
         "bytes": f"{100 * share:.2f} %",
         "KL, all in int8": number(record["kl"]),
         "KL, these float": number(record["kl_chosen"]),
         "KL, random choices": f"{number(min(sets))} to {number(max(sets))}",
         "rank": f"{rank} of {of}",
-        "p": number(rank / of),
+        "p": f"{rank / of:.2g}",
     }
 
 

@@ -355,15 +355,23 @@ def _kv_caches(study: Study) -> list[str]:
 
 
 def _protections(study: Study) -> list[str]:
-    """Variants with `protect` whose calibration has no items beside those that judge."""
-    return [
-        f"variants.{name}.protect chooses on the last calibration item and is judged on others, "
-        "and its calibration has items: 1; give at least 2"
-        for name, variant in study.variants.items()
-        if variant.protect
-        and (variant.calibration or "") in ("", *study.calibrations)
-        and study.calibration_called(variant.calibration or "").items < 2
-    ]
+    """Variants with `protect` that vLLM would serve, or that have one calibration item alone."""
+    problems = []
+    for name, variant in study.variants.items():
+        if variant.protect and study.runtime.quantized == "vllm":
+            problems.append(
+                f"variants.{name}.protect leaves Linears float that vLLM fuses with others; use "
+                "runtime.quantized: int8, or ignore"
+            )
+        known = variant.calibration in (None, *study.calibrations)
+        if variant.protect and known:
+            items = study.calibration_called(variant.calibration or "").items
+            if items < 2:
+                problems.append(
+                    f"variants.{name}.protect is chosen on the last calibration items and compared "
+                    f"on others, and its calibration has items: {items}; give at least 2"
+                )
+    return problems
 
 
 def _float_types(study: Study) -> list[str]:
