@@ -1,9 +1,10 @@
 """A variant as a recipe file of llmcompressor, which its `oneshot` reads.
 
 Prints SmoothQuantModifier and QuantizationModifier or GPTQModifier with the variant's settings. An
-α that was chosen is the chosen one, read from the study's results. llmcompressor computes smoothing
-scales from max − min of a channel instead of max|X| (NOTES.md), so that its checkpoint differs from
-the study's by as much; without smoothing the weights are the same.
+α that was chosen is the chosen one, read from the study's results, as are the Linears that
+`protect` left float. llmcompressor computes smoothing scales from max − min of a channel instead of
+max|X| (NOTES.md), so that its checkpoint differs from the study's by as much; without smoothing the
+weights are the same.
 
 usage: python -m tools.recipe STUDY MODEL VARIANT > recipe.yaml
 """
@@ -22,7 +23,7 @@ from helpers.quantization.variants import GPTQ, compression_scheme, describe_rec
 from helpers.runtime.discovery import architecture, linear_names
 from helpers.sources.model_files import load_config
 from helpers.sources.models import model_folder
-from helpers.study.loading import Job, open_job
+from helpers.study.loading import PROTECTED, Job, open_job
 from helpers.study.schema import PATTERN_MARK, is_ignored
 
 
@@ -49,7 +50,7 @@ def recipe_of(job: Job) -> dict:
     linears = linear_names(config)
     quantizer = {
         "config_groups": {"group_0": compression_scheme(variant)},
-        "ignore": [name for name in linears if is_ignored(name, variant.ignore)],
+        "ignore": [name for name in linears if is_ignored(name, job.claim.ignore)],
     }
     if variant.rounding == "gptq":
         modifiers["GPTQModifier"] = quantizer | GPTQ
@@ -73,6 +74,14 @@ def _strength(job: Job) -> float:
     return chosen.pop()
 
 
+def _protected(job: Job) -> dict:
+    """The record of the Linears that `protect` chose; empty without."""
+    if job.recipe.protect is None:
+        return {}
+    path = job.paths.quantization(job.model, job.variant) / PROTECTED
+    return read_json(path, made_by="02_quantization")
+
+
 def _mappings(groups: Iterable[SmoothingGroup], blocks: str) -> list:
     """[[patterns of the Linears that read, pattern of what they read from], …], block by block."""
     mappings = []
@@ -94,7 +103,7 @@ def text_of(job: Job) -> str:
     """The recipe file's text, with the variant in a comment above it."""
     body = yaml.safe_dump(recipe_of(job), sort_keys=False, allow_unicode=True)
     alphas = {"all": _strength(job)} if job.recipe.smooth else {}
-    words = describe_recipe(job.recipe, alphas)
+    words = describe_recipe(job.recipe, alphas, _protected(job))
     settings = job.calibration_settings
     return (
         f"# {job.variant} of {job.model} in the study {job.name}: {words}.\n"

@@ -40,7 +40,7 @@ from helpers.report.results import Results, load_results
 from helpers.statistics.graded import Scored, paired_differences
 from helpers.statistics.graded_study import GradedVerdict, graded_scores, length_rule
 from helpers.study.loading import open_job
-from helpers.study.schema import FineTunedModel
+from helpers.study.schema import FineTunedModel, speed_key
 
 JUDGED = "nothing"  # the row of a quantization's record in which no Linear is left float
 HALVINGS = 1000
@@ -115,8 +115,7 @@ def _timed_as(results: Results, variant: str, cost: Cost) -> ConfigurationResult
         dtype = own.dtype or results.runtime.dtype
         return cost.bfloat16 if dtype == "bfloat16" else cost.reference
     ways = {way.variant: way for way in cost.others}
-    scheme = own.scheme, own.ignore
-    alike = [way for n, way in ways.items() if (variants[n].scheme, variants[n].ignore) == scheme]
+    alike = [way for n, way in ways.items() if speed_key(variants[n]) == speed_key(own)]
     return ways.get(variant) or next(iter(alike), None)
 
 

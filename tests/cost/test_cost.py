@@ -4,6 +4,7 @@ import struct
 from dataclasses import replace
 from functools import partial
 from json import loads
+from operator import attrgetter
 
 import pytest
 import torch
@@ -103,14 +104,15 @@ def test_every_variant_is_a_way_under_its_true_name(sound_run):
 def test_variants_that_run_alike_are_measured_once(sound_run):
     job = of(sound_run("llama", "rtn_w8a8").job, "int8")
     variants, left_out = job.study.variants, measurement.skipped_variants(job)
+    key = attrgetter("scheme", "ignore", "protect")
     for name, recipe in variants.items():
         if recipe.quantized and name in left_out:
             twin = left_out[name].removeprefix("multiplies and scales as ").removesuffix(" does")
             assert twin not in left_out
-            assert (variants[twin].scheme, variants[twin].ignore) == (recipe.scheme, recipe.ignore)
+            assert key(variants[twin]) == key(recipe)
     measured = [variants[n] for n in variants if variants[n].quantized and n not in left_out]
-    assert len({(r.scheme, r.ignore) for r in measured}) == len(measured)
-    assert "down_float" not in left_out  # the same scheme on fewer Linears
+    assert len({key(r) for r in measured}) == len(measured)
+    assert not {"down_float", "protected"} & set(left_out)  # the same scheme on fewer Linears
 
 
 def bytes_in_headers(folder) -> int:

@@ -278,6 +278,19 @@ def test_what_ships_with_the_project_is_not_looked_at(study_path, monkeypatch):
     assert launcher.check_sources(str(study_path), load_study(study_path), dry=False) == 0
 
 
+@pytest.mark.parametrize(
+    ("share", "problem"), [(1e-4, "fits no Linear of base"), (0.9, "leaves every Linear float")]
+)
+def test_a_share_that_protects_no_linear_or_all_is_refused_before_the_first_job(
+    check, share, problem
+):
+    def protect(settings):
+        settings["variants"]["smoothquant_w8a8"]["protect"] = {"bytes": share}
+
+    [line] = check(settings=protect)
+    assert line.startswith(f"variants.smoothquant_w8a8.protect.bytes = {share:g} {problem}")
+
+
 def test_smoothing_that_has_no_place_in_a_model_is_refused_before_the_first_job(check):
     def smooth_values(settings):
         settings["variants"]["smoothquant_w8a8"]["smooth"]["targets"] = ["attention_output"]

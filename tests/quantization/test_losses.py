@@ -1,10 +1,15 @@
 """Where the loss lies, told from records: the right carrier, and no claim where there is none."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from helpers.report import sensitivity
+from helpers.quantization.protection import Protection
+from helpers.report import sensitivity, tables
+from helpers.report.checks.recomputed_chapters import wrong_records
+from helpers.report.markdown import markdown_table
+from helpers.study.schema import Variant
 
 
 def study_of(left_float: list[dict], curve: list[dict] | None = None):
@@ -101,3 +106,46 @@ def test_weights_and_activations_alone_are_told_apart_and_carry_nothing():
     assert sensitivity.decomposition_rows(study_of(rows), "base") == []
     unknown = study_of([*rows, row("every weight", None)])
     assert sensitivity.decomposition_rows(unknown, "base") == []
+
+
+CHOSEN = ["model.layers.0.self_attn.v_proj", "model.layers.10.mlp.down_proj"]
+PROTECTED = {
+    "bytes": 1000,
+    "chosen_bytes": 29,
+    "chosen": CHOSEN,
+    "linears": {n: {"kl": 1e-4, "bytes": 10} for n in (*CHOSEN, "model.layers.1.mlp.up_proj")},
+    "judging_items": [9],
+    "other_items": [0, 1, 2],
+    "kl": 0.02123,
+    "kl_chosen": 0.01614,
+    "random": [{"chosen": [], "kl": 0.0168 + 0.001 * i} for i in range(19)],
+    "rank": 1,
+}
+
+
+@pytest.mark.bank("report", "a protected variant in a report: {case}", at="report.md")
+@pytest.mark.parametrize(
+    ("case", "shown", "instead"),
+    [
+        ("another Linear", "`0.self_attn.v_proj`", "`1.self_attn.v_proj`"),
+        ("a Linear fewer", "`0.self_attn.v_proj`, ", ""),
+        ("fewer bytes", "2.90 %", "1.90 %"),
+        ("a lower KL", "0.0161", "0.0131"),
+        ("a better rank", "1 of 20", "1 of 40"),
+    ],
+)
+def test_the_choice_in_a_report_is_the_one_that_was_printed(tmp_path, case, shown, instead):
+    study = study_of([])
+    [variant] = study.compared_variants_of("base")
+    variant.quantization["results"]["losses"]["protected"] = PROTECTED
+    text = markdown_table(sensitivity.protection_rows(study))
+    lines = [Protection(Variant(), PROTECTED).sentence]
+    lines.append(tables.protected_table(PROTECTED).to_string())
+    cell = {"outputs": [{"text": "\n".join(lines)}]}
+    notebook = tmp_path / "02_quantization.base.o3.ipynb"
+    notebook.write_text(json.dumps({"cells": [cell]}), "utf-8")
+    assert wrong_records(text, None, tmp_path) == []
+    changed = text.replace(shown, instead)
+    assert changed != text
+    [line] = wrong_records(changed, None, tmp_path)
+    assert "protected Linears of base/o3" in line

@@ -96,6 +96,15 @@ def test_gptq_has_the_settings_that_the_study_rounds_with(sound_run):
     assert gptq.ignore == ["lm_head"]
 
 
+def test_protected_linears_are_those_that_were_chosen(sound_run):
+    run = sound_run("llama", "protected")
+    with run.outputs():
+        recipe = recipe_of(run.job)["quant_stage"]["quant_modifiers"]
+        chosen = run.job.claim.ignore[1:]
+        assert f"{len(chosen)} of 14 Linears chosen" in text_of(run.job).splitlines()[0]
+    assert set(recipe["QuantizationModifier"]["ignore"]) == {"lm_head", *chosen}
+
+
 def test_patterns_of_ignored_linears_become_their_names(sound_run):
     run = sound_run("llama", "down_float")
     with run.outputs():

@@ -371,6 +371,36 @@ def test_an_unknown_rounding_is_refused(write_study, study_settings):
     assert line.startswith("variants.rtn_w8a8.rounding = 'awq' is not known; use one of 'nearest'")
 
 
+PROTECTIONS = [
+    ("variants/rtn_w8a8", {"protect": {"bytes": 0.03}}, "has neither preset nor weights"),
+    ("variants/rtn_w8a8", {"dtype": "bfloat16", "protect": {"bytes": 0.03}}, "leave it out"),
+    ("variants/rtn_w8a8/protect", {"bytes": 0}, "protect.bytes = 0 "),
+    ("variants/rtn_w8a8/protect", {"bytes": 1}, "protect.bytes = 1 "),
+    ("variants/rtn_w8a8/protect", {"share": 0.1}, "did you mean"),
+]
+
+
+@pytest.mark.parametrize(("path", "value", "problem"), PROTECTIONS)
+def test_a_protection_of_nothing_is_refused(write_study, study_settings, path, value, problem):
+    line = refusal(write_study(put(study_settings, path, value)))
+    assert line.startswith("variants.rtn_w8a8")
+    assert problem in line or "known" in line
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "remedy"),
+    [("calibration/items", 1, "give at least 2"), ("runtime/quantized", "vllm", "or ignore")],
+)
+def test_a_protection_that_nothing_could_judge_or_serve_is_refused(
+    write_study, study_settings, path, value, remedy
+):
+    settings = put(study_settings, "variants/rtn_w8a8/protect", {"bytes": 0.1})
+    with pytest.raises(StudyError) as caught:
+        load_study(write_study(put(settings, path, value)))
+    [line] = [line for line in str(caught.value).splitlines() if "rtn_w8a8.protect " in line]
+    assert line.endswith(remedy)
+
+
 PATTERNS = [
     ("re:(", "is no regular expression"),
     ("re:", "has a pattern of 0 characters; give 1 to 200"),

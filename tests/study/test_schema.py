@@ -147,3 +147,11 @@ def test_the_seed_recipe_is_a_float_checkpoint_that_claims_to_be_w8a8():
 def test_the_seed_recipe_takes_smooth_and_nothing_else(wrong):
     with pytest.raises(ValidationError):
         Variant(**{"recipe": "seed"} | wrong)
+
+
+def test_a_variant_that_protects_nothing_is_dumped_as_before():
+    assert "protect" not in Variant(preset="w8a8").model_dump()
+    protecting = Variant(preset="w8a8", protect={"bytes": 0.03})
+    assert protecting.model_dump()["protect"] == {"bytes": 0.03}
+    assert protecting.reads_calibration
+    assert protecting.leaving_float(["a.b"]).ignore == ("lm_head", "a.b")

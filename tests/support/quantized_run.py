@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from helpers.core.records import RECORD, Record, checksums, read_json, sha256_folder, write_json
-from helpers.quantization import calibration, simulation, smoothing, variants
+from helpers.quantization import calibration, protection, simulation, smoothing, variants
 from helpers.sources.chat import calibration_tokens
 from helpers.sources.models import (
     byte_tokenizer,
@@ -41,6 +41,7 @@ VARIANTS = {
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
+    "protected": {"preset": "w8a8", "smooth": SMOOTH, "protect": {"bytes": 0.07}},
     "gptq_w8a8": {
         "preset": "w8a8",
         "rounding": "gptq",
@@ -137,8 +138,13 @@ class QuantizedRun:
             chosen = simulation.choose_alphas(model, job.recipe, fit, judges)
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
+            protected = protection.choose_protected(
+                model, job.recipe, absmax, chosen.alphas, tokens, seed=job.study.seed
+            )
+            if protected.record:
+                write_json(folder / "protected.json", protected.record)
             smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
-            variants.quantize_variant_(model, job.recipe, absmax, smoothed, tokens)
+            variants.quantize_variant_(model, protected.recipe, absmax, smoothed, tokens)
             variants.save_checkpoint(model, tokenizer, self.checkpoint)
 
     def note_verified(self) -> None:

@@ -7,6 +7,7 @@ as it would in life. Failures of the evaluation are in another bank.
 
 import copy
 from dataclasses import replace
+from functools import partial
 
 import llmcompressor.modifiers.gptq.base as gptq
 import pytest
@@ -17,6 +18,7 @@ from helpers.quantization import (
     calibration,
     int8_linear,
     int8_matmul,
+    protection,
     simulation,
     smoothing,
     variants,
@@ -44,6 +46,8 @@ STATISTICS = "calibration maxima recomputed"
 CHOICE = "alpha minimizes the loss"
 TOKENIZER = "tokenizer matches the source"
 GPTQ = "weights rounded by GPTQ"
+PROTECTED = "protected Linears as chosen"
+SENSITIVITY = "recorded sensitivity recomputed"
 
 Q0, Q1 = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 BANK = []
@@ -374,6 +378,110 @@ def a_protected_linear_quantized_after_all(run, patch):
     real = variants.quantized_linears
     patch.setattr(variants, "quantized_linears", lambda model, _: real(model, ("lm_head",)))
     run.quantize()
+
+
+# Linears that are chosen to stay float
+
+
+@failure(CENSUS, METADATA, KEPT, PROTECTED, variant="protected")
+def a_chosen_linear_quantized_after_all(run, patch):
+    real = variants.quantized_linears
+    patch.setattr(variants, "quantized_linears", lambda model, _: real(model, ("lm_head",)))
+    run.quantize()
+
+
+@failure(PROTECTED, variant="protected")
+def a_choice_of_more_bytes_than_allowed(run, patch):
+    real = protection.best_set
+    patch.setattr(protection, "best_set", lambda gains, costs, most: real(gains, costs, 2 * most))
+    run.quantize()
+
+
+@failure(PROTECTED, variant="protected")
+def linears_sorted_by_what_they_gain_a_byte(run, patch):
+    """The most gain a byte first: what is left of the bytes then fits nothing that counts."""
+
+    def greedy(gains, costs, budget):
+        chosen = []
+        for name in sorted(gains, key=lambda n: -gains[n] / costs[n]):
+            if costs[name] <= budget:
+                chosen.append(name)
+                budget -= costs[name]
+        return chosen
+
+    patch.setattr(protection, "best_set", greedy)
+    run.quantize()
+
+
+@failure(PROTECTED, variant="protected", kind="calibration")
+def linears_chosen_on_items_that_smoothing_was_fitted_to(run, patch):
+    patch.setattr(protection, "first_judging_item", lambda _: 2)
+    run.quantize()
+
+
+def judged_by(patch, measure) -> None:
+    """The sensitivities are what `measure` makes of the measurement, its owner and the texts."""
+    real = protection._Protecting.sensitivities
+    patch.setattr(
+        protection._Protecting,
+        "sensitivities",
+        lambda own, texts: measure(partial(real, own), own, texts),
+    )
+
+
+@failure(SENSITIVITY, variant="protected", kind="calibration")
+def linears_chosen_on_texts_that_are_no_calibration_items(run, patch):
+    unread = [list(range(5, 60))]
+    judged_by(patch, lambda real, _own, texts: real(unread * len(texts)))
+    run.quantize()
+
+
+@failure(SENSITIVITY, variant="protected")
+def linears_chosen_by_their_weights_alone(run, patch):
+    real = simulation.fake_quantize
+    with patch.context() as other:
+        other.setattr(
+            simulation.SmoothedLinear,
+            "rounded",
+            lambda own, _: own.x @ real(own.weight, own.weight.abs().amax(1, keepdim=True)).T,
+        )
+        run.quantize()
+
+
+@failure(SENSITIVITY, variant="protected")
+def the_kl_of_another_choice(run, patch):
+    real = protection._Protecting.kl
+    patch.setattr(protection._Protecting, "kl", lambda own, probe, _: real(own, probe, []))
+    run.quantize()
+
+
+def recorded_choice(run):
+    return run.edited_json(run.checkpoint.parent / "quantization" / "protected.json")
+
+
+@failure(PROTECTED, variant="protected", kind="report", at="protected.json")
+def a_better_rank_than_the_choice_has(run, _):
+    with recorded_choice(run) as record:
+        record["random"][3]["kl"] = record["kl_chosen"]
+        record["rank"] = 1
+
+
+@failure(PROTECTED, variant="protected", kind="report", at="protected.json")
+def random_choices_of_fewer_bytes(run, _):
+    with recorded_choice(run) as record:
+        record["random"][0]["chosen"].pop()
+
+
+@failure(PROTECTED, variant="protected", kind="calibration", at="protected.json")
+def a_choice_compared_on_the_items_that_made_it(run, _):
+    with recorded_choice(run) as record:
+        record["other_items"] = record["judging_items"]
+
+
+@failure(CENSUS, PROTECTED, variant="protected", at="protected.json")
+def another_linear_on_record_than_is_float(run, _):
+    with recorded_choice(run) as record:
+        record["chosen"][0] = "model.layers.1.mlp.down_proj"
 
 
 @failure(CENSUS, METADATA)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
 from helpers.core.files import StudyPaths
-from helpers.quantization import simulation
+from helpers.quantization import protection, simulation
 from helpers.quantization.calibration import first_judging_item
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.runtime.devices import resolve_runtime, token_budget_batches, use_onednn
@@ -222,6 +222,9 @@ def count_quantization(
     if variant.quantized:
         counts += reading_operations(size, dtype, probe_tokens * LOOKS, head=probe_tokens * LOOKS)
         weight_roundings += LOOKS
+    if variant.protect:
+        counts += _protection_operations(size, dtype, probe_tokens, tokens)
+        weight_roundings += 1 + protection.RANDOM_SETS
     if variant.rounding == "gptq":
         counts += _gptq_operations(size, dtype, sum(map(len, tokens)))
     if variant.quantized and variant.rounding != "nearest":  # the stored weights' SQNR
@@ -231,6 +234,16 @@ def count_quantization(
     counts += reading_operations(size, "float32", 3 * gate_tokens, head=3 * gate_tokens)
     counts += reading_operations(size, dtype, 5 * gate_tokens, head=2 * gate_tokens)
     return counts + weight_passes(size, KEPT + SIMULATED * weight_roundings)
+
+
+def _protection_operations(
+    size: Size, dtype: str, probe_tokens: int, tokens: list[list[int]]
+) -> Counter:
+    """The choice of Linears left float: each alone, from its block on, and the random choices."""
+    alone, sets = probe_tokens * len(size.shapes), protection.RANDOM_SETS + 3
+    fit = tokens[: first_judging_item(len(tokens))]
+    others = sets * sum(map(len, fit[: protection.OTHERS]))
+    return reading_operations(size, dtype, alone // 2 + others, head=alone + others)
 
 
 def _gptq_operations(size: Size, dtype: str, tokens: int) -> Counter:

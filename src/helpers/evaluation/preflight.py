@@ -8,6 +8,7 @@ over.
 usage: python -m helpers.evaluation.preflight STUDY [--dry]
 """
 
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 
@@ -25,6 +26,8 @@ from helpers.evaluation.prompts import (
 )
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization.calibration import smoothing_groups
+from helpers.quantization.protection import bytes_saved
+from helpers.runtime.discovery import linear_names
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
 from helpers.sources.items import Item, cached_rows_info
@@ -60,6 +63,7 @@ from helpers.study.schema import (
     ModelSource,
     Study,
     TaskSet,
+    is_ignored,
 )
 
 
@@ -157,6 +161,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
         yield f"{key}: {folder.name}: {tensor_problems}"
         return
     yield from _smoothing_problems(study, model, config)
+    yield from _protection_problems(study, model, config, tied=files.tied)
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
@@ -176,6 +181,24 @@ def _smoothing_problems(study: Study, model: str, config) -> Iterator[str]:
             smoothing_groups(config, variant.smooth.targets if variant.smooth else ())
         except StudyError as error:
             yield f"variants.{name}.{error}, or the variant from a study of {model}"
+
+
+def _protection_problems(study: Study, model: str, config, *, tied: bool) -> Iterator[str]:
+    """A line for each variant whose share of the bytes protects no Linear of a model, or all."""
+    known, size = skeleton(config), {"float32": 4, "bfloat16": 2}.get(study.runtime.dtype)
+    shapes = {n: shape for n, shape in known.shapes.items() if not (tied and n == known.head)}
+    for name, variant in study.variants.items():
+        if variant.protect is None or size is None:
+            continue
+        names = [n for n in linear_names(config) if not is_ignored(n, variant.ignore)]
+        costs = [bytes_saved(shapes[f"{n}.weight"], size, variant) for n in names]
+        share, whole = variant.protect.bytes, size * sum(map(math.prod, shapes.values()))
+        if not min(costs) <= share * whole < sum(costs):
+            found = "leaves every Linear float" if share * whole >= sum(costs) else "fits no Linear"
+            yield (
+                f"variants.{name}.protect.bytes = {share:g} {found} of {model}; give "
+                f"{min(costs) / whole:.2g} to {sum(costs) / whole:.2g}, or leave it out"
+            )
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

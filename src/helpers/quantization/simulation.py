@@ -18,7 +18,7 @@ scales of the checkpoint then come from the maxima over all items.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,17 @@ from torch import Tensor, nn
 
 from helpers.core.errors import StudyError
 from helpers.core.processes import Bar
-from helpers.quantization.calibration import quantized_linears, smoothing_groups
+from helpers.quantization.calibration import (
+    quantized_linears,
+    smoothing_groups,
+)
 from helpers.quantization.int8_linear import HALF_RANGE, absmax_scale
-from helpers.quantization.smoothing import group_scales, same_alpha
+from helpers.quantization.smoothing import (
+    LinearScales,
+    group_scales,
+    linear_scales,
+    same_alpha,
+)
 from helpers.runtime.devices import (
     every_expert_reads,
     pad,
@@ -39,17 +47,9 @@ from helpers.runtime.devices import (
     simulated_by_onednn,
     token_budget_batches,
 )
-from helpers.runtime.discovery import head_logits
+from helpers.runtime.discovery import architecture, head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
 from helpers.study.schema import Numbers, Variant
-
-
-@dataclass
-class LinearScales:
-    """Smoothing scales of one Linear: divisors of its inputs and of its last outputs."""
-
-    inputs: Tensor | None = None
-    outputs: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -120,21 +120,6 @@ def apply_smoothing(
     return SmoothedLinear(x, weight, absmax)
 
 
-def linear_scales(
-    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
-) -> dict[str, LinearScales]:
-    """Linear name to the scales that the variant's smoothing folds into it."""
-    scales_by_name: dict[str, LinearScales] = {}
-    for group in smoothing_groups(model.config, variant.smooth.targets):
-        alpha = alphas[group.consumers[0]]
-        scales = group_scales(model, group, act_absmax, alpha=alpha).float()
-        for name in group.consumers:
-            scales_by_name.setdefault(name, LinearScales()).inputs = scales
-        scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
-    return scales_by_name
-
-
-@contextmanager
 def simulated_quantization(
     model,
     variant: Variant,
@@ -142,7 +127,7 @@ def simulated_quantization(
     alphas: dict[str, float],
     *,
     float_weights: bool = False,
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Inside, the float model computes as its variant would, with weights rounded to nearest.
 
     Args:
@@ -151,21 +136,41 @@ def simulated_quantization(
         alphas: α of each group, by the name of its first consumer.
         float_weights: round the activations alone.
     """
-    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    scales = linear_scales(model, variant, act_absmax, alphas)
     targets = quantized_linears(model, variant.ignore)
-    own_forwards = {linear: vars(linear).get("forward") for linear in targets.values()}
-    for name, linear in targets.items():
+    return simulated_linears(targets, variant, act_absmax, scales, float_weights=float_weights)
+
+
+def simulated_linears(
+    linears: Mapping[str, nn.Linear],
+    variant: Variant,
+    act_absmax: dict[str, Tensor],
+    scales: Mapping[str, LinearScales],
+    *,
+    float_weights: bool = False,
+) -> AbstractContextManager[None]:
+    forwards: dict[nn.Module, Callable] = {}
+    for name, linear in linears.items():
         of_linear = scales.get(name, LinearScales())
-        linear.forward = partial(
+        forwards[linear] = partial(
             _simulated_forward, linear, variant, act_absmax.get(name), of_linear, float_weights
         )
+    return _computing(forwards)
+
+
+@contextmanager
+def _computing(forwards: Mapping[nn.Module, Callable]) -> Iterator[None]:
+    """Inside, modules have other forwards."""
+    own_forwards = {module: vars(module).get("forward") for module in forwards}
+    for module, forward in forwards.items():
+        module.forward = forward
     try:
         yield
     finally:
-        for linear, forward in own_forwards.items():
-            del linear.forward
+        for module, forward in own_forwards.items():
+            del module.forward
             if forward is not None:
-                linear.forward = forward
+                module.forward = forward
 
 
 def _simulated_forward(
@@ -288,7 +293,7 @@ def sqnr_as_stored(
     if not variant.quantized or variant.rounding == "nearest":
         return {}
     model = load_model()
-    scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    scales = linear_scales(model, variant, act_absmax, alphas)
     label = "weights as stored"
     stored = {label: TensorFiles(checkpoint, dtype=None)}
     return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)
@@ -376,15 +381,37 @@ class DivergenceProbe:
         batched = not variant.scheme or variant.scheme[1] != "tensor_dynamic"
         budget = batch_tokens_for(model.config, list(map(len, texts)), batch_tokens=BATCH_TOKENS)
         self.texts, self.batch_tokens = texts, budget if batched else 1
+        self.states: list[list[Tensor]] = []  # by batch: what each decoder block reads
         self.expected = list(self._logprobs(model))
 
-    def divergence(self, model) -> dict[str, float | None]:
+    def keep_states(self, model) -> None:
+        """Keep what the float model's blocks read, so that `divergence` can begin at any of them.
+
+        Nothing is kept if a block reads more than the states that the one before it returns.
+        """
+        read: list[Tensor] = []
+        blocks = _blocks(model)
+        keep = lambda _module, args: read.append(args[0])  # noqa: E731
+        handles = [block.register_forward_pre_hook(keep) for block in blocks]
+        list(self._logprobs(model))
+        for handle in handles:
+            handle.remove()
+        self.states = [read[i : i + len(blocks)] for i in range(0, len(read), len(blocks))]
+        again = self._logprobs(model, first_block=len(blocks) - 1)
+        if not all(map(torch.equal, again, self.expected)):
+            self.states = []
+
+    def divergence(self, model, *, first_block: int = 0) -> dict[str, float | None]:
         """KL(float ‖ model) in nats per token, and the share of tokens with the same top-1.
 
         The KL is None if it is not finite; the gates judge such a model.
+
+        Args:
+            first_block: the first decoder block that differs from the float model's.
         """
         kl, agreements, tokens = 0.0, 0, 0
-        for expected, logprobs in zip(self.expected, self._logprobs(model), strict=True):
+        logprobs_of_model = self._logprobs(model, first_block=first_block)
+        for expected, logprobs in zip(self.expected, logprobs_of_model, strict=True):
             kl += (expected.exp() * (expected - logprobs)).sum(dtype=torch.float64).item()
             agreements += int((expected.max(-1).indices == logprobs.max(-1).indices).sum())
             tokens += len(logprobs)
@@ -392,19 +419,27 @@ class DivergenceProbe:
         return {"kl": mean_kl, "top1_agreement": agreements / tokens}
 
     @torch.inference_mode()
-    def _logprobs(self, model) -> Iterator[Tensor]:
+    def _logprobs(self, model, *, first_block: int = 0) -> Iterator[Tensor]:
         """Yield (some tokens, vocabulary) log-probabilities of all texts, a few tokens at a time.
 
         Texts are batched if possible, since a simulated Linear rounds its weights at each call.
         """
         device = model.device
         lengths = list(map(len, self.texts))
-        for batch in token_budget_batches(lengths, batch_tokens=self.batch_tokens):
+        batches = token_budget_batches(lengths, batch_tokens=self.batch_tokens)
+        for number, batch in enumerate(batches):
             tokens = pad([self.texts[i] for i in batch], value=0, side="right", device=device)
             mask = pad([[1] * lengths[i] for i in batch], value=0, side="right", device=device)
-            output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
+            skipped = _blocks(model)[:first_block] if self.states else []
+            state = self.states[number][first_block] if skipped else None
+            with _computing({block: lambda *_, x=state, **_named: x for block in skipped}):
+                output = model.base_model(input_ids=tokens, attention_mask=mask, use_cache=False)
             for rows in output.last_hidden_state[mask.bool()].split(HEAD_ROWS):
                 yield head_logits(model, rows).float().log_softmax(-1).cpu()
+
+
+def _blocks(model) -> nn.ModuleList:
+    return model.get_submodule(architecture(model.config).blocks)
 
 
 def activations_alone(

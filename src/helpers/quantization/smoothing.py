@@ -27,6 +27,14 @@ from helpers.study.schema import Smooth, Study, Variant
 SMALLEST = 1e-5  # floor of maxima and scales, so that a dead channel divides nothing by zero
 
 
+@dataclass
+class LinearScales:
+    """Smoothing scales of one Linear: divisors of its inputs and of its last outputs."""
+
+    inputs: Tensor | None = None
+    outputs: Tensor | None = None
+
+
 @dataclass(frozen=True)
 class SmoothedGroup:
     """A group and the scales that were folded into it; scales: (in_features,)."""
@@ -164,6 +172,20 @@ def require_submodule(model, name: str) -> nn.Module:
     except AttributeError:
         kind = model.config.model_type
         raise StudyError(f"{name} is expected in a {kind} model but is not there") from None
+
+
+def linear_scales(
+    model, variant: Variant, act_absmax: dict[str, Tensor], alphas: dict[str, float]
+) -> dict[str, LinearScales]:
+    """Linear name to the scales that the variant's smoothing folds into it; empty without any."""
+    scales_by_name: dict[str, LinearScales] = {}
+    for group in smoothing_groups(model.config, variant.smooth.targets) if variant.smooth else ():
+        alpha = alphas[group.consumers[0]]
+        scales = group_scales(model, group, act_absmax, alpha=alpha).float()
+        for name in group.consumers:
+            scales_by_name.setdefault(name, LinearScales()).inputs = scales
+        scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
+    return scales_by_name
 
 
 def same_alpha(config, targets: tuple[str, ...], alpha: float) -> dict[str, float]:

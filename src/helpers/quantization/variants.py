@@ -26,11 +26,11 @@ import json
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
+from types import MappingProxyType, MethodType
 
 import torch
 from torch import Tensor, nn
@@ -323,8 +323,15 @@ def quantize_variant_(
     return quantize_(model, variant, absmax, items, batch_tokens=batch_tokens)
 
 
-def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
-    """The recipe as one sentence; `alphas` are those of its groups."""
+def describe_recipe(
+    variant: Variant, alphas: dict[str, float], protected: Mapping = MappingProxyType({})
+) -> str:
+    """The recipe as one sentence.
+
+    Args:
+        alphas: those of its groups.
+        protected: the record of the Linears that `protect` chose; empty without.
+    """
     if variant.recipe == "seed":
         text = "the seed recipe (a control, broken on purpose): dequantized int8 weights per "
         text += "tensor, head included, float activations"
@@ -332,7 +339,12 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         weights, activations = variant.scheme
         text = f"int8 weights per {weights}{ROUNDINGS[variant.rounding]}, "
         text += f"int8 activations per {activations.replace('_', ', ')}"
-        text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
+        kept = list(variant.ignore)
+        if protected:
+            share = 100 * protected["chosen_bytes"] / protected["bytes"]
+            chosen, all_linears = len(protected["chosen"]), len(protected["linears"])
+            kept.append(f"{chosen} of {all_linears} Linears chosen for {share:.2f} % of the bytes")
+        text += f"; kept float: {', '.join(kept) or 'nothing'}"
     elif variant.ruler:
         text = _describe_ruler(variant.ruler)
         text += f", simulated; kept float: {', '.join(variant.ignore)}"

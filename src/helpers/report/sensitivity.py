@@ -10,6 +10,7 @@ rounding (NOTES.md, 2026-11-23); what a draw moves is read off the rows themselv
 smaller is called a cause.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +21,7 @@ from helpers.report import figures
 from helpers.report.estimates import CalibrationResults, VariantResults
 from helpers.report.markdown import (
     MISSING,
+    Markup,
     Rows,
     code,
     count,
@@ -220,6 +222,7 @@ def loss_chapter(results: Results) -> list[Markdown | figures.Picture]:
         markdown_table(loss_carrier_rows(results)),
         folded("KL with some Linears left in float [nats per token]", markdown_table(rows)),
         *decompositions(results),
+        *protections(results),
     ]
     pictures = [
         figures.Picture(
@@ -373,6 +376,50 @@ def decomposition_text(model: str) -> str:
         "remainder is not additive: errors of both that add up or cancel, and the chance of a draw "
         "of rounding."
     )
+
+
+def protection_rows(results: Results) -> Rows:
+    """Which Linears `protect` left float, their bytes, and the KL beside random choices."""
+    rows = []
+    for model in results.models:
+        for evaluated in results.compared_variants_of(model):
+            if record := _recorded_sensitivity(evaluated).get("protected"):
+                rows.append({"protected": code(evaluated.variant), "model": code(model)})
+                rows[-1] |= _protection_cells(record)
+    return rows
+
+
+def _protection_cells(record: dict) -> dict[str, str]:
+    share = record["chosen_bytes"] / record["bytes"]
+    sets = [math.inf if row["kl"] is None else row["kl"] for row in record["random"]]
+    rank, of = record["rank"], len(sets) + 1
+    return {
+        "left float": Markup(", ".join(code(_short_label(name)) for name in record["chosen"])),
+        "Linears": f"{len(record['chosen'])} of {len(record['linears'])}",
+        "bytes": f"{100 * share:.2f} %",
+        "KL, all in int8": number(record["kl"]),
+        "KL, these float": number(record["kl_chosen"]),
+        "KL, random choices": f"{number(min(sets))} to {number(max(sets))}",
+        "rank": f"{rank} of {of}",
+        "p": f"{rank / of:.2g}",
+    }
+
+
+def protections(results: Results) -> list[str]:
+    """Text and table on the Linears that `protect` left float; empty without any."""
+    rows = protection_rows(results)
+    if not rows:
+        return []
+    return ["#### Linears left float by `protect`\n\n" + PROTECTION_NOTE, markdown_table(rows)]
+
+
+PROTECTION_NOTE = (
+    "Of all sets of Linears that fit the declared share of the float model's bytes, quantization "
+    "left float the one with the largest sum of KLs, each measured on the judging items with one "
+    "Linear in int8. The KLs below are in nats per token on other calibration items, simulated "
+    "with weights rounded to nearest. Each random choice fills as many bytes; the rank is that of "
+    "the choice among all, with ties against it."
+)
 
 
 def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:

@@ -455,6 +455,17 @@ def alpha_table(choice) -> pd.DataFrame:
     return counts.rename("groups").rename_axis("alpha").to_frame()
 
 
+def protected_table(record: dict) -> pd.DataFrame:
+    """The Linears that `protect` leaves float: their KL alone in int8, and the bytes they take."""
+    linears = record.get("linears", {})
+    rows = [
+        {"Linear": short_layer(name), "KL alone in int8": linears[name]["kl"]}
+        | {"bytes more": linears[name]["bytes"]}
+        for name in record.get("chosen", ())
+    ]
+    return pd.DataFrame(rows, columns=["Linear", "KL alone in int8", "bytes more"])
+
+
 def left_float_table(losses: list[dict]) -> pd.DataFrame:
     """KL as quantized, and with some Linears left in float."""
     return pd.DataFrame(losses, columns=["float", "linears", "kl", "top1_agreement"])

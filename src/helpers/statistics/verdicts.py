@@ -128,11 +128,9 @@ def role_of(study: Study, name: str) -> Role | None:
 
 def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
     """Whether the two differ only by smoothing, which the first lacks."""
-    same_scheme = (plain.scheme, plain.rounding, plain.ignore, plain.kv) == (
-        smoothed.scheme,
-        smoothed.rounding,
-        smoothed.ignore,
-        smoothed.kv,
+    same_scheme = all(
+        getattr(plain, setting) == getattr(smoothed, setting)
+        for setting in ("scheme", "rounding", "ignore", "protect", "kv")
     )
     return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 

@@ -24,6 +24,7 @@ from pydantic_core import ErrorDetails
 
 from helpers.core.errors import StudyError, one_line, valid_unicode
 from helpers.core.files import PROJECT, StudyPaths, relative_to_project
+from helpers.core.records import read_json
 from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
 from helpers.study.schema import (
     FIELDS,
@@ -46,6 +47,7 @@ from helpers.study.schema import (
 )
 from helpers.study.tasks import recorded_definitions, with_task_definitions
 
+PROTECTED = "protected.json"  # the choice of `protect`, in the folder of the quantization
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
 MOST_LEVELS = 24  # mappings and lists inside one another
@@ -254,7 +256,7 @@ def broken_references(study: Study) -> list[str]:
             continue
         prompting = _prompting_problems(dataset, thinking=bool(study.enable_thinking))
         problems += [f"evaluation.datasets.{name}.{problem}" for problem in prompting]
-    problems += _calibrations(study) + _kv_caches(study)
+    problems += _calibrations(study) + _kv_caches(study) + _protections(study)
     return problems + _columns(study) + _comparisons(study) + _old_rules(study)
 
 
@@ -355,6 +357,26 @@ def _kv_caches(study: Study) -> list[str]:
                 f"{at} can be checked in float32 alone, and runtime.dtype = "
                 f"{study.runtime.dtype!r}; leave it out, or use runtime.dtype: float32"
             )
+    return problems
+
+
+def _protections(study: Study) -> list[str]:
+    """Variants with `protect` that vLLM would serve, or that have one calibration item alone."""
+    problems = []
+    for name, variant in study.variants.items():
+        if variant.protect and study.runtime.quantized == "vllm":
+            problems.append(
+                f"variants.{name}.protect leaves Linears float that vLLM fuses with others; use "
+                "runtime.quantized: int8, or ignore"
+            )
+        known = variant.calibration in (None, *study.calibrations)
+        if variant.protect and known:
+            items = study.calibration_called(variant.calibration or "").items
+            if items < 2:
+                problems.append(
+                    f"variants.{name}.protect is chosen on the last calibration items and compared "
+                    f"on others, and its calibration has items: {items}; give at least 2"
+                )
     return problems
 
 
@@ -569,6 +591,19 @@ class Job:
     def recipe(self) -> Variant:
         """The settings of this job's variant."""
         return self.study.variants[self.variant]
+
+    @property
+    def claim(self) -> Variant:
+        """What the variant's report declares, with the Linears on record that `protect` chose.
+
+        Raises:
+            StudyError: the Linears are not chosen yet.
+        """
+        claim = self.recipe.claim
+        if claim.protect is None:
+            return claim
+        path = self.paths.quantization(self.model, self.variant) / PROTECTED
+        return claim.leaving_float(read_json(path, made_by="02_quantization")["chosen"])
 
     @property
     def parameters(self) -> dict:

@@ -412,6 +412,15 @@ class Smooth(Strict):
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
+class Protect(Strict):
+    """How many Linears stay float: as many as a share of the float model's bytes allows.
+
+    Which ones is chosen on held-out calibration items (helpers.quantization.simulation).
+    """
+
+    bytes: Annotated[Number, Field(gt=0.0, lt=1.0)]
+
+
 class Variant(Strict):
     """How a model is quantized; without weights and activations it stays float.
 
@@ -426,6 +435,7 @@ class Variant(Strict):
 
     `ignore` lists the Linears that stay float: names, whole or their last part (`down_proj`), and
     patterns after `re:` (`re:.*layers\\.0\\.`), which match from the start of a whole name.
+    `protect` leaves more of them float: those that the quantization of each model chooses.
 
     `rounding` is how weights get onto their grid: `nearest`; `mse`, to nearest on a grid clipped
     to the least error (llmcompressor's observer); `gptq`, by llmcompressor's GPTQ on the
@@ -449,6 +459,7 @@ class Variant(Strict):
     repeats: Count = 1
     calibration: Annotated[Name | None, Field(exclude_if=_is_none)] = None
     kv: Annotated[KvCache | None, Field(exclude_if=_is_none)] = None
+    protect: Annotated[Protect | None, Field(exclude_if=_is_none)] = None
 
     @model_validator(mode="after")
     def _whole_scheme(self):
@@ -502,6 +513,11 @@ class Variant(Strict):
                 f"dtype = {self.dtype!r} belongs to a variant that changes no weights; give it "
                 "alone, or leave it out"
             )
+        if self.protect and not self.quantized:
+            raise ValueError(
+                "protect leaves Linears float in a variant that quantizes the others, and this one "
+                "has neither preset nor weights of its own; leave it out"
+            )
         if self.repeats > 1 and not self.reads_calibration:
             raise ValueError(
                 f"repeats = {self.repeats} but nothing in it is computed from calibration items, "
@@ -545,9 +561,13 @@ class Variant(Strict):
 
     @property
     def reads_calibration(self) -> bool:
-        """Whether the checkpoint depends on calibration items: smoothing, GPTQ, static scales."""
+        """Whether calibration items determine the checkpoint.
+
+        They do by smoothing, by GPTQ, by static scales, and by the choice of protected Linears.
+        """
         static = self.scheme is not None and self.scheme[1] == "tensor_static"
-        return self.smooth is not None or static or self.rounding == "gptq"
+        chosen = self.smooth is not None or self.protect is not None
+        return chosen or static or self.rounding == "gptq"
 
     @property
     def is_unmodified(self) -> bool:
@@ -570,10 +590,15 @@ class Variant(Strict):
         declared = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
         return self.model_copy(update=declared)
 
+    def leaving_float(self, names: Iterable[str]) -> "Variant":
+        """The variant with more Linears among those that it ignores, by their whole names."""
+        return self.model_copy(update={"ignore": (*self.ignore, *names)})
+
 
 def speed_key(variant: Variant) -> tuple:
     """The settings that determine a quantized variant's speed and size."""
-    return variant.scheme, variant.ignore, variant.dtype
+    protected = variant.protect and (variant.protect, variant.smooth, variant.calibration)
+    return variant.scheme, variant.ignore, variant.dtype, protected
 
 
 def variant_per_scheme(variants: Mapping[str, Variant]) -> dict[tuple, str]:

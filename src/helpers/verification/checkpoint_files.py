@@ -210,7 +210,7 @@ class CheckpointFiles(ModelSlot):
 
     def __init__(self, job: Job, *, source_hash: str, record: dict | None = None):
         super().__init__(with_own_kernels(job))
-        self.source_hash, self.claim, self.record = source_hash, job.recipe.claim, record
+        self.source_hash, self.claim, self.record = source_hash, job.claim, record
         self.dtype = getattr(torch, job.study.runtime.dtype)
         self.calibration_folder = job.paths.calibration(job.model)
         self._declared: dict[SmoothingGroup, Tensor] = {}

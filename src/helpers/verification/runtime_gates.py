@@ -54,8 +54,7 @@ def function_gate(evidence: CheckpointFiles):
     model = evidence.source_model.float()
     try:
         expected = logits_of(model, evidence.probes)
-        rounded = bool(evidence.rounded_targets)
-        _perturb_by_rounding_(model, torch.float32 if rounded else evidence.dtype)
+        _perturb_by_rounding_(model, evidence)
         limit = 4 * _largest_difference(logits_of(model, evidence.probes), expected)
         _load_implied_weights_(model, evidence)
         measured = _largest_difference(logits_of(model, evidence.probes), expected)
@@ -77,10 +76,20 @@ def _largest_difference(logits: list[Tensor], expected: list[Tensor]) -> float:
 
 
 @torch.no_grad()
-def _perturb_by_rounding_(model, dtype: torch.dtype) -> None:
-    """Move every weight by the roundings of one Linear, up or down at random."""
+def _perturb_by_rounding_(model, evidence: CheckpointFiles) -> None:
+    """Move every weight by the roundings of one Linear, up or down at random.
+
+    A smoothed weight that stays float is rounded to the checkpoint's dtype, in a variant that only
+    smooths every weight.
+    """
     generator = torch.Generator().manual_seed(0)
-    for parameter in model.parameters():
+    quantized, smoothed = set(evidence.rounded_targets), evidence.folded
+    rounded = {
+        f"{n}.weight" for n in smoothed if n not in quantized and smoothed[n] != (None, None)
+    }
+    for key, parameter in model.named_parameters():
+        in_float32 = bool(quantized) and key not in rounded
+        dtype = torch.float32 if in_float32 else evidence.dtype
         size = torch.finfo(dtype).eps + parameter.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
         for rows in parameter.split(CHUNK_ROWS):  # the embeddings alone are a tenth of a model
             signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8) * 2 - 1

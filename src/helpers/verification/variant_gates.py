@@ -2,11 +2,13 @@
 
 What the run that made the checkpoint held in memory is not asked: a bug in smoothing or
 compression would vouch for itself there. The gates on tensors and metadata are in
-`checkpoint_gates`, those on what the loaded checkpoint computes in `runtime_gates`. Here are three
+`checkpoint_gates`, those on what the loaded checkpoint computes in `runtime_gates`. Here are four
 more kinds:
 
 - calibration: whose texts it read, all of them, and nothing but them;
 - the choice of α: what was chosen is the least of what was recorded;
+- the choice of Linears left float: it is what the files hold, the best for its bytes, and made on
+  the judging items by what rounding does there, which is computed again for two of them;
 - the record: bytes, Linears, α in words and SQNR stand in the report and guard nothing else, so
   that nothing else would show them wrong. They are counted again from the headers of the files
   and, for one Linear, by numpy.
@@ -17,6 +19,7 @@ The result is written to verification.json, beside the checkpoint that it was he
 import json
 import math
 import re
+from functools import partial
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
@@ -38,6 +41,7 @@ from helpers.core.records import (
     write_json,
 )
 from helpers.quantization.simulation import AUTO_ALPHAS
+from helpers.runtime.discovery import head_logits
 from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
 from helpers.study.loading import Job
@@ -49,6 +53,7 @@ from helpers.verification.checkpoint_files import (
     capture_inputs,
     first_block_only,
     input_maxima,
+    logits_of,
 )
 from helpers.verification.checkpoint_gates import float_weights_gate
 
@@ -250,6 +255,208 @@ def _is_least_loss(alpha: float, losses: dict[float, float | None], grid: set[fl
     return set(losses) == grid and alpha in finite and finite[alpha] == min(finite.values())
 
 
+def _recorded_choice(evidence: CheckpointFiles) -> dict:
+    folder = evidence.job.paths.quantization(evidence.job.model, evidence.job.variant)
+    return read_json(folder / "protected.json", made_by="02_quantization")
+
+
+@gate("protected Linears as chosen")
+def protected_gate(evidence: CheckpointFiles):
+    """The Linears that are float on disk are those ignored and the best choice for its bytes.
+
+    Bytes are counted from the headers of the checkpoint's files. The largest sum of recorded
+    sensitivities that fits them is found without a solver: of Linears with equal bytes the most
+    sensitive come first, and of all such beginnings the undominated sums are kept. The choice reads
+    judging items alone and is compared on none of them, with random choices that leave no room.
+    """
+    record, share = _recorded_choice(evidence), evidence.job.recipe.protect.bytes
+    chosen, gains = record["chosen"], {n: row["kl"] for n, row in record["linears"].items()}
+    candidates = [*evidence.targets, *chosen]
+    costs, model_bytes = _bytes_of_floats(evidence, candidates)
+    allowed = share * model_bytes
+    spent = sum(costs[name] for name in chosen)
+    headers = tensor_headers(evidence.folder)
+    int8 = {k.removesuffix(".weight") for k, v in headers.items() if v["dtype"] == "I8"}
+    wrong = sorted(int8 ^ set(evidence.targets))
+    problems = [f"{len(wrong)} Linears are not stored as chosen{examples(wrong)}"] if wrong else []
+    if sorted(candidates) != sorted(gains) or not all(map(_is_sensitivity, gains.values())):
+        return False, "not every Linear has one sensitivity on record", "each has one"
+    if spent > allowed:
+        problems.append(f"{spent:,} bytes for {len(chosen)} Linears")
+    best, reached = _largest_sum(gains, costs, allowed), sum(gains[name] for name in chosen)
+    if reached < best - CLOSE_SUM * max(gains.values()):
+        problems.append(f"another choice has {best:.4g} nats instead of {reached:.4g}")
+    problems += _wrong_items(evidence, record) + _wrong_rank(record, costs, allowed)
+    return (
+        not problems,
+        "; ".join(problems) or f"{len(chosen)} of {len(gains)} Linears for {spent:,} bytes",
+        f"at most {allowed:,.0f} bytes, {share:g} of the float model's; no choice with more nats",
+    )
+
+
+CLOSE_SUM = 1e-5  # of the largest sensitivity, below which an integer programme need not look
+FEWEST_SETS = 19  # random choices, of which one is the best once in twenty times
+
+
+def _is_sensitivity(kl: object) -> bool:
+    return isinstance(kl, float) and math.isfinite(kl) and kl >= 0
+
+
+def _bytes_of_floats(evidence: CheckpointFiles, names: list[str]) -> tuple[dict[str, int], int]:
+    """(by Linear the bytes of a float weight less those in int8, bytes of the float model)."""
+    headers, size = tensor_headers(evidence.folder), torch.finfo(evidence.dtype).bits // 8
+    suffixes = (".weight_scale", ".input_scale")
+    elements = {k: math.prod(v["shape"]) for k, v in headers.items() if not k.endswith(suffixes)}
+    weights, activations = evidence.claim.scheme
+    costs = {}
+    for name in names:
+        scales = headers[f"{name}.weight"]["shape"][0] if weights == "channel" else 1
+        scales += activations == "tensor_static"
+        costs[name] = elements[f"{name}.weight"] * (size - 1) - scales * size
+    return costs, size * sum(elements.values())
+
+
+def _largest_sum(gains: dict[str, float], costs: dict[str, int], allowed: float) -> float:
+    """The largest sum of gains of Linears whose costs fit."""
+    by_cost: dict[int, list[float]] = {}
+    for name, gain in sorted(gains.items(), key=lambda pair: -pair[1]):
+        by_cost.setdefault(costs[name], []).append(gain)
+    spent, sums = np.zeros(1), np.zeros(1)
+    for cost, of_cost in by_cost.items():
+        most = min(len(of_cost), int(allowed // cost))
+        beginnings = np.concatenate([[0.0], np.cumsum(of_cost[:most])])
+        spent = (spent[:, None] + cost * np.arange(most + 1)).ravel()
+        sums = (sums[:, None] + beginnings).ravel()
+        order = np.lexsort((-sums, spent))
+        order = order[spent[order] <= allowed]
+        before = np.maximum.accumulate(np.concatenate([[-1.0], sums[order][:-1]]))
+        order = order[sums[order] > before]  # no cheaper choice has as much
+        spent, sums = spent[order], sums[order]
+    return float(sums.max())
+
+
+def _wrong_items(evidence: CheckpointFiles, record: dict) -> list[str]:
+    """Items of the choice that judge no calibration, or of the comparison that do."""
+    items = len(evidence.items)
+    judging = set(range(items)[-max(1, items // 10) :])
+    chosen_on, compared_on = set(record["judging_items"]), set(record["other_items"])
+    problems = []
+    if not chosen_on or chosen_on - judging:
+        problems.append("chosen on items that are not the judging ones")
+    if not compared_on or compared_on - (set(range(items)) - judging):
+        problems.append("compared on items that judge, or are no calibration items")
+    return problems
+
+
+def _wrong_rank(record: dict, costs: dict[str, int], allowed: float) -> list[str]:
+    """A rank that the recorded KLs do not give, and random choices of other bytes."""
+    infinite = lambda kl: math.inf if kl is None else kl  # noqa: E731
+    sets, own = record["random"], infinite(record["kl_chosen"])
+    rank = 1 + sum(infinite(row["kl"]) <= own for row in sets)
+    problems = [] if rank == record["rank"] else [f"rank {record['rank']} instead of {rank}"]
+    for row in sets:
+        names = set(row["chosen"])
+        left = allowed - sum(costs[name] for name in names)
+        smallest = min((costs[name] for name in costs if name not in names), default=math.inf)
+        if not 0 <= left < smallest or len(names) < len(row["chosen"]):
+            problems.append("a random choice of other bytes")
+    if len(sets) < FEWEST_SETS:
+        problems.append(f"{len(sets)} random choices instead of {FEWEST_SETS}")
+    return list(dict.fromkeys(problems))
+
+
+CLOSE_KL = 0.05  # of √KL, which grows as the error of the logits does
+
+
+@gate("recorded sensitivity recomputed")
+def sensitivity_gate(evidence: CheckpointFiles):
+    """The KL of two Linears alone in int8, and of the choice, are those of the source's texts.
+
+    The two are the most sensitive of those left float and of the others. Each item is read alone by
+    transformers' own forward pass, and the Linear's product is written out again. The limit adds
+    what the float model's logits differ by if the items are padded into one batch.
+    """
+    record, differing = _recorded_choice(evidence), []
+    gains, left = {n: row["kl"] for n, row in record["linears"].items()}, set(record["chosen"])
+    ranked = sorted(gains, key=lambda name: -gains[name])
+    most = [next(n for n in ranked if (n in left) == kept) for kept in (True, False)]
+    judging, others = record["judging_items"], record["other_items"]
+    cases = [(name, [name], judging, gains[name]) for name in most]
+    cases.append(("the choice", [n for n in gains if n not in left], others, record["kl_chosen"]))
+    for label, int8, items, recorded in cases:
+        texts = [evidence.tokens[i] for i in items]
+        again, noise = _simulated_kl(evidence, int8, texts)
+        allowed = CLOSE_KL * again**0.5 + noise**0.5 + SMALLEST_KL**0.5
+        if recorded is None or not abs(recorded**0.5 - again**0.5) <= allowed:
+            differing.append(f"{label}: {recorded} nats on record, {again:.4g} again")
+    return (
+        not differing,
+        "; ".join(differing) or f"{len(cases)} KLs agree, that of the choice is {recorded:.4g}",
+        f"√KL within {CLOSE_KL:.0%}, but for rounding",
+    )
+
+
+SMALLEST_KL = 1e-7  # nats, below which logarithms in float32 are no longer exact
+
+
+@torch.inference_mode()
+def _simulated_kl(
+    evidence: CheckpointFiles, names: list[str], texts: list[list[int]]
+) -> tuple[float, float]:
+    """KL in nats a token of the source with some Linears in int8, and in one padded batch."""
+    model, longest = evidence.source_model, max(map(len, texts))
+    expected = logits_of(model, texts)
+    tokens = torch.tensor([[*text, *[0] * (longest - len(text))] for text in texts])
+    mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+    inputs = {"input_ids": tokens.to(model.device), "attention_mask": mask.to(model.device)}
+    states = model.base_model(**inputs, use_cache=False).last_hidden_state
+    padded = [
+        head_logits(model, row[: len(text)]).float().cpu()
+        for row, text in zip(states, texts, strict=True)
+    ]
+    hooks = [
+        model.get_submodule(name).register_forward_hook(partial(_in_int8, evidence, name))
+        for name in names
+    ]
+    try:
+        rounded = logits_of(model, texts)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return _divergence(expected, rounded), _divergence(expected, padded)
+
+
+def _divergence(expected: list[Tensor], actual: list[Tensor]) -> float:
+    total = 0.0
+    for first, second in zip(expected, actual, strict=True):
+        p, q = first.double().log_softmax(-1), second.double().log_softmax(-1)
+        total += (p.exp() * (p - q)).sum().item()
+    return max(0.0, total / sum(map(len, expected)))
+
+
+def _in_int8(evidence: CheckpointFiles, name: str, linear, args: tuple, y: Tensor) -> Tensor:
+    """The output of a Linear as the variant declares it, weights rounded to nearest."""
+    weights, activations = evidence.claim.scheme
+    columns, rows = evidence.folded[name]
+    weight, x = evidence.source[f"{name}.weight"].float(), args[0].float().cpu()
+    absmax = evidence.absmax[name].float()
+    if columns is not None:
+        columns = columns.float()
+        weight, x, absmax = weight * columns, x / columns, absmax / columns
+    rows = rows if rows is None else rows.float()
+    weight = weight if rows is None else weight / rows[:, None]
+    step = weight.abs().amax(1, keepdim=True) if weights == "channel" else weight.abs().max()
+    step = step / 127.5
+    limits = {"token_dynamic": x.abs().amax(-1, keepdim=True), "tensor_dynamic": x.abs().max()}
+    scale = (limits.get(activations, absmax.max()) / 127.5).clamp(min=1e-30)
+    q = (x / scale).round().clamp(-128, 127) * scale
+    product = q @ ((weight / step.clamp(min=1e-30)).round().clamp(-128, 127) * step).T
+    product = product if rows is None else product * rows
+    if linear.bias is not None:
+        product = product + evidence.source[f"{name}.bias"].float()
+    return product.to(y)
+
+
 SQNR_TEXTS = 4  # texts of the recorded SQNR
 CLOSE_DB = 0.1
 
@@ -301,6 +508,9 @@ def scheme_gate(evidence: CheckpointFiles):
         weights, activations = evidence.claim.scheme
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
         parts += {"gptq": ["GPTQ"], "mse": ["clipped"]}.get(evidence.claim.rounding, [])
+        if evidence.claim.protect:
+            kept = len(_recorded_choice(evidence)["chosen"])
+            parts.append(f"{kept} of {kept + len(evidence.targets)} Linears chosen")
         missing += [part for part in parts if part not in recorded]
     if evidence.claim.ruler:
         weights, activations = evidence.claim.ruler
@@ -412,6 +622,8 @@ def checks_of(claim: Variant) -> tuple:
         rounding = rulers.weights_gate if claim.ruler.weights else float_weights_gate
         of_files = (rulers.layers_gate, rulers.metadata_gate, rounding)
         return (*FILE_CHECKS, *of_files, *model_checks, rulers.arithmetic_gate)
+    if claim.protect is not None:
+        model_checks = (protected_gate, sensitivity_gate, *model_checks)
     if not claim.quantized:
         return (*FILE_CHECKS, float_weights_gate, *model_checks)
     static = (checkpoint_gates.static_gate,) if claim.scheme[1] == "tensor_static" else ()

@@ -527,7 +527,7 @@ def call_recorder(job: Job, model) -> CallRecorder | NoCalls:
 def linear_files(job: Job) -> LinearFiles:
     """The files of the job's variant, with the scheme it declares."""
     source, recipe = model_folder(job.study, job.model, job.paths), job.recipe
-    claim, runtime = recipe.claim, job.study.runtime
+    claim, runtime = job.claim, job.study.runtime
     changed = recipe.needs_checkpoint
     folder = job.paths.checkpoint(job.model, job.variant) if changed else source
     names = linear_names(load_config(source)) if claim.compressed else []

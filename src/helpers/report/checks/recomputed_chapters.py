@@ -338,6 +338,13 @@ OUTLIER_SENTENCE = re.compile(
 DESCRIBED_INPUT = re.compile(
     r"`([^`]+)` \(channel (\d+) reaches ([\d.,]+), (?:([\d.,]+) times|and) the median"
 )
+PROTECTION_LINE = re.compile(
+    r"^(\d+) of (\d+) Linears stay float for (\S+) %.* KL is (\S+) nats.* int8, (\S+) with these "
+    r"float, (\S+) to (\S+) with \d+ random choices.* rank (\d+) of (\d+), p = (\S+)$",
+    re.M,
+)
+PROTECTION_COLUMNS = ["Linears", "bytes", "KL, all in int8", "KL, these float"]
+PROTECTION_COLUMNS += ["KL, random choices", "rank", "p"]
 ROUNDING_STEP = 0.05  # of what the notebook shows, which has one decimal
 
 
@@ -350,6 +357,8 @@ def wrong_records(markdown: str, figures: RecomputedFigures, notebooks: Path) ->
             lines += [line for row in rows for line in _wrong_calibration(row, notebooks)]
         elif table.columns == ("variant", "recipe"):
             lines += [line for row in rows for line in _wrong_recipe(row, figures, notebooks)]
+        elif {"protected", "left float", "rank"} <= columns:
+            lines += [line for row in rows for line in _wrong_protection(row, notebooks)]
         elif {"Linear", "median channel", "ratio"} <= columns:
             model = table.heading.removeprefix("Model ")
             lines += [
@@ -399,6 +408,27 @@ def _wrong_recipe(
     published = plain_text(row["recipe"])
     if printed and not any(line.strip() in published for line in printed):
         yield f"recipe of {variant}: {published[:80]!r}, it printed {printed[0][:80]!r}"
+
+
+def _wrong_protection(row: dict[str, str], notebooks: Path) -> Iterator[str]:
+    """A protected variant's Linears, bytes, KLs and rank that its quantization did not print."""
+    model, variant = plain_text(row["model"]), plain_text(row["protected"])
+    printed = _printed_text(notebooks / f"02_quantization.{model}.{variant}.ipynb")
+    if not printed:
+        return
+    line = PROTECTION_LINE.search(printed)
+    values = [float(v) for v in line.groups() if v != "inf"] if line else []
+    cells = [float(n) for column in PROTECTION_COLUMNS for n in written_numbers(row[column])]
+    agrees = len(cells) == len(values) > 0 and all(
+        abs(cell - value) <= 0.006 * value for cell, value in zip(cells, values, strict=True)
+    )
+    named, words = plain_text(row["left float"]).split(", "), set(printed.split())
+    unknown = [n for n in named if not any(f".{w}".endswith(f".{n}") for w in words)]
+    if not agrees or len(named) != cells[0] or (unknown and "..." not in words):
+        yield (
+            f"protected Linears of {model}/{variant}: {cells}, {len(named)} named, "
+            f"{len(unknown)} of them not printed; it printed {values}"
+        )
 
 
 def _wrong_outlier(row: dict[str, str], model: str, notebooks: Path) -> Iterator[str]:

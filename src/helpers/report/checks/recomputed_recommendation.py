@@ -148,7 +148,8 @@ def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple
 
 
 def _multiplies(other: Variant, own: Variant) -> bool:
-    keys = ("scheme", "ignore", "ruler")
+    keys = ["scheme", "ignore", "ruler", "protect"]
+    keys += ["smooth", "calibration"] if own.protect else []  # what the Linears are chosen by
     return all(getattr(other, key) == getattr(own, key) for key in keys)
 
 
