@@ -167,6 +167,7 @@ bench: $(BENCH_READY) ## compare the speed with other libraries; results go to o
 	@$(if $(findstring --only processors,$(ARGS)),,$(MAKE) --no-print-directory $(VLLM_READY) \
 	  || echo 'make: vLLM does not install here' >&2)
 	@STUDY_VLLM=$(abspath $(VLLM_VENV)) $(BENCH_PY) -m benchmarks $(ARGS)
+	@$(if $(ARGS),,$(BENCH_PY) -m benchmarks.gptq)
 
 families: $(READY) ## run a tiny twin of every causal family from end to end; results go to outputs/bench
 	@OMP_NUM_THREADS=1 nice -n 19 $(PY) -m benchmarks.families $(ARGS)
