@@ -16,11 +16,13 @@ from helpers.quantization import protection, simulation
 from helpers.quantization.calibration import load_absmax
 from helpers.quantization.int8_linear import Int8Linear
 from helpers.quantization.smoothing import same_alpha
-from helpers.quantization.variants import load_variant
+from helpers.quantization.variants import describe_recipe, load_variant
 from helpers.sources.models import load_model
+from helpers.statistics.verdicts import is_unsmoothed_twin
 from helpers.study.schema import is_ignored, speed_key
+from helpers.verification.checkpoint_files import CheckpointFiles
 from helpers.verification.runtime_gates import memory_layers_gate
-from helpers.verification.variant_gates import _largest_sum
+from helpers.verification.variant_gates import _largest_sum, scheme_gate
 
 Q0 = "model.layers.0.self_attn.q_proj"
 
@@ -183,6 +185,26 @@ def test_a_protected_linear_in_int8_at_run_time_is_caught(sound_run):
         assert not memory_layers_gate((job, model)).passed
     assert not [gate for gate in asked(run) if not gate.passed]
     assert [gate.name for gate in asked(run, in_int8_after_all(name)) if not gate.passed]
+
+
+def test_a_recipe_in_words_tells_how_many_linears_were_chosen(sound_run):
+    run = sound_run("llama", "protected")
+    with run.outputs():
+        evidence = CheckpointFiles(run.job, source_hash=run.source_hash, record={})
+        path = run.job.paths.quantization("base", "protected") / "protected.json"
+        record = read_json(path, made_by="the run")
+        words = describe_recipe(run.job.recipe, evidence.alphas, record)
+        count = f"{len(record['chosen'])} of 14 Linears"
+        for text, passes in ((words, True), (words.replace(count, "5 of 14 Linears"), False)):
+            evidence.record = {"scheme": text}
+            assert scheme_gate(evidence).passed == passes
+
+
+def test_a_twin_without_smoothing_protects_as_many_bytes(sound_run):
+    smoothed = sound_run("llama", "protected").job.recipe
+    plain = smoothed.model_copy(update={"smooth": None})
+    assert is_unsmoothed_twin(plain, smoothed)
+    assert not is_unsmoothed_twin(plain.model_copy(update={"protect": None}), smoothed)
 
 
 def test_another_choice_of_linears_is_measured_on_its_own(sound_run):

@@ -141,8 +141,7 @@ class QuantizedRun:
             protected = protection.choose_protected(
                 model, job.recipe, absmax, chosen.alphas, tokens, seed=job.study.seed
             )
-            if protected.record:
-                write_json(folder / "protected.json", protected.record)
+            write_json(folder / "protected.json", protected.record)
             smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
             variants.quantize_variant_(model, protected.recipe, absmax, smoothed, tokens)
             variants.save_checkpoint(model, tokenizer, self.checkpoint)

@@ -49,6 +49,19 @@ def test_sound_in_every_dtype_on_every_runtime(study_settings, tmp_path, dtype, 
     assert [g for g in run.verify() if not g.passed] == []
 
 
+def test_smoothed_linears_that_stay_float_are_sound_in_bfloat16(study_settings, tmp_path):
+    """Their weights times the scales are rounded as coarsely as the checkpoint stores them."""
+    study_settings["runtime"]["dtype"] = "bfloat16"
+    run = QuantizedRun(tmp_path / "run", study_settings, "protected")
+    run.save_source("llama")
+    run.calibrate()
+    run.quantize()
+    assert [g for g in run.verify() if not g.passed] == []
+    with run.outputs():
+        smoothed = {n for n in run.job.claim.ignore if n.endswith(("q_proj", "k_proj", "v_proj"))}
+    assert smoothed
+
+
 def test_a_base_model_without_a_chat_template_is_sound(study_settings, tmp_path):
     run = QuantizedRun(tmp_path / "run", study_settings, "o2")
     run.save_source("gemma3_text")
