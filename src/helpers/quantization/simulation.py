@@ -39,7 +39,7 @@ from helpers.runtime.devices import (
     simulated_by_onednn,
     token_budget_batches,
 )
-from helpers.runtime.discovery import head_logits
+from helpers.runtime.discovery import architecture, head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
 from helpers.study.schema import Variant
 
@@ -124,6 +124,27 @@ def linear_scales(
         for name in group.consumers:
             scales_by_name.setdefault(name, LinearScales()).inputs = scales
         scales_by_name.setdefault(group.producer, LinearScales()).outputs = scales
+    return scales_by_name
+
+
+def scales_in_norms(model, checkpoint: TensorFiles) -> dict[str, LinearScales]:
+    """Linear name to the scales of its inputs that the norms of a checkpoint were divided by.
+
+    Args:
+        model: the float model, not smoothed.
+        checkpoint: files with a norm wherever the model has one.
+    """
+    scales_by_name: dict[str, LinearScales] = {}
+    targets = dict.fromkeys(p.target for p in architecture(model.config).places if p.producer)
+    for group in smoothing_groups(model.config, tuple(targets)):
+        before = model.get_submodule(group.producer).weight.detach().cpu().double()
+        if before.ndim > 1:
+            continue  # a Linear; its rows do not tell what they were divided by
+        after = checkpoint[f"{group.producer}.weight"].double()
+        quotient = (before + group.norm_offset) / (after + group.norm_offset)
+        scales = torch.where(before == after, 1.0, quotient).float()
+        if not torch.equal(scales, torch.ones_like(scales)):
+            scales_by_name |= {name: LinearScales(inputs=scales) for name in group.consumers}
     return scales_by_name
 
 
@@ -245,15 +266,20 @@ def sqnr_as_stored(
 ) -> dict[str, dict[str, float]]:
     """SQNR in dB by Linear with the weights that a checkpoint holds; empty if they are nearest.
 
+    Of a checkpoint made elsewhere the rounding is not known, and its scales are in its norms.
+
     Args and raises: as `sqnr_with_and_without`; the float model is loaded if it is needed, and the
     checkpoint is read one Linear at a time.
     """
-    if not variant.quantized or variant.rounding == "nearest":
+    known_as_nearest = variant.rounding == "nearest" and not variant.made_elsewhere
+    if not variant.quantized or known_as_nearest:
         return {}
-    model = load_model()
+    model, files = load_model(), TensorFiles(checkpoint, dtype=None)
     scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
+    if variant.made_elsewhere:
+        scales = scales_in_norms(model, files)
     label = "weights as stored"
-    stored = {label: TensorFiles(checkpoint, dtype=None)}
+    stored = {label: files}
     return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)
 
 

@@ -327,7 +327,8 @@ PATTERN_MARK = "re:"  # of compressed-tensors: a regular expression follows
 LONGEST_PATTERN = 200  # characters
 
 
-def _name_or_pattern(text: str) -> str:
+def name_or_pattern(text: str) -> str:
+    """The text, if it is a name or a pattern that can be used."""
     if not text.startswith(PATTERN_MARK):
         return text
     pattern, problem = text.removeprefix(PATTERN_MARK), ""
@@ -388,6 +389,12 @@ class Smooth(Strict):
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
 
 
+def _by_model(value: Any) -> Any:
+    """Checkpoints by model; a folder alone is that of the study's one model, by an empty name."""
+    is_folder = isinstance(value, dict) and "folder" in value and len(value) == 1
+    return {"": value} if is_folder and not isinstance(value["folder"], dict) else value
+
+
 class Variant(Strict):
     """How a model is quantized; without weights and activations it stays float.
 
@@ -409,6 +416,10 @@ class Variant(Strict):
 
     `calibration` names one of the study's `calibrations`; without it the variant is made from the
     study's `calibration`.
+
+    `checkpoint` is a checkpoint made elsewhere, by the name of its model. What it is stands in its
+    files: `weights`, `activations` and `ignore` are filled in when the study is loaded
+    (`helpers.study.inputs`).
     """
 
     recipe: Literal["seed"] | None = None
@@ -418,13 +429,23 @@ class Variant(Strict):
     activations: Activations | None = None
     rounding: Rounding = "nearest"
     smooth: Smooth | None = None
-    ignore: tuple[Annotated[str, AfterValidator(_name_or_pattern)], ...] = (HEAD,)
+    ignore: tuple[Annotated[str, AfterValidator(name_or_pattern)], ...] = (HEAD,)
     repeats: Count = 1
     calibration: Annotated[Name | None, Field(exclude_if=_is_none)] = None
     kv: Annotated[KvCache | None, Field(exclude_if=_is_none)] = None
+    checkpoint: Annotated[
+        dict[str, FolderModel] | None,
+        BeforeValidator(_by_model),
+        Field(min_length=1, exclude_if=_is_none),
+    ] = None
 
     @model_validator(mode="after")
     def _whole_scheme(self):
+        if self.checkpoint and (beside := self.model_fields_set - {"checkpoint", "kv"}):
+            raise ValueError(
+                f"a checkpoint is read as it was made, so that {' and '.join(sorted(beside))} "
+                "cannot be chosen; give checkpoint alone, or with kv"
+            )
         if self.preset and (self.weights or self.activations):
             raise ValueError(
                 f"preset = {self.preset!r} already names weights and activations; keep one of them"
@@ -485,7 +506,12 @@ class Variant(Strict):
     @property
     def quantized(self) -> bool:
         """Whether weights and activations become int8."""
-        return self.scheme is not None
+        return self.scheme is not None or self.made_elsewhere
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether its checkpoint is given, and nothing of it made by the study."""
+        return self.checkpoint is not None
 
     @property
     def needs_checkpoint(self) -> bool:
@@ -495,6 +521,8 @@ class Variant(Strict):
     @property
     def reads_calibration(self) -> bool:
         """Whether the checkpoint depends on calibration items: smoothing, GPTQ, static scales."""
+        if self.made_elsewhere:
+            return False
         static = self.scheme is not None and self.scheme[1] == "tensor_static"
         return self.smooth is not None or static or self.rounding == "gptq"
 

@@ -53,7 +53,8 @@ def function_gate(evidence: CheckpointFiles):
     model = evidence.source_model.float()
     try:
         expected = logits_of(model, evidence.probes)
-        _perturb_by_rounding_(model, torch.float32 if evidence.claim.quantized else evidence.dtype)
+        exact = evidence.claim.quantized and not evidence.is_converted
+        _perturb_by_rounding_(model, torch.float32 if exact else evidence.dtype)
         limit = 4 * _largest_difference(logits_of(model, evidence.probes), expected)
         _load_implied_weights_(model, evidence)
         measured = _largest_difference(logits_of(model, evidence.probes), expected)
@@ -103,11 +104,12 @@ def _implied_weight(evidence: CheckpointFiles, key: str) -> Tensor | None:
         return None
     step, weight = step.double().reshape(-1, 1), evidence.smoothed_weight(name)
     slack = 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
-    if evidence.claim.rounding == "gptq":
+    rounding = evidence.rounding_of(name)
+    if rounding == "gptq":
         within_bound = evidence.errors_of_rows(name, weight, step) <= GPTQ_RMS + slack
         return torch.where(within_bound[:, None], weight, q.double() * step)
     low, high = (q.double() - 0.5 - slack) * step, (q.double() + 0.5 + slack) * step
-    if evidence.claim.rounding == "mse":
+    if rounding == "mse":
         low, high = low.masked_fill(q == -128, -torch.inf), high.masked_fill(q == 127, torch.inf)
     return weight.clamp(low, high)
 

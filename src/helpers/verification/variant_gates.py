@@ -38,8 +38,10 @@ from helpers.core.records import (
     write_json,
 )
 from helpers.quantization.simulation import AUTO_ALPHAS
+from helpers.quantization.variants import UNKNOWN
 from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
+from helpers.study.inputs import FoundScheme
 from helpers.study.loading import Job
 from helpers.study.schema import FineTunedModel, Variant
 from helpers.study.stages import Run
@@ -293,7 +295,7 @@ def bytes_gate(evidence: CheckpointFiles):
 def scheme_gate(evidence: CheckpointFiles):
     """The recorded recipe text states the variant's α and granularities."""
     recorded = evidence.record["scheme"]
-    alphas = sorted(set(evidence.alphas.values())) if evidence.groups else []
+    alphas = sorted(set(evidence.alphas.values())) if evidence.claim.smooth else []
     expected = [f"{alphas[i]:g}" for i in {0, len(alphas) - 1} if alphas]
     numbers = re.findall(r"\d+(?:\.\d+)?", recorded.partition("α")[2])
     missing = [a for a in expected if a not in numbers]
@@ -301,6 +303,7 @@ def scheme_gate(evidence: CheckpointFiles):
         weights, activations = evidence.claim.scheme
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
         parts += {"gptq": ["GPTQ"], "mse": ["clipped"]}.get(evidence.claim.rounding, [])
+        parts += [UNKNOWN] if evidence.claim.made_elsewhere else []
         missing += [part for part in parts if part not in recorded]
     return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
 
@@ -373,8 +376,24 @@ CHECKPOINT_MODEL_CHECKS = (runtime_gates.reload_gate,)
 INT8_LAYER_CHECKS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
 
+# What made a checkpoint elsewhere, and from which items, is not asked: no file tells.
+ELSEWHERE_CHECKS = (
+    checkpoint_gates.norms_gate,
+    checkpoint_gates.origin_gate,
+    checkpoint_gates.config_gate,
+    checkpoint_gates.unchanged_gate,
+    checkpoint_gates.source_gate,
+    checkpoint_gates.tokenizer_gate,
+    checkpoint_gates.census_gate,
+    checkpoint_gates.metadata_gate,
+    runtime_gates.function_gate,
+)
+
+
 def checks_of(claim: Variant) -> tuple:
     """The gates that apply to a variant's declared scheme."""
+    if claim.made_elsewhere:
+        return (*ELSEWHERE_CHECKS, *CHECKPOINT_MODEL_CHECKS, *INT8_LAYER_CHECKS)
     model_checks = (*SOURCE_MODEL_CHECKS, *CHECKPOINT_MODEL_CHECKS)
     alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
     if alpha_is_chosen:
@@ -399,7 +418,8 @@ def verify_checkpoint(job: Job, *, source_hash: str, record: dict | None = None)
     evidence.release()  # frees the memory that quantization left in use
     checks = checks_of(job.recipe.claim)
     if record:  # the gates on the record run the source, so they come first
-        checks = (*RECORD_CHECKS, *record_gates_of(job.recipe.claim), *checks)
+        of_calibration = () if job.recipe.made_elsewhere else RECORD_CHECKS
+        checks = (*of_calibration, *record_gates_of(job.recipe.claim), *checks)
     gates = Bar(checks, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]
 
@@ -413,6 +433,10 @@ def write_verification(job: Job, *, source_hash: str, quantization: dict) -> dic
     """
     checkpoint = sha256_folder(job.paths.checkpoint(job.model, job.variant))
     verified = {"model": job.model, "variant": job.variant, "checkpoint": checkpoint}
+    if job.recipe.made_elsewhere:  # results are read where its folder may be missing
+        verified["found"] = job.recipe.model_dump(
+            mode="json", include=set(FoundScheme.model_fields)
+        )
     verified |= checkpoint_gates_record(
         verify_checkpoint(job, source_hash=source_hash, record=quantization)
     )
