@@ -78,6 +78,8 @@ class Search:
     def __init__(self, job: Job):
         if not job.recipe.quantized:
             raise StudyError(f"variants.{job.variant} quantizes nothing; name one that does")
+        if job.recipe.made_elsewhere:
+            raise StudyError(f"variants.{job.variant} was made elsewhere; name one made here")
         self.recipe = job.recipe
         source = model_folder(job.study, job.model, job.paths)
         path = job.paths.calibration(job.model) / "activations.safetensors"

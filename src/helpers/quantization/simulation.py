@@ -127,25 +127,44 @@ def linear_scales(
     return scales_by_name
 
 
-def scales_in_norms(model, checkpoint: TensorFiles) -> dict[str, LinearScales]:
-    """Linear name to the scales of its inputs that the norms of a checkpoint were divided by.
+def scales_in_files(model, checkpoint: TensorFiles) -> dict[str, LinearScales]:
+    """Linear name to the smoothing scales that the files of a checkpoint show.
+
+    A norm was divided by what is left of it. The rows of a Linear were if their steps say so and
+    the weights that read them are far nearer with these scales than without.
 
     Args:
         model: the float model, not smoothed.
-        checkpoint: files with a norm wherever the model has one.
+        checkpoint: files of int8 Linears, and with a norm wherever the model has one.
     """
-    scales_by_name: dict[str, LinearScales] = {}
+    found: dict[str, LinearScales] = {}
     targets = dict.fromkeys(p.target for p in architecture(model.config).places if p.producer)
     for group in smoothing_groups(model.config, tuple(targets)):
-        before = model.get_submodule(group.producer).weight.detach().cpu().double()
-        if before.ndim > 1:
-            continue  # a Linear; its rows do not tell what they were divided by
-        after = checkpoint[f"{group.producer}.weight"].double()
-        quotient = (before + group.norm_offset) / (after + group.norm_offset)
-        scales = torch.where(before == after, 1.0, quotient).float()
+        producer, first = (model.get_submodule(n) for n in (group.producer, group.consumers[0]))
+        before = producer.weight.detach().cpu().double()
+        if before.ndim == 1:
+            after = checkpoint[f"{group.producer}.weight"].double()
+            quotient = (before + group.norm_offset) / (after + group.norm_offset)
+            scales = torch.where(before == after, 1.0, quotient)
+        else:
+            steps = [
+                checkpoint.get(f"{n}.weight_scale") for n in (group.producer, *group.consumers)
+            ]
+            if any(step is None for step in steps) or steps[0].numel() == 1:
+                continue
+            inputs = found.get(group.producer, LinearScales()).inputs
+            smoothed = before if inputs is None else before * inputs
+            scales = smoothed.abs().amax(1) / HALF_RANGE / steps[0].double().flatten()
+            scales = scales[-first.in_features :]
+            weight = first.weight.detach().cpu().double()
+            stored = _stored_weight(checkpoint, group.consumers[0])
+            if 2 * (stored - weight * scales).norm() > (stored - weight).norm():
+                continue
+            found.setdefault(group.producer, LinearScales()).outputs = scales.float()
         if not torch.equal(scales, torch.ones_like(scales)):
-            scales_by_name |= {name: LinearScales(inputs=scales) for name in group.consumers}
-    return scales_by_name
+            for name in group.consumers:
+                found.setdefault(name, LinearScales()).inputs = scales.float()
+    return found
 
 
 @contextmanager
@@ -277,7 +296,7 @@ def sqnr_as_stored(
     model, files = load_model(), TensorFiles(checkpoint, dtype=None)
     scales = linear_scales(model, variant, act_absmax, alphas) if variant.smooth else {}
     if variant.made_elsewhere:
-        scales = scales_in_norms(model, files)
+        scales = scales_in_files(model, files)
     label = "weights as stored"
     stored = {label: files}
     return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)

@@ -76,18 +76,15 @@ from helpers.sources.models import (
     model_folder,
     save_model,
 )
-from helpers.study.inputs import checkpoint_folder, weight_files
+from helpers.study.inputs import UNKNOWN_ORIGIN, checkpoint_folder, weight_files
 from helpers.study.loading import Job
 from helpers.study.schema import Runtime, Smooth, Variant
 
-COPIED = (".json", ".jinja", ".txt")  # beside the weights: settings, tokenizer, chat template
+COPIED = (".json", ".jinja", ".txt", ".yaml")  # settings, tokenizer, chat template, recipe
 CLAMP = (1e-2, 1e2)
 # llmcompressor's own settings, with which W8A8 checkpoints are published.
 GPTQ = {"block_size": 128, "dampening_frac": 0.01, "actorder": "static"}
 BATCH_TOKENS = 2048  # of one pass of GPTQ, if the caller names no limit
-UNKNOWN = (
-    "made elsewhere: calibration items unknown, so leakage from evaluation items cannot be excluded"
-)
 ROUNDINGS = {"nearest": "", "mse": " (clipped to least squared error)", "gptq": " (GPTQ)"}
 
 
@@ -348,7 +345,7 @@ def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
         text = f"int8 weights per {weights}{rounding}, "
         text += f"int8 activations per {activations.replace('_', ', ')}"
         text += f"; kept float: {', '.join(variant.ignore) or 'nothing'}"
-        text += f"; {UNKNOWN}" if variant.made_elsewhere else ""
+        text += f"; {UNKNOWN_ORIGIN}" if variant.made_elsewhere else ""
     else:
         text = "float weights and activations"
     if variant.smooth:
@@ -407,7 +404,7 @@ def write_checkpoint(job: Job, model, tokenizer) -> None:
 def copy_checkpoint(given: Path, folder: Path) -> None:
     """Copy what is read of a checkpoint made elsewhere; replaces the folder.
 
-    These are its weights and JSON files, and its chat template; links lead to copies.
+    These are its weights, settings, tokenizer, chat template and recipe; links lead to copies.
 
     Raises:
         StudyError: loading it would run code of its own.

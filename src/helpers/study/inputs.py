@@ -438,6 +438,9 @@ class FoundScheme(Strict):
     ignore: tuple[str, ...]
 
 
+UNKNOWN_ORIGIN = (
+    "made elsewhere: calibration items unknown, so leakage from evaluation items cannot be excluded"
+)
 COMPRESSED = "give a W8A8 checkpoint that llmcompressor saved (compressed-tensors, int-quantized)"
 NUMBERS = {"num_bits": 8, "type": "int", "symmetric": True}
 SCALES = ("weight_scale", "input_scale")
@@ -537,8 +540,9 @@ def found_scheme(source: FolderModel) -> FoundScheme:
         raise StudyError(f"is not quantized (no quantization_config in config.json); {COMPRESSED}")
     weights, activations = _declared_scheme(declared)
     tensors = stored_tensors(folder)
-    int8 = {n.removesuffix(".weight") for n, t in tensors.items() if t.dtype == "I8"}
-    floats = {n.removesuffix(".weight") for n, t in tensors.items() if t.dtype in FLOATS}
+    weights_by_name = {n: t for n, t in tensors.items() if n.endswith(".weight")}
+    int8 = {n.removesuffix(".weight") for n, t in weights_by_name.items() if t.dtype == "I8"}
+    floats = {n.removesuffix(".weight") for n, t in weights_by_name.items() if t.dtype in FLOATS}
     _check_int8_tensors(tensors, int8, weights, activations)
     entries = declared.get("ignore") or []
     ignore = tuple(entry for entry in entries if _keeps(entry, {HEAD, *floats} - int8))
@@ -556,7 +560,9 @@ def _keeps(entry: Any, modules: set[str]) -> bool:
         entry = name_or_pattern(entry)
     except (ValueError, AttributeError):  # pydantic's errors in validators are ValueErrors
         text = one_line(repr(entry))[:80]
-        raise StudyError(f"ignores {text} by config.json, which is no name or pattern") from None
+        raise StudyError(
+            f"ignores {text} by config.json, which is no name or pattern; {DOWNLOAD_AGAIN}"
+        ) from None
     if entry.startswith(PATTERN_MARK):
         return any(is_ignored(name, [entry]) for name in modules)
     return entry in modules
@@ -614,12 +620,13 @@ def _check_int8_tensors(
         raise StudyError(f"declares int8 weights and holds none; {COMPRESSED}")
     scales = {f"{name}.{part}" for name in int8 for part in SCALES}
     for name, tensor in tensors.items():
-        if tensor.dtype not in FLOATS and name.removesuffix(".weight") not in int8:
+        is_int8 = name.endswith(".weight") and name.removesuffix(".weight") in int8
+        if tensor.dtype not in FLOATS and not is_int8:
             raise StudyError(f"holds {name} in {tensor.dtype}, not read here; {COMPRESSED}")
         if name.rpartition(".")[2] in SCALES and name not in scales:
             raise StudyError(f"holds {name} and no int8 weight of it; {DOWNLOAD_AGAIN}")
     for name in sorted(int8):
-        rows = (tensors.get(f"{name}.weight") or tensors[name]).shape[0]
+        rows = tensors[f"{name}.weight"].shape[0]
         expected = {"weight_scale": rows if weights == "channel" else 1}
         if activations == "tensor_static":
             expected["input_scale"] = 1

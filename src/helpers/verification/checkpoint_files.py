@@ -205,6 +205,11 @@ FEW, FAR = 0.001, 4.0  # the share of moved weights that is too small, and steps
 SAME_SIZE = 0.02  # of a row whose weights were moved in no direction
 
 
+def _reads(norm_group: SmoothingGroup, group: SmoothingGroup) -> bool:
+    """Whether the Linear that is a group's producer reads the norm of another group."""
+    return group.producer in norm_group.consumers
+
+
 def float_dtype(folder: Path) -> torch.dtype:
     """The dtype of a folder's token embeddings."""
     files, table = TensorFiles(folder, dtype=None), architecture(load_config(folder)).embeddings[0]
@@ -300,19 +305,58 @@ class CheckpointFiles(ModelSlot):
     def groups(self) -> list[SmoothingGroup]:
         """The groups that the variant declares as smoothed; empty if it does not smooth.
 
-        Of a checkpoint made elsewhere, those whose norm is not the source's.
+        Of a checkpoint made elsewhere, those that its files show to be smoothed.
         """
         if self.claim.made_elsewhere:
-            targets = (p.target for p in architecture(self.config).places if p.producer)
-            groups = smoothing_groups(self.config, tuple(dict.fromkeys(targets)))
-            return [group for group in groups if self._has_other_norm(group)]
+            return [*self._norm_groups, *self._row_scales]
         if not self.claim.smooth:
             return []
         return smoothing_groups(self.config, self.claim.smooth.targets)
 
-    def _has_other_norm(self, group: SmoothingGroup) -> bool:
-        factors = self.norm_factors(group)
-        return factors is not None and not torch.equal(*factors)
+    @cached_property
+    def _foldable(self) -> list[SmoothingGroup]:
+        targets = (p.target for p in architecture(self.config).places if p.producer)
+        return smoothing_groups(self.config, tuple(dict.fromkeys(targets)))
+
+    @cached_property
+    def _norm_groups(self) -> list[SmoothingGroup]:
+        """The groups whose norm in the checkpoint is not the source's."""
+        factors = ((group, self.norm_factors(group)) for group in self._foldable)
+        return [group for group, pair in factors if pair and not torch.equal(*pair)]
+
+    @cached_property
+    def _row_scales(self) -> dict[SmoothingGroup, Tensor]:
+        """(features,) scales of the groups whose producer, a Linear, had its rows divided.
+
+        A row's step is its largest weight / 127.5, so that step and source give the divisor of a
+        row. It may be that of a clipped grid: the rows were divided if their readers' weights are
+        far nearer to source × these scales than to the source.
+        """
+        found: dict[SmoothingGroup, Tensor] = {}
+        for group in self._foldable:
+            step = self.saved.get(f"{group.producer}.weight_scale")
+            consumers = [name for name in group.consumers if name in self.stored_int8]
+            if self.norm_factors(group) or step is None or step.numel() == 1 or not consumers:
+                continue
+            columns = [self.recovered_scales(g) for g in self._norm_groups if _reads(g, group)]
+            weight = self.source[f"{group.producer}.weight"].double() * (columns or [1])[0]
+            scales = weight.abs().amax(1) / HALF_RANGE / step.double().flatten()
+            scales = scales[-self.source.shape(f"{consumers[0]}.weight")[1] :]
+            if bool(((scales - 1).abs() <= 2 * torch.finfo(self.dtype).eps).all()):
+                continue
+            plain, divided = (
+                sum(self._distance(name, columns) for name in consumers)
+                for columns in (torch.ones_like(scales), scales)
+            )
+            if divided < plain / 2:
+                found[group] = scales
+        return found
+
+    def _distance(self, name: str, columns: Tensor) -> float:
+        """Mean squared distance of a stored Linear from source × columns, in steps."""
+        step = self.saved[f"{name}.weight_scale"].double().reshape(-1, 1)
+        steps = self.source[f"{name}.weight"].double() * columns / step
+        return (self.saved[f"{name}.weight"].double() - steps).square().mean().item()
 
     @cached_property
     def alphas(self) -> dict[str, float]:
@@ -371,6 +415,8 @@ class CheckpointFiles(ModelSlot):
         """
         factors = self.norm_factors(group)
         if self.claim.made_elsewhere:
+            if factors is None:
+                return self._row_scales[group]
             before, after = factors
             return torch.where(before == after, 1.0, before / after)
         declared = self.declared_scales(group)

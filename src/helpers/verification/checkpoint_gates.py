@@ -9,6 +9,7 @@ vocabulary, the special tokens, the chat format, and the tokens of every text of
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,11 +20,11 @@ from transformers import AutoTokenizer
 
 from helpers.core.records import examples, gate, largest, sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
-from helpers.quantization.variants import UNKNOWN
 from helpers.runtime.discovery import float_matrices
 from helpers.sources.items import Item
 from helpers.sources.model_files import load_config
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
+from helpers.study.inputs import UNKNOWN_ORIGIN
 from helpers.study.schema import Study, is_ignored
 from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles
 
@@ -187,6 +188,7 @@ def grid_gate(evidence: CheckpointFiles):
     )
 
 
+MOST_OF_RECIPE = 100_000  # characters
 FOUND = {"nearest": "to nearest", "mse": "to nearest on clipped grids", "gptq": "further (as GPTQ)"}
 
 
@@ -194,9 +196,9 @@ FOUND = {"nearest": "to nearest", "mse": "to nearest on clipped grids", "gptq": 
 def origin_gate(evidence: CheckpointFiles):
     """int8 weights of a checkpoint made elsewhere are source × scales, rounded in a known way.
 
-    `CheckpointFiles.found_rounding` says which. Its scales are those that its norms were divided
-    by; scales in the rows of a Linear leave no such trace, nor does a rotation. Which items it
-    was calibrated on is in no file.
+    `CheckpointFiles.found_rounding` says which. Its scales are those found in its norms and
+    rows; what else keeps the function (a rotation) is not recognized, and fails. Which items it
+    was calibrated on is in no file: `recipe.yaml`, if it has one, names llmcompressor's modifiers.
     """
     malformed = [name for name in evidence.targets if not _is_well_formed(evidence, name)]
     counts = Counter(evidence.found_roundings.values()) if not malformed else Counter()
@@ -210,9 +212,18 @@ def origin_gate(evidence: CheckpointFiles):
         f"of {len(evidence.targets)} Linears {len(malformed)} are not int8 with positive steps"
         f"{examples(malformed)}; {', '.join(of_kinds) or 'none of a known rounding'}, {len(wrong)} "
         f"are no rounding of source × scales{examples(wrong)}"
-        f"{' (' + ', '.join(kinds) + ')' if kinds else ''}; {UNKNOWN}",
+        f"{' (' + ', '.join(kinds) + ')' if kinds else ''}{_claimed_recipe(evidence.folder)}; "
+        f"{UNKNOWN_ORIGIN}",
         "none, none",
     )
+
+
+def _claimed_recipe(folder: Path) -> str:
+    """The modifiers that llmcompressor's file beside a checkpoint names."""
+    path = folder / "recipe.yaml"
+    text = path.read_text("utf-8", errors="replace")[:MOST_OF_RECIPE] if path.is_file() else ""
+    modifiers = dict.fromkeys(re.findall(r"\b[A-Za-z]{1,40}Modifier\b", text))
+    return f"; its recipe.yaml names {', '.join(modifiers)}, unchecked" if modifiers else ""
 
 
 def _is_well_formed(evidence: CheckpointFiles, name: str) -> bool:
@@ -228,9 +239,9 @@ def _is_well_formed(evidence: CheckpointFiles, name: str) -> bool:
     return bool((torch.isfinite(steps) & (steps > 0)).all())
 
 
-@gate("smoothing scales in the norms")
-def norms_gate(evidence: CheckpointFiles):
-    """Norms that are not the source's are its norms divided by positive scales.
+@gate("smoothing scales found in the files")
+def found_scales_gate(evidence: CheckpointFiles):
+    """Norms that are not the source's, and rows of other steps, were divided by positive scales.
 
     What else they feed (biases, routers) has the same scales.
     """
@@ -242,11 +253,12 @@ def norms_gate(evidence: CheckpointFiles):
             continue
         largest_scale = max(largest_scale, scales.max().item(), (1 / scales).max().item())
         wrong_companions += _wrong_companions(evidence, group)
+    norms = sum(evidence.norm_factors(group) is not None for group in evidence.groups)
     return (
         not (improper or wrong_companions),
-        f"{len(evidence.groups)} norms are not the source's, by factors of at most "
-        f"{largest_scale:.3g}; {len(improper)} of them by factors that are not positive"
-        f"{examples(improper)}; {len(wrong_companions)} biases or routers off"
+        f"{norms} norms and the rows of {len(evidence.groups) - norms} Linears are divided by "
+        f"scales of at most {largest_scale:.3g} (or 1 over it); {len(improper)} have scales that "
+        f"are not positive{examples(improper)}, {len(wrong_companions)} biases or routers are off"
         f"{examples(wrong_companions)}; made elsewhere: α and the items behind it unknown",
         "none, none",
     )

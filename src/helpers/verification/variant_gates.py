@@ -38,10 +38,9 @@ from helpers.core.records import (
     write_json,
 )
 from helpers.quantization.simulation import AUTO_ALPHAS
-from helpers.quantization.variants import UNKNOWN
 from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
-from helpers.study.inputs import FoundScheme
+from helpers.study.inputs import UNKNOWN_ORIGIN, FoundScheme
 from helpers.study.loading import Job
 from helpers.study.schema import FineTunedModel, Variant
 from helpers.study.stages import Run
@@ -303,7 +302,7 @@ def scheme_gate(evidence: CheckpointFiles):
         weights, activations = evidence.claim.scheme
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
         parts += {"gptq": ["GPTQ"], "mse": ["clipped"]}.get(evidence.claim.rounding, [])
-        parts += [UNKNOWN] if evidence.claim.made_elsewhere else []
+        parts += [UNKNOWN_ORIGIN] if evidence.claim.made_elsewhere else []
         missing += [part for part in parts if part not in recorded]
     return not missing, f"“{recorded}”{examples(missing)}", "α and granularities as declared"
 
@@ -378,7 +377,7 @@ INT8_LAYER_CHECKS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
 # What made a checkpoint elsewhere, and from which items, is not asked: no file tells.
 ELSEWHERE_CHECKS = (
-    checkpoint_gates.norms_gate,
+    checkpoint_gates.found_scales_gate,
     checkpoint_gates.origin_gate,
     checkpoint_gates.config_gate,
     checkpoint_gates.unchanged_gate,
