@@ -2,6 +2,7 @@
 
 import copy
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +15,11 @@ from helpers.quantization.calibration import load_absmax
 from helpers.quantization.simulation import linear_scales, scales_in_files
 from helpers.quantization.smoothing import same_alpha
 from helpers.quantization.variants import describe_recipe
+from helpers.report.narrative import elsewhere_finding
+from helpers.report.summary import origin_sentence
 from helpers.sources.model_files import TensorFiles
 from helpers.sources.models import load_model, load_tokenizer, random_model
+from helpers.study.schema import FolderModel, Variant
 from helpers.verification import variant_gates
 from helpers.verification.checkpoint_files import CheckpointFiles
 from quantized_run import VARIANTS, QuantizedRun, lived_in
@@ -263,6 +267,19 @@ def test_a_checkpoint_of_another_vocabulary_is_refused_beforehand(given_run):
     with run.outputs():
         [line] = problems(run.job.study, run.job.paths, dry=False)
     assert "has model.embed_tokens.weight [267, 64] where models.base has [259, 64]" in line
+
+
+def test_the_report_and_the_card_say_what_is_not_known():
+    theirs = Variant(checkpoint={"base": {"folder": "theirs"}})
+    models = {"base": FolderModel(folder="source")}
+    study = SimpleNamespace(variants={"noquant": Variant(), "theirs": theirs}, models=models)
+    sentence = elsewhere_finding(SimpleNamespace(variants=["noquant", "theirs"], study=study))
+    job = SimpleNamespace(study=study, model="base", recipe=theirs)
+    card = origin_sentence(job, {"inputs": {"model": "0123"}, "results": {"items": ["a"]}})
+    assert sentence.startswith("`theirs`: made elsewhere")
+    for text in (sentence, card):
+        assert "leakage from evaluation items cannot be excluded" in text
+    assert "calibrated on" not in card
 
 
 def test_a_given_checkpoint_is_copied_and_left_as_it_is(given_run):

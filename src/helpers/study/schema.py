@@ -391,8 +391,15 @@ class Smooth(Strict):
 
 def _by_model(value: Any) -> Any:
     """Checkpoints by model; a folder alone is that of the study's one model, by an empty name."""
-    is_folder = isinstance(value, dict) and "folder" in value and len(value) == 1
-    return {"": value} if is_folder and not isinstance(value["folder"], dict) else value
+    sources = [value, *value.values()] if isinstance(value, dict) else []
+    if any(isinstance(source, dict) and isinstance(source.get("hub"), str) for source in sources):
+        raise PydanticCustomError(
+            "folder",
+            "names a Hub, and a checkpoint is read from a folder; download it "
+            "(hf download NAME --revision COMMIT --local-dir FOLDER) and give folder: FOLDER",
+        )
+    is_one = isinstance(value, dict) and list(value) == ["folder"]
+    return {"": value} if is_one and not isinstance(value["folder"], dict) else value
 
 
 class Variant(Strict):
