@@ -545,7 +545,7 @@ def found_scheme(source: FolderModel) -> FoundScheme:
     floats = {n.removesuffix(".weight") for n, t in weights_by_name.items() if t.dtype in FLOATS}
     _check_int8_tensors(tensors, int8, weights, activations)
     entries = declared.get("ignore") or []
-    ignore = tuple(entry for entry in entries if _keeps(entry, {HEAD, *floats} - int8))
+    ignore = tuple(sorted({e for e in entries if _keeps(e, {HEAD, *floats} - int8)}))
     if ignored := sorted(name for name in int8 if is_ignored(name, ignore)):
         raise StudyError(
             f"ignores {ignored[0]} by config.json and holds it in int8 ({len(ignored)} Linears); "

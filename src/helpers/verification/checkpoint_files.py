@@ -248,6 +248,13 @@ class CheckpointFiles(ModelSlot):
         """
         return TensorFiles(self.source_folder, dtype=self.source_dtype)
 
+    @property
+    def at_study_dtype(self) -> "CheckpointFiles":
+        """The same files, the source's tensors at the study's dtype."""
+        files = CheckpointFiles(self.job, source_hash=self.source_hash, record=self.record)
+        files.source_dtype = getattr(torch, self.job.study.runtime.dtype)
+        return files
+
     @cached_property
     def is_converted(self) -> bool:
         """Whether source, checkpoint and study differ in dtype, so that conversions round."""

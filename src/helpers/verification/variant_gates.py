@@ -316,23 +316,26 @@ def sqnr_gate(evidence: CheckpointFiles):
     with first_block_only(model):
         inputs = [capture_inputs(model, [name], tokens)[name] for tokens in texts]
     to_numpy = lambda t: t.detach().to(torch.float64).cpu().numpy()  # noqa: E731
-    columns, rows = (None if s is None else to_numpy(s) for s in evidence.folded[name])
-    weight = to_numpy(evidence.source[f"{name}.weight"])
+    files = evidence.at_study_dtype
+    columns, rows = (None if s is None else to_numpy(s) for s in files.folded[name])
+    weight = to_numpy(files.source[f"{name}.weight"])
     step = to_numpy(evidence.saved[f"{name}.weight_scale"]).reshape(-1, 1)
     stored = to_numpy(evidence.saved[f"{name}.weight"]) * step
     signal = noise = 0.0
     for x in inputs:
         x = to_numpy(x).reshape(-1, weight.shape[1])
-        smooth = x if columns is None else x / columns
         exact = x @ weight.T
         exact = exact if rows is None else exact / rows
+        # float32 decides on which side of ±127.5 steps a token's largest value falls
+        smooth = x.astype(np.float32)
+        smooth = smooth if columns is None else smooth / columns.astype(np.float32)
         absmax = np.abs(smooth).max(1, keepdims=True)
         if evidence.claim.scheme[1] == "tensor_dynamic":
             absmax = absmax.max()
-        scale = np.maximum(absmax / 127.5, 1e-30)
+        scale = np.maximum(absmax / np.float32(127.5), np.float32(1e-30))
         if evidence.claim.scheme[1] == "tensor_static":
-            scale = to_numpy(evidence.saved[f"{name}.input_scale"])
-        rounded = np.clip(np.rint(smooth / scale), -128, 127) * scale
+            scale = to_numpy(evidence.saved[f"{name}.input_scale"]).astype(np.float32)
+        rounded = np.clip(np.rint(smooth / scale), -128, 127).astype(np.float64) * scale
         signal += float((exact**2).sum())
         noise += float(((exact - rounded @ stored.T) ** 2).sum())
     recomputed = 10 * math.log10(signal / noise) if noise else 200.0
