@@ -34,7 +34,7 @@ def given(tmp_path):
     tensors |= {f"{Q}.weight": np.eye(4, dtype="int8"), f"{Q}.weight_scale": np.ones((4, 1))}
     save_file(tensors, folder / "model.safetensors")
     (folder / "tokenizer.json").write_text("{}", "utf-8")
-    quantization = SCHEME | {"config_groups": {"group_0": GROUP}, "ignore": [V, "lm_head"]}
+    quantization = SCHEME | {"config_groups": {"group_0": GROUP}, "ignore": ["lm_head", V]}
     write_json(folder / "config.json", {"model_type": "llama", "quantization_config": quantization})
     return folder
 
@@ -56,7 +56,7 @@ def test_the_scheme_is_read_from_the_files(given, study_with):
     plain, by_model = {"folder": str(given)}, {"base": {"folder": str(given)}}
     for checkpoint in (plain, by_model):
         variant = load_study(study_with({"checkpoint": checkpoint})).variants["theirs"]
-        assert (variant.scheme, variant.ignore) == (("channel", "token_dynamic"), (V, "lm_head"))
+        assert (variant.scheme, variant.ignore) == (("channel", "token_dynamic"), ("lm_head", V))
         assert variant.quantized
         assert not variant.reads_calibration
         smoothed = Variant(
@@ -235,7 +235,7 @@ def test_results_are_read_without_the_folder(given, study_with):
     shutil.rmtree(given)
     with pytest.raises(StudyError, match="is not a folder"):
         load_study(path, with_sources=False)
-    found = {"weights": "channel", "activations": "token_dynamic", "ignore": [V, "lm_head"]}
+    found = {"weights": "channel", "activations": "token_dynamic", "ignore": ["lm_head", V]}
     folder = StudyPaths("study").variant("base", "theirs")
     write_json(folder / "verification.json", {"found": found})
     try:

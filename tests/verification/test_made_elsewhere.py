@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from helpers.core.errors import StudyError
 from helpers.evaluation.preflight import problems
 from helpers.quantization.calibration import load_absmax
-from helpers.quantization.simulation import linear_scales, scales_in_files
+from helpers.quantization.simulation import linear_scales, scales_in_files, sqnr_as_stored
 from helpers.quantization.smoothing import same_alpha
 from helpers.quantization.variants import describe_recipe
 from helpers.report.narrative import elsewhere_finding
@@ -113,10 +113,28 @@ def test_what_llmcompressor_made_is_told_from_its_files(gptq, dtype, study_setti
     name = "GPTQModifier" if gptq else "QuantizationModifier"
     assert f"names SmoothQuantModifier, {name}, unchecked" in gates[ORIGIN].measured
     assert gates[SCALES].measured.startswith("4 norms and the rows of 0 Linears")
+    assert_sqnr_is_recomputed(run)
     recipe = run.job.recipe
     assert (recipe.scheme, recipe.ignore) == (("channel", "token_dynamic"), ("lm_head",))
     for words in (gates[ORIGIN].measured, describe_recipe(recipe, {})):
         assert "leakage from evaluation items cannot be excluded" in words
+
+
+def assert_sqnr_is_recomputed(run) -> None:
+    """What the simulation finds with the scales of the files, and numpy with those of the gates."""
+    with run.outputs():
+        evidence = CheckpointFiles(run.job, source_hash=run.source_hash, record={})
+        curves = sqnr_as_stored(
+            lambda: evidence.source_model,
+            evidence.tokens[: variant_gates.SQNR_TEXTS],
+            run.job.recipe,
+            evidence.absmax,
+            {},
+            run.checkpoint,
+        )
+        evidence.record = {"sqnr_db": curves}
+        gate = variant_gates.sqnr_gate(evidence)
+    assert gate.passed, gate.measured
 
 
 @pytest.mark.parametrize(
