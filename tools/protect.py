@@ -32,6 +32,8 @@ def choice_of(job: Job, share: float) -> Protection:
     """
     if not job.recipe.quantized:
         raise StudyError(f"variants.{job.variant} quantizes nothing; name one that does")
+    if job.recipe.made_elsewhere:
+        raise StudyError(f"variants.{job.variant} was made elsewhere; name one made here")
     path = job.paths.calibration(job.model) / "activations.safetensors"
     absmax, fit_absmax = calibration.load_absmax(path), calibration.load_absmax(path, fit=True)
     source = model_folder(job.study, job.model, job.paths)

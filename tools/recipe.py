@@ -34,8 +34,9 @@ def recipe_of(job: Job) -> dict:
         StudyError: no recipe of llmcompressor makes this variant, or its α is not chosen yet.
     """
     variant, at = job.recipe, f"variants.{job.variant}"
-    if variant.recipe or not variant.quantized:
+    if variant.recipe or variant.made_elsewhere or not variant.quantized:
         kind = "broken on purpose" if variant.recipe else "float"
+        kind = "made elsewhere" if variant.made_elsewhere else kind
         raise StudyError(
             f"{at}: is {kind}, and llmcompressor has no recipe for it; name a quantized variant"
         )

@@ -72,6 +72,7 @@ class QuantizedRun:
     def __init__(self, root: Path, settings: dict, variant: str):
         self.root, self.settings, self.variant = Path(root), settings, variant
         self.source_hash = ""
+        self.variants = VARIANTS
         self.root.mkdir(parents=True, exist_ok=True)
 
     def save_source(self, family: str, **changes) -> None:
@@ -83,7 +84,7 @@ class QuantizedRun:
     @property
     def job(self) -> Job:
         self.settings["models"] = {"base": {"folder": str(self.root / "source")}}
-        self.settings["variants"] = VARIANTS
+        self.settings["variants"] = self.variants
         self.settings["calibrations"] = {"few": self.settings["calibration"] | {"items": 3}}
         self.settings["statistics"]["primary"] = []
         path = self.root / "study.yaml"
@@ -144,7 +145,7 @@ class QuantizedRun:
             write_json(folder / "protected.json", protected.record)
             smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
             variants.quantize_variant_(model, protected.recipe, absmax, smoothed, tokens)
-            variants.save_checkpoint(model, tokenizer, self.checkpoint)
+            variants.write_checkpoint(job, model, tokenizer)
 
     def note_verified(self) -> None:
         """Name the checkpoint in verification.json, as 02_quantization does; no gate is asked."""
@@ -160,7 +161,7 @@ class QuantizedRun:
 
     @property
     def calibration(self) -> Path:
-        named = VARIANTS[self.variant].get("calibration")
+        named = self.variants[self.variant].get("calibration")
         folder = f"calibration+{named}" if named else "calibration"
         return self.root / "outputs" / "study" / "base" / folder
 
@@ -175,7 +176,7 @@ class QuantizedRun:
     def copy(self, root: Path) -> "QuantizedRun":
         shutil.copytree(self.root, root, dirs_exist_ok=True)
         made = QuantizedRun(root, self.settings, self.variant)
-        made.source_hash = self.source_hash
+        made.source_hash, made.variants = self.source_hash, self.variants
         return made
 
     @contextmanager

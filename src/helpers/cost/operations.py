@@ -219,7 +219,7 @@ def count_quantization(
     elif alpha == "auto":
         counts += reading_operations(size, dtype, judge_tokens * (1 + 2 * CANDIDATES))
         weight_roundings += 2 * CANDIDATES * len(judge_lengths)
-    if variant.quantized:
+    if variant.quantized and not variant.made_elsewhere:
         counts += reading_operations(size, dtype, probe_tokens * LOOKS, head=probe_tokens * LOOKS)
         weight_roundings += LOOKS
     if variant.protect:
@@ -227,7 +227,8 @@ def count_quantization(
         weight_roundings += 1 + protection.RANDOM_SETS
     if variant.rounding == "gptq":
         counts += _gptq_operations(size, dtype, sum(map(len, tokens)))
-    if variant.quantized and variant.rounding != "nearest":  # the stored weights' SQNR
+    # The SQNR of the stored weights.
+    if variant.made_elsewhere or (variant.quantized and variant.rounding != "nearest"):
         counts += reading_operations(size, dtype, 3 * sqnr_tokens)
         weight_roundings += 1
     gate_tokens = PROBES * PROBE_TOKENS

@@ -11,6 +11,7 @@ usage: python -m helpers.evaluation.preflight STUDY [--dry]
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from transformers.utils import logging
 
@@ -32,7 +33,9 @@ from helpers.sources.chat import calibration_tokens, end_of_turn, training_token
 from helpers.sources.fetching import cached_model
 from helpers.sources.items import Item, cached_rows_info
 from helpers.sources.model_files import (
+    QUANTIZED_PARTS,
     TensorFiles,
+    check_model_safety,
     context_length,
     is_gguf_model_converted,
     length_independent_up_to,
@@ -51,7 +54,13 @@ from helpers.sources.sampling import (
     shared_passages,
     training_items,
 )
-from helpers.study.inputs import is_commit, resolve_path, study_sources, task_sources
+from helpers.study.inputs import (
+    checkpoint_folder,
+    is_commit,
+    resolve_path,
+    study_sources,
+    task_sources,
+)
 from helpers.study.loading import load_study, study_file, study_file_label
 from helpers.study.schema import (
     BundledModel,
@@ -162,6 +171,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
         return
     yield from _smoothing_problems(study, model, config)
     yield from _protection_problems(study, model, config, tied=files.tied)
+    yield from _checkpoint_problems(study, model, files, config)
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
@@ -199,6 +209,46 @@ def _protection_problems(study: Study, model: str, config, *, tied: bool) -> Ite
                 f"variants.{name}.protect.bytes = {share:g} {found} of {model}; give "
                 f"{min(costs) / whole:.2g} to {sum(costs) / whole:.2g}, or leave it out"
             )
+
+
+def _checkpoint_problems(study: Study, model: str, files: TensorFiles, config) -> Iterator[str]:
+    """A line for each checkpoint made elsewhere whose tensors are not those of a model.
+
+    A model that is trained here has the architecture of its start, which is looked at.
+    """
+    trained = [n for n, m in study.models.items() if _starts_from(m, model)]
+    for name, variant in study.variants.items():
+        for owner in (model, *trained) if variant.checkpoint else ():
+            key = f"variants.{name}.checkpoint.{owner}.folder"
+            at = f"{key} = {variant.checkpoint[owner].folder!r}"
+            folder = checkpoint_folder(variant, owner)
+            try:
+                check_model_safety(folder)
+                if problem := _other_model(folder, owner, files, config):
+                    yield f"{at} {problem}; give a checkpoint of models.{owner}"
+            except StudyError as error:
+                yield f"{at}: {error}"
+
+
+def _starts_from(source: ModelSource, model: str) -> bool:
+    return isinstance(source, FineTunedModel) and source.finetune.start == model
+
+
+def _other_model(folder: Path, model: str, files: TensorFiles, config) -> str | None:
+    """Why a checkpoint is not one of a model: its architecture, a tensor, a shape."""
+    own, given = load_config(folder), TensorFiles(folder, dtype=None)
+    if own.model_type != config.model_type:
+        return f"is a {own.model_type} model, and models.{model} a {config.model_type} model"
+    shapes = {name: files.shape(name) for name in files}
+    parts = {n: given.shape(n) for n in given if n.rpartition(".")[2] not in QUANTIZED_PARTS}
+    if parts == shapes:
+        return None
+    differing = sorted(n for n in shapes.keys() | parts.keys() if shapes.get(n) != parts.get(n))
+    sizes = [list(s[differing[0]]) if differing[0] in s else "missing" for s in (parts, shapes)]
+    return (
+        f"has {differing[0]} {sizes[0]} where models.{model} has {sizes[1]} "
+        f"({len(differing)} tensors differ)"
+    )
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

@@ -93,8 +93,9 @@ def quantized_linears(model, ignore: tuple[str, ...]) -> dict[str, nn.Linear]:
         StudyError: an ignored name or pattern matches nothing, or all of them everything.
     """
     linears = linear_layers(model)
-    for entry in ignore:
-        if not any(is_ignored(name, [entry]) for name in linears):
+    matrices = {k.removesuffix(".weight") for k, p in model.named_parameters() if p.ndim > 1}
+    for entry in ignore:  # a router stays float anyway, and may be listed
+        if not any(is_ignored(name, [entry]) for name in {*linears, *matrices}):
             raise StudyError(f"ignore: {entry!r} matches no Linear of this model; correct the name")
     quantized = {name: m for name, m in linears.items() if not is_ignored(name, ignore)}
     if not quantized:

@@ -120,6 +120,47 @@ def apply_smoothing(
     return SmoothedLinear(x, weight, absmax)
 
 
+def scales_in_files(model, checkpoint: TensorFiles) -> dict[str, LinearScales]:
+    """Linear name to the smoothing scales that the files of a checkpoint show.
+
+    A norm was divided by what is left of it. The rows of a Linear were if their steps say so and
+    the weights that read them are far nearer with these scales than without.
+
+    Args:
+        model: the float model, not smoothed.
+        checkpoint: files of int8 Linears, and with a norm wherever the model has one.
+    """
+    found: dict[str, LinearScales] = {}
+    targets = dict.fromkeys(p.target for p in architecture(model.config).places if p.producer)
+    for group in smoothing_groups(model.config, tuple(targets)):
+        producer, first = (model.get_submodule(n) for n in (group.producer, group.consumers[0]))
+        before = producer.weight.detach().cpu().double()
+        if before.ndim == 1:
+            after = checkpoint[f"{group.producer}.weight"].double()
+            quotient = (before + group.norm_offset) / (after + group.norm_offset)
+            scales = torch.where(before == after, 1.0, quotient)
+        else:
+            steps = [
+                checkpoint.get(f"{n}.weight_scale") for n in (group.producer, *group.consumers)
+            ]
+            if any(step is None for step in steps) or steps[0].numel() == 1:
+                continue
+            inputs = found.get(group.producer, LinearScales()).inputs
+            smoothed = before if inputs is None else before * inputs
+            scales = smoothed.abs().amax(1) / HALF_RANGE / steps[0].double().flatten()
+            scales = scales[-first.in_features :]
+            weight = first.weight.detach().cpu().double()
+            stored = _stored_weight(checkpoint, group.consumers[0])
+            if 2 * (stored - weight * scales).norm() > (stored - weight).norm():
+                continue
+            found.setdefault(group.producer, LinearScales()).outputs = scales.float()
+        if not torch.equal(scales, torch.ones_like(scales)):
+            for name in group.consumers:
+                found.setdefault(name, LinearScales()).inputs = scales.float()
+    return found
+
+
+@contextmanager
 def simulated_quantization(
     model,
     variant: Variant,
@@ -287,15 +328,20 @@ def sqnr_as_stored(
 ) -> dict[str, dict[str, float]]:
     """SQNR in dB by Linear with the weights that a checkpoint holds; empty if they are nearest.
 
+    Of a checkpoint made elsewhere the rounding is not known, and its scales are in its norms.
+
     Args and raises: as `sqnr_with_and_without`; the float model is loaded if it is needed, and the
     checkpoint is read one Linear at a time.
     """
-    if not variant.quantized or variant.rounding == "nearest":
+    known_as_nearest = variant.rounding == "nearest" and not variant.made_elsewhere
+    if not variant.quantized or known_as_nearest:
         return {}
-    model = load_model()
+    model, files = load_model(), TensorFiles(checkpoint, dtype=None)
     scales = linear_scales(model, variant, act_absmax, alphas)
+    if variant.made_elsewhere:
+        scales = scales_in_files(model, files)
     label = "weights as stored"
-    stored = {label: TensorFiles(checkpoint, dtype=None)}
+    stored = {label: files}
     return _sqnr(model, items, variant, act_absmax, {label: scales}, stored)
 
 

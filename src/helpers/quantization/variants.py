@@ -25,6 +25,7 @@ parts beside them, or handed to vLLM, or simulated. The float source is a varian
 import json
 import logging
 import os
+import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from transformers import AutoModelForCausalLM
 
 from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError
+from helpers.core.files import replace_folder
 from helpers.core.processes import Bar, set_activity
 from helpers.core.records import check_checksums, sha256_folder
 from helpers.inference.vllm_client import VllmModel
@@ -61,7 +63,12 @@ from helpers.runtime.devices import (
     use_onednn,
 )
 from helpers.runtime.discovery import architecture, linear_experts
-from helpers.sources.model_files import TensorFiles, batch_tokens_for, load_config
+from helpers.sources.model_files import (
+    TensorFiles,
+    batch_tokens_for,
+    check_model_safety,
+    load_config,
+)
 from helpers.sources.models import (
     empty_model,
     load_generation_config_,
@@ -70,9 +77,11 @@ from helpers.sources.models import (
     model_folder,
     save_model,
 )
+from helpers.study.inputs import UNKNOWN_ORIGIN, checkpoint_folder, weight_files
 from helpers.study.loading import Job
 from helpers.study.schema import Numbers, Ruler, Runtime, Smooth, Variant
 
+COPIED = (".json", ".jinja", ".txt", ".yaml")  # settings, tokenizer, chat template, recipe
 CLAMP = (1e-2, 1e2)
 # llmcompressor's own settings, with which W8A8 checkpoints are published.
 GPTQ = {"block_size": 128, "dampening_frac": 0.01, "actorder": "static"}
@@ -308,13 +317,17 @@ def quantize_variant_(
     *,
     batch_tokens: int = BATCH_TOKENS,
 ) -> list[str]:
-    """Quantize a smoothed model by the variant's scheme; a float variant quantizes nothing.
+    """Quantize a smoothed model by the variant's scheme; return the names of its int8 Linears.
+
+    A float variant has none. A checkpoint made elsewhere has its own, and the model stays float.
 
     Args:
         act_absmax: (in_features,) maxima of the inputs before smoothing, by Linear name.
         items, batch_tokens: as in `quantize_`.
     """
     set_activity("quantizing")
+    if variant.made_elsewhere:
+        return list(quantized_linears(model, variant.ignore))
     if variant.recipe == "seed":
         return apply_seed_recipe_(model, act_absmax, variant.smooth)
     if not variant.compressed:
@@ -337,7 +350,8 @@ def describe_recipe(
         text += "tensor, head included, float activations"
     elif variant.quantized:
         weights, activations = variant.scheme
-        text = f"int8 weights per {weights}{ROUNDINGS[variant.rounding]}, "
+        rounding = "" if variant.made_elsewhere else ROUNDINGS[variant.rounding]
+        text = f"int8 weights per {weights}{rounding}, "
         text += f"int8 activations per {activations.replace('_', ', ')}"
         kept = list(variant.ignore)
         if protected:
@@ -345,6 +359,7 @@ def describe_recipe(
             chosen, all_linears = len(protected["chosen"]), len(protected["linears"])
             kept.append(f"{chosen} of {all_linears} Linears chosen for {share:.2f} % of the bytes")
         text += f"; kept float: {', '.join(kept) or 'nothing'}"
+        text += f"; {UNKNOWN_ORIGIN}" if variant.made_elsewhere else ""
     elif variant.ruler:
         text = _describe_ruler(variant.ruler)
         text += f", simulated; kept float: {', '.join(variant.ignore)}"
@@ -428,6 +443,35 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
         save_model(model, tokenizer, folder, save_compressed=True)
     else:
         save_model(model, tokenizer, folder)
+
+
+def write_checkpoint(job: Job, model, tokenizer) -> None:
+    """Write the job's checkpoint: the quantized model, or a copy of one made elsewhere."""
+    folder = job.paths.checkpoint(job.model, job.variant)
+    if job.recipe.made_elsewhere:
+        copy_checkpoint(checkpoint_folder(job.recipe, job.model), folder)
+    else:
+        save_checkpoint(model, tokenizer, folder)
+
+
+def copy_checkpoint(given: Path, folder: Path) -> None:
+    """Copy what is read of a checkpoint made elsewhere; replaces the folder.
+
+    These are its weights, settings, tokenizer, chat template and recipe; links lead to copies.
+
+    Raises:
+        StudyError: loading it would run code of its own.
+    """
+    set_activity("copying the checkpoint")
+    check_model_safety(given)
+    names = [path.name for path in weight_files(given)]
+    names += [p.name for p in given.iterdir() if p.name.endswith(COPIED) and p.is_file()]
+
+    def fill(temporary: Path) -> None:
+        for name in names:
+            shutil.copyfile(given / name, temporary / name)
+
+    replace_folder(folder, fill)
 
 
 def quiet_llmcompressor() -> None:

@@ -32,6 +32,7 @@ from helpers.report.markdown import (
 )
 from helpers.report.results import Results
 from helpers.statistics.verdicts import Role, VariantPredictions, Verdict, paired_comparison
+from helpers.study.inputs import UNKNOWN_ORIGIN
 from helpers.study.schema import Comparison
 
 ROLE_PURPOSES: dict[Role, str] = {
@@ -375,10 +376,16 @@ def short_reason(reason: str) -> str:
 
 def key_findings(results: Results) -> list[str]:
     """The key findings, each with its numbers."""
-    sentences = [gates_finding(results), noise_sentence(results)]
+    sentences = [gates_finding(results), elsewhere_finding(results), noise_sentence(results)]
     sentences += [token_finding(results, v) for v in results.studied_variants]
     sentences += [smoothing_finding(results, v) for v in results.studied_variants]
     return list(filter(None, sentences))[:MOST_FINDINGS]
+
+
+def elsewhere_finding(results: Results) -> str:
+    """The checkpoints that were not made by this study, and what follows; empty without any."""
+    given = [code(v) for v in results.variants if results.study.variants[v].made_elsewhere]
+    return f"{listed(given)}: {UNKNOWN_ORIGIN}." if given else ""
 
 
 def token_finding(results: Results, variant: str) -> str:

@@ -42,6 +42,7 @@ from helpers.report.markdown import (
 from helpers.report.results import Results
 from helpers.statistics.checks.recomputed_verdicts import write_answers
 from helpers.statistics.verdicts import ControlOutcome, Verdict
+from helpers.study.inputs import UNKNOWN_ORIGIN
 from helpers.study.loading import Job
 from helpers.study.schema import BundledModel, Comparison, FineTunedModel, HubModel, Study
 
@@ -263,9 +264,12 @@ def origin_sentence(job: Job, calibration: dict) -> str:
         source = job.study.models[source.finetune.start]
     name = next(iter(source.model_dump().values()))
     results = calibration["results"]
+    model = f"{description} ({code(str(name))}), its files "
+    model += code(calibration["inputs"]["model"][:12])
+    if job.recipe.made_elsewhere:
+        return f"{model}; a copy of a checkpoint {UNKNOWN_ORIGIN}."
     return (
-        f"{description} ({code(str(name))}), its files "
-        f"{code(calibration['inputs']['model'][:12])}, calibrated "
+        f"{model}, calibrated "
         f"on {count(len(results['items']), 'item')} of {results['tokens']:,} tokens, "
         "and written by llmcompressor."
     )

@@ -76,7 +76,7 @@ from helpers.sources.model_files import (
     reads_alone,
 )
 from helpers.study import stages
-from helpers.study.inputs import FETCH, is_commit, resolve_path
+from helpers.study.inputs import FETCH, checkpoint_folder, is_commit, resolve_path
 from helpers.study.loading import Job, open_job
 from helpers.study.schema import (
     BundledModel,
@@ -741,6 +741,8 @@ def open_stage(
     start = starts_from(job.study, model) if starts_from else model
     source = model_folder(job.study, start, job.paths)
     record.add_input("source_model" if starts_from else "model", sha256_folder(source))
+    if variant and job.recipe.made_elsewhere:
+        record.add_input("checkpoint", sha256_folder(checkpoint_folder(job.recipe, model)))
     tokenizer = load_tokenizer(source, enable_thinking=job.study.enable_thinking)
     record.add_operations(count(job, tokenizer, stage=stage))
     return FloatStage(job=job, record=record, tokenizer=tokenizer, source=source)

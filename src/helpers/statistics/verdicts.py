@@ -132,7 +132,8 @@ def is_unsmoothed_twin(plain: Variant, smoothed: Variant) -> bool:
         getattr(plain, setting) == getattr(smoothed, setting)
         for setting in ("scheme", "rounding", "ignore", "protect", "kv")
     )
-    return same_scheme and plain.quantized and plain.smooth is None and smoothed.smooth is not None
+    known = same_scheme and not plain.made_elsewhere
+    return known and plain.quantized and plain.smooth is None and smoothed.smooth is not None
 
 
 def control_outcome(

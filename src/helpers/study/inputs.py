@@ -13,20 +13,24 @@ revision. Nothing is looked up here; that is `helpers.sources.fetching`.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, Field, ValidationError
 
+from helpers.core.architectures import HEAD
 from helpers.core.errors import StudyError, one_line
 from helpers.core.files import PROJECT, StudyPaths, vllm_python
 from helpers.core.records import read_json, write_json
 from helpers.study.schema import (
     OTHER_FORMATS,
+    PATTERN_MARK,
     ROW_FORMATS,
+    Activations,
     Count,
     DatasetSource,
     FileDataset,
@@ -40,6 +44,10 @@ from helpers.study.schema import (
     Strict,
     Study,
     TaskSet,
+    Variant,
+    Weights,
+    is_ignored,
+    name_or_pattern,
 )
 
 WEIGHTS_FILE = "model.safetensors"
@@ -420,6 +428,222 @@ def task_sources(task_set: TaskSet) -> list[DatasetSource]:
     """The sources of a task: the evaluated rows, and those of its worked examples."""
     shots_source = task_set.read.shots_source
     return [task_set.source, *([shots_source] if shots_source else [])]
+
+
+class FoundScheme(Strict):
+    """What the files of a checkpoint say of their quantization, in the study file's words."""
+
+    weights: Weights
+    activations: Activations
+    ignore: tuple[str, ...]
+
+
+UNKNOWN_ORIGIN = (
+    "made elsewhere: calibration items unknown, so leakage from evaluation items cannot be excluded"
+)
+COMPRESSED = "give a W8A8 checkpoint that llmcompressor saved (compressed-tensors, int-quantized)"
+NUMBERS = {"num_bits": 8, "type": "int", "symmetric": True}
+SCALES = ("weight_scale", "input_scale")
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+def with_found_schemes(study: Study, recorded: StudyPaths | None) -> tuple[Study, list[str]]:
+    """(the study with the scheme of every checkpoint made elsewhere, a line for each problem).
+
+    Args:
+        recorded: where the study's results lie, if they may speak for a folder that is not on
+            this machine.
+    """
+    problems, variants = [], dict(study.variants)
+    for name, variant in study.variants.items():
+        if variant.checkpoint is None:
+            continue
+        key = f"variants.{name}.checkpoint"
+        folders, schemes = dict(variant.checkpoint), {}
+        if set(folders) == {""} and len(study.models) == 1:
+            folders = {next(iter(study.models)): folders[""]}
+        if problem := _models_problem(folders, study):
+            problems.append(f"{key} {problem}")
+            continue
+        for model, source in folders.items():
+            try:
+                schemes[model] = found_scheme(source)
+            except StudyError as error:
+                if scheme := recorded and _recorded_scheme(recorded, model, name):
+                    schemes[model] = scheme
+                    continue
+                at = key if "" in variant.checkpoint else f"{key}.{model}"
+                problems.append(f"{at}.folder = {source.folder!r} {error}")
+        if len(set(schemes.values())) > 1:
+            first, other, *_ = (f"{m}: {_scheme_text(found)}" for m, found in schemes.items())
+            problems.append(
+                f"{key} has checkpoints of two schemes ({first}; {other}); one variant has one "
+                "scheme, so compare them in studies of their own"
+            )
+        for found in schemes.values():
+            filled_in = {field: getattr(found, field) for field in FoundScheme.model_fields}
+            variants[name] = variant.model_copy(update={"checkpoint": folders, **filled_in})
+    return study.model_copy(update={"variants": variants}), problems
+
+
+def _models_problem(folders: dict[str, FolderModel], study: Study) -> str | None:
+    """Why checkpoints are not one for each model of the study."""
+    models = ", ".join(study.models)
+    if "" in folders:
+        return (
+            f"names no model, and the study has several ({models}); give one for each, as "
+            f"{{{next(iter(study.models))}: {{folder: …}}, …}}"
+        )
+    if unknown := sorted(set(folders) - set(study.models)):
+        return f"names {unknown[0]!r}, which is not a model of this study ({models}); correct it"
+    if missing := [model for model in study.models if model not in folders]:
+        return f"has none of the model {missing[0]!r}; give one for each model ({models})"
+    return None
+
+
+def _scheme_text(found: FoundScheme) -> str:
+    kept = ", ".join(found.ignore[:3]) or "nothing"
+    more = f" and {len(found.ignore) - 3} more" if len(found.ignore) > 3 else ""
+    activations = found.activations.replace("_", " ")
+    return f"weights per {found.weights}, activations {activations}, kept {kept}{more}"
+
+
+def _recorded_scheme(paths: StudyPaths, model: str, variant: str) -> FoundScheme | None:
+    """What a checkpoint was found to be when it was verified; None without a valid record."""
+    try:
+        content = json.loads((paths.variant(model, variant) / "verification.json").read_bytes())
+        return FoundScheme.model_validate(content["found"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def found_scheme(source: FolderModel) -> FoundScheme:
+    """The scheme of an int8 checkpoint, on which its config and its tensors agree.
+
+    Which tensors belong to a Linear, and whether they fit the study's model, is checked where the
+    architecture is known (`helpers.evaluation.preflight`, `helpers.verification`).
+
+    Raises:
+        StudyError: it is no checkpoint that can be studied; the message continues its name.
+    """
+    if not path_is(source.folder, Path.is_dir):
+        raise StudyError("is not a folder; correct the path")
+    folder = resolve_path(source.folder)
+    if problem := model_files_problem(path.name for path in folder.iterdir()):
+        raise StudyError(problem)
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+        declared = config.get("quantization_config")
+    except (ValueError, RecursionError, AttributeError):
+        raise StudyError(f"has a config.json that is no JSON mapping; {DOWNLOAD_AGAIN}") from None
+    if not isinstance(declared, dict):
+        raise StudyError(f"is not quantized (no quantization_config in config.json); {COMPRESSED}")
+    weights, activations = _declared_scheme(declared)
+    tensors = stored_tensors(folder)
+    weights_by_name = {n: t for n, t in tensors.items() if n.endswith(".weight")}
+    int8 = {n.removesuffix(".weight") for n, t in weights_by_name.items() if t.dtype == "I8"}
+    floats = {n.removesuffix(".weight") for n, t in weights_by_name.items() if t.dtype in FLOATS}
+    _check_int8_tensors(tensors, int8, weights, activations)
+    entries = declared.get("ignore") or []
+    ignore = tuple(sorted({e for e in entries if _keeps(e, {HEAD, *floats} - int8)}))
+    if ignored := sorted(name for name in int8 if is_ignored(name, ignore)):
+        raise StudyError(
+            f"ignores {ignored[0]} by config.json and holds it in int8 ({len(ignored)} Linears); "
+            f"{DOWNLOAD_AGAIN}, or correct its config.json"
+        )
+    return FoundScheme(weights=weights, activations=activations, ignore=ignore)
+
+
+def _keeps(entry: Any, modules: set[str]) -> bool:
+    """Whether an entry of `ignore` names one of these modules; others it lists are no Linears."""
+    try:
+        entry = name_or_pattern(entry)
+    except (ValueError, AttributeError):  # pydantic's errors in validators are ValueErrors
+        text = one_line(repr(entry))[:80]
+        raise StudyError(
+            f"ignores {text} by config.json, which is no name or pattern; {DOWNLOAD_AGAIN}"
+        ) from None
+    if entry.startswith(PATTERN_MARK):
+        return any(is_ignored(name, [entry]) for name in modules)
+    return entry in modules
+
+
+def _declared_scheme(declared: dict) -> tuple[str, str]:
+    """(weights, activations) granularity of a quantization_config of the supported kind."""
+    settings = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    for key, supported in settings.items():
+        if (value := declared.get(key)) != supported:
+            raise StudyError(f"has {key} = {value!r}, and {supported!r} is read; {COMPRESSED}")
+    sparsity = declared.get("sparsity_config") or {}
+    for key, value in (
+        ("kv_cache_scheme", declared.get("kv_cache_scheme")),
+        ("transform_config", declared.get("transform_config")),
+        ("sparsity_config", sparsity if sparsity.get("format", "dense") != "dense" else None),
+    ):
+        if value:
+            raise StudyError(f"has a {key} beside its int8 Linears, not read here; {COMPRESSED}")
+    groups = declared.get("config_groups")
+    if not isinstance(groups, dict) or len(groups) != 1:
+        number = len(groups) if isinstance(groups, dict) else "no"
+        raise StudyError(f"has {number} quantization groups, and one is read; {COMPRESSED}")
+    [group] = groups.values()
+    try:
+        if group["targets"] != ["Linear"] or group.get("output_activations"):
+            raise StudyError(
+                f"quantizes {one_line(group['targets'])[:80]} or their outputs, and the inputs of "
+                f"['Linear'] are read; {COMPRESSED}"
+            )
+        parts = {"weights": group["weights"], "activations": group["input_activations"]}
+        for name, part in parts.items():
+            numbers = {key: (part or {}).get(key) for key in NUMBERS}
+            if numbers != NUMBERS:
+                raise StudyError(f"has {name} of {numbers}, and {NUMBERS} are read; {COMPRESSED}")
+        timing = "dynamic" if parts["activations"]["dynamic"] else "static"
+        granularities = {
+            "weights": parts["weights"]["strategy"],
+            "activations": f"{parts['activations']['strategy']}_{timing}",
+        }
+    except (KeyError, TypeError, AttributeError):
+        raise StudyError(f"has a quantization group of another form; {COMPRESSED}") from None
+    for name, kinds in (("weights", get_args(Weights)), ("activations", get_args(Activations))):
+        if granularities[name] not in kinds:
+            value = granularities[name]
+            raise StudyError(f"has {name} per {value}, not one of {', '.join(kinds)}; {COMPRESSED}")
+    return granularities["weights"], granularities["activations"]
+
+
+def _check_int8_tensors(
+    tensors: dict[str, StoredTensor], int8: set[str], weights: str, activations: str
+) -> None:
+    """Check that shapes and scales are those of the declared scheme."""
+    if not int8:
+        raise StudyError(f"declares int8 weights and holds none; {COMPRESSED}")
+    scales = {f"{name}.{part}" for name in int8 for part in SCALES}
+    for name, tensor in tensors.items():
+        is_int8 = name.endswith(".weight") and name.removesuffix(".weight") in int8
+        if tensor.dtype not in FLOATS and not is_int8:
+            raise StudyError(f"holds {name} in {tensor.dtype}, not read here; {COMPRESSED}")
+        if name.rpartition(".")[2] in SCALES and name not in scales:
+            raise StudyError(f"holds {name} and no int8 weight of it; {DOWNLOAD_AGAIN}")
+    for name in sorted(int8):
+        rows = tensors[f"{name}.weight"].shape[0]
+        expected = {"weight_scale": rows if weights == "channel" else 1}
+        if activations == "tensor_static":
+            expected["input_scale"] = 1
+        for part in SCALES:
+            scale = tensors.get(f"{name}.{part}")
+            stored = math.prod(scale.shape) if scale else 0
+            if stored != expected.get(part, 0):
+                raise StudyError(
+                    f"declares weights per {weights} and activations {activations} in config.json, "
+                    f"and {name}.{part} has {stored} numbers, not {expected.get(part, 0)}; "
+                    f"{DOWNLOAD_AGAIN}, or correct its config.json"
+                )
+
+
+def checkpoint_folder(variant: Variant, model: str) -> Path:
+    """The folder of a checkpoint that was made elsewhere."""
+    return resolve_path(variant.checkpoint[model].folder)
 
 
 COMMIT = r"^[0-9a-f]{40}$"

@@ -25,7 +25,13 @@ from pydantic_core import ErrorDetails
 from helpers.core.errors import StudyError, one_line, valid_unicode
 from helpers.core.files import PROJECT, StudyPaths, relative_to_project
 from helpers.core.records import read_json
-from helpers.study.inputs import missing_local_files, path_is, read_pins, with_pinned_commits
+from helpers.study.inputs import (
+    missing_local_files,
+    path_is,
+    read_pins,
+    with_found_schemes,
+    with_pinned_commits,
+)
 from helpers.study.schema import (
     FIELDS,
     LIST_FIELDS,
@@ -526,7 +532,9 @@ def read_study(study: str | Path, *, with_sources: bool = True) -> Study:
         raise StudyError("\n".join(error_lines(error, data, label))) from None
     recorded = {} if with_sources else recorded_definitions(StudyPaths(path.stem))
     study_settings, problems = with_task_definitions(study_settings, recorded)
-    problems += broken_references(study_settings)
+    results = None if with_sources else StudyPaths(path.stem)
+    study_settings, checkpoint_problems = with_found_schemes(study_settings, results)
+    problems += checkpoint_problems + broken_references(study_settings)
     if with_sources:
         problems += missing_local_files(study_settings)
     if problems:

@@ -351,7 +351,8 @@ PATTERN_MARK = "re:"  # of compressed-tensors: a regular expression follows
 LONGEST_PATTERN = 200  # characters
 
 
-def _name_or_pattern(text: str) -> str:
+def name_or_pattern(text: str) -> str:
+    """The text, if it is a name or a pattern that can be used."""
     if not text.startswith(PATTERN_MARK):
         return text
     pattern, problem = text.removeprefix(PATTERN_MARK), ""
@@ -421,6 +422,19 @@ class Protect(Strict):
     bytes: Annotated[Number, Field(gt=0.0, lt=1.0)]
 
 
+def _by_model(value: Any) -> Any:
+    """Checkpoints by model; a folder alone is that of the study's one model, by an empty name."""
+    sources = [value, *value.values()] if isinstance(value, dict) else []
+    if any(isinstance(source, dict) and isinstance(source.get("hub"), str) for source in sources):
+        raise PydanticCustomError(
+            "folder",
+            "names a Hub, and a checkpoint is read from a folder; download it "
+            "(hf download NAME --revision COMMIT --local-dir FOLDER) and give folder: FOLDER",
+        )
+    is_one = isinstance(value, dict) and list(value) == ["folder"]
+    return {"": value} if is_one and not isinstance(value["folder"], dict) else value
+
+
 class Variant(Strict):
     """How a model is quantized; without weights and activations it stays float.
 
@@ -446,6 +460,10 @@ class Variant(Strict):
 
     `calibration` names one of the study's `calibrations`; without it the variant is made from the
     study's `calibration`.
+
+    `checkpoint` is a checkpoint made elsewhere, by the name of its model. What it is stands in its
+    files: `weights`, `activations` and `ignore` are filled in when the study is loaded
+    (`helpers.study.inputs`).
     """
 
     recipe: Literal["seed"] | None = None
@@ -455,14 +473,24 @@ class Variant(Strict):
     activations: Activations | None = None
     rounding: Rounding = "nearest"
     smooth: Smooth | None = None
-    ignore: tuple[Annotated[str, AfterValidator(_name_or_pattern)], ...] = (HEAD,)
+    ignore: tuple[Annotated[str, AfterValidator(name_or_pattern)], ...] = (HEAD,)
     repeats: Count = 1
     calibration: Annotated[Name | None, Field(exclude_if=_is_none)] = None
     kv: Annotated[KvCache | None, Field(exclude_if=_is_none)] = None
     protect: Annotated[Protect | None, Field(exclude_if=_is_none)] = None
+    checkpoint: Annotated[
+        dict[str, FolderModel] | None,
+        BeforeValidator(_by_model),
+        Field(min_length=1, exclude_if=_is_none),
+    ] = None
 
     @model_validator(mode="after")
     def _whole_scheme(self):
+        if self.checkpoint and (beside := self.model_fields_set - {"checkpoint", "kv"}):
+            raise ValueError(
+                f"a checkpoint is read as it was made, so that {' and '.join(sorted(beside))} "
+                "cannot be chosen; give checkpoint alone, or with kv"
+            )
         if self.preset and (self.weights or self.activations):
             raise ValueError(
                 f"preset = {self.preset!r} already names weights and activations; keep one of them"
@@ -542,7 +570,12 @@ class Variant(Strict):
     @property
     def quantized(self) -> bool:
         """Whether weights and activations become int8."""
-        return self.scheme is not None
+        return self.scheme is not None or self.made_elsewhere
+
+    @property
+    def made_elsewhere(self) -> bool:
+        """Whether its checkpoint is given, and nothing of it made by the study."""
+        return self.checkpoint is not None
 
     @property
     def ruler(self) -> Ruler | None:
@@ -565,6 +598,8 @@ class Variant(Strict):
 
         They do by smoothing, by GPTQ, by static scales, and by the choice of protected Linears.
         """
+        if self.made_elsewhere:
+            return False
         static = self.scheme is not None and self.scheme[1] == "tensor_static"
         chosen = self.smooth is not None or self.protect is not None
         return chosen or static or self.rounding == "gptq"

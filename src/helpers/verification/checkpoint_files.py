@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from compressed_tensors.utils.match import match_name
@@ -25,6 +26,7 @@ from transformers import AutoTokenizer
 from helpers.core.architectures import HEAD
 from helpers.core.records import read_json
 from helpers.quantization.calibration import SmoothingGroup, load_absmax, smoothing_groups
+from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.quantization.variants import load_int8, load_quantized, load_reference, load_variant
 from helpers.runtime.devices import every_expert_reads, release_memory
 from helpers.runtime.discovery import architecture, head_logits, linear_names
@@ -197,6 +199,21 @@ GPTQ_DAMPING = 0.01  # of the mean of the Hessian's diagonal, added to the diago
 # With R Rᵀ = H + λI, R triangular, a row's error e (in steps) has |(eR)_j| <= R_jj / 2, so that
 # λ |e|² <= |eR|² <= tr(H + λI) / 4. With λ = 0.01 tr(H) / n, the root mean square of e is at most
 GPTQ_RMS = 0.5 * math.sqrt((1 + GPTQ_DAMPING) / GPTQ_DAMPING)  # steps
+# What is still taken for a way to round, in a checkpoint that says nothing of it:
+SHORTEST_GRID = 0.5  # of the largest weight; llmcompressor's MSE observer tries 0.81 and above
+FEW, FAR = 0.001, 4.0  # the share of moved weights that is too small, and steps that are far
+SAME_SIZE = 0.02  # of a row whose weights were moved in no direction
+
+
+def _reads(norm_group: SmoothingGroup, group: SmoothingGroup) -> bool:
+    """Whether the Linear that is a group's producer reads the norm of another group."""
+    return group.producer in norm_group.consumers
+
+
+def float_dtype(folder: Path) -> torch.dtype:
+    """The dtype of a folder's token embeddings."""
+    files, table = TensorFiles(folder, dtype=None), architecture(load_config(folder)).embeddings[0]
+    return files.stored_dtype(f"{table}.weight")
 
 
 class CheckpointFiles(ModelSlot):
@@ -212,6 +229,10 @@ class CheckpointFiles(ModelSlot):
         super().__init__(with_own_kernels(job))
         self.source_hash, self.claim, self.record = source_hash, job.claim, record
         self.dtype = getattr(torch, job.study.runtime.dtype)
+        self.source_dtype = self.dtype  # that the checkpoint was made from
+        if self.claim.made_elsewhere and self.folder.is_dir():
+            self.source_dtype = float_dtype(self.folder)
+            self.dtype = max((self.dtype, self.source_dtype), key=lambda t: torch.finfo(t).eps)
         self.calibration_folder = job.paths.calibration(job.model)
         self._declared: dict[SmoothingGroup, Tensor] = {}
 
@@ -221,8 +242,24 @@ class CheckpointFiles(ModelSlot):
 
     @cached_property
     def source(self) -> TensorFiles:
-        """The source's tensors at the study's dtype; a tied head is its embeddings."""
-        return TensorFiles(self.source_folder, dtype=self.dtype)
+        """The source's tensors at the study's dtype; a tied head is its embeddings.
+
+        For a checkpoint made elsewhere, they have the dtype of its float tensors.
+        """
+        return TensorFiles(self.source_folder, dtype=self.source_dtype)
+
+    @property
+    def at_study_dtype(self) -> "CheckpointFiles":
+        """The same files, the source's tensors at the study's dtype."""
+        files = CheckpointFiles(self.job, source_hash=self.source_hash, record=self.record)
+        files.source_dtype = getattr(torch, self.job.study.runtime.dtype)
+        return files
+
+    @cached_property
+    def is_converted(self) -> bool:
+        """Whether source, checkpoint and study differ in dtype, so that conversions round."""
+        dtypes = {float_dtype(self.source_folder), self.source_dtype, self.dtype}
+        return self.claim.made_elsewhere and len(dtypes) > 1
 
     @cached_property
     def saved(self) -> TensorFiles:
@@ -279,10 +316,60 @@ class CheckpointFiles(ModelSlot):
 
     @cached_property
     def groups(self) -> list[SmoothingGroup]:
-        """The groups that the variant declares as smoothed; empty if it does not smooth."""
+        """The groups that the variant declares as smoothed; empty if it does not smooth.
+
+        Of a checkpoint made elsewhere, those that its files show to be smoothed.
+        """
+        if self.claim.made_elsewhere:
+            return [*self._norm_groups, *self._row_scales]
         if not self.claim.smooth:
             return []
         return smoothing_groups(self.config, self.claim.smooth.targets)
+
+    @cached_property
+    def _foldable(self) -> list[SmoothingGroup]:
+        targets = (p.target for p in architecture(self.config).places if p.producer)
+        return smoothing_groups(self.config, tuple(dict.fromkeys(targets)))
+
+    @cached_property
+    def _norm_groups(self) -> list[SmoothingGroup]:
+        """The groups whose norm in the checkpoint is not the source's."""
+        factors = ((group, self.norm_factors(group)) for group in self._foldable)
+        return [group for group, pair in factors if pair and not torch.equal(*pair)]
+
+    @cached_property
+    def _row_scales(self) -> dict[SmoothingGroup, Tensor]:
+        """(features,) scales of the groups whose producer, a Linear, had its rows divided.
+
+        A row's step is its largest weight / 127.5, so that step and source give the divisor of a
+        row. It may be that of a clipped grid: the rows were divided if their readers' weights are
+        far nearer to source × these scales than to the source.
+        """
+        found: dict[SmoothingGroup, Tensor] = {}
+        for group in self._foldable:
+            step = self.saved.get(f"{group.producer}.weight_scale")
+            consumers = [name for name in group.consumers if name in self.stored_int8]
+            if self.norm_factors(group) or step is None or step.numel() == 1 or not consumers:
+                continue
+            columns = [self.recovered_scales(g) for g in self._norm_groups if _reads(g, group)]
+            weight = self.source[f"{group.producer}.weight"].double() * (columns or [1])[0]
+            scales = weight.abs().amax(1) / HALF_RANGE / step.double().flatten()
+            scales = scales[-self.source.shape(f"{consumers[0]}.weight")[1] :]
+            if bool(((scales - 1).abs() <= 2 * torch.finfo(self.dtype).eps).all()):
+                continue
+            plain, divided = (
+                sum(self._distance(name, columns) for name in consumers)
+                for columns in (torch.ones_like(scales), scales)
+            )
+            if divided < plain / 2:
+                found[group] = scales
+        return found
+
+    def _distance(self, name: str, columns: Tensor) -> float:
+        """Mean squared distance of a stored Linear from source × columns, in steps."""
+        step = self.saved[f"{name}.weight_scale"].double().reshape(-1, 1)
+        steps = self.source[f"{name}.weight"].double() * columns / step
+        return (self.saved[f"{name}.weight"].double() - steps).square().mean().item()
 
     @cached_property
     def alphas(self) -> dict[str, float]:
@@ -335,10 +422,17 @@ class CheckpointFiles(ModelSlot):
     def recovered_scales(self, group: SmoothingGroup) -> Tensor:
         """(in_features,) float64 s of the checkpoint: the source's norm over the saved norm.
 
-        A norm channel of zero does not determine its s; the declared one is returned. The same
-        holds if the producer is a Linear, whose rows the grid gate checks.
+        A norm channel of zero does not determine its s; the declared one is returned, or 1 if
+        none is declared. The same holds if the producer is a Linear, whose rows the grid gate
+        checks.
         """
-        declared, factors = self.declared_scales(group), self.norm_factors(group)
+        factors = self.norm_factors(group)
+        if self.claim.made_elsewhere:
+            if factors is None:
+                return self._row_scales[group]
+            before, after = factors
+            return torch.where(before == after, 1.0, before / after)
+        declared = self.declared_scales(group)
         if factors is None:
             return declared
         before, after = factors
@@ -378,7 +472,51 @@ class CheckpointFiles(ModelSlot):
             step: (out_features or 1, 1) float64.
         """
         error = self.saved[f"{name}.weight"].double() - weight / step
-        return error[:, self.absmax[name] > 0].square().mean(1).nan_to_num(torch.inf).sqrt()
+        seen = self.absmax[name] > 0 if name in self.absmax else slice(None)  # no head is there
+        return error[:, seen].square().mean(1).nan_to_num(torch.inf).sqrt()
+
+    @cached_property
+    def found_roundings(self) -> dict[str, str]:
+        """How each target of a checkpoint made elsewhere was rounded, by what its weights show."""
+        return {name: self.found_rounding(name) for name in self.targets}
+
+    def found_rounding(self, name: str) -> str:
+        """How a Linear was rounded: `nearest`, `mse` (clipped), `gptq` (moved further), or why not.
+
+        A weight is nearest if it is within half a step of source × scales, each known to the
+        dtype's rounding; clipped, if it is at the end of a shorter grid. Whoever moves weights
+        further (GPTQ) moves many of them, none of them far, and in no direction: the root mean
+        square of a row's errors is within GPTQ's bound and a row's mean size is that of source ×
+        scales. A few weights off, and far off, are no method.
+        """
+        q, step = self.saved[f"{name}.weight"], self.saved[f"{name}.weight_scale"]
+        step, weight = step.double().reshape(-1, 1), self.smoothed_weight(name)
+        rows = weight if len(step) > 1 else weight.reshape(1, -1)
+        relative = 2 * torch.finfo(self.dtype).eps + 32 * torch.finfo(torch.float32).eps
+        top = rows.abs().amax(1, keepdim=True)
+        share = torch.where(top == 0, 1.0, step / (top / HALF_RANGE))
+        by_127 = (share * (HALF_RANGE - 0.5) / HALF_RANGE - 1).abs() <= relative  # as some divide
+        if not bool(((share >= SHORTEST_GRID) & (share <= 1 + relative) | by_127).all()):
+            return "of other steps"
+        steps = weight / step
+        clipped = steps.clamp(-128, 127)
+        error = (q.double() - clipped).abs()
+        beyond = error > 0.5 + relative * steps.abs()
+        whole = bool((share >= 1 - relative).all())
+        if not beyond.any():
+            return "nearest" if whole else "mse"
+        if beyond.double().mean() < FEW and error.max() > FAR:
+            return "of a few other weights"
+        sizes = (q.double() * clipped).sum(1) / clipped.square().sum(1)
+        if self.errors_of_rows(name, clipped * step, step).max() > GPTQ_RMS + 128 * relative:
+            return "of other weights"
+        if (sizes.nan_to_num(1.0) - 1).abs().max() > SAME_SIZE:
+            return "of other sizes"
+        return "gptq"
+
+    def rounding_of(self, name: str) -> str:
+        """The declared rounding of a Linear, or the found one of a checkpoint made elsewhere."""
+        return self.found_roundings[name] if self.claim.made_elsewhere else self.claim.rounding
 
     @cached_property
     def tokenizer(self):

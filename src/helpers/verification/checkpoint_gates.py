@@ -9,6 +9,8 @@ vocabulary, the special tokens, the chat format, and the tokens of every text of
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +22,10 @@ from helpers.core.records import examples, gate, largest, sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.runtime.discovery import float_matrices
 from helpers.sources.items import Item
+from helpers.sources.model_files import load_config
 from helpers.sources.sampling import calibration_items, evaluation_items, shared_passages
-from helpers.study.schema import Study
+from helpers.study.inputs import UNKNOWN_ORIGIN
+from helpers.study.schema import Study, is_ignored
 from helpers.verification import rulers
 from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles
 
@@ -190,6 +194,111 @@ def grid_gate(evidence: CheckpointFiles):
         f"{examples(unused_grid)}; largest error {largest_error:.4g} {unit}",
         f"none, none, none; at most {limit:.4g} steps",
     )
+
+
+MOST_OF_RECIPE = 100_000  # characters
+FOUND = {"nearest": "to nearest", "mse": "to nearest on clipped grids", "gptq": "further (as GPTQ)"}
+
+
+@gate("weights follow from the source")
+def origin_gate(evidence: CheckpointFiles):
+    """int8 weights of a checkpoint made elsewhere are source × scales, rounded in a known way.
+
+    `CheckpointFiles.found_rounding` says which. Its scales are those found in its norms and
+    rows; what else keeps the function (a rotation) is not recognized, and fails. Which items it
+    was calibrated on is in no file: `recipe.yaml`, if it has one, names llmcompressor's modifiers.
+    """
+    malformed = [name for name in evidence.targets if not _is_well_formed(evidence, name)]
+    counts = Counter(evidence.found_roundings.values()) if not malformed else Counter()
+    of_kinds = [f"{counts[kind]} rounded {words}" for kind, words in FOUND.items() if counts[kind]]
+    wrong = (
+        [n for n, kind in evidence.found_roundings.items() if kind not in FOUND] if counts else []
+    )
+    kinds = sorted({evidence.found_roundings[name] for name in wrong})
+    return (
+        not (malformed or wrong) and bool(counts),
+        f"of {len(evidence.targets)} Linears {len(malformed)} are not int8 with positive steps"
+        f"{examples(malformed)}; {', '.join(of_kinds) or 'none of a known rounding'}, {len(wrong)} "
+        f"are no rounding of source × scales{examples(wrong)}"
+        f"{' (' + ', '.join(kinds) + ')' if kinds else ''}{_claimed_recipe(evidence.folder)}; "
+        f"{UNKNOWN_ORIGIN}",
+        "none, none",
+    )
+
+
+def _claimed_recipe(folder: Path) -> str:
+    """The modifiers that llmcompressor's file beside a checkpoint names."""
+    path = folder / "recipe.yaml"
+    text = path.read_text("utf-8", errors="replace")[:MOST_OF_RECIPE] if path.is_file() else ""
+    modifiers = dict.fromkeys(re.findall(r"\b[A-Za-z]{1,40}Modifier\b", text))
+    return f"; its recipe.yaml names {', '.join(modifiers)}, unchecked" if modifiers else ""
+
+
+def _is_well_formed(evidence: CheckpointFiles, name: str) -> bool:
+    """Whether a Linear has int8 weights and the positive, finite steps of its scheme."""
+    weights, activations = evidence.claim.scheme
+    q, step = evidence.saved.get(f"{name}.weight"), _step(evidence, name)
+    if q is None or q.dtype != torch.int8 or step is None or len(step) != _steps(q, weights):
+        return False
+    static = evidence.saved.get(f"{name}.input_scale")
+    if (static is not None and static.numel() == 1) != (activations == "tensor_static"):
+        return False
+    steps = step.flatten() if static is None else torch.cat([step.flatten(), static.reshape(-1)])
+    return bool((torch.isfinite(steps) & (steps > 0)).all())
+
+
+@gate("smoothing scales found in the files")
+def found_scales_gate(evidence: CheckpointFiles):
+    """Norms that are not the source's, and rows of other steps, were divided by positive scales.
+
+    What else they feed (biases, routers) has the same scales.
+    """
+    improper, wrong_companions, largest_scale = [], [], 1.0
+    for group in evidence.groups:
+        scales = evidence.recovered_scales(group)
+        if not bool((torch.isfinite(scales) & (scales > 0)).all()):
+            improper.append(group.producer)
+            continue
+        largest_scale = max(largest_scale, scales.max().item(), (1 / scales).max().item())
+        wrong_companions += _wrong_companions(evidence, group)
+    norms = sum(evidence.norm_factors(group) is not None for group in evidence.groups)
+    return (
+        not (improper or wrong_companions),
+        f"{norms} norms and the rows of {len(evidence.groups) - norms} Linears are divided by "
+        f"scales of at most {largest_scale:.3g} (or 1 over it); {len(improper)} have scales that "
+        f"are not positive{examples(improper)}, {len(wrong_companions)} biases or routers are off"
+        f"{examples(wrong_companions)}; made elsewhere: α and the items behind it unknown",
+        "none, none",
+    )
+
+
+# Of a configuration, what says nothing of the function that the model computes.
+NOT_THE_FUNCTION = {"_name_or_path", "architectures", "dtype", "quantization_config"}
+NOT_THE_FUNCTION |= {"tie_word_embeddings", "torch_dtype", "transformers_version", "use_cache"}
+ENDS_OF_TEXT = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@gate("configuration matches the source")
+def config_gate(evidence: CheckpointFiles):
+    """config.json describes the source's function, and answers end at the source's tokens."""
+    source, saved = (load_config(f).to_dict() for f in (evidence.source_folder, evidence.folder))
+    keys = (source.keys() | saved.keys()) - NOT_THE_FUNCTION
+    differing = sorted(key for key in keys if source.get(key) != saved.get(key))
+    ends = [_ends(folder) for folder in (evidence.source_folder, evidence.folder)]
+    differing += [f"generation {name}" for name in ENDS_OF_TEXT if ends[0][name] != ends[1][name]]
+    return (
+        not differing,
+        f"{len(differing)} of {len(keys)} settings differ{examples(differing)}",
+        "none",
+    )
+
+
+def _ends(folder: Path) -> dict[str, list[int]]:
+    """The end-of-text and padding tokens of a folder's generation settings."""
+    path = folder / "generation_config.json"
+    settings = json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    given = {name: settings.get(name) for name in ENDS_OF_TEXT}
+    return {n: v if isinstance(v, list) else [] if v is None else [v] for n, v in given.items()}
 
 
 def _steps(q: Tensor, granularity: str) -> int:
@@ -387,7 +496,10 @@ def _from_config(evidence: CheckpointFiles) -> str:
     if not all(g["symmetric"] and g["type"] == "int" for g in (weights, inputs)):
         return "not symmetric integers"
     timing = "dynamic" if inputs["dynamic"] else "static"
-    layers = set(evidence.linears) - set(config["quantization_config"]["ignore"])
+    listed = config["quantization_config"]["ignore"]
+    if evidence.claim.made_elsewhere:  # it may list patterns
+        listed = [name for name in evidence.linears if is_ignored(name, listed)]
+    layers = set(evidence.linears) - set(listed)
     if layers != evidence.stored_int8:
         return f"ignores other Linears than the {len(evidence.stored_int8)} stored as int8"
     kind = f"{inputs['strategy']}_{timing}"

@@ -88,7 +88,7 @@ def _perturb_by_rounding_(model, evidence: CheckpointFiles) -> None:
         f"{n}.weight" for n in smoothed if n not in quantized and smoothed[n] != (None, None)
     }
     for key, parameter in model.named_parameters():
-        in_float32 = bool(quantized) and key not in rounded
+        in_float32 = bool(quantized) and key not in rounded and not evidence.is_converted
         dtype = torch.float32 if in_float32 else evidence.dtype
         size = torch.finfo(dtype).eps + parameter.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
         for rows in parameter.split(CHUNK_ROWS):  # the embeddings alone are a tenth of a model
@@ -118,11 +118,12 @@ def _implied_weight(evidence: CheckpointFiles, key: str) -> Tensor | None:
         return None
     step, weight = step.double().reshape(-1, 1), evidence.smoothed_weight(name)
     slack = 256 * torch.finfo(evidence.dtype).eps  # as in the grid gate
-    if evidence.claim.rounding == "gptq":
+    rounding = evidence.rounding_of(name)
+    if rounding == "gptq":
         within_bound = evidence.errors_of_rows(name, weight, step) <= GPTQ_RMS + slack
         return torch.where(within_bound[:, None], weight, q.double() * step)
     low, high = (q.double() - 0.5 - slack) * step, (q.double() + 0.5 + slack) * step
-    if evidence.claim.rounding == "mse":
+    if rounding == "mse":
         low, high = low.masked_fill(q == -128, -torch.inf), high.masked_fill(q == 127, torch.inf)
     return weight.clamp(low, high)
 

@@ -44,6 +44,7 @@ from helpers.quantization.simulation import AUTO_ALPHAS
 from helpers.runtime.discovery import head_logits
 from helpers.sources.items import Item, item_key, load_rows, normalized_text
 from helpers.sources.sampling import evaluation_items, load_items, training_items
+from helpers.study.inputs import UNKNOWN_ORIGIN, FoundScheme
 from helpers.study.loading import Job
 from helpers.study.schema import FineTunedModel, Numbers, Ruler, Variant
 from helpers.study.stages import Run
@@ -502,7 +503,7 @@ def bytes_gate(evidence: CheckpointFiles):
 def scheme_gate(evidence: CheckpointFiles):
     """The recorded recipe text states the variant's α and granularities."""
     recorded = evidence.record["scheme"]
-    alphas = sorted(set(evidence.alphas.values())) if evidence.groups else []
+    alphas = sorted(set(evidence.alphas.values())) if evidence.claim.smooth else []
     expected = [f"{alphas[i]:g}" for i in {0, len(alphas) - 1} if alphas]
     numbers = re.findall(r"\d+(?:\.\d+)?", recorded.partition("α")[2])
     missing = [a for a in expected if a not in numbers]
@@ -513,6 +514,7 @@ def scheme_gate(evidence: CheckpointFiles):
         if evidence.claim.protect:
             kept = len(_recorded_choice(evidence)["chosen"])
             parts.append(f"{kept} of {kept + len(evidence.targets)} Linears chosen")
+        parts += [UNKNOWN_ORIGIN] if evidence.claim.made_elsewhere else []
         missing += [part for part in parts if part not in recorded]
     if evidence.claim.ruler:
         weights, activations = evidence.claim.ruler
@@ -537,8 +539,9 @@ def sqnr_gate(evidence: CheckpointFiles):
     with first_block_only(model):
         inputs = [capture_inputs(model, [name], tokens)[name] for tokens in texts]
     to_numpy = lambda t: t.detach().to(torch.float64).cpu().numpy()  # noqa: E731
-    columns, rows = (None if s is None else to_numpy(s) for s in evidence.folded[name])
-    weight, ruler = to_numpy(evidence.source[f"{name}.weight"]), evidence.claim.ruler
+    files = evidence.at_study_dtype
+    columns, rows = (None if s is None else to_numpy(s) for s in files.folded[name])
+    weight, ruler = to_numpy(files.source[f"{name}.weight"]), evidence.claim.ruler
     if name in evidence.rounded_targets:
         if ruler:
             stored = to_numpy(rulers.weight_of(evidence, name).values)
@@ -550,21 +553,23 @@ def sqnr_gate(evidence: CheckpointFiles):
     signal = noise = 0.0
     for x in inputs:
         x = to_numpy(x).reshape(-1, weight.shape[1])
-        smooth = x if columns is None else x / columns
         exact = x @ weight.T
         exact = exact if rows is None else exact / rows
+        # float32 decides on which side of ±127.5 steps a token's largest value falls
+        smooth = x.astype(np.float32)
+        smooth = smooth if columns is None else smooth / columns.astype(np.float32)
         if ruler:
-            rounded = smooth if ruler.activations is None else _ruler_rounded(smooth, ruler)
+            rounded = _ruler_rounded(smooth.astype(np.float64), ruler)
             signal += float((exact**2).sum())
             noise += float(((exact - rounded @ stored.T) ** 2).sum())
             continue
         absmax = np.abs(smooth).max(1, keepdims=True)
         if evidence.claim.scheme[1] == "tensor_dynamic":
             absmax = absmax.max()
-        scale = np.maximum(absmax / 127.5, 1e-30)
+        scale = np.maximum(absmax / np.float32(127.5), np.float32(1e-30))
         if evidence.claim.scheme[1] == "tensor_static":
-            scale = to_numpy(evidence.saved[f"{name}.input_scale"])
-        rounded = np.clip(np.rint(smooth / scale), -128, 127) * scale
+            scale = to_numpy(evidence.saved[f"{name}.input_scale"]).astype(np.float32)
+        rounded = np.clip(np.rint(smooth / scale), -128, 127).astype(np.float64) * scale
         signal += float((exact**2).sum())
         noise += float(((exact - rounded @ stored.T) ** 2).sum())
     recomputed = 10 * math.log10(signal / noise) if noise else 200.0
@@ -577,6 +582,8 @@ def sqnr_gate(evidence: CheckpointFiles):
 
 def _ruler_rounded(rows: np.ndarray, ruler: Ruler) -> np.ndarray:
     """(rows, features) activations as a ruler rounds them."""
+    if ruler.activations is None:
+        return rows
     numbers, x = ruler.activations, torch.from_numpy(rows)
     step = x.abs().amax(1, keepdim=True).clamp(min=1e-30) / rulers.range_of(numbers)
     return (rulers.nearest(x / step, numbers) * step).numpy()
@@ -614,8 +621,24 @@ CHECKPOINT_MODEL_CHECKS = (runtime_gates.reload_gate,)
 INT8_LAYER_CHECKS = (runtime_gates.activations_gate, runtime_gates.kernel_gate)
 
 
+# What made a checkpoint elsewhere, and from which items, is not asked: no file tells.
+ELSEWHERE_CHECKS = (
+    checkpoint_gates.found_scales_gate,
+    checkpoint_gates.origin_gate,
+    checkpoint_gates.config_gate,
+    checkpoint_gates.unchanged_gate,
+    checkpoint_gates.source_gate,
+    checkpoint_gates.tokenizer_gate,
+    checkpoint_gates.census_gate,
+    checkpoint_gates.metadata_gate,
+    runtime_gates.function_gate,
+)
+
+
 def checks_of(claim: Variant) -> tuple:
     """The gates that apply to a variant's declared scheme."""
+    if claim.made_elsewhere:
+        return (*ELSEWHERE_CHECKS, *CHECKPOINT_MODEL_CHECKS, *INT8_LAYER_CHECKS)
     model_checks = (*SOURCE_MODEL_CHECKS, *CHECKPOINT_MODEL_CHECKS)
     alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
     if alpha_is_chosen:
@@ -646,7 +669,8 @@ def verify_checkpoint(job: Job, *, source_hash: str, record: dict | None = None)
     evidence.release()  # frees the memory that quantization left in use
     checks = checks_of(job.recipe.claim)
     if record:  # the gates on the record run the source, so they come first
-        checks = (*RECORD_CHECKS, *record_gates_of(job.recipe.claim), *checks)
+        of_calibration = () if job.recipe.made_elsewhere else RECORD_CHECKS
+        checks = (*of_calibration, *record_gates_of(job.recipe.claim), *checks)
     gates = Bar(checks, desc="checks on the checkpoint", unit="check")
     return [check(evidence) for check in gates]
 
@@ -660,6 +684,10 @@ def write_verification(job: Job, *, source_hash: str, quantization: dict) -> dic
     """
     checkpoint = sha256_folder(job.paths.checkpoint(job.model, job.variant))
     verified = {"model": job.model, "variant": job.variant, "checkpoint": checkpoint}
+    if job.recipe.made_elsewhere:  # results are read where its folder may be missing
+        verified["found"] = job.recipe.model_dump(
+            mode="json", include=set(FoundScheme.model_fields)
+        )
     verified |= checkpoint_gates_record(
         verify_checkpoint(job, source_hash=source_hash, record=quantization)
     )
