@@ -160,7 +160,6 @@ def scales_in_files(model, checkpoint: TensorFiles) -> dict[str, LinearScales]:
     return found
 
 
-@contextmanager
 def simulated_quantization(
     model,
     variant: Variant,
