@@ -642,8 +642,12 @@ def _check_int8_tensors(
 
 
 def checkpoint_folder(variant: Variant, model: str) -> Path:
-    """The folder of a checkpoint that was made elsewhere."""
-    return resolve_path(variant.checkpoint[model].folder)
+    """The folder of a checkpoint that was made elsewhere.
+
+    Raises:
+        KeyError: the variant has none of this model.
+    """
+    return resolve_path((variant.checkpoint or {})[model].folder)
 
 
 COMMIT = r"^[0-9a-f]{40}$"

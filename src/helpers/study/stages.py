@@ -420,8 +420,8 @@ def _data_sources(study: Study, run: Run) -> list:
     sources = [model, study.calibration_called(named).dataset, *evaluated]
     if isinstance(model, FineTunedModel) and run.stage == "finetuning":
         sources += [model.finetune.dataset, study.models[model.finetune.start]]
-    if run.stage == "quantization" and study.variants[run.variant].checkpoint:
-        sources.append(study.variants[run.variant].checkpoint[run.model])
+    if run.stage == "quantization" and (given := study.variants[run.variant].checkpoint):
+        sources.append(given[run.model])
     if named:
         sources.append(study.calibration.dataset)
     if run.draw > 1 or named:  # its calibration items are no training items of any model
