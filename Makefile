@@ -134,16 +134,20 @@ lab: $(READY) ## open the notebooks in JupyterLab
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
 	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
 
-# Whole studies use every core and are disturbed by company; the other long tests run two at a time.
-ALONE := tests/benchmarks tests/faults tests/study tests/workflow tests/evaluation/test_progress.py
+# Two at a time, the longest ones first. The estimate is compared with how long a study takes when
+# it is alone; that study, SMOKE_STUDIES, is what all others are compared with.
+ALONE := tests/workflow/test_estimate.py
+FIRST := $(addprefix tests/faults/test_,slurm.py random_kills.py faults.py real_faults.py)
+OTHERS = $(filter-out $(ALONE) $(FIRST),$(sort $(wildcard tests/*/test_*.py)))
 longtest: $(READY) ## run the long tests: whole studies under faults, a cluster
 ifneq (,$(ARGS))
 	@$(PY) -m pytest -m long $(ARGS)
 else
-	@status=0; \
-	$(PY) -m pytest -n 2 --dist loadfile -m long $(addprefix --ignore=,$(ALONE)) \
-	  || status=1; \
+	@studies=$$(mktemp -d) && trap 'rm -rf "$$studies"' EXIT && status=0; \
+	export SMOKE_STUDIES="$$studies"; \
 	$(PY) -m pytest -m long $(ALONE) || status=1; \
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m long $(FIRST) $(OTHERS) \
+	  || status=1; \
 	exit $$status
 endif
 

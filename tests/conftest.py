@@ -4,6 +4,9 @@ import copy
 import gc
 import json
 import os
+import sys
+import types
+from pathlib import Path
 
 # Before any library reads them; torch and tokenizers are imported only by tests that need them.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -73,6 +76,9 @@ def pytest_collection_finish(session):
     """What was imported lives on: a collection that looks for freed models may skip it."""
     gc.collect()
     gc.freeze()
+    if corrections := sys.modules.get("statsmodels.stats.multitest"):
+        # It collects at every call: a third of a second among all that is loaded here.
+        corrections.gc = types.SimpleNamespace(collect=lambda: 0)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -162,19 +168,47 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory):
-    """The smoke study, run once by make and never touched: what all other runs must equal."""
-    from smoke_study import Smoke
+def studies_once(tmp_path_factory):
+    """The folder of studies that are run once for all who need them.
 
-    return Smoke(tmp_path_factory.mktemp("undisturbed") / "study").run(STUDY_FORKS="yes")
+    SMOKE_STUDIES names it where several runs of pytest share it, as in `make longtest`.
+    """
+    if given := os.environ.get("SMOKE_STUDIES"):
+        return Path(given)
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "studies"
 
 
 @pytest.fixture(scope="session")
-def without_forks(tmp_path_factory):
-    """The same, each job a process of its own."""
-    from smoke_study import Smoke
+def undisturbed(studies_once):
+    """The smoke study, run once and never touched: what all other runs must equal.
 
-    return Smoke(tmp_path_factory.mktemp("without_forks") / "study").run(STUDY_FORKS="no")
+    Its jobs are forks, and none of its processes reaches more than this machine.
+    """
+    from smoke_study import Smoke, run_once
+
+    return run_once(studies_once / "undisturbed", lambda p: Smoke(p).run_guarded(STUDY_FORKS="yes"))
+
+
+@pytest.fixture(scope="session")
+def without_forks(studies_once):
+    """The same by make, each job a process of its own."""
+    from smoke_study import Smoke, run_once
+
+    return run_once(studies_once / "without_forks", lambda p: Smoke(p).run(STUDY_FORKS="no"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed_part(undisturbed, studies_once):
+    """The undisturbed study with the variants PART alone: what other runs of those must equal."""
+    from smoke_study import PART, run_once
+
+    def run(place):
+        part = undisturbed.copy(place).keep_variants(*PART)
+        part.done()
+        return part
+
+    return run_once(studies_once / "part", run)
 
 
 @pytest.fixture(scope="session")

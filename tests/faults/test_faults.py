@@ -42,6 +42,7 @@ def project(tmp_path):
 def make(folder, *, kernels="calibration"):
     folder.mkdir(parents=True)
     toy_project.make(folder, kernels=kernels)
+    toy_project.lighten_forks(folder)
     toy_project.write_study(folder, toy_project.small())
     return folder
 

@@ -10,7 +10,7 @@ from helpers.core.files import StudyPaths
 from helpers.study import stages
 from helpers.study.loading import load_study
 from process_tree import kill, new_mark, of_role, wait_for
-from smoke_study import NAME, Smoke
+from smoke_study import NAME, PART, Smoke
 
 pytestmark = pytest.mark.long
 
@@ -51,8 +51,8 @@ def start(study: Smoke, **more) -> subprocess.Popen:
     return study.make("study", "EXECUTOR=slurm", f"ARGS={HERE}", **more)
 
 
-def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed, tmp_path):
-    study, mark = Smoke(tmp_path / "study"), new_mark()
+def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed_part, tmp_path):
+    study, mark = Smoke(tmp_path / "study").keep_variants(*PART), new_mark()
 
     # The engine is killed; its jobs are the cluster's and stay there.
     front = start(study, **mark)
@@ -83,5 +83,5 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed, tmp_path):
 
     output = study.done("study", "EXECUTOR=slurm", f"ARGS={HERE}")
     assert "current: " in output
-    assert study.content() == undisturbed.content()
+    assert study.content() == undisturbed_part.content()
     assert queued() == []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -14,15 +15,26 @@ from helpers.report import summary
 from helpers.report.checks.recomputation import main, recompute
 from helpers.report.results import load_results
 from helpers.statistics.checks.recomputed_verdicts import read_answers, write_answers
-from test_report import make_job  # noqa: F401 - a fixture
+from helpers.study.loading import open_job
+from test_report import made_up_job, make_job  # noqa: F401 - a fixture
 
 COMMITTED = ("demo", "seed-replica", "recipes")
 PUBLISHED = [s for s in COMMITTED if (PROJECT / "outputs" / s / "answers").is_dir()]
 
 
+@pytest.fixture(scope="module")
+def as_published(tmp_path_factory):
+    """The folder of a made-up study and its summary, as the analysis leaves them."""
+    folder = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        job = made_up_job(folder, patch)
+        summary.write_summary(load_results(job), job.paths.root)
+    return folder
+
+
 @pytest.fixture
-def published(make_job, monkeypatch):  # noqa: F811
-    """A made-up study and its summary, as the analysis leaves them: (job, folder of answers).
+def published(as_published, tmp_path, monkeypatch):
+    """A copy of that study, the test's own to edit: (job, folder of answers).
 
     Its items are made up too, so that the texts cannot be read again.
     """
@@ -30,8 +42,14 @@ def published(make_job, monkeypatch):  # noqa: F811
 
     monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
     monkeypatch.setattr(module, "_misread_passages", lambda *_: [])
-    job = make_job()
-    summary.write_summary(load_results(job), job.paths.root)
+    return copy_of(as_published, tmp_path / "copy", monkeypatch)
+
+
+def copy_of(folder, to, monkeypatch):
+    """(job, folder of answers) of a copy of a study's folder."""
+    shutil.copytree(folder, to)
+    monkeypatch.setenv("STUDY_OUTPUTS", str(to / "outputs"))
+    job = open_job(to / "study.yaml")
     return job, job.paths.root / "answers"
 
 
@@ -149,10 +167,9 @@ def test_a_failed_check_taken_out_of_the_gates_is_caught(make_job, monkeypatch):
     assert any("published 'invalid'" in line for line in differing)
 
 
-def test_answers_whose_text_says_otherwise_are_named(make_job):  # noqa: F811
+def test_answers_whose_text_says_otherwise_are_named(as_published, tmp_path, monkeypatch):
     """The made-up rows are about no item of the shipped set, and so each is told."""
-    job = make_job()
-    summary.write_summary(load_results(job), job.paths.root)
+    job, _ = copy_of(as_published, tmp_path / "copy", monkeypatch)
     _, differing = recompute(study_path(job))
     assert any("ARC item arc-0 is none of the set's" in line for line in differing)
 

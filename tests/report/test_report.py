@@ -1,6 +1,7 @@
 """The report is about the records and nothing else: it recomputes, refuses and escapes."""
 
 import csv
+import functools
 import html
 import json
 import re
@@ -10,9 +11,11 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import yaml
 from IPython.display import Markdown
 from safetensors.numpy import save_file
 
+from conftest import STUDY
 from helpers.core.errors import StudyError
 from helpers.core.records import read_json, sha256_file, write_json, write_jsonl
 from helpers.evaluation.predictions import prediction_digests, write_predictions
@@ -211,25 +214,34 @@ def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, f
             write_json(job.paths.finetuned_model(model) / "record.json", training)
 
 
+def made_up_job(folder, patch, edit=lambda settings: None, **options):
+    """A study in this folder with made-up records of all its stages; STUDY_OUTPUTS is set.
+
+    Args:
+        edit: changes the settings before anything is written.
+        options: of `write_outputs`.
+    """
+    patch.setenv("STUDY_OUTPUTS", str(folder / "outputs"))
+    settings = yaml.safe_load(STUDY)
+    settings["variants"]["static"] = {
+        "preset": "o3",
+        "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]},
+    }
+    settings["evaluation"]["datasets"]["arc"]["items"] = 80
+    settings["evaluation"]["datasets"]["squad_v2"]["items"] = 60
+    settings["evaluation"]["shared_text"]["passages"] = 12
+    edit(settings)
+    path = folder / "study.yaml"
+    path.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    job = open_job(path)
+    write_outputs(job, **options)
+    return job
+
+
 @pytest.fixture
-def make_job(study_settings, write_study, tmp_path, monkeypatch):
+def make_job(tmp_path, monkeypatch):
     """Open a study edited by the test, with its own outputs folder."""
-    monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path / "outputs"))
-
-    def make(edit=lambda settings: None, **options):
-        study_settings["variants"]["static"] = {
-            "preset": "o3",
-            "smooth": {"alpha": 0.5, "targets": ["attention_input", "mlp_input"]},
-        }
-        study_settings["evaluation"]["datasets"]["arc"]["items"] = 80
-        study_settings["evaluation"]["datasets"]["squad_v2"]["items"] = 60
-        study_settings["evaluation"]["shared_text"]["passages"] = 12
-        edit(study_settings)
-        job = open_job(write_study(study_settings))
-        write_outputs(job, **options)
-        return job
-
-    return make
+    return functools.partial(made_up_job, tmp_path, monkeypatch)
 
 
 def one_model(settings):

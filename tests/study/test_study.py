@@ -1,4 +1,8 @@
-"""The smoke study from end to end: all stages, explored, then again, then with another α."""
+"""The smoke study from end to end: all stages, explored, then again, then with another α.
+
+That evaluating again gives the same bytes is shown where damaged predictions are made again
+(test_real_faults).
+"""
 
 import json
 import os
@@ -13,36 +17,26 @@ import yaml
 from helpers.core.files import PROJECT
 from helpers.core.records import sha256_text
 from helpers.study.loading import load_study
+from smoke_study import GUARDS, Smoke
 from test_report_page import check_lengths
 
-pytestmark = pytest.mark.slow
-GUARDS = PROJECT / "tests" / "support" / "guards"
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 
 
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory):
-    """The smoke study, run in folders of its own; returns (run, study file, outputs folder)."""
-    root = tmp_path_factory.mktemp("smoke")
-    study = root / "smoke.yaml"
-    study.write_text((PROJECT / "params" / "smoke.yaml").read_text("utf-8"), "utf-8")
-    places = {"STUDY_OUTPUTS": str(root / "outputs"), "STUDY_CACHE": str(root / "cache")}
-    places |= {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(root / "attempts")}
-
-    def run(*options):
-        command = [sys.executable, "-m", "helpers.workflow.cli", "study", str(study)]
-        command += ["--cores", "2", "--", *options]
-        return subprocess.run(
-            command, cwd=PROJECT, env=os.environ | places, capture_output=True, text=True
-        )
-
-    first = run()
-    assert first.returncode == 0, first.stderr
-    return run, study, root / "outputs" / "smoke"
+def again(undisturbed, tmp_path_factory):
+    """A copy of the finished study, to run again or to add to."""
+    return undisturbed.copy(tmp_path_factory.mktemp("again") / "study")
 
 
-def test_the_whole_study_asks_nobody_anything(smoke):
-    """Every process of it runs with all but this machine refused, and none so much as tries."""
-    attempts = smoke[1].parent / "attempts"
+def run(study: Smoke, *options: str) -> subprocess.CompletedProcess:
+    """The study run again, nothing but this machine within its reach."""
+    return study.front("--cores", "2", "--", *options, **study.guards(), STUDY_ESTIMATE="no")
+
+
+def test_the_whole_study_asks_nobody_anything(undisturbed):
+    """Every process of it ran with all but this machine refused, and none so much as tried."""
+    attempts = undisturbed.root / "attempts"
     assert not attempts.exists() or attempts.read_text() == ""
 
 
@@ -60,41 +54,45 @@ def planned(done) -> set[str]:
     return {" ".join(line[:48].split()) for line in done.stdout.splitlines() if line.strip()}
 
 
-def test_every_job_leaves_its_notebook_and_its_record(smoke):
-    _, _, outputs = smoke
+def test_every_job_leaves_its_notebook_and_its_record(undisturbed):
+    outputs = undisturbed.outputs
     notebooks = {path.name for path in (outputs / "notebooks").iterdir()}
     assert len(notebooks) == 1 + 2 + 2 * 4 + 1 + 2 * 6 + 1
     assert not [name for name in notebooks if "failed" in name or "running" in name]
     assert len(list(outputs.glob("**/record.json"))) == 1 + 2 + 2 * 4 + 1 + 2 * 6
 
 
-def test_a_sound_study_passes_every_gate(smoke):
-    verified = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/verification.json")]
+def test_a_sound_study_passes_every_gate(undisturbed):
+    verified = [
+        json.loads(p.read_text()) for p in undisturbed.outputs.glob("*/*/verification.json")
+    ]
     assert len(verified) == 8
     for record in verified:
         assert [g for g in record["gates"] if not g["passed"]] == []
         assert record["passed"]
 
 
-def test_every_evaluation_is_checked_on_the_files_that_are_there(smoke):
-    checked = [json.loads(p.read_text()) for p in smoke[2].glob("*/*/evaluation/gates.json")]
+def test_every_evaluation_is_checked_on_the_files_that_are_there(undisturbed):
+    checked = [
+        json.loads(p.read_text()) for p in undisturbed.outputs.glob("*/*/evaluation/gates.json")
+    ]
     assert len(checked) == 12
     for record in checked:
         assert [g for g in record["gates"] if not g["passed"]] == []
         assert set(record["predictions"]) == {"arc", "squad_v2", "openmath", "boolq", "shared_text"}
 
 
-def test_every_control_does_its_duty(smoke):
+def test_every_control_does_its_duty(undisturbed):
     """Smoothing alone answers as the baseline does, and the noise floor is rounding."""
-    _, _, outputs = smoke
+    outputs = undisturbed.outputs
     summary = json.loads((outputs / "summary.json").read_text("utf-8"))
     roles = {(c["variant"], c["role"]) for c in summary["controls"]}
     assert {("noquant_bf16", "noise floor"), ("smooth_only", "smoothing alone")} <= roles
     assert [c for c in summary["controls"] if not c["done"]] == []
 
 
-def test_every_verdict_is_made_again_from_the_answers(smoke, monkeypatch):
-    _, study, outputs = smoke
+def test_every_verdict_is_made_again_from_the_answers(undisturbed, monkeypatch):
+    study, outputs = undisturbed.file, undisturbed.outputs
     from helpers.report.checks.recomputation import recompute
 
     monkeypatch.setenv("STUDY_OUTPUTS", str(outputs.parent))
@@ -103,8 +101,8 @@ def test_every_verdict_is_made_again_from_the_answers(smoke, monkeypatch):
     assert len(table.splitlines()) == 1 + 2 * 4 * 5
 
 
-def test_the_report_is_whole(smoke):
-    _, _, outputs = smoke
+def test_the_report_is_whole(undisturbed):
+    outputs = undisturbed.outputs
     text = (outputs / "report.md").read_text("utf-8")
     for dataset in ("ARC", "SQuAD", "OpenMath", "BoolQ"):
         assert dataset in text
@@ -118,8 +116,8 @@ def test_the_report_is_whole(smoke):
     assert "from helpers" not in page
 
 
-def test_nothing_that_is_kept_names_this_machine(smoke):
-    _, study, outputs = smoke
+def test_nothing_that_is_kept_names_this_machine(undisturbed):
+    study, outputs = undisturbed.file, undisturbed.outputs
     published = [outputs / "report.md", outputs / "report.html", *outputs.glob("notebooks/*.ipynb")]
     for path in published:
         text = path.read_text("utf-8").replace(str(study), "")
@@ -127,9 +125,9 @@ def test_nothing_that_is_kept_names_this_machine(smoke):
         assert str(outputs.parent) not in text, path.name
 
 
-def test_exploring_it_writes_nothing(smoke, monkeypatch):
+def test_exploring_it_writes_nothing(undisturbed, monkeypatch):
     """The cells of explore.ipynb, run here one after the other."""
-    _, study, outputs = smoke
+    study, outputs = undisturbed.file, undisturbed.outputs
     monkeypatch.setenv("STUDY_OUTPUTS", str(outputs.parent))
     monkeypatch.setenv("STUDY_CACHE", str(outputs.parents[1] / "cache"))
     before = {p: p.stat().st_mtime_ns for p in outputs.rglob("*")}
@@ -141,25 +139,23 @@ def test_exploring_it_writes_nothing(smoke, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in outputs.rglob("*")} == before
 
 
-def test_a_second_run_does_nothing_in_seconds(smoke):
-    run, _, outputs = smoke
+def test_a_second_run_does_nothing_in_seconds(again):
+    outputs = again.outputs
     before = {p: p.stat().st_mtime_ns for p in outputs.rglob("*") if p.is_file()}
     started = time.monotonic()
-    again = run()
-    assert again.returncode == 0, again.stderr
+    done = run(again)
+    assert done.returncode == 0, done.stderr
     assert time.monotonic() - started < 60
     assert {p: p.stat().st_mtime_ns for p in outputs.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.long
-def test_another_alpha_repeats_only_what_depends_on_it(smoke):
-    run, study, _ = smoke
-    settings = yaml.safe_load(study.read_text("utf-8"))
-    original = study.read_text("utf-8")
+def test_another_alpha_repeats_only_what_depends_on_it(again):
+    original = again.file.read_text("utf-8")
+    settings = yaml.safe_load(original)
     settings["variants"]["smoothquant_w8a8"]["smooth"]["alpha"] = 0.7
-    study.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
-    plan = run("-n")
-    study.write_text(original, "utf-8")
+    again.file.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+    plan = run(again, "-n")
+    again.file.write_text(original, "utf-8")
     assert plan.returncode == 0, plan.stderr
     stages = [
         f"{s} {m} smoothquant_w8a8"
@@ -169,21 +165,10 @@ def test_another_alpha_repeats_only_what_depends_on_it(smoke):
     assert planned(plan) == {*stages, "cost base", "analysis", "report"}
 
 
-def test_evaluating_again_gives_the_same_bytes(smoke):
-    run, _, outputs = smoke
-    folder = outputs / "base" / "smoothquant_w8a8" / "evaluation"
-    files = [*sorted(folder.glob("predictions/*.jsonl")), folder / "metrics.json"]
-    before = [path.read_bytes() for path in files]
-    (folder / "record.json").unlink()
-    again = run()
-    assert again.returncode == 0, again.stderr
-    assert [path.read_bytes() for path in files] == before
-
-
 @pytest.fixture(scope="module")
-def handed_on(smoke):
+def handed_on(again):
     """The smoke study's results in lm-evaluation-harness's format: (folder, their source)."""
-    _, study, outputs = smoke
+    study, outputs = again.file, again.outputs
     places = os.environ | {"STUDY_OUTPUTS": str(outputs.parent)}
     command = [sys.executable, "-m", "tools.lm_eval_export", str(study)]
     done = subprocess.run(command, cwd=PROJECT, env=places, capture_output=True, text=True)
@@ -263,8 +248,8 @@ def test_others_readers_take_the_samples(handed_on):
         assert pyarrow.json.read_json(path).num_rows == rows
 
 
-def test_every_checkpoint_has_its_card(smoke):
-    folders = list(smoke[2].glob("*/*/checkpoint"))
+def test_every_checkpoint_has_its_card(undisturbed):
+    folders = list(undisturbed.outputs.glob("*/*/checkpoint"))
     study = load_study("smoke")
     changed = [v for v in study.variants.values() if v.needs_checkpoint]
     assert len(folders) == len(changed) * len(study.models)

@@ -4,6 +4,8 @@ What is compared between two runs is content: predictions, metrics, checks, cali
 weights, summaries. Times, and what follows from them, are not: `cost` measures nothing else.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -11,13 +13,17 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
+import yaml
 
 from helpers.core.files import PROJECT
 
 NAME = "smoke"
+GUARDS = PROJECT / "tests" / "support" / "guards"
+PART = ("noquant", "rtn_w8a8", "smoothquant_w8a8")  # variants of it that show most faults
 NOT_CONTENT = ("started", "duration_s", "peak_memory_bytes", "machine")
 
 
@@ -78,6 +84,43 @@ class Smoke:
         self.took_s = time.monotonic() - began
         return self
 
+    def run_guarded(self, **more) -> "Smoke":
+        """The same by the command that make runs, with all but this machine refused.
+
+        What any process of it tried to reach is in the file `attempts`. It is not run by make,
+        which hands no PYTHONPATH on.
+        """
+        self.others_percent, began = psutil.cpu_percent(interval=1), time.monotonic()
+        done = self.front("--cores", "2", STUDY_ESTIMATE="yes", **self.guards(), **more)
+        assert done.returncode == 0, done.stderr
+        self.said, self.took_s = done.stderr, time.monotonic() - began
+        return self
+
+    def guards(self) -> dict[str, str]:
+        """The environment in which a Python reaches this machine alone."""
+        return {"PYTHONPATH": str(GUARDS), "NETWORK_ATTEMPTS": str(self.root / "attempts")}
+
+    def front(self, *options: str, **more) -> subprocess.CompletedProcess:
+        """The command that `make study` runs, on this study."""
+        command = [sys.executable, "-m", "helpers.workflow.cli", "study", str(self.file)]
+        return subprocess.run(
+            [*command, *options],
+            cwd=PROJECT,
+            env=self.environment(**more),
+            capture_output=True,
+            text=True,
+        )
+
+    def keep_variants(self, *names: str) -> "Smoke":
+        """This study with fewer variants, and without the results of the others."""
+        settings = yaml.safe_load(self.file.read_text("utf-8"))
+        dropped = settings["variants"].keys() - set(names)
+        settings["variants"] = {name: settings["variants"][name] for name in names}
+        self.file.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
+        for folder in (place for name in dropped for place in self.outputs.glob(f"*/{name}")):
+            shutil.rmtree(folder)
+        return self
+
     def job(self, stage: str, **parameters: str) -> subprocess.CompletedProcess:
         """One job by itself, as Snakemake starts it."""
         [notebook] = (PROJECT / "notebooks").glob(f"*_{stage}.ipynb")
@@ -98,6 +141,32 @@ class Smoke:
     def content(self) -> dict[str, str]:
         """Hash of every result, by its path in the study's folder."""
         return content(self.outputs)
+
+
+def run_once(place: Path, run: Callable[[Path], Smoke]) -> Smoke:
+    """A smoke study that whoever comes first runs, and all others wait for.
+
+    Args:
+        place: the study's folder; beside it are a lock, and what its run said and how long it took.
+    """
+    told = place.with_suffix(".json")
+    with locked(place.with_suffix(".lock")):
+        if not told.exists():
+            shutil.rmtree(place, ignore_errors=True)
+            study = run(place)
+            told.write_text(json.dumps([study.others_percent, study.took_s, study.said]), "utf-8")
+    study = Smoke(place)
+    study.others_percent, study.took_s, study.said = json.loads(told.read_text("utf-8"))
+    return study
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Inside the context no other process is in it with the same file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def content(outputs: Path) -> dict[str, str]:

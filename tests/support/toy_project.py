@@ -154,6 +154,14 @@ def make(folder: Path, *, kernels: bool | str) -> Path:
     return folder
 
 
+def lighten_forks(folder: Path) -> None:
+    """Let the project's fork server import what toy notebooks use: no torch, nothing large."""
+    module = folder / "src" / "helpers" / "workflow" / "fork_server.py"
+    before, after = module.read_text("utf-8").split("\nPACKAGES = (\n")
+    light = '\nPACKAGES = ("IPython.core.interactiveshell", "ipykernel.kernelapp", "nbformat")\n'
+    module.write_text(before + light + after.partition("\n)\n")[2], "utf-8")
+
+
 def write_study(folder: Path, study: dict) -> None:
     (folder / "params" / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
 

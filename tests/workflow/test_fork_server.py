@@ -204,6 +204,7 @@ def test_without_it_and_for_other_commands_all_is_done_here(monkeypatch):
 @pytest.mark.long
 def test_what_is_forked_off_ends_with_it_and_then_nothing_waits(tmp_path, monkeypatch):
     project = toy_project.make(tmp_path / "p", kernels=False)
+    toy_project.lighten_forks(project)
     monkeypatch.setattr(fork_server, "PROJECT", project)
     for name, value in toy_project.environment(project).items():
         monkeypatch.setenv(name, value)
