@@ -241,8 +241,9 @@ def _score_parts(study, sets, baseline, of_draw) -> dict[str, MeanEstimate]:
     pairs: dict[str, dict[str, tuple[Scored, Scored]]] = {part: {} for part in PARTS}
     for name in sets:
         rule = length_rule(study.evaluation.datasets[name])
-        sides = [graded_scores(side.predictions[name], rule) for side in (baseline, *of_draw)]
-        if None in sides:
+        scored = [graded_scores(side.predictions[name], rule) for side in (baseline, *of_draw)]
+        sides = [scores for scores in scored if scores is not None]
+        if len(sides) < len(scored):
             return {}
         before, both, weights, activations = sides
         rest = both.scores - weights.scores - activations.scores + 2 * before.scores

@@ -582,12 +582,11 @@ def decompositions_block(
     study, rows = graded.study, []
     for model in study.models:
         for variant in study.variants:
-            names = [variant, *(_ruler(study, variant, preset) for preset in ("w8a16", "a8"))]
-            if None not in names:
-                checkpoints = [
-                    [graded.answers[model, n], *draws.get((model, n), ())] for n in names
-                ]
-                rows += _decomposition(graded, model, names, checkpoints)
+            weights, activations = (_ruler(study, variant, p) for p in ("w8a16", "a8"))
+            if weights and activations:
+                names = [variant, weights, activations]
+                sides = [[graded.answers[model, n], *draws.get((model, n), ())] for n in names]
+                rows += _decomposition(graded, model, names, sides)
     return rows
 
 
