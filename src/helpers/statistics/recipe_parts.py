@@ -185,8 +185,8 @@ def rulers_of(study: Study, variant: str) -> tuple[str, str] | None:
         for name, other in reversed(study.variants.items())
         if other.ruler and _without_scheme(other) == kept
     }
-    alone = found.get("w8a16"), found.get("a8")
-    return None if None in alone else alone
+    weights, activations = found.get("w8a16"), found.get("a8")
+    return (weights, activations) if weights and activations else None
 
 
 def _without_scheme(recipe: Variant) -> dict:
@@ -222,7 +222,7 @@ def _decomposed(study, model, names, answers, draws, able):
         )
 
 
-def _failure(names: Sequence[str], of_draws, guarded: Sequence[str]) -> str:
+def _failure(names: Sequence[str], of_draws, guarded: list[str]) -> str:
     """The first failed check that makes a part count for nothing."""
     for of_draw in of_draws:
         for name, side in zip(names, of_draw, strict=True):
