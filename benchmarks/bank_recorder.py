@@ -40,6 +40,7 @@ def pytest_configure(config) -> None:
     from helpers.evaluation import preflight
     from helpers.report.checks import (
         recomputation,
+        recomputed_chapters,
         recomputed_graded_report,
         recomputed_recommendation,
     )
@@ -68,7 +69,8 @@ def pytest_configure(config) -> None:
     _watch(recomputation, "wrong_sentences", names.SENTENCES)
     _watch(recomputation, "wrong_chapters", names.CHAPTERS)
     _watch(recomputation, "wrong_costs", names.COSTS)
-    _watch(recomputation, "wrong_records", names.RECORDS)
+    for module in (recomputed_chapters, recomputation):
+        _watch(module, "wrong_records", names.RECORDS)
     _watch(verdicts, "uninformative_reason", names.BASELINE)
     true = preflight.problems
 

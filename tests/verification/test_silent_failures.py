@@ -364,8 +364,8 @@ def a_grid_clipped_to_a_half(run, patch):
     """Every weight is right for the step that is stored with it, or at the end of its grid."""
     real = variants.compression_scheme
 
-    def clipped(variant):
-        scheme = real(variant)
+    def clipped(variant, widths):
+        scheme = real(variant, widths)
         scheme["weights"]["observer_kwargs"] = {"expand": 1.0, "maxshrink": 0.5, "norm": 0.01}
         return scheme
 
