@@ -191,14 +191,6 @@ def undisturbed(studies_once):
 
 
 @pytest.fixture(scope="session")
-def without_forks(studies_once):
-    """The same by make, each job a process of its own."""
-    from smoke_study import Smoke, run_once
-
-    return run_once(studies_once / "without_forks", lambda p: Smoke(p).run(STUDY_FORKS="no"))
-
-
-@pytest.fixture(scope="session")
 def undisturbed_part(undisturbed, studies_once):
     """The undisturbed study with the variants PART alone: what other runs of those must equal."""
     from smoke_study import PART, run_once
@@ -209,6 +201,17 @@ def undisturbed_part(undisturbed, studies_once):
         return part
 
     return run_once(studies_once / "part", run)
+
+
+@pytest.fixture(scope="session")
+def without_forks(studies_once):
+    """The same run by make, each job a process of its own."""
+    from smoke_study import PART, Smoke, run_once
+
+    def run(place):
+        return Smoke(place).keep_variants(*PART).run(STUDY_FORKS="no")
+
+    return run_once(studies_once / "without_forks", run)
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,18 @@ from pathlib import Path
 import pytest
 
 from helpers.core.files import PROJECT
+from helpers.workflow import fork_server
 from small_disk import fill_up, small_disk
 from smoke_study import NAME, content
 
 pytestmark = pytest.mark.long
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forks():
+    """Jobs that are started one by one are forks of one process: each import takes seconds."""
+    with fork_server.fork_server():
+        yield
 
 
 @pytest.fixture
@@ -145,12 +153,15 @@ def test_a_report_of_what_is_complete_names_what_is_missing(study):
     assert (study.outputs / "report.md").read_bytes() == before
 
 
-def test_a_clone_at_a_path_with_spaces_and_other_letters_in_a_plain_locale(undisturbed, tmp_path):
+def test_a_clone_at_a_path_with_spaces_and_other_letters_in_a_plain_locale(
+    undisturbed_part, tmp_path
+):
     """As `git clone` and `make study` would have it, but for the packages, which are shared."""
     clone = tmp_path / "Prüf stand's 日本" / "clone (1)"
     clone.mkdir(parents=True)
     for name in ("src", "notebooks", "params"):
         shutil.copytree(PROJECT / name, clone / name)
+    shutil.copy(undisturbed_part.file, clone / "params")
     for name in (
         "Makefile",
         "Snakefile",
@@ -175,4 +186,4 @@ def test_a_clone_at_a_path_with_spaces_and_other_letters_in_a_plain_locale(undis
     )
     assert done.returncode == 0, done.stderr
     assert f"current: outputs/{NAME}/report.html" in done.stderr
-    assert content(clone / "outputs" / NAME) == undisturbed.content()
+    assert content(clone / "outputs" / NAME) == undisturbed_part.content()

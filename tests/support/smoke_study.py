@@ -117,8 +117,11 @@ class Smoke:
         dropped = settings["variants"].keys() - set(names)
         settings["variants"] = {name: settings["variants"][name] for name in names}
         self.file.write_text(yaml.safe_dump(settings, sort_keys=False), "utf-8")
-        for folder in (place for name in dropped for place in self.outputs.glob(f"*/{name}")):
-            shutil.rmtree(folder)
+        for name in dropped:
+            for folder in self.outputs.glob(f"*/{name}"):
+                shutil.rmtree(folder)
+            for notebook in self.outputs.glob(f"notebooks/*.{name}.ipynb"):
+                notebook.unlink()
         return self
 
     def job(self, stage: str, **parameters: str) -> subprocess.CompletedProcess:

@@ -761,7 +761,21 @@ def calibration_texts_without_the_turn_of_the_answer(run, patch):
 # The tests
 
 
-@pytest.mark.parametrize(("break_", "expected", "variant"), BANK)
+def on_both_families() -> list:
+    """Every member on both families, the quick tests with one of them in turn."""
+    members = []
+    for place, entry in enumerate(BANK):
+        for other, family in enumerate(("llama", "qwen3")):
+            marks = [*entry.marks, *([pytest.mark.long] if (place + other) % 2 else [])]
+            members.append(
+                pytest.param(family, *entry.values, id=f"{family}-{entry.id}", marks=marks)
+            )
+    return members
+
+
+@pytest.mark.parametrize(
+    ("family", "break_", "expected", "variant"), on_both_families(), indirect=["family"]
+)
 def test_is_caught_by_name(sound_run, family, monkeypatch, break_, expected, variant):
     run = sound_run(family, variant)
     break_(run, monkeypatch)

@@ -30,14 +30,14 @@ def shown(study: Smoke) -> dict[str, list]:
     return displayed
 
 
-def test_both_show_the_same(without_forks, undisturbed):
-    one, other = shown(without_forks), shown(undisturbed)
+def test_both_show_the_same(without_forks, undisturbed_part):
+    one, other = shown(without_forks), shown(undisturbed_part)
     assert one.keys() == other.keys()
     for name in one:
         assert one[name] == other[name], name
 
 
-def test_no_line_of_a_library_gets_in(without_forks, undisturbed):
-    for study in (without_forks, undisturbed):
+def test_no_line_of_a_library_gets_in(without_forks, undisturbed_part):
+    for study in (without_forks, undisturbed_part):
         texts = [str(output) for outputs in shown(study).values() for output in outputs]
         assert not [t for t in texts if re.search(r"%\||INFO|WARNING|\.tmp", t)]
