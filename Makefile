@@ -134,10 +134,11 @@ lab: $(READY) ## open the notebooks in JupyterLab
 test: $(READY) ## run the tests; ARGS='-m "not slow and not long"' only the quick ones
 	@$(PY) -m pytest -n 2 --dist loadfile -m 'not long' $(ARGS)
 
-# Two at a time, the longest ones first. The estimate is compared with how long a study takes when
-# it is alone; that study, SMOKE_STUDIES, is what all others are compared with.
-ALONE := tests/workflow/test_estimate.py
-FIRST := $(addprefix tests/faults/test_,slurm.py random_kills.py faults.py real_faults.py)
+# Two at a time, the longest ones first. Alone are those that company would slow beyond their limits,
+# and the estimate, compared with how long a study takes when it is alone; that study, in
+# SMOKE_STUDIES, is what all others are compared with.
+ALONE := $(addprefix tests/,workflow/test_estimate.py faults/test_slurm.py faults/test_random_kills.py)
+FIRST := $(addprefix tests/faults/test_,faults.py real_faults.py)
 OTHERS = $(filter-out $(ALONE) $(FIRST),$(sort $(wildcard tests/*/test_*.py)))
 longtest: $(READY) ## run the long tests: whole studies under faults, a cluster
 ifneq (,$(ARGS))

@@ -56,7 +56,7 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed_part, tmp_p
 
     # The engine is killed; its jobs are the cluster's and stay there.
     front = start(study, **mark)
-    wait_for(lambda: len(records(study)) >= 3 and queued(), seconds=240)
+    wait_for(lambda: len(records(study)) >= 3 and queued(), seconds=600)
     kill(of_role(mark, "front")[0])
     front.communicate(timeout=30)
     left = {number for number, _ in queued()}
@@ -67,11 +67,11 @@ def test_a_cluster_gives_what_one_machine_gives(cluster, undisturbed_part, tmp_p
     front = start(study)
     lost = wait_for(
         lambda: [n for n, state in queued() if state == "RUNNING" and n not in left],
-        seconds=240,
+        seconds=600,
     )
     assert not left & {number for number, _ in queued()}
     subprocess.run(["scancel", lost[0]], check=True)
-    _, output = front.communicate(timeout=600)
+    _, output = front.communicate(timeout=1200)
     assert front.returncode == 2  # make's, for a command that failed
     assert "Traceback" not in output
     assert "finished jobs are kept" in output

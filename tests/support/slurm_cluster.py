@@ -75,7 +75,7 @@ def cluster(folder: Path) -> Iterator[None]:
         for process in reversed(started):
             process.terminate()
         for process in started:
-            process.wait(timeout=20)
+            process.wait(timeout=60)
         for path in (CONFIGURATION, CGROUPS):
             path.unlink(missing_ok=True)
 
