@@ -30,9 +30,14 @@ def parted_job(make_job, monkeypatch):  # noqa: F811
         return [complete(row, is_text=False) for row in quantized(rows, rng, noise=0.2)]
 
     def change(settings):
-        ours = settings["variants"][NAME]
-        ours["repeats"] = DRAWS
-        settings["variants"] |= {v: ours | {"preset": p} for v, p in RULERS.items()}
+        ours = settings["variants"][NAME] | {"repeats": DRAWS}
+        variants = {v: ours | {"preset": p} for v, p in RULERS.items()}
+        settings["variants"] = {"noquant": {}, NAME: ours, **variants}
+        settings["models"] = {"base": settings["models"]["base"]}
+        primary = settings["statistics"]["primary"]
+        settings["statistics"]["primary"] = [
+            c for c in primary if (c["model"], c["variant"]) == ("base", NAME)
+        ]
 
     monkeypatch.setattr(test_report, "arc_rows", arc_rows)
     monkeypatch.setattr(recomputation, "_misread_answers", lambda *_: [])
