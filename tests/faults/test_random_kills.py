@@ -16,7 +16,7 @@ pytestmark = pytest.mark.long
 KILLS, SEED = 20, 20261125
 VICTIMS = ("make", "front", "engine", "runner", "kernel")
 TAKES_ALL = ("make", "front", "engine")  # with these everything else has to end
-GONE_S = 10
+GONE_S = 30  # on a machine that does other work too
 
 
 def test_twenty_random_kills_end_in_identical_results(undisturbed_part, tmp_path):
