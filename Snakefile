@@ -162,6 +162,25 @@ rule finetuning:
         COMMAND + " -p model {wildcards.model:q}"
 
 
+rule rotation:
+    input:
+        needs("rotation"),
+    output:
+        notebook=executed("rotation", "{model}"),
+        record=record("rotation", "{model}"),
+    params:
+        notebook=stages.NOTEBOOKS["rotation"],
+        depends=depends("rotation"),
+    message:
+        "rotation {wildcards.model}"
+    priority: 1  # all runs of a rotated model wait for it
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=GPUS,
+    shell:
+        COMMAND + " -p model {wildcards.model:q}"
+
+
 rule calibration:
     input:
         needs("calibration"),

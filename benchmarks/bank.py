@@ -37,6 +37,7 @@ KINDS = {
     "beginnings": "Beginnings of plain text",
     "checkpoint": "Checkpoints: smoothing, weights, scales, metadata",
     "calibration": "Calibration and the source model",
+    "rotation": "Rotations: both sides, norms, head",
     "training": "Fine-tuning: its items, loss and steps",
     "model": "The model that is asked",
     "answers": "Answers: given, filed, scored",

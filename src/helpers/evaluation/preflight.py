@@ -25,6 +25,7 @@ from helpers.evaluation.prompts import (
 )
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization.calibration import smoothing_groups
+from helpers.quantization.variants import has_hadamard_matrix
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
 from helpers.sources.items import Item, cached_rows_info
@@ -49,15 +50,18 @@ from helpers.sources.sampling import (
     training_items,
 )
 from helpers.study.inputs import is_commit, resolve_path, study_sources, task_sources
-from helpers.study.loading import load_study, study_file, study_file_label
+from helpers.study.loading import load_study, study_file, study_file_label, unrotatable
 from helpers.study.schema import (
+    ROTATED,
     BundledModel,
     EvaluationSet,
     FineTunedModel,
     GgufModel,
     HubDataset,
     HubModel,
+    MadeModel,
     ModelSource,
+    RotatedModel,
     Study,
     TaskSet,
 )
@@ -128,7 +132,7 @@ def problems(study: Study, paths: StudyPaths, *, dry: bool) -> Iterator[str]:
     yield from row_lines
     check_texts = not row_lines and rows_are_here(study)
     for model, source in study.models.items():
-        skipped = isinstance(source, FineTunedModel) or (dry and not _is_local(source))
+        skipped = isinstance(source, MadeModel) or (dry and not _is_local(source))
         if not skipped:
             yield from _model_problems(study, model, paths, check_texts=check_texts)
 
@@ -157,6 +161,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
         yield f"{key}: {folder.name}: {tensor_problems}"
         return
     yield from _smoothing_problems(study, model, config)
+    yield from _rotation_problems(study, model, config)
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
@@ -176,6 +181,28 @@ def _smoothing_problems(study: Study, model: str, config) -> Iterator[str]:
             smoothing_groups(config, variant.smooth.targets if variant.smooth else ())
         except StudyError as error:
             yield f"variants.{name}.{error}, or the variant from a study of {model}"
+
+
+def _rotation_problems(study: Study, model: str, config) -> Iterator[str]:
+    """A line for each rotation of a model whose family or sizes llmcompressor cannot rotate."""
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    sizes = {"r1": ("hidden_size", config.hidden_size), "r2": ("head_dim", head_size)}
+    for name, source in study.models.items():
+        if not isinstance(source, RotatedModel) or source.start != model:
+            continue
+        key = f"models.{name}.rotate"
+        if config.model_type not in ROTATED:
+            yield f"{key}.start = {model!r} {unrotatable(config.model_type)}"
+            continue
+        for rotation in source.rotate.rotations:
+            setting, size = sizes[rotation]
+            if not has_hadamard_matrix(size):
+                yield (
+                    f"{key}.rotations: {rotation} needs a Hadamard matrix of {setting} = {size}, "
+                    f"and llmcompressor has none; leave {rotation} out"
+                )
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

@@ -30,7 +30,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
+from types import MethodType, SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -321,6 +322,45 @@ def quantize_variant_(
     return quantize_(model, variant, absmax, items, batch_tokens=batch_tokens)
 
 
+def rotate_(model, rotations: Sequence[str]) -> None:
+    """Rotate a float model in place by llmcompressor's SpinQuant; its function stays.
+
+    R1 turns the states between the blocks, R2 the values of each head. Both are Hadamard matrices
+    with signs drawn from llmcompressor's fixed seed, and are multiplied into the weights before
+    and behind them. Norms become ones, so the head gets weights apart from the embeddings.
+
+    llmcompressor also subtracts each embedding's mean. Only a LayerNorm forgets the mean; here
+    every norm is an RMSNorm, and the function would change (NOTES.md), so that step is left out.
+
+    Args:
+        model: in float32 or float64, of one of the families in `helpers.study.schema.ROTATED`.
+        rotations: `r1`, `r2` or both.
+    """
+    from llmcompressor.core import State
+    from llmcompressor.modifiers.transform import SpinQuantModifier
+
+    class Rotations(SpinQuantModifier):
+        def _center_embeddings(self, model) -> None:
+            pass
+
+    set_activity("rotating")
+    recipe = Rotations(rotations=list(rotations), transform_type=TRANSFORM)
+    state = State(model=model)
+    recipe.on_initialize(state)
+    recipe.on_calibration_start(state, None)
+
+
+# Exists for more sizes than `hadamard`; matrices of `random-matrix` are not orthogonal.
+TRANSFORM: Literal["random-hadamard"] = "random-hadamard"
+LARGEST_TABLE = 256  # of compressed-tensors' tables of Hadamard matrices, which it doubles
+
+
+def has_hadamard_matrix(size: int) -> bool:
+    """Whether compressed-tensors has a Hadamard matrix of a size: 2^k, or 2^k times a table's."""
+    odd = size // (size & -size)
+    return odd == 1 or (size % 4 == 0 and 4 * odd <= LARGEST_TABLE)
+
+
 def describe_recipe(variant: Variant, alphas: dict[str, float]) -> str:
     """The recipe as one sentence; `alphas` are those of its groups."""
     if variant.recipe == "seed":
@@ -389,9 +429,11 @@ def quiet_llmcompressor() -> None:
     import llmcompressor  # noqa: F401
     from compressed_tensors.offload import dispatch
     from compressed_tensors.quantization.lifecycle import apply
+    from compressed_tensors.transform.factory import base
 
     for module in (dispatch, apply):  # their progress bars ignore TQDM_DISABLE
         module.tqdm = lambda items, **_: items
+    base.tqdm = SimpleNamespace(tqdm=dispatch.tqdm)
     logger.remove()
     logger.add(lambda line: logging.getLogger("llmcompressor").warning(line), level="ERROR")
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
