@@ -145,7 +145,7 @@ FAILURES = [
     (r2_left_out_of_the_bias_of_v_proj, {TENSORS, FUNCTION}),
     (a_norm_that_was_not_folded, {TENSORS, FUNCTION}),
     (the_last_norm_not_in_the_head, {TENSORS, FUNCTION}),
-    (embeddings_less_their_mean, {TENSORS, FUNCTION}),
+    (embeddings_less_their_mean, {TENSORS, FUNCTION, REJECTED}),  # no matrix gives them
     (one_weight_a_thousandth_off, {TENSORS}),
 ]
 
