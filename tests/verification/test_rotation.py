@@ -7,9 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from helpers.quantization.variants import has_hadamard_matrix, quiet_llmcompressor, rotate_
+from helpers.quantization.variants import (
+    has_hadamard_matrix,
+    quantize_,
+    quiet_llmcompressor,
+    rotate_,
+    save_checkpoint,
+)
 from helpers.sources.models import byte_tokenizer, random_model, save_model
-from helpers.study.schema import ROTATED, Runtime
+from helpers.study.schema import ROTATED, Runtime, Variant
 from helpers.verification import checkpoint_gates, runtime_gates
 from helpers.verification.checkpoint_files import RotatedFiles
 from quantized_run import lived_in
@@ -150,7 +156,7 @@ FAILURES = [
 ]
 
 
-@pytest.mark.bank("rotation", "{change}", TENSORS, at="files of the rotated model")
+@pytest.mark.bank("rotation", "{change}", at="files of the rotated model")
 @pytest.mark.parametrize(("change", "expected"), FAILURES, ids=lambda v: getattr(v, "__name__", ""))
 def test_a_rotation_that_lacks_a_part_is_caught(copied, change, expected):
     path = copied / "rotated" / "model.safetensors"
@@ -187,12 +193,24 @@ def test_a_head_left_tied_is_caught(copied):
 TOKENIZER = "rotated model's tokenizer matches its start's"
 
 
-@pytest.mark.bank("rotation", "another tokenizer saved with a rotated model", TOKENIZER)
+@pytest.mark.bank(
+    "rotation", "another tokenizer saved with a rotated model", TOKENIZER, at="the tokenizer"
+)
 def test_another_tokenizer_is_caught(copied):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant", "Assistant")
     tokenizer.save_pretrained(copied / "rotated")
     assert failed(copied) == {TOKENIZER}
+
+
+def test_a_checkpoint_keeps_a_head_of_its_own_that_equals_the_embeddings(tmp_path):
+    """After norms of ones, as untrained models have them, both are rotated to the same values."""
+    model = random_model("llama", seed=3)
+    rotate_(model, ["r1"])
+    assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    quantize_(model, Variant(preset="w8a8"), {})
+    save_checkpoint(model, byte_tokenizer(), tmp_path)
+    assert "lm_head.weight" in load_file(tmp_path / "model.safetensors")
 
 
 def test_the_sizes_that_are_refused_are_those_without_a_matrix():
