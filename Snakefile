@@ -82,7 +82,12 @@ def depends(stage):
 
 
 def one_of(names):
-    return "|".join(re.escape(name) for name in names)
+    return "|".join(re.escape(name) for name in names) or "(?!)"
+
+
+def made_by(stage):
+    """Models that a stage makes; two stages write to the same place."""
+    return one_of(run.model for run in RUNS if run.stage == stage)
 
 
 def log_errors(message):
@@ -154,7 +159,30 @@ rule finetuning:
         depends=depends("finetuning"),
     message:
         "finetuning {wildcards.model}"
+    wildcard_constraints:
+        model=made_by("finetuning"),
     priority: 1  # all runs of a trained model wait for it
+    threads: STUDY.runtime.threads
+    resources:
+        gpu=GPUS,
+    shell:
+        COMMAND + " -p model {wildcards.model:q}"
+
+
+rule rotation:
+    input:
+        needs("rotation"),
+    output:
+        notebook=executed("rotation", "{model}"),
+        record=record("rotation", "{model}"),
+    params:
+        notebook=stages.NOTEBOOKS["rotation"],
+        depends=depends("rotation"),
+    message:
+        "rotation {wildcards.model}"
+    wildcard_constraints:
+        model=made_by("rotation"),
+    priority: 1  # all runs of a rotated model wait for it
     threads: STUDY.runtime.threads
     resources:
         gpu=GPUS,

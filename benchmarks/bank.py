@@ -38,6 +38,7 @@ KINDS = {
     "checkpoint": "Checkpoints: smoothing, weights, scales, metadata",
     "ruler": "Rulers: other recipes, simulated",
     "calibration": "Calibration and the source model",
+    "rotation": "Rotations: both sides, norms, head",
     "training": "Fine-tuning: its items, loss and steps",
     "model": "The model that is asked",
     "answers": "Answers: given, filed, scored",

@@ -157,7 +157,7 @@ def test_a_damaged_trained_model_is_refused(study_path, tmp_path, monkeypatch):
 
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path))
     job = open_job(study_path, model="tuned")
-    folder = job.paths.finetuned_model("tuned")
+    folder = job.paths.made_model("tuned")
     record = Record(folder, stage="finetuning", parameters={})
     replace_folder(folder, lambda p: (p / "model.safetensors").write_bytes(b"1"))
     record.write({})

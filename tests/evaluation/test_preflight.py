@@ -154,6 +154,29 @@ PROBLEMS = [
 ]
 
 
+def test_a_rotation_without_a_matrix_or_of_another_family_is_refused(check, sound, tmp_path):
+    def rotated(settings):
+        settings["models"]["turned"] = {"rotate": {"start": "base", "rotations": ["r1", "r2"]}}
+
+    assert check(None, rotated) == []
+    for family, sizes, begun in [
+        ("llama", {"hidden_size": 60}, []),
+        ("llama", {"hidden_size": 260}, ["models.turned.rotate.rotations: r1 needs a Hadamard"]),
+        ("llama", {"head_dim": 10}, ["models.turned.rotate.rotations: r2 needs a Hadamard"]),
+        (
+            "opt",
+            {},
+            ["models.turned.rotate.start = 'base' is of family opt, and only llama, mistral"],
+        ),
+    ]:
+
+        def of_another_size(folder, family=family, sizes=sizes):
+            random_model(family, seed=3, **sizes).save_pretrained(folder)
+
+        lines = [line for line in check(of_another_size, rotated) if "turned" in line]
+        assert [line[: len(b)] for line, b in zip(lines, begun, strict=True)] == begun
+
+
 @pytest.mark.bank("brought", "a model that people bring: {case}", at="the model's folder")
 @pytest.mark.parametrize(("case", "settings", "begun"), PROBLEMS)
 def test_each_problem_is_a_line_with_its_key(check, case, settings, begun):

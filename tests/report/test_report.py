@@ -211,7 +211,7 @@ def write_outputs(job, *, outlier: float = 900.0, median: float | None = None, f
             start = "files of base"
             results = {"training_items": 8, "heldout_loss_before": 2.5, "heldout_loss_after": 1.5}
             training = record("finetuning", {"model": model}, {"source_model": start}, results)
-            write_json(job.paths.finetuned_model(model) / "record.json", training)
+            write_json(job.paths.made_model(model) / "record.json", training)
 
 
 def made_up_job(folder, patch, edit=lambda settings: None, **options):
@@ -606,7 +606,7 @@ def test_answers_of_another_checkpoint_are_refused(make_job):
 )
 def test_a_model_trained_from_other_files_is_refused(make_job):
     job = make_job()
-    path = job.paths.finetuned_model("tuned") / "record.json"
+    path = job.paths.made_model("tuned") / "record.json"
     stored_record = read_json(path, made_by="")
     stored_record["inputs"]["source_model"] = "files of something else"
     write_json(path, stored_record)

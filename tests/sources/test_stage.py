@@ -75,7 +75,7 @@ def test_a_fine_tuning_starts_from_another_model_of_the_study(study_path, record
     assert run.source == open_calibration(study_path).source
     assert list(run.record.inputs) == ["source_model"]
     assert run.folder == record_path.parents[2] / "tuned" / "model"
-    with pytest.raises(StudyError, match=r"models\.base is not fine-tuned by this study"):
+    with pytest.raises(StudyError, match=r"models\.base is not made by this study"):
         open_stage(
             "finetuning",
             study_path,

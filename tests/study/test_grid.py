@@ -50,6 +50,28 @@ def test_runs_of_a_study():
     assert "03_evaluation.base.noquant" in names
 
 
+ROTATED = {"rotate": {"start": "base", "rotations": ["r1", "r2"]}}
+
+
+def test_everything_of_a_rotated_model_waits_for_its_rotation():
+    """Its cost too, which is its own; what its start is quantized to makes no difference."""
+    turned = study(models__turned=ROTATED)
+    made = Run("rotation", "turned")
+    for run in study_stages.runs(turned):
+        after = {made} <= _all_upstream(turned, run)
+        assert after == (run.model == "turned" and run != made), run
+    other_start = study(models__turned=ROTATED, models__base={"random": "qwen2"})
+    assert {"00_rotation.turned", "01_calibration.turned"} <= changed(turned, other_start)
+    fewer = study(models__turned={"rotate": {"start": "base", "rotations": ["r1"]}})
+    assert all("turned" in name or name == "04_analysis" for name in changed(turned, fewer))
+    assert changed(study(), turned) == {"04_analysis"}
+
+
+def _all_upstream(of: Study, run: Run) -> set[Run]:
+    before = set(study_stages.upstream_runs(of, run))
+    return before.union(*(_all_upstream(of, earlier) for earlier in before))
+
+
 def test_cost_can_be_left_out_and_nothing_else_is_repeated():
     without = study(runtime__cost=False)
     left = [run for run in study_stages.runs(study()) if run.stage != "cost"]
@@ -211,15 +233,16 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
     """Python's own account of what was imported; the report alone repeats no computation."""
     monkeypatch.setenv("STUDY_OUTPUTS", str(tmp_path))
     paths = StudyPaths("toy")
-    model, variant = ("tuned" if stage == "finetuning" else "base"), "rtn"
+    toy = study(models__turned=ROTATED)
+    model, variant = {"finetuning": "tuned", "rotation": "turned"}.get(stage, "base"), "rtn"
     names = {"analysis": (), "quantization": (model, variant), "evaluation": (model, variant)}
     run = Run(stage, *names.get(stage, (model,)))
     for path in (run.record(paths), run.executed(paths)):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
-    with stages.record_fingerprint(study(), paths, run):
+    with stages.record_fingerprint(toy, paths, run):
         pass
-    assert stages.is_current(study(), paths, run)
+    assert stages.is_current(toy, paths, run)
     modules = loaded_modules[stage, True]
     as_it_is, stale = stages._file_fingerprint, set()
     for changed in modules:
@@ -227,7 +250,7 @@ def test_a_byte_of_any_module_that_its_notebook_imports_makes_a_result_stale(
         monkeypatch.setattr(
             stages, "_file_fingerprint", lambda p, e=edited: e.get(p) or as_it_is(p)
         )
-        if not stages.is_current(study(), paths, run):
+        if not stages.is_current(toy, paths, run):
             stale.add(changed)
     expected = loaded_modules[stage, stage == "analysis"]
     assert len(expected) > 20

@@ -212,7 +212,7 @@ def test_a_value_not_on_the_list_is_refused_with_the_list(
 @pytest.mark.parametrize(
     ("path", "offered"),
     [
-        ("models/base", {"bundled", "hub", "folder", "random", "finetune"}),
+        ("models/base", {"bundled", "hub", "folder", "random", "finetune", "rotate"}),
         ("calibration/dataset", {"shipped", "hub", "file"}),
     ],
 )
@@ -326,6 +326,28 @@ def test_more_worked_examples_than_there_are_is_refused(study_settings, write_st
 def test_a_fine_tuning_does_not_start_from_another(write_study, study_settings):
     line = refusal(write_study(put(study_settings, "models/tuned/finetune/start", "tuned")))
     assert line.startswith("models.tuned.finetune.start = 'tuned' is itself fine-tuned")
+
+
+ROTATIONS = [
+    ({"rotations": ["r1", "r4"]}, "rotations.1 = 'r4' is multiplied while a model runs, which no"),
+    ({"rotations": ["r1", "r5"]}, "rotations.1 = 'r5' is not known; use one of 'r1'"),
+    ({"rotations": []}, "rotations = [] is empty"),
+    ({"rotations": ["r1", "r1"]}, "rotations = ['r1', 'r1'] is refused: repeats one"),
+    ({"start": "tuned"}, "start = 'tuned' is itself fine-tuned by this study"),
+    ({"start": "turned"}, "start = 'turned' is itself rotated by this study"),
+    ({"start": "bas"}, "start = 'bas' is not a model of this study"),
+    ({"start": "gemma"}, "start = 'gemma' is of family gemma3_text, and only llama, mistral"),
+]
+
+
+@pytest.mark.parametrize(("change", "begun"), ROTATIONS)
+def test_a_rotation_that_cannot_be_is_refused(write_study, study_settings, change, begun):
+    study_settings["models"]["gemma"] = {"random": "gemma3_text"}
+    rotate = {"start": "base", "rotations": ["r1", "r2"]}
+    study_settings["models"]["turned"] = {"rotate": rotate}
+    load_study(write_study(study_settings))
+    study_settings["models"]["turned"] = {"rotate": rotate | change}
+    assert refusal(write_study(study_settings)).startswith(f"models.turned.rotate.{begun}")
 
 
 def test_a_protocol_that_cannot_ask_the_items_is_refused(write_study, study_settings):

@@ -93,6 +93,7 @@ PARAMETERS = 'study = "toy"\nmodel = "base"\nvariant = "rtn"'
 TABLES = "\nfrom helpers.report import tables"
 USES = {
     "finetuning": "from helpers.sources import finetuning",
+    "rotation": "from helpers.quantization import variants",
     "calibration": "from helpers.quantization import calibration\nimport helpers.report",
     "quantization": "from helpers.quantization import smoothing" + TABLES,
     "cost": "from helpers.core import processes" + TABLES,
@@ -122,7 +123,8 @@ def notebook(*cells: str, parameters: str = PARAMETERS):
 
 def stage_notebook(stage: str):
     """The toy of one stage: names what the real one imports, and writes its record."""
-    names = {"finetuning": "model", "calibration": "model", "cost": "model", "analysis": ""}
+    names = dict.fromkeys(("finetuning", "rotation", "calibration", "cost"), "model")
+    names["analysis"] = ""
     given = names.get(stage, "model, variant")
     run = f"RUN = stages.Run({stage!r}, {given})\nNAME = RUN.name"
     uses = "if False:\n    " + USES[stage].replace("\n", "\n    ")

@@ -10,8 +10,8 @@ from helpers.study import stages
 from helpers.workflow.cli import HIDDEN
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
-NAMES = ["00_finetuning", "01_calibration", "02_quantization", "03_cost", "03_evaluation"]
-NAMES += ["04_analysis", "explore"]
+NAMES = ["00_finetuning", "00_rotation", "01_calibration", "02_quantization", "03_cost"]
+NAMES += ["03_evaluation", "04_analysis", "explore"]
 *COMPUTING, ANALYSIS = [path for path in NOTEBOOKS if path.stem in stages.NOTEBOOKS.values()]
 
 

@@ -112,7 +112,8 @@ class StudyPaths:
         """Tables, figures and the summary; report.md and report.html lie beside it."""
         return self.root / "report"
 
-    def finetuned_model(self, model: str) -> Path:
+    def made_model(self, model: str) -> Path:
+        """A model that the study makes itself, by fine-tuning or rotation."""
         return self.root / model / "model"
 
     def calibration(self, model: str) -> Path:

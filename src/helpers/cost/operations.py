@@ -45,7 +45,7 @@ from helpers.sources.models import empty_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items, training_items
 from helpers.study import stages
 from helpers.study.loading import Job, load_study, study_file
-from helpers.study.schema import FineTunedModel, Study, Variant
+from helpers.study.schema import MadeModel, Study, Variant
 from helpers.verification.checkpoint_files import PROBE_TOKENS, PROBES
 
 READING, WRITING = (
@@ -98,13 +98,13 @@ def size_of(folder: Path) -> Size:
 
 
 def folder_to_count(study: Study, model: str, paths: StudyPaths) -> Path:
-    """The folder with a model's config and tokenizer; for a fine-tuned model its start's folder.
+    """The folder with a model's config and tokenizer; for a model made here its start's folder.
 
     Raises:
         StudyError: the model is not on this machine.
     """
     source = study.models[model]
-    start = source.finetune.start if isinstance(source, FineTunedModel) else model
+    start = source.start if isinstance(source, MadeModel) else model
     return model_folder(study, start, paths)
 
 
@@ -171,6 +171,13 @@ def count_finetuning(study: Study, model: str, size: Size, tokenizer) -> Counter
     )
 
 
+def count_rotation(study: Study, size: Size, tokenizer) -> Counter:
+    """Counts of rotating one model: two readings of a few texts, and passes over its weights."""
+    tokens = sum(map(len, _tokens(study, tokenizer, "", 1)[: simulation.ITEMS]))
+    reading = reading_operations(size, "float32", 2 * tokens, head=2 * tokens)
+    return reading + weight_passes(size, ROTATION)
+
+
 def _padded(examples: list[tuple[list[int], list[int]]], batch_items: int) -> tuple[int, int]:
     """(tokens with padding, in batches of similar length; tokens of the answers)."""
     lengths = sorted(len(prompt) + len(answer) - 1 for prompt, answer in examples)
@@ -180,6 +187,7 @@ def _padded(examples: list[tuple[list[int], list[int]]], batch_items: int) -> tu
 
 LOOKS = 13  # rows of `sensitivity_rows`
 CANDIDATES = 11  # α of `auto`
+ROTATION = 40  # passes over a model's weights: folding, products in float64, saving, hashing
 KEPT = 25  # passes over a checkpoint's weights: quantize, save, hash, load, compare
 SIMULATED = 4  # passes over all weights to round them for one simulated forward pass
 COLUMN_PASSES = 140  # of GPTQ over a weight: half of its block of 128 columns, and its rounding
@@ -257,10 +265,12 @@ def _gptq_operations(size: Size, dtype: str, tokens: int) -> Counter:
 
 
 def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
-    """Counts of one job of fine-tuning, calibration or quantization."""
+    """Counts of one job of fine-tuning, rotation, calibration or quantization."""
     match run.stage:
         case "finetuning":
             return count_finetuning(study, run.model, size, tokenizer)
+        case "rotation":
+            return count_rotation(study, size, tokenizer)
         case "calibration":
             return count_calibration(study, size, tokenizer, run.variant, draw=run.draw)
     variant = study.variants[run.variant]
@@ -268,7 +278,7 @@ def count_run(study: Study, run: stages.Run, size: Size, tokenizer) -> Counter:
 
 
 def quantization_stage_operations(job: Job, tokenizer, *, stage: str) -> dict[str, int]:
-    """Operations of a calibration or quantization job by arithmetic, for its record."""
+    """Operations of a rotation, calibration or quantization job by arithmetic, for its record."""
     size = size_of(folder_to_count(job.study, job.model, job.paths))
     run = stages.run_of(job, stage)
     return without_weight_passes(count_run(job.study, run, size, tokenizer))
@@ -287,7 +297,8 @@ def _tokens(study: Study, tokenizer, calibration: str, draw: int) -> list[list[i
 def print_counts(study_name: str) -> None:
     """Print the counts of a study's jobs, the reasons for missing counts, and Linear shapes."""
     study, paths = load_study(study_name), StudyPaths(study_file(study_name).stem)
-    stages_here, jobs, shapes, uncounted = ("finetuning", "calibration", "quantization"), {}, [], {}
+    stages_here = ("finetuning", "rotation", "calibration", "quantization")
+    jobs, shapes, uncounted = {}, [], {}
     runs = [run for run in stages.runs(study) if run.stage in stages_here]
     for model in study.models:
         try:

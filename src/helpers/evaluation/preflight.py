@@ -28,6 +28,7 @@ from helpers.evaluation.prompts import (
 from helpers.inference.perplexity import passage_tokens
 from helpers.quantization.calibration import smoothing_groups
 from helpers.quantization.protection import bytes_saved
+from helpers.quantization.variants import has_hadamard_matrix
 from helpers.runtime.discovery import linear_names
 from helpers.sources.chat import calibration_tokens, end_of_turn, training_tokens
 from helpers.sources.fetching import cached_model
@@ -61,15 +62,18 @@ from helpers.study.inputs import (
     study_sources,
     task_sources,
 )
-from helpers.study.loading import load_study, study_file, study_file_label
+from helpers.study.loading import load_study, study_file, study_file_label, unrotatable
 from helpers.study.schema import (
+    ROTATED,
     BundledModel,
     EvaluationSet,
     FineTunedModel,
     GgufModel,
     HubDataset,
     HubModel,
+    MadeModel,
     ModelSource,
+    RotatedModel,
     Study,
     TaskSet,
     is_ignored,
@@ -141,7 +145,7 @@ def problems(study: Study, paths: StudyPaths, *, dry: bool) -> Iterator[str]:
     yield from row_lines
     check_texts = not row_lines and rows_are_here(study)
     for model, source in study.models.items():
-        skipped = isinstance(source, FineTunedModel) or (dry and not _is_local(source))
+        skipped = isinstance(source, MadeModel) or (dry and not _is_local(source))
         if not skipped:
             yield from _model_problems(study, model, paths, check_texts=check_texts)
 
@@ -172,6 +176,7 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
     yield from _smoothing_problems(study, model, config)
     yield from _protection_problems(study, model, config, tied=files.tied)
     yield from _checkpoint_problems(study, model, files, config)
+    yield from _rotation_problems(study, model, config)
     if study.runtime.quantized == "vllm" and length_independent_up_to(config) is not None:
         yield (
             f"runtime.quantized = 'vllm' but the positions of {model} depend on the length of a "
@@ -214,32 +219,33 @@ def _protection_problems(study: Study, model: str, config, *, tied: bool) -> Ite
 def _checkpoint_problems(study: Study, model: str, files: TensorFiles, config) -> Iterator[str]:
     """A line for each checkpoint made elsewhere whose tensors are not those of a model.
 
-    A model that is trained here has the architecture of its start, which is looked at.
+    A model that is made here has the architecture of its start, which is looked at; a rotated one
+    has a head of its own besides.
     """
-    trained = [n for n, m in study.models.items() if _starts_from(m, model)]
+    shapes, known = {name: files.shape(name) for name in files}, skeleton(config)
+    owners = {model: shapes}
+    for name, source in study.models.items():
+        if isinstance(source, MadeModel) and source.start == model:
+            head = [known.head] if isinstance(source, RotatedModel) else []
+            owners[name] = {n: known.shapes[n] for n in head} | shapes
     for name, variant in study.variants.items():
-        for owner in (model, *trained) if variant.checkpoint else ():
+        for owner in owners if variant.checkpoint else ():
             key = f"variants.{name}.checkpoint.{owner}.folder"
             at = f"{key} = {variant.checkpoint[owner].folder!r}"
             folder = checkpoint_folder(variant, owner)
             try:
                 check_model_safety(folder)
-                if problem := _other_model(folder, owner, files, config):
+                if problem := _other_model(folder, owner, owners[owner], config):
                     yield f"{at} {problem}; give a checkpoint of models.{owner}"
             except StudyError as error:
                 yield f"{at}: {error}"
 
 
-def _starts_from(source: ModelSource, model: str) -> bool:
-    return isinstance(source, FineTunedModel) and source.finetune.start == model
-
-
-def _other_model(folder: Path, model: str, files: TensorFiles, config) -> str | None:
+def _other_model(folder: Path, model: str, shapes: dict, config) -> str | None:
     """Why a checkpoint is not one of a model: its architecture, a tensor, a shape."""
     own, given = load_config(folder), TensorFiles(folder, dtype=None)
     if own.model_type != config.model_type:
         return f"is a {own.model_type} model, and models.{model} a {config.model_type} model"
-    shapes = {name: files.shape(name) for name in files}
     parts = {n: given.shape(n) for n in given if n.rpartition(".")[2] not in QUANTIZED_PARTS}
     if parts == shapes:
         return None
@@ -249,6 +255,28 @@ def _other_model(folder: Path, model: str, files: TensorFiles, config) -> str | 
         f"has {differing[0]} {sizes[0]} where models.{model} has {sizes[1]} "
         f"({len(differing)} tensors differ)"
     )
+
+
+def _rotation_problems(study: Study, model: str, config) -> Iterator[str]:
+    """A line for each rotation of a model whose family or sizes llmcompressor cannot rotate."""
+    head_size = getattr(config, "head_dim", None) or (
+        config.hidden_size // config.num_attention_heads
+    )
+    sizes = {"r1": ("hidden_size", config.hidden_size), "r2": ("head_dim", head_size)}
+    for name, source in study.models.items():
+        if not isinstance(source, RotatedModel) or source.start != model:
+            continue
+        key = f"models.{name}.rotate"
+        if config.model_type not in ROTATED:
+            yield f"{key}.start = {model!r} {unrotatable(config.model_type)}"
+            continue
+        for rotation in source.rotate.rotations:
+            setting, size = sizes[rotation]
+            if not has_hadamard_matrix(size):
+                yield (
+                    f"{key}.rotations: {rotation} needs a Hadamard matrix of {setting} = {size}, "
+                    f"and llmcompressor has none; leave {rotation} out"
+                )
 
 
 def _tensor_problem(files: TensorFiles, config) -> str | None:

@@ -31,7 +31,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType, MethodType
+from types import MappingProxyType, MethodType, SimpleNamespace
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -336,6 +337,46 @@ def quantize_variant_(
     return quantize_(model, variant, absmax, items, batch_tokens=batch_tokens)
 
 
+def rotate_(model, rotations: Sequence[str]) -> None:
+    """Rotate a float model in place by llmcompressor's SpinQuant; its function stays.
+
+    R1 turns the states between the blocks, R2 the values of each head. Both are Hadamard matrices
+    with signs drawn from llmcompressor's fixed seed, and are multiplied into the weights before
+    and behind them. Norms become ones, so the head gets weights apart from the embeddings.
+
+    llmcompressor also subtracts each embedding's mean. Only a LayerNorm forgets the mean; here
+    every norm is an RMSNorm, and the function would change (SmolLM2's by a KL of 0.008 nats per
+    token), so that step is left out.
+
+    Args:
+        model: in float32 or float64, of one of the families in `helpers.study.schema.ROTATED`.
+        rotations: `r1`, `r2` or both.
+    """
+    from llmcompressor.core import State
+    from llmcompressor.modifiers.transform import SpinQuantModifier
+
+    class Rotations(SpinQuantModifier):
+        def _center_embeddings(self, model) -> None:
+            pass
+
+    set_activity("rotating")
+    recipe = Rotations(rotations=list(rotations), transform_type=TRANSFORM)
+    state = State(model=model)
+    recipe.on_initialize(state)
+    recipe.on_calibration_start(state, None)
+
+
+# Exists for more sizes than `hadamard`; matrices of `random-matrix` are not orthogonal.
+TRANSFORM: Literal["random-hadamard"] = "random-hadamard"
+LARGEST_TABLE = 256  # of compressed-tensors' tables of Hadamard matrices, which it doubles
+
+
+def has_hadamard_matrix(size: int) -> bool:
+    """Whether compressed-tensors has a Hadamard matrix of a size: 2^k, or 2^k times a table's."""
+    odd = size // (size & -size)
+    return odd == 1 or (size % 4 == 0 and 4 * odd <= LARGEST_TABLE)
+
+
 def describe_recipe(
     variant: Variant, alphas: dict[str, float], protected: Mapping = MappingProxyType({})
 ) -> str:
@@ -440,7 +481,8 @@ def save_checkpoint(model, tokenizer, folder: Path) -> None:
 
     if any(hasattr(module, "quantization_scheme") for module in model.modules()):
         modify_save_pretrained(model)
-        save_model(model, tokenizer, folder, save_compressed=True)
+        with _head_as_configured(model):
+            save_model(model, tokenizer, folder, save_compressed=True)
     else:
         save_model(model, tokenizer, folder)
 
@@ -474,6 +516,23 @@ def copy_checkpoint(given: Path, folder: Path) -> None:
     replace_folder(folder, fill)
 
 
+@contextmanager
+def _head_as_configured(model) -> Iterator[None]:
+    """Inside, llmcompressor saves a head of its own even if it equals the embeddings.
+
+    So does the head of a rotated model whose last norm was all ones.
+    """
+    from llmcompressor.transformers.compression import compressed_tensors_utils as saving
+
+    tie = saving._retie_embeddings
+    if not model.config.tie_word_embeddings:
+        saving._retie_embeddings = lambda _model: None
+    try:
+        yield
+    finally:
+        saving._retie_embeddings = tie
+
+
 def quiet_llmcompressor() -> None:
     """Silence llmcompressor and compressed-tensors in notebooks, except for errors.
 
@@ -486,9 +545,11 @@ def quiet_llmcompressor() -> None:
     import llmcompressor  # noqa: F401
     from compressed_tensors.offload import dispatch
     from compressed_tensors.quantization.lifecycle import apply
+    from compressed_tensors.transform.factory import base
 
     for module in (dispatch, apply):  # their progress bars ignore TQDM_DISABLE
         module.tqdm = lambda items, **_: items
+    base.tqdm = SimpleNamespace(tqdm=dispatch.tqdm)
     logger.remove()
     logger.add(lambda line: logging.getLogger("llmcompressor").warning(line), level="ERROR")
     warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")

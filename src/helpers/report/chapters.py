@@ -295,7 +295,8 @@ def operation_table(results: Results) -> Rows | None:
 def all_records(results: Results) -> list[dict]:
     """Every record of the study, stage by stage."""
     variants = list(results.evaluations.values())
-    records = [*results.training.values(), *(c.record for c in results.calibrations.values())]
+    records = [*results.training.values(), *results.rotations.values()]
+    records += [c.record for c in results.calibrations.values()]
     records += [e.quantization for e in variants if e.quantization]
     records += [cost.record for cost in results.costs.values() if cost]
     return records + [e.record for e in variants]
@@ -459,6 +460,7 @@ def model_comparisons(results: Results) -> Shown:
     return [
         markdown_output(
             " ".join(training),
+            " ".join(narrative.rotation_summary(results, model) for model in results.rotations),
             "### Items",
             markdown_table(declared) if declared else none if not others else "",
             folded("Comparisons that nobody declared", markdown_table(others) if others else ""),

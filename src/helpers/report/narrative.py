@@ -524,6 +524,16 @@ def training_summary(results: Results, model: str) -> str:
     return text + (f", and {listed(changes)}." if changes else ".")
 
 
+def rotation_summary(results: Results, model: str) -> str:
+    """From which model another one was rotated, and that its function stays."""
+    settings = results.study.models[model].rotate
+    rotations = listed([r.upper() for r in settings.rotations])
+    return (
+        f"`{model}` is `{settings.start}` rotated by {rotations} "
+        "(llmcompressor's SpinQuant): the same function in other weights."
+    )
+
+
 def nats_with_interval(difference: TokenDifference) -> str:
     """A mean difference per token with its interval."""
     interval = f" {span(difference.interval, signed4)}" if difference.interval else ""

@@ -54,7 +54,7 @@ from helpers.statistics.verdicts import (
     role_of,
 )
 from helpers.study.loading import Job
-from helpers.study.schema import Comparison, FineTunedModel, Runtime, Study
+from helpers.study.schema import Comparison, FineTunedModel, RotatedModel, Runtime, Study
 
 
 def check_provenance(
@@ -62,6 +62,7 @@ def check_provenance(
     calibrations: Mapping[str, CalibrationResults],
     evaluations: Mapping[tuple[str, str], VariantResults],
     training: Mapping[str, dict],
+    rotations: Mapping[str, dict],
 ) -> None:
     """Follow the hashes from stage to stage.
 
@@ -71,8 +72,15 @@ def check_provenance(
     files = {
         model: calibration.record["inputs"]["model"] for model, calibration in calibrations.items()
     }
+    for model, record in rotations.items():
+        start = job.study.models[model].start
+        if record["inputs"]["source_model"] != files[start]:
+            raise StudyError(
+                f"{model}: was rotated from other model files than {start} was calibrated with; "
+                "run 00_rotation and 01_calibration again"
+            )
     for model, record in training.items():
-        start = job.study.models[model].finetune.start
+        start = job.study.models[model].start
         if record["inputs"]["source_model"] != files[start]:
             raise StudyError(
                 f"{model}: was fine-tuned from other model files than {start} was calibrated with; "
@@ -155,6 +163,7 @@ class Results:
     costs: dict[str, Cost | None]  # of the models that have one of their own
     # Further draws of the variants that are repeated, by (model, variant).
     draws: dict[tuple[str, str], list[VariantResults]] = field(default_factory=dict)
+    rotations: dict[str, dict] = field(default_factory=dict)  # of the models it rotated itself
 
     @property
     def models(self) -> list[str]:
@@ -329,7 +338,6 @@ def load_results(job: Job) -> Results:
             names the notebook to run.
     """
     study = job.study
-    trained = [m for m, source in study.models.items() if isinstance(source, FineTunedModel)]
     evaluations = {
         (model, variant): _load_variant(job, model, variant)
         for model in study.models
@@ -340,12 +348,8 @@ def load_results(job: Job) -> Results:
         study=study,
         calibrations={model: _load_calibration(job, model) for model in study.models},
         evaluations=evaluations,
-        training={
-            model: read_json(
-                job.paths.finetuned_model(model) / "record.json", made_by="00_finetuning"
-            )
-            for model in trained
-        },
+        training=_made_models(job, FineTunedModel, made_by="00_finetuning"),
+        rotations=_made_models(job, RotatedModel, made_by="00_rotation"),
         prompts={
             (model, dataset): _load_prompts(job, model, dataset)
             for model in study.models
@@ -354,10 +358,21 @@ def load_results(job: Job) -> Results:
         costs=read_costs(job),
         draws=_load_draws(job, evaluations),
     )
-    check_provenance(job, results.calibrations, results.evaluations, results.training)
+    check_provenance(
+        job, results.calibrations, results.evaluations, results.training, results.rotations
+    )
     hashes = {at: e.record["inputs"]["variant"] for at, e in evaluations.items()}
     check_measured_files(results.costs, hashes)
     return results
+
+
+def _made_models(job: Job, kind: type, *, made_by: str) -> dict[str, dict]:
+    """The records of the models that the study made itself, by one of the two kinds."""
+    return {
+        model: read_json(job.paths.made_model(model) / "record.json", made_by=made_by)
+        for model, source in job.study.models.items()
+        if isinstance(source, kind)
+    }
 
 
 def _load_draws(

@@ -44,7 +44,15 @@ from helpers.statistics.checks.recomputed_verdicts import write_answers
 from helpers.statistics.verdicts import ControlOutcome, Verdict
 from helpers.study.inputs import UNKNOWN_ORIGIN
 from helpers.study.loading import Job
-from helpers.study.schema import BundledModel, Comparison, FineTunedModel, HubModel, Study
+from helpers.study.schema import (
+    BundledModel,
+    Comparison,
+    FineTunedModel,
+    HubModel,
+    MadeModel,
+    RotatedModel,
+    Study,
+)
 
 COLUMNS = ("model", "variant", "dataset", "metric", "value", "low", "high", "n")
 SHARED = "shared_text"
@@ -102,6 +110,9 @@ def _model_summary(results: Results, model: str) -> dict:
         training = results.training[model]["results"]
         keys = ("training_items", "heldout_loss_before", "heldout_loss_after")
         fields["finetuning"] = {key: training[key] for key in keys}
+    if model in results.rotations:
+        settings = results.study.models[model].rotate.model_dump(mode="json")
+        fields["rotation"] = settings | results.rotations[model]["results"]
     worst = sensitivity.linear_inputs(results.calibrations[model])[:8]
     fields["largest_outliers"] = [vars(i) for i in worst]
     fields["variants"] = {
@@ -245,8 +256,8 @@ def front_matter(study: Study, model: str, tags: list[str]) -> str:
     """The Hub's metadata: YAML between two lines of dashes; only known fields."""
     fields = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
     source, tuned = study.models[model], False
-    if isinstance(source, FineTunedModel):
-        source, tuned = study.models[source.finetune.start], True
+    if isinstance(source, MadeModel):
+        source, tuned = study.models[source.start], isinstance(source, FineTunedModel)
     if isinstance(source, BundledModel):
         fields["base_model"], fields["license"] = BUNDLED[source.bundled]
     elif isinstance(source, HubModel):
@@ -261,7 +272,11 @@ def origin_sentence(job: Job, calibration: dict) -> str:
     source, description = job.study.models[job.model], "The model"
     if isinstance(source, FineTunedModel):
         description = f"The model {code(source.finetune.start)}, fine-tuned here by full training"
-        source = job.study.models[source.finetune.start]
+        source = job.study.models[source.start]
+    if isinstance(source, RotatedModel):
+        rotations = listed([r.upper() for r in source.rotate.rotations])
+        description = f"The model {code(source.start)}, rotated here by {rotations} of SpinQuant"
+        source = job.study.models[source.start]
     name = next(iter(source.model_dump().values()))
     results = calibration["results"]
     model = f"{description} ({code(str(name))}), its files "

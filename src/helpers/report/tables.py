@@ -426,6 +426,12 @@ def before_and_after_table(values: dict[str, tuple[float, float]]) -> pd.DataFra
     return frame.round(4)
 
 
+def function_table(divergence: dict[str, float | None]) -> pd.DataFrame:
+    """KL from another model in nats per token, and top-1 agreement, as numbers to read."""
+    frame = pd.DataFrame({key: [value] for key, value in divergence.items()}, index=["rotated"])
+    return frame.rename(columns={"kl": "KL", "top1_agreement": "top-1 agreement"})
+
+
 def sqnr_summary_table(curves: dict[str, dict[str, float]]) -> pd.DataFrame:
     """Lowest, median and highest SQNR in dB over the Linears, and the name of the lowest."""
     rows = {}

@@ -85,7 +85,10 @@ from helpers.study.schema import (
     FolderModel,
     GgufModel,
     HubModel,
+    MadeModel,
     RandomModel,
+    RotatedModel,
+    Rotation,
     Runtime,
     Study,
     Variant,
@@ -297,10 +300,12 @@ def _folder_of(study: Study, model: str, paths: StudyPaths) -> Path:
             return gguf_model_folder(resolve_path(path))
         case HubModel() as source:
             return _fetched(source, paths.study)
-    folder = paths.finetuned_model(model)
+    folder, (run, *_) = paths.made_model(model), stages.making_runs(study, model)
+    notebook = stages.NOTEBOOKS[run.stage]
     if not (folder / RECORD).is_file():
-        raise StudyError(f"model {model!r} is not trained yet; run 00_finetuning first")
-    check_checksums(folder, made_by="00_finetuning")
+        made = "trained" if run.stage == "finetuning" else "rotated"
+        raise StudyError(f"model {model!r} is not {made} yet; run {notebook} first")
+    check_checksums(folder, made_by=notebook)
     return folder
 
 
@@ -577,12 +582,12 @@ def _check_lengths(examples: list[Example], max_tokens: int) -> None:
 
 
 def float32_runtime(runtime: Runtime) -> Runtime:
-    """The runtime with which a model to train is loaded."""
+    """The runtime with which a model to train or to rotate is loaded."""
     return runtime.model_copy(update={"dtype": "float32"})
 
 
 def cast_to_study_dtype(model, runtime: Runtime):
-    """The trained model in the study's dtype, in which it is saved and evaluated."""
+    """The trained or rotated model in the study's dtype, in which it is saved and evaluated."""
     return model.to(getattr(torch, runtime.dtype))
 
 
@@ -598,13 +603,28 @@ def fine_tuning_settings(study: Study, model: str) -> FineTuning:
     return source.finetune
 
 
-def start_of(study: Study, model: str) -> str:
-    """The model of the study that a fine-tuning starts from.
+def rotation_settings(study: Study, model: str) -> Rotation:
+    """The rotations of a model of the study.
 
     Raises:
-        StudyError: the study does not train this model itself.
+        StudyError: the study does not rotate this model itself.
     """
-    return fine_tuning_settings(study, model).start
+    source = study.models[model]
+    if not isinstance(source, RotatedModel):
+        raise StudyError(f"models.{model} is not rotated by this study; nothing to rotate")
+    return source.rotate
+
+
+def start_of(study: Study, model: str) -> str:
+    """The model of the study that a fine-tuning or a rotation starts from.
+
+    Raises:
+        StudyError: the study does not make this model itself.
+    """
+    source = study.models[model]
+    if not isinstance(source, MadeModel):
+        raise StudyError(f"models.{model} is not made by this study; it starts from no other")
+    return source.start
 
 
 def recorded_losses(steps: list[Step]) -> list[float]:
@@ -685,7 +705,7 @@ class Stage:
 
 @dataclass(frozen=True, kw_only=True)
 class FloatStage(Stage):
-    """A stage that works on a float model: fine-tuning, calibration or quantization.
+    """A stage that works on a float model: fine-tuning, rotation, calibration or quantization.
 
     Attributes:
         source: folder of the model that the stage starts from.
@@ -719,7 +739,7 @@ def open_stage(
     count: Count,
     starts_from: Callable[[Study, str], str] | None = None,
 ) -> FloatStage:
-    """Open a stage that works on a float model: fine-tuning, calibration or quantization.
+    """Open a stage that works on a float model: fine-tuning, rotation, calibration or quantization.
 
     Its record names the model's files and the operations that the stage will compute.
 

@@ -38,6 +38,7 @@ from helpers.study.schema import (
     PATTERN,
     RESERVED_NAMES,
     RESERVED_STUDIES,
+    ROTATED,
     RULE,
     SOURCE_TAGS,
     Calibration,
@@ -46,6 +47,8 @@ from helpers.study.schema import (
     FileDataset,
     FineTunedModel,
     FolderDataset,
+    RandomModel,
+    RotatedModel,
     Study,
     TaskSet,
     Variant,
@@ -256,7 +259,9 @@ def broken_references(study: Study) -> list[str]:
     problems = _baseline(study) + _float_types(study) + _reserved_names(study)
     for name, model in study.models.items():
         if isinstance(model, FineTunedModel):
-            problems += _start(study, f"models.{name}.finetune.start", model.finetune.start)
+            problems += _start(study, f"models.{name}.finetune.start", model.start)
+        if isinstance(model, RotatedModel):
+            problems += _rotation(study, f"models.{name}.rotate", model.start)
     for name, dataset in study.evaluation.datasets.items():
         if isinstance(dataset, TaskSet):
             continue
@@ -416,7 +421,24 @@ def _start(study: Study, key: str, start: str) -> list[str]:
         return [unknown_name_line(key, start, "model", study.models)]
     if isinstance(study.models[start], FineTunedModel):
         return [f"{key} = {start!r} is itself fine-tuned by this study; start from a given model"]
+    if isinstance(study.models[start], RotatedModel):
+        return [f"{key} = {start!r} is itself rotated by this study; start from a given model"]
     return []
+
+
+def _rotation(study: Study, key: str, start: str) -> list[str]:
+    """A start that the study makes itself, or a random one of a family that cannot be rotated."""
+    if problems := _start(study, f"{key}.start", start):
+        return problems
+    source = study.models[start]
+    if isinstance(source, RandomModel) and source.random not in ROTATED:
+        return [f"{key}.start = {start!r} {unrotatable(source.random)}"]
+    return []
+
+
+def unrotatable(family: str) -> str:
+    """Why a model of a family is refused by `rotate:`."""
+    return f"is of family {family}, and only {', '.join(ROTATED)} can be rotated; take one of them"
 
 
 def _prompting_problems(dataset: EvaluationSet, *, thinking: bool) -> list[str]:

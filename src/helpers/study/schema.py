@@ -64,7 +64,7 @@ def _no_truth_value(value: Any) -> Any:
 
 
 # The keys that tell which kind of source a mapping is; in any place among its keys.
-SOURCE_TAGS = {"bundled", "hub", "folder", "random", "finetune", "shipped", "file"}
+SOURCE_TAGS = {"bundled", "hub", "folder", "random", "finetune", "rotate", "shipped", "file"}
 
 
 def sole_key(value: Any) -> str | None:
@@ -295,6 +295,57 @@ class FineTunedModel(Strict):
 
     finetune: FineTuning
 
+    @property
+    def start(self) -> str:
+        """The model of the study that it is trained from."""
+        return self.finetune.start
+
+
+# Families whose blocks are Llama's: RMSNorms alone, and Linears of their own for queries, keys and
+# values, and for gate and up.
+ROTATED = ("llama", "mistral", "qwen2", "qwen3")
+
+
+def _offline(rotation: Any) -> Any:
+    if rotation in ("r3", "r4"):
+        raise PydanticCustomError(
+            "rotation", "is multiplied while a model runs, which no engine here does; use r1 or r2"
+        )
+    return rotation
+
+
+def _each_once(names: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(names)) < len(names):
+        raise ValueError("repeats one; name each once")
+    return names
+
+
+Rotations = Annotated[
+    tuple[Annotated[Literal["r1", "r2"], BeforeValidator(_offline)], ...],
+    Field(min_length=1),
+    AfterValidator(_each_once),
+]
+
+
+class Rotation(Strict):
+    """SpinQuant's rotations of another model of the study, multiplied into its weights."""
+
+    start: Name
+    rotations: Rotations
+
+
+class RotatedModel(Strict):
+    """A model this study rotates itself; its function is that of its start."""
+
+    rotate: Rotation
+
+    @property
+    def start(self) -> str:
+        """The model of the study that it is rotated from."""
+        return self.rotate.start
+
+
+MadeModel = FineTunedModel | RotatedModel
 
 ModelSource = Annotated[
     Annotated[BundledModel, Tag("bundled")]
@@ -302,7 +353,8 @@ ModelSource = Annotated[
     | Annotated[FolderModel, Tag("folder")]
     | Annotated[GgufModel, Tag("gguf")]
     | Annotated[RandomModel, Tag("random")]
-    | Annotated[FineTunedModel, Tag("finetune")],
+    | Annotated[FineTunedModel, Tag("finetune")]
+    | Annotated[RotatedModel, Tag("rotate")],
     Discriminator(sole_key),
 ]
 

@@ -60,6 +60,8 @@ from helpers.study.schema import (
     FolderDataset,
     FolderModel,
     GgufModel,
+    MadeModel,
+    RotatedModel,
     ShippedDataset,
     Study,
     TaskSet,
@@ -155,6 +157,7 @@ def _package_file(name: str) -> Path | None:
 
 NOTEBOOKS = {
     "finetuning": "00_finetuning",
+    "rotation": "00_rotation",
     "calibration": "01_calibration",
     "quantization": "02_quantization",
     "cost": "03_cost",
@@ -200,8 +203,8 @@ class Run:
         """The path of the run's record, which the next stages read."""
         paths = replace(paths, draw=self.draw, drawn=self.variant, calibrated="")
         match self.stage:
-            case "finetuning":
-                return paths.finetuned_model(self.model) / "record.json"
+            case "finetuning" | "rotation":
+                return paths.made_model(self.model) / "record.json"
             case "calibration":
                 named = replace(paths, calibrated=self.variant)
                 return named.calibration(self.model) / "record.json"
@@ -227,7 +230,7 @@ def runs(study: Study) -> list[Run]:
         StudyError: two runs would share a name.
     """
     pairs = [(m, v) for m in study.models for v in study.variants]
-    all_runs = [Run("finetuning", m) for m in study.models if _is_trained(study, m)]
+    all_runs = [run for m in study.models for run in making_runs(study, m)]
     all_runs += [Run("calibration", m, c) for c in ("", *study.calibrations) for m in study.models]
     all_runs += [Run("quantization", m, v) for m, v in pairs if study.variants[v].needs_checkpoint]
     all_runs += [Run("cost", m) for m in timed_models(study)]
@@ -264,28 +267,34 @@ def timed_models(study: Study) -> list[str]:
     """The models whose cost is measured; a model trained here costs as much as its start."""
     if not study.runtime.cost:
         return []
-    return [m for m in study.models if not _is_trained(study, m)]
+    return [m for m in study.models if not isinstance(study.models[m], FineTunedModel)]
 
 
-def _is_trained(study: Study, model: str) -> bool:
-    return isinstance(study.models[model], FineTunedModel)
+def making_runs(study: Study, model: str) -> list[Run]:
+    """The run in which the study makes a model itself; none for a given model."""
+    match study.models.get(model):
+        case FineTunedModel():
+            return [Run("finetuning", model)]
+        case RotatedModel():
+            return [Run("rotation", model)]
+    return []
 
 
 def upstream_runs(study: Study, run: Run) -> list[Run]:
     """The runs whose records this one reads."""
-    trained = [Run("finetuning", run.model)] if run.model and _is_trained(study, run.model) else []
+    made = making_runs(study, run.model)
     match run.stage:
         case "calibration":
-            return trained
+            return made
         case "quantization":
             name = study.calibration_of(run.variant)
             draws = range(1, run.draw + 1)  # its gates compare it with the earlier ones
-            return [*trained, *(Run("calibration", run.model, name, draw) for draw in draws)]
+            return [*made, *(Run("calibration", run.model, name, draw) for draw in draws)]
         case "cost":
             changed = [v for v in study.variants if study.variants[v].needs_checkpoint]
-            return [Run("quantization", run.model, v) for v in changed]
+            return [*made, *(Run("quantization", run.model, v) for v in changed)]
         case "evaluation":
-            upstream = [*trained]
+            upstream = [*made]
             if study.variants[run.variant].needs_checkpoint:
                 upstream.append(Run("quantization", run.model, run.variant, run.draw))
             if run.variant != study.baseline:  # its gates compare it with the baseline
@@ -312,8 +321,8 @@ def settings_text(study: Study, run: Run) -> str:
         "runtime": study.runtime.model_dump(exclude={"cost"}),  # influences only the cost stage
         "model": _model(study, run.model),
     }
-    if run.stage in ("finetuning", "calibration"):
-        del settings["runtime"]["quantized"]  # both work on the float model
+    if run.stage in ("finetuning", "rotation", "calibration"):
+        del settings["runtime"]["quantized"]  # they work on the float model
     if study.enable_thinking is not None:
         settings["enable_thinking"] = study.enable_thinking
     if run.variant and run.stage != "calibration":
@@ -324,7 +333,7 @@ def settings_text(study: Study, run: Run) -> str:
         settings["baseline"] = study.baseline
         settings["batch"] = study.evaluation.batch.model_dump()
     named = _calibration_of(study, run)
-    if run.stage in ("calibration", "quantization", "cost") or (
+    if run.stage in ("rotation", "calibration", "quantization", "cost") or (
         run.variant and study.variants[run.variant].needs_checkpoint
     ):
         settings["calibration"] = study.calibration_called(named).model_dump()
@@ -356,11 +365,12 @@ def _variant(study: Study, variant: str) -> dict:
 
 
 def _model(study: Study, model: str) -> dict:
-    """The settings of a model's source; for a trained model, also those of its training."""
+    """The settings of a model's source; for a model made here, also those of its making."""
     source = study.models[model]
     settings: dict[str, Any] = {"source": source.model_dump()}
+    if isinstance(source, MadeModel):
+        settings["start"] = study.models[source.start].model_dump()
     if isinstance(source, FineTunedModel):
-        settings["start"] = study.models[source.finetune.start].model_dump()
         barred = [study.calibration.model_dump(), _evaluation_draws(study)]
         settings["barred_from_training"] = barred
     return settings
@@ -419,7 +429,9 @@ def _data_sources(study: Study, run: Run) -> list:
     named = _calibration_of(study, run)
     sources = [model, study.calibration_called(named).dataset, *evaluated]
     if isinstance(model, FineTunedModel) and run.stage == "finetuning":
-        sources += [model.finetune.dataset, study.models[model.finetune.start]]
+        sources += [model.finetune.dataset, study.models[model.start]]
+    if isinstance(model, RotatedModel) and run.stage == "rotation":
+        sources.append(study.models[model.start])
     if run.stage == "quantization" and (given := study.variants[run.variant].checkpoint):
         sources.append(given[run.model])
     if named:
@@ -501,7 +513,7 @@ def check_result_checksums(paths: StudyPaths, runs: Iterable[Run]) -> None:
     Raises:
         StudyError: a file is missing or differs; the message names it and the remedy.
     """
-    weights = {"finetuning": "", "quantization": "../checkpoint/"}
+    weights = {"finetuning": "", "rotation": "", "quantization": "../checkpoint/"}
     for run in runs:
         if run.stage != "cost" or run.record(paths).is_file():
             made_by, optional = NOTEBOOKS[run.stage], weights.get(run.stage)
@@ -621,8 +633,8 @@ def _missing_parts(study: Study, models, variants, completed) -> list[tuple[str,
             missing.append((run.model, "" if run.variant == study.baseline else run.variant))
     for model in models:
         source = study.models[model]
-        if isinstance(source, FineTunedModel) and source.finetune.start not in models:
-            missing.append((model, ""))  # the report compares it with the model it was trained from
+        if isinstance(source, MadeModel) and source.start not in models:
+            missing.append((model, ""))  # the report compares it with the model it was made from
     return missing
 
 

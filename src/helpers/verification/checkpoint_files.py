@@ -36,6 +36,7 @@ from helpers.sources.model_files import TensorFiles, load_config, reads_alone
 from helpers.sources.models import load_model, load_tokenizer, model_folder
 from helpers.sources.sampling import calibration_items
 from helpers.study.loading import Job
+from helpers.study.schema import Runtime
 
 
 def source_tokenizer(job: Job):
@@ -563,3 +564,122 @@ class CheckpointFiles(ModelSlot):
         """
         eps32 = torch.finfo(torch.float32).eps
         return 4 * torch.finfo(self.dtype).eps + math.sqrt(in_features) * eps32
+
+
+class RotatedFiles:
+    """The files of a rotated model beside those of its start, and what its weights should be.
+
+    Its states are x R1 and its values v R2, a head at a time. So a Linear that reads states is
+    W diag(g) R1, g the norm's weight, one that writes them R1ᵀ W, v is R2ᵀ W diag(g) R1 and o
+    R1ᵀ W R2. The matrices are recovered from the embeddings and from v: of all orthogonal ones,
+    the one that takes the start's to the rotated model's (Procrustes). A Hadamard matrix has
+    entries ±1/√n, so that the signs give it without rounding.
+
+    Args:
+        start, folder: of the two models.
+        rotations: those that the study declares.
+        runtime: with the float type in which the model is saved.
+        tokens: token ids of a few texts.
+        texts: all texts of the study.
+    """
+
+    def __init__(
+        self,
+        start: Path,
+        folder: Path,
+        rotations: Iterable[str],
+        *,
+        runtime: Runtime,
+        tokens: list[list[int]],
+        texts: list[str],
+    ):
+        self.start, self.folder, self.rotations = start, folder, tuple(rotations)
+        self.runtime, self.tokens, self.texts = runtime, tokens, texts
+        self.dtype = getattr(torch, runtime.dtype)
+        self.before, self.after = TensorFiles(start, dtype=None), TensorFiles(folder, dtype=None)
+        self.config, self._found = load_config(start), {}
+
+    @cached_property
+    def blocks(self) -> list[str]:
+        """Module name of every decoder block."""
+        path = architecture(self.config).blocks
+        return [f"{path}.{i}" for i in range(self.config.num_hidden_layers)]
+
+    def rotation(self, block: str = "") -> Tensor | None:
+        """(n, n) float64 R2 of a block, R1 without one; None if it is not declared.
+
+        The nearest orthogonal matrix, before its signs are taken.
+        """
+        if ("r2" if block else "r1") not in self.rotations:
+            return None
+        if block not in self._found:
+            u, _, v = torch.linalg.svd(self._crossed_values(block) if block else self._crossed())
+            self._found[block] = u @ v
+        return self._found[block]
+
+    def hadamard(self, block: str = "") -> Tensor | None:
+        """The same matrix with the entries ±1/√n that its signs say."""
+        found = self.rotation(block)
+        return None if found is None else found.sign() / math.sqrt(len(found))
+
+    def _crossed(self) -> Tensor:
+        name = f"{architecture(self.config).embeddings[0]}.weight"
+        pairs = zip(*(files[name].split(ROWS) for files in (self.before, self.after)), strict=True)
+        return sum(old.double().T @ new.double() for old, new in pairs)  # type: ignore[return-value]
+
+    def _crossed_values(self, block: str) -> Tensor:
+        name = f"{block}.self_attn.v_proj.weight"
+        old, new = self._reading(name), self.after[name].double()
+        heads = (part.unflatten(0, (-1, self.head_size)) for part in (old, new))
+        return torch.einsum("hnd,hmd->nm", *heads)
+
+    @property
+    def head_size(self) -> int:
+        """Features of one attention head."""
+        width = self.config.hidden_size // self.config.num_attention_heads
+        return getattr(self.config, "head_dim", None) or width
+
+    def _reading(self, name: str, norm: str = "") -> Tensor:
+        """(out, in) float64 W diag(g) R1 of a Linear that reads a norm's states."""
+        block, _, part = name.removesuffix(".weight").rpartition(".")
+        kind = "post_attention" if part in ("gate_proj", "up_proj") else "input"
+        norm = norm or f"{block.rpartition('.')[0]}.{kind}_layernorm"
+        stored = (
+            name if name in self.before else f"{architecture(self.config).embeddings[0]}.weight"
+        )
+        weight = self.before[stored].double() * self.before[f"{norm}.weight"].double()
+        r1 = self.hadamard()
+        return weight if r1 is None else weight @ r1
+
+    def expected(self, name: str) -> Tensor:
+        """A tensor of the rotated model in float64, by the formula above."""
+        module, _, kind = name.rpartition(".")
+        block, part = module.rpartition(".self_attn.")[0], module.rpartition(".")[2]
+        if part.endswith("layernorm") or module == FINAL_NORM:
+            return torch.ones_like(self.before[name], dtype=torch.float64)
+        if module == HEAD:
+            return self._reading(name, FINAL_NORM)
+        r1, r2 = self.hadamard(), self.hadamard(block) if block else None
+        if kind == "weight" and part in READERS:
+            weight = self._reading(name)
+            return _headwise(weight.T, r2).T if part == "v_proj" else weight
+        tensor = self.before[name].double()
+        if part == "v_proj":  # its bias
+            return _headwise(tensor, r2)
+        if kind == "weight" and part in ("o_proj", "down_proj"):
+            tensor = _headwise(tensor, r2) if part == "o_proj" else tensor
+            return tensor if r1 is None else r1.T @ tensor
+        rotated = part in ("o_proj", "down_proj") or module in architecture(self.config).embeddings
+        return tensor @ r1 if rotated and r1 is not None else tensor
+
+
+FINAL_NORM = "model.norm"
+READERS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+ROWS = 8192  # of the embeddings in one product
+
+
+def _headwise(tensor: Tensor, matrix: Tensor | None) -> Tensor:
+    """(…, heads × n) times an (n, n) matrix, one head at a time."""
+    if matrix is None:
+        return tensor
+    return (tensor.unflatten(-1, (-1, len(matrix))) @ matrix).flatten(-2)

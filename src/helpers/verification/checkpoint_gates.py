@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from helpers.core.architectures import HEAD
 from helpers.core.records import examples, gate, largest, sha256_folder
 from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.runtime.discovery import float_matrices
@@ -27,9 +28,10 @@ from helpers.sources.sampling import calibration_items, evaluation_items, shared
 from helpers.study.inputs import UNKNOWN_ORIGIN
 from helpers.study.schema import Study, is_ignored
 from helpers.verification import rulers
-from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles
+from helpers.verification.checkpoint_files import GPTQ_RMS, CheckpointFiles, RotatedFiles
 
 EPS32 = torch.finfo(torch.float32).eps
+TINY = torch.finfo(torch.float32).tiny  # so that zeros may be compared
 LEVELS = 127  # a row with a maximum of 127.5 steps reaches at least ±127 after rounding
 LOGARITHM = 32  # x^α = exp(α·ln x): |ln x| < 16 for x in [1e-5, 1e6], two such factors
 SUFFIXES = ("weight_scale", "input_scale")
@@ -518,13 +520,17 @@ CONVERSATION = [
 @gate("tokenizer matches the source")
 def tokenizer_gate(evidence: CheckpointFiles):
     """Both tokenizers agree in vocabulary, special tokens, chat format and tokens of every text."""
-    source, saved = _load(evidence.source_folder), _load(evidence.folder)
+    texts = list(study_texts(evidence.job.study, evidence.job.calibration))
+    return _compared_tokenizers(evidence.source_folder, evidence.folder, texts)
+
+
+def _compared_tokenizers(source_folder: Path, folder: Path, texts: list[str]):
+    source, saved = _load(source_folder), _load(folder)
     differences = [name for name in ENDS if getattr(source, name) != getattr(saved, name)]
     vocabularies = [tokenizer.get_vocab() for tokenizer in (source, saved)]
     vocabulary_changes = sorted(vocabularies[0].items() ^ vocabularies[1].items())
     differences += [f"vocabulary: {vocabulary_changes[0][0]!r}"] if vocabulary_changes else []
     differences += ["chat format"] if _chat(source) != _chat(saved) else []
-    texts = list(study_texts(evidence.job.study, evidence.job.calibration))
     token_ids = [tokenizer(texts).input_ids for tokenizer in (source, saved)]
     differing_texts = [t for t, a, b in zip(texts, *token_ids, strict=True) if a != b]
     return (
@@ -556,3 +562,86 @@ def study_texts(study: Study, calibration: str = "") -> Iterator[str]:
 
 def _item_text(item: Item) -> str:
     return "\n".join((item.passage, item.question, *item.options, *item.golds, item.solution))
+
+
+MOST_OFF = 0.1  # of an entry of a Hadamard matrix times √n, which is 1 or -1
+REWRITTEN = {"_name_or_path", "dtype", "tie_word_embeddings", "transformers_version"}
+
+
+@gate("rotations are orthogonal")
+def orthogonal_gate(evidence: RotatedFiles):
+    """R1 and every block's R2 are Hadamard matrices: the integer matrix S of signs has SSᵀ = nI."""
+    places = {"R1": ""} if "r1" in evidence.rotations else {}
+    if "r2" in evidence.rotations:
+        places |= {f"R2 of {block}": block for block in evidence.blocks}
+    wrong, furthest = [], 0.0
+    for label, block in places.items():
+        matrix = evidence.rotation(block)
+        size = len(matrix)
+        signs, off = matrix.sign(), (matrix.abs() * size**0.5 - 1).abs().max().item()
+        if not (off <= MOST_OFF and torch.equal(signs @ signs.T, size * torch.eye(size).to(signs))):
+            wrong.append(label)
+        furthest = largest((furthest, off))
+    return (
+        bool(places) and not wrong,
+        f"{len(wrong)} of {len(places)} matrices are no Hadamard matrices{examples(wrong)}; "
+        f"an entry is up to {furthest:.2g} of its size off",
+        f"none; at most {MOST_OFF:g}",
+    )
+
+
+@gate("rotated tensors as declared")
+def rotated_gate(evidence: RotatedFiles):
+    """Every tensor is the start's, with its norm folded in and rotated on the declared sides.
+
+    A norm is all ones, and what no rotation reaches is unchanged. A weight was rounded to float32
+    after each step, which mixes rows or columns: four eps of the larger one's length, and one of
+    the saved dtype for the value itself.
+    """
+    head = f"{HEAD}.weight"
+    before, after = {*evidence.before, head}, set(evidence.after)
+    wrong, furthest = sorted(before ^ after), 0.0
+    for name in sorted(before & after):
+        expected, saved = evidence.expected(name), evidence.after[name].double()
+        if saved.shape != expected.shape:
+            wrong.append(name)
+            continue
+        off = ((saved - expected).abs() / _rotation_rounding(expected, evidence.dtype)).max().item()
+        if not off <= 1:  # NaN as well
+            wrong.append(name)
+        furthest = largest((furthest, off))
+    return (
+        not wrong,
+        f"{len(wrong)} of {len(before | after)} tensors differ{examples(wrong)}; the largest "
+        f"difference is {furthest:.2g} of what rounding allows",
+        "none; at most 1",
+    )
+
+
+def _rotation_rounding(expected: Tensor, dtype: torch.dtype) -> Tensor:
+    lengths = expected.norm(dim=-1, keepdim=True)
+    if expected.ndim == 2:
+        lengths = torch.maximum(lengths, expected.norm(dim=0, keepdim=True))
+    return torch.finfo(dtype).eps * expected.abs() + 4 * EPS32 * lengths + TINY
+
+
+@gate("rotated model has a head of its own")
+def untied_gate(evidence: RotatedFiles):
+    """Its configuration is the start's, but does not tie head and embeddings."""
+    start, saved = (load_config(folder) for folder in (evidence.start, evidence.folder))
+    settings = [config.to_dict() for config in (start, saved)]
+    names = sorted((settings[0].keys() | settings[1].keys()) - REWRITTEN)
+    changed = [name for name in names if settings[0].get(name) != settings[1].get(name)]
+    tied = saved.tie_word_embeddings or f"{HEAD}.weight" not in evidence.after
+    return (
+        not (tied or changed),
+        f"{'tied' if tied else 'not tied'}; "
+        f"{len(changed)} other settings differ{examples(changed)}",
+        "not tied; none",
+    )
+
+
+@gate("rotated model's tokenizer matches its start's")
+def rotated_tokenizer_gate(evidence: RotatedFiles):
+    """The two agree as a checkpoint's tokenizer agrees with its source's."""
+    return _compared_tokenizers(evidence.start, evidence.folder, evidence.texts)

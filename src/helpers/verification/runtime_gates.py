@@ -18,13 +18,14 @@ from helpers.core.records import Gate, examples, gate, largest, read_json, sha25
 from helpers.quantization.int8_linear import HALF_RANGE
 from helpers.quantization.variants import load_variant, variant_runtime
 from helpers.sources.model_files import TensorFiles
-from helpers.sources.models import model_folder
+from helpers.sources.models import float32_runtime, load_model, model_folder
 from helpers.study.loading import Job
 from helpers.verification import rulers
 from helpers.verification.checkpoint_files import (
     GPTQ_DAMPING,
     GPTQ_RMS,
     CheckpointFiles,
+    RotatedFiles,
     capture_inputs,
     first_block_only,
     logits_of,
@@ -126,6 +127,34 @@ def _implied_weight(evidence: CheckpointFiles, key: str) -> Tensor | None:
     if rounding == "mse":
         low, high = low.masked_fill(q == -128, -torch.inf), high.masked_fill(q == 127, torch.inf)
     return weight.clamp(low, high)
+
+
+@gate("rotation keeps the function")
+def same_function_gate(evidence: RotatedFiles):
+    """The rotated model gives its start's logits on a few real texts, both read in float32.
+
+    The limit is measured as in `function_gate`: four times the change of the start's own logits
+    if every weight moves by one rounding of the type in which the model is saved.
+    """
+    runtime = float32_runtime(evidence.runtime)
+    model = load_model(evidence.start, runtime)
+    expected = logits_of(model, evidence.tokens)
+    _perturb_by_rounding_(model, evidence.dtype)
+    limit = 4 * _largest_difference(logits_of(model, evidence.tokens), expected)
+    del model
+    logits = logits_of(load_model(evidence.folder, runtime), evidence.tokens)
+    measured = _largest_difference(logits, expected)
+    return (
+        measured <= limit,  # False for NaN as well
+        f"largest logit change {measured:.2e}, KL {_mean_kl(logits, expected):.1e} nats per token",
+        f"at most {limit:.2e}",
+    )
+
+
+def _mean_kl(logits: list[Tensor], expected: list[Tensor]) -> float:
+    """Mean KL(expected ‖ logits) over all tokens, in nats."""
+    logp, logq = (torch.cat(rows).double().log_softmax(-1) for rows in (expected, logits))
+    return (logp.exp() * (logp - logq)).sum(-1).mean().item()
 
 
 MOST_OUTSIDE = 0.01  # share of residuals; columns with almost equal diagonals may be exchanged

@@ -89,7 +89,7 @@ def _by_priority(study: Study, runs: Iterable[Run]) -> list[Run]:
     """The runs in Snakemake's order: first those that others wait for."""
 
     def rank(run: Run) -> int:
-        if run.stage in ("finetuning", "calibration", "quantization"):
+        if run.stage in ("finetuning", "rotation", "calibration", "quantization"):
             return 0
         return 1 if run.stage == "evaluation" and run.variant == study.baseline else 2
 
@@ -316,6 +316,7 @@ def shortening_advice(estimate: Estimate) -> list[str]:
     remedies: dict[str, Callable[[], str]] = {
         "evaluation": lambda: "fewer items, shorter max_new_tokens or fewer variants",
         "finetuning": lambda: "fewer training items, or a model that is trained already",
+        "rotation": lambda: "a model without rotations",
         "quantization": lambda: "fewer variants, or one α in place of a list",
         "calibration": lambda: "fewer calibration items",
         "cost": lambda: "fewer quantized variants",

@@ -66,9 +66,22 @@ from helpers.sources.sampling import (
     training_items,
 )
 from helpers.study.loading import Job
-from helpers.study.schema import EvaluationSet, FineTunedModel, Study, TaskSet
-from helpers.verification.checkpoint_files import source_token_ids, source_tokenizer
+from helpers.study.schema import EvaluationSet, FineTunedModel, RotatedModel, Study, TaskSet
+from helpers.verification.checkpoint_files import (
+    RotatedFiles,
+    source_token_ids,
+    source_tokenizer,
+)
+from helpers.verification.checkpoint_gates import (
+    orthogonal_gate,
+    rotated_gate,
+    rotated_tokenizer_gate,
+    study_texts,
+    untied_gate,
+)
+from helpers.verification.runtime_gates import same_function_gate
 
+ROTATED_TOKENS = 128  # of each passage that a rotated model and its start read
 PASSAGES = 4  # a mean over some hundred tokens; more would cost as much as the evaluation
 
 
@@ -193,7 +206,7 @@ def gather_evaluation_data(
         loaded=tuple(loaded),
         recomputed=recomputed,
         training=training_results(job),
-        trained=trained_gates(job, tokenizer),
+        made=trained_gates(job, tokenizer) or rotated_gates(job, tokenizer),
         raw={name: set_digests(evaluation_set) for name, evaluation_set in sets.items()},
         texts={r["context"] for r in load_rows(study.evaluation.shared_text.dataset)},
         pools={name: item_pool(evaluation_set) for name, evaluation_set in sets.items()},
@@ -218,7 +231,7 @@ def training_results(job: Job) -> dict | None:
     """Results in the record of the model's fine-tuning; None if the study did not train it."""
     if not isinstance(job.study.models[job.model], FineTunedModel):
         return None
-    record = job.paths.finetuned_model(job.model) / "record.json"
+    record = job.paths.made_model(job.model) / "record.json"
     return read_json(record, made_by="00_finetuning")["results"]
 
 
@@ -230,7 +243,7 @@ def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
     settings, (training, heldout) = (
         f(job.study, job.model) for f in (fine_tuning_settings, training_items)
     )
-    folder, dtype = job.paths.finetuned_model(job.model), job.study.runtime.dtype
+    folder, dtype = job.paths.made_model(job.model), job.study.runtime.dtype
     start = model_folder(job.study, settings.start, job.paths)
     return (
         order_gate("training items in seed order", training, seed=job.study.seed),
@@ -238,6 +251,31 @@ def trained_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
         weights_gate(start, folder, settings, results, dtype=dtype),
         loss_gate(folder, tokenizer, heldout, results, dtype=dtype),
     )
+
+
+def rotated_gates(job: Job, tokenizer) -> tuple[Gate, ...]:
+    """Gates on the rotation of the job's model; they run once, with the baseline."""
+    source = job.study.models[job.model]
+    if not isinstance(source, RotatedModel) or job.variant != job.study.baseline:
+        return ()
+    start = model_folder(job.study, source.start, job.paths)
+    evidence = RotatedFiles(
+        start,
+        job.paths.made_model(job.model),
+        source.rotate.rotations,
+        runtime=job.study.runtime,
+        tokens=[ids[:ROTATED_TOKENS] for ids in _first_passages(job, tokenizer)[1]],
+        texts=list(study_texts(job.study)),
+    )
+    set_activity("checks on the rotation")
+    gates = (
+        orthogonal_gate,
+        rotated_gate,
+        untied_gate,
+        rotated_tokenizer_gate,
+        same_function_gate,
+    )
+    return tuple(check(evidence) for check in gates)
 
 
 def opinion_gates(

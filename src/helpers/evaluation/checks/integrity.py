@@ -61,7 +61,7 @@ from helpers.evaluation.scoring import (
     status_and_answer,
 )
 from helpers.sources.items import Item
-from helpers.study.schema import EvaluationSet, FineTunedModel, RandomModel, Study, TaskSet
+from helpers.study.schema import EvaluationSet, MadeModel, RandomModel, Study, TaskSet
 
 LEAST_CHANGE = 1e-4  # relative change of a held-out loss; float32 rounds a mean over tokens to 1e-6
 RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
@@ -70,8 +70,8 @@ RAW = [{"id": lzma.FILTER_LZMA2, "preset": 9}]
 def is_random(study: Study, model: str) -> bool:
     """Whether the study declares that a model's weights are random, or were before training."""
     source = study.models[model]
-    if isinstance(source, FineTunedModel):
-        return is_random(study, source.finetune.start)
+    if isinstance(source, MadeModel):
+        return is_random(study, source.start)
     return isinstance(source, RandomModel)
 
 
@@ -311,7 +311,7 @@ class EvaluationData:
             whose own code makes its items.
         pools: by set, the items it is drawn from.
         texts: raw passages of the shared text's source.
-        trained: gates on the fine-tuning, from the trained model's files.
+        made: gates on the fine-tuning or the rotation, from the files of the model that it made.
         golds: by set of generated answers and item id, the golds and foil, rendered again.
         opinions: gates by transformers' own forward pass, with what they invalidate.
     """
@@ -337,7 +337,7 @@ class EvaluationData:
     raw: dict[str, dict[str, set[str]] | None] = field(default_factory=dict)
     opinions: tuple[tuple[str, Gate], ...] = ()
     pools: dict[str, list[Item]] = field(default_factory=dict)
-    trained: tuple[Gate, ...] = ()
+    made: tuple[Gate, ...] = ()
     texts: set[str] = field(default_factory=set)
     golds: dict[str, dict[str, ExpectedGolds]] = field(default_factory=dict)
 
@@ -381,13 +381,13 @@ def absolute_gates(data: EvaluationData) -> list[Gate]:
     texts = data.recomputed.texts if data.recomputed else {}
     gates = [plain_text_gate(data.study, data.model, data.passages, texts)]
     if not data.training:
-        return gates
+        return [*gates, *data.made]
     drawn_ids = [item.id for item in data.used.get("training", [])]
     return [
         *gates,
         training_gate(data.training),
         trained_on_gate(data.training, drawn_ids),
-        *data.trained,
+        *data.made,
     ]
 
 
