@@ -81,7 +81,7 @@ def begun(project, request):
     (project / "wait").write_text("")
     mark = new_mark()
     front = start(project, *toy_project.WHOLE, **mark, **forks)
-    wait_for(lambda: began(project), seconds=60)
+    wait_for(lambda: began(project), seconds=180)
     yield project, mark, front
     for process in processes(mark):
         kill(process)
@@ -127,7 +127,7 @@ def without_traceback_of(front) -> str:
 )
 def test_kill_9_of_one_job_leaves_the_others_running_and_is_told(begun, role, message):
     project, mark, front = begun
-    wait_for((project / "outputs/toy/base/noquant/evaluation/record.json").is_file, seconds=60)
+    wait_for((project / "outputs/toy/base/noquant/evaluation/record.json").is_file, seconds=180)
     kill(began(project)[role])
     err = without_traceback_of(front)
     assert front.returncode == 1
@@ -241,7 +241,7 @@ def test_a_disk_that_fills_up_is_told_and_with_room_again_nothing_is_lost(tmp_pa
         add_cell(project, "quantization", WAITS)
         (project / "wait").write_text("")
         front = start(project, *toy_project.WHOLE)
-        wait_for(lambda: began(project), seconds=60)
+        wait_for(lambda: began(project), seconds=180)
         before = (project / "outputs/toy/base/calibration/record.json").read_bytes()
         fill_up(tmp_path / "disk", leave=leave)
         (project / "wait").unlink()
@@ -455,7 +455,7 @@ def test_the_front_door_ends_with_the_process_that_opened_it(project):
         env=toy_project.environment(project) | mark,
         stderr=subprocess.DEVNULL,
     )
-    wait_for(lambda: began(project), seconds=60)
+    wait_for(lambda: began(project), seconds=180)
     kill(opener.pid)
     opener.wait()
     wait_until_gone(mark, seconds=SECONDS)
