@@ -28,7 +28,7 @@ def test_twenty_random_kills_end_in_identical_results(undisturbed_part, tmp_path
             nothing_looks_finished_that_is_not(study)
         assert study.content() == undisturbed_part.content(), f"study {studies} after {killed}"
     print(f"{len(killed)} kills in {studies} studies: {', '.join(killed)}")
-    assert {victim.split()[0] for victim in killed} == set(VICTIMS)
+    assert set(killed) == set(VICTIMS)
 
 
 def disturbed_to_the_end(study: Smoke, chance: random.Random, killed: list[str]) -> bool:
@@ -50,13 +50,16 @@ def disturbed_to_the_end(study: Smoke, chance: random.Random, killed: list[str])
 
 
 def strike(mark, chance: random.Random, killed: list[str]) -> None:
-    """kill -9 of one process, of a role that is drawn first: there are many kernels."""
+    """kill -9 of one process, of a role that is drawn first: there are many kernels.
+
+    Roles that were not yet struck come first, since few jobs are left after the first kills.
+    """
     there = {role for role in processes(mark).values() if role in VICTIMS}
     if "engine" not in there:  # the front, just begun, may not yet have said with whom it ends
         there.discard("make")
     if not there:
         return
-    role = chance.choice(sorted(there))
+    role = chance.choice(sorted(there - set(killed) or there))
     if victims := of_role(mark, role):
         kill(chance.choice(victims))
         killed.append(role)
