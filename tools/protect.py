@@ -43,7 +43,7 @@ def choice_of(job: Job, share: float) -> Protection:
     items = calibration_items(job.study, job.calibration)
     tokens = [calibration_tokens(tokenizer, item, adapter) for item in items]
     chosen = choose_alphas(model, job.recipe, fit_absmax, calibration.judging(tokens))
-    recipe = job.recipe.model_copy(update={"protect": Protect(bytes=share)})
+    recipe = chosen.recipe.model_copy(update={"protect": Protect(bytes=share)})
     return choose_protected(model, recipe, absmax, chosen.alphas, tokens, seed=job.study.seed)
 
 

@@ -43,7 +43,7 @@ def recipe_of(job: Job) -> dict:
     config = load_config(model_folder(job.study, job.model, job.paths))
     modifiers = {}
     if variant.smooth:
-        groups = smoothing_groups(config, variant.smooth.targets)
+        groups = smoothing_groups(config, job.claim.smooth.targets)
         modifiers["SmoothQuantModifier"] = {
             "smoothing_strength": _strength(job),
             "mappings": _mappings(groups, architecture(config).blocks),
@@ -104,7 +104,8 @@ def text_of(job: Job) -> str:
     """The recipe file's text, with the variant in a comment above it."""
     body = yaml.safe_dump(recipe_of(job), sort_keys=False, allow_unicode=True)
     alphas = {"all": _strength(job)} if job.recipe.smooth else {}
-    words = describe_recipe(job.recipe, alphas, _protected(job))
+    smooth = job.claim.smooth if job.recipe.smooth else None
+    words = describe_recipe(job.recipe, alphas, _protected(job), smooth=smooth)
     settings = job.calibration_settings
     return (
         f"# {job.variant} of {job.model} in the study {job.name}: {words}.\n"

@@ -108,7 +108,7 @@ class Run:
         record = Record(folder, stage="quantization", parameters=job.parameters)
         chosen = simulation.choose_alphas(network, job.recipe, self.fit, self.judges)
         write_json(folder / "alpha.json", chosen.record)
-        smoothed = smoothing.smooth_variant_(network, self.absmax, job.recipe, chosen.alphas)
+        smoothed = smoothing.smooth_variant_(network, self.absmax, chosen.recipe, chosen.alphas)
         variants.quantize_variant_(network, job.recipe, self.absmax, smoothed)
         checkpoint = job.paths.checkpoint(MODEL, variant)
         variants.save_checkpoint(network, tokenizer, checkpoint)

@@ -314,10 +314,11 @@ def test_a_share_that_protects_no_linear_or_all_is_refused_before_the_first_job(
     assert line.startswith(f"variants.smoothquant_w8a8.protect.bytes = {share:g} {problem}")
 
 
-def test_smoothing_that_has_no_place_in_a_model_is_refused_before_the_first_job(check):
+@pytest.mark.parametrize("key", ["targets", "optional"])
+def test_smoothing_that_has_no_place_in_a_model_is_refused_before_the_first_job(check, key):
     def smooth_values(settings):
-        settings["variants"]["smoothquant_w8a8"]["smooth"]["targets"] = ["attention_output"]
+        settings["variants"]["smoothquant_w8a8"]["smooth"][key] = ["attention_output"]
 
     [line] = check(settings=smooth_values)
-    assert line.startswith("variants.smoothquant_w8a8.smooth.targets: 'attention_output' needs as")
+    assert line.startswith(f"variants.smoothquant_w8a8.smooth.{key}: 'attention_output' needs as")
     assert line.endswith("here are 2 and 4; leave it out, or the variant from a study of base")

@@ -1,6 +1,7 @@
 """α by number, by grid, or for each group: chosen on items that judge, and on nothing else."""
 
 import copy
+import itertools
 from functools import partial
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from helpers.core.errors import StudyError
 from helpers.quantization import calibration, simulation, variants
+from helpers.quantization.calibration import smoothing_groups
 from helpers.quantization.simulation import DivergenceProbe, sensitivity_rows
 from helpers.quantization.smoothing import replaced_weights, smooth_
 from helpers.sources.models import random_model
@@ -18,8 +20,11 @@ NORMS = ("attention_input", "mlp_input")
 GRID = (0.2, 0.5, 0.8)
 
 
-def variant(choice, preset: str = "w8a8") -> Variant:
-    return Variant(preset=preset, smooth={"alpha": choice, "targets": NORMS})
+DOWN = ("mlp_down",)
+
+
+def variant(choice, preset: str = "w8a8", optional=()) -> Variant:
+    return Variant(preset=preset, smooth={"alpha": choice, "targets": NORMS, "optional": optional})
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +67,17 @@ def test_a_number_is_every_groups(network, fit):
     assert len(chosen.alphas) == len(NORMS) * network.config.num_hidden_layers
 
 
-@pytest.mark.parametrize("preset", ["w8a8", "o3"])
-def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, preset):
+@pytest.mark.parametrize(
+    ("preset", "optional", "grid"), [("w8a8", (), GRID), ("o3", (), GRID), ("o3", DOWN, GRID[:2])]
+)
+def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, preset, optional, grid):
     """Each α built by hand, and its KL computed from whole-model logits in float64.
 
     The grid never builds the models it judges. A rounding that tips moves a KL: as far at
     most as the built model's own moves with embeddings a millionth off, and not at all
     where no rounding is near an edge.
     """
-    chosen = simulation.choose_alphas(network, variant(GRID, preset), fit, texts[-1:])
+    chosen = simulation.choose_alphas(network, variant(grid, preset, optional), fit, texts[-1:])
     ids = torch.tensor([texts[-1]])
     with torch.inference_mode():
         expected = network(ids).logits.double().log_softmax(-1)
@@ -82,16 +89,23 @@ def test_a_grid_takes_the_best_by_an_independent_look(network, fit, texts, prese
     by_hand = []
     for row in chosen.curve:
         copied = copy.deepcopy(network)
-        smoothed = smooth_(copied, fit, NORMS, dict.fromkeys(chosen.alphas, row["alpha"]))
+        targets = (*NORMS, *(optional if row.get("optional") else ()))
+        groups = smoothing_groups(copied.config, targets)
+        alphas = {group.consumers[0]: row["alpha"] for group in groups}
+        smoothed = smooth_(copied, fit, targets, alphas)
         variants.quantize_variant_(copied, variant(row["alpha"], preset), fit, smoothed)
         with torch.inference_mode():
             built = kl(copied(ids).logits)
             tips = [abs(kl(at_millionth(copied, ids, k)) - built) for k in range(5)]
         by_hand.append(built)
         assert abs(row["kl"] - built) <= max(tips) + 1e-3 * built
-    assert [row["alpha"] for row in chosen.curve] == list(GRID)
-    best = GRID[min(range(len(GRID)), key=by_hand.__getitem__)]
+    tried = [(row.get("optional", False), row["alpha"]) for row in chosen.curve]
+    assert tried == list(itertools.product([False, True][: 1 + bool(optional)], grid))
+    folded, best = tried[min(range(len(tried)), key=by_hand.__getitem__)]
     assert set(chosen.alphas.values()) == {best}
+    assert chosen.recipe.smooth.targets == (*NORMS, *(optional if folded else ()))
+    groups = smoothing_groups(network.config, chosen.recipe.smooth.targets)
+    assert list(chosen.alphas) == [group.consumers[0] for group in groups]
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "o2", "o3"])
@@ -268,6 +282,8 @@ def test_the_gates_hold_a_chosen_alpha_to_the_tensors(sound_run, choice):
         ({"alpha": [0.5]}, "two values or more"),
         ({"alpha": [0.5, 0.5]}, "each once"),
         ({"alpha": [0.5, 1.7]}, r"smooth\.alpha\.1 = 1\.7 is outside"),
+        ({"optional": ["mlp_input"]}, "optional = .mlp_input. is among targets too"),
+        ({"optional": ["mlp_down"], "alpha": "auto"}, "by the error of each group; give alpha a"),
         ({"alpha": "best"}, r"smooth\.alpha = .best. is not known; use one of .auto"),
     ],
 )

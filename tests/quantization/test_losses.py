@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from helpers.quantization.protection import Protection
-from helpers.report import sensitivity, tables
+from helpers.report import figures, sensitivity, tables
 from helpers.report.checks.recomputed_chapters import wrong_records
 from helpers.report.markdown import markdown_table
 from helpers.study.schema import Variant
@@ -67,6 +67,17 @@ def test_the_chapter_has_a_curve_only_where_a_grid_was_tried():
     parts = sensitivity.loss_chapter(study_of(rows, curve))
     assert len(parts) == 2
     assert "α = 0.8 (o3)" in sensitivity.alpha_figure_title({"o3": curve}, "base")
+
+
+def test_optional_targets_have_a_line_of_their_own_and_are_named_where_they_win():
+    rows = [(0.3, False, 0.5), (0.8, False, 0.2), (0.3, True, 0.1), (0.8, True, 0.4)]
+    curve = [{"alpha": a, "optional": o, "kl": k, "top1_agreement": 0.9} for a, o, k in rows]
+    title = sensitivity.alpha_figure_title({"o3": curve}, "base")
+    assert title.endswith("α = 0.3 (o3, optional targets too)")
+    figure = figures.kl_by_alpha({"o3": curve}, variants=["noquant", "o3"], title=title)
+    lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
+    assert lines["o3"] == [0.5, 0.2]
+    assert lines["o3, optional targets too"] == [0.1, 0.4]
 
 
 def test_what_is_not_finite_is_said_and_never_the_least():

@@ -50,7 +50,7 @@ def test_without_smoothing_the_checkpoint_is_the_same(sound_run, tmp_path):
         assert torch.equal(theirs[name], ours[name]), name
 
 
-@pytest.mark.parametrize("variant", ["w8a8_grid", "o3_down"])
+@pytest.mark.parametrize("variant", ["w8a8_grid", "o3_down", "o3_optional"])
 def test_scales_are_folded_at_the_same_places_with_the_same_alpha(variant, sound_run, tmp_path):
     """Equation 4 with llmcompressor's max − min, from inputs that are recorded here."""
     run = sound_run("llama", variant)

@@ -39,6 +39,10 @@ VARIANTS = {
     "w8a8_grid": {"preset": "w8a8", "smooth": {"alpha": [0.3, 0.6], "targets": NORMS}},
     "o3_auto": {"preset": "o3", "smooth": {"alpha": "auto", "targets": [*NORMS, "mlp_down"]}},
     "o3_down": {"preset": "o3", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
+    "o3_optional": {
+        "preset": "o3",
+        "smooth": {"alpha": [0.3, 0.6], "targets": NORMS, "optional": ["mlp_down"]},
+    },
     "w8a8_down": {"preset": "w8a8", "smooth": {"alpha": 0.5, "targets": [*NORMS, "mlp_down"]}},
     "down_float": {"preset": "w8a8", "smooth": SMOOTH, "ignore": ["lm_head", "down_proj"]},
     "protected": {"preset": "w8a8", "smooth": SMOOTH, "protect": {"bytes": 0.07}},
@@ -140,10 +144,10 @@ class QuantizedRun:
             folder = job.paths.quantization(job.model, job.variant)
             write_json(folder / "alpha.json", chosen.record)
             protected = protection.choose_protected(
-                model, job.recipe, absmax, chosen.alphas, tokens, seed=job.study.seed
+                model, chosen.recipe, absmax, chosen.alphas, tokens, seed=job.study.seed
             )
             write_json(folder / "protected.json", protected.record)
-            smoothed = smoothing.smooth_variant_(model, absmax, job.recipe, chosen.alphas)
+            smoothed = smoothing.smooth_variant_(model, absmax, chosen.recipe, chosen.alphas)
             variants.quantize_variant_(model, protected.recipe, absmax, smoothed, tokens)
             variants.write_checkpoint(job, model, tokenizer)
 

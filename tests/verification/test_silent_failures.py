@@ -148,7 +148,7 @@ def smoothing_skipped_without_a_word(run, patch):
 def the_worst_alpha_of_a_grid(run, patch):
     """The checkpoint is what it says it is; only the choice was the wrong way round."""
     patch.setattr(
-        simulation, "_alpha_of_least_loss", lambda losses, of: max(losses, key=losses.get)
+        simulation, "_choice_of_least_loss", lambda losses, of: max(losses, key=losses.get)
     )
     run.quantize()
 
@@ -453,6 +453,34 @@ def the_kl_of_another_choice(run, patch):
     real = protection._Protecting.kl
     patch.setattr(protection._Protecting, "kl", lambda own, probe, _: real(own, probe, []))
     run.quantize()
+
+
+def optional_targets_on_record(run):
+    """The record, and whether scales were folded into the optional targets."""
+    return run.edited_json(run.checkpoint.parent / "quantization" / "alpha.json")
+
+
+@failure(CHOICE, variant="o3_optional")
+def the_worse_targets_of_a_grid(run, patch):
+    the_worst_alpha_of_a_grid(run, patch)
+
+
+@failure(CHOICE, variant="o3_optional")
+def optional_targets_that_were_not_tried(run, patch):
+    true = simulation._grid_curve
+    patch.setattr(simulation, "_grid_curve", lambda *arguments: true(*arguments)[:2])
+    run.quantize()
+
+
+@failure(CHOICE, GRID, FUNCTION, variant="o3_optional", at="alpha.json")
+def other_targets_on_record_than_were_smoothed(run, _):
+    with optional_targets_on_record(run) as record:
+        down = record["targets"] == [*quantized_run.NORMS, "mlp_down"]
+        record["targets"] = [*quantized_run.NORMS, *([] if down else ["mlp_down"])]
+        down_alphas = {f"model.layers.{i}.mlp.down_proj": 0.3 for i in range(2)}
+        record["alphas"] = {n: a for n, a in record["alphas"].items() if "down" not in n} | (
+            {} if down else down_alphas
+        )
 
 
 def recorded_choice(run):

@@ -218,13 +218,12 @@ def count_quantization(
         size, dtype, probe_tokens, head=probe_tokens
     )
     weight_roundings = 2 * curves * min(simulation.ITEMS, len(tokens))
-    alpha = variant.smooth.alpha if variant.smooth else None
-    if isinstance(alpha, tuple):
-        counts += reading_operations(
-            size, dtype, judge_tokens * (1 + len(alpha)), head=judge_tokens * (1 + len(alpha))
-        )
-        weight_roundings += len(alpha)
-    elif alpha == "auto":
+    smooth = variant.smooth
+    if smooth and (tries := len(simulation.grid_of(smooth))):
+        read = judge_tokens * (1 + tries)
+        counts += reading_operations(size, dtype, read, head=read)
+        weight_roundings += tries
+    elif smooth and smooth.alpha == "auto":
         counts += reading_operations(size, dtype, judge_tokens * (1 + 2 * CANDIDATES))
         weight_roundings += 2 * CANDIDATES * len(judge_lengths)
     if variant.quantized and not variant.made_elsewhere:

@@ -192,10 +192,15 @@ def _model_problems(study: Study, model: str, paths: StudyPaths, *, check_texts:
 def _smoothing_problems(study: Study, model: str, config) -> Iterator[str]:
     """A line for each variant whose smoothing has no place in a model; the others can run."""
     for name, variant in study.variants.items():
-        try:
-            smoothing_groups(config, variant.smooth.targets if variant.smooth else ())
-        except StudyError as error:
-            yield f"variants.{name}.{error}, or the variant from a study of {model}"
+        smooth = variant.smooth
+        for key, targets in (
+            (("targets", smooth.targets), ("optional", smooth.optional)) if smooth else ()
+        ):
+            try:
+                smoothing_groups(config, targets)
+            except StudyError as error:
+                line = str(error).replace("smooth.targets", f"smooth.{key}", 1)
+                yield f"variants.{name}.{line}, or the variant from a study of {model}"
 
 
 def _protection_problems(study: Study, model: str, config, *, tied: bool) -> Iterator[str]:

@@ -16,6 +16,7 @@ how far next-token distributions move, `auto` by the squared error of each group
 scales of the checkpoint then come from the maxima over all items.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -49,7 +50,7 @@ from helpers.runtime.devices import (
 )
 from helpers.runtime.discovery import architecture, head_logits
 from helpers.sources.model_files import TensorFiles, batch_tokens_for
-from helpers.study.schema import Numbers, Variant
+from helpers.study.schema import Numbers, Smooth, Variant
 
 
 @dataclass(frozen=True)
@@ -590,28 +591,35 @@ class AlphaChoice:
     """α of every group, by its first consumer, and the measurements behind the choice.
 
     Attributes:
-        curve: for a grid, each α with its KL and top-1 agreement on the judging items.
+        recipe: the variant with the smoothing that was chosen.
+        alphas: of the groups that are smoothed.
+        curve: for a grid, each α with its KL and top-1 agreement on the judging items; with
+            optional targets, each α twice, without and with them.
         errors: for `auto`, each group and α with the squared error of the group's outputs.
     """
 
+    recipe: Variant
     alphas: dict[str, float]
-    curve: list[dict]
+    curve: list[dict] = field(default_factory=list)
     errors: list[dict] = field(default_factory=list)
 
     @property
     def record(self) -> dict:
-        choice = {"alphas": self.alphas, "curve": self.curve}
+        choice: dict = {"alphas": self.alphas, "curve": self.curve}
+        if any("optional" in row for row in self.curve):
+            smoothed = self.recipe.smooth.targets if self.recipe.smooth else ()
+            choice["targets"] = list(smoothed)
         return choice | ({"errors": self.errors} if self.errors else {})
 
 
 def choose_alphas(
     model, variant: Variant, fit_absmax: dict[str, Tensor], judges: list[list[int]]
 ) -> AlphaChoice:
-    """The α of every group of a variant; empty if it does not smooth.
+    """The targets and the α of every group of a variant; empty if it does not smooth.
 
     Args:
         model: the float model; it is not changed.
-        variant: its α is a number, a list or `auto`.
+        variant: its α is a number, a list or `auto`; some of its targets may be optional.
         fit_absmax: Linear name to (in_features,) maxima over the items that do not judge.
         judges: token ids of the judging items.
 
@@ -620,38 +628,52 @@ def choose_alphas(
     """
     smooth = variant.smooth
     if smooth is None:
-        return AlphaChoice({}, [])
-    if isinstance(smooth.alpha, float):
-        return AlphaChoice(same_alpha(model.config, smooth.targets, smooth.alpha), [])
+        return AlphaChoice(variant, {})
+    if not smooth.is_chosen:
+        return AlphaChoice(variant, same_alpha(model.config, smooth.targets, smooth.alpha))
     if smooth.alpha == "auto":
         return _choose_per_group(model, variant, fit_absmax, judges)
     curve = _grid_curve(model, variant, fit_absmax, DivergenceProbe(model, judges, variant))
-    best = _alpha_of_least_loss(
-        {row["alpha"]: row["kl"] for row in curve}, of="the quantized model's KL"
+    losses = {(row["alpha"], row.get("optional", False)): row["kl"] for row in curve}
+    alpha, optional = _choice_of_least_loss(losses, of="the quantized model's KL")
+    smooth = smooth.folding(optional)
+    return AlphaChoice(
+        variant.smoothed_at(smooth), same_alpha(model.config, smooth.targets, alpha), curve
     )
-    return AlphaChoice(same_alpha(model.config, smooth.targets, best), curve)
 
 
-def _alpha_of_least_loss(losses: dict[float, float | None], *, of: str) -> float:
-    """The α with the least finite loss."""
+def _choice_of_least_loss(
+    losses: dict[tuple[float, bool], float | None], *, of: str
+) -> tuple[float, bool]:
+    """The α, and whether optional targets are folded into, with the least finite loss."""
     finite = {a: loss for a, loss in losses.items() if loss is not None and math.isfinite(loss)}
     if not finite:
+        alphas = dict.fromkeys(str(alpha) for alpha, _ in losses)
         raise StudyError(
-            f"smooth.alpha: {of} is finite at no α of {', '.join(map(str, losses))}; "
+            f"smooth.alpha: {of} is finite at no α of {', '.join(alphas)}; "
             "use dtype float32 or mend the model"
         )
     return min(finite, key=finite.__getitem__)
 
 
+def grid_of(smooth: Smooth) -> list[tuple[Smooth, float]]:
+    """What the KL chooses from: targets, without and with the optional ones, and α; or nothing."""
+    if smooth.alpha == "auto" or not smooth.is_chosen:
+        return []
+    alphas = smooth.alpha if isinstance(smooth.alpha, tuple) else (smooth.alpha,)
+    return list(itertools.product(smooth.alternatives, alphas))
+
+
 def _grid_curve(
     model, variant: Variant, absmax: dict[str, Tensor], probe: DivergenceProbe
 ) -> list[dict]:
-    """KL and top-1 agreement of the quantized model at every α of the grid."""
-    rows = []
-    for alpha in Bar(variant.smooth.alpha, desc="choosing α", unit="value"):
-        alphas = same_alpha(model.config, variant.smooth.targets, alpha)
-        with simulated_quantization(model, variant, absmax, alphas):
-            rows.append({"alpha": alpha, **probe.divergence(model)})
+    """KL and top-1 agreement of the quantized model at every place of the grid."""
+    declared, rows = variant.smooth, []
+    for smooth, alpha in Bar(grid_of(declared), desc="choosing α", unit="value"):
+        alphas = same_alpha(model.config, smooth.targets, alpha)
+        optional = {"optional": smooth.targets != declared.targets} if declared.optional else {}
+        with simulated_quantization(model, variant.smoothed_at(smooth), absmax, alphas):
+            rows.append({"alpha": alpha, **optional, **probe.divergence(model)})
     return rows
 
 
@@ -687,7 +709,10 @@ def _choose_per_group(
         for handle in handles:
             handle.remove()
     chosen = {
-        name: _alpha_of_least_loss(curve_of_group, of=f"the quantization error of {name}")
+        name: _choice_of_least_loss(
+            {(alpha, False): error for alpha, error in curve_of_group.items()},
+            of=f"the quantization error of {name}",
+        )[0]
         for name, curve_of_group in errors.items()
     }
     record_rows = [
@@ -695,4 +720,4 @@ def _choose_per_group(
         for name, curve_of_group in errors.items()
         for alpha, error in curve_of_group.items()
     ]
-    return AlphaChoice(chosen, [], record_rows)
+    return AlphaChoice(variant, chosen, errors=record_rows)

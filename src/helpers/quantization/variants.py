@@ -378,12 +378,17 @@ def has_hadamard_matrix(size: int) -> bool:
 
 
 def describe_recipe(
-    variant: Variant, alphas: dict[str, float], protected: Mapping = MappingProxyType({})
+    variant: Variant,
+    alphas: dict[str, float],
+    protected: Mapping = MappingProxyType({}),
+    *,
+    smooth: Smooth | None = None,
 ) -> str:
     """The recipe as one sentence.
 
     Args:
         alphas: those of its groups.
+        smooth: its smoothing after the choice of optional targets; its own if it has none.
         protected: the record of the Linears that `protect` chose; empty without.
     """
     if variant.recipe == "seed":
@@ -407,10 +412,16 @@ def describe_recipe(
     else:
         text = "float weights and activations"
     if variant.smooth:
-        places = ", ".join(target.replace("_", " ") for target in variant.smooth.targets)
+        places = _in_words((smooth or variant.smooth).targets)
+        if variant.smooth.optional:
+            places += f" ({_in_words(variant.smooth.optional)} by choice)"
         action = "divided by the scales" if variant.recipe == "seed" else "smoothed"
         text += f"; {action} with {_describe_alpha(variant, alphas)} at {places}"
     return text + (f"; calibration {variant.calibration}" if variant.calibration else "")
+
+
+def _in_words(targets: Iterable[str]) -> str:
+    return ", ".join(target.replace("_", " ") for target in targets)
 
 
 def _describe_ruler(ruler: Ruler) -> str:

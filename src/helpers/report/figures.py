@@ -225,20 +225,30 @@ def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
     }
 
 
+OPTIONAL = "optional targets too"
+
+
 @in_house_style
 def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: str) -> Figure:
     """KL from the float model against α, one line per variant, its lowest point marked.
 
+    A variant with optional targets has a second line, dashed, with scales folded into them too.
+
     Args:
-        curves: variant to rows of `alpha` and `kl` (nats per token).
+        curves: variant to rows of `alpha`, `kl` (nats per token) and, with optional targets,
+            `optional`.
     """
     figure, axes = new_figure(6.4, 3.2)
     looks = variant_looks(variants)
     for variant, rows in curves.items():
         color, marker = looks[variant]
         rows = sorted(rows, key=lambda row: row["alpha"])
-        alphas, kl = [r["alpha"] for r in rows], [r["kl"] for r in rows]
-        axes.plot(alphas, kl, f"{marker}-", color=color, label=variant)
+        for optional in sorted({row.get("optional", False) for row in rows}):
+            of_line = [row for row in rows if row.get("optional", False) == optional]
+            alphas, kl = [r["alpha"] for r in of_line], [r["kl"] for r in of_line]
+            label = f"{variant}, {OPTIONAL}" if optional else variant
+            line = f"{marker}--" if optional else f"{marker}-"
+            axes.plot(alphas, kl, line, color=color, label=label)
         lowest = min(rows, key=lambda row: row["kl"])
         axes.plot(lowest["alpha"], lowest["kl"], "o", color=color, markersize=11, fillstyle="none")
     axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped_title(title))

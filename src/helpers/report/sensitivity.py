@@ -194,7 +194,9 @@ def _smoothing_reach(results: Results, e: VariantResults, inputs: list[LinearInp
     unchanged = [
         i for i in quantized if abs(curves[0][i.linear] - curves[-1][i.linear]) < UNCHANGED_DB
     ]
-    reach = _unreached_sentence(recipe.smooth.targets, unchanged) if unchanged else "reaches them."
+    chosen = _recorded_sensitivity(e).get("alpha", {}).get("targets")  # of optional ones
+    targets = chosen or recipe.smooth.targets
+    reach = _unreached_sentence(targets, unchanged) if unchanged else "reaches them."
     return f"smoothing in `{e.variant}` {reach}"
 
 
@@ -437,5 +439,7 @@ def alpha_curves(results: Results, model: str) -> dict[str, list[dict]]:
 
 def alpha_figure_title(curves: dict[str, list[dict]], model: str) -> str:
     """Title of the α figure: the α with the lowest KL of each grid."""
-    best = {v: min(curve, key=lambda row: row["kl"])["alpha"] for v, curve in curves.items()}
-    return f"{model}: lowest KL at " + listed([f"α = {a:g} ({v})" for v, a in best.items()])
+    best = {v: min(curve, key=lambda row: row["kl"]) for v, curve in curves.items()}
+    names = {v: f"{v}, {figures.OPTIONAL}" if r.get("optional") else v for v, r in best.items()}
+    places = [f"α = {row['alpha']:g} ({names[v]})" for v, row in best.items()]
+    return f"{model}: lowest KL at " + listed(places)

@@ -454,9 +454,10 @@ def worst_layer_title(curves: dict[str, dict[str, float]]) -> str:
 
 
 def alpha_table(choice) -> pd.DataFrame:
-    """KL at every α of the grid, or the number of groups by α."""
+    """KL at every α of the grid, by whether optional targets are in; or groups by α."""
     if choice.curve:
-        return pd.DataFrame(choice.curve).set_index("alpha")
+        keys = [key for key in ("optional", "alpha") if key in choice.curve[0]]
+        return pd.DataFrame(choice.curve).set_index(keys)
     counts = pd.Series(choice.alphas, dtype=float).value_counts().sort_index()
     return counts.rename("groups").rename_axis("alpha").to_frame()
 

@@ -56,7 +56,8 @@ from helpers.study.schema import (
 )
 from helpers.study.tasks import recorded_definitions, with_task_definitions
 
-PROTECTED = "protected.json"  # the choice of `protect`, in the folder of the quantization
+# The choices of smoothing and of `protect`, in the folder of the quantization.
+ALPHA, PROTECTED = "alpha.json", "protected.json"
 MOST_BYTES = 256 * 1024
 MOST_VALUES = 50_000  # aliases written out
 MOST_LEVELS = 24  # mappings and lists inside one another
@@ -624,16 +625,27 @@ class Job:
 
     @property
     def claim(self) -> Variant:
-        """What the variant's report declares, with the Linears on record that `protect` chose.
+        """What the variant's report declares, with what its quantization chose and recorded.
+
+        That are the Linears of `protect`, and whether scales are folded into optional targets.
 
         Raises:
-            StudyError: the Linears are not chosen yet.
+            StudyError: the choice is not made yet, or is none that the study file allows.
         """
-        claim = self.recipe.claim
+        claim, folder = self.recipe.claim, self.paths.quantization(self.model, self.variant)
+        if claim.smooth and claim.smooth.optional:
+            chosen = read_json(folder / ALPHA, made_by="02_quantization")["targets"]
+            allowed = {smooth.targets: smooth for smooth in claim.smooth.alternatives}
+            if tuple(chosen) not in allowed:
+                raise StudyError(
+                    f"{folder / ALPHA}: targets = {', '.join(chosen)} are none that "
+                    f"variants.{self.variant}.smooth allows; delete the folder and run it again"
+                )
+            claim = claim.smoothed_at(allowed[tuple(chosen)])
         if claim.protect is None:
             return claim
-        path = self.paths.quantization(self.model, self.variant) / PROTECTED
-        return claim.leaving_float(read_json(path, made_by="02_quantization")["chosen"])
+        chosen = read_json(folder / PROTECTED, made_by="02_quantization")["chosen"]
+        return claim.leaving_float(chosen)
 
     @property
     def parameters(self) -> dict:

@@ -452,8 +452,10 @@ def _kind_of_alpha(value: Any) -> str:
 class Smooth(Strict):
     """SmoothQuant's migration strength and the places it is folded into.
 
-    α is a number, a list from which the best is chosen, or `auto` for one α per group. The
-    choice is made on held-out calibration items (helpers.quantization.simulation).
+    α is a number, a list from which the best is chosen, or `auto` for one α per group. Scales are
+    folded into all `targets`, and into the `optional` ones too, all or none of them, if the model
+    is better for it. Both are chosen on held-out calibration items
+    (helpers.quantization.simulation).
     """
 
     alpha: Annotated[
@@ -463,6 +465,33 @@ class Smooth(Strict):
         Discriminator(_kind_of_alpha),
     ]
     targets: Annotated[tuple[SmoothingTarget, ...], Field(min_length=1)]
+    optional: Annotated[tuple[SmoothingTarget, ...], Field(exclude_if=_is_empty)] = ()
+
+    @model_validator(mode="after")
+    def _one_choice(self):
+        if twice := [t for t in self.optional if t in self.targets]:
+            raise ValueError(f"optional = {twice[0]!r} is among targets too; keep one of them")
+        if self.optional and self.alpha == "auto":
+            raise ValueError(
+                "optional targets are chosen by the KL, and alpha = 'auto' by the error of each "
+                "group; give alpha a number or a list"
+            )
+        return self
+
+    @property
+    def is_chosen(self) -> bool:
+        """Whether held-out calibration items decide α or the targets."""
+        return bool(self.optional) or not isinstance(self.alpha, float)
+
+    @property
+    def alternatives(self) -> tuple["Smooth", ...]:
+        """The smoothing with its targets alone, and with the optional ones; one if it has none."""
+        return (self.folding(False), self.folding(True)) if self.optional else (self,)
+
+    def folding(self, optional: bool) -> "Smooth":
+        """The smoothing after the choice: with or without the optional targets."""
+        targets = (*self.targets, *(self.optional if optional else ()))
+        return self.model_copy(update={"targets": targets, "optional": ()})
 
 
 class Protect(Strict):
@@ -573,16 +602,17 @@ class Variant(Strict):
                 "rounding = 'gptq' works on decoder blocks, which the head is no part of; add "
                 "lm_head to ignore"
             )
-        searches_alpha = self.smooth and not isinstance(self.smooth.alpha, float)
-        if searches_alpha and (self.recipe or not (self.preset or self.weights)):
+        is_chosen = self.smooth and self.smooth.is_chosen
+        key = "optional" if self.smooth and self.smooth.optional else "alpha"
+        if is_chosen and (self.recipe or not (self.preset or self.weights)):
             raise ValueError(
-                "smooth.alpha is chosen by the error of quantization, and this variant has none "
-                "of its own; give a number"
+                f"smooth.{key} is chosen by the error of quantization, and this variant has none "
+                f"of its own; {'leave it out' if key == 'optional' else 'give a number'}"
             )
-        if self.ruler and searches_alpha:
+        if self.ruler and is_chosen:
             raise ValueError(
-                f"smooth.alpha is chosen for int8 W8A8, and preset = {self.preset!r} is a ruler "
-                "beside it; give the α that was chosen"
+                f"smooth.{key} is chosen for int8 W8A8, and preset = {self.preset!r} is a ruler "
+                "beside it; give what was chosen"
             )
         if self.kv and self.recipe:
             raise ValueError(
@@ -676,6 +706,10 @@ class Variant(Strict):
             return self
         declared = {"weights": "tensor", "activations": "token_dynamic", "recipe": None}
         return self.model_copy(update=declared)
+
+    def smoothed_at(self, smooth: Smooth) -> "Variant":
+        """The variant with another smoothing, as after a choice."""
+        return self.model_copy(update={"smooth": smooth})
 
     def leaving_float(self, names: Iterable[str]) -> "Variant":
         """The variant with more Linears among those that it ignores, by their whole names."""

@@ -224,23 +224,33 @@ def _within(evidence: CheckpointFiles, name: str, error: Tensor, *, blocks: int)
 
 @gate("alpha minimizes the loss")
 def alpha_choice_gate(evidence: CheckpointFiles):
-    """The chosen α has the least KL of its grid, or with `auto` the least error of its group."""
-    declared = evidence.claim.smooth.alpha
+    """The chosen α has the least KL of its grid, or with `auto` the least error of its group.
+
+    With optional targets the grid has every α without and with them.
+    """
+    declared = evidence.job.recipe.smooth
     folder = evidence.job.paths.quantization(evidence.job.model, evidence.job.variant)
     record = read_json(folder / "alpha.json", made_by="02_quantization")
-    if declared == "auto":
+    optional = bool(declared.optional) and record["targets"] != list(declared.targets)
+    if declared.alpha == "auto":
         losses = {
-            name: {row["alpha"]: row["error"] for row in record["errors"] if row["group"] == name}
+            name: {
+                (row["alpha"], False): row["error"]
+                for row in record["errors"]
+                if row["group"] == name
+            }
             for name in record["alphas"]
         }
-        grid = set(AUTO_ALPHAS)
+        alphas = AUTO_ALPHAS
     else:
-        curve = {row["alpha"]: row["kl"] for row in record["curve"]}
-        losses, grid = dict.fromkeys(record["alphas"], curve), set(declared)
+        curve = {(row["alpha"], row.get("optional", False)): row["kl"] for row in record["curve"]}
+        losses = dict.fromkeys(record["alphas"], curve)
+        alphas = declared.alpha if isinstance(declared.alpha, tuple) else (declared.alpha,)
+    grid = {(a, folded) for a in alphas for folded in {False, bool(declared.optional)}}
     wrong_groups = [
         n
         for n, curve_of_group in losses.items()
-        if not _is_least_loss(record["alphas"][n], curve_of_group, grid)
+        if not _is_least_loss((record["alphas"][n], optional), curve_of_group, grid)
     ]
     wrong_groups += [g.consumers[0] for g in evidence.groups if g.consumers[0] not in losses]
     return (
@@ -251,9 +261,12 @@ def alpha_choice_gate(evidence: CheckpointFiles):
     )
 
 
-def _is_least_loss(alpha: float, losses: dict[float, float | None], grid: set[float]) -> bool:
+Choice = tuple[float, bool]  # α, and whether optional targets are folded into
+
+
+def _is_least_loss(chosen: Choice, losses: dict[Choice, float | None], grid: set[Choice]) -> bool:
     finite = {a: x for a, x in losses.items() if x is not None and math.isfinite(x)}
-    return set(losses) == grid and alpha in finite and finite[alpha] == min(finite.values())
+    return set(losses) == grid and chosen in finite and finite[chosen] == min(finite.values())
 
 
 def _recorded_choice(evidence: CheckpointFiles) -> dict:
@@ -501,12 +514,16 @@ def bytes_gate(evidence: CheckpointFiles):
 
 @gate("recorded recipe as declared")
 def scheme_gate(evidence: CheckpointFiles):
-    """The recorded recipe text states the variant's α and granularities."""
+    """The recorded recipe text states the variant's α, places and granularities."""
     recorded = evidence.record["scheme"]
     alphas = sorted(set(evidence.alphas.values())) if evidence.claim.smooth else []
     expected = [f"{alphas[i]:g}" for i in {0, len(alphas) - 1} if alphas]
     numbers = re.findall(r"\d+(?:\.\d+)?", recorded.partition("α")[2])
     missing = [a for a in expected if a not in numbers]
+    if evidence.claim.smooth:
+        places = [target.replace("_", " ") for target in evidence.claim.smooth.targets]
+        named = re.split(r";| \(", recorded.rpartition(" at ")[2])[0].split(", ")
+        missing += sorted(set(places) ^ set(named))
     if evidence.claim.quantized:
         weights, activations = evidence.claim.scheme
         parts = [f"weights per {weights}", f"activations per {activations.replace('_', ', ')}"]
@@ -640,7 +657,7 @@ def checks_of(claim: Variant) -> tuple:
     if claim.made_elsewhere:
         return (*ELSEWHERE_CHECKS, *CHECKPOINT_MODEL_CHECKS, *INT8_LAYER_CHECKS)
     model_checks = (*SOURCE_MODEL_CHECKS, *CHECKPOINT_MODEL_CHECKS)
-    alpha_is_chosen = claim.smooth is not None and not isinstance(claim.smooth.alpha, float)
+    alpha_is_chosen = claim.smooth is not None and claim.smooth.is_chosen
     if alpha_is_chosen:
         model_checks = (alpha_choice_gate, *model_checks)
     if claim.ruler:
