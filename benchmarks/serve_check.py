@@ -2,7 +2,7 @@
 
 For every model and variant of a study whose checkpoint is there: which kernels vLLM
 chose, whether its Linears give the int8 products of the files, and how its answers and
-log-probabilities compare with this project's own. Writes `outputs/serve-check/`.
+log-probabilities compare with this project's own. Writes `outputs/serve-check/<study>.md`.
 """
 
 import argparse
@@ -29,12 +29,26 @@ from helpers.runtime.devices import prepare
 from helpers.sources.models import load_tokenizer, model_folder
 from helpers.sources.sampling import evaluation_items, shared_passages
 from helpers.study.loading import Job, open_job
+from helpers.study.schema import Variant
 
 LAYER_TOLERANCE = 1e-5  # of the largest output: float32 rounding
 FLOAT_TOLERANCE = 1e-3  # nats, of one token's log-probability in a float32 model
 DRAWS = 12  # of our own rounding noise, that vLLM's KL has to be like
 CONFIDENCE = 0.998  # of one checkpoint; of a study's six together 0.99
 PROBE_TOKENS = 48
+
+
+def not_served(recipe: Variant) -> str:
+    """Why vLLM cannot run a variant as this project does; empty if it can."""
+    if recipe.dtype:
+        return "float, in another type"
+    if recipe.ruler:
+        return "a ruler, simulated"
+    if recipe.kv:
+        return "its int8 cache is simulated"
+    if recipe.protect:
+        return "it leaves Linears float that vLLM fuses with others"
+    return ""
 
 
 def check_variant(job: Job, *, passages: int, items: int) -> dict:
@@ -231,8 +245,10 @@ def open_on_own_kernels(study: str, model: str, variant: str) -> Job:
     return prepare(open_job(study, model=model, variant=variant))
 
 
-def report(study: str, results: list[dict], versions: dict[str, str]) -> str:
-    """The report: the table and its explanation."""
+def report(
+    study: str, results: list[dict], versions: dict[str, str], left_out: dict[str, str]
+) -> str:
+    """The report: the table, its explanation, and the variants that vLLM does not run."""
     agreeing = sum(x["agrees"] for x in results)
     versions_text = ", ".join(f"{name} {version}" for name, version in versions.items())
     first = results[0]
@@ -240,8 +256,15 @@ def report(study: str, results: list[dict], versions: dict[str, str]) -> str:
         f"# vLLM against this project's own runtime\n\n{agreeing} of {len(results)} checkpoints of "
         f"the study `{study}` agree, on {first['tokens']:,} tokens of text and "
         f"{_items(list(first['items'].values()))} questions each (there: {versions_text}).\n\n"
-        f"{markdown_table(table(results))}{LEGEND}"
+        f"{markdown_table(table(results))}{LEGEND}{_left_out(left_out)}"
     )
+
+
+def _left_out(reasons: dict[str, str]) -> str:
+    if not reasons:
+        return ""
+    named = "; ".join(f"{code(variant)} ({reason})" for variant, reason in reasons.items())
+    return f"\nNot compared: {named}.\n"
 
 
 def main() -> int:
@@ -255,9 +278,11 @@ def main() -> int:
     folder = outputs_root() / "serve-check"
     try:
         study, results = open_job(options.study).study, []
-        variants = [name for name, recipe in study.variants.items() if not recipe.dtype]
+        named = options.variants or list(study.variants)
+        reasons = {name: not_served(study.variants[name]) for name in named}
+        left_out = {name: reason for name, reason in reasons.items() if reason}
         for model in study.models:
-            for variant in options.variants or variants:
+            for variant in [name for name in named if name not in left_out]:
                 job = open_on_own_kernels(options.study, model, variant)
                 results.append(check_variant(job, passages=options.passages, items=options.items))
                 outcome = (
@@ -269,12 +294,13 @@ def main() -> int:
         return 2
     own_versions = package_versions()
     write_json(
-        folder / "serve-check.json",
+        folder / f"{Path(options.study).stem}.json",
         {"study": options.study, "ours": own_versions, "checked": results},
     )
-    text = report(options.study, results, results[0]["versions"])
-    write_atomically(folder / "serve-check.md", lambda p: p.write_text(text, "utf-8"))
-    print(f"written: {folder / 'serve-check.md'}")
+    text = report(options.study, results, results[0]["versions"], left_out)
+    path = folder / f"{Path(options.study).stem}.md"
+    write_atomically(path, lambda p: p.write_text(text, "utf-8"))
+    print(f"written: {path}")
     return 0 if all(x["agrees"] for x in results) else 1
 
 
