@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,9 +14,10 @@ from helpers.core.files import PROJECT
 from helpers.core.records import write_json
 from helpers.report import summary
 from helpers.report.checks.recomputation import main, recompute
+from helpers.report.checks.recomputed_chapters import _side_by_side
 from helpers.report.results import load_results
 from helpers.statistics.checks.recomputed_verdicts import read_answers, write_answers
-from helpers.study.loading import open_job
+from helpers.study.loading import load_study, open_job
 from test_report import made_up_job, make_job  # noqa: F401 - a fixture
 
 COMMITTED = ("demo", "seed-replica", "recipes", "rotation")
@@ -67,6 +69,15 @@ def rewrite(path, edit) -> None:
 
 def answer(row: dict, variant: str = "smoothquant_w8a8") -> dict:
     return row["models"]["base"]["answers"][variant]
+
+
+def test_samples_show_every_variant_that_rounds_and_no_control():
+    """Rulers among them, which are no int8 variants."""
+    figures = SimpleNamespace(study=load_study("recipes"))
+    assert set(figures.study.variants) - set(_side_by_side(figures)) == {"noquant_bf16"}
+    replica = SimpleNamespace(study=load_study("seed-replica"))
+    assert "smooth_only" not in _side_by_side(replica)
+    assert "seed_recipe" in _side_by_side(replica)
 
 
 def test_untouched_answers_give_the_published_verdicts(published, capsys):

@@ -100,7 +100,8 @@ def _side_by_side(figures: RecomputedFigures) -> list[str]:
     return [
         v
         for v, recipe in study.variants.items()
-        if v == study.baseline or recipe.recipe == "seed" or (recipe.quantized and not recipe.dtype)
+        if v == study.baseline
+        or any((recipe.recipe, recipe.preset, recipe.weights, recipe.checkpoint, recipe.kv))
     ]
 
 
