@@ -290,40 +290,42 @@ def flattery_sentence(results: Results, model: str, of_model: Sequence[Candidate
 
 @in_house_style
 def figure(results: Results, model: str, of_model: Sequence[Candidate], chosen: str) -> Figure:
-    """KL on the judging items and the graded difference, against bytes and reading speed."""
-    drawn, panels = new_figure(8.4, 5.6, nrows=2, ncols=2, sharex="col", sharey="row")
+    """A row a variant, by its KL on judging items: with graded difference, bytes and speed."""
+    rows = sorted(of_model, key=lambda c: (c.judged_kl is None, c.judged_kl or 0.0))
+    height = 1.3 + 0.26 * len(rows)
+    drawn, panels = new_figure(8.4, height, ncols=4, sharey=True)
     looks, front = variant_looks(results.compared), pareto_front(of_model)
-    columns = [("bytes, share of the float model's", lambda c: c.bytes_share)]
-    columns += [("reading speed, multiple of float32's", lambda c: c.reading)]
-    measured = [c for c in of_model if c.speeds] or list(of_model)
-    for column, (label, at) in enumerate(columns):
-        top, bottom = panels[0][column], panels[1][column]
-        shown = measured if column else of_model
-        for c in shown:
-            color, marker = looks[c.name]
-            edge = {"markeredgecolor": "black", "markeredgewidth": 1.6} if c.name == chosen else {}
-            if c.judged_kl is not None:
-                top.plot(at(c), c.judged_kl, marker, color=color, markersize=8, **edge)
-            if c.verdict and c.verdict.comparison:
-                comparison = c.verdict.comparison
-                limits = [100 * comparison.interval.low, 100 * comparison.interval.high]
-                bottom.vlines(at(c), *limits, color=color, linewidth=1.6)
-                mark = {"color": color, "markersize": 7, "label": c.name, **edge}
-                bottom.plot(at(c), 100 * comparison.delta, marker, **mark)
-        line = sorted((at(c), c.judged_kl) for c in shown if c.name in front)
-        top.plot(*zip(*line, strict=True), color="#999999", linewidth=0.8, zorder=0)
-        margin = 100 * results.study.statistics.graded_margins.probability
-        bottom.axhspan(-margin, margin, color="#eeeeee", zorder=0)
-        bottom.axhline(0, color="#999999", linewidth=0.8, zorder=0)
-        top.set_yscale("log")
-        bottom.set_xlabel(label)
-        bottom.set_xlim(0, 1.08 * max(at(c) for c in of_model))
-    panels[0][0].set_ylabel("KL on judging items [nats]")
-    panels[1][0].set_ylabel("graded difference [points]")
-    handles, labels = panels[1][0].get_legend_handles_labels()
-    drawn.legend(handles, labels, loc="outside lower center", ncols=3)
+    kl, graded, share, speed = panels
+    for y, c in enumerate(rows):
+        color, marker = looks[c.name]
+        mark = {"color": color, "marker": marker, "linestyle": "", "markersize": 7}
+        mark |= {} if c.name in front else {"fillstyle": "none"}
+        if c.judged_kl is not None:
+            kl.plot(c.judged_kl, y, **mark)
+        if c.verdict and (comparison := c.verdict.comparison):
+            graded.hlines(
+                y, 100 * comparison.interval.low, 100 * comparison.interval.high, color=color
+            )
+            graded.plot(100 * comparison.delta, y, **mark)
+        share.plot(100 * c.bytes_share, y, **mark)
+        if c.speeds:
+            speed.plot(c.reading, y, **mark)
+    margin = 100 * results.study.statistics.graded_margins.probability
+    graded.axvspan(-margin, margin, color="#eeeeee", zorder=0)
+    graded.axvline(0, color="#999999", linewidth=0.8, zorder=0)
+    kl.set_xscale("log")
+    kl.set_yticks(range(len(rows)), [c.name for c in rows])
+    kl.invert_yaxis()
+    for label in kl.get_yticklabels():
+        label.set_fontweight("bold" if label.get_text() == chosen else "normal")
+    labels = ("KL on judging items\n[nats]", "graded difference\n[points]")
+    labels += ("bytes\n[% of the float model's]", "reading speed\n[multiple of float32's]")
+    for axes, label in zip(panels, labels, strict=True):
+        axes.set_xlabel(label)
+    share.set_xlim(0, 108 * max(c.bytes_share for c in rows))
+    speed.set_xlim(0, 1.08 * max((c.reading for c in rows if c.speeds), default=1.0))
     title = f"{model}: {chosen} is recommended" if chosen else f"{model}: nothing is recommended"
-    drawn.suptitle(title, x=0.01, ha="left", fontsize=11)
+    drawn.suptitle(f"{title}; filled: on the Pareto front", x=0.01, ha="left", fontsize=11)
     return drawn
 
 

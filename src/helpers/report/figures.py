@@ -226,6 +226,7 @@ def variant_looks(variants: list[str]) -> dict[str, tuple[str, str]]:
 
 
 OPTIONAL = "optional targets too"
+WIDE = 10  # largest over smallest value, from which a logarithmic axis shows both
 
 
 @in_house_style
@@ -252,7 +253,11 @@ def kl_by_alpha(curves: dict[str, list[dict]], *, variants: list[str], title: st
         lowest = min(rows, key=lambda row: row["kl"])
         axes.plot(lowest["alpha"], lowest["kl"], "o", color=color, markersize=11, fillstyle="none")
     axes.set(xlabel="α", ylabel="KL [nats / token]", title=wrapped_title(title))
-    axes.set_ylim(0, 1.08 * max(row["kl"] for rows in curves.values() for row in rows))
+    kls = [row["kl"] for rows in curves.values() for row in rows]
+    if min(kls) > 0 and max(kls) > WIDE * min(kls):
+        axes.set_yscale("log")
+    else:
+        axes.set_ylim(0, 1.08 * max(kls))
     axes.legend(frameon=False)
     return figure
 
