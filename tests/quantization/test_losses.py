@@ -52,11 +52,19 @@ def test_without_a_carrier_none_is_named():
 
 
 def test_what_saves_no_more_than_chance_moves_is_not_named():
-    rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.61)]  # +25 %, −24 %
+    rows = [row("nothing", 0.8), row("every q_proj", 1.0), row(NAMED, 0.65)]  # 1.25, 1 / 1.23
     assert sensitivity.largest_chance_rise(study_of(rows)) == pytest.approx(0.25)
     assert carrier(rows)["left in float"] == "none beyond chance"
-    assert "up to 25 %" in sensitivity.loss_chapter(study_of(rows))[0].data
-    rows[2] = row(NAMED, 0.59)  # −26 %
+    text = sensitivity.loss_chapter(study_of(rows))[0].data
+    assert "up to 1.25 times the first" in text
+    assert "a saving of 20 %" in text
+    rows[2] = row(NAMED, 0.63)  # 1 / 1.27
+    assert carrier(rows)["left in float"] == "3.mlp.down_proj"
+
+
+def test_a_saving_may_be_beyond_a_chance_that_more_than_doubles_a_loss():
+    """No saving is above 100 %, so that rises and savings are compared as factors."""
+    rows = [row("nothing", 0.8), row("every q_proj", 1.7), row(NAMED, 0.3)]
     assert carrier(rows)["left in float"] == "3.mlp.down_proj"
 
 

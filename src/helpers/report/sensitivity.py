@@ -301,10 +301,15 @@ def chance_note(chance: float | None) -> str:
         return ""
     return (
         "A Linear left in float adds no error, but every change redraws the rounding of all other "
-        "Linears. A row above the first is therefore chance; here it is up to "
-        f"{100 * chance:.0f} % above. A decrease of at most that size cannot be distinguished from "
-        "chance."
+        "Linears. A row above the first is therefore chance; here one is up to "
+        f"{1 + chance:.2f} times the first. A fall by at most that factor, a saving of "
+        f"{100 * _saving_by_chance(chance):.0f} %, cannot be distinguished from chance."
     )
+
+
+def _saving_by_chance(rise: float) -> float:
+    """The saving that is as large a factor as a rise: half of a KL where another one doubled."""
+    return rise / (1 + rise)
 
 
 def _short_label(label: str) -> str:
@@ -335,7 +340,7 @@ def _carrier_cells(measured: dict[str, dict], chance_rise: float) -> dict[str, s
     }
     best = min(finite, key=finite.__getitem__)  # "nothing" where nothing is saved
     share = 1 - finite[best] / quantized_kl if quantized_kl > 0 else 0.0
-    if share <= chance_rise:
+    if share <= _saving_by_chance(chance_rise):
         return cells
     cells["left in float"] = _short_label(best)
     return cells | {"KL then": number(finite[best]), "saved": f"{100 * share:.0f} %"}
