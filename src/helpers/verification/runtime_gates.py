@@ -7,7 +7,7 @@ with the files too.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def function_gate(evidence: CheckpointFiles):
     model = evidence.source_model.float()
     try:
         expected = logits_of(model, evidence.probes)
-        _perturb_by_rounding_(model, evidence)
+        _perturb_by_rounding_(model, _rounded_in(evidence))
         limit = 4 * _largest_difference(logits_of(model, evidence.probes), expected)
         _load_implied_weights_(model, evidence)
         measured = _largest_difference(logits_of(model, evidence.probes), expected)
@@ -76,22 +76,31 @@ def _largest_difference(logits: list[Tensor], expected: list[Tensor]) -> float:
     )
 
 
-@torch.no_grad()
-def _perturb_by_rounding_(model, evidence: CheckpointFiles) -> None:
-    """Move every weight by the roundings of one Linear, up or down at random.
+def _rounded_in(evidence: CheckpointFiles) -> Callable[[str], torch.dtype]:
+    """The type in which a parameter was rounded, by its name.
 
     A smoothed weight that stays float is rounded to the checkpoint's dtype, in a variant that only
     smooths every weight.
     """
-    generator = torch.Generator().manual_seed(0)
     quantized, smoothed = set(evidence.rounded_targets), evidence.folded
     rounded = {
         f"{n}.weight" for n in smoothed if n not in quantized and smoothed[n] != (None, None)
     }
-    for key, parameter in model.named_parameters():
+
+    def dtype_of(key: str) -> torch.dtype:
         in_float32 = bool(quantized) and key not in rounded and not evidence.is_converted
-        dtype = torch.float32 if in_float32 else evidence.dtype
-        size = torch.finfo(dtype).eps + parameter.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+        return torch.float32 if in_float32 else evidence.dtype
+
+    return dtype_of
+
+
+@torch.no_grad()
+def _perturb_by_rounding_(model, rounded_in: Callable[[str], torch.dtype]) -> None:
+    """Move every weight by the roundings of one Linear, up or down at random."""
+    generator = torch.Generator().manual_seed(0)
+    for key, parameter in model.named_parameters():
+        sums = parameter.shape[-1] ** 0.5 * torch.finfo(torch.float32).eps
+        size = torch.finfo(rounded_in(key)).eps + sums
         for rows in parameter.split(CHUNK_ROWS):  # the embeddings alone are a tenth of a model
             signs = torch.randint(0, 2, rows.shape, generator=generator, dtype=torch.int8) * 2 - 1
             rows.mul_(1 + size * signs.to(rows.device))
@@ -139,7 +148,7 @@ def same_function_gate(evidence: RotatedFiles):
     runtime = float32_runtime(evidence.runtime)
     model = load_model(evidence.start, runtime)
     expected = logits_of(model, evidence.tokens)
-    _perturb_by_rounding_(model, evidence.dtype)
+    _perturb_by_rounding_(model, lambda _key: evidence.dtype)
     limit = 4 * _largest_difference(logits_of(model, evidence.tokens), expected)
     del model
     logits = logits_of(load_model(evidence.folder, runtime), evidence.tokens)
