@@ -2,14 +2,17 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from helpers.core.errors import StudyError
 from helpers.core.records import read_json, write_json
-from helpers.report import cost_chapter, summary
+from helpers.report import cost_chapter, glance, summary
+from helpers.report.checks.recomputed_graded_report import _multiplying_as
 from helpers.report.estimates import Cost
 from helpers.report.results import load_results
+from helpers.study.loading import load_study
 from made_up_cost import account, write_cost
 from test_report import make_job, record, whole_report
 
@@ -177,3 +180,21 @@ def test_a_study_that_leaves_cost_out_says_so(make_job):
     assert "This study measures neither speed nor memory" in report
     assert "has the same shapes as the model it was trained from" not in report
     assert "`make study` measures it" not in report
+
+
+def test_variants_that_multiply_alike_have_the_speed_of_the_one_that_was_measured():
+    measured = SimpleNamespace(variant="smoothquant_best")
+    ratio = lambda _way, _quantity, _against: SimpleNamespace(value=2.0)  # noqa: E731
+    cost = SimpleNamespace(others=[measured], reference=None, ratio=ratio)
+    results = SimpleNamespace(study=load_study("recipes"), costs={"base": cost})
+
+    def told(variant: str) -> str:
+        return glance._speeds(results, SimpleNamespace(model="base", variant=variant))
+
+    assert told("smoothquant_best") == told("smoothquant_gptq") == told("rtn_w8a8") != ""
+    others = ("o3_down", "smoothquant_protected", "smoothquant_kv8", "w4a16", "noquant_bf16")
+    assert {told(variant) for variant in others} == {""}
+    figures = SimpleNamespace(study=results.study)
+    alike = _multiplying_as(figures, "smoothquant_gptq")
+    assert {"smoothquant_best", "rtn_w8a8"} < alike
+    assert alike & set(others) == {"smoothquant_kv8"}  # its Linears do

@@ -621,13 +621,28 @@ def _card_speed(figures: RecomputedFigures, at: Subject, tables: list[Table]) ->
     """No answer tells a speed: the ratios are those of the chapter on cost."""
     source = figures.study.models[at[0]]
     timed = source.finetune.start if hasattr(source, "finetune") else at[0]
+    alike = _multiplying_as(figures, at[1])
     for table in tables:
         for row in map(table.by_column, table.rows):
-            if plain_text(row.get("against float32", "")) != at[1]:
+            if plain_text(row.get("against float32", "")) not in alike:
                 continue
             if table.section in (f"Model {at[0]}", f"Model {timed}"):
                 return [float(written_numbers(row[c])[0]) for c in ("reading", "writing")], ["×"]
     return [], ["–"]
+
+
+def _multiplying_as(figures: RecomputedFigures, variant: str) -> set[str]:
+    """The int8 variants with the same granularities and the same Linears left float."""
+    recipes, own = figures.study.variants, figures.study.variants[variant]
+    if own.kv or not own.quantized or own.protect:
+        return {variant} if not own.kv else set()
+    return {
+        name
+        for name, recipe in recipes.items()
+        if recipe.quantized
+        and not recipe.protect
+        and (recipe.scheme, recipe.ignore) == (own.scheme, own.ignore)
+    }
 
 
 def _card_bytes(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:
