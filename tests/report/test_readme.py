@@ -48,7 +48,7 @@ def test_what_is_committed_stays_small_and_without_weights():
     ).stdout.split()
     files = [PROJECT / name for name in listed]
     assert not [f for f in files if f.suffix in {".safetensors", ".bin", ".pt", ".gguf"}]
-    sizes = {"demo": 6_000_000, "seed-replica": 5_000_000, "rotation": 6_000_000}
+    sizes = {"demo": 6_000_000, "seed-replica": 5_000_000}
     sizes["recipes"] = 9_000_000  # 58 notebooks
     for study, most in sizes.items():
         own = [f for f in files if study in f.parts]
