@@ -93,7 +93,7 @@ def test_every_variant_is_a_way_under_its_true_name(sound_run):
     left_out = measurement.skipped_variants(of(run.job, "int8"))
     assert floats <= left_out.keys()
     assert len(kinds) + len(left_out) == len(run.job.study.variants) + 1
-    simulated = measurement.measured_configurations(of(run.job, "reference"))["o3_down float32"]
+    simulated = measurement.measured_configurations(of(run.job, "reference"))["o3_optional float32"]
     assert (simulated.arithmetic, simulated.simulated) == ("float32", True)
     assert list(measurement.measured_configurations(of(run.job, "vllm"))) == [
         "noquant float32",
