@@ -40,7 +40,7 @@ from helpers.report.results import Results, load_results
 from helpers.statistics.graded import Scored, paired_differences
 from helpers.statistics.graded_study import GradedVerdict, graded_scores, length_rule
 from helpers.study.loading import open_job
-from helpers.study.schema import FineTunedModel, speed_key
+from helpers.study.schema import FineTunedModel
 
 JUDGED = "nothing"  # the row of a quantization's record in which no Linear is left float
 HALVINGS = 1000
@@ -107,16 +107,11 @@ def _cost_of(results: Results, model: str) -> Cost | None:
 
 def _timed_as(results: Results, variant: str, cost: Cost) -> ConfigurationResult | None:
     """The measured configuration that multiplies as a variant does; None if there is none."""
-    variants = results.study.variants
-    own = variants[variant]
-    if own.kv or own.ruler:  # simulated
-        return None
-    if not own.needs_checkpoint:
-        dtype = own.dtype or results.runtime.dtype
-        return cost.bfloat16 if dtype == "bfloat16" else cost.reference
-    ways = {way.variant: way for way in cost.others}
-    alike = [way for n, way in ways.items() if speed_key(variants[n]) == speed_key(own)]
-    return ways.get(variant) or next(iter(alike), None)
+    own = results.study.variants[variant]
+    if own.kv or own.needs_checkpoint:
+        return cost.multiplying_as(variant, results.study.variants)
+    dtype = own.dtype or results.runtime.dtype
+    return cost.bfloat16 if dtype == "bfloat16" else cost.reference
 
 
 def pareto_front(of_model: Iterable[Candidate]) -> list[str]:

@@ -613,6 +613,14 @@ RECORD = {
         scheme_gate,
         lambda m: m | {"scheme": m["scheme"].replace("α = 0.5", "α = 0.625")},
     ),
+    "another place of smoothing in words": (
+        scheme_gate,
+        lambda m: m | {"scheme": m["scheme"].replace("at attention input", "at mlp down")},
+    ),
+    "a place of smoothing left unsaid": (
+        scheme_gate,
+        lambda m: m | {"scheme": m["scheme"].replace(", mlp input", "")},
+    ),
 }
 
 

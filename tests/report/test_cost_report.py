@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from helpers.core.errors import StudyError
 from helpers.core.records import read_json, write_json
 from helpers.report import cost_chapter, glance, summary
-from helpers.report.checks.recomputed_graded_report import _multiplying_as
+from helpers.report.checks.recomputed_graded_report import multiplying_as
 from helpers.report.estimates import Cost
 from helpers.report.results import load_results
 from helpers.study.loading import load_study
@@ -186,6 +187,7 @@ def test_variants_that_multiply_alike_have_the_speed_of_the_one_that_was_measure
     measured = SimpleNamespace(variant="smoothquant_best")
     ratio = lambda _way, _quantity, _against: SimpleNamespace(value=2.0)  # noqa: E731
     cost = SimpleNamespace(others=[measured], reference=None, ratio=ratio)
+    cost.multiplying_as = partial(Cost.multiplying_as, cost)
     results = SimpleNamespace(study=load_study("recipes"), costs={"base": cost})
 
     def told(variant: str) -> str:
@@ -194,7 +196,7 @@ def test_variants_that_multiply_alike_have_the_speed_of_the_one_that_was_measure
     assert told("smoothquant_best") == told("smoothquant_gptq") == told("rtn_w8a8") != ""
     others = ("o3_down", "smoothquant_protected", "smoothquant_kv8", "w4a16", "noquant_bf16")
     assert {told(variant) for variant in others} == {""}
-    figures = SimpleNamespace(study=results.study)
-    alike = _multiplying_as(figures, "smoothquant_gptq")
+    alike = set(multiplying_as(results.study, "smoothquant_gptq"))
     assert {"smoothquant_best", "rtn_w8a8"} < alike
     assert alike & set(others) == {"smoothquant_kv8"}  # its Linears do
+    assert multiplying_as(results.study, "smoothquant_kv8") == []

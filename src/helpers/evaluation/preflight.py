@@ -214,9 +214,10 @@ def _protection_problems(study: Study, model: str, config, *, tied: bool) -> Ite
         costs = [bytes_saved(shapes[f"{n}.weight"], size, variant) for n in names]
         share, whole = variant.protect.bytes, size * sum(map(math.prod, shapes.values()))
         if not min(costs) <= share * whole < sum(costs):
-            found = "leaves every Linear float" if share * whole >= sum(costs) else "fits no Linear"
+            all_fit = share * whole >= sum(costs)
+            effect = "leaves every Linear float" if all_fit else "fits no Linear"
             yield (
-                f"variants.{name}.protect.bytes = {share:g} {found} of {model}; give "
+                f"variants.{name}.protect.bytes = {share:g} {effect} of {model}; give "
                 f"{min(costs) / whole:.2g} to {sum(costs) / whole:.2g}, or leave it out"
             )
 

@@ -7,6 +7,7 @@ and only then summed up: what slows the machine for a while slows both.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import median
@@ -24,6 +25,7 @@ from helpers.statistics.intervals import (
 )
 from helpers.statistics.verdicts import DecisionRules, score_interval
 from helpers.study.loading import Job
+from helpers.study.schema import Variant, speed_key
 from helpers.study.stages import timed_models
 
 QUANTIZATION_STAGE = "02_quantization"  # of checkpoints and their verification
@@ -369,6 +371,19 @@ class Cost:
     def others(self) -> list[ConfigurationResult]:
         """All configurations but the baseline's."""
         return [w for w in self.configurations if w.variant != self.measurements["baseline"]]
+
+    def multiplying_as(
+        self, variant: str, recipes: Mapping[str, Variant]
+    ) -> ConfigurationResult | None:
+        """The measured configuration of an int8 variant, or of one that multiplies as it does.
+
+        None of a simulated variant, and if no such configuration was measured.
+        """
+        own = recipes[variant]
+        if own.kv or not own.quantized:
+            return None
+        alike = [w for w in self.others if speed_key(recipes[w.variant]) == speed_key(own)]
+        return next((w for w in alike if w.variant == variant), next(iter(alike), None))
 
     def measured(self, configuration: ConfigurationResult, quantity: str) -> Spread:
         return spread(self._rounds(configuration, quantity))

@@ -32,7 +32,7 @@ from helpers.report.markdown import (
 from helpers.report.pages import AT_A_GLANCE
 from helpers.report.results import Results
 from helpers.statistics.graded_study import INSIDE_MARGIN, GradedVerdict
-from helpers.study.schema import FineTunedModel, speed_key
+from helpers.study.schema import FineTunedModel
 
 
 def answer_paragraphs(results: Results) -> list[str]:
@@ -115,20 +115,13 @@ def _declared_counts(results: Results, e: VariantResults) -> str:
 
 
 def _speeds(results: Results, e: VariantResults) -> str:
-    """Reading and writing speed as multiples of float32's, medians; empty if not measured.
-
-    Of variants that multiply alike one is measured.
-    """
+    """Reading and writing speed as multiples of float32's, medians; empty if not measured."""
     source = results.study.models[e.model]
     timed = source.finetune.start if isinstance(source, FineTunedModel) else e.model
     cost: Cost | None = results.costs.get(e.model) or results.costs.get(timed)
-    recipes, own = results.study.variants, results.study.variants[e.variant]
-    if cost is None or own.kv or not own.quantized:
+    way = cost.multiplying_as(e.variant, results.study.variants) if cost else None
+    if cost is None or way is None:
         return ""
-    ways = [w for w in cost.others if speed_key(recipes[w.variant]) == speed_key(own)]
-    if not ways:
-        return ""
-    way = next((w for w in ways if w.variant == e.variant), ways[0])
     ratios = (cost.ratio(way, quantity, cost.reference) for quantity in ("prefill", "decode"))
     return " / ".join(ratio_text(ratio.value) for ratio in ratios)
 

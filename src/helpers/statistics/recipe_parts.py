@@ -180,12 +180,12 @@ def rulers_of(study: Study, variant: str) -> tuple[str, str] | None:
     if recipe.recipe or recipe.scheme != PRESETS["w8a8"] or recipe.rounding != "nearest":
         return None
     kept = _without_scheme(recipe)
-    found = {
+    of_preset = {
         other.preset: name
         for name, other in reversed(study.variants.items())
         if other.ruler and _without_scheme(other) == kept
     }
-    weights, activations = found.get("w8a16"), found.get("a8")
+    weights, activations = of_preset.get("w8a16"), of_preset.get("a8")
     return (weights, activations) if weights and activations else None
 
 

@@ -583,6 +583,10 @@ class Variant(Strict):
                 f"recipe = {self.recipe!r} takes smooth, and neither preset nor weights; it has "
                 "its own"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _rounding_of_its_scheme(self):
         if self.rounding != "nearest" and (self.recipe or not (self.preset or self.weights)):
             raise ValueError(
                 f"rounding = {self.rounding!r} is for a variant with a preset or weights of its "
@@ -602,6 +606,10 @@ class Variant(Strict):
                 "rounding = 'gptq' works on decoder blocks, which the head is no part of; add "
                 "lm_head to ignore"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _smoothing_it_can_choose(self):
         is_chosen = self.smooth and self.smooth.is_chosen
         key = "optional" if self.smooth and self.smooth.optional else "alpha"
         if is_chosen and (self.recipe or not (self.preset or self.weights)):
@@ -614,6 +622,10 @@ class Variant(Strict):
                 f"smooth.{key} is chosen for int8 W8A8, and preset = {self.preset!r} is a ruler "
                 "beside it; give what was chosen"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _settings_it_has_a_use_for(self):
         if self.kv and self.recipe:
             raise ValueError(
                 f"kv = {self.kv!r} is no part of recipe = {self.recipe!r}; leave it out"

@@ -20,6 +20,7 @@ from helpers.report.checks.recomputed_tables import (
     read_tables,
     written_numbers,
 )
+from helpers.study.schema import Study
 
 BLOCKS = ("graded", "pooled", "finetuning_cost")
 DRAWS, CALIBRATIONS, PARTS = "draws", "calibrations", "decompositions"
@@ -279,12 +280,12 @@ def _part_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected
     del table
     model, variant = plain_text(row["parts of"]), _variant_and_baseline(row, figures)[0]
     measure = "KL" if plain_text(row["measure"]).startswith("KL") else "graded score"
-    wanted = (model, variant, measure)
+    at = (model, variant, measure)
     blocks = figures.graded_blocks.get(PARTS, ())
-    found = [b for b in blocks if (b["model"], b["variant"], b["measure"]) == wanted]
-    if not found:
+    block = next((b for b in blocks if (b["model"], b["variant"], b["measure"]) == at), None)
+    if block is None:
         return None
-    parts, rest = found[0]["parts"], "remainder of every draw"
+    parts, rest = block["parts"], "remainder of every draw"
     if not parts:
         return dict.fromkeys((*PART_COLUMNS, rest), ([], "–"))
     cells: Expected = {}
@@ -621,7 +622,7 @@ def _card_speed(figures: RecomputedFigures, at: Subject, tables: list[Table]) ->
     """No answer tells a speed: the ratios are those of the chapter on cost."""
     source = figures.study.models[at[0]]
     timed = source.finetune.start if hasattr(source, "finetune") else at[0]
-    alike = _multiplying_as(figures, at[1])
+    alike = multiplying_as(figures.study, at[1])
     for table in tables:
         for row in map(table.by_column, table.rows):
             if plain_text(row.get("against float32", "")) not in alike:
@@ -631,18 +632,21 @@ def _card_speed(figures: RecomputedFigures, at: Subject, tables: list[Table]) ->
     return [], ["–"]
 
 
-def _multiplying_as(figures: RecomputedFigures, variant: str) -> set[str]:
-    """The int8 variants with the same granularities and the same Linears left float."""
-    recipes, own = figures.study.variants, figures.study.variants[variant]
-    if own.kv or not own.quantized or own.protect:
-        return {variant} if not own.kv else set()
-    return {
+def multiplying_as(study: Study, variant: str) -> list[str]:
+    """A variant, and those with the same granularities and Linears left float; none if simulated.
+
+    Linears that `protect` leaves float follow from smoothing and calibration items too.
+    """
+    own = study.variants[variant]
+    if own.kv or own.preset in ("w8a16", "w4a16", "a8", "fp8"):
+        return []
+    keys = ("scheme", "ignore", "protect", *(("smooth", "calibration") if own.protect else ()))
+    alike = [
         name
-        for name, recipe in recipes.items()
-        if recipe.quantized
-        and not recipe.protect
-        and (recipe.scheme, recipe.ignore) == (own.scheme, own.ignore)
-    }
+        for name, other in study.variants.items()
+        if all(getattr(other, key) == getattr(own, key) for key in keys)
+    ]
+    return [variant, *alike]
 
 
 def _card_bytes(figures: RecomputedFigures, at: Subject, tables: list[Table]) -> CardCell:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from helpers.report.checks.recomputed_graded_report import multiplying_as
 from helpers.report.checks.recomputed_tables import (
     RecomputedFigures,
     Table,
@@ -22,7 +23,7 @@ from helpers.report.checks.recomputed_tables import (
     written_numbers,
 )
 from helpers.statistics.checks import recomputed_graded as again
-from helpers.study.schema import FineTunedModel, Study, Variant
+from helpers.study.schema import FineTunedModel, Study
 
 TITLE, MISSING = "# Which variant to use: ", "–"
 KL, DIFFERENCE = "KL on judging items [nats]", "graded difference [points]"
@@ -133,24 +134,15 @@ def _speeds(model: str, variant: str, shown: list[Table], study: Study) -> tuple
         for table in shown
         if table.columns[0] == "against float32" and table.section == f"Model {timed}"
     ]
-    if own.kv or own.preset in ("w8a16", "w4a16", "a8", "fp8") or not tables:
-        return missing
     rows = {plain_text(row[0]): row for table in tables for row in table.rows}
-    names = [variant]
-    names += [name for name, other in study.variants.items() if _multiplies(other, own)]
-    if not own.needs_checkpoint:
+    names = multiplying_as(study, variant)
+    if names and not own.needs_checkpoint:
         names = [f"{study.baseline} {own.dtype or study.runtime.dtype}"]
     row = next((rows[name] for name in names if name in rows), None)
     if row is None:
         return missing
     reading, writing = (plain_text(cell).partition(" ")[0] for cell in row[2:4])
     return reading, writing
-
-
-def _multiplies(other: Variant, own: Variant) -> bool:
-    keys = ["scheme", "ignore", "ruler", "protect"]
-    keys += ["smooth", "calibration"] if own.protect else []  # what the Linears are chosen by
-    return all(getattr(other, key) == getattr(own, key) for key in keys)
 
 
 def _number(cell: str) -> float | None:
