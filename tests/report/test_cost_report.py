@@ -200,3 +200,11 @@ def test_variants_that_multiply_alike_have_the_speed_of_the_one_that_was_measure
     assert {"smoothquant_best", "rtn_w8a8"} < alike
     assert alike & set(others) == {"smoothquant_kv8"}  # its Linears do
     assert multiplying_as(results.study, "smoothquant_kv8") == []
+
+
+def test_what_was_measured_and_a_partial_report_lacks_is_passed_over():
+    measured = [SimpleNamespace(variant=name) for name in ("o3", "smoothquant_best")]
+    study = load_study("recipes")
+    recipes = {name: recipe for name, recipe in study.variants.items() if name != "o3"}
+    told = Cost.multiplying_as(SimpleNamespace(others=measured), "rtn_w8a8", recipes)
+    assert told is measured[1]

@@ -75,6 +75,21 @@ def test_the_users_own_mistake_is_its_message_only(project):
     assert done.stderr.splitlines()[2].strip() == "mend x"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have TCP ports alone")
+def test_a_kernel_has_addresses_that_no_other_program_takes(project):
+    lines = [
+        "import ipykernel, psutil",
+        "told = ipykernel.get_connection_info(unpack=True)",
+        "ports = {told[key] for key in told if key.endswith('_port')}",
+        "sockets = {c.laddr for c in psutil.Process().net_connections('unix')}",
+        "assert len(ports) == 5",
+        "assert {f\"{told['ip']}-{port}\" for port in ports} <= sockets",
+    ]
+    done = run(project, "\n".join(lines))
+    assert done.returncode == 0, done.stderr
+    assert not list(project.rglob("*study-*")), "these sockets are no files"
+
+
 def test_killing_the_runner_leaves_no_kernel(project):
     """kill -9 on what started the job ends the runner, and the kernel with it."""
     pids = project / "pids"

@@ -377,12 +377,14 @@ class Cost:
     ) -> ConfigurationResult | None:
         """The measured configuration of an int8 variant, or of one that multiplies as it does.
 
-        None of a simulated variant, and if no such configuration was measured.
+        None of a simulated variant, and if no such configuration was measured. A partial report may
+        lack recipes of what was measured; those are passed over.
         """
         own = recipes[variant]
         if own.kv or not own.quantized:
             return None
-        alike = [w for w in self.others if speed_key(recipes[w.variant]) == speed_key(own)]
+        known = [w for w in self.others if w.variant in recipes]
+        alike = [w for w in known if speed_key(recipes[w.variant]) == speed_key(own)]
         return next((w for w in alike if w.variant == variant), next(iter(alike), None))
 
     def measured(self, configuration: ConfigurationResult, quantity: str) -> Spread:

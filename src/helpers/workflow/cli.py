@@ -33,6 +33,7 @@ import re
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -161,7 +162,7 @@ def without_machine_paths(value):
     return value
 
 
-START_ATTEMPTS = 3  # kernels starting at the same moment can pick the same port
+START_ATTEMPTS = 3  # where a kernel has TCP ports, another can take one before it does
 
 
 class JobFailed(Exception):
@@ -186,7 +187,17 @@ def _kernel_manager_class():
     from jupyter_client.manager import AsyncKernelManager
 
     class ThisInterpreter(AsyncKernelManager):
-        """Starts the job's own interpreter instead of an installed kernel."""
+        """Starts the job's own interpreter instead of an installed kernel.
+
+        A TCP port that is free when it is chosen can be taken before the kernel binds it, since
+        other kernels start at the same moment. Linux has socket names for that, which no two
+        kernels share and which leave no file behind.
+        """
+
+        def __init__(self, **settings):
+            if sys.platform == "linux":
+                settings |= {"transport": "ipc", "ip": f"@study-{uuid.uuid4().hex}"}
+            super().__init__(**settings)
 
         @property
         def kernel_spec(self) -> KernelSpec:
