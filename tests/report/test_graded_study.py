@@ -1,5 +1,6 @@
 """Graded scores of a whole study, from its rows to the report, and held to the answers again."""
 
+import dataclasses
 import json
 import re
 from types import SimpleNamespace
@@ -14,7 +15,11 @@ from helpers.core.records import write_json
 from helpers.report import cost_chapter, glance, graded_chapter, summary
 from helpers.report.checks import recomputation
 from helpers.report.checks.recomputation import recompute
-from helpers.report.checks.recomputed_graded_report import wrong_cards
+from helpers.report.checks.recomputed_graded_report import (
+    wrong_cards,
+    wrong_graded_blocks,
+    wrong_graded_cells,
+)
 from helpers.report.checks.recomputed_tables import RecomputedFigures
 from helpers.report.graded_chapter import graded_blocks
 from helpers.report.results import load_results
@@ -28,7 +33,7 @@ from helpers.statistics.graded_study import (
     graded_study,
 )
 from helpers.study.loading import load_study
-from helpers.study.schema import Comparison, Variant
+from helpers.study.schema import Comparison, RotatedModel, Variant
 from simulated_rows import option_rows, quantized, written_rows
 from test_report import make_job  # noqa: F401 - a fixture
 
@@ -407,12 +412,18 @@ def test_every_edited_part_of_a_card_is_named(published):
     assert len(rows) >= 6, rows
 
 
-def recomputed_figures(job) -> RecomputedFigures:
-    """What the recomputation makes of a study's answers."""
+def recomputed_figures(job, study=None) -> RecomputedFigures:
+    """What the recomputation makes of a study's answers, read with its settings or others."""
+    study = study or job.study
     stored = json.loads((job.paths.root / "summary.json").read_text("utf-8"))
-    answers = read_answers(job.paths.root / "answers", job.study)
+    answers = read_answers(job.paths.root / "answers", study)
     p_values = recomputation._published_p_values(stored["comparisons"])
-    return RecomputedFigures(answers, comparison_rows(job.study, answers.answers, p_values), stored)
+    return RecomputedFigures(answers, comparison_rows(study, answers.answers, p_values), stored)
+
+
+def wrong_texts(text: str, figures: RecomputedFigures) -> list[str]:
+    """Sentences and cells of tables that the answers contradict."""
+    return [*recomputation.wrong_sentences(text, figures), *wrong_graded_cells(text, figures)]
 
 
 def test_a_card_with_a_row_that_nobody_checks_is_named(published):
@@ -452,3 +463,48 @@ def test_a_report_without_the_chapter_is_named(published):
     path = published.paths.root / "report.md"
     path.write_text(path.read_text("utf-8").replace("## 4. Graded scores", "## 4. Other"), "utf-8")
     assert any("no chapter on graded scores" in line for line in differences(published))
+
+
+def rotated(results):
+    """The same answers, of a study whose second model was rotated instead of trained."""
+    source = RotatedModel(rotate={"start": "base", "rotations": ["r1"]})
+    study = results.study.model_copy(update={"models": results.study.models | {"tuned": source}})
+    made = {"rotations": results.training, "training": {}}
+    return dataclasses.replace(results, study=study, **made)
+
+
+@pytest.mark.parametrize(("raised", "kind"), [(-0.4, "better"), (0.4, "worse")])
+def test_a_rotated_model_is_compared_with_its_start_as_a_fine_tuned_one_is(
+    graded_job, raised, kind
+):
+    job = graded_job(loss=dict.fromkeys(VARIANTS, 0.4), raised=raised)
+    trained = load_results(job)
+    results = rotated(trained)
+    assert results.graded.rotation == trained.graded.finetuning
+    assert results.graded.finetuning == trained.graded.rotation == ()
+    assert {cost.pooled.kind for cost in results.graded.rotation} == {kind}
+    assert "rotation_cost" not in graded_blocks(trained.graded)
+
+    summary.write_summary(trained, job.paths.root)
+    figures = recomputed_figures(job, results.study)
+    blocks = graded_blocks(results.graded)
+    assert {row["rotated"] for row in blocks["rotation_cost"]} == {"tuned"}
+    assert wrong_graded_blocks(blocks, figures) == []
+    blocks["rotation_cost"][0]["kl"]["delta"] += 0.01
+    [line] = wrong_graded_blocks(blocks, figures)
+    assert "rotation_cost" in line
+
+    [sentence] = glance.made_model_sentences(results)
+    assert sentence.startswith("**Does rotation lower the cost?** ")
+    text = "\n\n".join([sentence, *(part.data for part in graded_chapter.chapter(results))])
+    assert "no increase" not in sentence.lower()
+    assert wrong_texts(text, figures) == []
+    for pattern, place in (
+        (r"lower the cost\?\*\* (\w)", "Does rotation lower"),
+        (r"by score pooled, [^(]*\([+−]?\d+\.(\d)", "Does rotation lower"),
+        (r"rotated − start[^`]*\| `tuned` \| `rtn_w8a8` \| [+−]?\d+\.(\d)", "column ARC"),
+    ):
+        at = re.search(pattern, text).start(1)
+        other = "4" if text[at] == "5" else "5"
+        lines = wrong_texts(text[:at] + other + text[at + 1 :], figures)
+        assert any(place in line for line in lines), (pattern, lines)

@@ -126,14 +126,17 @@ def _speeds(results: Results, e: VariantResults) -> str:
     return " / ".join(ratio_text(ratio.value) for ratio in ratios)
 
 
-def finetuning_sentences(results: Results) -> list[str]:
-    """Whether fine-tuning raises the cost: by graded scores and KL, or by KL alone."""
-    question = "**Does fine-tuning raise the cost?** "
+def made_model_sentences(results: Results) -> list[str]:
+    """Whether fine-tuning raises and rotation lowers the cost: by graded scores, or by KL alone."""
     if sentences := graded_chapter.cost_sentences(results):
-        return [question + sentence for sentence in sentences]
+        return sentences
     return [
         question + narrative.kl_comparison_sentence(results, model, variant)
-        for model in results.training
+        for question, models in (
+            ("**Does fine-tuning raise the cost?** ", results.training),
+            ("**Does rotation lower the cost?** ", results.rotations),
+        )
+        for model in models
         for variant in results.studied_variants
     ]
 
@@ -414,7 +417,7 @@ def sections(results: Results) -> Iterator[str | Picture]:
     parts = [
         *answer_paragraphs(results),
         *card_tables(results),
-        *finetuning_sentences(results),
+        *made_model_sentences(results),
     ]
     pictures = picture(results)
     if pictures:

@@ -1,8 +1,9 @@
 """The chapters on graded scores, of one study and of recipes over several checkpoints each.
 
 Graded scores: tables, sentences of the summary, numbers for programs. The models stand in
-neighbouring rows, and beside each graded difference that of right and wrong. A study without graded
-scores says so, and has none of the blocks `graded`, `pooled` and `finetuning_cost` of summary.json.
+neighbouring rows, and beside each graded difference that of right and wrong. A study without
+graded scores says so, and has none of the blocks `graded`, `pooled`, `finetuning_cost` and
+`rotation_cost` of summary.json.
 
 Recipes of which several checkpoints were made: a study without repeated variants has no such
 chapter, and no block `draws` in summary.json. Nor has one without named calibrations, or without
@@ -38,9 +39,9 @@ from helpers.statistics.graded import EQUIVALENCE_LEVEL
 from helpers.statistics.graded_study import (
     INSIDE_MARGIN,
     POOLED,
-    FineTuningCost,
     GradedStudy,
     GradedVerdict,
+    MadeModelCost,
     PooledVerdict,
     Recipe,
     RecipeFigure,
@@ -49,7 +50,7 @@ from helpers.study.schema import Comparison
 
 
 def graded_blocks(graded: GradedStudy) -> dict:
-    """The three blocks; empty without graded scores."""
+    """The blocks; empty without graded scores, and `rotation_cost` only of rotated models."""
     if not graded.comparisons:
         return {}
     abilities = [
@@ -59,11 +60,12 @@ def graded_blocks(graded: GradedStudy) -> dict:
         for at, ability in graded.abilities.items()
     ]
     comparisons = [c.model_dump() | verdict_row(v) for c, v in graded.comparisons.items()]
+    rotation = [_cost_row(cost, "rotated") for cost in graded.rotation]
     return {
         "graded": {"abilities": abilities, "comparisons": comparisons},
         "pooled": [_pooled_row(at, pooled) for at, pooled in graded.pooled.items()],
-        "finetuning_cost": [_cost_row(cost) for cost in graded.finetuning],
-    }
+        "finetuning_cost": [_cost_row(cost, "finetuned") for cost in graded.finetuning],
+    } | ({"rotation_cost": rotation} if rotation else {})
 
 
 def verdict_row(verdict: GradedVerdict) -> dict:
@@ -101,10 +103,10 @@ def _pooled_row(at: tuple[str, str], pooled: PooledVerdict) -> dict:
     return row
 
 
-def _cost_row(cost: FineTuningCost) -> dict:
+def _cost_row(cost: MadeModelCost, made: str) -> dict:
     return {
         "start": cost.start,
-        "finetuned": cost.finetuned,
+        made: cost.made,
         "variant": cost.variant,
         "sets": {name: verdict_row(verdict) for name, verdict in cost.sets.items()},
         "pooled_sets": list(cost.pooled_sets),
@@ -120,7 +122,7 @@ HEADING = "## 4. Graded scores"
 
 
 def chapter(results: Results) -> list[Markdown]:
-    """How to read it, every set, the pooled answer, the cost of fine-tuning."""
+    """How to read it, every set, the pooled answer, the cost of fine-tuning and of rotation."""
     if not results.graded.comparisons:
         return [_markdown([HEADING, "The answers of this study hold no log-probabilities."])]
     parts = [HEADING, reading_paragraph(results)]
@@ -133,11 +135,18 @@ def chapter(results: Results) -> list[Markdown]:
             "**Pooled.** Every informative set with the same weight. Recovery is the score above"
         )
         parts += [f"{about} chance as a share of the float model's.", markdown_table(pooled)]
-    if costs := cost_table(results):
+    if costs := cost_table(results, results.graded.finetuning, "fine-tuned"):
         about = (
             "**Fine-tuned minus start.** Quantization's effect on the fine-tuned model minus its "
             "effect on the start model. Scores below zero, and KL above zero, mean that "
             "fine-tuning raises the cost."
+        )
+        parts += [about, markdown_table(costs)]
+    if costs := cost_table(results, results.graded.rotation, "rotated"):
+        about = (
+            "**Rotated minus start.** Quantization's effect on the rotated model minus its effect "
+            "on the start model. Scores above zero, and KL below zero, mean that rotation lowers "
+            "the cost."
         )
         parts += [about, markdown_table(costs)]
     return [_markdown(parts)]
@@ -284,14 +293,18 @@ def pooled_table(results: Results) -> Rows:
     return rows
 
 
-def cost_table(results: Results) -> Rows:
-    """The difference of differences of every variant, set by set, pooled, and of the KL."""
+def cost_table(results: Results, costs: tuple[MadeModelCost, ...], made: str) -> Rows:
+    """The difference of differences of every variant, set by set, pooled, and of the KL.
+
+    Args:
+        made: how the models were made, in a word for the title.
+    """
     rows = []
-    for cost in results.graded.finetuning:
+    for cost in costs:
         if cost.variant not in _shown(results):
             continue
         label = variant_label(results, cost.variant)
-        row = {"fine-tuned − start": code(cost.finetuned), "variant": label}
+        row = {f"{made} − start": code(cost.made), "variant": label}
         for name in _graded_sets(results):
             row[set_column(name)] = graded_cell(cost.sets.get(name), COST_WORDS)
         row["pooled [points]"] = graded_cell(cost.pooled, COST_WORDS)
@@ -391,18 +404,32 @@ def excluded_points(comparison) -> str:
 
 
 def cost_sentences(results: Results) -> list[str]:
-    """Whether quantization costs the fine-tuned model more, a sentence a studied variant."""
+    """Whether fine-tuning raises the cost, and whether rotation lowers it.
+
+    A sentence for each studied variant of each model that was made here.
+    """
     if not results.graded.comparisons:
         return []
+    questions = (
+        ("**Does fine-tuning raise the cost?** ", results.graded.finetuning, RAISED),
+        ("**Does rotation lower the cost?** ", results.graded.rotation, LOWERED),
+    )
     return [
-        _cost_sentence(cost)
+        question + _cost_sentence(cost, answers)
+        for question, costs, answers in questions
         for variant in results.studied_variants
-        for cost in results.graded.finetuning
+        for cost in costs
         if cost.variant == variant
     ]
 
 
-def _cost_sentence(cost: FineTuningCost) -> str:
+# The verdict that answers yes, those that answer no, and what is said if neither does.
+RAISED = ("worse", {"equivalent", "better"}, "No increase was detected")
+LOWERED = ("better", {"equivalent", "worse"}, "No decrease was detected")
+Answers = tuple[str, set[str], str]
+
+
+def _cost_sentence(cost: MadeModelCost, answers: Answers) -> str:
     """The answer in a word, then by scores and by tokens."""
     judged = [verdict for verdict in (cost.pooled, cost.kl) if verdict and verdict.comparison]
     parts = [
@@ -410,17 +437,18 @@ def _cost_sentence(cost: FineTuningCost) -> str:
         _cost_clause(cost.kl, "KL", "hundredths of a nat a token", _hundredths),
     ]
     measures = "; ".join(filter(None, parts)) or "no measure is valid"
-    answer = cost_answer({verdict.kind for verdict in judged})
-    return f"{answer}. `{cost.variant}`, `{cost.finetuned}` minus `{cost.start}`: {measures}."
+    answer = cost_answer({verdict.kind for verdict in judged}, answers)
+    return f"{answer}. `{cost.variant}`, `{cost.made}` minus `{cost.start}`: {measures}."
 
 
-def cost_answer(kinds: set[str]) -> str:
-    """Whether fine-tuning raises the cost, from the verdicts by score and by KL."""
+def cost_answer(kinds: set[str], answers: Answers) -> str:
+    """Yes or no, from the verdicts by score and by KL."""
+    yes, no, undecided = answers
     if not kinds:
         return "Nothing can be said"
-    if "worse" in kinds:
-        return "Yes" if kinds == {"worse"} else "By one of two measures"
-    return "No" if kinds <= {"equivalent", "better"} else "No increase was detected"
+    if yes in kinds:
+        return "Yes" if kinds == {yes} else "By one of two measures"
+    return "No" if kinds <= no else undecided
 
 
 COST_CLAUSES = {

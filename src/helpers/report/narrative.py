@@ -584,8 +584,8 @@ def uninformative_finding(results: Results) -> str:
 
 
 def kl_comparison_sentence(results: Results, model: str, variant: str) -> str:
-    """Whether a variant changes a fine-tuned model more than its start model, by KL."""
-    start = results.study.models[model].finetune.start
+    """Whether a variant changes a fine-tuned or rotated model more than its start, by KL."""
+    start = results.study.models[model].start
     pair = results.evaluations[start, variant], results.evaluations[model, variant]
     change = token_difference(*pair, "kl", results.rules)
     comparison = f"`{model}` and `{start}` without a detectable difference"

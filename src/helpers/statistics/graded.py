@@ -39,7 +39,8 @@ Whether fine-tuning raises the cost of quantization is a difference of differenc
 answer the same items, so each item gives one number: what the fine-tuned model lost to
 quantization minus what the base model lost. Its mean is tested as any other paired difference is.
 Two costs whose intervals overlap may still differ, and two verdicts that read differently ("worse"
-and "inconclusive") need not. Nothing is said where either model has no ability on the set.
+and "inconclusive") need not. Nothing is said where either model has no ability on the set. Whether
+a rotation lowers the cost is the same question of a rotated model and its start.
 
 The mean KL hides where the divergence is. A variant that is the float model but for one token in a
 thousand and one that differs a little everywhere may have one mean, and are two different models

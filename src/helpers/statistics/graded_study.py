@@ -26,7 +26,7 @@ draws by their result. Imports no torch.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -70,7 +70,15 @@ from helpers.statistics.verdicts import (
     role_of,
     shared_level,
 )
-from helpers.study.schema import AnySet, Comparison, FineTunedModel, LogLikelihood, Study
+from helpers.study.schema import (
+    AnySet,
+    Comparison,
+    FineTunedModel,
+    LogLikelihood,
+    MadeModel,
+    RotatedModel,
+    Study,
+)
 
 Place = tuple[str, str, str]  # model, evaluation set, variant
 KL_UNIT: Unit = "nats a token"
@@ -117,8 +125,8 @@ class PooledVerdict:
 
 
 @dataclass(frozen=True)
-class FineTuningCost:
-    """What quantization costs the fine-tuned model less what it costs its start.
+class MadeModelCost:
+    """What quantization costs a fine-tuned or rotated model less what it costs its start.
 
     Attributes:
         sets: by evaluation set; `pooled` over the sets informative for both, named in
@@ -127,7 +135,7 @@ class FineTuningCost:
     """
 
     start: str
-    finetuned: str
+    made: str
     variant: str
     sets: dict[str, GradedVerdict]
     pooled_sets: tuple[str, ...]
@@ -149,7 +157,8 @@ class GradedStudy:
     blind: dict[Place, str]
     comparisons: dict[Comparison, GradedVerdict]
     pooled: dict[tuple[str, str], PooledVerdict]
-    finetuning: tuple[FineTuningCost, ...]
+    finetuning: tuple[MadeModelCost, ...]
+    rotation: tuple[MadeModelCost, ...]
 
 
 def length_rule(evaluation_set: AnySet) -> str:
@@ -216,8 +225,8 @@ class _StudyScores:
         by_model = {
             (m, v): pooled[m, v] for m in self.study.models for v in others if (m, v) in pooled
         }
-        costs = tuple(self._finetuning())
-        return GradedStudy(self.abilities, self.blind, comparisons, by_model, costs)
+        costs = (tuple(self._costs_of(kind)) for kind in (FineTunedModel, RotatedModel))
+        return GradedStudy(self.abilities, self.blind, comparisons, by_model, *costs)
 
     def _blind_reason(self, at: Place) -> str:
         """Why nothing can be said about a model on a set; empty if something can."""
@@ -355,25 +364,26 @@ class _StudyScores:
     def _sides(self, model: str, name: str, variant: str) -> tuple[Scored, Scored]:
         return self.scores[model, name, self.study.baseline], self.scores[model, name, variant]
 
-    def _finetuning(self):
-        for finetuned, source in self.study.models.items():
-            if not isinstance(source, FineTunedModel):
+    def _costs_of(self, kind: type[MadeModel]) -> Iterator[MadeModelCost]:
+        """Of every variant of every model that was made in this way."""
+        for made, source in self.study.models.items():
+            if not isinstance(source, kind):
                 continue
-            start = source.finetune.start
             for variant in self.study.variants:
-                there = {(m, v) for m in (start, finetuned) for v in (self.study.baseline, variant)}
+                models, variants = (source.start, made), (self.study.baseline, variant)
+                there = {(m, v) for m in models for v in variants}
                 if variant == self.study.baseline or not there <= self.answers.keys():
                     continue
-                if cost := self._cost(start, finetuned, variant):
+                if cost := self._cost(source.start, made, variant):
                     yield cost
 
-    def _cost(self, start: str, finetuned: str, variant: str) -> FineTuningCost | None:
-        baseline, models = self.study.baseline, (start, finetuned)
+    def _cost(self, start: str, made: str, variant: str) -> MadeModelCost | None:
+        baseline, models = self.study.baseline, (start, made)
         names = [
             name
             for name in self.study.evaluation.datasets
             if all((m, name, v) in self.scores for m in models for v in (baseline, variant))
-            and self.scores[start, name, baseline].ids == self.scores[finetuned, name, baseline].ids
+            and self.scores[start, name, baseline].ids == self.scores[made, name, baseline].ids
         ]
         invalid = {
             n: next((r for m in models if (r := self._invalid(m, n, variant))), "") for n in names
@@ -381,9 +391,7 @@ class _StudyScores:
         blind = {
             n: next((r for m in models if (r := self.blind[m, n, baseline])), "") for n in names
         }
-        pairs = {
-            n: (self._sides(start, n, variant), self._sides(finetuned, n, variant)) for n in names
-        }
+        pairs = {n: (self._sides(start, n, variant), self._sides(made, n, variant)) for n in names}
         compared = {n: self._cost_of_set(*pairs[n], len(names)) for n in names}
         holm_p = holm({n: 1.0 if invalid[n] else compared[n].p for n in names})
         sets = {}
@@ -395,14 +403,14 @@ class _StudyScores:
                 sets[n] = self._verdict(compared[n], blind[n], holm_p[n])
         kept = [n for n in names if not blind[n]]
         pooled = self._pooled_cost(kept, pairs, invalid) if kept else None
-        kl = self._kl_cost(start, finetuned, variant)
+        kl = self._kl_cost(start, made, variant)
         if not sets and kl is None:
             return None
-        return FineTuningCost(start, finetuned, variant, sets, tuple(kept), pooled, kl)
+        return MadeModelCost(start, made, variant, sets, tuple(kept), pooled, kl)
 
-    def _cost_of_set(self, base, finetuned, tests: int) -> GradedComparison:
-        estimate = cost_difference(base, finetuned)
-        changes = paired_differences(*finetuned) - paired_differences(*base)
+    def _cost_of_set(self, start, made, tests: int) -> GradedComparison:
+        estimate = cost_difference(start, made)
+        changes = paired_differences(*made) - paired_differences(*start)
         return self._compared(estimate, "probability", tests, not changes.any())
 
     def _pooled_cost(self, kept: list[str], pairs: dict, invalid: dict) -> GradedVerdict:
@@ -414,8 +422,8 @@ class _StudyScores:
         )
         return self._verdict(comparison, "", None)
 
-    def _kl_cost(self, start: str, finetuned: str, variant: str) -> GradedVerdict | None:
-        sides = [self.answers[m, variant] for m in (start, finetuned)]
+    def _kl_cost(self, start: str, made: str, variant: str) -> GradedVerdict | None:
+        sides = [self.answers[m, variant] for m in (start, made)]
         guarded = [WHOLE_VARIANT, SHARED_TEXT]
         for side in sides:
             if reason := failed_check(side.gates, guarded):

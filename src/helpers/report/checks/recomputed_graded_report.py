@@ -22,9 +22,10 @@ from helpers.report.checks.recomputed_tables import (
 )
 from helpers.study.schema import Study
 
-BLOCKS = ("graded", "pooled", "finetuning_cost")
+COSTS = {"finetuning_cost": "finetuned", "rotation_cost": "rotated"}  # and the model's key
+BLOCKS = ("graded", "pooled", *COSTS)
 DRAWS, CALIBRATIONS, PARTS = "draws", "calibrations", "decompositions"
-PLACE_KEYS = ("model", "start", "finetuned", "dataset", "measure", "baseline", "variant")
+PLACE_KEYS = ("model", "start", "finetuned", "rotated", "dataset", "measure", "baseline", "variant")
 COST_WORDS = {"worse": "higher cost", "better": "lower cost"}
 COST_CLAUSES = {
     "worse": "higher cost",
@@ -32,6 +33,10 @@ COST_CLAUSES = {
     "equivalent": "the same cost within the margin",
     "inconclusive": "no difference detected",
 }
+
+
+# Blocks, and the first columns of their tables.
+COST_TABLES = {"finetuning_cost": "fine-tuned − start", "rotation_cost": "rotated − start"}
 
 
 def wrong_graded_blocks(published: dict, figures: RecomputedFigures) -> list[str]:
@@ -163,15 +168,19 @@ def _pooled_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expect
 
 
 def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
-    at = plain_text(row["fine-tuned − start"]), _variant_and_baseline(row, figures)[0]
-    costs = figures.graded_blocks.get("finetuning_cost", ())
-    cost = next((r for r in costs if (r["finetuned"], r["variant"]) == at), None)
-    if cost is None:
+    block, title = next(at for at in COST_TABLES.items() if at[1] in row)
+    model, variant = plain_text(row[title]), _variant_and_baseline(row, figures)[0]
+    if (cost := _cost(figures, block, model, variant)) is None:
         return None
     columns = _dataset_columns(table, figures).items()
     cells = {column: _expected_cell(cost["sets"].get(name)) for column, name in columns}
     cells["pooled [points]"] = _expected_cell(cost["pooled"])
     return cells | {"KL [0.01 nats]": _expected_cell(cost["kl"])}
+
+
+def _cost(figures: RecomputedFigures, block: str, model: str, variant: str) -> Mapping | None:
+    rows = figures.graded_blocks.get(block, ())
+    return next((r for r in rows if (r[COSTS[block]], r["variant"]) == (model, variant)), None)
 
 
 def _draws_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
@@ -309,8 +318,7 @@ TABLES = {
     "graded score": _comparison_row_cells,
     "graded scores": _comparison_cells,  # of older reports
     "pooled": _pooled_cells,
-    "fine-tuned − start": _cost_cells,
-}
+} | dict.fromkeys(COST_TABLES.values(), _cost_cells)
 
 
 def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
@@ -351,20 +359,20 @@ def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expec
 
 
 def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
-    """The words and numbers on fine-tuning, of the pooled score and of the KL."""
-    variant, finetuned, start = code_names(text)[:3]
-    answer = re.match(r"\*\*Does fine-tuning raise the cost\?\*\* ([^.]+)\.", text)
-    costs = figures.graded_blocks.get("finetuning_cost", ())
-    at = (variant, finetuned, start)
-    cost = next((r for r in costs if (r["variant"], r["finetuned"], r["start"]) == at), None)
-    if cost is None:
+    """The words and numbers on a model made here, of the pooled score and of the KL."""
+    variant, made, start = code_names(text)[:3]
+    asked = re.match(r"\*\*Does (fine-tuning raise|rotation lower) the cost\?\*\* ([^.]+)\.", text)
+    lowers = asked is not None and asked[1] == "rotation lower"
+    cost = _cost(figures, "rotation_cost" if lowers else "finetuning_cost", made, variant)
+    if cost is None or cost["start"] != start:
         yield f"no such cost of `{variant}` was computed"
         return
     rows = [("score pooled", cost["pooled"]), ("KL", cost["kl"])]
     rows = [(what, row) for what, row in rows if row and "delta" in row]
     kinds = [row["verdict"] for _, row in rows]
-    if answer and answer[1] != _cost_answer(kinds):
-        yield f"recomputed {_cost_answer(kinds)!r}"
+    expected = _lower_answer(kinds) if lowers else _higher_answer(kinds)
+    if asked and asked[2] != expected:
+        yield f"recomputed {expected!r}"
     for what, row in rows:
         clause = f"by {what}, {COST_CLAUSES[row['verdict']]} ("
         if clause not in text:
@@ -372,7 +380,16 @@ def _check_cost_bullet(text: str, figures: RecomputedFigures) -> Iterator[Expect
     yield text, [100 * row[key] for _, row in rows for key in ("delta", "low", "high")]
 
 
-def _cost_answer(kinds: list[str]) -> str:
+def _lower_answer(kinds: list[str]) -> str:
+    """Yes only if every measure finds a lower cost, no only if none could have."""
+    if "better" in kinds:
+        return "By one of two measures" if set(kinds) - {"better"} else "Yes"
+    if kinds:
+        return "No decrease was detected" if "inconclusive" in kinds else "No"
+    return "Nothing can be said"
+
+
+def _higher_answer(kinds: list[str]) -> str:
     """Yes only if every measure finds a higher cost, no only if none could have."""
     higher = kinds.count("worse")
     if higher:
@@ -531,6 +548,7 @@ GRADED_SENTENCE_CHECKS = (
     (r"^\*\*Answer\.\*\* `[^`]+` against `[^`]+`, by graded scores \(", _check_score_bullet),
     (r"^\*\*Fine-tuning\*\* and the cost of `", _check_cost_bullet),
     (r"^\*\*Does fine-tuning raise the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
+    (r"^\*\*Does rotation lower the cost\?\*\* [^`]*`[^`]+`, `", _check_cost_bullet),
     (r"^Option sets: the right option's probability among the options", _check_reading),
 )
 

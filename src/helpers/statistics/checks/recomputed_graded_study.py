@@ -59,7 +59,7 @@ class GradedBlocks:
         self.blind = {at: self._blind_reason(*at[:2], able=able) for at, able in self.able.items()}
 
     def blocks(self) -> dict:
-        """`graded`, `pooled` and `finetuning_cost`; empty without graded scores."""
+        """All blocks on graded scores; empty without any."""
         comparisons = self._comparisons()
         if not comparisons:
             return {}
@@ -72,11 +72,12 @@ class GradedBlocks:
         others = [v for v in self.study.variants if v != self.study.baseline]
         by_variant = {v: self._pooled(v) for v in others}
         pooled = [by_variant[v][m] for m in self.study.models for v in others if m in by_variant[v]]
+        rotation = self._costs(others, "rotate", "rotated")
         return {
             "graded": {"abilities": abilities, "comparisons": comparisons},
             "pooled": pooled,
-            "finetuning_cost": self._finetuning(others),
-        }
+            "finetuning_cost": self._costs(others, "finetune", "finetuned"),
+        } | ({"rotation_cost": rotation} if rotation else {})
 
     def _rows(self, model: str, name: str, variant: str) -> list[dict]:
         return self.answers[model, variant].predictions[name]
@@ -230,16 +231,18 @@ class GradedBlocks:
                 row["recovery"] = dict(zip(("value", "low", "high"), recovered, strict=True))
         return rows
 
-    def _finetuning(self, others: list[str]) -> list[dict]:
+    def _costs(self, others: list[str], how: str, made: str) -> list[dict]:
+        """Of every model whose settings `how` names, less those of its start."""
         rows = []
-        for finetuned, source in self.study.models.items():
-            if (training := getattr(source, "finetune", None)) is None:
+        for model, source in self.study.models.items():
+            if (making := getattr(source, how, None)) is None:
                 continue
             for variant in others:
-                models = (training.start, finetuned)
+                models = (making.start, model)
                 places = [(m, v) for m in models for v in (self.study.baseline, variant)]
                 if all(at in self.answers for at in places):
-                    rows.append(self._cost(models, variant))
+                    head = {"start": making.start, made: model, "variant": variant}
+                    rows.append(head | self._cost(models, variant))
         return [row for row in rows if row["sets"] or row["kl"]]
 
     def _cost(self, models: tuple[str, str], variant: str) -> dict:
@@ -269,10 +272,11 @@ class GradedBlocks:
                 self._judge(sets[n], blind=blind[n], holm_p=holm_p)
         kept = [n for n in names if not blind[n]]
         return {
-            "start": models[0], "finetuned": models[1], "variant": variant, "sets": sets,
-            "pooled_sets": kept, "pooled": self._pooled_cost(models, variant, kept, reasons),
+            "sets": sets,
+            "pooled_sets": kept,
+            "pooled": self._pooled_cost(models, variant, kept, reasons),
             "kl": self._kl_cost(models, variant),
-        }  # fmt: skip
+        }
 
     def _pooled_cost(self, models: tuple, variant: str, kept: list, reasons: dict) -> dict | None:
         if not kept:
