@@ -20,7 +20,7 @@ from helpers.statistics.checks.recomputed_verdicts import read_answers, write_an
 from helpers.study.loading import load_study, open_job
 from test_report import made_up_job, make_job  # noqa: F401 - a fixture
 
-COMMITTED = ("demo", "seed-replica", "recipes")
+COMMITTED = ("demo", "seed-replica", "recipes", "rotation")
 PUBLISHED = [s for s in COMMITTED if (PROJECT / "outputs" / s / "answers").is_dir()]
 
 
