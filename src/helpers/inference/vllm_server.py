@@ -21,12 +21,27 @@ os.environ |= {
 }
 
 
+def leave_out_16_bit_kernel() -> None:
+    """Have vLLM multiply int8 by oneDNN where it would choose a kernel that refuses float32.
+
+    On a processor with AMX vLLM 0.32 chooses by the weights' type alone, and that kernel takes
+    activations of 16 bits only.
+    """
+    try:
+        from vllm.model_executor.kernels.linear.scaled_mm import cpu
+    except ImportError:  # a version without it, or one for GPUs
+        return
+    cpu.check_cpu_sgl_kernel = lambda *shape_and_type: False
+
+
 class Server:
     """The engine and the operations it offers."""
 
     def __init__(self, folder: str, *, dtype: str, max_tokens: int, seed: int):
         from vllm import LLM
 
+        if dtype == "float32":
+            leave_out_16_bit_kernel()
         self.llm = LLM(
             model=folder,
             dtype=dtype,
