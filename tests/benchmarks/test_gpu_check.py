@@ -104,6 +104,7 @@ def test_a_device_that_does_not_work_in_forks_is_seen(monkeypatch):
     assert not processes.forks_work("cuda")
 
 
+@pytest.mark.long
 def test_loading_the_parts_does_not_call_cuda():
     """A driver that is called before a fork does not work in the fork."""
     process = subprocess.run([sys.executable, "-c", LOADING], cwd=PROJECT, capture_output=True)
@@ -174,6 +175,7 @@ def dry(folder, only=""):
     return json.loads((folder / "gpu.json").read_text("utf-8"))["parts"]
 
 
+@pytest.mark.long
 def test_a_dry_run_of_the_first_parts(tmp_path):
     outcome = dry(tmp_path, "card,parity,two_cards")
     assert outcome["parity"]["products"]["off"] == []

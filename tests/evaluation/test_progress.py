@@ -194,7 +194,10 @@ def ask(run, stop_after=None):
             return None, asked
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8", "o2", "o3"])
+@pytest.mark.parametrize(
+    "variant",
+    ["noquant", "o2", *(pytest.param(v, marks=pytest.mark.long) for v in ("rtn_w8a8", "o3"))],
+)
 def test_an_evaluation_cut_anywhere_ends_in_the_same_answers(sound_run, variant):
     """Byte for byte, whatever is asked beside what; and nothing is asked twice."""
     run = sound_run("llama", variant)

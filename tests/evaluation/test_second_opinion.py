@@ -29,6 +29,7 @@ BOOLQ = {
     "ask": {"protocol": "loglikelihood", "normalize": "none"},
 }
 FLOATS = ("noquant", "smooth_only")
+FLOAT_AND_INT8 = ["noquant", pytest.param("rtn_w8a8", marks=pytest.mark.long)]
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +61,9 @@ def failed(gates) -> set[str]:
     return {gate.name for _, gate in gates if not gate.passed}
 
 
-SOUND = [("llama", "noquant"), ("llama", "o2"), ("llama", "smooth_only"), ("qwen3", "noquant")]
-SOUND += [("qwen3", "rtn_w8a8"), ("qwen3", "o3")]
+SOUND = [("llama", "noquant"), ("llama", "o2"), ("qwen3", "rtn_w8a8")]
+MORE = [("llama", "smooth_only"), ("qwen3", "noquant"), ("qwen3", "o3")]
+SOUND += [pytest.param(*more, marks=pytest.mark.long) for more in MORE]
 
 
 @pytest.mark.parametrize(("family", "variant"), SOUND)
@@ -73,25 +75,37 @@ def test_a_sound_engine_agrees(runs, family, variant):
 
 
 @pytest.mark.parametrize(
-    ("family", "variant"), [("llama", "noquant"), ("qwen3", "rtn_w8a8"), ("llama", "o2")]
+    ("family", "variant"),
+    [
+        ("llama", "o2"),
+        pytest.param("llama", "noquant", marks=pytest.mark.long),
+        pytest.param("qwen3", "rtn_w8a8", marks=pytest.mark.long),
+    ],
 )
 def test_a_sound_engine_agrees_in_bfloat16(runs, family, variant):
     assert failed(looked_at(runs(family, variant, "bfloat16"))) == set()
 
 
-@pytest.mark.parametrize("family", ["opt", "gemma3_text", "phi3", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "gemma3_text",
+        "qwen3_moe",
+        *(pytest.param(f, marks=pytest.mark.long) for f in ("opt", "phi3")),
+    ],
+)
 def test_other_families_agree(runs, family):
     assert [g for _, g in looked_at(runs(family, "rtn_w8a8")) if not g.passed] == []
 
 
-@pytest.mark.parametrize("variant", ["rtn_w8a8", "o2"])
+@pytest.mark.parametrize("variant", ["rtn_w8a8", pytest.param("o2", marks=pytest.mark.long)])
 def test_the_simulated_runtime_agrees(runs, variant):
     assert [
         g for _, g in looked_at(runs("llama", variant, "float32", "reference")) if not g.passed
     ] == []
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 def test_a_text_that_begins_with_two_tokens_agrees(tmp_path, variant):
     """The second one is as little predicted as the first."""
     run = QuantizedRun(tmp_path, yaml.safe_load(STUDY), variant)
@@ -181,7 +195,7 @@ def positions_of_decoding_off_by_one(patch):
 
 
 @pytest.mark.bank("reading", "{lapse}", LAYERS)
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.parametrize(
     ("lapse", "names"),
     [
@@ -294,7 +308,11 @@ def test_attention_of_a_quantized_variant(runs, monkeypatch):
 @pytest.mark.bank("reading", "logits without the model's cap", LOGPROBS)
 @pytest.mark.parametrize(
     ("variant", "dtype"),
-    [("noquant", "float32"), ("noquant", "bfloat16"), ("rtn_w8a8", "float32")],
+    [
+        ("noquant", "float32"),
+        pytest.param("noquant", "bfloat16", marks=pytest.mark.long),
+        pytest.param("rtn_w8a8", "float32", marks=pytest.mark.long),
+    ],
 )
 def test_logits_without_their_cap(tmp_path, monkeypatch, variant, dtype):
     settings = yaml.safe_load(STUDY)
@@ -326,7 +344,7 @@ def test_log_probabilities_of_the_baseline(runs, monkeypatch, lapse):
     assert LOGPROBS in failed(looked_at(runs("llama", "noquant")))
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "log-probabilities of the token before")
 def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
     """The model is sound; the token before the right one is looked up."""
@@ -339,7 +357,7 @@ def test_log_probabilities_of_the_wrong_token(runs, monkeypatch, variant):
     assert failed(looked_at(runs("llama", variant))) == {LOGPROBS, GOLDS}
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "an option scored without its last token")
 def test_an_option_without_its_last_token(runs, monkeypatch, variant):
     whole = protocols.scored_tokens
@@ -374,7 +392,7 @@ def golds_scored_with_their_form(patch):
     )
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "{lapse}", GOLDS)
 @pytest.mark.parametrize(
     "lapse",
@@ -387,7 +405,7 @@ def test_log_likelihoods_of_golds(runs, monkeypatch, lapse, variant):
     assert wrong <= {GOLDS, LOGPROBS}
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "golds read after a prompt without its end", LAYERS)
 def test_golds_after_a_prompt_without_its_end(runs, monkeypatch, variant):
     """Golds do not see the last tokens of their prompt; the generated answer is right."""
@@ -403,7 +421,7 @@ def test_golds_after_a_prompt_without_its_end(runs, monkeypatch, variant):
     assert {LAYERS} <= failed(looked_at(runs("llama", variant)))
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "golds of another item read after a prompt", GOLDS)
 def test_golds_of_another_item(runs, monkeypatch, variant):
     whole = engine.answer_tokens
@@ -415,7 +433,7 @@ def test_golds_of_another_item(runs, monkeypatch, variant):
     assert failed(looked_at(runs("llama", variant))) == {GOLDS}
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "the second likeliest token is taken")
 def test_the_second_likeliest_token(runs, monkeypatch, variant):
     take = protocols.Decoder._append_tokens
@@ -429,7 +447,7 @@ def test_the_second_likeliest_token(runs, monkeypatch, variant):
     assert failed(looked_at(runs("llama", variant))) == {TOKENS}
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("reading", "answers cut short, as if they had ended")
 def test_an_answer_cut_short(runs, monkeypatch, variant):
     """The text is the beginning of what the model says, and its end was made up."""
@@ -442,7 +460,7 @@ def test_an_answer_cut_short(runs, monkeypatch, variant):
     assert failed(looked_at(runs("llama", variant))) == {TOKENS}
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.bank("text", "loss on the wrong token")
 def test_the_loss_on_the_wrong_token(runs, monkeypatch, variant):
     whole = perplexity.passage_rows
@@ -474,7 +492,7 @@ def embeddings_moved(model):
 
 
 @pytest.mark.bank("reading", "{change}", LAYERS, at="the loaded model")
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8"])
+@pytest.mark.parametrize("variant", FLOAT_AND_INT8)
 @pytest.mark.parametrize(
     "change", [a_layer_that_is_skipped, another_rope, another_activation, embeddings_moved]
 )

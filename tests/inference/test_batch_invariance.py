@@ -63,7 +63,7 @@ OPTIONS = [[tokens(50 + i, 5), tokens(70 + i, 1), tokens(90 + i, n)] for i, n in
 
 
 @pytest.mark.parametrize(
-    "limits", [LIMITS[1], pytest.param(LIMITS[2], marks=pytest.mark.long), LIMITS[3]]
+    "limits", [LIMITS[1], *(pytest.param(x, marks=pytest.mark.long) for x in LIMITS[2:])]
 )
 def test_what_is_read_after_a_prompt(model, limits):
     """Alike alone and in company; what is written is what it was without."""

@@ -125,6 +125,7 @@ def test_every_edited_number_of_the_block_is_named(published):
     "make verdicts",
     at="report.md, Calibration items",
 )
+@pytest.mark.long
 def test_edited_sentences_and_cells_of_the_chapter_are_named(published):
     path = published.paths.root / "report.md"
     text = path.read_text("utf-8")

@@ -35,6 +35,7 @@ from helpers.statistics.graded_study import (
 from helpers.study.loading import load_study
 from helpers.study.schema import Comparison, RotatedModel, Variant
 from simulated_rows import option_rows, quantized, written_rows
+from test_recompute import copy_of
 from test_report import make_job  # noqa: F401 - a fixture
 
 VARIANTS = ("noquant", "rtn_w8a8", "smoothquant_w8a8", "static")  # of the study
@@ -268,12 +269,27 @@ def test_a_probability_that_is_not_finite_is_no_score():
 
 
 @pytest.fixture
-def published(graded_job, monkeypatch):
-    """A study with its summary and the text of its report; texts are read in another test."""
+def published(as_published, tmp_path, monkeypatch):
+    """A copy of the published study; texts are read in another test."""
     from helpers.report.checks import recomputation as module
 
     monkeypatch.setattr(module, "_misread_answers", lambda *_: [])
-    job = graded_job()
+    return copy_of(as_published, tmp_path / "copy", monkeypatch)[0]
+
+
+@pytest.fixture(scope="module")
+def as_published(tmp_path_factory):
+    """The folder of a study with graded scores, its summary and the text of its report."""
+    folder = tmp_path_factory.mktemp("published")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, rows in graded_makers().items():
+            patch.setattr(test_report, name, rows)
+        publish(test_report.made_up_job(folder, patch))
+    return folder
+
+
+def publish(job) -> None:
+    """Write the summary and the parts of the report that are read here."""
     results = load_results(job)
     summary.write_summary(results, job.paths.root)
     parts = [next(glance.sections(results))]
@@ -284,7 +300,6 @@ def published(graded_job, monkeypatch):
     parts += ["## 6. Cost and gain", *(part.data for part in cost if isinstance(part, Markdown))]
     report = "\n\n".join(["## Executive summary", *parts])
     (job.paths.root / "report.md").write_text(report, "utf-8")
-    return job
 
 
 def differences(job) -> list[str]:

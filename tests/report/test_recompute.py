@@ -225,7 +225,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("study", PUBLISHED)
+@pytest.mark.parametrize(
+    "study", [s if s == "demo" else pytest.param(s, marks=pytest.mark.long) for s in PUBLISHED]
+)
 def test_the_published_verdicts_are_made_again_without_torch(study):
     """On the committed files, where nothing of a model can be imported."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("STUDY_")}

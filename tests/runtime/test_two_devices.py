@@ -113,7 +113,13 @@ def test_the_device_map_reaches_transformers_only_where_two_cards_are(
     assert devices_of(model) == (CARDS if count == 2 else {"cuda:0"})
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize(
+    "family",
+    [
+        f if f in ("qwen3", MIXTURE) else pytest.param(f, marks=pytest.mark.long)
+        for f in sorted(FAMILIES)
+    ],
+)
 def test_a_spread_float_model_answers_as_a_whole_one(cards, family, tmp_path):
     sizes = {"num_hidden_layers": LAYERS, "max_position_embeddings": 128}
     model = random_model(family, seed=1, **sizes, **kinds_of_layers(family))
@@ -149,7 +155,9 @@ def test_the_head_answers_from_another_card_than_the_last_layers(cards, tied):
         assert_alike(answers(spread), expected)
 
 
-@pytest.mark.parametrize("variant", ["rtn_w8a8", "o2", "o3"])
+@pytest.mark.parametrize(
+    "variant", ["o2", *(pytest.param(v, marks=pytest.mark.long) for v in ("rtn_w8a8", "o3"))]
+)
 @pytest.mark.parametrize("family", ["qwen3", MIXTURE])
 def test_a_spread_int8_checkpoint_gives_the_integers_of_a_whole_one(
     cards, sound_runs, family, variant
@@ -184,7 +192,9 @@ def test_a_simulated_checkpoint_is_spread_too(cards, sound_runs):
         assert_alike(answers(spread), expected)
 
 
-@pytest.mark.parametrize("variant", ["noquant", "rtn_w8a8", "o2"])
+@pytest.mark.parametrize(
+    "variant", ["o2", *(pytest.param(v, marks=pytest.mark.long) for v in ("noquant", "rtn_w8a8"))]
+)
 @pytest.mark.parametrize("family", ["qwen3", MIXTURE])
 def test_the_gates_on_calls_hold_of_a_spread_model(cards, sound_runs, tmp_path, family, variant):
     run = sound_runs(family, variant, num_hidden_layers=LAYERS).copy(tmp_path / "run")
@@ -229,7 +239,7 @@ def test_whose_a_token_is_is_copied_to_a_card_once(cards):
             assert current_sequence_ids(there) is None
 
 
-@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["qwen3", pytest.param("qwen3_moe", marks=pytest.mark.long)])
 def test_a_spread_model_is_calibrated_and_smoothed_alike(cards, family):
     def smoothed(model) -> tuple:
         statistics = run_calibration(model, PROMPTS, batch_tokens=64)

@@ -127,6 +127,7 @@ def test_what_is_fetched_is_pinned_and_nothing_else_is_taken(fetch, of_model, pl
     assert not hub.mark.exists(), "code of the repository was run"
 
 
+@pytest.mark.long
 def test_what_is_here_is_not_asked_for_again(fetch, of_model, of_dataset, hub):
     of_model()
     study = of_dataset()
@@ -193,12 +194,13 @@ def test_a_server_that_recovers_is_waited_for(request, fetch, hub, kind, to):
     assert sum(fault.times for fault in hub.faults) == 0
 
 
+@pytest.mark.long
 def test_a_server_that_does_not_recover_is_named(fetch, of_model, hub):
     hub.answer(503, times=99)
     assert "the Hub has trouble (503); run again later" in line(fetch(of_model()))
 
 
-@pytest.mark.parametrize("kind", ["of_model", "of_dataset"])
+@pytest.mark.parametrize("kind", ["of_model", pytest.param("of_dataset", marks=pytest.mark.long)])
 def test_a_connection_broken_off_is_taken_up_again(request, fetch, hub, kind):
     hub.break_off("GET /large/", times=2)
     done = fetch(request.getfixturevalue(kind)())
@@ -290,6 +292,7 @@ def test_a_repository_that_lacks_what_its_index_names_is_refused(fetch, of_model
     assert error.endswith("name another revision")
 
 
+@pytest.mark.long
 def test_rows_that_are_truncated_are_not_kept(fetch, of_dataset, hub, tmp_path):
     hub.spoil("GET /large/", lambda data: data[: len(data) // 2], times=99)
     assert "could not be fetched (" in line(fetch(of_dataset()))
@@ -319,7 +322,7 @@ def test_a_study_without_a_network_stops_in_seconds_before_any_job(place):
     assert lines[0].endswith("set HF_ENDPOINT to a mirror, or name local files in the study")
 
 
-@pytest.mark.parametrize("how", ["offline", "dead"])
+@pytest.mark.parametrize("how", ["offline", pytest.param("dead", marks=pytest.mark.long)])
 def test_a_warm_cache_needs_no_hub(fetch, of_model, of_dataset, place, tmp_path, how):
     """Not for this study, and not for another one that names the same for the first time."""
     nowhere = {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
@@ -356,6 +359,7 @@ def test_a_repository_that_is_no_model_to_study_is_refused_before_it_is_fetched(
     assert fetched <= {"config.json"}
 
 
+@pytest.mark.long
 def test_an_unknown_configuration_or_split_is_named_with_those_there_are(fetch, of_dataset):
     error = line(fetch(of_dataset(config="ARC-Hard")))
     assert "config = 'ARC-Hard'" in error
@@ -374,6 +378,7 @@ def test_every_source_that_is_wrong_is_named_at_once(fetch, of_model, of_dataset
     ]
 
 
+@pytest.mark.long
 def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place, hub, monkeypatch):
     """And the study then depends on another commit, so that what used the old one is repeated."""
     monkeypatch.setenv("STUDY_OUTPUTS", place["STUDY_OUTPUTS"])
@@ -401,6 +406,7 @@ def test_a_branch_that_moves_is_followed_only_on_demand(fetch, of_dataset, place
         repository.commit(files)
 
 
+@pytest.mark.long
 def test_other_rows_than_those_on_record_are_not_accepted(fetch, of_dataset, place, tmp_path):
     """A damaged cache is fetched again; the same commit with other rows is refused."""
     study = of_dataset()
@@ -456,6 +462,7 @@ def of_tasks(write_study, study_settings, hub):
     return write_study(study_settings)
 
 
+@pytest.mark.long
 def test_rows_of_registered_tasks_are_pinned_and_then_read_without_a_network(
     fetch, of_tasks, place, hub, monkeypatch
 ):

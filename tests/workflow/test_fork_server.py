@@ -60,6 +60,7 @@ def test_it_has_torch_its_clients_arguments_environment_folder_and_streams(proje
     assert (done.returncode, done.stderr) == (0, "None\n")
 
 
+@pytest.mark.long
 def test_it_imports_modules_as_they_are_when_it_begins(project):
     printing_module = module(project, "print(1)")
     assert answer(project, printing_module).stdout == "1\n"
