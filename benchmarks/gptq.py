@@ -193,7 +193,6 @@ def markdown(result: dict) -> str:
         cells += [f"{row['sqnr_mean_db']:.2f}", f"{row['sqnr_least_db']:.2f}"]
         lines.append(f"| {' | '.join(cells)} |")
     here, peers_own = (result["differing_integers"][key] for key in ("here", "reversed"))
-    here, peers_own = (result["differing_integers"][key] for key in ("here", "reversed"))
     lines += [
         "",
         f"On the model smoothed here, {here['first block']:.2%} of the first block's integers "

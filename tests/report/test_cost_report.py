@@ -206,5 +206,5 @@ def test_what_was_measured_and_a_partial_report_lacks_is_passed_over():
     measured = [SimpleNamespace(variant=name) for name in ("o3", "smoothquant_best")]
     study = load_study("recipes")
     recipes = {name: recipe for name, recipe in study.variants.items() if name != "o3"}
-    told = Cost.multiplying_as(SimpleNamespace(others=measured), "rtn_w8a8", recipes)
-    assert told is measured[1]
+    way = Cost.multiplying_as(SimpleNamespace(others=measured), "rtn_w8a8", recipes)
+    assert way is measured[1]

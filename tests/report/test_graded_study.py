@@ -13,7 +13,7 @@ import test_report
 from helpers.core.errors import StudyError
 from helpers.core.records import write_json
 from helpers.report import cost_chapter, glance, graded_chapter, summary
-from helpers.report.checks import recomputation
+from helpers.report.checks import recomputation, recomputed_graded_report
 from helpers.report.checks.recomputation import recompute
 from helpers.report.checks.recomputed_graded_report import (
     wrong_cards,
@@ -512,7 +512,6 @@ def test_a_rotated_model_is_compared_with_its_start_as_a_fine_tuned_one_is(
     [sentence] = glance.made_model_sentences(results)
     assert sentence.startswith("**Does rotation lower the cost?** ")
     text = "\n\n".join([sentence, *(part.data for part in graded_chapter.chapter(results))])
-    assert "no increase" not in sentence.lower()
     assert wrong_texts(text, figures) == []
     for pattern, place in (
         (r"lower the cost\?\*\* (\w)", "Does rotation lower"),
@@ -523,3 +522,33 @@ def test_a_rotated_model_is_compared_with_its_start_as_a_fine_tuned_one_is(
         other = "4" if text[at] == "5" else "5"
         lines = wrong_texts(text[:at] + other + text[at + 1 :], figures)
         assert any(place in line for line in lines), (pattern, lines)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "raised", "lowered"),
+    [
+        ([], "Nothing can be said", "Nothing can be said"),
+        (["worse", "worse"], "Yes", "No"),
+        (["better", "better"], "No", "Yes"),
+        (["equivalent", "worse"], "By one of two measures", "No"),
+        (["equivalent", "better"], "No", "By one of two measures"),
+        (["worse", "better"], "By one of two measures", "By one of two measures"),
+        (["equivalent", "equivalent"], "No", "No"),
+        (["inconclusive", "equivalent"], "No increase was detected", "No decrease was detected"),
+        (["inconclusive", "worse"], "By one of two measures", "No decrease was detected"),
+        (["inconclusive", "better"], "No increase was detected", "By one of two measures"),
+    ],
+)
+def test_an_answer_is_yes_or_no_only_if_both_measures_say_so(kinds, raised, lowered):
+    assert graded_chapter.cost_answer(set(kinds), graded_chapter.RAISED) == raised
+    assert graded_chapter.cost_answer(set(kinds), graded_chapter.LOWERED) == lowered
+    assert recomputed_graded_report._higher_answer(kinds) == raised
+    assert recomputed_graded_report._lower_answer(kinds) == lowered
+
+
+def test_without_graded_scores_a_rotation_is_judged_by_the_kl_alone(make_job):  # noqa: F811
+    results = rotated(load_results(make_job()))
+    sentences = glance.made_model_sentences(results)
+    assert len(sentences) == len(results.studied_variants)
+    assert all("`tuned`" in s and "nats per token" in s for s in sentences)
+    assert all(s.startswith("**Does rotation lower the cost?** ") for s in sentences)

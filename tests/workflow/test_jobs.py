@@ -79,11 +79,11 @@ def test_the_users_own_mistake_is_its_message_only(project):
 def test_a_kernel_has_addresses_that_no_other_program_takes(project):
     lines = [
         "import ipykernel, psutil",
-        "told = ipykernel.get_connection_info(unpack=True)",
-        "ports = {told[key] for key in told if key.endswith('_port')}",
+        "connection = ipykernel.get_connection_info(unpack=True)",
+        "ports = {connection[key] for key in connection if key.endswith('_port')}",
         "sockets = {c.laddr for c in psutil.Process().net_connections('unix')}",
         "assert len(ports) == 5",
-        "assert {f\"{told['ip']}-{port}\" for port in ports} <= sockets",
+        "assert {f\"{connection['ip']}-{port}\" for port in ports} <= sockets",
     ]
     done = run(project, "\n".join(lines))
     assert done.returncode == 0, done.stderr

@@ -22,7 +22,11 @@ from helpers.report.checks.recomputed_tables import (
 )
 from helpers.study.schema import Study
 
-COSTS = {"finetuning_cost": "finetuned", "rotation_cost": "rotated"}  # and the model's key
+# Blocks of costs: the key of the model in a row of summary.json, and its column in report.md.
+COSTS = {
+    "finetuning_cost": ("finetuned", "fine-tuned − start"),
+    "rotation_cost": ("rotated", "rotated − start"),
+}
 BLOCKS = ("graded", "pooled", *COSTS)
 DRAWS, CALIBRATIONS, PARTS = "draws", "calibrations", "decompositions"
 PLACE_KEYS = ("model", "start", "finetuned", "rotated", "dataset", "measure", "baseline", "variant")
@@ -33,10 +37,6 @@ COST_CLAUSES = {
     "equivalent": "the same cost within the margin",
     "inconclusive": "no difference detected",
 }
-
-
-# Blocks, and the first columns of their tables.
-COST_TABLES = {"finetuning_cost": "fine-tuned − start", "rotation_cost": "rotated − start"}
 
 
 def wrong_graded_blocks(published: dict, figures: RecomputedFigures) -> list[str]:
@@ -168,7 +168,7 @@ def _pooled_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expect
 
 
 def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
-    block, title = next(at for at in COST_TABLES.items() if at[1] in row)
+    block, title = next((block, title) for block, (_, title) in COSTS.items() if title in row)
     model, variant = plain_text(row[title]), _variant_and_baseline(row, figures)[0]
     if (cost := _cost(figures, block, model, variant)) is None:
         return None
@@ -180,7 +180,8 @@ def _cost_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected
 
 def _cost(figures: RecomputedFigures, block: str, model: str, variant: str) -> Mapping | None:
     rows = figures.graded_blocks.get(block, ())
-    return next((r for r in rows if (r[COSTS[block]], r["variant"]) == (model, variant)), None)
+    made, _ = COSTS[block]
+    return next((r for r in rows if (r[made], r["variant"]) == (model, variant)), None)
 
 
 def _draws_cells(table: Table, row: dict, figures: RecomputedFigures) -> Expected | None:
@@ -318,7 +319,7 @@ TABLES = {
     "graded score": _comparison_row_cells,
     "graded scores": _comparison_cells,  # of older reports
     "pooled": _pooled_cells,
-} | dict.fromkeys(COST_TABLES.values(), _cost_cells)
+} | {title: _cost_cells for _, title in COSTS.values()}
 
 
 def _check_score_bullet(text: str, figures: RecomputedFigures) -> Iterator[ExpectedNumbers | str]:
